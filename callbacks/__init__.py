@@ -1,0 +1,1 @@
+"""Lightning glue: when to sample, what to feed which metric, what to log."""

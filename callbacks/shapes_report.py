@@ -1,0 +1,222 @@
+"""The embedded world's own examination: generated pictures, captions and text judged by its oracle.
+
+Two-object prompts and pictures are of meanings that no training picture shows.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
+from torch import Tensor
+
+from callbacks.sheet import Tile, contact_sheet, write_picture, write_text
+from tf_lightning.batch import pack
+from tf_lightning.data.oracle import read
+from tf_lightning.data.shapes import Meaning, draw_scene, generator, render
+from tf_lightning.data.shapes_grammar import caption, draw_text, parse, text_log_prob
+from tf_lightning.model import Model
+from tf_lightning.module import Transfusion
+
+SEED_OFFSET = 1_000  # the examination's pictures are none of the validation's
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out caption with its true picture."""
+
+    prompt: str
+    meaning: Meaning
+    picture: Image.Image
+
+
+def questions(count: int, num_objects: int | None, seed: int) -> list[Question]:
+    """Held-out scenes with a caption each; `num_objects` None mixes 1 and 2 as training does."""
+    asked = []
+    for index in range(count):
+        rng = generator(SEED_OFFSET + seed, index, "val")
+        scene = draw_scene(rng, num_objects, split="val")
+        picture = Image.fromarray(render(scene))
+        asked.append(Question(caption(scene, rng), scene.meaning, picture))
+    return asked
+
+
+class ShapesReport(L.Callback):
+    """Examines the model when training ends, and whenever a checkpoint is validated or tested.
+
+    Writes into the run's folder `samples/NNNN.png` with `samples/samples.jsonl` (file, prompt, what
+    the oracle read, right or wrong), `report.json` and the contact sheet `sheet.png`.
+
+    Args:
+        num_prompts: prompts with one object, prompts with two, pictures to caption, and texts.
+        guidance_scale: 1 = off.
+        num_inference_steps: network evaluations a picture.
+        sampler: name of a diffusers scheduler.
+        seed: of the prompts and of the first noise.
+    """
+
+    def __init__(
+        self,
+        num_prompts: int = 128,
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = 50,
+        sampler: str = "DDIMScheduler",
+        seed: int = 0,
+    ):
+        self.num_prompts, self.seed = num_prompts, seed
+        self.how = {
+            "guidance_scale": guidance_scale,
+            "num_inference_steps": num_inference_steps,
+            "sampler": sampler,
+        }
+        self.train_seconds = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        """Seconds trained so far, so that a resumed run reports its whole time."""
+        return {"train_seconds": self.train_seconds + time.perf_counter() - self.started}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on counting."""
+        self.train_seconds = state_dict["train_seconds"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The clock of a run that does not train."""
+        self.started = time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
+        """Examine the trained model."""
+        self.train_seconds += time.perf_counter() - self.started
+        self.started = time.perf_counter()
+        self.examine(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
+        """Examine a checkpoint given to `validate`."""
+        if trainer.state.fn == "validate":
+            self.examine(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
+        """Examine a checkpoint given to `test`."""
+        self.examine(trainer, pl_module)
+
+    def examine(self, trainer: L.Trainer, module: Transfusion) -> None:
+        """All questions, on rank zero; writes the files and logs the scores."""
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        rank_zero_info("Judging pictures and captions ...")
+        module.eval()
+        model = Model.of(module)
+        one, two = (questions(self.num_prompts, count, self.seed) for count in (1, 2))
+        asked = one + two
+        drawn = self.draw(model, asked)
+        readings = [read(np.asarray(picture)) for picture in drawn]
+        right = [r.meaning == q.meaning for r, q in zip(readings, asked, strict=True)]
+        shown = questions(self.num_prompts, None, self.seed + 1)
+        written = model.write([[q.picture] for q in shown], max_new_tokens=32)
+        understood = [parse(text) == q.meaning for text, q in zip(written, shown, strict=True)]
+        perplexity, bound = text_perplexity(model, module, self.num_prompts, self.seed)
+        report = {
+            "train_seconds": round(self.train_seconds, 1),
+            "num_parameters": sum(p.numel() for p in model.net.parameters()),
+            "one_object": float(np.mean(right[: len(one)])),
+            "two_objects": float(np.mean(right[len(one) :])),
+            "caption_accuracy": float(np.mean(understood)),
+            "perplexity": perplexity,
+            "perplexity_bound": bound,
+            "counts": dict.fromkeys(("one_object", "two_objects", "captions", "texts"), len(one)),
+            "seed": self.seed,
+            "global_step": trainer.global_step,
+            "weights": "raw" if module.ema is None else "ema",
+            **self.how,
+        }
+        verdicts = [
+            {"file": f"{i:04d}.png", "prompt": q.prompt, "read": str(r), "right": ok}
+            for i, (q, r, ok) in enumerate(zip(asked, readings, right, strict=True))
+        ]
+        samples = folder / "samples"
+        samples.mkdir(parents=True, exist_ok=True)
+        for verdict, picture in zip(verdicts, drawn, strict=True):
+            write_picture(samples / verdict["file"], picture)
+        lines = (json.dumps(verdict) + "\n" for verdict in verdicts)
+        write_text(samples / "samples.jsonl", "".join(lines))
+        write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+        write_picture(folder / "sheet.png", sheet(asked, drawn, right, shown, written, understood))
+        rank_zero_info(summary(folder, report))
+
+    def draw(self, model: Model, asked: Sequence[Question]) -> list[Image.Image]:
+        """One picture a question, 64 at a time."""
+        drawn: list[Image.Image] = []
+        for start in range(0, len(asked), 64):
+            part = asked[start : start + 64]
+            seeds = [self.seed + start + i for i in range(len(part))]
+            drawn += model.draw([[q.prompt] for q in part], seeds=seeds, **self.how)
+        return drawn
+
+
+@torch.no_grad()
+def text_perplexity(
+    model: Model, module: Transfusion, count: int, seed: int
+) -> tuple[float, float]:
+    """Perplexity of held-out text, and that of the grammar itself on the same tokens.
+
+    Each document's first token is left out on both sides: it is always the word "imagine".
+    """
+    texts = [draw_text(generator(SEED_OFFSET + seed, index, "val")) for index in range(count)]
+    documents = [model.encode([text]) for text in texts]
+    batch = pack(
+        [[document] for document in documents],
+        list(range(count)),
+        tokenizer=model.tokenizer,
+        row_length=max(len(document[0]) for document in documents) + 2,
+        patch_size=module.hparams.patch_size,
+        image_shape=model.latent_shape,
+    ).to(module.device)
+    nll = module.loss_sums(model.net, batch)[0].double()
+    counted: Tensor = batch.positions.flatten()[batch.target_index] > 0
+    tokens = int(counted.sum())
+    entropy = -sum(text_log_prob(text) for text in texts)
+    return math.exp(nll[counted].sum().item() / tokens), math.exp(entropy / tokens)
+
+
+def sheet(
+    asked: Sequence[Question], drawn: Sequence[Image.Image], right: Sequence[bool],
+    shown: Sequence[Question], written: Sequence[str], understood: Sequence[bool],
+) -> Image.Image:  # fmt: skip
+    """Some pictures drawn, under their prompts, and some held-out pictures with their captions."""
+    half = len(asked) // 2
+    some = [*range(min(6, half)), *range(half, min(half + 12, len(asked)))]
+    pictures = [Tile(drawn[i], asked[i].prompt, right[i]) for i in some]
+    captions = [
+        Tile(question.picture, text, ok)
+        for question, text, ok in zip(shown, written, understood, strict=True)
+    ]
+    return contact_sheet(
+        [("Pictures drawn from words", pictures), ("Words written for pictures", captions[:12])]
+    )
+
+
+def summary(folder: Path, report: dict) -> str:
+    """What was found, what was written, and what to type next."""
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    return f"""
+one object right       {report["one_object"]:7.1%}   (prompts judged by the world's oracle)
+two objects right      {report["two_objects"]:7.1%}   (meanings that no training picture shows)
+captions right         {report["caption_accuracy"]:7.1%}   (held-out pictures)
+perplexity of text     {report["perplexity"]:7.3f}   (the grammar's own: {report["perplexity_bound"]:.3f})
+Wrote {folder}/sheet.png, samples/ and report.json. Next:
+  tf-lightning generate {checkpoint} "a red circle above a blue square" -o out
+  tf-lightning generate {checkpoint} --image {folder}/samples/0000.png
+  tensorboard --logdir {folder.parent}
+(the commands are in .venv/bin)"""
+

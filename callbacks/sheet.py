@@ -1,0 +1,61 @@
+"""A contact sheet: pictures over their words, and files that are written whole or not at all."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+TILE = (250, 190)  # width, height of a picture with its words
+PICTURE = 128  # side of the picture
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture, the words below it, and whether they fit."""
+
+    picture: Image.Image
+    words: str
+    right: bool
+
+
+def contact_sheet(sections: Sequence[tuple[str, Sequence[Tile]]], columns: int = 6) -> Image.Image:
+    """Sections of tiles, each under its title; words that do not fit their picture are red."""
+    width, height = TILE
+    heights = [30 + -(-len(tiles) // columns) * height for _, tiles in sections]
+    page = Image.new("RGB", (columns * width, sum(heights)), "white")
+    draw, top = ImageDraw.Draw(page), 0
+    for (title, tiles), section_height in zip(sections, heights, strict=True):
+        draw.text((12, top + 10), title, "black")
+        for number, tile in enumerate(tiles):
+            row, column = divmod(number, columns)
+            draw_tile(page, tile, column * width, top + 30 + row * height)
+        top += section_height
+    return page
+
+
+def draw_tile(page: Image.Image, tile: Tile, left: int, top: int) -> None:
+    """One tile with its upper left corner at (left, top)."""
+    width, _ = TILE
+    picture = tile.picture.resize((PICTURE, PICTURE), Image.Resampling.LANCZOS)
+    page.paste(picture, (left + (width - PICTURE) // 2, top))
+    draw, colour = ImageDraw.Draw(page), "black" if tile.right else "red"
+    lines = textwrap.wrap(tile.words, 38) + ([] if tile.right else ["(wrong)"])
+    for number, line in enumerate(lines):
+        place = (left + width // 2, top + PICTURE + 6 + 13 * number)
+        draw.text(place, line, colour, anchor="ma")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write a whole PNG or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    picture.save(partial, format="PNG")
+    partial.replace(path)

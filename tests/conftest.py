@@ -1,0 +1,77 @@
+"""What every test runs under: one thread, no network, and a reason for every skip."""
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so set before anything
+
+import pytest
+import torch
+
+DATA_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+torch.set_num_threads(1)  # two multi-threaded runs on the same cores are up to ten times slower
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data beside the checkout."""
+    if not DATA_DIR.is_dir():
+        pytest.skip("needs the real data in ../shared/data, beside the checkout")
+    return DATA_DIR
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Lets sockets reach only this machine; sessions of several processes need that much."""
+    connect, connect_ex, getaddrinfo = (
+        socket.socket.connect,
+        socket.socket.connect_ex,
+        socket.getaddrinfo,
+    )
+
+    def local_connect(self, address):
+        refuse_remote(address)
+        return connect(self, address)
+
+    def local_connect_ex(self, address):
+        refuse_remote(address)
+        return connect_ex(self, address)
+
+    def local_getaddrinfo(host, *args, **kwargs):
+        refuse_remote((host,))  # before a name server is asked
+        return getaddrinfo(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local_connect)
+        patch.setattr(socket.socket, "connect_ex", local_connect_ex)
+        patch.setattr(socket, "getaddrinfo", local_getaddrinfo)
+        yield
+
+
+def refuse_remote(address) -> None:
+    """Raises ConnectionError unless `address` (Unix path, or host first in a tuple) is local."""
+    if not isinstance(address, tuple) or is_local(address[0]):
+        return
+    raise ConnectionError(f"a test wants to reach {address[0]!r}; tests run without network")
+
+
+def is_local(host: str | bytes | None) -> bool:
+    """Whether a host is this machine: none given, one of its names, or a loopback address."""
+    host = host.decode() if isinstance(host, bytes) else host
+    if host in (None, "", "localhost", "0.0.0.0", "::", socket.gethostname(), socket.getfqdn()):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

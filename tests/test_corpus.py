@@ -1,0 +1,96 @@
+"""A prepared corpus gives back the documents it was made of."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tf_lightning.autoencoder import load_autoencoder
+from tf_lightning.batch import document_length
+from tf_lightning.data.corpus import Corpus, Source
+from tf_lightning.data.prepare import prepare
+from tf_lightning.tokenizer import Tokenizer, train
+
+
+class Given:
+    """A source of the documents it is given; not a subclass of Source."""
+
+    def __init__(self, documents: list):
+        self.given = documents
+
+    def documents(self, split):
+        yield from self.given
+
+    def fingerprint(self, split):
+        return repr((split, self.given))
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 12, 3), np.uint8))
+
+
+DOCUMENTS = [
+    ["a red circle", noise(0)],
+    ["only text"],
+    [noise(1)],
+    [noise(2), "now blue", noise(3), "and so on"],
+    [noise(4), "a caption"],
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "a.model"
+    return train(iter(["a red circle only text and so on"]), path, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, tokenizer) -> Corpus:
+    return prepare(
+        Given(DOCUMENTS),
+        "train",
+        name="given",
+        directory=tmp_path_factory.mktemp("cache"),
+        tokenizer=tokenizer,
+        autoencoder=load_autoencoder("pixels"),
+        row_length=64,
+        patch_size=4,
+    )
+
+
+def test_documents_read_back_in_order(corpus, tokenizer):
+    assert len(corpus) == len(DOCUMENTS)
+    assert corpus.image_shape == (3, 8, 12)
+    for index, raw in enumerate(DOCUMENTS):
+        document = corpus.document(index)
+        assert len(document) == len(raw)
+        for part, original in zip(document, raw, strict=True):
+            if isinstance(original, str):
+                assert part.dtype == torch.int64
+                assert tokenizer.decode(part.tolist()) == original
+            else:
+                assert part.dtype == torch.float32
+                pixels = (part.permute(1, 2, 0).numpy() + 1) * 127.5
+                assert np.abs(pixels - np.asarray(original)).max() < 0.1
+
+
+def test_lengths_are_those_of_packing(corpus):
+    expected = [document_length(corpus.document(n), patch_size=4) for n in range(len(corpus))]
+    assert corpus.lengths(num_patches=6).tolist() == expected
+
+
+def test_pairs_are_one_text_and_one_image(corpus):
+    assert corpus.pairs().tolist() == [True, False, False, False, True]
+
+
+def test_a_copy_in_another_process_reads_the_same_files(corpus):
+    pickled = pickle.dumps(corpus)
+    assert len(pickled) < 1000
+    assert torch.equal(pickle.loads(pickled).document(0)[1], corpus.document(0)[1])
+
+
+def test_a_source_is_whatever_has_its_two_methods():
+    assert issubclass(Given, Source)
+    assert not issubclass(Corpus, Source)

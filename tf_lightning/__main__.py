@@ -1,0 +1,5 @@
+"""`python -m tf_lightning` is `tf-lightning`."""
+
+from tf_lightning.cli import main
+
+main()

@@ -1,0 +1,176 @@
+"""The frozen autoencoder between pictures and latents: a diffusers `AutoencoderKL`, or nothing ("pixels").
+
+Kept outside every LightningModule, so its weights enter no checkpoint and no optimizer.
+Shapes: B pictures, C latent channels, H x W pixels, h x w = H / downsample x W / downsample latents.
+"""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tf_lightning.errors import UserError
+
+SHAPES = Path(__file__).parent / "assets" / "shapes-autoencoder"
+HUB_TIMEOUT = 10.0  # seconds; without it an unreachable hub is retried for most of a minute
+
+# accelerate, which low_cpu_mem_usage needs, is no dependency; pickled weights are never read.
+LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+
+
+class Pixels:
+    """The autoencoder that does nothing: latents are the pictures themselves."""
+
+    latent_channels = 3
+    downsample = 1
+    fingerprint = "pixels"
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Returns the pictures, (B, 3, H, W) in [-1, 1]."""
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns the latents clipped to [-1, 1], (B, 3, H, W)."""
+        return latents.clamp(-1, 1)
+
+    def to(self, device: torch.device | str) -> "Pixels":
+        """Returns itself: it has no weights."""
+        return self
+
+
+class Autoencoder:
+    """An `AutoencoderKL` whose latents are shifted and scaled to zero mean and unit variance.
+
+    Args:
+        model: the diffusers model. Its config says the mean and the standard deviation of each latent channel
+            (`latents_mean`, `latents_std`), or else one `shift_factor` and `scaling_factor` for all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        config = model.config
+        self.latent_channels: int = config.latent_channels
+        self.downsample: int = 2 ** (len(config.block_out_channels) - 1)
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+        else:
+            mean = torch.tensor(config.shift_factor or 0.0)
+            std = torch.tensor(1 / config.scaling_factor)
+        self.mean, self.std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights and the scaling, wherever they were loaded from."""
+        digest = hashlib.sha256()
+        for tensor in (*self.model.state_dict().values(), self.mean, self.std):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """The mode of the posterior of pictures.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            Latents with unit variance, float32 (B, C, h, w).
+
+        Raises:
+            UserError: if H or W is no multiple of `downsample`.
+        """
+        height, width = images.shape[-2:]
+        if height % self.downsample or width % self.downsample:
+            raise UserError(
+                f"pictures of {height}x{width} do not divide into the autoencoder's {self.downsample}x"
+                f"{self.downsample} cells; give an image size that is a multiple of {self.downsample}"
+            )
+        images = images.to(torch.float32, memory_format=torch.channels_last)
+        # Full precision whatever the trainer's is: latents are data, the same in every run.
+        with torch.autocast(images.device.type, enabled=False):
+            latents = self.model.encode(images).latent_dist.mode()
+        return ((latents - self.mean) / self.std).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), clipped to [-1, 1], of latents (B, C, h, w) with unit variance."""
+        latents = latents.float() * self.std + self.mean
+        with torch.autocast(latents.device.type, enabled=False):
+            images = self.model.decode(latents.to(memory_format=torch.channels_last)).sample
+        return images.clamp(-1, 1).contiguous()
+
+    def to(self, device: torch.device | str) -> "Autoencoder":
+        """Moves the weights, and returns itself."""
+        self.model.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+
+def load_autoencoder(name: str) -> Autoencoder | Pixels:
+    """Loads an autoencoder by name.
+
+    Args:
+        name: "shapes" for the one of the embedded world (64 x 64 pictures), "pixels" for none, a folder with config.json
+            and diffusion_pytorch_model.safetensors, a .safetensors file with config.json beside it, or a name
+            "owner/model" on the Hugging Face hub.
+
+    Raises:
+        UserError: if there is no such autoencoder, or it does not load.
+    """
+    if name == "pixels":
+        return Pixels()
+    path = SHAPES if name == "shapes" else Path(name)
+    try:
+        if path.exists():
+            return Autoencoder(_from_disk(path))
+        if name.count("/") == 1 and path.suffix != ".safetensors" and not path.is_absolute():
+            return Autoencoder(_from_hub(name))
+    except UserError:
+        raise
+    except Exception as error:  # diffusers, safetensors and the hub's transport each raise their own kinds
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise UserError(
+            f'autoencoder "{name}" does not load ({reason}); check the files, the network and HF_HUB_OFFLINE'
+        ) from error
+    raise UserError(
+        f'there is no autoencoder "{name}"; give "shapes", "pixels", a folder, a .safetensors file with its config.json '
+        "beside it, or a hub name such as stabilityai/sd-vae-ft-mse"
+    )
+
+
+def _from_disk(path: Path) -> nn.Module:
+    # Imported here because it takes seconds and most commands need no autoencoder.
+    from diffusers import AutoencoderKL
+
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        raise UserError(f"autoencoder {path} has no config.json in {folder}; put the one it was trained with there")
+    if path.is_dir():
+        return _complete(
+            *AutoencoderKL.from_pretrained(path, use_safetensors=True, output_loading_info=True, **LOADING)
+        )
+    if path.suffix != ".safetensors":
+        raise UserError(f"autoencoder file {path} is not a .safetensors file; convert it to one")
+    return AutoencoderKL.from_single_file(str(path), config=str(folder), local_files_only=True, **LOADING)
+
+
+def _from_hub(name: str) -> nn.Module:
+    from diffusers import AutoencoderKL
+    from huggingface_hub import HfApi
+
+    options = {"use_safetensors": True, "output_loading_info": True, **LOADING}
+    try:
+        return _complete(*AutoencoderKL.from_pretrained(name, local_files_only=True, **options))
+    except OSError:  # not in the cache yet
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)  # fails at once where there is no hub or no such model
+        return _complete(*AutoencoderKL.from_pretrained(name, **options))
+
+
+def _complete(model: nn.Module, info: dict[str, Any]) -> nn.Module:
+    # diffusers fills missing weights with random ones and only logs it.
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError(f"{len(info['missing_keys']) + len(info['mismatched_keys'])} weights missing or misshapen")
+    return model

@@ -1,0 +1,222 @@
+"""Documents packed into rows: the one form in which text and images reach the model.
+
+A document is a list of parts in any order: text (token ids) and images (latents). Packing writes
+    <bos> text <boi> patch ... patch <eoi> text <eos>
+one document after another into rows of fixed length, so nothing is padded to the longest.
+
+Shapes: B rows, T positions a row, M images in the batch, N patches an image, C x h x w latents.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+Part = Tensor  # (L,) int64 text, or (C, h, w) float32 latents
+Document = list[Part]
+Row = list[Document]
+
+
+@dataclass
+class Batch:
+    """Packed rows; every field that a GPU would have to count (`*_index`) is counted here."""
+
+    input_ids: Tensor  # (B, T) text ids; 0 at patches and padding
+    labels: Tensor  # (B, T) the next text token, IGNORE_INDEX where there is none
+    positions: Tensor  # (B, T) place in the document, from 0
+    document_ids: Tensor  # (B, T) from 0 in each row, -1 at padding
+    image_ids: Tensor  # (B, T) index into `latents`, -1 off patches
+    patch_index: Tensor  # (M * N,) flat places (b * T + t) of the patches, image by image
+    target_index: Tensor  # (K,) flat places that have a label
+    latents: Tensor  # (M, C, h, w) clean, unit variance
+    noise: Tensor  # (M, C, h, w) standard normal
+    t: Tensor  # (M,) noise level of each image, 0 = clean, < 1
+    source_ids: Tensor  # (B,) which corpus a row came from
+    row_tokens: Tensor  # (B,) positions that are not padding
+
+    @property
+    def num_images(self) -> int:
+        """M, without asking the device."""
+        return len(self.latents)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch on `device`."""
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in dataclasses.fields(self)
+        }
+        return Batch(**moved)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in pinned memory; called by DataLoader."""
+        return Batch(
+            **{f.name: getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)}
+        )
+
+
+def is_image(part: Part) -> bool:
+    """Images are (C, h, w); text is one-dimensional."""
+    return part.ndim == 3
+
+
+def num_patches(latents: Tensor, patch_size: int) -> int:
+    """N of one image of latents (..., h, w)."""
+    height, width = latents.shape[-2:]
+    return (height // patch_size) * (width // patch_size)
+
+
+def document_length(document: Document, patch_size: int) -> int:
+    """Positions a document takes in a row: its parts, <boi> and <eoi>, <bos> and <eos>."""
+    return 2 + sum(
+        num_patches(part, patch_size) + 2 if is_image(part) else len(part) for part in document
+    )
+
+
+def max_times(document: Document, max_caption_t: float) -> list[float]:
+    """Largest noise level of each image of a document.
+
+    An image that a later text describes and no earlier text announces is kept readable: t stays
+    below `max_caption_t` (Transfusion Sec. 4.3.4: 500 of 1000 steps).
+    """
+    texts = [index for index, part in enumerate(document) if not is_image(part)]
+    return [
+        max_caption_t if texts and index < texts[0] else 1.0
+        for index, part in enumerate(document)
+        if is_image(part)
+    ]
+
+
+def row_generator(seed: int, row_id: int) -> torch.Generator:
+    """Randomness that belongs to one row, whichever rank, worker or run meets it."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + row_id * 0xBF58476D1CE4E5B9 + 1) % 2**63
+    return torch.Generator().manual_seed(mixed)
+
+
+def draw_times(limits: list[float], generator: torch.Generator) -> Tensor:
+    """Noise levels (len(limits),), image k below limits[k], evenly spread over the row.
+
+    One offset shifts an even grid (Variational Diffusion Models, Sec. I.1): each t is uniform, and
+    the row's mean loss varies less than with independent draws.
+    """
+    count = len(limits)
+    grid = torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)
+    share = (grid / max(count, 1)).clamp(max=1 - 2**-24)  # 63 + 0.9999999 is 64 in fp32
+    return share * torch.tensor(limits)
+
+
+class _RowWriter:
+    """Fills one row from the left."""
+
+    def __init__(self, row_length: int, tokenizer, patch_size: int):
+        self.tokenizer, self.patch_size = tokenizer, patch_size
+        self.input_ids = torch.zeros(row_length, dtype=torch.long)
+        self.labels = torch.full((row_length,), IGNORE_INDEX)
+        self.positions = torch.zeros(row_length, dtype=torch.long)
+        self.document_ids = torch.full((row_length,), -1)
+        self.image_ids = torch.full((row_length,), -1)
+        self.end = 0
+
+    def write(self, document: Document, document_id: int, first_image: int) -> None:
+        """Append a document whose images are numbered from `first_image`."""
+        ids, image_ids = flatten(document, self.tokenizer, self.patch_size, first_image)
+        place = slice(self.end, self.end + len(ids))
+        if place.stop > len(self.input_ids):
+            raise ValueError(
+                f"documents of {place.stop} positions exceed row_length={len(self.input_ids)}"
+            )
+        self.input_ids[place] = ids
+        self.image_ids[place] = image_ids
+        self.positions[place] = torch.arange(len(ids))
+        self.document_ids[place] = document_id
+        if any(not is_image(part) for part in document):
+            self.labels[place] = next_text_tokens(ids, image_ids, self.tokenizer.boi_id)
+        self.end = place.stop
+
+
+def flatten(document: Document, tokenizer, patch_size: int, first_image: int = 0):
+    """A document's ids (0 at patches) and image ids, both (L,)."""
+    text = lambda *ids: (torch.tensor(ids), torch.full((len(ids),), -1))  # noqa: E731
+    pieces = [text(tokenizer.bos_id)]
+    for part in document:
+        if is_image(part):
+            length = num_patches(part, patch_size)
+            patches = torch.zeros(length, dtype=torch.long), torch.full((length,), first_image)
+            pieces += [text(tokenizer.boi_id), patches, text(tokenizer.eoi_id)]
+            first_image += 1
+        else:
+            pieces.append((part, torch.full((len(part),), -1)))
+    pieces.append(text(tokenizer.eos_id))
+    ids, image_ids = zip(*pieces, strict=True)
+    return torch.cat(ids), torch.cat(image_ids)
+
+
+def next_text_tokens(ids: Tensor, image_ids: Tensor, boi_id: int) -> Tensor:
+    """LM targets of one document, (L,).
+
+    None at <boi> (its output would have to be a patch: Transfusion footnote 8), none at patches
+    (<eoi> is appended, never predicted), none at the last position.
+    """
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    labels[:-1] = ids[1:]
+    labels[(ids == boi_id) | (image_ids >= 0)] = IGNORE_INDEX
+    return labels
+
+
+def pack(
+    rows: list[Row],
+    row_ids: list[int],
+    *,
+    tokenizer,
+    row_length: int,
+    patch_size: int,
+    seed: int = 0,
+    max_caption_t: float = 0.5,
+    source_ids: list[int] | None = None,
+    image_shape: tuple[int, int, int] = (1, 1, 1),
+) -> Batch:
+    """Pack rows of documents and draw their noise, a function of (seed, row id) alone.
+
+    A document without text (its caption was dropped for guidance) has no LM targets.
+
+    Args:
+        rows: documents of each row; a row may be empty.
+        row_ids: the rows' places in the endless stream.
+        tokenizer: anything with bos_id, eos_id, boi_id, eoi_id.
+        row_length: T; the documents of a row must fit.
+        patch_size: side of a patch in latent pixels.
+        seed: the run's seed.
+        max_caption_t: noise limit of images that precede their text, in (0, 1].
+        source_ids: which corpus each row came from.
+        image_shape: (C, h, w) of the empty `latents` of a batch without images.
+    """
+    writers, latents, noise, times = [], [], [], []
+    for row, row_id in zip(rows, row_ids, strict=True):
+        writer = _RowWriter(row_length, tokenizer, patch_size)
+        limits: list[float] = []
+        for document_id, document in enumerate(row):
+            writer.write(document, document_id, first_image=len(latents))
+            latents += [part for part in document if is_image(part)]
+            limits += max_times(document, max_caption_t)
+        generator = row_generator(seed, row_id)
+        times.append(draw_times(limits, generator))
+        noise += [torch.randn(x.shape, generator=generator) for x in latents[len(noise) :]]
+        writers.append(writer)
+    stack = lambda name: torch.stack([getattr(writer, name) for writer in writers])  # noqa: E731
+    labels, image_ids = stack("labels"), stack("image_ids")
+    return Batch(
+        input_ids=stack("input_ids"),
+        labels=labels,
+        positions=stack("positions"),
+        document_ids=stack("document_ids"),
+        image_ids=image_ids,
+        patch_index=(image_ids.flatten() >= 0).nonzero().flatten(),
+        target_index=(labels.flatten() != IGNORE_INDEX).nonzero().flatten(),
+        latents=torch.stack(latents) if latents else torch.empty(0, *image_shape),
+        noise=torch.stack(noise) if noise else torch.empty(0, *image_shape),
+        t=torch.cat(times),
+        source_ids=torch.tensor(source_ids or [0] * len(rows)),
+        row_tokens=torch.tensor([writer.end for writer in writers]),
+    )

@@ -1,0 +1,48 @@
+"""The command line: LightningCLI's fit, validate, test and predict, and the verbs beside them."""
+
+import sys
+from typing import NoReturn
+
+from tf_lightning.errors import UserError
+
+HELP = """\
+tf-lightning: one Transformer that writes text and draws images (Transfusion).
+
+  tf-lightning fit      -c configs/quickstart.yaml            train; add --ckpt_path last to resume
+  tf-lightning validate -c CONFIG --ckpt_path CKPT            evaluate a checkpoint
+  tf-lightning test     -c CONFIG --ckpt_path CKPT            the same, once, at the end
+  tf-lightning predict  -c CONFIG --ckpt_path CKPT            captions of held-out pictures
+  tf-lightning generate CKPT "a red circle" -o out            a picture from words
+  tf-lightning generate CKPT --image in.png                   words from a picture
+
+CONFIG is the YAML file the run was trained with. Any value in it can be changed on the command
+line, as in --trainer.max_steps 100. `tf-lightning VERB --help` lists what VERB takes;
+add --print_config to see a run's whole configuration without running it.
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one command; a user's mistake ends in one sentence and exit code 1 or 2."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP)
+        return
+    try:
+        if args[0] == "generate":
+            from tf_lightning.generate_command import run_generate
+
+            run_generate(args[1:])
+        else:
+            from tf_lightning.lightning_cli import run_lightning
+
+            run_lightning(args)
+    except UserError as error:
+        stop(str(error), code=1)
+    except KeyboardInterrupt:
+        stop("interrupted", code=130)
+
+
+def stop(message: str, code: int) -> NoReturn:
+    """End with one line on standard error."""
+    print(f"tf-lightning: error: {message}", file=sys.stderr)
+    raise SystemExit(code)

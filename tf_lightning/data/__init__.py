@@ -1,0 +1,22 @@
+"""Corpora, and the packed rows made of them."""
+
+from tf_lightning.data.corpus import Corpus, Skipped, Source
+from tf_lightning.data.image_caption import CaptionTars, ImageCaptionData
+from tf_lightning.data.interleaved import InterleavedData, InterleavedFiles
+from tf_lightning.data.mixture import Mixture
+from tf_lightning.data.prepare import prepare
+from tf_lightning.data.text import TextData, TextFiles
+
+__all__ = [
+    "CaptionTars",
+    "Corpus",
+    "ImageCaptionData",
+    "InterleavedData",
+    "InterleavedFiles",
+    "Mixture",
+    "Skipped",
+    "Source",
+    "TextData",
+    "TextFiles",
+    "prepare",
+]

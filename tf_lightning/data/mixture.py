@@ -1,0 +1,274 @@
+"""Several corpora trained on together, their shares given in tokens."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from tf_lightning.autoencoder import load_autoencoder
+from tf_lightning.batch import Batch, pack
+from tf_lightning.data.corpus import Corpus, Skipped, Source
+from tf_lightning.data.prepare import prepare
+from tf_lightning.data.rows import (
+    ENDLESS,
+    CorpusRows,
+    Rows,
+    RowSampler,
+    StreamRow,
+    ValidationRows,
+)
+from tf_lightning.errors import UserError
+from tf_lightning.tokenizer import Tokenizer, train
+
+# What a tokenizer is trained on: the first of each source, up to these.
+TOKENIZER_DOCUMENTS = 20_000
+TOKENIZER_CHARACTERS = 20_000_000
+
+
+class Mixture(L.LightningDataModule):
+    """Prepares corpora once and serves their packed rows.
+
+    After `setup`, `tokenizer` is the Tokenizer and `source_names` the names that `Batch.source_ids`
+    and the validation loaders count.
+
+    Args:
+        sources: a source of documents under each name.
+        weights: share of the tokens each source is to have, patches counted as tokens; None: as
+            many as it has, so that every document is seen equally often. A source with 0 is only
+            validated on.
+        tokenizer: a sentencepiece file; None trains one on the sources' text.
+        vocab_size: entries of the tokenizer that is trained.
+        autoencoder: "shapes", "pixels", a folder, a file, or a hub name; None: no pictures.
+        patch_size: side of a patch in latent pixels.
+        row_length: positions in a row.
+        batch_size: rows in a batch of one rank.
+        image_first_prob: probability that a captioned picture precedes its caption (paper: 0.2).
+        caption_drop_prob: probability that a caption that comes first is dropped, for guidance.
+        max_caption_t: noise limit of pictures that precede their text, in (0, 1] (paper: 0.5).
+        num_workers: processes that load rows; 0 loads in the training process.
+        seed: of order and noise, >= 0.
+        cache_dir: where tokenizer and prepared corpora are kept.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        weights: dict[str, float] | None = None,
+        *,
+        tokenizer: str | None = None,
+        vocab_size: int = 512,
+        autoencoder: str | None = None,
+        patch_size: int = 2,
+        row_length: int = 512,
+        batch_size: int = 8,
+        image_first_prob: float = 0.2,
+        caption_drop_prob: float = 0.1,
+        max_caption_t: float = 0.5,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: str = "data",
+    ):
+        super().__init__()
+        check_weights(sources, weights)
+        self.sources, self.weights = sources, weights
+        self.source_names = list(sources)
+        self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
+        self.autoencoder_name, self.patch_size = autoencoder, patch_size
+        self.row_length, self.batch_size = row_length, batch_size
+        self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
+        self.max_caption_t, self.num_workers = max_caption_t, num_workers
+        self.seed, self.cache_dir = seed, Path(cache_dir)
+        self.tokenizer: Tokenizer | None = None
+        self.corpora: dict[str, dict[str, Corpus]] = {}
+        self._first_row = self._first_step = 0
+
+    # Preparing
+
+    def prepare_data(self) -> None:
+        """Train the tokenizer and prepare every corpus, where that was not done."""
+        self._open()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what `prepare_data` made."""
+        if not self.corpora:
+            self._open()
+
+    def _open(self) -> None:
+        self.tokenizer = self._open_tokenizer()
+        autoencoder = load_autoencoder(self.autoencoder_name) if self.autoencoder_name else None
+        self.corpora = {
+            split: {
+                name: prepare(
+                    source,
+                    split,
+                    name=name,
+                    directory=self.cache_dir,
+                    tokenizer=self.tokenizer,
+                    autoencoder=autoencoder,
+                    row_length=self.row_length,
+                    patch_size=self.patch_size,
+                )
+                for name, source in self.sources.items()
+            }
+            for split in ("train", "val")
+        }
+        self.image_shape = self._image_shape()
+
+    def _open_tokenizer(self) -> Tokenizer:
+        if self.tokenizer_file:
+            return Tokenizer(self.tokenizer_file)
+        origin = [source.fingerprint("train") for source in self.sources.values()]
+        digest = hashlib.sha256(repr((origin, self.vocab_size)).encode()).hexdigest()[:12]
+        path = self.cache_dir / f"tokenizer-{digest}.model"
+        if path.exists():
+            return Tokenizer(path)
+        return train(texts(self.sources.values()), path, self.vocab_size)
+
+    def _image_shape(self) -> tuple[int, int, int] | None:
+        """The one (C, h, w) of all latents; None without pictures."""
+        opened = [corpus for split in self.corpora.values() for corpus in split.values()]
+        shapes = {corpus.image_shape: corpus.name for corpus in opened if corpus.image_shape}
+        if len(shapes) > 1:
+            raise UserError(
+                f"the sources' latents differ in size ({shapes}); give all the same image_size"
+            )
+        return next(iter(shapes), None)
+
+    # Serving
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches without end, from the row that the run has reached."""
+        corpora = list(self.corpora["train"].values())
+        streams = [
+            self._rows(
+                corpus,
+                seed=(self.seed, number),
+                image_first_prob=self.image_first_prob,
+                caption_drop_prob=self.caption_drop_prob,
+            )
+            for number, corpus in enumerate(corpora)
+        ]
+        if self.weights is None:
+            weights = [float(stream.lengths.sum()) for stream in streams]
+        else:
+            weights = [self.weights[name] for name in self.source_names]
+        rows = Rows(streams, weights)
+        sampler = RowSampler(
+            rows,
+            self.next_row,
+            batch_size=self.batch_size,
+            num_batches=self._num_batches(),
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        return self._loader(rows, sampler)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """One finite loader for each source, in the order of `source_names`: each document once."""
+        world = {"num_replicas": self._world_size, "rank": self._rank}
+        loaders = []
+        for number, corpus in enumerate(self.corpora["val"].values()):
+            rows = ValidationRows(self._rows(corpus), number, self._world_size)
+            loaders.append(self._loader(rows, DistributedSampler(rows, shuffle=False, **world)))
+        return loaders
+
+    def _rows(self, corpus: Corpus, **order) -> CorpusRows:
+        return CorpusRows(
+            corpus, row_length=self.row_length, num_patches=self._num_patches, **order
+        )
+
+    def _loader(self, rows: Dataset, sampler: Sampler) -> DataLoader:
+        collate = partial(
+            pack_rows,
+            tokenizer=self.tokenizer,
+            row_length=self.row_length,
+            patch_size=self.patch_size,
+            seed=self.seed,
+            max_caption_t=self.max_caption_t,
+            image_shape=self.image_shape or (1, 1, 1),
+        )
+        return DataLoader(
+            rows,
+            self.batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    @property
+    def _num_patches(self) -> int:
+        if self.image_shape is None:
+            return 0
+        _, height, width = self.image_shape
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    # Where the run is
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _num_batches(self) -> int:
+        """Batches of one rank in the whole run."""
+        if self.trainer is None or self.trainer.max_steps < 0:
+            return ENDLESS
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def next_row(self) -> int:
+        """The first row that no optimizer step has seen; computed, never counted."""
+        if self.trainer is None:
+            return self._first_row
+        rows_per_step = self.batch_size * self._world_size * self.trainer.accumulate_grad_batches
+        steps = self.trainer.global_step - self._first_step
+        return self._first_row + steps * rows_per_step
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the stream, for the checkpoint; valid for any number of ranks."""
+        step = self.trainer.global_step if self.trainer else self._first_step
+        return {"next_row": self.next_row(), "global_step": step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from a checkpoint's place."""
+        self._first_row, self._first_step = state_dict["next_row"], state_dict["global_step"]
+
+
+def pack_rows(rows: list[StreamRow], **arguments) -> Batch:
+    """A DataLoader's rows as one Batch."""
+    row_ids, documents, source_ids = zip(*rows, strict=True)
+    return pack(list(documents), list(row_ids), source_ids=list(source_ids), **arguments)
+
+
+def texts(sources: Iterator[Source]) -> Iterator[str]:
+    """The training text of sources, of each only as much as a tokenizer needs."""
+    for source in sources:
+        characters = 0
+        for document in islice(source.documents("train"), TOKENIZER_DOCUMENTS):
+            parts = [] if isinstance(document, Skipped) else document
+            for text in (part for part in parts if isinstance(part, str)):
+                yield text
+                characters += len(text)
+            if characters > TOKENIZER_CHARACTERS:
+                break
+
+
+def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) -> None:
+    """UserError unless each source has a weight >= 0 and one is positive."""
+    if weights is None:
+        return
+    if set(weights) != set(sources):
+        raise UserError(
+            f"weights are given for {sorted(weights)} but the sources are {sorted(sources)}; "
+            "give one for each"
+        )
+    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise UserError(f"weights are {weights}; give numbers >= 0, one of them positive")

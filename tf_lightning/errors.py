@@ -1,0 +1,8 @@
+"""The one exception that means: the person at the keyboard can fix this."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave; its message is one sentence: the value, the limit, the remedy.
+
+    The command line prints the message alone, without a traceback, and exits with code 1.
+    """

@@ -1,0 +1,106 @@
+"""`tf-lightning generate`: a picture from words, words from a picture."""
+
+import argparse
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from tf_lightning.data.corpus import BadSample
+from tf_lightning.data.images import load_picture
+from tf_lightning.errors import UserError
+from tf_lightning.model import Model, RawDocument, load
+from tf_lightning.sampler import SAMPLERS
+
+EPILOG = """\
+examples:
+  tf-lightning generate last.ckpt "a red circle above a blue square" -o out
+  tf-lightning generate last.ckpt --image in.png                     what does it show?
+  tf-lightning generate last.ckpt --image in.png "make the circle green" -o out
+Text and --image parts form one prompt, in the order given. A prompt that ends in text is answered
+with a picture, one that ends in a picture with words; --answer says otherwise.
+"""
+
+
+class Part(argparse.Action):
+    """Keeps text and --image parts in the order they were typed."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Append (kind, value) for each value."""
+        kind = "image" if option_string else "text"
+        values = values if isinstance(values, list) else [values]
+        parts = getattr(namespace, "parts", None) or []
+        namespace.parts = parts + [(kind, value) for value in values]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    parser = argparse.ArgumentParser(
+        "tf-lightning generate",
+        description="Continue a prompt of text and pictures.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="a file that `tf-lightning fit` wrote")
+    add("prompt", nargs="*", action=Part, help="text of the prompt")
+    add("--image", action=Part, metavar="FILE", help="picture of the prompt; may be repeated")
+    add("-o", "--out", type=Path, default=Path("out"), help="folder for pictures (default: out)")
+    add("-n", "--num-images", type=int, default=4, help="pictures to draw (default: 4)")
+    add("--answer", choices=("image", "text"), help="what to generate (default: the other kind)")
+    add("--guidance-scale", type=float, default=3.0, help="1 = off (default: 3)")
+    add("--steps", type=int, default=50, help="denoising steps, 1 to 1000 (default: 50)")
+    add("--sampler", choices=SAMPLERS, default="DDIMScheduler", help="(default: DDIMScheduler)")
+    add("--max-new-tokens", type=int, default=64, help="longest text (default: 64)")
+    add("--temperature", type=float, default=0.0, help="of text; 0 = most probable (default: 0)")
+    add("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    return parser
+
+
+def run_generate(args: list[str]) -> None:
+    """Parse, load, generate, write."""
+    parser = build_parser()
+    options = parser.parse_intermixed_args(args)
+    parts = getattr(options, "parts", None) or []
+    if not parts:
+        raise UserError("there is no prompt; give text, or --image FILE, after the checkpoint")
+    model = load(options.checkpoint)
+    prompt = [read_part(kind, value, model) for kind, value in parts]
+    ends_in_text = parts[-1][0] == "text"
+    if (options.answer or ("image" if ends_in_text else "text")) == "image":
+        draw(model, prompt, parts, options)
+    else:
+        (text,) = model.write(
+            [prompt], max_new_tokens=options.max_new_tokens, temperature=options.temperature
+        )
+        print(text)
+
+
+def read_part(kind: str, value: str, model: Model) -> str | Image.Image:
+    """Text as it is; a picture cropped and resized to what the model reads."""
+    if kind == "text":
+        return value
+    if model.autoencoder is None:
+        raise UserError("this model was trained on text alone; leave --image out")
+    try:
+        return load_picture(Path(value), model.image_size)
+    except BadSample as error:
+        raise UserError(f"{value}: {error}; give a PNG or JPEG file") from error
+
+
+def draw(model: Model, prompt: RawDocument, parts: list, options: argparse.Namespace) -> None:
+    """Draw the pictures and write them, with a JSON file that says how they were made."""
+    seeds = [options.seed + i for i in range(options.num_images)]
+    how = {
+        "guidance_scale": options.guidance_scale,
+        "num_inference_steps": options.steps,
+        "sampler": options.sampler,
+    }
+    pictures = model.draw([prompt] * len(seeds), seeds=seeds, progress=True, **how)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for seed, picture in zip(seeds, pictures, strict=True):
+        path = options.out / f"{seed:04d}.png"
+        picture.save(path)
+        record = {"prompt": parts, "seed": seed, "checkpoint": options.checkpoint, **how}
+        path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"Wrote {len(seeds)} pictures to {options.out}: {options.out}/{seeds[0]:04d}.png ...")

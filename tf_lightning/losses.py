@@ -1,0 +1,22 @@
+"""The two losses of a packed row, as sums: whoever averages knows the counts of every rank.
+
+Shapes: K text targets, V vocabulary, M images.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each target, (K,); logits (K, V), targets (K,); fp32."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def diffusion_loss_sum(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error summed over latent elements, both (M, C, h, w) (Transfusion Eq. 3); fp32."""
+    return F.mse_loss(output.float(), target.float(), reduction="sum")
+
+
+def total_loss(loss_lm: Tensor, loss_diffusion: Tensor, diffusion_weight: float) -> Tensor:
+    """L = L_LM + lambda * L_DDPM (Transfusion Eq. 4), of the two means."""
+    return loss_lm + diffusion_weight * loss_diffusion

@@ -1,0 +1,246 @@
+"""The LightningModule: owns the network and its average, joins the two losses, logs them.
+
+The only file that touches the trainer, the optimizer and `self.log`. Hyper-parameters are what must
+match the weights; whatever one varies at evaluation belongs to callbacks.
+"""
+
+from copy import deepcopy
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from tf_lightning.attention import build_attention
+from tf_lightning.batch import Batch
+from tf_lightning.diffusion import (
+    PREDICTION_TYPES,
+    add_noise,
+    cosine_alphas_cumprod,
+    diffusion_target,
+)
+from tf_lightning.errors import UserError
+from tf_lightning.losses import diffusion_loss_sum, lm_loss, total_loss
+from tf_lightning.net import Net, update_ema
+from tf_lightning.optim import lr_scale, parameter_groups
+from tf_lightning.transformer import TransformerConfig
+
+
+class Transfusion(L.LightningModule):
+    """One Transformer that predicts the next text token and denoises images.
+
+    Args:
+        transformer: sizes of the shared Transformer.
+        patch_size: side of a patch in latent pixels; the data's must be the same.
+        latent_channels: channels of the autoencoder's latents.
+        prediction_type: what the denoiser outputs, "epsilon" (the paper) or "v_prediction".
+        num_train_timesteps: steps of the DDPM noise schedule.
+        causal_images: patches see only earlier patches (the paper's ablation).
+        diffusion_weight: lambda of L = L_LM + lambda * L_DDPM.
+        lr: peak learning rate of AdamW.
+        betas: its two decay rates.
+        weight_decay: on matrices; norms, biases and embeddings have none.
+        warmup_steps: optimizer steps of linear warm-up.
+        min_lr_ratio: last learning rate as a share of the peak.
+        ema_decay: decay per optimizer step of the weights' average, 0 to keep none.
+        compile: compile the network with torch.compile.
+    """
+
+    def __init__(
+        self,
+        transformer: TransformerConfig,
+        patch_size: int = 2,
+        latent_channels: int = 8,
+        prediction_type: str = "epsilon",
+        num_train_timesteps: int = 1000,
+        causal_images: bool = False,
+        diffusion_weight: float = 5.0,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        warmup_steps: int = 4000,
+        min_lr_ratio: float = 0.05,
+        ema_decay: float = 0.9999,
+        compile: bool = False,
+    ):
+        super().__init__()
+        if prediction_type not in PREDICTION_TYPES:
+            raise UserError(f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}")
+        self.save_hyperparameters()
+        if isinstance(transformer, dict):  # a checkpoint written by the command line
+            transformer = TransformerConfig(**transformer)
+        self.config = transformer
+        table = cosine_alphas_cumprod(num_train_timesteps)
+        self.register_buffer("alphas_cumprod", table, persistent=False)
+        self.net: Net | None = None
+        self.ema: Net | None = None
+        self.tokenizer_proto: bytes | None = None
+        self.image_codec: dict | None = None
+
+    # ---------------------------------------------------------------- building
+
+    def configure_model(self) -> None:
+        """Build the network once, inside the strategy's device and precision context."""
+        if self.net is not None:
+            return
+        hparams = self.hparams
+        self.net = Net(self.config, hparams.patch_size, hparams.latent_channels)
+        self.net.reset_parameters()
+        if hparams.ema_decay > 0:
+            self.ema = deepcopy(self.net).requires_grad_(False)
+        if hparams.compile:
+            self.net.compile()
+
+    @property
+    def inference_net(self) -> Net:
+        """The averaged weights if there are any."""
+        return self.net if self.ema is None else self.ema
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that was prepared for another model; remember how to read our outputs."""
+        data = self.trainer.datamodule
+        for name, ours, theirs in (
+            ("entries in the vocabulary", self.config.vocab_size, data.tokenizer.vocab_size),
+            ("patch_size", self.hparams.patch_size, data.patch_size),
+        ):
+            if ours != theirs:
+                raise UserError(
+                    f"the data has {name} = {theirs} but the model has {ours}; "
+                    "give both the same value (tokenizer, vocab_size, patch_size)"
+                )
+        self.tokenizer_proto = data.tokenizer.proto
+        self.image_codec = {
+            "autoencoder": data.autoencoder_name,
+            "latent_shape": data.image_shape and list(data.image_shape),
+        }
+
+    def configure_optimizers(self) -> dict:
+        """AdamW with linear warm-up and cosine decay."""
+        hparams = self.hparams
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.net, hparams.weight_decay),
+            lr=hparams.lr,
+            betas=hparams.betas,
+            fused=True,
+        )
+        max_steps = self.trainer.max_steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: lr_scale(step, hparams.warmup_steps, max_steps, hparams.min_lr_ratio),
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    # ---------------------------------------------------------------- training
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Both losses on the same packed rows."""
+        nll, squared_error = self.loss_sums(self.net, batch)
+        loss_lm = self.global_mean(nll.sum(), len(batch.target_index))
+        loss_diffusion = self.global_mean(squared_error, batch.latents.numel())
+        loss = total_loss(loss_lm, loss_diffusion, self.hparams.diffusion_weight)
+        values = {"loss": loss, "loss_lm": loss_lm, "loss_diffusion": loss_diffusion}
+        self.log_dict(
+            {f"train/{name}": value.detach() for name, value in values.items()},
+            batch_size=len(batch.input_ids),
+            sync_dist=True,
+        )
+        return loss
+
+    def loss_sums(self, net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each text target (K,), and the sum of squared errors of the denoiser."""
+        timesteps = (batch.t * len(self.alphas_cumprod)).long()
+        alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noised = add_noise(batch.latents, batch.noise, alpha_bar)
+        attend = build_attention(batch, self.hparams.causal_images)
+        logits, output = net(batch, noised, timesteps / len(self.alphas_cumprod), attend)
+        target = diffusion_target(
+            batch.latents, batch.noise, alpha_bar, self.hparams.prediction_type
+        )
+        targets = batch.labels.flatten()[batch.target_index]
+        return lm_loss(logits, targets), diffusion_loss_sum(output, target)
+
+    def global_mean(self, total: Tensor, count: int) -> Tensor:
+        """This rank's share of a mean over all ranks.
+
+        DDP and FSDP average gradients over ranks; the mean of these shares over ranks is the sum of
+        totals by the sum of counts, so that 2 ranks equal 1 with the same rows.
+        """
+        everyone = torch.tensor(float(count), device=total.device)
+        if self.trainer.world_size > 1:
+            everyone = self.trainer.strategy.reduce(everyone, reduce_op="sum")
+        return total * self.trainer.world_size / everyone.clamp(min=1)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, and log that norm."""
+        limit = gradient_clip_val or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        self.log("train/grad_norm", norm, batch_size=1)
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        """Step, then average the weights; the decay grows from 0.1 so that the start is forgotten."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            step = self.trainer.global_step
+            update_ema(self.ema, self.net, min(self.hparams.ema_decay, (1 + step) / (10 + step)))
+
+    # ---------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self) -> None:
+        """One set of sums for each source of validation documents."""
+        self.val_sums = {
+            (source, name): MeanMetric().set_dtype(torch.float64).to(self.device)
+            for source in self.trainer.datamodule.source_names
+            for name in ("loss_lm", "perplexity", "loss_diffusion")
+        }
+
+    def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:
+        """Sum the losses of one source, with the averaged weights."""
+        nll, squared_error = self.loss_sums(self.inference_net, batch)
+        nll, started = nll.double(), batch.positions.flatten()[batch.target_index] > 0
+        source = self.trainer.datamodule.source_names[dataloader_idx]
+        for name, total, count in (
+            ("loss_lm", nll.sum(), len(nll)),
+            ("perplexity", nll[started].sum(), started.sum()),
+            ("loss_diffusion", squared_error, batch.latents.numel()),
+        ):
+            mean = total / count if count else 0.0
+            self.val_sums[source, name].update(mean, weight=count)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/<source>/...`; perplexity = exp(sum nll / sum tokens), document starts excluded."""
+        for (source, name), sums in self.val_sums.items():
+            value = sums.compute()  # the same on every rank
+            if not value.isnan():
+                value = value.exp() if name == "perplexity" else value
+                self.log(f"val/{source}/{name}", value.float(), add_dataloader_idx=False)
+
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Keep what generation needs beside the weights: the tokenizer and the autoencoder's name."""
+        proto = bytearray(self.tokenizer_proto)
+        checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
+        checkpoint["image_codec"] = self.image_codec
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Restore them; a checkpoint always has both."""
+        proto = bytes(checkpoint["tokenizer"].numpy())
+        if self.tokenizer_proto not in (None, proto):
+            raise UserError(
+                "the data's tokenizer is not the one this checkpoint was trained with; "
+                "give the training run's tokenizer file or cache_dir"
+            )
+        self.tokenizer_proto = proto
+        self.image_codec = checkpoint["image_codec"]

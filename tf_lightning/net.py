@@ -1,0 +1,55 @@
+"""The network: one Transformer between a text side and an image side.
+
+This is what is trained, averaged (EMA), sharded and exported; it knows no loss and no trainer.
+
+Shapes: B rows, T positions, M images, N patches an image, K text targets, D model dim, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from tf_lightning.attention import Attention
+from tf_lightning.batch import Batch
+from tf_lightning.patches import LinearPatchCoder
+from tf_lightning.transformer import Transformer, TransformerConfig
+
+
+class Net(nn.Module):
+    """Text tokens and noised patches in, next-token logits and the denoiser's output out."""
+
+    def __init__(self, config: TransformerConfig, patch_size: int, latent_channels: int):
+        super().__init__()
+        self.transformer = Transformer(config)
+        self.patch_coder = LinearPatchCoder(latent_channels, patch_size, config.dim)
+
+    def forward(
+        self, batch: Batch, noised_latents: Tensor, t: Tensor, attend: Attention
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (K, V) at `batch.target_index` and the denoiser's output (M, C, h, w).
+
+        Each head runs only where its loss is: no vocabulary head on patches.
+
+        Args:
+            batch: packed rows.
+            noised_latents: x_t of the batch's images, (M, C, h, w).
+            t: their noise levels, (M,) in [0, 1].
+            attend: attention built for this batch.
+        """
+        patches = self.patch_coder.encode(noised_latents, t)  # (M, N, D)
+        x = self.transformer.tok_embeddings(batch.input_ids)  # (B, T, D)
+        flat = x.flatten(0, 1).index_copy(0, batch.patch_index, patches.flatten(0, 1).type_as(x))
+        hidden = self.transformer(flat.view_as(x), batch.positions, attend).flatten(0, 1)
+        logits = self.transformer.output(hidden[batch.target_index])
+        hidden_patches = hidden[batch.patch_index].unflatten(0, patches.shape[:2])
+        return logits, self.patch_coder.decode(hidden_patches, noised_latents.shape[-2:])
+
+    def reset_parameters(self) -> None:
+        """Initialise every weight; also what fills a net built on the meta device."""
+        self.transformer.reset_parameters()
+        self.patch_coder.reset_parameters()
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * net, elementwise (so shards need no communication)."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)

@@ -1,0 +1,78 @@
+"""The linear patch coder: latents <-> patch vectors, and what an image's noise level adds to them.
+
+Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches, D model dim.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TIMESTEP_DIM = 256
+MAX_GRID = 64  # patches a side of the largest image: 512 pixels at f8, patch size 1
+
+
+def patchify(latents: Tensor, patch_size: int) -> Tensor:
+    """(M, C, h, w) -> (M, N, C * P * P), patches in raster order."""
+    return F.unfold(latents, patch_size, stride=patch_size).transpose(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
+    """(M, N, C * P * P) -> (M, C, h, w); the inverse of `patchify`, `size` = (h, w)."""
+    return F.fold(patches.transpose(1, 2), size, patch_size, stride=patch_size)
+
+
+def timestep_embedding(t: Tensor, dim: int = TIMESTEP_DIM) -> Tensor:
+    """Sinusoids of noise levels t (M,) in [0, 1], as (M, dim), fp32.
+
+    Frequencies 1 .. 1/10,000 over t * 1000, so that t counts as a DDPM step (DDPM App. B).
+    """
+    half = torch.arange(dim // 2, device=t.device)
+    frequencies = torch.exp(-math.log(10_000) * half / (dim // 2))
+    angles = 1000 * t.float().unsqueeze(-1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class LinearPatchCoder(nn.Module):
+    """One linear layer in, one out; t and the place in the image are added to the patch vectors.
+
+    The paper adds "an embedding of the timestep t to every patch vector" (footnote 6); a
+    256 -> D -> D network fits the parameter shares of its Table 7. The learned row and column
+    embedding is ours: the paper names no position beyond the sequence's.
+    """
+
+    def __init__(self, latent_channels: int, patch_size: int, dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        vector = latent_channels * patch_size**2
+        self.patch_encoder = nn.Linear(vector, dim)
+        self.patch_decoder = nn.Linear(dim, vector)
+        self.time_embedder = nn.Sequential(
+            nn.Linear(TIMESTEP_DIM, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.row_embedding = nn.Embedding(MAX_GRID, dim)
+        self.column_embedding = nn.Embedding(MAX_GRID, dim)
+
+    def encode(self, latents: Tensor, t: Tensor) -> Tensor:
+        """Latents (M, C, h, w) at noise levels t (M,) -> patch vectors (M, N, D)."""
+        height, width = (side // self.patch_size for side in latents.shape[-2:])
+        patches = self.patch_encoder(patchify(latents, self.patch_size))
+        time = self.time_embedder(timestep_embedding(t).type_as(latents)).unsqueeze(1)
+        rows, columns = self.row_embedding.weight[:height], self.column_embedding.weight[:width]
+        place = (rows.unsqueeze(1) + columns).flatten(0, 1)  # (N, D)
+        return patches + time + place
+
+    def decode(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
+        """Hidden states (M, N, D) -> the network's output (M, C, h, w), `size` = (h, w)."""
+        return unpatchify(self.patch_decoder(hidden), self.patch_size, size)
+
+    def reset_parameters(self) -> None:
+        """Unit-variance patch vectors; a zero output, the mean of every target."""
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=part.in_features**-0.5)
+                nn.init.zeros_(part.bias)
+            elif isinstance(part, nn.Embedding):
+                nn.init.normal_(part.weight, std=0.02)
+        nn.init.zeros_(self.patch_decoder.weight)

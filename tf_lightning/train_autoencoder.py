@@ -1,0 +1,154 @@
+"""Trains the small autoencoder of the embedded world: `python -m tf_lightning.train_autoencoder --out DIR`.
+
+The result is a diffusers `AutoencoderKL` folder, with the mean and spread of each latent channel in its config, and a
+`report.json` with the command and the reconstruction error on held-out pictures.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import trange
+
+from tf_lightning.data.shapes import IMAGE_SIZE, Split, render, scene
+from tf_lightning.errors import UserError
+
+CONFIG = {
+    "sample_size": IMAGE_SIZE,
+    "latent_channels": 8,
+    "block_out_channels": (16, 32, 64, 64),  # few channels where there are many pixels: CPUs encode with it
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "mid_block_add_attention": False,
+}
+
+
+def pictures(indices: range, *, split: Split = "train", seed: int = 0) -> Tensor:
+    """Pictures of the world's scenes, (B, 3, 64, 64) in [-1, 1]."""
+    images = np.stack([render(scene(seed, index, split=split)) for index in indices])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return images.to(torch.float32, memory_format=torch.channels_last) / 127.5 - 1
+
+
+def train(*, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int) -> nn.Module:
+    """Trains on pictures rendered as they are needed: absolute error + kl_weight x KL, both means over elements."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    model = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    progress = trange(steps, desc="autoencoder", mininterval=1.0)
+    for step in progress:
+        images = pictures(range(step * batch_size, (step + 1) * batch_size), seed=seed)
+        posterior = model.encode(images).latent_dist
+        error = F.l1_loss(model.decode(posterior.sample()).sample, images)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        (error + kl_weight * kl).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(l1=f"{error.item():.4f}", kl=f"{kl.item():.2f}")
+    return model.eval()
+
+
+@torch.no_grad()
+def measure_latents(model: nn.Module, num_images: int, *, seed: int) -> dict[str, list[float]]:
+    """Mean and standard deviation of each latent channel over training pictures, under diffusers' config names."""
+    modes = torch.cat(
+        [
+            model.encode(pictures(range(start, start + 50), seed=seed)).latent_dist.mode()
+            for start in range(0, num_images, 50)
+        ]
+    )
+    return {
+        "latents_mean": modes.mean((0, 2, 3)).tolist(),
+        "latents_std": modes.std((0, 2, 3)).tolist(),
+    }
+
+
+@torch.no_grad()
+def measure_errors(model: nn.Module, num_images: int, *, seed: int) -> dict[str, float]:
+    """Error of reconstructions from the posterior's mode, on held-out pictures with values in [0, 1]."""
+    absolute, squared, spread = [], [], []
+    for start in range(0, num_images, 50):
+        images = pictures(range(start, start + 50), split="val", seed=seed)
+        posterior = model.encode(images).latent_dist
+        difference = (model.decode(posterior.mode()).sample.clamp(-1, 1) - images) / 2
+        absolute.append(difference.abs().mean())
+        squared.append(difference.square().mean((1, 2, 3)))
+        spread.append(posterior.std.mean())
+    return {
+        "num_images": num_images,
+        "l1": torch.stack(absolute).mean().item(),
+        "psnr_db": (-10 * torch.cat(squared).log10()).mean().item(),
+        "posterior_std": torch.stack(spread).mean().item(),
+    }
+
+
+def save(model: nn.Module, out: Path, report: dict) -> None:
+    """Writes the folder beside `out` and renames it, so that a killed run leaves nothing half-written."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        folder = Path(scratch) / out.name
+        model.save_pretrained(folder)
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m tf_lightning.train_autoencoder", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, must not exist yet")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (2000)")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures a step (16)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (2e-3)")
+    parser.add_argument("--kl-weight", type=float, default=5e-4, help="weight of the KL term (5e-4)")
+    parser.add_argument("--measure", type=int, default=2000, help="pictures for the final figures (2000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and pictures (0)")
+    options = parser.parse_args(args)
+    if options.out.exists():
+        raise UserError(f"{options.out} exists already; give --out a new folder or remove it first")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+
+    begun = time.time()
+    model = train(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        kl_weight=options.kl_weight,
+        seed=options.seed,
+    )
+    seconds = time.time() - begun
+    model.half().float()  # half the file, and what is measured is what is stored
+    model.register_to_config(**measure_latents(model, options.measure, seed=options.seed))
+    report = {
+        "command": shlex.join(["python", "-m", "tf_lightning.train_autoencoder", *(args or sys.argv[1:])]),
+        "train_seconds": round(seconds),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "held_out": measure_errors(model, options.measure, seed=options.seed),
+    }
+    save(model.half(), options.out, report)
+    print(json.dumps(report, indent=2))
+    print(f"wrote {options.out}; give this folder as the autoencoder's name to use it")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,151 @@
+"""A Llama: RMSNorm, rotary positions, SwiGLU; so Llama weights load by renaming.
+
+Knows nothing of images: it maps vectors to vectors under whatever attention it is given.
+
+Shapes: (..., D) vectors, H query heads, G key/value heads, K head dim; `...` is (B, T) or (S,).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tf_lightning.attention import Attention
+
+
+@dataclass
+class TransformerConfig:
+    """Sizes of the shared Transformer."""
+
+    vocab_size: int = 32_002
+    """Entries of the vocabulary, <boi> and <eoi> included; must equal the tokenizer's."""
+    dim: int = 768
+    """Width D."""
+    num_layers: int = 16
+    """Number of blocks."""
+    num_heads: int = 12
+    """Query heads H; the head dim is dim / num_heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads G of grouped-query attention; None: as many as query heads."""
+    ffn_dim: int = 2048
+    """Inner width of SwiGLU."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys of each head (Chameleon); off in the paper."""
+
+
+torch.serialization.add_safe_globals([TransformerConfig])  # hparams load with weights_only=True
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and signed sin (..., 1, K) at `positions` (...), in Hugging Face's half-split order."""
+    even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions.unsqueeze(-1) * theta ** -(even / head_dim)  # (..., K / 2), fp32
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (..., H, K) by cos, sin (..., 1, K) (RoFormer Eq. 34), in fp32."""
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).type_as(x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head or grouped-query attention with rotary positions."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.head_dim = config.dim // config.num_heads
+        kv_dim = self.head_dim * (config.num_kv_heads or config.num_heads)
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+        """(..., D) -> (..., D)."""
+        heads = (-1, self.head_dim)
+        q = rotate(self.q_norm(self.wq(x).unflatten(-1, heads)), *rope)  # (..., H, K)
+        k = rotate(self.k_norm(self.wk(x).unflatten(-1, heads)), *rope)  # (..., G, K)
+        v = self.wv(x).unflatten(-1, heads)
+        return self.wo(attend(q, k, v).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, dim: int, ffn_dim: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, ffn_dim, bias=False)
+        self.w2 = nn.Linear(ffn_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention = SelfAttention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+        """(..., D) -> (..., D)."""
+        x = x + self.attention(self.attention_norm(x), rope, attend)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Token embeddings, blocks, final norm, vocabulary head; used part by part by `Net`."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attention) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            x: input vectors, (B, T, D).
+            positions: place of each vector in its document, (B, T).
+            attend: attention built for this batch by `attention.build_attention`.
+        """
+        config = self.config
+        x, positions = attend.enter(x), attend.enter(positions)
+        rope = rope_angles(positions, config.dim // config.num_heads, config.rope_theta)
+        for layer in self.layers:
+            x = layer(x, rope, attend)
+        return attend.leave(self.norm(x))
+
+    def reset_parameters(self) -> None:
+        """Unit-variance outputs at the start: Normal(0, 1 / fan_in), residual ends by depth.
+
+        The last matrix of each of the 2 * num_layers residual branches is scaled by
+        1 / sqrt(2 * num_layers), as in GPT-2.
+        """
+        depth_scale = (2 * len(self.layers)) ** -0.5
+        nn.init.normal_(self.tok_embeddings.weight, std=self.config.dim**-0.5)
+        for name, part in self.named_modules():
+            if isinstance(part, nn.Linear):
+                scale = depth_scale if name.endswith((".wo", ".w2")) else 1.0
+                nn.init.normal_(part.weight, std=scale * part.in_features**-0.5)
+            elif isinstance(part, nn.RMSNorm):
+                part.reset_parameters()
