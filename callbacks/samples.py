@@ -55,7 +55,9 @@ class Samples(L.Callback):
     ) -> None:
         """Draw each caption, caption each picture, show both."""
         writer, step = trainer.logger.experiment, trainer.global_step
-        captions, images = zip(*(sorted(pair, key=lambda part: part.ndim) for pair in pairs), strict=True)
+        captions, images = zip(
+            *(sorted(pair, key=lambda part: part.ndim) for pair in pairs), strict=True
+        )
         seeds = [self.seed + i for i in range(len(pairs))]
         drawn = model.draw([[caption] for caption in captions], seeds=seeds, **self.how)
         true = model.decode(torch.stack(images))
@@ -73,4 +75,3 @@ class Samples(L.Callback):
 def is_pair(document: Document) -> bool:
     """One text and one image."""
     return sorted(map(is_image, document)) == [False, True]
-

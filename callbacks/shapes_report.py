@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
-from callbacks.sheet import Tile, contact_sheet, write_picture, write_text
+from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
 from tf_lightning.batch import pack
 from tf_lightning.data.oracle import read
 from tf_lightning.data.shapes import Meaning, draw_scene, generator, render
@@ -113,7 +113,7 @@ class ShapesReport(L.Callback):
         """All questions, on rank zero; writes the files and logs the scores."""
         if not trainer.is_global_zero:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer)
         rank_zero_info("Judging pictures and captions ...")
         module.eval()
         model = Model.of(module)
@@ -219,4 +219,3 @@ Wrote {folder}/sheet.png, samples/ and report.json. Next:
   tf-lightning generate {checkpoint} --image {folder}/samples/0000.png
   tensorboard --logdir {folder.parent}
 (the commands are in .venv/bin)"""
-

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import lightning as L
 from PIL import Image, ImageDraw
 
 TILE = (250, 190)  # width, height of a picture with its words
@@ -59,3 +60,11 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     partial = path.with_name(path.name + ".partial")
     picture.save(partial, format="PNG")
     partial.replace(path)
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """The run's folder while it trains; a folder of its own in it for an evaluation."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder = folder if trainer.state.fn == "fit" else folder / str(trainer.state.fn.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -115,6 +115,7 @@ def test_the_cpu_gets_attention_by_document():
 
 
 @VARIANTS
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_equals_dense_attention_forward(monkeypatch, causal, sizes):
     from torch.nn.attention.flex_attention import flex_attention
 

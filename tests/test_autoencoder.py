@@ -65,7 +65,9 @@ def test_single_scaling_and_shift_factors_are_used_where_channels_have_none():
 def test_decoding_undoes_the_scaling_and_clips():
     model = tiny(latents_mean=[1.0, -1.0], latents_std=[2.0, 0.5])
     latents = torch.randn(2, 2, 8, 8)
-    raw = latents * torch.tensor([2.0, 0.5]).view(1, 2, 1, 1) + torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
+    raw = latents * torch.tensor([2.0, 0.5]).view(1, 2, 1, 1) + torch.tensor([1.0, -1.0]).view(
+        1, 2, 1, 1
+    )
     expected = model.decode(raw).sample.clamp(-1, 1).detach()
     torch.testing.assert_close(Autoencoder(model).decode(latents), expected)
 

@@ -153,7 +153,7 @@ def test_noise_is_standard_normal():
 
 
 def test_rows_without_documents_are_padding():
-    batch = packed([[]], row_length=4, image_shape=(3, 4, 4))
+    batch = packed([[]], row_length=4)
     assert batch.latents.shape == batch.noise.shape == (0, 3, 4, 4)
     assert batch.t.shape == (0,)
     assert (batch.document_ids == -1).all() and batch.row_tokens.tolist() == [0]

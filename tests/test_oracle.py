@@ -38,7 +38,9 @@ def test_places_and_sizes_are_read_to_a_fraction_of_a_pixel():
     for index in range(100):
         true = scene(8, index)
         for found in read(render(true)).objects:
-            (same,) = [t for t in true.objects if (t.shape, t.colour) == (found.shape, found.colour)]
+            (same,) = [
+                t for t in true.objects if (t.shape, t.colour) == (found.shape, found.colour)
+            ]
             errors = np.subtract((found.x, found.y, found.radius), (same.x, same.y, same.radius))
             assert abs(errors).max() < 0.3
 
@@ -91,7 +93,10 @@ def test_extra_blob_spoils_the_picture_and_dust_does_not():
     picture = render(RED_ABOVE_BLUE)
     for colour in COLOURS.values():
         assert read(paint(picture, coverage("circle", 55, 30, 3), colour)).meaning is None
-        assert read(paint(picture, coverage("circle", 55, 30, 1), colour)).meaning == RED_ABOVE_BLUE.meaning
+        assert (
+            read(paint(picture, coverage("circle", 55, 30, 1), colour)).meaning
+            == RED_ABOVE_BLUE.meaning
+        )
 
 
 def test_three_objects_or_twice_the_same_have_no_meaning():
@@ -101,7 +106,9 @@ def test_three_objects_or_twice_the_same_have_no_meaning():
     assert read(render(twice)).meaning is None
 
 
-@pytest.mark.parametrize("colour", [(0, 0, 0), (128, 128, 128), (0, 255, 255), (255, 160, 200), (120, 70, 20)])
+@pytest.mark.parametrize(
+    "colour", [(0, 0, 0), (128, 128, 128), (0, 255, 255), (255, 160, 200), (120, 70, 20)]
+)
 def test_colour_outside_the_palette_is_not_taken_for_the_nearest(colour):
     assert read(paint(BLANK, coverage("circle", 30, 30, 10), colour)).meaning is None
 
@@ -126,9 +133,15 @@ def test_malformed_shapes_have_no_meaning(colour):
         "cross": np.maximum(square * (abs(down - 31.5) < 3), square * (abs(across - 31.5) < 3)),
         "triangle upside down": coverage("triangle", 32, 31, 10)[::-1],
         "arch": np.maximum(circle * (down < 32), square * (down >= 32)),
-        "two touching circles": np.maximum(coverage("circle", 24, 32, 8), coverage("circle", 40, 32, 8)),
+        "two touching circles": np.maximum(
+            coverage("circle", 24, 32, 8), coverage("circle", 40, 32, 8)
+        ),
         "too large": coverage("circle", 32, 32, 20),
         "too small": coverage("circle", 32, 32, 4),
     }
-    passed = [name for name, covered in malformed.items() if read(paint(BLANK, covered, COLOURS[colour])).meaning]
+    passed = [
+        name
+        for name, covered in malformed.items()
+        if read(paint(BLANK, covered, COLOURS[colour])).meaning
+    ]
     assert not passed

@@ -50,9 +50,7 @@ def numbers(row) -> list[int]:
 
 def stream(lengths, images=False, row_length=32, seed=(0, 0), **probabilities) -> CorpusRows:
     corpus = Documents(lengths, images)
-    return CorpusRows(
-        corpus, row_length=row_length, num_patches=N, seed=seed, **probabilities
-    )
+    return CorpusRows(corpus, row_length=row_length, num_patches=N, seed=seed, **probabilities)
 
 
 @settings(max_examples=100, deadline=None)
@@ -186,7 +184,9 @@ def test_validation_reads_each_document_once_caption_first():
     found = [ValidationRows(rows, 2)[index] for index in range(rows.rows_per_epoch)]
     assert sorted(n for _, row, _ in found for n in numbers(row)) == list(range(21))
     assert {source for _, _, source in found} == {2}
-    assert all([part.ndim for part in document] == [1, 3] for _, row, _ in found for document in row)
+    assert all(
+        [part.ndim for part in document] == [1, 3] for _, row, _ in found for document in row
+    )
 
 
 def test_validation_gives_every_rank_as_many_rows():

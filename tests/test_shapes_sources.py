@@ -11,16 +11,23 @@ from tf_lightning.data.shapes_grammar import parse, text_log_prob
 from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesEdits, ShapesTexts
 from tf_lightning.errors import UserError
 
-SOURCES = [source(num_documents=40, num_val=20) for source in (ShapesCaptions, ShapesTexts, ShapesEdits)]
+SOURCES = [
+    source(num_documents=40, num_val=20) for source in (ShapesCaptions, ShapesTexts, ShapesEdits)
+]
 
 
 def plain(documents):
-    return [[part if isinstance(part, str) else part.tobytes() for part in document] for document in documents]
+    return [
+        [part if isinstance(part, str) else part.tobytes() for part in document]
+        for document in documents
+    ]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_documents_are_as_many_as_asked_and_the_same_each_time(source):
-    assert plain(source.documents("train")) == plain(pickle.loads(pickle.dumps(source)).documents("train"))
+    assert plain(source.documents("train")) == plain(
+        pickle.loads(pickle.dumps(source)).documents("train")
+    )
     assert len(list(source.documents("train"))) == 40
     assert len(list(source.documents("val"))) == 20
 

@@ -25,7 +25,9 @@ def test_every_text_reads_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("text", ["  two  spaces ", "a\r\n\tb\n", "naïve 日本語 🙂", "x\x00y", "ﬁ e\u0301"])
+@pytest.mark.parametrize(
+    "text", ["  two  spaces ", "a\r\n\tb\n", "naïve 日本語 🙂", "x\x00y", "ﬁ e\u0301"]
+)
 def test_spaces_line_ends_and_unseen_characters_read_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

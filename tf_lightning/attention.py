@@ -20,9 +20,7 @@ from torch import Tensor
 from tf_lightning.batch import Batch
 
 
-def may_attend(
-    same_document: Tensor, query: Tensor, key: Tensor, same_image: Tensor
-) -> Tensor:
+def may_attend(same_document: Tensor, query: Tensor, key: Tensor, same_image: Tensor) -> Tensor:
     """The rule itself, on broadcastable boolean and position tensors."""
     return same_document & ((key <= query) | same_image)
 
@@ -156,9 +154,7 @@ class DocumentAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (S, H, K), k and v (S, G, K) -> (S, H, K)."""
-        parts = zip(
-            q.split(self.tokens), k.split(self.tokens), v.split(self.tokens), strict=True
-        )
+        parts = zip(q.split(self.tokens), k.split(self.tokens), v.split(self.tokens), strict=True)
         outputs = [
             sdpa(*(x.unflatten(0, group) for x in qkv), mask).flatten(0, 1)
             for qkv, group, mask in zip(parts, self.groups, self.masks, strict=True)

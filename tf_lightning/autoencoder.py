@@ -1,7 +1,7 @@
-"""The frozen autoencoder between pictures and latents: a diffusers `AutoencoderKL`, or nothing ("pixels").
+"""The frozen autoencoder between pictures and latents: a diffusers `AutoencoderKL`, or none.
 
 Kept outside every LightningModule, so its weights enter no checkpoint and no optimizer.
-Shapes: B pictures, C latent channels, H x W pixels, h x w = H / downsample x W / downsample latents.
+Shapes: B pictures of H x W pixels, C latent channels of h = H / downsample by w = W / downsample.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tf_lightning.errors import UserError
 
 SHAPES = Path(__file__).parent / "assets" / "shapes-autoencoder"
-HUB_TIMEOUT = 10.0  # seconds; without it an unreachable hub is retried for most of a minute
+HUB_TIMEOUT = 10.0  # seconds
 
 # accelerate, which low_cpu_mem_usage needs, is no dependency; pickled weights are never read.
 LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
@@ -45,8 +45,9 @@ class Autoencoder:
     """An `AutoencoderKL` whose latents are shifted and scaled to zero mean and unit variance.
 
     Args:
-        model: the diffusers model. Its config says the mean and the standard deviation of each latent channel
-            (`latents_mean`, `latents_std`), or else one `shift_factor` and `scaling_factor` for all.
+        model: the diffusers model. Its config says the mean and the standard deviation of each
+            latent channel (`latents_mean`, `latents_std`), or else one `shift_factor` and
+            `scaling_factor` for all.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -85,8 +86,8 @@ class Autoencoder:
         height, width = images.shape[-2:]
         if height % self.downsample or width % self.downsample:
             raise UserError(
-                f"pictures of {height}x{width} do not divide into the autoencoder's {self.downsample}x"
-                f"{self.downsample} cells; give an image size that is a multiple of {self.downsample}"
+                f"pictures of {height}x{width} do not divide into cells of {self.downsample}; "
+                f"give an image size that is a multiple of {self.downsample}"
             )
         images = images.to(torch.float32, memory_format=torch.channels_last)
         # Full precision whatever the trainer's is: latents are data, the same in every run.
@@ -113,9 +114,9 @@ def load_autoencoder(name: str) -> Autoencoder | Pixels:
     """Loads an autoencoder by name.
 
     Args:
-        name: "shapes" for the one of the embedded world (64 x 64 pictures), "pixels" for none, a folder with config.json
-            and diffusion_pytorch_model.safetensors, a .safetensors file with config.json beside it, or a name
-            "owner/model" on the Hugging Face hub.
+        name: "shapes" for the one of the embedded world (64 x 64 pictures), "pixels" for none, a
+            folder with config.json and diffusion_pytorch_model.safetensors, a .safetensors file
+            with config.json beside it, or a name "owner/model" on the Hugging Face hub.
 
     Raises:
         UserError: if there is no such autoencoder, or it does not load.
@@ -130,14 +131,17 @@ def load_autoencoder(name: str) -> Autoencoder | Pixels:
             return Autoencoder(_from_hub(name))
     except UserError:
         raise
-    except Exception as error:  # diffusers, safetensors and the hub's transport each raise their own kinds
+    except (
+        Exception
+    ) as error:  # diffusers, safetensors and the hub's transport each raise their own kinds
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
-            f'autoencoder "{name}" does not load ({reason}); check the files, the network and HF_HUB_OFFLINE'
+            f'autoencoder "{name}" does not load ({reason}); '
+            "check the files, the network and HF_HUB_OFFLINE"
         ) from error
     raise UserError(
-        f'there is no autoencoder "{name}"; give "shapes", "pixels", a folder, a .safetensors file with its config.json '
-        "beside it, or a hub name such as stabilityai/sd-vae-ft-mse"
+        f'there is no autoencoder "{name}"; give "shapes", "pixels", a folder, a .safetensors file '
+        "with its config.json beside it, or a hub name such as stabilityai/sd-vae-ft-mse"
     )
 
 
@@ -147,30 +151,37 @@ def _from_disk(path: Path) -> nn.Module:
 
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
-        raise UserError(f"autoencoder {path} has no config.json in {folder}; put the one it was trained with there")
+        raise UserError(
+            f"autoencoder {path} has no config.json in {folder}; put the one of its training there"
+        )
     if path.is_dir():
         return _complete(
-            *AutoencoderKL.from_pretrained(path, use_safetensors=True, output_loading_info=True, **LOADING)
+            *AutoencoderKL.from_pretrained(
+                path, use_safetensors=True, output_loading_info=True, **LOADING
+            )
         )
     if path.suffix != ".safetensors":
         raise UserError(f"autoencoder file {path} is not a .safetensors file; convert it to one")
-    return AutoencoderKL.from_single_file(str(path), config=str(folder), local_files_only=True, **LOADING)
+    return AutoencoderKL.from_single_file(
+        str(path), config=str(folder), local_files_only=True, **LOADING
+    )
 
 
 def _from_hub(name: str) -> nn.Module:
-    from diffusers import AutoencoderKL
-    from huggingface_hub import HfApi
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    options = {"use_safetensors": True, "output_loading_info": True, **LOADING}
+    files = ["config.json", "diffusion_pytorch_model.safetensors"]
     try:
-        return _complete(*AutoencoderKL.from_pretrained(name, local_files_only=True, **options))
-    except OSError:  # not in the cache yet
-        HfApi().model_info(name, timeout=HUB_TIMEOUT)  # fails at once where there is no hub or no such model
-        return _complete(*AutoencoderKL.from_pretrained(name, **options))
+        folder = snapshot_download(name, allow_patterns=files, local_files_only=True)
+    except LocalEntryNotFoundError:
+        folder = snapshot_download(name, allow_patterns=files, etag_timeout=HUB_TIMEOUT)
+    return _from_disk(Path(folder))
 
 
 def _complete(model: nn.Module, info: dict[str, Any]) -> nn.Module:
     # diffusers fills missing weights with random ones and only logs it.
     if info["missing_keys"] or info["mismatched_keys"]:
-        raise ValueError(f"{len(info['missing_keys']) + len(info['mismatched_keys'])} weights missing or misshapen")
+        count = len(info["missing_keys"]) + len(info["mismatched_keys"])
+        raise ValueError(f"{count} weights missing or misshapen")
     return model

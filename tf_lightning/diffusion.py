@@ -20,7 +20,9 @@ def cosine_alphas_cumprod(num_train_timesteps: int = 1000) -> Tensor:
         return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
     steps = range(num_train_timesteps)
-    ratio = [alpha_bar((i + 1) / num_train_timesteps) / alpha_bar(i / num_train_timesteps) for i in steps]
+    ratio = [
+        alpha_bar((i + 1) / num_train_timesteps) / alpha_bar(i / num_train_timesteps) for i in steps
+    ]
     betas = torch.tensor([min(1 - r, 0.999) for r in ratio], dtype=torch.float64)
     return (1 - betas).cumprod(0).float()
 

@@ -45,9 +45,7 @@ def run_lightning(args: list[str]) -> None:
     """Run fit, validate, test or predict."""
     verbs = TransfusionCLI.subcommands()
     if args[0] not in verbs and not args[0].startswith("-"):
-        raise UserError(
-            f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, generate"
-        )
+        raise UserError(f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, generate")
     sys.argv = [sys.argv[0]]  # LightningCLI warns when both are given
     TransfusionCLI(
         Transfusion,

@@ -1,7 +1,7 @@
 """A trained network with its tokenizer and autoencoder: pictures and words in, pictures and words out.
 
-    model = load("runs/quickstart/checkpoints/last.ckpt")
-    model.draw([["a red circle above a blue square"]], guidance_scale=3.0, seeds=[0])[0].save("a.png")
+model = load("runs/quickstart/checkpoints/last.ckpt")
+model.draw([["a red circle above a blue square"]], guidance_scale=3.0, seeds=[0])[0].save("a.png")
 """
 
 import pickle
@@ -159,16 +159,27 @@ def read_checkpoint(path: str | Path) -> dict:
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the checkpoint file in it")
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; train one with `tf-lightning fit` or check the path")
+        raise UserError(
+            f"no checkpoint at {path}; train one with `tf-lightning fit` or check the path"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, BadZipFile, ValueError, OSError) as error:
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        BadZipFile,
+        ValueError,
+        OSError,
+    ) as error:
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint; it is damaged or "
             "of another program: use an earlier one from the same folder"
         ) from error
     if not isinstance(checkpoint, dict) or "image_codec" not in checkpoint:
-        raise UserError(f"{path} is not a tf_lightning checkpoint; give one written by `tf-lightning fit`")
+        raise UserError(
+            f"{path} is not a tf_lightning checkpoint; give one written by `tf-lightning fit`"
+        )
     return checkpoint
 
 

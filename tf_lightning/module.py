@@ -65,7 +65,9 @@ class Transfusion(L.LightningModule):
     ):
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
-            raise UserError(f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}")
+            raise UserError(
+                f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}"
+            )
         self.save_hyperparameters()
         if isinstance(transformer, dict):  # a checkpoint written by the command line
             transformer = TransformerConfig(**transformer)

@@ -22,6 +22,14 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
     decays = lambda p: p.ndim >= 2 and id(p) not in embeddings  # noqa: E731
     parameters = [p for p in net.parameters() if p.requires_grad]
     return [
-        {"name": "decay", "params": [p for p in parameters if decays(p)], "weight_decay": weight_decay},
-        {"name": "no_decay", "params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
+        {
+            "name": "decay",
+            "params": [p for p in parameters if decays(p)],
+            "weight_decay": weight_decay,
+        },
+        {
+            "name": "no_decay",
+            "params": [p for p in parameters if not decays(p)],
+            "weight_decay": 0.0,
+        },
     ]

@@ -1,7 +1,9 @@
-"""Trains the small autoencoder of the embedded world: `python -m tf_lightning.train_autoencoder --out DIR`.
+"""Trains the small autoencoder of the embedded world.
 
-The result is a diffusers `AutoencoderKL` folder, with the mean and spread of each latent channel in its config, and a
-`report.json` with the command and the reconstruction error on held-out pictures.
+    python -m tf_lightning.train_autoencoder --out DIR
+
+The result is a diffusers `AutoencoderKL` folder, with the mean and spread of each latent channel in
+its config, and a `report.json` with the command and the reconstruction error on held-out pictures.
 """
 
 import argparse
@@ -25,7 +27,12 @@ from tf_lightning.errors import UserError
 CONFIG = {
     "sample_size": IMAGE_SIZE,
     "latent_channels": 8,
-    "block_out_channels": (16, 32, 64, 64),  # few channels where there are many pixels: CPUs encode with it
+    "block_out_channels": (
+        16,
+        32,
+        64,
+        64,
+    ),  # few channels where there are many pixels: CPUs encode with it
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 1,
@@ -42,7 +49,7 @@ def pictures(indices: range, *, split: Split = "train", seed: int = 0) -> Tensor
 
 
 def train(*, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int) -> nn.Module:
-    """Trains on pictures rendered as they are needed: absolute error + kl_weight x KL, both means over elements."""
+    """Trains on pictures rendered as needed: absolute error + kl_weight x KL, means over elements."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -67,7 +74,7 @@ def train(*, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int
 
 @torch.no_grad()
 def measure_latents(model: nn.Module, num_images: int, *, seed: int) -> dict[str, list[float]]:
-    """Mean and standard deviation of each latent channel over training pictures, under diffusers' config names."""
+    """Mean and standard deviation of each latent channel over training pictures, as config keys."""
     modes = torch.cat(
         [
             model.encode(pictures(range(start, start + 50), seed=seed)).latent_dist.mode()
@@ -82,7 +89,7 @@ def measure_latents(model: nn.Module, num_images: int, *, seed: int) -> dict[str
 
 @torch.no_grad()
 def measure_errors(model: nn.Module, num_images: int, *, seed: int) -> dict[str, float]:
-    """Error of reconstructions from the posterior's mode, on held-out pictures with values in [0, 1]."""
+    """Error of the posterior mode's reconstruction, on held-out pictures with values in [0, 1]."""
     absolute, squared, spread = [], [], []
     for start in range(0, num_images, 50):
         images = pictures(range(start, start + 50), split="val", seed=seed)
@@ -100,7 +107,7 @@ def measure_errors(model: nn.Module, num_images: int, *, seed: int) -> dict[str,
 
 
 def save(model: nn.Module, out: Path, report: dict) -> None:
-    """Writes the folder beside `out` and renames it, so that a killed run leaves nothing half-written."""
+    """Writes the folder beside `out`, then renames it: a killed run leaves nothing half-written."""
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         folder = Path(scratch) / out.name
         model.save_pretrained(folder)
@@ -112,13 +119,22 @@ def save(model: nn.Module, out: Path, report: dict) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m tf_lightning.train_autoencoder", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, must not exist yet")
+    parser = argparse.ArgumentParser(
+        "python -m tf_lightning.train_autoencoder",
+        description="Trains the small autoencoder of the embedded world.",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write, must not exist yet"
+    )
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (2000)")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures a step (16)")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (2e-3)")
-    parser.add_argument("--kl-weight", type=float, default=5e-4, help="weight of the KL term (5e-4)")
-    parser.add_argument("--measure", type=int, default=2000, help="pictures for the final figures (2000)")
+    parser.add_argument(
+        "--kl-weight", type=float, default=5e-4, help="weight of the KL term (5e-4)"
+    )
+    parser.add_argument(
+        "--measure", type=int, default=2000, help="pictures for the final figures (2000)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and pictures (0)")
     options = parser.parse_args(args)
     if options.out.exists():
@@ -137,7 +153,9 @@ def main(args: list[str] | None = None) -> None:
     model.half().float()  # half the file, and what is measured is what is stored
     model.register_to_config(**measure_latents(model, options.measure, seed=options.seed))
     report = {
-        "command": shlex.join(["python", "-m", "tf_lightning.train_autoencoder", *(args or sys.argv[1:])]),
+        "command": shlex.join(
+            ["python", "-m", "tf_lightning.train_autoencoder", *(args or sys.argv[1:])]
+        ),
         "train_seconds": round(seconds),
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "held_out": measure_errors(model, options.measure, seed=options.seed),

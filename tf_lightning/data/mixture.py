@@ -1,6 +1,7 @@
 """Several corpora trained on together, their shares given in tokens."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -75,6 +76,8 @@ class Mixture(L.LightningDataModule):
     ):
         super().__init__()
         check_weights(sources, weights)
+        check_probability("image_first_prob", image_first_prob)
+        check_probability("caption_drop_prob", caption_drop_prob)
         self.sources, self.weights = sources, weights
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
@@ -239,6 +242,8 @@ class Mixture(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from a checkpoint's place."""
+        # Lightning, which looks for a loader with a state of its own, would warn of the opposite.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         self._first_row, self._first_step = state_dict["next_row"], state_dict["global_step"]
 
 
@@ -272,3 +277,9 @@ def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) 
         )
     if min(weights.values()) < 0 or sum(weights.values()) <= 0:
         raise UserError(f"weights are {weights}; give numbers >= 0, one of them positive")
+
+
+def check_probability(name: str, value: float) -> None:
+    """UserError unless a value is in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{name}={value} is not a probability; give a number from 0 to 1")

@@ -1,7 +1,8 @@
 """Reads a 64 x 64 picture back into objects and their relation: the judge of generated pictures.
 
-Each blob that stands out from the ground gets a colour from its middle and the shape whose rendering, fitted to the
-blob's area and centroid, covers it best. What fits no shape of the world is counted, never guessed.
+Each blob that stands out from the ground gets a colour from its middle and the shape whose
+rendering, fitted to the blob's area and centroid, covers it best. What fits no shape of the world is
+counted, never guessed.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from tf_lightning.data.shapes import (
 
 FOREGROUND = 60.0  # distance from the ground in RGB space; a pixel half covered by yellow has 103
 SPECK = 6  # pixels; smaller blobs are dust
-PURITY = 0.9  # share of the blob's middle that must be nearest to its colour
+COLOUR_TOLERANCE = 60.0  # distance in RGB space; the two nearest colours are 100 apart
+PURITY = 0.9  # share of the blob's middle that must have its colour
 MIN_IOU = 0.85  # overlap of the blob and the fitted shape
 MIN_LEAD = 0.02  # by which that overlap exceeds the next shape's
 RADIUS_SLACK = 1.5  # pixels beyond the world's sizes
@@ -35,8 +37,8 @@ NEIGHBOURS = np.ones((3, 3), bool)
 class Reading:
     """What a picture shows.
 
-    `unreadable` counts blobs that are no object of the world; `meaning` is None unless all is readable and there are
-    one or two different objects.
+    `unreadable` counts blobs that are no object of the world; `meaning` is None unless all is
+    readable and there are one or two different objects.
     """
 
     objects: tuple[Object, ...]
@@ -75,11 +77,13 @@ def _read_blob(pixels: np.ndarray, blob: np.ndarray) -> Object | None:
     colour = _read_colour(pixels, blob)
     if colour is None:
         return None
-    # How much of each pixel the object covers: the place of its colour on the line from the ground to the object's.
+    # How much of each pixel the object covers: where its colour lies between ground and object.
     direction = np.float32(COLOURS[colour]) - PALETTE[0]
     covered = np.clip((pixels - PALETTE[0]) @ direction / (direction @ direction), 0, 1) * blob
     fits = [_fit(shape, covered) for shape in SHAPES]
-    overlaps = [_iou(coverage(shape, *fit), covered) for shape, fit in zip(SHAPES, fits, strict=True)]
+    overlaps = [
+        _iou(coverage(shape, *fit), covered) for shape, fit in zip(SHAPES, fits, strict=True)
+    ]
     best = int(np.argmax(overlaps))
     _, second, first = sorted(overlaps)
     x, y, radius = fits[best]
@@ -90,12 +94,14 @@ def _read_blob(pixels: np.ndarray, blob: np.ndarray) -> Object | None:
 
 
 def _read_colour(pixels: np.ndarray, blob: np.ndarray) -> str | None:
-    # Edges are mixtures with the ground (a pale red is nearest to orange), so the middle alone tells.
+    # Edges are mixtures with the ground (a pale red is nearest to orange): the middle alone tells.
     middle = pixels[ndimage.binary_erosion(blob, iterations=2)]  # (M, 3)
     if not len(middle):
         return None
-    nearest = np.linalg.norm(middle[:, None] - PALETTE, axis=-1).argmin(1)
-    votes = np.bincount(nearest, minlength=len(PALETTE))
+    distances = np.linalg.norm(middle[:, None] - PALETTE, axis=-1)  # (M, colours)
+    votes = np.bincount(
+        distances.argmin(1), weights=distances.min(1) <= COLOUR_TOLERANCE, minlength=len(PALETTE)
+    )
     winner = int(votes.argmax())
     if winner == 0 or votes[winner] < PURITY * len(middle):
         return None
@@ -112,7 +118,11 @@ def _fit(shape: str, covered: np.ndarray) -> tuple[float, float, float]:
     if shape == "square":
         return x, y, area**0.5 / 2
     radius = (area / 2) ** 0.5
-    return x, y - radius / 3, radius  # a triangle's centroid lies a third of its radius below the box's centre
+    return (
+        x,
+        y - radius / 3,
+        radius,
+    )  # a triangle's centroid lies a third of its radius below the box's centre
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:

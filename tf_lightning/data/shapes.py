@@ -1,7 +1,7 @@
 """The embedded world: one or two flat shapes on a plain ground, and the pictures of them.
 
-Everything is a pure function of (seed, index, split), so no file is downloaded or kept. Lengths are in pixels of a
-64 x 64 picture, x to the right and y downwards. The sentences about this world are in `shapes_grammar`.
+Everything is a pure function of (seed, index, split), so no file is downloaded or kept. Lengths are
+in pixels of a 64 x 64 picture, x to the right and y downwards. `shapes_grammar` has the sentences.
 """
 
 import zlib
@@ -30,14 +30,16 @@ KINDS = tuple(product(SHAPES, COLOURS))  # 18 (shape, colour) pairs
 RADII = (7.0, 13.0)
 MARGIN = 2.0  # between an object and the edge of the picture
 GAP = 3.0  # between the boxes of two objects
-DOMINANCE = 1.5  # the relation's axis has at least this many times the displacement of the other axis
+DOMINANCE = (
+    1.5  # the relation's axis has at least this many times the displacement of the other axis
+)
 
 
 class Meaning(NamedTuple):
     """What a picture or a caption says, with one form for each fact.
 
-    `objects` are (shape, colour) pairs. With two of them `relation` is "above" or "left of" and reads from the first to
-    the second; "below" and "right of" are these two with the objects exchanged.
+    `objects` are (shape, colour) pairs. With two of them `relation` is "above" or "left of" and reads
+    from the first to the second; "below" and "right of" are these with the objects exchanged.
     """
 
     objects: tuple[tuple[str, str], ...]
@@ -85,7 +87,7 @@ def held_out(meaning: Meaning) -> bool:
 
 @cache
 def meanings(num_objects: int, split: Split | None = None) -> Sequence[Meaning]:
-    """All meanings with one or two objects that pictures of a split may have; None for both splits together."""
+    """All meanings with one or two objects that pictures of a split (None: of either) may have."""
     if num_objects == 1:
         return tuple(Meaning((kind,)) for kind in KINDS)
     every = (Meaning(*both) for both in product(permutations(KINDS, 2), ("above", "left of")))
@@ -114,7 +116,9 @@ def scene(
         split: "train" never shows a held-out meaning; two objects of "val" show nothing else.
         two_objects: share of scenes with two objects where `num_objects` is None, in [0, 1].
     """
-    return draw_scene(generator(seed, index, split), num_objects, split=split, two_objects=two_objects)
+    return draw_scene(
+        generator(seed, index, split), num_objects, split=split, two_objects=two_objects
+    )
 
 
 def draw_scene(
@@ -157,7 +161,7 @@ def place(meaning: Meaning, rng: np.random.Generator) -> Scene:
 
 
 def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers, (64, 64) in [0, 1], from its signed distance in pixels."""
+    """How much of each pixel a shape covers, (64, 64) in [0, 1], from its signed distance."""
     centres = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
     across, down = np.abs(centres - np.float32(x))[None], (centres - np.float32(y))[:, None]
     if shape == "circle":

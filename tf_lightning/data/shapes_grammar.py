@@ -1,6 +1,6 @@
-"""The sentences of the embedded world: captions, instructions, and documents of text with a known probability.
+"""The sentences of the embedded world: captions, instructions, and texts of known probability.
 
-Lower case, words parted by single spaces. A caption never begins with "imagine", a document of text always does.
+Lower case, words parted by single spaces. A caption never begins with "imagine", a text always does.
 """
 
 import math
@@ -52,13 +52,18 @@ def parse(caption: str) -> Meaning | None:
 
 @cache
 def _meanings_of_captions() -> dict[str, Meaning]:
-    return {text: m for num_objects in (1, 2) for m in meanings(num_objects) for text in captions(m)}
+    return {
+        text: m for num_objects in (1, 2) for m in meanings(num_objects) for text in captions(m)
+    }
 
 
-def draw_edit(scene: Scene, rng: np.random.Generator, *, split: Split = "train") -> tuple[str, Scene]:
+def draw_edit(
+    scene: Scene, rng: np.random.Generator, *, split: Split = "train"
+) -> tuple[str, Scene]:
     """An instruction for a scene, and the scene with it carried out.
 
-    Nothing else changes. Edits that would give two equal objects, or in "train" a held-out meaning, are not drawn.
+    Nothing else changes. Edits that would give two equal objects, or in "train" a held-out meaning,
+    are not drawn.
     """
     choices = [
         (instruction, edited)
@@ -106,7 +111,10 @@ def draw_text(rng: np.random.Generator) -> str:
 
 
 def text_log_prob(document: str) -> float:
-    """Natural logarithm of the probability that `draw_text` gives exactly this document; -inf for any other."""
+    """Natural logarithm of the probability that `draw_text` gives exactly this document.
+
+    -inf for one that it never gives.
+    """
     if not document.endswith(" ."):
         return -math.inf
     statement, *told = document.removesuffix(" .").split(" . ")

@@ -1,6 +1,6 @@
 """The embedded world as three sources of documents: captioned pictures, text, and edits.
 
-They differ in their default seeds, so that document i of one has nothing to do with document i of another.
+Their default seeds differ, so that document i of one has nothing to do with document i of another.
 """
 
 import zlib
@@ -24,7 +24,7 @@ class ShapesCaptions:
 
     Args:
         num_documents: documents for training.
-        num_val: documents for evaluation; those with two objects show meanings that no training picture has.
+        num_val: documents for evaluation; two objects show a meaning that no training picture has.
         two_objects: share of pictures with two objects, in [0, 1].
         seed: names the pictures.
     """
@@ -51,7 +51,7 @@ class ShapesCaptions:
 
 @dataclass(frozen=True)
 class ShapesTexts:
-    """Documents [text] whose probability is known: `shapes_grammar.text_log_prob`. Every meaning is in training."""
+    """Documents [text] of known probability, `text_log_prob`; training states every meaning."""
 
     num_documents: int = 30_000
     num_val: int = 1_000
@@ -72,7 +72,7 @@ class ShapesTexts:
 
 @dataclass(frozen=True)
 class ShapesEdits:
-    """Documents [picture, instruction, picture after it]. No training picture shows a held-out meaning."""
+    """Documents [picture, instruction, picture]; training shows no held-out meaning."""
 
     num_documents: int = 10_000
     num_val: int = 1_000
@@ -114,8 +114,17 @@ def _check(num_documents: int, num_val: int, two_objects: float = 0.0) -> None:
         raise UserError(f"two_objects={two_objects} is not a share; give a number from 0 to 1")
 
 
-def _fingerprint(source: ShapesCaptions | ShapesTexts | ShapesEdits, split: Split, *more: float) -> str:
+def _fingerprint(
+    source: ShapesCaptions | ShapesTexts | ShapesEdits, split: Split, *more: float
+) -> str:
     # The world's own code is part of what its documents are.
     code = b"".join(Path(module.__file__).read_bytes() for module in (shapes, shapes_grammar))
-    parts = (type(source).__name__, split, _count(source, split), source.seed, *more, zlib.crc32(code))
+    parts = (
+        type(source).__name__,
+        split,
+        _count(source, split),
+        source.seed,
+        *more,
+        zlib.crc32(code),
+    )
     return " ".join(map(str, parts))

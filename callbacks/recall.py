@@ -1,0 +1,102 @@
+"""Does a model draw the picture it is asked for? For a small corpus that it has seen."""
+
+import json
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from callbacks.samples import is_pair
+from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
+from tf_lightning.model import Model, to_pixels
+from tf_lightning.module import Transfusion
+
+
+class Recall(L.Callback):
+    """Draws captions of training pictures; counts whose nearest training picture is their own.
+
+    Nearest by mean squared pixel distance among all pictures of the corpus, so chance is one by the
+    number of pictures. Runs when training ends, and on a checkpoint given to `validate` or `test`;
+    writes `recall.json` and the contact sheet `recall.png`.
+
+    Args:
+        source: name of the corpus in the data's `sources`.
+        num_prompts: captions, evenly spread over the corpus.
+        guidance_scale: 1 = off.
+        num_inference_steps: network evaluations a picture.
+        sampler: name of a diffusers scheduler.
+        seed: the first picture's noise; the next pictures' follow.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        num_prompts: int = 128,
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = 50,
+        sampler: str = "DDIMScheduler",
+        seed: int = 0,
+    ):
+        self.source, self.num_prompts, self.seed = source, num_prompts, seed
+        self.how = {
+            "guidance_scale": guidance_scale,
+            "num_inference_steps": num_inference_steps,
+            "sampler": sampler,
+        }
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
+        """Examine the trained model."""
+        self.examine(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
+        """Examine a checkpoint given to `validate`."""
+        if trainer.state.fn == "validate":
+            self.examine(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
+        """Examine a checkpoint given to `test`."""
+        self.examine(trainer, pl_module)
+
+    def examine(self, trainer: L.Trainer, module: Transfusion) -> None:
+        """Draw, compare, write."""
+        if not trainer.is_global_zero:
+            return
+        module.eval()
+        model = Model.of(module)
+        corpus = trainer.datamodule.corpora["train"][self.source]
+        documents = [corpus.document(index) for index in range(len(corpus))]
+        pairs = [sorted(d, key=lambda part: part.ndim) for d in documents if is_pair(d)]
+        count = min(self.num_prompts, len(pairs))
+        asked = torch.linspace(0, len(pairs) - 1, count).round().long().tolist()
+        prompts = [[pairs[index][0]] for index in asked]
+        seeds = [self.seed + number for number in range(count)]
+        drawn = []
+        for start in range(0, count, 32):
+            part = slice(start, start + 32)
+            drawn += model.draw(prompts[part], seeds=seeds[part], **self.how)
+        true = [model.decode(image.unsqueeze(0))[0] for _, image in pairs]
+        nearest = nearest_pictures(
+            torch.stack([*map(to_pixels, drawn)]), torch.stack([*map(to_pixels, true)])
+        )
+        right = [found == index for found, index in zip(nearest.tolist(), asked, strict=True)]
+        words = [model.tokenizer.decode(prompt[0].tolist()) for prompt in prompts]
+        tiles = [Tile(*tile) for tile in zip(drawn, words, right, strict=True)]
+        folder = run_folder(trainer)
+        title = f"{sum(right)} of {count} drawn pictures are nearest to their own of {len(pairs)}"
+        write_picture(folder / "recall.png", contact_sheet([(title, tiles)]))
+        report = {
+            "recall": sum(right) / count,
+            "num_prompts": count,
+            "num_pictures": len(pairs),
+            "seed": self.seed,
+            "global_step": trainer.global_step,
+            **self.how,
+        }
+        write_text(folder / "recall.json", json.dumps(report, indent=2) + "\n")
+        rank_zero_info(f"{title}; wrote {folder}/recall.png and recall.json")
+
+
+def nearest_pictures(drawn: Tensor, pictures: Tensor) -> Tensor:
+    """For each of drawn (n, 3, H, W) the index of the nearest of pictures (m, 3, H, W), (n,)."""
+    return torch.cdist(drawn.flatten(1), pictures.flatten(1)).argmin(1)

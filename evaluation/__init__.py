@@ -1,0 +1,1 @@
+"""Metrics, each a torchmetrics.Metric; imports neither lightning, tf_lightning nor callbacks."""
