@@ -27,9 +27,7 @@ def test_alphas_cumprod_matches_diffusers(num_train_timesteps):
     torch.testing.assert_close(ours, expected, atol=2e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "ours, theirs", [(add_noise, "add_noise"), (velocity, "get_velocity")]
-)
+@pytest.mark.parametrize("ours, theirs", [(add_noise, "add_noise"), (velocity, "get_velocity")])
 def test_noising_and_velocity_match_diffusers(ours, theirs):
     scheduler = reference()
     latents, noise = torch.randn(2, 5, 3, 4, 4)

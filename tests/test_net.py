@@ -134,9 +134,10 @@ def test_logits_are_computed_at_targets_only():
 def test_a_batch_without_images_and_one_without_text_run_and_teach_every_weight():
     net = tiny_net().requires_grad_(True)
     for shape in ("5", "i"):
-        batch = packed([[document(shape)]])
+        batch = packed([[document(shape)]], image_shape=(1, 1, 1))  # all that text data knows
         net.zero_grad()
         logits, output = net(batch, batch.latents, batch.t, DocumentAttention(batch))
+        assert output.shape == batch.latents.shape
         (logits.sum() + output.sum()).backward()
         # DDP waits for every weight, so none may be left without a gradient
         assert [name for name, p in net.named_parameters() if p.grad is None] == []

@@ -40,9 +40,7 @@ def test_timestep_embedding_equals_diffusers():
     from diffusers.models.embeddings import get_timestep_embedding
 
     timesteps = torch.tensor([0, 1, 37, 500, 999])
-    expected = get_timestep_embedding(
-        timesteps, 256, flip_sin_to_cos=True, downscale_freq_shift=0
-    )
+    expected = get_timestep_embedding(timesteps, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
     ours = timestep_embedding(timesteps / 1000)
     torch.testing.assert_close(ours, expected, atol=2e-4, rtol=0)
 

@@ -55,10 +55,13 @@ def test_training_again_gives_the_same_file(tokenizer, tmp_path):
     assert train(iter(TEXTS), tmp_path / "b.model", vocab_size=320).proto == tokenizer.proto
 
 
-def test_a_small_corpus_gives_a_smaller_vocabulary(tmp_path):
+def test_a_small_corpus_fills_the_vocabulary_with_pieces_that_never_occur(tmp_path):
     tokenizer = train(iter(["ab ab"]), tmp_path / "small.model", vocab_size=5000)
-    assert 256 < tokenizer.vocab_size < 300
-    assert tokenizer.decode(tokenizer.encode("ba ab")) == "ba ab"
+    assert tokenizer.vocab_size == 5000
+    for text in ("ba ab", "<unused300>", "a <unused4997>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert max(ids) < 300
 
 
 def test_copies_encode_alike(tokenizer):

@@ -62,7 +62,9 @@ def test_a_loaded_llama_gives_hugging_faces_logits(tmp_path, sizes):
     transformer = Transformer(config).requires_grad_(False)
     transformer.load_state_dict(state_dict)
     ids = torch.randint(50, (2, 9))
-    torch.testing.assert_close(our_logits(transformer, ids), llama(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        our_logits(transformer, ids), llama(ids).logits, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_sharded_llama_loads_like_a_single_file(tmp_path):
@@ -136,4 +138,3 @@ def test_a_truncated_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="download it again"):
         load_llama(tmp_path)
-

@@ -19,9 +19,7 @@ def tiny_net(**sizes) -> Net:
     """Two layers with PyTorch's own random weights, so that no output is zero."""
     torch.manual_seed(0)
     sizes = {"num_heads": 4, "num_kv_heads": 2} | sizes
-    config = TransformerConfig(
-        vocab_size=VOCAB_SIZE, dim=32, num_layers=2, ffn_dim=48, **sizes
-    )
+    config = TransformerConfig(vocab_size=VOCAB_SIZE, dim=32, num_layers=2, ffn_dim=48, **sizes)
     return Net(config, PATCH_SIZE, LATENT_SHAPE[0]).requires_grad_(False)
 
 
@@ -42,9 +40,7 @@ def packed(rows: list[Row], row_length: int | None = None, **options) -> Batch:
     if row_length is None:
         row_length = max(sum(document_length(d, PATCH_SIZE) for d in row) for row in rows)
     options = {"row_ids": list(range(len(rows))), "image_shape": LATENT_SHAPE} | options
-    return pack(
-        rows, tokenizer=TOKENIZER, row_length=row_length, patch_size=PATCH_SIZE, **options
-    )
+    return pack(rows, tokenizer=TOKENIZER, row_length=row_length, patch_size=PATCH_SIZE, **options)
 
 
 def layout(row: Row) -> list[tuple[int, int | None]]:

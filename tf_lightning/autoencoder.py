@@ -5,6 +5,7 @@ Shapes: B pictures of H x W pixels, C latent channels of h = H / downsample by w
 """
 
 import hashlib
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def load_autoencoder(name: str) -> Autoencoder | Pixels:
     except (
         Exception
     ) as error:  # diffusers, safetensors and the hub's transport each raise their own kinds
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
         raise UserError(
             f'autoencoder "{name}" does not load ({reason}); '
             "check the files, the network and HF_HUB_OFFLINE"

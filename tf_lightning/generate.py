@@ -1,4 +1,4 @@
-"""Generation: LM mode until <boi>, n patches of noise denoised in place, <eoi> (Transfusion Sec. 3).
+"""Generation: text until <boi>, n patches of noise denoised in place, <eoi> (Transfusion Sec. 3).
 
 A prompt is a Document; what is asked for (text or one image) continues it. Every forward packs the
 prompts as training does, one document a row, so training and generation cannot disagree.

@@ -2,7 +2,7 @@
 
 This is what is trained, averaged (EMA), sharded and exported; it knows no loss and no trainer.
 
-Shapes: B rows, T positions, M images, N patches an image, K text targets, D model dim, V vocabulary.
+Shapes: B rows, T positions, M images, N patches an image, K text targets, D dim, V vocabulary.
 """
 
 import torch
@@ -35,13 +35,20 @@ class Net(nn.Module):
             t: their noise levels, (M,) in [0, 1].
             attend: attention built for this batch.
         """
+        shape = noised_latents.shape
+        if len(noised_latents) == 0:  # data without images does not know their shape
+            coder = self.patch_coder
+            noised_latents = noised_latents.new_empty(
+                0, coder.latent_channels, coder.patch_size, coder.patch_size
+            )
         patches = self.patch_coder.encode(noised_latents, t)  # (M, N, D)
         x = self.transformer.tok_embeddings(batch.input_ids)  # (B, T, D)
         flat = x.flatten(0, 1).index_copy(0, batch.patch_index, patches.flatten(0, 1).type_as(x))
         hidden = self.transformer(flat.view_as(x), batch.positions, attend).flatten(0, 1)
         logits = self.transformer.output(hidden[batch.target_index])
         hidden_patches = hidden[batch.patch_index].unflatten(0, patches.shape[:2])
-        return logits, self.patch_coder.decode(hidden_patches, noised_latents.shape[-2:])
+        output = self.patch_coder.decode(hidden_patches, noised_latents.shape[-2:])
+        return logits, output.view(shape)
 
     def reset_parameters(self) -> None:
         """Initialise every weight; also what fills a net built on the meta device."""

@@ -44,7 +44,7 @@ class LinearPatchCoder(nn.Module):
 
     def __init__(self, latent_channels: int, patch_size: int, dim: int):
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.latent_channels = patch_size, latent_channels
         vector = latent_channels * patch_size**2
         self.patch_encoder = nn.Linear(vector, dim)
         self.patch_decoder = nn.Linear(dim, vector)

@@ -3,6 +3,7 @@
 Shapes: n images, C x h x w latents.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -42,7 +43,7 @@ def build_scheduler(sampler: str, num_train_timesteps: int, prediction_type: str
 
 
 def guide(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
-    """uncond + s * (cond - uncond); 1 = no guidance (Classifier-free guidance, Eq. 6, s = 1 + w)."""
+    """uncond + s * (cond - uncond); 1 = no guidance (Classifier-free guidance Eq. 6, s = 1 + w)."""
     return uncond + guidance_scale * (cond - uncond)
 
 
@@ -77,9 +78,11 @@ def sample_latents(
             f"num_inference_steps={num_inference_steps} must be from 1 to {num_train_timesteps}"
         )
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    draws_noise = "generator" in inspect.signature(scheduler.step).parameters
+    randomness = {"generator": generator} if draws_noise else {}
     latents = noise * scheduler.init_noise_sigma
     for timestep in tqdm(scheduler.timesteps, desc="Denoising", disable=not progress):
         t = (timestep / num_train_timesteps).expand(len(latents))
         output = guide(*denoise(latents, t), guidance_scale)
-        latents = scheduler.step(output, timestep, latents, generator=generator).prev_sample
+        latents = scheduler.step(output, timestep, latents, **randomness).prev_sample
     return latents

@@ -9,7 +9,6 @@ its config, and a `report.json` with the command and the reconstruction error on
 import argparse
 import json
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -42,14 +41,14 @@ CONFIG = {
 
 
 def pictures(indices: range, *, split: Split = "train", seed: int = 0) -> Tensor:
-    """Pictures of the world's scenes, (B, 3, 64, 64) in [-1, 1]."""
+    """Pictures of the scenes with these indices, (B, 3, 64, 64) in [-1, 1]."""
     images = np.stack([render(scene(seed, index, split=split)) for index in indices])
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     return images.to(torch.float32, memory_format=torch.channels_last) / 127.5 - 1
 
 
 def train(*, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int) -> nn.Module:
-    """Trains on pictures rendered as needed: absolute error + kl_weight x KL, means over elements."""
+    """Trains on pictures rendered as needed: L1 + kl_weight x KL, both means over elements."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -112,8 +111,6 @@ def save(model: nn.Module, out: Path, report: dict) -> None:
         folder = Path(scratch) / out.name
         model.save_pretrained(folder)
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
         folder.rename(out)
 
 

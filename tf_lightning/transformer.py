@@ -44,7 +44,8 @@ torch.serialization.add_safe_globals([TransformerConfig])  # hparams load with w
 def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and signed sin (..., 1, K) at `positions` (...), in Hugging Face's half-split order."""
     even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions.unsqueeze(-1) * theta ** -(even / head_dim)  # (..., K / 2), fp32
+    frequencies = 1 / theta ** (even / head_dim)  # rounded as Hugging Face rounds them
+    angles = positions.unsqueeze(-1) * frequencies  # (..., K / 2), fp32
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2)
 

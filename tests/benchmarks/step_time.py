@@ -142,9 +142,7 @@ def packed(draw: Callable[[random.Random], Document]) -> Batch:
             rows.append([])
         rows[-1].append(document)
     row_ids = list(range(NUM_ROWS))
-    return pack(
-        rows, row_ids, tokenizer=TOKENIZER, row_length=ROW_LENGTH, patch_size=PATCH_SIZE
-    )
+    return pack(rows, row_ids, tokenizer=TOKENIZER, row_length=ROW_LENGTH, patch_size=PATCH_SIZE)
 
 
 # ---------------------------------------------------------------- the steps
@@ -177,7 +175,7 @@ def cpu_seconds(step: Callable, model: nn.Module, *args) -> float:
 
 
 def compare(batch: Batch, repeats: int) -> tuple[float, float, float]:
-    """Median CPU seconds of the plain step, and median ratio of ours to it and to the strict one."""
+    """Medians: CPU seconds of the plain step, ratio of ours to it, ratio to the strict one."""
     torch.manual_seed(0)
     net = Net(CONFIG, PATCH_SIZE, LATENT_CHANNELS)
     net.reset_parameters()

@@ -1,8 +1,8 @@
 """Reads a 64 x 64 picture back into objects and their relation: the judge of generated pictures.
 
 Each blob that stands out from the ground gets a colour from its middle and the shape whose
-rendering, fitted to the blob's area and centroid, covers it best. What fits no shape of the world is
-counted, never guessed.
+rendering, fitted to the blob's area and centroid, covers it best. What fits no shape of the world
+is counted, never guessed.
 """
 
 from dataclasses import dataclass

@@ -38,8 +38,8 @@ DOMINANCE = (
 class Meaning(NamedTuple):
     """What a picture or a caption says, with one form for each fact.
 
-    `objects` are (shape, colour) pairs. With two of them `relation` is "above" or "left of" and reads
-    from the first to the second; "below" and "right of" are these with the objects exchanged.
+    `objects` are (shape, colour) pairs. With two of them `relation` is "above" or "left of" and
+    reads from the first to the second; "below" and "right of" are these with the objects exchanged.
     """
 
     objects: tuple[tuple[str, str], ...]

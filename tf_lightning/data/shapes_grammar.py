@@ -1,6 +1,6 @@
 """The sentences of the embedded world: captions, instructions, and texts of known probability.
 
-Lower case, words parted by single spaces. A caption never begins with "imagine", a text always does.
+Lower case, words parted by single spaces. A text begins with "imagine", a caption never does.
 """
 
 import math

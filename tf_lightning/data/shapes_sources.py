@@ -11,12 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 from tf_lightning.data import shapes, shapes_grammar
+from tf_lightning.data.corpus import RawDocument
 from tf_lightning.data.shapes import Scene, Split, draw_scene, generator, render
 from tf_lightning.data.shapes_grammar import caption, draw_edit, draw_text
 from tf_lightning.errors import UserError
-
-RawDocument = list[str | Image.Image]
-
 
 @dataclass(frozen=True)
 class ShapesCaptions:
