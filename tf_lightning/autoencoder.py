@@ -8,18 +8,15 @@ import hashlib
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from tf_lightning.errors import UserError
 
 SHAPES = Path(__file__).parent / "assets" / "shapes-autoencoder"
 HUB_TIMEOUT = 10.0  # seconds
-
-# accelerate, which low_cpu_mem_usage needs, is no dependency; pickled weights are never read.
-LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
 
 
 class Pixels:
@@ -147,25 +144,48 @@ def load_autoencoder(name: str) -> Autoencoder | Pixels:
 
 
 def _from_disk(path: Path) -> nn.Module:
-    # Imported here because it takes seconds and most commands need no autoencoder.
-    from diffusers import AutoencoderKL
-
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         raise UserError(
             f"autoencoder {path} has no config.json in {folder}; put the one of its training there"
         )
     if path.is_dir():
-        return _complete(
-            *AutoencoderKL.from_pretrained(
-                path, use_safetensors=True, output_loading_info=True, **LOADING
-            )
-        )
+        return _from_folder(path)
     if path.suffix != ".safetensors":
         raise UserError(f"autoencoder file {path} is not a .safetensors file; convert it to one")
-    return AutoencoderKL.from_single_file(
-        str(path), config=str(folder), local_files_only=True, **LOADING
+    return _from_file(path)
+
+
+# diffusers is imported late because it takes seconds and most commands need no autoencoder. It
+# fills missing weights with random ones and only logs it, so both functions look for what is missing.
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    model, info = AutoencoderKL.from_pretrained(
+        folder,
+        torch_dtype=torch.float32,
+        low_cpu_mem_usage=False,  # accelerate, which this needs, is no dependency
+        use_safetensors=True,  # never a pickle
+        output_loading_info=True,
     )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError("its weights are not those of its config.json")
+    return model
+
+
+def _from_file(path: Path) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    # Also reads the names that the weights have outside diffusers.
+    model = AutoencoderKL.from_single_file(
+        str(path), config=str(path.parent), local_files_only=True, low_cpu_mem_usage=False
+    )
+    with safe_open(path, "pt") as weights:
+        if len(weights.keys()) < len(model.state_dict()):
+            raise ValueError("its weights are not those of its config.json")
+    return model.float()
 
 
 def _from_hub(name: str) -> nn.Module:
@@ -178,11 +198,3 @@ def _from_hub(name: str) -> nn.Module:
     except LocalEntryNotFoundError:
         folder = snapshot_download(name, allow_patterns=files, etag_timeout=HUB_TIMEOUT)
     return _from_disk(Path(folder))
-
-
-def _complete(model: nn.Module, info: dict[str, Any]) -> nn.Module:
-    # diffusers fills missing weights with random ones and only logs it.
-    if info["missing_keys"] or info["mismatched_keys"]:
-        count = len(info["missing_keys"]) + len(info["mismatched_keys"])
-        raise ValueError(f"{count} weights missing or misshapen")
-    return model

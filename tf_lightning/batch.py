@@ -220,3 +220,32 @@ def pack(
         source_ids=torch.tensor(source_ids or [0] * len(rows)),
         row_tokens=torch.tensor([writer.end for writer in writers]),
     )
+
+
+def unpack(batch: Batch, tokenizer) -> list[Document]:
+    """The documents of a batch, row by row: the inverse of `pack`."""
+    documents = []
+    for ids, document_ids, image_ids in zip(
+        batch.input_ids, batch.document_ids, batch.image_ids, strict=True
+    ):
+        for number in range(int(document_ids.max()) + 1):
+            mine = document_ids == number
+            documents.append(_parts(ids[mine], image_ids[mine], batch.latents, tokenizer))
+    return documents
+
+
+def _parts(ids: Tensor, image_ids: Tensor, latents: Tensor, tokenizer) -> Document:
+    """Text and images of one document, without the ids that pack added."""
+    document: Document = []
+    text: list[int] = []
+    specials = {tokenizer.boi_id, tokenizer.eoi_id}
+    last_image = -1
+    for token, image in zip(ids[1:-1].tolist(), image_ids[1:-1].tolist(), strict=True):
+        if image < 0 and token not in specials:
+            text.append(token)
+        elif image >= 0 and image != last_image:
+            if text:
+                document.append(torch.tensor(text))
+            text, last_image = [], image
+            document.append(latents[image])
+    return document + ([torch.tensor(text)] if text else [])

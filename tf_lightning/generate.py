@@ -127,7 +127,7 @@ def generate_text(
     stops = {tokenizer.eos_id, tokenizer.boi_id}
     written: list[list[int]] = [[] for _ in documents]
     running = list(range(len(documents)))
-    for _ in range(max_new_tokens):
+    for _ in range(max_new_tokens if documents else 0):
         prompts = [[*documents[i], torch.tensor(written[i], dtype=torch.long)] for i in running]
         logits = next_token_logits(net, prompts, tokenizer, patch_size, device, causal_images)
         tokens = choose(logits.float().cpu(), temperature, generator)

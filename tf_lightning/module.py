@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from tf_lightning.attention import build_attention
-from tf_lightning.batch import Batch
+from tf_lightning.batch import Batch, unpack
 from tf_lightning.diffusion import (
     PREDICTION_TYPES,
     add_noise,
@@ -20,6 +20,7 @@ from tf_lightning.diffusion import (
     diffusion_target,
 )
 from tf_lightning.errors import UserError
+from tf_lightning.generate import generate_text
 from tf_lightning.losses import diffusion_loss_sum, lm_loss, total_loss
 from tf_lightning.net import Net, update_ema
 from tf_lightning.optim import lr_scale, parameter_groups
@@ -227,6 +228,26 @@ class Transfusion(L.LightningModule):
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(
+        self, batch: Batch, batch_index: int, dataloader_idx: int = 0
+    ) -> list[dict[str, str]]:
+        """A caption for each captioned picture of a batch, beside the document's own."""
+        tokenizer = self.trainer.datamodule.tokenizer
+        pairs = [sorted(d, key=lambda part: part.ndim) for d in unpack(batch, tokenizer)]
+        pairs = [pair for pair in pairs if [part.ndim for part in pair] == [1, 3]]
+        written = generate_text(
+            self.inference_net,
+            [[image] for _, image in pairs],
+            tokenizer=tokenizer,
+            patch_size=self.hparams.patch_size,
+            max_new_tokens=64,
+            causal_images=self.hparams.causal_images,
+        )
+        return [
+            {"caption": tokenizer.decode(caption.tolist()).strip(), "written": tokenizer.decode(ids).strip()}
+            for (caption, _), ids in zip(pairs, written, strict=True)
+        ]
 
     # ---------------------------------------------------------------- checkpoints
 

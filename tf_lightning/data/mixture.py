@@ -180,6 +180,8 @@ class Mixture(L.LightningDataModule):
             loaders.append(self._loader(rows, DistributedSampler(rows, shuffle=False, **world)))
         return loaders
 
+    test_dataloader = predict_dataloader = val_dataloader
+
     def _rows(self, corpus: Corpus, **order) -> CorpusRows:
         return CorpusRows(
             corpus, row_length=self.row_length, num_patches=self._num_patches, **order

@@ -16,6 +16,7 @@ from tf_lightning.data.shapes import Scene, Split, draw_scene, generator, render
 from tf_lightning.data.shapes_grammar import caption, draw_edit, draw_text
 from tf_lightning.errors import UserError
 
+
 @dataclass(frozen=True)
 class ShapesCaptions:
     """Documents [caption, picture].
