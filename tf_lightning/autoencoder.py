@@ -156,8 +156,8 @@ def _from_disk(path: Path) -> nn.Module:
     return _from_file(path)
 
 
-# diffusers is imported late because it takes seconds and most commands need no autoencoder. It
-# fills missing weights with random ones and only logs it, so both functions look for what is missing.
+# diffusers is imported late because it takes seconds and most commands need no autoencoder. Where
+# weights are missing it fills in random ones and only logs it, so both functions look for them.
 
 
 def _from_folder(folder: Path) -> nn.Module:
