@@ -31,14 +31,14 @@ VARIANTS = pytest.mark.parametrize(
 
 
 def ragged_batch() -> SimpleNamespace:
-    """Documents of equal and unequal length, of one position, padding, and an empty row."""
+    """Documents of equal and unequal length, with and without images, of one position; padding."""
     batch = packed(
         [
-            [document("3i"), document("i2"), document("3i", 1), document("")],
+            [document("9"), document("3i"), document("i2"), document("3i", 1), document("")],
             [document("5"), document("0ii1"), document("5", 2)],
             [],
         ],
-        row_length=40,
+        row_length=48,
     )
     batch.document_ids[1, -9:-7] = torch.tensor([7, 8])  # two documents of one position
     return batch

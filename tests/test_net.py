@@ -143,6 +143,12 @@ def test_a_batch_without_images_and_one_without_text_run_and_teach_every_weight(
         assert [name for name, p in net.named_parameters() if p.grad is None] == []
 
 
+def test_a_batch_of_padding_alone_has_nothing_to_say():
+    net, batch = tiny_net(), packed([[]], row_length=4, image_shape=(1, 1, 1))
+    logits, output = net(batch, batch.latents, batch.t, DocumentAttention(batch))
+    assert logits.shape == (0, VOCAB_SIZE) and output.shape == batch.latents.shape
+
+
 def hidden_gradient(batch: Batch, loss_of) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient at the trunk's output (B, T, D), and of the weights, for a loss of Net's outputs."""
     net = tiny_net().requires_grad_(True)

@@ -99,3 +99,13 @@ def test_residual_branches_start_smaller_the_deeper_the_network():
     transformer.reset_parameters()
     last = transformer.layers[0].feed_forward.w2.weight
     assert last.std() == pytest.approx((4 * 48) ** -0.5, rel=0.1)  # 2 layers, 4 branches
+
+
+def test_with_qk_norm_the_scale_of_queries_and_keys_does_not_matter():
+    net, batch = tiny_net(qk_norm=True), packed([[document("2i3")]])
+    x, attend = torch.randn(*batch.input_ids.shape, 32), build_attention(batch)
+    before = net.transformer(x, batch.positions, attend)
+    for name in ("wq", "wk"):
+        getattr(net.transformer.layers[0].attention, name).weight *= 7
+        after = net.transformer(x, batch.positions, attend)
+        torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)

@@ -154,6 +154,8 @@ class DocumentAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (S, H, K), k and v (S, G, K) -> (S, H, K)."""
+        if not self.groups:  # padding alone: ranks without rows left to validate
+            return q
         parts = zip(q.split(self.tokens), k.split(self.tokens), v.split(self.tokens), strict=True)
         outputs = [
             sdpa(*(x.unflatten(0, group) for x in qkv), mask).flatten(0, 1)

@@ -38,6 +38,10 @@ def main(args: list[str] | None = None) -> None:
             run_lightning(args)
     except UserError as error:
         stop(str(error), code=1)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if not error.filename:
+            raise
+        stop(f"{error.filename}: {error.strerror}", code=1)
     except KeyboardInterrupt:
         stop("interrupted", code=130)
 

@@ -1,8 +1,12 @@
 """LightningCLI for Transfusion: one model class, any data module, errors in one sentence."""
 
+import logging
 import sys
+import warnings
+from pathlib import Path
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from tf_lightning.errors import UserError
@@ -31,14 +35,44 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 class TransfusionCLI(LightningCLI):
-    """Checks the checkpoint before anything is built."""
+    """Checks the checkpoint before anything is built; says a mistake in the config in one sentence."""
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse; refuse a checkpoint that is missing or damaged."""
         super().parse_arguments(parser, args)
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in ("last", "best", "hpc"):
+        verb = self.config.subcommand
+        path = self.config[verb].get("ckpt_path")
+        if verb != "fit" and not path:
+            raise UserError(f"{verb} needs a trained model; add --ckpt_path FILE")
+        if path and (verb, path) != ("fit", "last"):
             read_checkpoint(path)
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer from the config."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            cause: BaseException = error  # jsonargparse wraps what a constructor says
+            while cause.__cause__:
+                cause = cause.__cause__
+            raise UserError(" ".join(str(cause).split())) from error
+
+    def before_fit(self) -> None:
+        """Refuse a damaged file that `--ckpt_path last` would resume."""
+        if self.config.fit.ckpt_path == "last" and self.trainer.checkpoint_callback:
+            folder = self.trainer.checkpoint_callback.dirpath
+            last = Path(folder or f"{self.trainer.log_dir}/checkpoints") / "last.ckpt"
+            if last.is_file():
+                read_checkpoint(last)
+
+
+def quiet() -> None:
+    """Leave out what Lightning tells its own developers and what a user cannot act on."""
+    noise = ("💡 Tip:", "TPU available")
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: not record.getMessage().startswith(noise))
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning 2.6
+    warnings.filterwarnings("ignore", ".*does not have many workers")  # rows are cheap to load
 
 
 def run_lightning(args: list[str]) -> None:
@@ -46,7 +80,7 @@ def run_lightning(args: list[str]) -> None:
     verbs = TransfusionCLI.subcommands()
     if args[0] not in verbs and not args[0].startswith("-"):
         raise UserError(f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, generate")
-    sys.argv = [sys.argv[0]]  # LightningCLI warns when both are given
+    quiet()
     TransfusionCLI(
         Transfusion,
         L.LightningDataModule,
@@ -56,5 +90,6 @@ def run_lightning(args: list[str]) -> None:
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
         parser_class=Parser,
-        args=args,
+        parser_kwargs={"prog": "tf-lightning"},
+        args=None if args == sys.argv[1:] else args,  # it warns when both are given
     )

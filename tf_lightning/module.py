@@ -101,15 +101,17 @@ class Transfusion(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse data that was prepared for another model; remember how to read our outputs."""
-        data = self.trainer.datamodule
+        data, hparams = self.trainer.datamodule, self.hparams
+        latent_channels = data.image_shape[0] if data.image_shape else hparams.latent_channels
         for name, ours, theirs in (
             ("entries in the vocabulary", self.config.vocab_size, data.tokenizer.vocab_size),
-            ("patch_size", self.hparams.patch_size, data.patch_size),
+            ("patch_size", hparams.patch_size, data.patch_size),
+            ("latent_channels", hparams.latent_channels, latent_channels),
         ):
             if ours != theirs:
                 raise UserError(
                     f"the data has {name} = {theirs} but the model has {ours}; "
-                    "give both the same value (tokenizer, vocab_size, patch_size)"
+                    "give both the same value (tokenizer, vocab_size, patch_size, latent_channels)"
                 )
         self.tokenizer_proto = data.tokenizer.proto
         self.image_codec = {
@@ -267,3 +269,14 @@ class Transfusion(L.LightningModule):
             )
         self.tokenizer_proto = proto
         self.image_codec = checkpoint["image_codec"]
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """As in torch, with its list of misfits cut to one sentence."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip().rstrip(".")
+            raise UserError(
+                f"the checkpoint's weights do not fit this model ({first}); "
+                "give the configuration that it was trained with"
+            ) from error

@@ -199,7 +199,7 @@ class Mixture(L.LightningDataModule):
         )
         return DataLoader(
             rows,
-            self.batch_size,
+            batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,
