@@ -44,6 +44,13 @@ class Recall(L.Callback):
             "num_inference_steps": num_inference_steps,
             "sampler": sampler,
         }
+        self.loaded_step = 0
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict
+    ) -> None:
+        """Note how long the weights were trained; an evaluation's own `global_step` is 0."""
+        self.loaded_step = checkpoint["global_step"]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Examine the trained model."""
@@ -90,7 +97,7 @@ class Recall(L.Callback):
             "num_prompts": count,
             "num_pictures": len(pairs),
             "seed": self.seed,
-            "global_step": trainer.global_step,
+            "global_step": trainer.global_step or self.loaded_step,
             **self.how,
         }
         write_text(folder / "recall.json", json.dumps(report, indent=2) + "\n")

@@ -5,6 +5,8 @@ Two-object prompts and pictures are of meanings that no training picture shows.
 
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,6 +79,7 @@ class ShapesReport(L.Callback):
             "sampler": sampler,
         }
         self.train_seconds = 0.0
+        self.loaded_step = 0
 
     def state_dict(self) -> dict[str, float]:
         """Seconds trained so far, so that a resumed run reports its whole time."""
@@ -85,6 +88,12 @@ class ShapesReport(L.Callback):
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Go on counting."""
         self.train_seconds = state_dict["train_seconds"]
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict
+    ) -> None:
+        """Note how long the weights were trained; an evaluation's own `global_step` is 0."""
+        self.loaded_step = checkpoint["global_step"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The clock of a run that does not train."""
@@ -136,7 +145,7 @@ class ShapesReport(L.Callback):
             "perplexity_bound": bound,
             "counts": dict.fromkeys(("one_object", "two_objects", "captions", "texts"), len(one)),
             "seed": self.seed,
-            "global_step": trainer.global_step,
+            "global_step": trainer.global_step or self.loaded_step,
             "weights": "raw" if module.ema is None else "ema",
             **self.how,
         }
@@ -152,7 +161,8 @@ class ShapesReport(L.Callback):
         write_text(samples / "samples.jsonl", "".join(lines))
         write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
         write_picture(folder / "sheet.png", sheet(asked, drawn, right, shown, written, understood))
-        rank_zero_info(summary(folder, report))
+        last = folder / "checkpoints" / "last.ckpt"
+        rank_zero_info(summary(folder, last if last.exists() else trainer.ckpt_path, report))
 
     def draw(self, model: Model, asked: Sequence[Question]) -> list[Image.Image]:
         """One picture a question, 64 at a time."""
@@ -180,7 +190,6 @@ def text_perplexity(
         tokenizer=model.tokenizer,
         row_length=max(len(document[0]) for document in documents) + 2,
         patch_size=module.hparams.patch_size,
-        image_shape=model.latent_shape,
     ).to(module.device)
     nll = module.loss_sums(model.net, batch)[0].double()
     counted: Tensor = batch.positions.flatten()[batch.target_index] > 0
@@ -206,16 +215,16 @@ def sheet(
     )
 
 
-def summary(folder: Path, report: dict) -> str:
+def summary(folder: Path, checkpoint: str | Path | None, report: dict) -> str:
     """What was found, what was written, and what to type next."""
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+    here = os.path.relpath(Path(sys.executable).parent)
+    command = "" if here.startswith("..") else f"{here}/"  # .venv/bin/ after `make quickstart`
     return f"""
 one object right       {report["one_object"]:7.1%}   (prompts judged by the world's oracle)
 two objects right      {report["two_objects"]:7.1%}   (meanings that no training picture shows)
 captions right         {report["caption_accuracy"]:7.1%}   (held-out pictures)
 perplexity of text     {report["perplexity"]:7.3f}   (the grammar's own: {report["perplexity_bound"]:.3f})
 Wrote {folder}/sheet.png, samples/ and report.json. Next:
-  tf-lightning generate {checkpoint} "a red circle above a blue square" -o out
-  tf-lightning generate {checkpoint} --image {folder}/samples/0000.png
-  tensorboard --logdir {folder.parent}
-(the commands are in .venv/bin)"""
+  {command}tf-lightning generate {checkpoint} "a red circle above a blue square" -o out
+  {command}tf-lightning generate {checkpoint} --image {folder}/samples/0000.png
+  {command}tensorboard --logdir {folder.parent}"""

@@ -75,3 +75,11 @@ def is_local(host: str | bytes | None) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """The folder of a finished run of `runs.config`; its config.yaml is beside it. Leave it as it is."""
+    import runs
+
+    return runs.fit(tmp_path_factory.mktemp("session"))

@@ -134,7 +134,7 @@ def test_logits_are_computed_at_targets_only():
 def test_a_batch_without_images_and_one_without_text_run_and_teach_every_weight():
     net = tiny_net().requires_grad_(True)
     for shape in ("5", "i"):
-        batch = packed([[document(shape)]], image_shape=(1, 1, 1))  # all that text data knows
+        batch = packed([[document(shape)]])  # all that text data knows
         net.zero_grad()
         logits, output = net(batch, batch.latents, batch.t, DocumentAttention(batch))
         assert output.shape == batch.latents.shape
@@ -144,7 +144,7 @@ def test_a_batch_without_images_and_one_without_text_run_and_teach_every_weight(
 
 
 def test_a_batch_of_padding_alone_has_nothing_to_say():
-    net, batch = tiny_net(), packed([[]], row_length=4, image_shape=(1, 1, 1))
+    net, batch = tiny_net(), packed([[]], row_length=4)
     logits, output = net(batch, batch.latents, batch.t, DocumentAttention(batch))
     assert logits.shape == (0, VOCAB_SIZE) and output.shape == batch.latents.shape
 

@@ -39,7 +39,7 @@ def packed(rows: list[Row], row_length: int | None = None, **options) -> Batch:
     """The rows as a batch; without `row_length`, as long as the longest."""
     if row_length is None:
         row_length = max(sum(document_length(d, PATCH_SIZE) for d in row) for row in rows)
-    options = {"row_ids": list(range(len(rows))), "image_shape": LATENT_SHAPE} | options
+    options = {"row_ids": list(range(len(rows)))} | options
     return pack(rows, tokenizer=TOKENIZER, row_length=row_length, patch_size=PATCH_SIZE, **options)
 
 

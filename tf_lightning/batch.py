@@ -175,7 +175,6 @@ def pack(
     seed: int = 0,
     max_caption_t: float = 0.5,
     source_ids: list[int] | None = None,
-    image_shape: tuple[int, int, int] = (1, 1, 1),
 ) -> Batch:
     """Pack rows of documents and draw their noise, a function of (seed, row id) alone.
 
@@ -190,7 +189,6 @@ def pack(
         seed: the run's seed.
         max_caption_t: noise limit of images that precede their text, in (0, 1].
         source_ids: which corpus each row came from.
-        image_shape: (C, h, w) of the empty `latents` of a batch without images.
     """
     writers, latents, noise, times = [], [], [], []
     for row, row_id in zip(rows, row_ids, strict=True):
@@ -214,8 +212,8 @@ def pack(
         image_ids=image_ids,
         patch_index=(image_ids.flatten() >= 0).nonzero().flatten(),
         target_index=(labels.flatten() != IGNORE_INDEX).nonzero().flatten(),
-        latents=torch.stack(latents) if latents else torch.empty(0, *image_shape),
-        noise=torch.stack(noise) if noise else torch.empty(0, *image_shape),
+        latents=torch.stack(latents) if latents else torch.empty(0, 1, 1, 1),
+        noise=torch.stack(noise) if noise else torch.empty(0, 1, 1, 1),
         t=torch.cat(times),
         source_ids=torch.tensor(source_ids or [0] * len(rows)),
         row_tokens=torch.tensor([writer.end for writer in writers]),

@@ -4,5 +4,5 @@
 class UserError(ValueError):
     """A mistake in what the user gave; its message is one sentence: the value, the limit, the remedy.
 
-    The command line prints the message alone, without a traceback, and exits with code 1.
+    The command line prints the message alone, without a traceback, and exits with 1.
     """

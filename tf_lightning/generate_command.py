@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from PIL import Image
 
@@ -22,6 +24,16 @@ with a picture, one that ends in a picture with words; --answer says otherwise.
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong on one line instead of printing the whole usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        print(f"tf-lightning: error: {message}", file=sys.stderr)
+        print("`tf-lightning generate --help` lists the options.", file=sys.stderr)
+        raise SystemExit(2)
+
+
 class Part(argparse.Action):
     """Keeps text and --image parts in the order they were typed."""
 
@@ -33,9 +45,23 @@ class Part(argparse.Action):
         namespace.parts = parts + [(kind, value) for value in values]
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    """A number of at least 0."""
+    if not float(text) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return float(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "tf-lightning generate",
         description="Continue a prompt of text and pictures.",
         epilog=EPILOG,
@@ -46,14 +72,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("prompt", nargs="*", action=Part, help="text of the prompt")
     add("--image", action=Part, metavar="FILE", help="picture of the prompt; may be repeated")
     add("-o", "--out", type=Path, default=Path("out"), help="folder for pictures (default: out)")
-    add("-n", "--num-images", type=int, default=4, help="pictures to draw (default: 4)")
+    add("-n", "--num-images", type=positive, default=4, help="pictures to draw (default: 4)")
     add("--answer", choices=("image", "text"), help="what to generate (default: the other kind)")
     add("--guidance-scale", type=float, default=3.0, help="1 = off (default: 3)")
     add("--steps", type=int, default=50, help="denoising steps, 1 to 1000 (default: 50)")
     add("--sampler", choices=SAMPLERS, default="DDIMScheduler", help="(default: DDIMScheduler)")
-    add("--max-new-tokens", type=int, default=64, help="longest text (default: 64)")
-    add("--temperature", type=float, default=0.0, help="of text; 0 = most probable (default: 0)")
-    add("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    add("--max-new-tokens", type=positive, default=64, help="longest text (default: 64)")
+    add(
+        "--temperature",
+        type=not_negative,
+        default=0.0,
+        help="of text; 0 = most probable (default: 0)",
+    )
+    add("--seed", type=int, default=0, help="of the first picture, or of the text (default: 0)")
     return parser
 
 
@@ -71,7 +102,10 @@ def run_generate(args: list[str]) -> None:
         draw(model, prompt, parts, options)
     else:
         (text,) = model.write(
-            [prompt], max_new_tokens=options.max_new_tokens, temperature=options.temperature
+            [prompt],
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
         )
         print(text)
 
@@ -96,8 +130,8 @@ def draw(model: Model, prompt: RawDocument, parts: list, options: argparse.Names
         "num_inference_steps": options.steps,
         "sampler": options.sampler,
     }
+    options.out.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
     pictures = model.draw([prompt] * len(seeds), seeds=seeds, progress=True, **how)
-    options.out.mkdir(parents=True, exist_ok=True)
     for seed, picture in zip(seeds, pictures, strict=True):
         path = options.out / f"{seed:04d}.png"
         picture.save(path)

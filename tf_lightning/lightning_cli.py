@@ -35,7 +35,7 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 class TransfusionCLI(LightningCLI):
-    """Checks the checkpoint before anything is built; says a mistake in the config in one sentence."""
+    """Checks the checkpoint before anything is built; says a config's mistake in one sentence."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse; refuse a checkpoint that is missing or damaged."""

@@ -1,4 +1,4 @@
-"""A trained network with its tokenizer and autoencoder: pictures and words in, pictures and words out.
+"""A trained network with its tokenizer and autoencoder: pictures and words in and out.
 
 model = load("runs/quickstart/checkpoints/last.ckpt")
 model.draw([["a red circle above a blue square"]], guidance_scale=3.0, seeds=[0])[0].save("a.png")
@@ -40,7 +40,7 @@ def to_picture(pixels: Tensor) -> Image.Image:
 
 @dataclass
 class Model:
-    """What generation needs; built by `load` from a checkpoint or by `of` from a module in training."""
+    """What generation needs; `load` builds it from a checkpoint, `of` from a module."""
 
     net: Net
     tokenizer: Tokenizer

@@ -190,7 +190,7 @@ class Transfusion(L.LightningModule):
         self.log("train/grad_norm", norm, batch_size=1)
 
     def optimizer_step(self, *args, **kwargs) -> None:
-        """Step, then average the weights; the decay grows from 0.1 so that the start is forgotten."""
+        """Step, then average the weights, with a decay that grows: the start is forgotten."""
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
             step = self.trainer.global_step
@@ -220,7 +220,7 @@ class Transfusion(L.LightningModule):
             self.val_sums[source, name].update(mean, weight=count)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/<source>/...`; perplexity = exp(sum nll / sum tokens), document starts excluded."""
+        """Log `val/<source>/...`; perplexity = exp(sum nll / sum tokens), without starts."""
         for (source, name), sums in self.val_sums.items():
             value = sums.compute()  # the same on every rank
             if not value.isnan():
@@ -247,14 +247,17 @@ class Transfusion(L.LightningModule):
             causal_images=self.hparams.causal_images,
         )
         return [
-            {"caption": tokenizer.decode(caption.tolist()).strip(), "written": tokenizer.decode(ids).strip()}
+            {
+                "caption": tokenizer.decode(caption.tolist()).strip(),
+                "written": tokenizer.decode(ids).strip(),
+            }
             for (caption, _), ids in zip(pairs, written, strict=True)
         ]
 
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep what generation needs beside the weights: the tokenizer and the autoencoder's name."""
+        """Keep what generation needs: the tokenizer and the autoencoder's name."""
         proto = bytearray(self.tokenizer_proto)
         checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
         checkpoint["image_codec"] = self.image_codec

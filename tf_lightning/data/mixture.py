@@ -195,7 +195,6 @@ class Mixture(L.LightningDataModule):
             patch_size=self.patch_size,
             seed=self.seed,
             max_caption_t=self.max_caption_t,
-            image_shape=self.image_shape or (1, 1, 1),
         )
         return DataLoader(
             rows,

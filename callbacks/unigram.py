@@ -1,0 +1,53 @@
+"""The perplexity of a model that only knows how frequent each token is: what training must beat."""
+
+import lightning as L
+import numpy as np
+import torch
+
+from tf_lightning.data.corpus import Corpus
+
+
+class UnigramBaseline(L.Callback):
+    """Logs `val/<source>/perplexity_unigram` beside `val/<source>/perplexity`, for text sources.
+
+    Token frequencies of the training split (one added to each count, so that none is impossible),
+    scored on the tokens of the validation split that the perplexity counts: all but each
+    document's first, and its end.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Count once."""
+        data = trainer.datamodule
+        self.perplexity = {
+            name: unigram_perplexity(
+                data.corpora["train"][name],
+                data.corpora["val"][name],
+                vocab_size=data.tokenizer.vocab_size,
+                eos_id=data.tokenizer.eos_id,
+            )
+            for name in data.source_names
+            if data.corpora["train"][name].image_shape is None and len(data.corpora["val"][name])
+        }
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log."""
+        for name, value in self.perplexity.items():
+            pl_module.log(f"val/{name}/perplexity_unigram", value, add_dataloader_idx=False)
+
+
+def unigram_perplexity(train: Corpus, val: Corpus, *, vocab_size: int, eos_id: int) -> float:
+    """exp(cross-entropy) of `val`'s tokens under `train`'s frequencies."""
+    counts = token_counts(train, vocab_size, eos_id, first=True) + 1
+    scored = token_counts(val, vocab_size, eos_id, first=False)
+    log_probs = np.log(counts / counts.sum())
+    return float(np.exp(-(scored @ log_probs) / scored.sum()))
+
+
+def token_counts(corpus: Corpus, vocab_size: int, eos_id: int, *, first: bool) -> np.ndarray:
+    """How often each token is a document's text or its end, (vocab_size,)."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for index in range(len(corpus)):
+        tokens = torch.cat(corpus.document(index))
+        counts += torch.bincount(tokens if first else tokens[1:], minlength=vocab_size)
+    counts[eos_id] += len(corpus)
+    return counts.numpy().astype(np.float64)

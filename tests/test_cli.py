@@ -1,0 +1,313 @@
+"""The command line: a whole life of a run, and each mistake answered with one sentence."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tf_lightning.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def events(run) -> EventAccumulator:
+    """What the run wrote for TensorBoard."""
+    accumulator = EventAccumulator(str(run), {"images": 0, "scalars": 0, "tensors": 0})
+    return accumulator.Reload()
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that has to fail: its exit code and its one line on standard error."""
+
+    def command(*args) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tf-")]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("tf-lightning: error: ") and len(lines[0]) < 400
+        return stop.value.code, lines[0]
+
+    return command
+
+
+def checkpoint_of(run: Path) -> Path:
+    return run / "checkpoints" / "last.ckpt"
+
+
+def scalars(events: EventAccumulator, tag: str) -> list[float]:
+    return [event.value for event in events.Scalars(tag)]
+
+
+# A run's life
+
+
+def test_a_run_logs_losses_speed_and_shares_under_their_documented_names(events):
+    tags = {
+        *(f"train/{name}" for name in ("loss", "loss_lm", "loss_diffusion", "grad_norm")),
+        *("train/tokens_per_sec", "train/padding_share"),
+        *("train/mixture/captions", "train/mixture/text"),
+        *(f"val/captions/{name}" for name in ("loss_lm", "perplexity", "loss_diffusion")),
+        *(f"val/text/{name}" for name in ("loss_lm", "perplexity")),
+        *("lr-AdamW/decay", "lr-AdamW/no_decay"),
+    }
+    logged = set(events.Tags()["scalars"])
+    assert tags <= logged
+    assert logged - tags == {"epoch"}
+    for tag in tags:
+        steps = 2 if tag.startswith("val/") else runs.MAX_STEPS
+        assert len(scalars(events, tag)) == steps, tag
+        assert all(map(math.isfinite, scalars(events, tag)))
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_the_two(events):
+    total, lm, diffusion = (
+        torch.tensor(scalars(events, f"train/{name}"))
+        for name in ("loss", "loss_lm", "loss_diffusion")
+    )
+    torch.testing.assert_close(total, lm + 5 * diffusion)
+    assert lm[0] == pytest.approx(math.log(runs.VOCAB_SIZE), rel=0.25)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine(events):
+    floor, span = runs.MIN_LR_RATIO, runs.MAX_STEPS - runs.WARMUP_STEPS
+    cosine = [
+        floor + (1 - floor) * (1 + math.cos(math.pi * step / span)) / 2 for step in range(span)
+    ]
+    expected = [runs.PEAK_LR * scale for scale in [0.5, 1.0, *cosine]]
+    assert scalars(events, "lr-AdamW/decay") == pytest.approx(expected)
+
+
+def test_validation_shows_pictures_and_captions(events):
+    (pictures,) = events.Tags()["images"]
+    assert pictures == "pictures/captions"
+    assert [image.step for image in events.Images(pictures)] == [3, 6]
+    image = events.Images(pictures)[0]
+    assert (image.height, image.width) == (2 * 66 + 2, 2 * 66 + 2)  # two drawn, two true
+    tables = events.Tensors("captions/captions/text_summary")
+    assert [table.step for table in tables] == [3, 6]
+    assert tables[0].tensor_proto.string_val[0].decode().count("\n| ") == 3  # heading, two rows
+
+
+def test_a_run_leaves_checkpoints_config_report_and_samples(run):
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step0000003.ckpt", "step0000006.ckpt"]
+    assert checkpoint_of(run).resolve().name == "step0000006.ckpt"
+    files = {"config.yaml", "report.json", "sheet.png", "recall.json", "recall.png"}
+    assert files <= {path.name for path in run.iterdir()}
+    assert not list(run.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_an_evaluation_of_the_checkpoint_agrees_with_the_run_and_leaves_it_alone(
+    run, events, verb, capsys
+):
+    before = {path: path.read_bytes() for path in run.iterdir() if path.suffix != ".0"}
+    before = {path: content for path, content in before.items() if "tfevents" not in path.name}
+    main([verb, "-c", str(run / "config.yaml"), "--ckpt_path", str(checkpoint_of(run))])
+    assert {path: path.read_bytes() for path in before} == before
+    found = json.loads((run / verb / "report.json").read_text())
+    at_the_end = json.loads((run / "report.json").read_text())
+    assert found == at_the_end | {"train_seconds": found["train_seconds"]}
+    table = capsys.readouterr().out
+    assert "val/captions/loss_diffusion" in table and "val/text/perplexity" in table
+    assert f"{scalars(events, 'val/text/loss_lm')[-1]:.5f}"[:6] in table
+
+
+def test_predict_writes_a_caption_for_each_held_out_picture(run):
+    main(["predict", "-c", str(run / "config.yaml"), "--ckpt_path", str(checkpoint_of(run))])
+    lines = (run / "predict" / "captions-0.jsonl").read_text().splitlines()
+    assert len(lines) == runs.NUM_VAL
+    assert all(json.loads(line).keys() == {"caption", "written"} for line in lines)
+
+
+def test_help_names_every_command(capsys):
+    for args in ([], ["-h"], ["--help"]):
+        main(args)
+        text = capsys.readouterr().out
+        for verb in ("fit", "validate", "test", "predict", "generate"):
+            assert f"tf-lightning {verb}" in text
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict", "generate"])
+def test_each_command_has_help_under_the_programs_name(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert text.startswith("usage: tf-lightning ") and verb in text.splitlines()[0]
+
+
+def test_a_run_says_nothing_that_a_user_cannot_act_on(tmp_path):
+    config = runs.write_config(tmp_path, lambda c: c["trainer"].update(max_steps=1, callbacks=[]))
+    command = [sys.executable, "-m", "tf_lightning", "fit", "-c", str(config)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert ended.returncode == 0, ended.stderr
+    for noise in ("Tip", "LeafSpec", "TPU", "many workers", "Warning", "args parameter"):
+        assert noise not in ended.stderr + ended.stdout
+    assert "captions train: prepared 40 documents" in ended.stderr
+
+
+# Mistakes
+
+
+def test_an_unknown_command_is_named_with_the_known_ones(fails):
+    code, line = fails("fti")
+    assert code == 1
+    assert "'fti'" in line and "fit, validate, test, predict, generate" in line
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_an_unknown_key_is_named(verb, tmp_path, fails):
+    config = runs.write_config(tmp_path)
+    code, line = fails(verb, "-c", config, "--model.patchsize", "3")
+    assert code == 2 and "--model.patchsize" in line
+
+
+@pytest.mark.parametrize("section", ["trainer", "model", "data"])
+def test_an_unknown_key_in_the_file_is_named(section, tmp_path, fails):
+    def misspell(config: dict) -> None:
+        part = config[section]
+        part.get("init_args", part)["mispelt"] = 3
+
+    code, line = fails("fit", "-c", runs.write_config(tmp_path, misspell))
+    assert code == 2 and "mispelt" in line
+
+
+@pytest.mark.parametrize("file", ["nowhere.yaml", ""])
+def test_a_missing_config_file_is_named(file, tmp_path, fails):
+    code, line = fails("fit", "-c", tmp_path / file)
+    assert code == 2 and str(tmp_path / file) in line
+
+
+def test_a_config_file_that_is_no_yaml_is_refused(tmp_path, fails):
+    (tmp_path / "bad.yaml").write_text("trainer: [1\nmodel: 2")
+    assert fails("fit", "-c", tmp_path / "bad.yaml")[0] == 2
+
+
+@pytest.fixture
+def bad_checkpoint(run, tmp_path):
+    """A file by the name of what is wrong with it."""
+
+    def make(fault: str) -> Path:
+        path = tmp_path / f"{fault}.ckpt"
+        if fault == "cut":
+            content = checkpoint_of(run).read_bytes()
+            path.write_bytes(content[: len(content) // 2])
+        elif fault == "text":
+            path.write_text("hello world, not a checkpoint")
+        elif fault == "foreign":
+            torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
+        elif fault == "pickle":
+            torch.save({"state_dict": {}, "image_codec": Path}, path)  # a class: refused unread
+        elif fault == "folder":
+            path.mkdir()
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut", "text", "foreign", "pickle", "folder"])
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict", "generate"])
+def test_a_bad_checkpoint_is_refused_by_name_before_anything_is_written(
+    verb, fault, bad_checkpoint, tmp_path, fails
+):
+    path = bad_checkpoint(fault)
+    config = runs.write_config(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    if verb == "generate":
+        code, line = fails(verb, path, "a red circle", "-o", tmp_path / "out")
+    else:
+        code, line = fails(verb, "-c", config, "--ckpt_path", path)
+    assert code == 1 and str(path) in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("given", [[], ["--ckpt_path", "last"]])
+def test_an_evaluation_without_a_checkpoint_file_is_refused(given, tmp_path, fails):
+    code, _ = fails("validate", "-c", runs.write_config(tmp_path), *given)
+    assert code == 1
+
+
+def test_a_damaged_last_checkpoint_is_refused_when_resuming(tmp_path, run, fails):
+    config = runs.write_config(tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(checkpoint_of(run).read_bytes()[:10_000])
+    code, line = fails("fit", "-c", config, "--ckpt_path", "last")
+    assert code == 1 and "last.ckpt (10,000 bytes) cannot be read" in line
+
+
+def test_another_models_checkpoint_does_not_resume(tmp_path, run, fails):
+    config = runs.write_config(tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(checkpoint_of(run).read_bytes())
+    wider = ["--model.transformer.dim", "64"]
+    code, line = fails("fit", "-c", config, "--ckpt_path", "last", *wider)
+    assert code == 1 and "[300, 32]" in line and "[300, 64]" in line
+
+
+MISTAKES = {
+    "--data.init_args.vocab_size=310": "300",
+    "--data.init_args.vocab_size=20": "vocab_size=20 is too small",
+    "--data.init_args.patch_size=8": "patch_size = 8 but the model has 16",
+    "--model.latent_channels=4": "latent_channels = 3 but the model has 4",
+    "--model.prediction_type=x0": "x0",
+    "--data.init_args.autoencoder=none/": '"none/"',
+    "--data.init_args.autoencoder=null": "the data has pictures",
+    "--data.init_args.image_first_prob=2": "image_first_prob=2.0 is not a probability",
+    "--data.init_args.weights={captions: 1}": "weights are given for ['captions']",
+    "--data.init_args.row_length=20": "longer than a row of 20 tokens",
+    "--data.init_args.tokenizer=nowhere.model": "nowhere.model",
+    "--data.init_args.sources.text.init_args.num_documents=0": "num_documents=0",
+    "--trainer.accelerator=nonsense": "nonsense",
+    "--trainer.devices=0": "devices",
+}
+
+
+@pytest.mark.parametrize("argument", MISTAKES)
+def test_a_value_that_does_not_fit_is_told_in_one_sentence(argument, tmp_path, fails):
+    code, line = fails("fit", "-c", runs.write_config(tmp_path), argument)
+    assert code == 1 and MISTAKES[argument] in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(None, "no file matches"), ("", "unusable"), ("{}\n", "unusable")]
+)
+def test_a_corpus_of_nothing_is_told_and_leaves_nothing_half_written(
+    content, sentence, tmp_path, fails
+):
+    files = tmp_path / "corpus.jsonl"
+    if content is not None:
+        files.write_text("not json\n" + content)
+
+    def read_files(config: dict) -> None:
+        config["data"] = {
+            "class_path": "tf_lightning.data.TextData",
+            "init_args": {
+                **{"paths": str(files), "cache_dir": str(tmp_path / "data")},
+                **{"vocab_size": runs.VOCAB_SIZE, "patch_size": runs.PATCH_SIZE},
+            },
+        }
+
+    code, line = fails("fit", "-c", runs.write_config(tmp_path, read_files))
+    assert code == 1 and (sentence in line or "no text" in line)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+
+
+def test_a_tokenizer_other_than_the_checkpoints_is_refused(run, tmp_path, fails):
+    other_words = "--data.init_args.sources.text.init_args.seed=9"
+    config = runs.write_config(tmp_path)
+    code, line = fails("validate", "-c", config, "--ckpt_path", checkpoint_of(run), other_words)
+    assert code == 1 and "tokenizer is not the one this checkpoint was trained with" in line
