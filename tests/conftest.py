@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so set before anything
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning's calls of it, none of ours
 
 import pytest
 import torch

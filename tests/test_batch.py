@@ -120,6 +120,12 @@ def test_times_are_uniform_below_their_limits():
         assert 0 <= column.min() and column.max() < limit
 
 
+def test_shifted_times_undo_to_uniform_ones():
+    times = torch.stack([draw_times([1.0] * 4, row_generator(0, r), shift=3) for r in range(2000)])
+    uniform = times / (3 - 2 * times)  # the inverse of t = 3 u / (1 + 2 u)
+    assert stats.kstest(uniform.flatten().numpy(), stats.uniform().cdf).pvalue > 1e-3
+
+
 def test_times_of_a_row_are_spread_evenly():
     times = draw_times([1.0] * 8, row_generator(3, 5)).sort().values
     assert torch.allclose(times.diff(), torch.full((7,), 1 / 8), atol=1e-6)
@@ -129,6 +135,7 @@ def test_a_time_never_rounds_up_to_its_limit(monkeypatch):
     largest = torch.tensor([1 - 2**-24])
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: largest)
     assert draw_times([1.0] * 64, torch.Generator()).max() < 1
+    assert draw_times([1.0] * 64, torch.Generator(), shift=3).max() < 1
 
 
 def test_noise_belongs_to_the_row_wherever_it_is_packed():
@@ -154,7 +161,7 @@ def test_noise_is_standard_normal():
 
 def test_rows_without_documents_are_padding():
     batch = packed([[]], row_length=4)
-    assert batch.latents.shape == batch.noise.shape == (0, 3, 4, 4)
+    assert batch.latents.shape == batch.noise.shape == (0, 1, 1, 1)
     assert batch.t.shape == (0,)
     assert (batch.document_ids == -1).all() and batch.row_tokens.tolist() == [0]
 

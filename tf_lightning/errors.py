@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; its message is one sentence: the value, the limit, the remedy.
+    """A mistake in what the user gave; its message is one sentence: value, limit, remedy.
 
     The command line prints the message alone, without a traceback, and exits with 1.
     """

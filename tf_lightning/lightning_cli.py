@@ -26,12 +26,14 @@ class Parser(LightningArgumentParser):
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Writes config.yaml when a run trains, never when it is evaluated."""
+    """Writes config.yaml when training starts: a run refused or evaluated leaves an older one alone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Save in `fit` only, so that `validate` leaves the training run's file alone."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Nothing yet: data and checkpoint may still not fit the model."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file."""
+        super().setup(trainer, pl_module, "fit")
 
 
 class TransfusionCLI(LightningCLI):

@@ -51,6 +51,7 @@ class Mixture(L.LightningDataModule):
         image_first_prob: probability that a captioned picture precedes its caption (paper: 0.2).
         caption_drop_prob: probability that a caption that comes first is dropped, for guidance.
         max_caption_t: noise limit of pictures that precede their text, in (0, 1] (paper: 0.5).
+        time_shift: > 1 draws noise levels nearer to pure noise, 1 = uniform (paper).
         num_workers: processes that load rows; 0 loads in the training process.
         seed: of order and noise, >= 0.
         cache_dir: where tokenizer and prepared corpora are kept.
@@ -70,6 +71,7 @@ class Mixture(L.LightningDataModule):
         image_first_prob: float = 0.2,
         caption_drop_prob: float = 0.1,
         max_caption_t: float = 0.5,
+        time_shift: float = 1.0,
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str = "data",
@@ -84,7 +86,8 @@ class Mixture(L.LightningDataModule):
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
         self.row_length, self.batch_size = row_length, batch_size
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
-        self.max_caption_t, self.num_workers = max_caption_t, num_workers
+        self.max_caption_t, self.time_shift = max_caption_t, time_shift
+        self.num_workers = num_workers
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.tokenizer: Tokenizer | None = None
         self.corpora: dict[str, dict[str, Corpus]] = {}
@@ -169,7 +172,7 @@ class Mixture(L.LightningDataModule):
             rank=self._rank,
             world_size=self._world_size,
         )
-        return self._loader(rows, sampler)
+        return self._loader(rows, sampler, self.time_shift)
 
     def val_dataloader(self) -> list[DataLoader]:
         """One finite loader for each source, in the order of `source_names`: each document once."""
@@ -187,7 +190,7 @@ class Mixture(L.LightningDataModule):
             corpus, row_length=self.row_length, num_patches=self._num_patches, **order
         )
 
-    def _loader(self, rows: Dataset, sampler: Sampler) -> DataLoader:
+    def _loader(self, rows: Dataset, sampler: Sampler, time_shift: float = 1.0) -> DataLoader:
         collate = partial(
             pack_rows,
             tokenizer=self.tokenizer,
@@ -195,6 +198,7 @@ class Mixture(L.LightningDataModule):
             patch_size=self.patch_size,
             seed=self.seed,
             max_caption_t=self.max_caption_t,
+            time_shift=time_shift,
         )
         return DataLoader(
             rows,

@@ -1,0 +1,79 @@
+"""Every recipe in configs/ parses, and holds together."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tf_lightning.cli import main
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+MODELS = sorted(path.name for path in CONFIGS.glob("model/*.yaml"))
+
+
+@pytest.fixture
+def parsed(capsys):
+    """The whole configuration of a command, with nothing built."""
+
+    def parse(*args: str) -> dict:
+        with pytest.raises(SystemExit) as stop:
+            main([*args, "--print_config=skip_null"])
+        assert stop.value.code == 0
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return parse
+
+
+def test_there_are_recipes_and_nothing_else():
+    tested = {CONFIGS / name for name in RECIPES} | {CONFIGS / "model" / name for name in MODELS}
+    assert RECIPES and MODELS
+    assert set(CONFIGS.rglob("*.yaml")) == tested
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_every_recipe_parses_for_every_command(verb, name, parsed):
+    assert parsed(verb, "-c", str(CONFIGS / name))["model"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_goes_with_a_recipe(name, parsed):
+    quickstart = str(CONFIGS / "quickstart.yaml")
+    given = yaml.safe_load((CONFIGS / "model" / name).read_text())
+    model = parsed("fit", "-c", quickstart, "--model", str(CONFIGS / "model" / name))["model"]
+    assert model["transformer"].items() >= given["transformer"].items()
+    assert model["patch_size"] == given["patch_size"]
+    assert model["lr"] == yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())["model"]["lr"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_model_and_data_of_a_recipe_agree(name, parsed):
+    config = parsed("fit", "-c", str(CONFIGS / name))
+    model, data = config["model"], config["data"]["init_args"]
+    assert model["patch_size"] == data["patch_size"]
+    assert data.get("tokenizer") or model["transformer"]["vocab_size"] == data["vocab_size"]
+    if data.get("autoencoder") == "pixels":
+        assert model["latent_channels"] == 3
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_saves_its_last_step_and_resumes_in_its_own_folder(name, parsed):
+    trainer = parsed("fit", "-c", str(CONFIGS / name))["trainer"]
+    arguments = {
+        callback["class_path"].rpartition(".")[2]: callback.get("init_args", {})
+        for callback in trainer["callbacks"]
+    }
+    saves = arguments["ModelCheckpoint"]
+    assert trainer["max_steps"] % saves["every_n_train_steps"] == 0
+    assert saves["save_last"] == "link"
+    logger = trainer["logger"]["init_args"]
+    assert logger["version"] == "" and logger["name"] == name.removesuffix(".yaml")
+    assert trainer["use_distributed_sampler"] is False
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_begins_with_its_command(name):
+    head = (CONFIGS / name).read_text().splitlines()[:3]
+    assert all(line.startswith("#") for line in head)
+    assert any(f"fit -c configs/{name}" in line for line in head)
