@@ -80,7 +80,7 @@ def is_local(host: str | bytes | None) -> bool:
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
-    """The folder of a finished run of `runs.config`; its config.yaml is beside it. Leave it as it is."""
+    """The folder of a finished run of `runs.config`; tests leave it as it is."""
     import runs
 
     return runs.fit(tmp_path_factory.mktemp("session"))

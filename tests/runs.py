@@ -48,6 +48,7 @@ def config(folder: Path) -> dict:
             "filename": "step{step:07d}",
             "auto_insert_metric_name": False,
             "save_on_train_epoch_end": False,
+            "enable_version_counter": False,
         },
         "lightning.pytorch.callbacks.LearningRateMonitor": {"logging_interval": "step"},
         "callbacks.throughput.Throughput": {},

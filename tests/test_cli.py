@@ -122,13 +122,6 @@ def test_an_evaluation_of_the_checkpoint_agrees_with_the_run_and_leaves_it_alone
     assert f"{scalars(events, 'val/text/perplexity')[-1]:.4f}"[:7] in table
 
 
-def test_predict_writes_a_caption_for_each_held_out_picture(run):
-    main(["predict", "-c", str(run / "config.yaml"), "--ckpt_path", str(checkpoint_of(run))])
-    lines = (run / "predict" / "captions-0.jsonl").read_text().splitlines()
-    assert len(lines) == runs.NUM_VAL
-    assert all(json.loads(line).keys() == {"caption", "written"} for line in lines)
-
-
 def test_help_names_every_command(capsys):
     for args in ([], ["-h"], ["--help"]):
         main(args)

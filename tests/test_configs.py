@@ -67,6 +67,8 @@ def test_a_recipe_saves_its_last_step_and_resumes_in_its_own_folder(name, parsed
     saves = arguments["ModelCheckpoint"]
     assert trainer["max_steps"] % saves["every_n_train_steps"] == 0
     assert saves["save_last"] == "link"
+    # Otherwise a resumed run writes last-v1.ckpt beside a last.ckpt that stays behind.
+    assert saves["enable_version_counter"] is False
     logger = trainer["logger"]["init_args"]
     assert logger["version"] == "" and logger["name"] == name.removesuffix(".yaml")
     assert trainer["use_distributed_sampler"] is False

@@ -34,15 +34,32 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-class Part(argparse.Action):
-    """Keeps text and --image parts in the order they were typed."""
+def text_part(text: str) -> tuple[str, str]:
+    """A part of the prompt, with its kind."""
+    return "text", text
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        """Append (kind, value) for each value."""
-        kind = "image" if option_string else "text"
-        values = values if isinstance(values, list) else [values]
-        parts = getattr(namespace, "parts", None) or []
-        namespace.parts = parts + [(kind, value) for value in values]
+
+def image_part(file: str) -> tuple[str, str]:
+    """A part of the prompt, with its kind."""
+    return "image", file
+
+
+def name_texts(args: list[str]) -> list[str]:
+    """Write --text before each word that stands alone, except the checkpoint, which is the first.
+
+    argparse tells the order of options, but not of words among them.
+    """
+    named, words, alone = [], iter(args), 0
+    for word in words:
+        if word.startswith("-"):
+            named.append(word)
+            has_value = "=" in word if word.startswith("--") else len(word) > 2
+            if not has_value and word not in ("-h", "--help"):
+                named.extend([value for value in [next(words, None)] if value is not None])
+        else:
+            named.append(f"--text={word}" if alone else word)
+            alone += 1
+    return named
 
 
 def positive(text: str) -> int:
@@ -63,14 +80,22 @@ def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
     parser = Parser(
         "tf-lightning generate",
+        usage="tf-lightning generate CKPT [TEXT | --image FILE] ... [options]",
         description="Continue a prompt of text and pictures.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="a file that `tf-lightning fit` wrote")
-    add("prompt", nargs="*", action=Part, help="text of the prompt")
-    add("--image", action=Part, metavar="FILE", help="picture of the prompt; may be repeated")
+    part = {"dest": "parts", "action": "append", "default": []}
+    add(
+        "--text",
+        **part,
+        type=text_part,
+        metavar="TEXT",
+        help="text of the prompt; --text may be left out",
+    )
+    add("--image", **part, type=image_part, metavar="FILE", help="picture of the prompt")
     add("-o", "--out", type=Path, default=Path("out"), help="folder for pictures (default: out)")
     add("-n", "--num-images", type=positive, default=4, help="pictures to draw (default: 4)")
     add("--answer", choices=("image", "text"), help="what to generate (default: the other kind)")
@@ -90,9 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_generate(args: list[str]) -> None:
     """Parse, load, generate, write."""
-    parser = build_parser()
-    options = parser.parse_intermixed_args(args)
-    parts = getattr(options, "parts", None) or []
+    options = build_parser().parse_args(name_texts(args))
+    parts = options.parts
     if not parts:
         raise UserError("there is no prompt; give text, or --image FILE, after the checkpoint")
     model = load(options.checkpoint)

@@ -26,7 +26,7 @@ class Parser(LightningArgumentParser):
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Writes config.yaml when training starts: a run refused or evaluated leaves an older one alone."""
+    """Writes config.yaml when training starts; what is refused or evaluated leaves an older one."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing yet: data and checkpoint may still not fit the model."""

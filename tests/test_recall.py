@@ -1,0 +1,76 @@
+"""Recall: the nearest picture, and what it says of a model that remembers or does not."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from callbacks.recall import Recall, nearest_pictures
+from tf_lightning.model import Model, to_picture
+
+
+def test_the_nearest_picture_is_the_one_of_least_squared_distance():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(40, 3, 8, 8, generator=generator) * 2 - 1
+    pictures = torch.rand(70, 3, 8, 8, generator=generator) * 2 - 1
+    expected = [
+        min(range(70), key=lambda index: ((picture - pictures[index]) ** 2).mean().item())
+        for picture in drawn
+    ]
+    assert nearest_pictures(drawn, pictures).tolist() == expected
+
+
+def test_a_picture_with_little_noise_is_nearest_to_itself():
+    pictures = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy = pictures + 0.01 * torch.randn(pictures.shape, generator=torch.Generator())
+    assert nearest_pictures(noisy, pictures).tolist() == list(range(300))
+
+
+class Corpus(list):
+    """Documents in memory."""
+
+    def document(self, index):
+        return self[index]
+
+
+def corpus() -> Corpus:
+    """Ten captioned pictures of one grey each, in either order, and a text between them."""
+    pairs = [[torch.tensor([n]), torch.full((3, 8, 8), n / 5 - 1)] for n in range(10)]
+    pairs[3] = pairs[3][::-1]
+    return Corpus([*pairs[:5], [torch.tensor([50])], *pairs[5:]])
+
+
+class Memory:
+    """Draws what belongs to each caption, or always the first picture."""
+
+    def __init__(self, remembers: bool):
+        self.remembers = remembers
+        self.tokenizer = SimpleNamespace(decode=lambda ids: str(ids))
+
+    def draw(self, prompts, *, seeds, **how) -> list[Image.Image]:
+        numbers = [ids.item() if self.remembers else 0 for (ids,) in prompts]
+        return self.decode(torch.stack([torch.full((3, 8, 8), n / 5 - 1) for n in numbers]))
+
+    def decode(self, latents) -> list[Image.Image]:
+        return [to_picture(latent) for latent in latents]
+
+
+@pytest.mark.parametrize(("remembers", "recall"), [(True, 1.0), (False, 0.2)])
+def test_recall_is_the_share_of_prompts_drawn_nearest_to_their_own(
+    remembers, recall, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Model, "of", lambda module: Memory(remembers))
+    trainer = SimpleNamespace(
+        **{"is_global_zero": True, "log_dir": str(tmp_path), "global_step": 7},
+        datamodule=SimpleNamespace(corpora={"train": {"captions": corpus()}}),
+        state=SimpleNamespace(fn="fit"),
+    )
+    Recall("captions", num_prompts=5, seed=4).examine(trainer, torch.nn.Linear(1, 1))
+    report = json.loads((tmp_path / "recall.json").read_text())
+    assert report == {
+        **{"recall": recall, "num_prompts": 5, "num_pictures": 10, "seed": 4, "global_step": 7},
+        **{"guidance_scale": 3.0, "num_inference_steps": 50, "sampler": "DDIMScheduler"},
+    }
+    assert Image.open(tmp_path / "recall.png").width > 500
