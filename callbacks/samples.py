@@ -62,7 +62,9 @@ class Samples(L.Callback):
         drawn = model.draw([[caption] for caption in captions], seeds=seeds, **self.how)
         true = model.decode(torch.stack(images))
         tiles = torch.stack([pil_to_tensor(picture) for picture in drawn + true])
-        writer.add_image(f"pictures/{source}", make_grid(tiles, nrow=len(pairs)), step)
+        writer.add_image(
+            f"pictures/{source}", make_grid(tiles, nrow=len(pairs), pad_value=255), step
+        )
         written = model.write([[image] for image in images])
         rows = [
             f"| {i} | {model.tokenizer.decode(caption.tolist())} | {text} |"

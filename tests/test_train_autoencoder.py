@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from test_image_caption import png, write_tar
 
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.errors import UserError
-from tf_lightning.train_autoencoder import main, measure_errors, pictures
+from tf_lightning.train_autoencoder import TarPictures, main, measure_errors, pictures
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def test_command_writes_a_folder_that_loads_and_nothing_else(trained):
 def test_reported_figures_are_those_of_the_weights_on_disk(trained):
     report = json.loads((trained / "report.json").read_text())
     assert report["command"].endswith("--steps 3 --batch-size 2 --measure 50")
-    measured = measure_errors(load_autoencoder(str(trained)).model, 50, seed=0)
+    measured = measure_errors(load_autoencoder(str(trained)).model, pictures, 50, seed=0)
     assert measured == pytest.approx(report["held_out"], rel=1e-4)
 
 
@@ -46,3 +47,24 @@ def test_pictures_span_minus_one_to_one():
     images = pictures(range(20))
     assert images.shape == (20, 3, 64, 64) and images.dtype == torch.float32
     assert -1 <= images.min() < -0.5 and 0.9 < images.max() <= 1
+
+
+def test_an_epoch_of_a_tar_shows_each_picture_once_in_an_order_of_its_own(tmp_path):
+    colours = [(i, 255 - i, 0) for i in range(200)]
+    files = {}
+    for i, colour in enumerate(colours):
+        files |= {f"{i:03d}.png": png(colour), f"{i:03d}.txt": b"a colour"}
+    source = TarPictures([write_tar(tmp_path / "colours.tar", files)])
+    count = len(source.images["train"])
+
+    def seen(indices):
+        return [tuple(((p[:, 0, 0] + 1) * 127.5).round().int().tolist()) for p in source(indices)]
+
+    first, second = seen(range(count)), seen(range(count, 2 * count))
+    assert sorted(first) == sorted(second) and first != second
+    assert set(first) <= set(colours) and len(set(first)) == count
+
+
+def test_tars_without_pictures_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--images"):
+        TarPictures([write_tar(tmp_path / "words.tar", {"000.txt": b"words alone"})])

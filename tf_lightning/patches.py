@@ -68,18 +68,11 @@ class LinearPatchCoder(nn.Module):
         return unpatchify(self.patch_decoder(hidden), self.patch_size, size)
 
     def reset_parameters(self) -> None:
-        """Patch vectors as small as token embeddings at their start; a zero output.
-
-        What enters the residual stream large is slow to be changed by it: patches would keep to
-        their own noise before they listen to the text.
-        """
-        scale = self.patch_encoder.out_features**-0.5
+        """Unit-variance patch vectors; a zero output, the mean of every target."""
         for part in self.modules():
             if isinstance(part, nn.Linear):
                 nn.init.normal_(part.weight, std=part.in_features**-0.5)
                 nn.init.zeros_(part.bias)
             elif isinstance(part, nn.Embedding):
-                nn.init.normal_(part.weight, std=scale)
-        for last in (self.patch_encoder, self.time_embedder[-1]):
-            last.weight.data.mul_(scale)
+                nn.init.normal_(part.weight, std=0.02)
         nn.init.zeros_(self.patch_decoder.weight)

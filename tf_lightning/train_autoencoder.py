@@ -1,6 +1,7 @@
-"""Trains the small autoencoder of the embedded world.
+"""Trains a small autoencoder, on the embedded world or on the pictures of tars.
 
     python -m tf_lightning.train_autoencoder --out DIR
+    python -m tf_lightning.train_autoencoder --out DIR --images 'emoji/*.tar'
 
 The result is a diffusers `AutoencoderKL` folder, with the mean and spread of each latent channel in
 its config, and a `report.json` with the command and the reconstruction error on held-out pictures.
@@ -12,6 +13,8 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
+from tf_lightning.data.corpus import Skipped
+from tf_lightning.data.image_caption import CaptionTars
 from tf_lightning.data.shapes import IMAGE_SIZE, Split, render, scene
 from tf_lightning.errors import UserError
+
+Pictures = Callable[..., Tensor]  # (indices, *, split, seed) -> (B, 3, 64, 64) in [-1, 1]
 
 CONFIG = {
     "sample_size": IMAGE_SIZE,
     "latent_channels": 8,
-    "block_out_channels": (
-        16,
-        32,
-        64,
-        64,
-    ),  # few channels where there are many pixels: CPUs encode with it
+    "block_out_channels": (16, 32, 64, 64),  # few where there are many pixels: CPUs encode with it
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 1,
@@ -47,8 +49,42 @@ def pictures(indices: range, *, split: Split = "train", seed: int = 0) -> Tensor
     return images.to(torch.float32, memory_format=torch.channels_last) / 127.5 - 1
 
 
-def train(*, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int) -> nn.Module:
-    """Trains on pictures rendered as needed: L1 + kl_weight x KL, both means over elements."""
+class TarPictures:
+    """The pictures of img2dataset tars, 64 x 64, called like `pictures`; epochs are shuffled."""
+
+    def __init__(self, paths: list[str]):
+        source = CaptionTars(paths, image_size=IMAGE_SIZE)
+        self.images = {split: _load(source, split) for split in ("train", "val")}
+
+    def __call__(self, indices: range, *, split: Split = "train", seed: int = 0) -> Tensor:
+        """Pictures (B, 3, 64, 64) in [-1, 1]; indices past the last begin another epoch."""
+        images = self.images[split]
+        rows = [self._row(index, len(images), split, seed) for index in indices]
+        return images[rows].float().contiguous(memory_format=torch.channels_last) / 127.5 - 1
+
+    @staticmethod
+    def _row(index: int, count: int, split: Split, seed: int) -> int:
+        epoch, place = divmod(index, count)
+        return place if split == "val" else int(_order(count, seed, epoch)[place])
+
+
+@cache
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def _load(source: CaptionTars, split: Split) -> Tensor:
+    """All pictures of a split, uint8 (n, 3, 64, 64)."""
+    found = [d[1] for d in source.documents(split) if not isinstance(d, Skipped)]
+    if not found:
+        raise UserError(f"--images has no usable picture in its {split} split; check the paths")
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
+
+
+def train(
+    pictures: Pictures, *, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int
+) -> nn.Module:
+    """Trains on pictures as they are needed: L1 + kl_weight x KL, both means over elements."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -72,7 +108,9 @@ def train(*, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int
 
 
 @torch.no_grad()
-def measure_latents(model: nn.Module, num_images: int, *, seed: int) -> dict[str, list[float]]:
+def measure_latents(
+    model: nn.Module, pictures: Pictures, num_images: int, *, seed: int
+) -> dict[str, list[float]]:
     """Mean and standard deviation of each latent channel over training pictures, as config keys."""
     modes = torch.cat(
         [
@@ -87,7 +125,9 @@ def measure_latents(model: nn.Module, num_images: int, *, seed: int) -> dict[str
 
 
 @torch.no_grad()
-def measure_errors(model: nn.Module, num_images: int, *, seed: int) -> dict[str, float]:
+def measure_errors(
+    model: nn.Module, pictures: Pictures, num_images: int, *, seed: int
+) -> dict[str, float]:
     """Error of the posterior mode's reconstruction, on held-out pictures with values in [0, 1]."""
     absolute, squared, spread = [], [], []
     for start in range(0, num_images, 50):
@@ -118,10 +158,13 @@ def main(args: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         "python -m tf_lightning.train_autoencoder",
-        description="Trains the small autoencoder of the embedded world.",
+        description="Trains a small autoencoder (f8, 8 channels) on 64 x 64 pictures.",
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder to write, must not exist yet"
+    )
+    parser.add_argument(
+        "--images", nargs="+", help="img2dataset tars (default: pictures of the embedded world)"
     )
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (2000)")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures a step (16)")
@@ -138,8 +181,10 @@ def main(args: list[str] | None = None) -> None:
         raise UserError(f"{options.out} exists already; give --out a new folder or remove it first")
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
+    source = TarPictures(options.images) if options.images else pictures
     begun = time.time()
     model = train(
+        source,
         steps=options.steps,
         batch_size=options.batch_size,
         lr=options.lr,
@@ -148,14 +193,14 @@ def main(args: list[str] | None = None) -> None:
     )
     seconds = time.time() - begun
     model.half().float()  # half the file, and what is measured is what is stored
-    model.register_to_config(**measure_latents(model, options.measure, seed=options.seed))
+    model.register_to_config(**measure_latents(model, source, options.measure, seed=options.seed))
     report = {
         "command": shlex.join(
             ["python", "-m", "tf_lightning.train_autoencoder", *(args or sys.argv[1:])]
         ),
         "train_seconds": round(seconds),
         "num_parameters": sum(p.numel() for p in model.parameters()),
-        "held_out": measure_errors(model, options.measure, seed=options.seed),
+        "held_out": measure_errors(model, source, options.measure, seed=options.seed),
     }
     save(model.half(), options.out, report)
     print(json.dumps(report, indent=2))
