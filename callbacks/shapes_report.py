@@ -223,7 +223,7 @@ def summary(folder: Path, checkpoint: str | Path | None, report: dict) -> str:
 one object right       {report["one_object"]:7.1%}   (prompts judged by the world's oracle)
 two objects right      {report["two_objects"]:7.1%}   (meanings that no training picture shows)
 captions right         {report["caption_accuracy"]:7.1%}   (held-out pictures)
-perplexity of text     {report["perplexity"]:7.3f}   (the grammar's: {report["perplexity_bound"]:.3f})
+text's perplexity      {report["perplexity"]:7.3f}   (at best {report["perplexity_bound"]:.3f})
 Wrote {folder}/sheet.png, samples/ and report.json. Next:
   {command}tf-lightning generate {checkpoint} "a red circle above a blue square" -o out
   {command}tf-lightning generate {checkpoint} --image {folder}/samples/0000.png

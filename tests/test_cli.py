@@ -149,13 +149,22 @@ def test_a_run_says_nothing_that_a_user_cannot_act_on(tmp_path):
     assert "captions train: prepared 40 documents" in ended.stderr
 
 
+def test_prepare_makes_the_corpora_that_fit_then_finds(tmp_path, capsys):
+    config = runs.write_config(tmp_path)
+    main(["prepare", "-c", str(config)])
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("corpus.json")}
+    assert made and "tf-lightning fit" in capsys.readouterr().out
+    main(["fit", "-c", str(config), "--trainer.max_steps", "1"])
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("corpus.json")} == made
+
+
 # Mistakes
 
 
 def test_an_unknown_command_is_named_with_the_known_ones(fails):
     code, line = fails("fti")
     assert code == 1
-    assert "'fti'" in line and "fit, validate, test, predict, generate" in line
+    assert "'fti'" in line and "fit, validate, test, predict, prepare, generate" in line
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])

@@ -42,7 +42,9 @@ class TransfusionCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse; refuse a checkpoint that is missing or damaged."""
         super().parse_arguments(parser, args)
-        verb = self.config.subcommand
+        verb = self.config.get("subcommand")
+        if verb is None:  # `prepare`
+            return
         path = self.config[verb].get("ckpt_path")
         if verb != "fit" and not path:
             raise UserError(f"{verb} needs a trained model; add --ckpt_path FILE")
@@ -77,13 +79,10 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers")  # rows are cheap to load
 
 
-def run_lightning(args: list[str]) -> None:
-    """Run fit, validate, test or predict."""
-    verbs = TransfusionCLI.subcommands()
-    if args[0] not in verbs and not args[0].startswith("-"):
-        raise UserError(f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, generate")
+def build(args: list[str] | None, run: bool = True) -> TransfusionCLI:
+    """Parse the arguments, build what they name and, with `run`, run its verb."""
     quiet()
-    TransfusionCLI(
+    return TransfusionCLI(
         Transfusion,
         L.LightningDataModule,
         subclass_mode_data=True,
@@ -92,6 +91,20 @@ def run_lightning(args: list[str]) -> None:
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
         parser_class=Parser,
-        parser_kwargs={"prog": "tf-lightning"},
+        parser_kwargs={"prog": "tf-lightning" if run else "tf-lightning prepare"},
         args=None if args == sys.argv[1:] else args,  # it warns when both are given
+        run=run,
     )
+
+
+def run_lightning(args: list[str]) -> None:
+    """Run fit, validate, test, predict or prepare."""
+    verbs = [*TransfusionCLI.subcommands(), "prepare"]
+    if args[0] not in verbs and not args[0].startswith("-"):
+        raise UserError(f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, generate")
+    if args[0] == "prepare":
+        data = build(args[1:], run=False).datamodule
+        data.prepare_data()
+        print(f"The corpora are in {data.cache_dir}; train on them with `tf-lightning fit`.")
+    else:
+        build(args)
