@@ -131,7 +131,7 @@ def measure_errors(
     """Error of the posterior mode's reconstruction, on held-out pictures with values in [0, 1]."""
     absolute, squared, spread = [], [], []
     for start in range(0, num_images, 50):
-        images = pictures(range(start, start + 50), split="val", seed=seed)
+        images = pictures(range(start, min(start + 50, num_images)), split="val", seed=seed)
         posterior = model.encode(images).latent_dist
         difference = (model.decode(posterior.mode()).sample.clamp(-1, 1) - images) / 2
         absolute.append(difference.abs().mean())
@@ -181,7 +181,10 @@ def main(args: list[str] | None = None) -> None:
         raise UserError(f"{options.out} exists already; give --out a new folder or remove it first")
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
-    source = TarPictures(options.images) if options.images else pictures
+    source, held_out = pictures, options.measure
+    if options.images:
+        source = TarPictures(options.images)
+        held_out = min(held_out, len(source.images["val"]))
     begun = time.time()
     model = train(
         source,
@@ -200,7 +203,7 @@ def main(args: list[str] | None = None) -> None:
         ),
         "train_seconds": round(seconds),
         "num_parameters": sum(p.numel() for p in model.parameters()),
-        "held_out": measure_errors(model, source, options.measure, seed=options.seed),
+        "held_out": measure_errors(model, source, held_out, seed=options.seed),
     }
     save(model.half(), options.out, report)
     print(json.dumps(report, indent=2))
