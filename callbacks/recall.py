@@ -1,14 +1,16 @@
 """Does a model draw the picture it is asked for? For a small corpus that it has seen."""
 
 import json
+from collections.abc import Iterator
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
 from torch import Tensor
 
-from callbacks.samples import is_pair
 from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
+from tf_lightning.data.corpus import RawDocument, Skipped, Source, Split
 from tf_lightning.model import Model, to_pixels
 from tf_lightning.module import Transfusion
 
@@ -16,9 +18,10 @@ from tf_lightning.module import Transfusion
 class Recall(L.Callback):
     """Draws captions of training pictures; counts whose nearest training picture is their own.
 
-    Nearest by mean squared pixel distance among all pictures of the corpus, so chance is one by the
-    number of pictures. Runs when training ends, and on a checkpoint given to `validate` or `test`;
-    writes `recall.json` and the contact sheet `recall.png`.
+    Nearest by squared pixel distance among all pictures of the source, as they are on disk and
+    held-out ones included, so chance is one by their number. Runs when training ends, and on a
+    checkpoint given to `validate` or `test`; writes `recall.json` and the contact sheet
+    `recall.png`.
 
     Args:
         source: name of the corpus in the data's `sources`.
@@ -71,37 +74,50 @@ class Recall(L.Callback):
             return
         module.eval()
         model = Model.of(module)
-        corpus = trainer.datamodule.corpora["train"][self.source]
-        documents = [corpus.document(index) for index in range(len(corpus))]
-        pairs = [sorted(d, key=lambda part: part.ndim) for d in documents if is_pair(d)]
-        count = min(self.num_prompts, len(pairs))
-        asked = torch.linspace(0, len(pairs) - 1, count).round().long().tolist()
-        prompts = [[pairs[index][0]] for index in asked]
+        source = trainer.datamodule.sources[self.source]
+        seen, held_out = (captioned(source, split) for split in ("train", "val"))
+        count = min(self.num_prompts, len(seen))
+        asked = torch.linspace(0, len(seen) - 1, count).round().long().tolist()
+        words = [seen[index][0] for index in asked]
         seeds = [self.seed + number for number in range(count)]
         drawn = []
         for start in range(0, count, 32):
             part = slice(start, start + 32)
-            drawn += model.draw(prompts[part], seeds=seeds[part], **self.how)
-        true = [model.decode(image.unsqueeze(0))[0] for _, image in pairs]
-        nearest = nearest_pictures(
-            torch.stack([*map(to_pixels, drawn)]), torch.stack([*map(to_pixels, true)])
-        )
+            drawn += model.draw([[text] for text in words[part]], seeds=seeds[part], **self.how)
+        pictures = [picture for _, picture in seen + held_out]
+        nearest = nearest_pictures(*(torch.stack([*map(to_pixels, p)]) for p in (drawn, pictures)))
         right = [found == index for found, index in zip(nearest.tolist(), asked, strict=True)]
-        words = [model.tokenizer.decode(prompt[0].tolist()) for prompt in prompts]
         tiles = [Tile(*tile) for tile in zip(drawn, words, right, strict=True)]
         folder = run_folder(trainer)
-        title = f"{sum(right)} of {count} drawn pictures are nearest to their own of {len(pairs)}"
+        title = (
+            f"{sum(right)} of {count} drawn pictures are nearest to their own of {len(pictures)}"
+        )
         write_picture(folder / "recall.png", contact_sheet([(title, tiles)]))
         report = {
             "recall": sum(right) / count,
             "num_prompts": count,
-            "num_pictures": len(pairs),
+            "num_pictures": len(pictures),
             "seed": self.seed,
             "global_step": trainer.global_step or self.loaded_step,
             **self.how,
         }
         write_text(folder / "recall.json", json.dumps(report, indent=2) + "\n")
         rank_zero_info(f"{title}; wrote {folder}/recall.png and recall.json")
+
+
+def captioned(source: Source, split: Split) -> list[tuple[str, Image.Image]]:
+    """Caption and picture of the documents that are just these."""
+    pairs = [
+        [*sorted(d, key=lambda part: not isinstance(part, str))] for d in usable(source, split)
+    ]
+    return [
+        (pair[0], pair[1]) for pair in pairs if [isinstance(p, str) for p in pair] == [True, False]
+    ]
+
+
+def usable(source: Source, split: Split) -> Iterator[RawDocument]:
+    """The documents of a split that are not skipped."""
+    return (d for d in source.documents(split) if not isinstance(d, Skipped))
 
 
 def nearest_pictures(drawn: Tensor, pictures: Tensor) -> Tensor:

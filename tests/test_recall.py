@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from callbacks.recall import Recall, nearest_pictures
+from tf_lightning.data.corpus import Skipped
 from tf_lightning.model import Model, to_picture
 
 
@@ -28,18 +29,23 @@ def test_a_picture_with_little_noise_is_nearest_to_itself():
     assert nearest_pictures(noisy, pictures).tolist() == list(range(300))
 
 
-class Corpus(list):
-    """Documents in memory."""
-
-    def document(self, index):
-        return self[index]
+def grey(number: int) -> Image.Image:
+    return to_picture(torch.full((3, 8, 8), number / 5 - 1))
 
 
-def corpus() -> Corpus:
-    """Ten captioned pictures of one grey each, in either order, and a text between them."""
-    pairs = [[torch.tensor([n]), torch.full((3, 8, 8), n / 5 - 1)] for n in range(10)]
-    pairs[3] = pairs[3][::-1]
-    return Corpus([*pairs[:5], [torch.tensor([50])], *pairs[5:]])
+class Greys:
+    """Ten captioned pictures of one grey each, two of them held out; and what is no pair."""
+
+    def documents(self, split):
+        if split == "val":
+            return iter([["8", grey(8)], [grey(9), "9"]])
+        pairs = [
+            ["0", grey(0)],
+            ["1", grey(1)],
+            [grey(2), "2"],
+            *([str(n), grey(n)] for n in (3, 4, 5, 6, 7)),
+        ]
+        return iter([*pairs[:3], ["text"], Skipped("damaged picture"), *pairs[3:]])
 
 
 class Memory:
@@ -47,14 +53,9 @@ class Memory:
 
     def __init__(self, remembers: bool):
         self.remembers = remembers
-        self.tokenizer = SimpleNamespace(decode=lambda ids: str(ids))
 
     def draw(self, prompts, *, seeds, **how) -> list[Image.Image]:
-        numbers = [ids.item() if self.remembers else 0 for (ids,) in prompts]
-        return self.decode(torch.stack([torch.full((3, 8, 8), n / 5 - 1) for n in numbers]))
-
-    def decode(self, latents) -> list[Image.Image]:
-        return [to_picture(latent) for latent in latents]
+        return [grey(int(text) if self.remembers else 0) for (text,) in prompts]
 
 
 @pytest.mark.parametrize(("remembers", "recall"), [(True, 1.0), (False, 0.2)])
@@ -64,7 +65,7 @@ def test_recall_is_the_share_of_prompts_drawn_nearest_to_their_own(
     monkeypatch.setattr(Model, "of", lambda module: Memory(remembers))
     trainer = SimpleNamespace(
         **{"is_global_zero": True, "log_dir": str(tmp_path), "global_step": 7},
-        datamodule=SimpleNamespace(corpora={"train": {"captions": corpus()}}),
+        datamodule=SimpleNamespace(sources={"captions": Greys()}),
         state=SimpleNamespace(fn="fit"),
     )
     Recall("captions", num_prompts=5, seed=4).examine(trainer, torch.nn.Linear(1, 1))

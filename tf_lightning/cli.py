@@ -8,7 +8,7 @@ from tf_lightning.errors import UserError
 HELP = """\
 tf-lightning: one Transformer that writes text and draws images (Transfusion).
 
-  tf-lightning prepare  -c CONFIG                             corpora ahead of training; fit does it too
+  tf-lightning prepare  -c CONFIG                             corpora ahead of `fit`
   tf-lightning fit      -c configs/quickstart.yaml            train; add --ckpt_path last to resume
   tf-lightning validate -c CONFIG --ckpt_path CKPT            evaluate a checkpoint
   tf-lightning test     -c CONFIG --ckpt_path CKPT            the same, once, at the end
