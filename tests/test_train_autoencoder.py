@@ -4,11 +4,18 @@ import json
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from test_image_caption import png, write_tar
 
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.errors import UserError
-from tf_lightning.train_autoencoder import TarPictures, main, measure_errors, pictures
+from tf_lightning.train_autoencoder import (
+    TarPictures,
+    blur_latents,
+    main,
+    measure_errors,
+    pictures,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +43,16 @@ def test_same_seed_trains_the_same_weights(trained):
     main(["--out", str(again), "--steps", "3", "--batch-size", "2", "--measure", "50"])
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (again / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_latents_are_blurred_by_their_channel_s_spread():
+    posterior = DiagonalGaussianDistribution(torch.zeros(2, 4, 64, 64))  # mean 0, variance 1 below
+    posterior.mean = torch.randn(2, 2, 64, 64) * torch.tensor([1.0, 5.0]).view(1, 2, 1, 1)
+    posterior.std = torch.full((2, 2, 64, 64), 0.5)
+    blurred = blur_latents(posterior, torch.tensor([0.0, 2.0]))
+    added = (blurred - posterior.mean).std((2, 3))
+    expected = [[0.5, 0.5], [(0.25 + 4) ** 0.5, (0.25 + 100) ** 0.5]]
+    torch.testing.assert_close(added, torch.tensor(expected), rtol=0.05, atol=0)
 
 
 def test_existing_folder_is_left_alone(trained):
