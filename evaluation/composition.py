@@ -1,6 +1,6 @@
 """GenEval (Ghosh 2023): its prompts, its folder of samples, and its score.
 
-A prompt is a dict as GenEval writes it: `tag` (the task), `prompt`, `include` and perhaps `exclude`,
+A prompt is a dict as GenEval writes it: `tag` (task), `prompt`, `include` and perhaps `exclude`,
 lists of {`class`, `count`, perhaps `color`, perhaps `position`: [relation, index in `include`]}.
 A picture is right if it has at least `count` of everything to include, so coloured and so placed,
 and fewer than `count` of everything to exclude. Who judges it is the caller's choice.

@@ -23,7 +23,8 @@ class KID(Metric):
     """Unbiased squared MMD between features under a cubic kernel (Binkowski 2018).
 
     Lower is better, about 0 for equal distributions (it may be negative); unlike FID its
-    expectation does not depend on the count. Features are kept as they come and compared in float64.
+    expectation does not depend on the count. Features are
+    kept as they come and compared in float64.
 
     Args:
         extractor: what the features come from; it is not run here.

@@ -1,4 +1,4 @@
-"""open_clip models by tag, file or folder, without a minute of retries where there is no network."""
+"""open_clip models by tag, file or folder; at once where there is no network."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -28,7 +28,7 @@ class Perplexity(Metric):
         self.counts: dict[str, int] = {}
 
     def update(self, nll_sum: Tensor | float, num_tokens: int, num_bytes: int = 0) -> None:
-        """Adds some text: its summed negative log-likelihood in nats, its tokens, its UTF-8 bytes."""
+        """Adds some text: its summed nll in nats, its tokens, its UTF-8 bytes."""
         self.nll += nll_sum
         self.num_tokens += num_tokens
         self.num_bytes += num_bytes
