@@ -10,7 +10,7 @@ import open_clip
 from PIL import Image
 from torch import Tensor, nn
 
-from evaluation.weights import file_hash, reachable
+from evaluation.downloads import file_hash, reachable
 
 
 class OpenClip(NamedTuple):
