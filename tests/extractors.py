@@ -1,4 +1,4 @@
-"""Networks for the metrics to look through: the real layouts with random weights, and a tiny one."""
+"""Networks for the metrics to look through: real layouts with random weights, and a tiny one."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,20 @@ from evaluation.features import Extractor, Features
 TINY_CLIP = {
     "model_cfg": {
         "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 8,
+        },
+        "text_cfg": {
+            "context_length": 24,
+            "vocab_size": 49408,
+            "width": 16,
+            "heads": 2,
+            "layers": 1,
+        },
     },
     "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"},
 }

@@ -31,9 +31,7 @@ def test_it_is_the_exponential_of_the_mean_divergence():
     logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     p = [[math.exp(v) / sum(map(math.exp, row)) for v in row] for row in logits.double().tolist()]
     marginal = [sum(column) / 12 for column in zip(*p, strict=True)]
-    divergence = sum(
-        a * math.log(a / b) for row in p for a, b in zip(row, marginal, strict=True)
-    )
+    divergence = sum(a * math.log(a / b) for row in p for a, b in zip(row, marginal, strict=True))
     assert score(logits, splits=1) == pytest.approx(math.exp(divergence / 12), rel=1e-12)
 
 
