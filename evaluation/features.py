@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorInceptionV3
 from torchvision.transforms.functional import to_pil_image
 
-from evaluation.downloads import file_hash, inception_weights
 from evaluation.open_clip_model import load_open_clip
+from evaluation.weights import file_hash, inception_weights
 
 
 class Features(NamedTuple):

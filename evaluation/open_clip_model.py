@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor, nn
 
-from evaluation.downloads import file_hash, reachable
+from evaluation.weights import file_hash, reachable
 
 
 class OpenClip(NamedTuple):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from evaluation import downloads
-from evaluation.downloads import file_hash, inception_weights, reachable
+from evaluation import weights
+from evaluation.weights import file_hash, inception_weights, reachable
 
 NAME = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -31,7 +31,7 @@ def test_absent_weights_without_network_are_told_in_one_sentence_at_once(home):
         NAME,
         "95.7 MB",
         str(home / "hub" / "checkpoints" / NAME),
-        downloads.INCEPTION_URL,
+        weights.INCEPTION_URL,
     ):
         assert told in message
     assert "\n" not in message
@@ -45,7 +45,7 @@ def test_a_name_server_that_does_not_answer_costs_no_more_than_the_patience(monk
 
 
 def test_cached_weights_are_used_without_asking_the_network(home, monkeypatch):
-    monkeypatch.setattr(downloads, "reachable", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(weights, "reachable", lambda url: pytest.fail("asked the network"))
     cached = home / "hub" / "checkpoints" / NAME
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"weights")
@@ -53,16 +53,16 @@ def test_cached_weights_are_used_without_asking_the_network(home, monkeypatch):
 
 
 def test_weights_are_downloaded_into_the_cache_where_there_is_a_network(home, monkeypatch):
-    monkeypatch.setattr(downloads, "reachable", lambda url: True)
+    monkeypatch.setattr(weights, "reachable", lambda url: True)
     asked = []
     monkeypatch.setattr(
-        downloads.torch.hub,
+        weights.torch.hub,
         "download_url_to_file",
         lambda url, path, hash_prefix: asked.append((url, path, hash_prefix)),
     )
     path = inception_weights()
     assert path == home / "hub" / "checkpoints" / NAME and path.parent.is_dir()
-    assert asked == [(downloads.INCEPTION_URL, str(path), "6726825d")]
+    assert asked == [(weights.INCEPTION_URL, str(path), "6726825d")]
 
 
 def test_a_path_that_is_not_there_is_not_replaced_by_the_cache(tmp_path):
