@@ -42,7 +42,7 @@ def hidden_states(net: Net, prompt: Document, latents: list[Tensor], times: list
             continue
         tokens(BOI)
         t = torch.tensor([times[image]])
-        vectors.append(net.patch_coder.encode(latents[image].unsqueeze(0), t)[0])
+        vectors.append(net.patch_coder.encode(latents[image].unsqueeze(0), t)[0][0])
         image_ids += [image] * 4
         image += 1
         tokens(EOI)
