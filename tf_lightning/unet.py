@@ -38,17 +38,27 @@ torch.serialization.add_safe_globals([UNetConfig])  # hparams load with weights_
 
 def check(config: UNetConfig, patch_size: int) -> None:
     """Refuse sizes that do not make a U-Net of that patch size."""
-    halvings = len(config.channels) - 1
-    if halvings < 0 or 2**halvings != patch_size:
+    if not config.channels or config.num_blocks < 1:
         raise UserError(
-            f"unet.channels={list(config.channels)} make patches of {2 ** max(halvings, 0)} and "
-            f"patch_size={patch_size} is asked for; give one entry more than its halvings"
+            f"unet.channels={list(config.channels)} and unet.num_blocks={config.num_blocks} need "
+            "at least one entry and one block"
+        )
+    side = 2 ** (len(config.channels) - 1)
+    if side != patch_size:
+        raise UserError(
+            f"unet.channels={list(config.channels)} make patches of {side} and "
+            f"patch_size={patch_size} is asked for; give 1, 2, 3 or 4 entries for 1, 2, 4 or 8"
         )
     if config.channels[-1] % config.head_dim:
         raise UserError(
             f"unet.head_dim={config.head_dim} must divide the last of "
             f"unet.channels={list(config.channels)}"
         )
+
+
+def at_least_one(x: Tensor) -> Tensor:
+    """x (M, ...), or one blank if M is 0: diffusers' attention refuses an empty batch."""
+    return x if len(x) else x.new_zeros(1, *x.shape[1:])
 
 
 def down_blocks(config: UNetConfig, time_dim: int) -> nn.ModuleList:
@@ -132,6 +142,7 @@ class UNetPatchCoder(nn.Module):
 
         Skips are the embedding of t, then the states that the up half reads, last first read.
         """
+        count, latents, t = len(latents), at_least_one(latents), at_least_one(t)
         time = self.time_embedder(timestep_embedding(t).type_as(latents))
         x = self.conv_in(latents)
         skips = [time, x]
@@ -139,7 +150,8 @@ class UNetPatchCoder(nn.Module):
             x, states = block(x, time)
             skips += states
         place = place_embedding(self.row_embedding, self.column_embedding, *x.shape[-2:])
-        return self.patch_encoder(x.flatten(2).transpose(1, 2)) + place, skips  # (M, N, D)
+        patches = self.patch_encoder(x.flatten(2).transpose(1, 2)) + place  # (M, N, D)
+        return patches[:count], [skip[:count] for skip in skips]
 
     def decode(self, hidden: Tensor, size: tuple[int, int], skips: Sequence[Tensor]) -> Tensor:
         """Hidden states (M, N, D) -> the network's output (M, C, h, w), `size` = (h, w).
@@ -149,14 +161,14 @@ class UNetPatchCoder(nn.Module):
             size: of the latents.
             skips: of the same images, from `encode`.
         """
-        time, *states = skips
+        time, *states = map(at_least_one, skips)
         grid = [side // self.patch_size for side in size]
-        x = self.patch_decoder(hidden).transpose(1, 2).unflatten(2, grid)
+        x = self.patch_decoder(at_least_one(hidden)).transpose(1, 2).unflatten(2, grid)
         for block in self.up_blocks:
             count = len(block.resnets)
             states, read = states[:-count], states[-count:]
             x = block(x, tuple(read), time)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))[: len(hidden)]
 
     def reset_parameters(self) -> None:
         """Unit-variance activations; each residual branch and the output start at zero."""
