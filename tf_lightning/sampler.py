@@ -3,7 +3,6 @@
 Shapes: n images, C x h x w latents.
 """
 
-import inspect
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -71,8 +70,8 @@ def set_timesteps(scheduler, num_inference_steps: int) -> None:
         raise UserError(
             f"num_inference_steps={num_inference_steps} must be from 1 to {num_train_timesteps}"
         )
-    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-        # Flow: equal steps from 1 to 0; the scheduler's own grid spends one on the last thousandth.
+    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+        # Equal steps from 1 to 0; the scheduler's own grid spends one on the last thousandth.
         sigmas = np.linspace(1, 0, num_inference_steps, endpoint=False)
         scheduler.set_timesteps(sigmas=sigmas)
     else:
