@@ -206,7 +206,9 @@ def test_drawn_text_depends_on_its_own_seed_not_on_its_batch_mates():
 def test_a_stop_text_ends_the_answer_once_it_is_complete():
     net = open_ended_net()
     chain = greedy_chain(net, PROMPTS[0], 6)
-    letters = SimpleNamespace(**vars(TOKENIZER), decode=lambda ids: "".join(chr(97 + i) for i in ids))
+    letters = SimpleNamespace(
+        **vars(TOKENIZER), decode=lambda ids: "".join(chr(97 + i) for i in ids)
+    )
     how = settings("text", text={"stop": (letters.decode(chain[2:4]),)})
     talker = Speaker(net, letters, PATCH_SIZE, LATENT_SHAPE)
     ((ids,),) = collect(generate(talker, PROMPTS[:1], [0], how), 1)

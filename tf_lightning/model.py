@@ -260,10 +260,8 @@ class Model:
     def _encode_all(self, prompts: Sequence[Prompt]) -> list[Document]:
         """Token ids and latents of every prompt; none is empty."""
         documents = [self.encode(p if isinstance(p, list) else [p]) for p in prompts]
-        for number, document in enumerate(documents):
-            if not any(part.numel() for part in document):
-                which = f"prompt {number}" if len(documents) > 1 else "the prompt"
-                raise UserError(f"{which} is empty; give text or a picture")
+        if not all(any(part.numel() for part in document) for document in documents):
+            raise UserError("a prompt is empty; give text or a picture")
         return documents
 
     def encode(self, prompt: RawDocument) -> Document:
