@@ -44,14 +44,14 @@ def dense_mask(document_ids: Tensor, image_ids: Tensor, causal: bool = False) ->
     return mask_mod(document_ids, image_ids, causal)(b, 0, place.view(-1, 1), place)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention on (..., L, H, K); no mask means causal."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
+    """Scaled dot-product attention on (..., L, H, K); without a mask causal, or of everything."""
     out = F.scaled_dot_product_attention(
         q.transpose(-3, -2),
         k.transpose(-3, -2),
         v.transpose(-3, -2),
         attn_mask=mask,
-        is_causal=mask is None,
+        is_causal=causal and mask is None,
         enable_gqa=q.shape[-2] != k.shape[-2],
     )
     return out.transpose(-3, -2)

@@ -12,9 +12,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from tf_lightning.attention import build_attention
-from tf_lightning.batch import Batch, unpack
+from tf_lightning.batch import Batch, Document, unpack
 from tf_lightning.errors import UserError
-from tf_lightning.generate import generate_text
 from tf_lightning.losses import lm_loss, total_loss
 from tf_lightning.net import Net, update_ema
 from tf_lightning.objective import Objective
@@ -91,6 +90,7 @@ class Transfusion(L.LightningModule):
         self.ema: Net | None = None
         self.tokenizer_proto: bytes | None = None
         self.image_codec: dict | None = None
+        self.row_length: int | None = None
 
     # ---------------------------------------------------------------- building
 
@@ -134,7 +134,7 @@ class Transfusion(L.LightningModule):
                     f"the data has {name} = {theirs} but the model has {ours}; "
                     "give both the same value (tokenizer, vocab_size, patch_size, latent_channels)"
                 )
-        self.tokenizer_proto = data.tokenizer.proto
+        self.tokenizer_proto, self.row_length = data.tokenizer.proto, data.row_length
         self.image_codec = {
             "autoencoder": data.autoencoder_name,
             "latent_shape": data.image_shape and list(data.image_shape),
@@ -255,26 +255,9 @@ class Transfusion(L.LightningModule):
 
     def predict_step(
         self, batch: Batch, batch_index: int, dataloader_idx: int = 0
-    ) -> list[dict[str, str]]:
-        """A caption for each captioned picture of a batch, beside the document's own."""
-        tokenizer = self.trainer.datamodule.tokenizer
-        pairs = [sorted(d, key=lambda part: part.ndim) for d in unpack(batch, tokenizer)]
-        pairs = [pair for pair in pairs if [part.ndim for part in pair] == [1, 3]]
-        written = generate_text(
-            self.inference_net,
-            [[image] for _, image in pairs],
-            tokenizer=tokenizer,
-            patch_size=self.hparams.patch_size,
-            max_new_tokens=64,
-            causal_images=self.hparams.causal_images,
-        )
-        return [
-            {
-                "caption": tokenizer.decode(caption.tolist()).strip(),
-                "written": tokenizer.decode(ids).strip(),
-            }
-            for (caption, _), ids in zip(pairs, written, strict=True)
-        ]
+    ) -> list[Document]:
+        """The documents of a batch; a callback says what is generated after them."""
+        return unpack(batch, self.trainer.datamodule.tokenizer)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -283,6 +266,7 @@ class Transfusion(L.LightningModule):
         proto = bytearray(self.tokenizer_proto)
         checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
         checkpoint["image_codec"] = self.image_codec
+        checkpoint["row_length"] = self.row_length
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore them; a checkpoint always has both."""
@@ -294,6 +278,7 @@ class Transfusion(L.LightningModule):
             )
         self.tokenizer_proto = proto
         self.image_codec = checkpoint["image_codec"]
+        self.row_length = checkpoint.get("row_length")  # older ones do not have it
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """As in torch, with its list of misfits cut to one sentence."""

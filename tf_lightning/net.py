@@ -68,6 +68,19 @@ class Net(nn.Module):
         output = self.patch_coder.decode(hidden_patches, noised_latents.shape[-2:], skips)
         return logits, output.view(shape[0], self.outputs * shape[1], *shape[2:])
 
+    def next_logits(self, input_ids: Tensor, positions: Tensor, attend: Attention) -> Tensor:
+        """Logits (n, L, V) behind text ids (n, L) that continue what `attend` has cached."""
+        x = self.transformer.tok_embeddings(input_ids)
+        return self.transformer.output(self.transformer(x, positions, attend))
+
+    def denoise(
+        self, noised_latents: Tensor, t: Tensor, positions: Tensor, attend: Attention
+    ) -> Tensor:
+        """The denoiser's output (n, C, h, w) for images that continue what `attend` has cached."""
+        patches = self.patch_coder.encode(noised_latents, t)  # (n, N, D)
+        hidden = self.transformer(patches, positions, attend)
+        return self.patch_coder.decode(hidden, noised_latents.shape[-2:])
+
     def reset_parameters(self) -> None:
         """Initialise every weight; also what fills a net built on the meta device."""
         self.transformer.reset_parameters()

@@ -50,7 +50,8 @@ class Mixture(L.LightningDataModule):
         row_length: positions in a row.
         batch_size: rows in a batch of one rank.
         image_first_prob: probability that a captioned picture precedes its caption (paper: 0.2).
-        caption_drop_prob: probability that a caption that comes first is dropped, for guidance.
+        caption_drop_prob: probability that a caption that comes first is dropped, for guidance,
+            or an edit's instruction, half of the time with the picture before it.
         max_caption_t: noise limit of pictures that precede their text, in (0, 1] (paper: 0.5).
         time_shift: > 1 draws noise levels nearer to pure noise, 1 = as they are (paper).
         time_distribution: of noise levels, "uniform" (paper) or "logit_normal" (usual with flows).
