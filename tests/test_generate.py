@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import LATENT_SHAPE, PATCH_SIZE, TOKENIZER, document, tiny_net
+from tiny import LATENT_SHAPE, PATCH_SIZE, TOKENIZER, document, packed, tiny_net
 from torch import Tensor
 
 from tf_lightning.attention import DenseAttention
@@ -17,6 +17,8 @@ from tf_lightning.net import Net
 from tf_lightning.reply import collect
 from tf_lightning.request import Settings, Speaker
 from tf_lightning.sampler import build_scheduler
+from tf_lightning.transformer import TransformerConfig
+from tf_lightning.unet import UNetConfig
 
 BOS, EOS, BOI, EOI = 1, 2, 18, 19
 STEPS, KIND = 5, "v_prediction"  # epsilon of random weights makes images of 30,000
@@ -363,3 +365,33 @@ def test_an_answer_without_images_is_asked_for_by_its_name():
         settings("any", max_images=0)
     with pytest.raises(UserError, match="answer='video' must be 'image', 'text' or 'any'"):
         settings("video")
+
+
+def variant_net(image_weights: str = "shared", unet: UNetConfig | None = None, **other) -> Net:
+    torch.manual_seed(0)
+    config = TransformerConfig(20, 32, 2, 4, 2, ffn_dim=48, image_weights=image_weights)
+    return Net(config, PATCH_SIZE, 3, unet=unet, **other).requires_grad_(False)
+
+
+VARIANTS = {
+    "feed-forward of their own": {"image_weights": "ffn"},
+    "all of their own": {"image_weights": "all"},
+    "U-Net": {"unet": UNetConfig((8, 16), 1, 8)},
+    "learned sigma": {"learned_sigma": True},
+    "all": {"image_weights": "all", "unet": UNetConfig((8, 16), 1, 8), "learned_sigma": True},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_variants_of_the_network_draw_what_full_forwards_draw(options):
+    net, prompt = variant_net(**options), document("2i1", 3)
+    drawn = draw(net, [prompt], settings("image", guidance=Guidance(1.0)), 7)
+    scheduler = build_scheduler("DDIMScheduler", 1000, KIND)
+    scheduler.set_timesteps(STEPS)
+    x_t = torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(7))
+    for timestep in scheduler.timesteps:
+        batch = packed([[[*prompt, x_t]]])
+        t = torch.tensor([0.0, timestep.item() / 1000])
+        _, output = net(batch, batch.latents, t, DenseAttention(batch))
+        x_t = scheduler.step(output[1, :3], timestep, x_t).prev_sample
+    torch.testing.assert_close(drawn.flatten(), x_t.flatten(), atol=1e-3, rtol=1e-3)

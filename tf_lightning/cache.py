@@ -74,6 +74,7 @@ class AppendAttention:
         lengths: of their prefixes.
         num_new: L.
         causal: the new positions see only earlier ones among themselves.
+        image: the new positions are patches.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class AppendAttention:
         lengths: list[int],
         num_new: int,
         causal: bool = False,
+        image: bool = False,
     ):
         self.cache, self.layer, self.causal = cache, 0, causal and num_new > 1
+        self.image = image
         new = torch.arange(num_new, device=cache.device)
         starts = torch.tensor(lengths, device=cache.device).unsqueeze(1)
         self.positions = starts + new  # (n, L)
@@ -102,6 +105,11 @@ class AppendAttention:
             seen = places if self.causal else places[:, -1:]
             mask = (torch.arange(end, device=device) <= seen.unsqueeze(-1)).unsqueeze(1)
         return index(members, device), index([rows[i] for i in members], device), end, mask
+
+    def modalities(self) -> tuple[Tensor, Tensor]:
+        """Places of text and of patches among the n * L new positions: all are of one kind."""
+        everyone = torch.arange(self.positions.numel(), device=self.cache.device)
+        return (everyone[:0], everyone) if self.image else (everyone, everyone[:0])
 
     def enter(self, x: Tensor) -> Tensor:
         """(n, L, ...) unchanged."""

@@ -290,13 +290,13 @@ class _Engine:
 
     def _denoise(self, latents: Tensor, t: list[float], branches: list[Branch]) -> Tensor:
         times = torch.tensor(t, device=self.device)
-        attend = self._append(branches, self.speaker.num_patches)
+        attend = self._append(branches, self.speaker.num_patches, image=True)
         return self.speaker.net.denoise(latents, times, attend.positions, attend)
 
-    def _append(self, branches: list[Branch], num_new: int) -> AppendAttention:
+    def _append(self, branches: list[Branch], num_new: int, image: bool = False) -> AppendAttention:
         rows, lengths = zip(*((branch.row, branch.length) for branch in branches), strict=True)
         causal = self.speaker.causal_images
-        return AppendAttention(self.cache, list(rows), list(lengths), num_new, causal)
+        return AppendAttention(self.cache, list(rows), list(lengths), num_new, causal, image)
 
 
 def pack_prompts(documents: Sequence[Document], tokenizer, patch_size: int, device) -> Batch:

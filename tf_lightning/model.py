@@ -102,7 +102,9 @@ class Model:
         if answer != "text" and self.autoencoder is not None:
             kind = self.hparams["prediction_type"]
             sampler = sampler or default_sampler(kind)
-            scheduler = build_scheduler(sampler, self.hparams["num_train_timesteps"], kind)
+            scheduler = build_scheduler(
+                sampler, self.hparams["num_train_timesteps"], kind, self.hparams["noise_schedule"]
+            )
             set_timesteps(scheduler, num_inference_steps)
         return Settings(
             answer="text" if self.autoencoder is None and answer == "any" else answer,

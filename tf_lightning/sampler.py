@@ -27,10 +27,15 @@ def default_sampler(prediction_type: str) -> str:
     return "FlowMatchEulerDiscreteScheduler" if prediction_type == "flow" else "DDIMScheduler"
 
 
-def build_scheduler(sampler: str, num_train_timesteps: int, prediction_type: str):
+BETA_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}  # diffusers' names
+
+
+def build_scheduler(
+    sampler: str, num_train_timesteps: int, prediction_type: str, noise_schedule: str = "cosine"
+):
     """A diffusers scheduler for what the network predicts.
 
-    For "epsilon" and "v_prediction", training's cosine schedule without clipping (latents are not
+    For "epsilon" and "v_prediction", training's noise schedule without clipping (latents are not
     in [-1, 1]) and with trailing spacing (the first step starts at pure noise): diffusers' defaults
     bias both. For "flow", x_t = (1 - t) x_0 + t eps and the velocity eps - x_0.
 
@@ -52,7 +57,7 @@ def build_scheduler(sampler: str, num_train_timesteps: int, prediction_type: str
     clip = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
     return build(
         num_train_timesteps=num_train_timesteps,
-        beta_schedule="squaredcos_cap_v2",
+        beta_schedule=BETA_SCHEDULES[noise_schedule],
         prediction_type=prediction_type,
         timestep_spacing="trailing",
         **clip,
