@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tf_lightning.attention import DenseAttention, DocumentAttention
 from tf_lightning.batch import Batch
-from tf_lightning.modality import Split
+from tf_lightning.modality import Split, with_image_weights
 from tf_lightning.net import Net
 from tf_lightning.transformer import FeedForward, rope_angles
 
@@ -23,10 +23,17 @@ def mixed_batch() -> Batch:
 def tied(kind: str, **sizes) -> tuple[Net, Net]:
     """A plain net, and one with twin weights of the same values."""
     plain, own = tiny_net(**sizes), tiny_net(image_weights=kind, **sizes)
-    missing, unexpected = own.load_state_dict(plain.state_dict(), strict=False)
-    assert not unexpected and all("image_layers" in name for name in missing)
-    own.transformer.copy_text_to_image()
+    own.load_state_dict(with_image_weights(plain.state_dict(), own.state_dict()))
     return plain, own
+
+
+def test_image_weights_that_a_checkpoint_has_are_kept_and_others_are_not_made_up():
+    own = tiny_net(image_weights="all").state_dict()
+    assert with_image_weights(own, own).keys() == own.keys()
+    assert all(value is own[name] for name, value in with_image_weights(own, own).items())
+    del own["transformer.layers.1.ffn_norm.weight"]
+    del own["transformer.image_layers.1.ffn_norm.weight"]
+    assert with_image_weights(own, tiny_net(image_weights="all").state_dict()).keys() == own.keys()
 
 
 @FORMS

@@ -1,7 +1,23 @@
 """Text and patches apart: the positions of a batch in two parts, and back in their order."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+
+def with_image_weights(state_dict: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Weights of a network without image weights of its own, made to fit one that has them.
+
+    They start as copies of the text's, as in LMFusion (Sec. 3.1).
+
+    Args:
+        state_dict: of a `Net`, a `Transformer`, or a checkpoint.
+        names: of the network that is to load it.
+    """
+    text = {name: name.replace("image_layers.", "layers.") for name in names}
+    copies = {name: state_dict[own] for name, own in text.items() if own in state_dict}
+    return state_dict | {name: copies[name] for name in copies.keys() - state_dict.keys()}
 
 
 class Split:

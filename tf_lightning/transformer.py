@@ -210,13 +210,6 @@ class Transformer(nn.Module):
         """All but the patches' own."""
         return [p for name, p in self.named_parameters() if not name.startswith("image_layers.")]
 
-    @torch.no_grad()
-    def copy_text_to_image(self) -> None:
-        """Start the patches' weights as copies of the text's (LMFusion Sec. 3.1)."""
-        for text, image in zip(self.layers, self.image_layers, strict=True):
-            weights = text.state_dict()
-            image.load_state_dict({name: weights[name] for name in image.state_dict()})
-
     def reset_parameters(self) -> None:
         """Unit-variance outputs at the start: Normal(0, 1 / fan_in), residual ends by depth.
 
