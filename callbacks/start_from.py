@@ -4,6 +4,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from tf_lightning.checkpoint import read_checkpoint
+from tf_lightning.modality import with_image_weights
 from tf_lightning.module import Transfusion
 
 
@@ -11,8 +12,9 @@ class StartFrom(L.Callback):
     """Loads a checkpoint's weights before the first step; optimizer, data and steps begin anew.
 
     The averaged weights, if the checkpoint has any, are the start of both the network and its new
-    average. A resumed run goes on from its own checkpoint. Give the data the tokenizer of the run
-    that made the checkpoint.
+    average. Where this network has image weights and the checkpoint none, they start as copies of
+    the text's (LMFusion). A resumed run goes on from its own checkpoint. Give the data the
+    tokenizer of the run that made the checkpoint.
 
     Args:
         checkpoint: a file that `tf-lightning fit` wrote.
@@ -37,6 +39,7 @@ class StartFrom(L.Callback):
         averaged = any(name.startswith("ema.") for name in weights)
         start = "ema." if averaged else "net."
         chosen = {n.removeprefix(start): w for n, w in weights.items() if n.startswith(start)}
+        chosen = with_image_weights(chosen, pl_module.net.state_dict())
         prefixes = ["net."] + (["ema."] if pl_module.ema is not None else [])
         pl_module.load_state_dict({p + name: w for p in prefixes for name, w in chosen.items()})
         rank_zero_info(f"Started from {self.checkpoint}")

@@ -51,6 +51,20 @@ def test_a_run_begins_with_the_averaged_weights_of_another(run, tmp_path, checkp
     assert not torch.equal(theirs[f"net.{name}"], theirs[f"ema.{name}"])
 
 
+def test_image_weights_start_as_copies_beside_a_frozen_text_side(run, tmp_path, checkpoint):
+    def own(config: dict) -> None:
+        config["model"] |= {"text_lr_ratio": 0.0, "ema_decay": 0.0}
+        config["model"]["transformer"]["image_weights"] = "all"
+
+    main(["fit", "-c", str(write_config(run, tmp_path, checkpoint, own))])
+    theirs, ours = weights(checkpoint), weights(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for name, value in ours.items():
+        start = theirs["ema." + name.removeprefix("net.").replace("image_layers.", "layers.")]
+        trained = "image_layers" in name or "patch_coder" in name
+        assert torch.equal(value, start) != trained, name
+        assert (value - start).abs().max() < 0.05, name  # six steps from it
+
+
 def test_a_resumed_run_goes_on_from_its_own_checkpoint(run, tmp_path, checkpoint):
     copy = tmp_path / "start.ckpt"
     shutil.copy(checkpoint, copy)
