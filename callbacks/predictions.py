@@ -1,44 +1,126 @@
-"""What `tf-lightning predict` writes."""
+"""What `tf-lightning predict` writes: captions for held-out pictures, or pictures for captions.
 
+Any number of ranks may write, and a run that was stopped goes on where it was, with as many ranks.
+"""
+
+import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.sheet import run_folder
+from callbacks.sheet import run_folder, write_picture, write_text
+from tf_lightning.batch import Document
+from tf_lightning.model import Model
 
 
-class CaptionWriter(BasePredictionWriter):
-    """Appends each batch's captions to `predict/captions-<rank>.jsonl` in the run's folder.
+class PredictionWriter(BasePredictionWriter):
+    """Answers each captioned picture and appends a line to `predict/<answer>-<rank>.jsonl`.
 
-    A line has the document's own caption and the one written for its picture.
+    With "text", a picture is answered with a caption, beside the document's own; with "image", a
+    caption is answered with a picture, in `predict/images/`. Documents that any rank has answered
+    before, with the same checkpoint and settings, are left out.
+
+    Args:
+        answer: "text" or "image".
+        max_new_tokens: longest caption.
+        guidance_scale: of pictures, 1 = off.
+        num_inference_steps: network evaluations a picture.
+        sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
+        seed: with the document, names a picture's first noise.
     """
 
-    def __init__(self):
+    def __init__(
+        self,
+        answer: Literal["text", "image"] = "text",
+        max_new_tokens: int = 64,
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = 50,
+        sampler: str | None = None,
+        seed: int = 0,
+    ):
         super().__init__(write_interval="batch")
+        self.answer, self.seed, self.max_new_tokens = answer, seed, max_new_tokens
+        self.how = {
+            "guidance_scale": guidance_scale,
+            "num_inference_steps": num_inference_steps,
+            "sampler": sampler,
+        }
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin a new file."""
-        self.path = run_folder(trainer) / f"captions-{trainer.global_rank}.jsonl"
-        self.path.write_text("")
+        """See what is there; leave out of this rank's file what another run wrote."""
+        self.model, self.folder = Model.of(pl_module), run_folder(trainer)
+        checkpoint = Path(trainer.ckpt_path)
+        settings = (str(checkpoint), checkpoint.stat().st_mtime_ns, self.max_new_tokens, self.how)
+        self.run = hashlib.sha256(repr((settings, self.seed)).encode()).hexdigest()[:12]
+        self.path = self.folder / f"{self.answer}-{trainer.global_rank}.jsonl"
+        mine = lines_of(self.path, self.run) if self.path.exists() else []
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in mine))
+        files = self.folder.glob(f"{self.answer}-*.jsonl")
+        self.written = {line["key"] for file in files for line in lines_of(file, self.run)}
+        self.found = len(self.written)
 
     def write_on_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        prediction: Sequence[dict[str, str]],
+        prediction: Sequence[Document],
         batch_indices: Sequence[int] | None,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """One line for each captioned picture of the batch."""
+        """Answer the batch's captioned pictures, one line each."""
+        pairs = [sorted(document, key=lambda part: part.ndim) for document in prediction]
+        pairs = [pair for pair in pairs if [part.ndim for part in pair] == [1, 3]]
+        missing = {key: pair for pair in pairs if (key := key_of(pair)) not in self.written}
+        captions, images = zip(*missing.values(), strict=True) if missing else ((), ())
+        if self.answer == "text":
+            answers = self.model.write([[i] for i in images], max_new_tokens=self.max_new_tokens)
+        else:
+            seeds = [self.seed + int(key[:8], 16) for key in missing]
+            drawn = self.model.draw([[text] for text in captions], seeds=seeds, **self.how)
+            answers = [self._keep(key, p) for key, p in zip(missing, drawn, strict=True)]
         with self.path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in prediction)
+            for key, caption, answer in zip(missing, captions, answers, strict=True):
+                own = self.model.tokenizer.decode(caption.tolist()).strip()
+                line = {"key": key, "run": self.run, "caption": own, "answer": answer}
+                file.write(json.dumps(line) + "\n")
+        self.written |= missing.keys()
+
+    def _keep(self, key: str, picture) -> str:
+        """Write a picture; its name."""
+        (self.folder / "images").mkdir(exist_ok=True)
+        write_picture(self.folder / "images" / f"{key}.png", picture)
+        return f"images/{key}.png"
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where it is."""
-        rank_zero_info(f"Wrote {self.path}")
+        new = len(self.written) - self.found
+        rank_zero_info(f"Wrote {new} lines to {self.path}; {self.found} were there already")
+
+
+def key_of(document: Document) -> str:
+    """Names a document by its content, on whatever rank it is met."""
+    sha = hashlib.sha256()
+    for part in document:
+        sha.update(part.cpu().to(torch.float64).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def lines_of(file: Path, run: str) -> list[dict[str, str]]:
+    """The whole lines of a file that a run wrote; a killed run may leave half of one."""
+    lines = []
+    for text in file.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line["run"] == run:
+            lines.append(line)
+    return lines

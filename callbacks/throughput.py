@@ -1,27 +1,47 @@
-"""How fast a run is and what it is fed: tokens/s, padding, realised mixture."""
+"""How fast a run is and what it is fed: tokens/s, FLOPs, padding, realised mixture."""
 
 import time
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
 from tf_lightning.batch import Batch
+from tf_lightning.flops import Work, flops_6nd, squared_lengths, training_flops
 
 
 class Throughput(L.Callback):
     """Logs `train/tokens_per_sec`, `train/padding_share` and `train/mixture/<source>`.
 
-    Tokens are counted on the device and read only when the trainer logs, so that no step waits.
-    Speed is of this window and all ranks; shares are of all tokens since the start of this process.
+    Also `train/flops_per_token`, forward and backward as `tf_lightning.flops` counts them, beside
+    `train/flops_per_token_6n`, the papers' 6 N; `train/tflops_per_sec`; and `train/mfu`, its share
+    of what the devices can do.
+
+    Counts are kept on the device and read only when the trainer logs, so that no step waits. Speed
+    and FLOPs are of this window and all ranks; shares are of all tokens since the start of this
+    process.
+
+    Args:
+        peak_flops: FLOPs a second that one device can do at best; null: what Lightning knows of
+            this device at this precision, and no `train/mfu` if it knows nothing (CPUs).
     """
+
+    def __init__(self, peak_flops: float | None = None):
+        self.peak_flops = peak_flops
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         sources = len(trainer.datamodule.source_names)
         self.tokens = torch.zeros(sources, dtype=torch.float64, device=pl_module.device)
-        self.positions = 0
-        self.window_start, self.window_tokens = time.perf_counter(), 0.0
+        self.squares = torch.zeros((), dtype=torch.float64, device=pl_module.device)
+        self.positions, self.size = 0, None
+        if self.peak_flops is None:
+            low = "bf16" in str(trainer.precision)
+            dtype = torch.bfloat16 if low else torch.float32
+            self.peak_flops = get_available_flops(trainer.strategy.root_device, dtype)
+        self.window, self.window_start = Work(), time.perf_counter()
+        self.tokens_before = self.squares_before = 0.0
 
     def on_train_batch_end(
         self,
@@ -33,20 +53,37 @@ class Throughput(L.Callback):
     ) -> None:
         """Count; log at the trainer's interval."""
         self.tokens.index_add_(0, batch.source_ids, batch.row_tokens.double())
+        self.squares += squared_lengths(batch)
         self.positions += batch.input_ids.numel()
+        self.window.targets += len(batch.target_index)
+        self.window.images += batch.num_images
+        if batch.num_images:
+            self.size = tuple(batch.latents.shape[-2:])
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self.log_window(trainer, pl_module)
 
     def log_window(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the counts, log them, restart the window."""
-        tokens = self.tokens.cpu()
+        tokens, squares = self.tokens.cpu(), self.squares.item()
         total, now = tokens.sum().item(), time.perf_counter()
-        rate = (total - self.window_tokens) / max(now - self.window_start, 1e-9)
+        work = self.window
+        work.tokens, work.squared_lengths = (
+            total - self.tokens_before,
+            squares - self.squares_before,
+        )
+        seconds = max(now - self.window_start, 1e-9) / trainer.world_size
+        flops = training_flops(pl_module.net, work, self.size)
         values = {
-            "train/tokens_per_sec": rate * trainer.world_size,
+            "train/tokens_per_sec": work.tokens / seconds,
             "train/padding_share": 1 - total / self.positions,
+            "train/flops_per_token": flops / max(work.tokens, 1),
+            "train/flops_per_token_6n": flops_6nd(pl_module.net, 1),
+            "train/tflops_per_sec": flops / seconds / 1e12,
         }
+        if self.peak_flops:
+            values["train/mfu"] = flops / seconds / trainer.world_size / self.peak_flops
         for name, count in zip(trainer.datamodule.source_names, tokens.tolist(), strict=True):
             values[f"train/mixture/{name}"] = count / max(total, 1)
         pl_module.log_dict(values, batch_size=1)
-        self.window_start, self.window_tokens = now, total
+        self.window, self.window_start = Work(), now
+        self.tokens_before, self.squares_before = total, squares

@@ -55,7 +55,7 @@ def config(folder: Path) -> dict:
         "callbacks.samples.Samples": {"num_samples": 2, **few},
         "callbacks.shapes_report.ShapesReport": {"num_prompts": 4, **few},
         "callbacks.recall.Recall": {"source": "captions", "num_prompts": 4, **few},
-        "callbacks.predictions.CaptionWriter": {},
+        "callbacks.predictions.PredictionWriter": {},
     }
     logger = {"save_dir": str(folder), "name": "run", "version": "", "default_hp_metric": False}
     return {

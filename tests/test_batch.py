@@ -1,5 +1,7 @@
 """Packing: what stands where, what is to be predicted, and whose randomness it is."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,6 +126,32 @@ def test_shifted_times_undo_to_uniform_ones():
     times = torch.stack([draw_times([1.0] * 4, row_generator(0, r), shift=3) for r in range(2000)])
     uniform = times / (3 - 2 * times)  # the inverse of t = 3 u / (1 + 2 u)
     assert stats.kstest(uniform.flatten().numpy(), stats.uniform().cdf).pvalue > 1e-3
+
+
+def test_logit_normal_times_are_sigmoids_of_normal_numbers_and_may_be_shifted():
+    draw = lambda row, shift: draw_times([1.0] * 4, row_generator(0, row), shift, "logit_normal")  # noqa: E731
+    times = torch.stack([draw(row, 1.0) for row in range(2000)])
+    assert stats.kstest(times.logit().flatten().numpy(), "norm").pvalue > 1e-3
+    shifted = torch.stack([draw(row, 3.0) for row in range(20)])
+    torch.testing.assert_close(shifted.logit(), times[:20].logit() + math.log(3))
+
+
+def test_both_distributions_are_of_the_same_draws():
+    """The order of a row's noise levels, and the noise drawn after them, stay."""
+    uniform, other = (
+        packed([[document("iii")]], time_distribution=name) for name in ("uniform", "logit_normal")
+    )
+    assert torch.equal(uniform.t.argsort(), other.t.argsort())
+    assert torch.equal(uniform.noise, other.noise)
+    assert not torch.allclose(uniform.t, other.t)
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_the_ends_of_the_logit_normal_are_finite(monkeypatch, largest):
+    share = torch.tensor([1 - 2**-24 if largest else 0.0])
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: share)
+    times = draw_times([1.0] * 64, torch.Generator(), distribution="logit_normal")
+    assert times.isfinite().all() and 0 <= times.min() and times.max() < 1
 
 
 def test_times_of_a_row_are_spread_evenly():

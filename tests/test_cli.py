@@ -53,7 +53,8 @@ def scalars(events: EventAccumulator, tag: str) -> list[float]:
 def test_a_run_logs_losses_speed_and_shares_under_their_documented_names(events):
     tags = {
         *(f"train/{name}" for name in ("loss", "loss_lm", "loss_diffusion", "grad_norm")),
-        *("train/tokens_per_sec", "train/padding_share"),
+        *("train/tokens_per_sec", "train/padding_share", "train/tflops_per_sec"),
+        *("train/flops_per_token", "train/flops_per_token_6n"),
         *("train/mixture/captions", "train/mixture/text"),
         *(f"val/captions/{name}" for name in ("loss_lm", "perplexity", "loss_diffusion")),
         *(f"val/text/{name}" for name in ("loss_lm", "perplexity")),

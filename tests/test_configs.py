@@ -4,12 +4,15 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tf_lightning.cli import main
+from tf_lightning.module import Transfusion
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+EXPERIMENTS = sorted(path.name for path in CONFIGS.glob("experiments/*.yaml"))
 MODELS = sorted(path.name for path in CONFIGS.glob("model/*.yaml"))
 
 
@@ -28,7 +31,8 @@ def parsed(capsys):
 
 def test_there_are_recipes_and_nothing_else():
     tested = {CONFIGS / name for name in RECIPES} | {CONFIGS / "model" / name for name in MODELS}
-    assert RECIPES and MODELS
+    tested |= {CONFIGS / "experiments" / name for name in EXPERIMENTS}
+    assert RECIPES and MODELS and EXPERIMENTS
     assert set(CONFIGS.rglob("*.yaml")) == tested
 
 
@@ -80,3 +84,46 @@ def test_a_recipe_begins_with_its_command(name):
     lines = (CONFIGS / name).read_text().splitlines()
     head = list(takewhile(lambda line: line.startswith("#"), lines))
     assert any(f"fit -c configs/{name}" in line for line in head)
+
+
+def flat(config: dict, path: str = "") -> dict[str, object]:
+    """Values under their dotted names."""
+    found: dict[str, object] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_changes_what_it_says_and_makes_a_network(name, parsed):
+    file = CONFIGS / "experiments" / name
+    said = flat(yaml.safe_load(file.read_text()))
+    assert said["trainer.logger.init_args.name"] == file.stem  # a run folder of its own
+    config = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"), "-c", str(file))
+    assert flat(config).items() >= said.items()
+
+    model, data = config["model"], config["data"]["init_args"]
+    assert model["patch_size"] == data["patch_size"]
+    assert 16 % model["patch_size"] == 0  # latents of the embedded world have 16 x 16
+    module = Transfusion(**model)
+    with torch.device("meta"):
+        module.configure_model()
+    assert sum(p.numel() for p in module.net.parameters()) < 12e6
+
+
+def test_an_experiment_is_another_than_the_base():
+    base = flat(yaml.safe_load((CONFIGS / "quickstart.yaml").read_text()))
+    for name in set(EXPERIMENTS) - {"linear.yaml"}:
+        said = flat(yaml.safe_load((CONFIGS / "experiments" / name).read_text()))
+        del said["trainer.logger.init_args.name"]
+        assert said and not said.items() <= base.items(), name
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_begins_with_its_command(name):
+    command = f"fit -c configs/quickstart.yaml -c configs/experiments/{name}"
+    head = takewhile(
+        lambda line: line.startswith("#"),
+        (CONFIGS / "experiments" / name).read_text().splitlines(),
+    )
+    assert any(command in line for line in head)

@@ -37,6 +37,8 @@ DOCUMENTS = [
     [noise(1)],
     [noise(2), "now blue", noise(3), "and so on"],
     [noise(4), "a caption"],
+    [noise(5), "now blue", noise(6)],
+    ["a red", noise(7), "circle"],
 ]
 
 
@@ -82,7 +84,11 @@ def test_lengths_are_those_of_packing(corpus):
 
 
 def test_pairs_are_one_text_and_one_image(corpus):
-    assert corpus.pairs().tolist() == [True, False, False, False, True]
+    assert corpus.pairs().tolist() == [True, False, False, False, True, False, False]
+
+
+def test_edits_are_a_picture_an_instruction_and_a_picture(corpus):
+    assert corpus.edits().nonzero()[0].tolist() == [5]
 
 
 def test_a_copy_in_another_process_reads_the_same_files(corpus):

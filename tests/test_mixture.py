@@ -243,7 +243,32 @@ def test_weights_that_do_not_fit_are_a_user_error(mixture, weights, sentence):
         mixture(weights=weights)
 
 
-@pytest.mark.parametrize("name", ["image_first_prob", "caption_drop_prob"])
+def test_noise_levels_are_drawn_as_asked_in_training_and_evenly_in_validation(mixture):
+    kinds = {"uniform": {}, "other": {"time_distribution": "logit_normal", "time_shift": 3.0}}
+    times = {"uniform": [], "other": []}
+    for name, changed in kinds.items():
+        data = mixture(**changed, max_caption_t=1.0)
+        data.setup()
+        loaders = [data.train_dataloader(), data.val_dataloader()[1]]
+        times[name] = [next(b.t for b in loader if b.num_images) for loader in loaders]
+    expected = (torch.special.ndtri(times["uniform"][0]) + np.log(3)).sigmoid()
+    torch.testing.assert_close(times["other"][0], expected)
+    assert torch.equal(times["other"][1], times["uniform"][1])
+
+
+@pytest.mark.parametrize(
+    "changed, sentence",
+    [
+        ({"time_shift": 0.0}, "time_shift=0.0 must be above 0"),
+        ({"time_distribution": "normal"}, "'normal' must be 'uniform' or 'logit_normal'"),
+    ],
+)
+def test_noise_levels_that_cannot_be_drawn_are_a_user_error(mixture, changed, sentence):
+    with pytest.raises(UserError, match=sentence):
+        mixture(**changed)
+
+
+@pytest.mark.parametrize("name", ["image_first_prob", "caption_drop_prob", "max_caption_t"])
 def test_probabilities_outside_0_and_1_are_a_user_error(mixture, name):
     with pytest.raises(UserError, match=f"{name}=1.5 .*give a number from 0 to 1"):
         mixture(**{name: 1.5})

@@ -110,6 +110,74 @@ def test_parts_of_a_prompt_keep_their_order(loaded):
     assert (first != second).any()
 
 
+def pictures(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image, int) for image in images])
+
+
+def test_generate_draws_several_pictures_of_each_prompt(loaded):
+    how = {"guidance_scale": 2.0, "num_inference_steps": 3, "progress": False}
+    prompts = ["a red circle", ["one red square", Image.new("RGB", (64, 64), "red")]]
+    out = loaded.generate(prompts, num_images=2, seed=5, **how)
+    assert out.seeds == [5, 6, 7, 8] and len(out.images) == len(out.documents) == 4
+    repeated = [["a red circle"]] * 2 + [prompts[1]] * 2
+    assert np.abs(pictures(out.images) - draw(loaded, repeated, out.seeds)).max() <= 1
+
+
+def test_generate_writes_and_answers_in_any_way(loaded):
+    how = {"max_new_tokens": 5, "num_inference_steps": 2, "progress": False}
+    out = loaded.generate(["a red", "one"], answer="text", **how)
+    assert out.texts == loaded.write([["a red"], ["one"]], max_new_tokens=5)
+    assert out.images == []
+    mixed = loaded.generate(["a red circle"], answer="any", temperature=1.0, seed=3, **how)
+    kinds = [type(part) for part in mixed.documents[0]]
+    assert kinds and all(kind in (str, Image.Image) for kind in kinds)
+
+
+def test_a_stream_tells_the_text_that_write_returns(loaded):
+    for prompt in (["imagine"], [Image.new("RGB", (64, 64), "red")]):
+        how = {"temperature": 2.0, "seed": 4, "max_new_tokens": 12}
+        pieces = list(loaded.stream(prompt, **how))
+        (text,) = loaded.write([prompt], **how)
+        assert "".join(pieces).strip() == text and len(pieces) > 1
+
+
+def test_a_stop_text_is_left_out_of_writing_and_of_the_stream(loaded):
+    how = {"temperature": 2.0, "seed": 4, "max_new_tokens": 12}
+    (text,) = loaded.write([["imagine"]], **how)
+    stop = text[len(text) // 2 :][:2]
+    expected = text[: text.find(stop)].strip()
+    assert loaded.write([["imagine"]], stop=(stop,), **how) == [expected]
+    assert "".join(loaded.stream("imagine", stop=(stop,), **how)).strip() == expected
+
+
+@pytest.mark.parametrize("prompts", [[""], [[]], [["", ""]]])
+def test_an_empty_prompt_is_refused(loaded, prompts):
+    for ask in (loaded.generate, loaded.write):
+        with pytest.raises(UserError, match="a prompt is empty; give text or a picture"):
+            ask(prompts)
+    with pytest.raises(UserError, match="a prompt is empty"):
+        loaded.draw([["a red circle"], *prompts], seeds=[0, 1])
+
+
+def test_no_answers_at_all_are_refused_and_no_prompts_give_none(loaded):
+    with pytest.raises(UserError, match="num_images=0 must be at least 1"):
+        loaded.generate(["a red circle"], num_images=0)
+    assert loaded.generate([], progress=False).documents == []
+    assert loaded.write([]) == [] and loaded.draw([], seeds=[]) == []
+
+
+def test_latents_of_another_size_are_refused(loaded):
+    told = r"latents of a prompt are \(8, 4, 4\), this model reads \(8, 8, 8\)"
+    with pytest.raises(UserError, match=told):
+        loaded.write([[torch.zeros(8, 4, 4)]])
+
+
+def test_a_prompt_longer_than_a_row_of_training_is_refused(loaded, live):
+    assert loaded.max_length == live.max_length == 256
+    with pytest.raises(UserError, match="this model was trained on 256; shorten the prompt"):
+        loaded.write([["a red circle " * 99]])
+
+
 def test_a_prompt_of_ids_and_latents_equals_one_of_text_and_pictures(loaded):
     prompt = [Image.new("RGB", (64, 64), "blue"), "make it red"]
     assert (draw(loaded, [prompt], [1]) == draw(loaded, [loaded.encode(prompt)], [1])).all()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -16,16 +17,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import PATCH_SIZE, VOCAB_SIZE, document, packed
 from torch import Tensor
 
-from tf_lightning.attention import DenseAttention
+from tf_lightning.attention import DenseAttention, build_attention
 from tf_lightning.batch import IGNORE_INDEX, Batch, pack
 from tf_lightning.cli import main
 from tf_lightning.data import Mixture
 from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
+from tf_lightning.diffusion import cosine_alphas_cumprod
 from tf_lightning.errors import UserError
+from tf_lightning.model import load as load_model
 from tf_lightning.module import Transfusion
 from tf_lightning.net import Net
 from tf_lightning.tokenizer import Tokenizer
 from tf_lightning.transformer import TransformerConfig
+from tf_lightning.unet import UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48}
@@ -37,7 +41,9 @@ def tiny_module(**changed) -> Transfusion:
     arguments = {"patch_size": PATCH_SIZE, "latent_channels": 3, "warmup_steps": 1} | changed
     module = Transfusion(TransformerConfig(vocab_size=VOCAB_SIZE, **SIZES), **arguments)
     module.configure_model()
-    torch.nn.init.normal_(module.net.patch_coder.patch_decoder.weight, std=0.2)
+    coder = module.net.patch_coder
+    last = coder.conv_out if module.unet else coder.patch_decoder
+    torch.nn.init.normal_(last.weight, std=0.2)
     return module
 
 
@@ -81,15 +87,87 @@ def test_loss_sums_agree_with_an_independent_computation(prediction_type):
 
 
 def test_epsilon_and_v_predictions_have_different_targets():
-    batch, module = mixed_batch(), tiny_module()
-    epsilon = module.loss_sums(module.net, batch)[1]
-    module.hparams.prediction_type = "v_prediction"
-    assert not torch.isclose(module.loss_sums(module.net, batch)[1], epsilon, rtol=1e-2)
+    batch = mixed_batch()
+    epsilon, v = (tiny_module(prediction_type=name) for name in ("epsilon", "v_prediction"))
+    errors = [module.loss_sums(module.net, batch)[1] for module in (epsilon, v)]
+    assert not torch.isclose(*errors, rtol=1e-2)
 
 
 def test_an_unknown_prediction_type_is_refused():
     with pytest.raises(UserError, match="'x0' must be one of .*epsilon.*v_prediction"):
         tiny_module(prediction_type="x0")
+
+
+def test_the_default_model_keeps_its_losses_to_the_bit_and_its_names():
+    """The formulas written as they were before there were other objectives and coders."""
+    module, batch = tiny_module(), mixed_batch()
+    table = cosine_alphas_cumprod()
+    timesteps = (batch.t * 1000).long()
+    alpha_bar = table[timesteps].view(-1, 1, 1, 1)
+    noised = alpha_bar.sqrt() * batch.latents + (1 - alpha_bar).sqrt() * batch.noise
+    logits, output = module.net(batch, noised, timesteps / 1000, build_attention(batch))
+    nll, squared_error = module.loss_sums(module.net, batch)
+    targets = batch.labels.flatten()[batch.target_index]
+    assert torch.equal(nll, F.cross_entropy(logits, targets, reduction="none"))
+    assert torch.equal(squared_error, F.mse_loss(output, batch.noise, reduction="sum"))
+
+    layer = ["attention_norm", *(f"attention.{w}" for w in ("wq", "wk", "wv", "wo"))]
+    layer += ["ffn_norm", *(f"feed_forward.{w}" for w in ("w1", "w2", "w3"))]
+    transformer = ["tok_embeddings", *(f"layers.{i}.{n}" for i in range(2) for n in layer)]
+    names = [f"transformer.{name}.weight" for name in [*transformer, "norm", "output"]]
+    linears = ["patch_encoder", "patch_decoder", "time_embedder.0", "time_embedder.2"]
+    names += [f"patch_coder.{name}.{kind}" for name in linears for kind in ("weight", "bias")]
+    names += [f"patch_coder.{name}_embedding.weight" for name in ("row", "column")]
+    assert list(module.state_dict()) == [f"{n}.{name}" for n in ("net", "ema") for name in names]
+
+
+VARIANTS = {
+    "flow": {"prediction_type": "flow"},
+    "linear schedule": {"noise_schedule": "linear"},
+    "learned sigma": {"learned_sigma": True},
+    "min-SNR": {"min_snr_gamma": 5.0},
+    "U-Net": {"unet": UNetConfig((8, 16), num_blocks=1, head_dim=8)},
+    "U-Net, learned sigma": {"unet": UNetConfig((8, 16), 1, 8), "learned_sigma": True},
+}
+
+
+@pytest.mark.parametrize("changed", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_teaches_every_weight_with_and_without_pictures(changed):
+    module = tiny_module(**changed)
+    for name, part in module.net.named_parameters():  # no branch starts at zero
+        if part.ndim > 1 and not part.any():
+            torch.nn.init.normal_(part, std=0.1)
+        assert part.isfinite().all(), name
+    for batch, taught in ((mixed_batch(), True), (packed([[document("9")]]), False)):
+        module.zero_grad()
+        nll, loss_diffusion = module.loss_sums(module.net, batch)
+        (nll.sum() + loss_diffusion).backward()
+        for name, part in module.net.patch_coder.named_parameters():
+            assert part.grad is not None, name
+            # row and column embeddings beyond the grid are not reached, but the tensor is
+            assert part.grad.any() == taught, name
+
+
+def test_a_flows_loss_is_the_one_computed_by_hand():
+    module, batch = tiny_module(prediction_type="flow"), mixed_batch()
+    t = batch.t.view(-1, 1, 1, 1)
+    noised = (1 - t) * batch.latents + t * batch.noise
+    _, output = module.net(batch, noised, batch.t, DenseAttention(batch))
+    expected = ((output - (batch.noise - batch.latents)) ** 2).sum().item()
+    assert module.loss_sums(module.net, batch)[1].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"prediction_type": "flow", "learned_sigma": True}, "use 'epsilon' or 'v_prediction'"),
+        ({"unet": UNetConfig((8, 16, 16))}, "make patches of 4 and patch_size=2"),
+        ({"text_lr_ratio": 1.5}, "text_lr_ratio=1.5 must be from 0 .frozen. to 1"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused_before_anything_is_built(changed, message):
+    with pytest.raises(UserError, match=message):
+        Transfusion(TransformerConfig(vocab_size=VOCAB_SIZE, **SIZES), patch_size=2, **changed)
 
 
 def test_causal_images_change_the_denoisers_loss():
@@ -226,7 +304,98 @@ def test_without_an_average_the_trained_weights_are_validated():
     assert module.ema is None and module.inference_net is module.net
 
 
+# Frozen text
+
+
+def optimizer_of(module: Transfusion) -> torch.optim.Optimizer:
+    module._trainer = SimpleNamespace(max_steps=10)
+    return module.configure_optimizers()["optimizer"]
+
+
+def stepped(module: Transfusion) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+    """After one optimizer step on both losses: the optimizer, and the weights before it."""
+    optimizer = optimizer_of(module)
+    before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
+    nll, loss_diffusion = module.loss_sums(module.net, mixed_batch())
+    (nll.sum() + loss_diffusion).backward()
+    optimizer.step()
+    return optimizer, before
+
+
+def is_image_side(name: str) -> bool:
+    return name.startswith(("patch_coder.", "transformer.image_layers."))
+
+
+@pytest.mark.parametrize("image_weights", ["shared", "ffn", "all"])
+def test_frozen_weights_get_no_gradient_and_no_optimizer_state(image_weights):
+    torch.manual_seed(0)
+    config = TransformerConfig(VOCAB_SIZE, **SIZES, image_weights=image_weights)
+    module = Transfusion(config, latent_channels=3, text_lr_ratio=0.0, warmup_steps=1)
+    module.configure_model()
+    torch.nn.init.normal_(module.net.patch_coder.patch_decoder.weight, std=0.2)
+    optimizer, before = stepped(module)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in module.net.named_parameters():
+        image = is_image_side(name)
+        assert (parameter.grad is not None) == image, name
+        assert (id(parameter) in known) == (parameter in optimizer.state) == image, name
+        assert torch.equal(parameter, before[name]) != image, name
+
+
+def test_the_text_side_learns_at_its_own_rate():
+    config = TransformerConfig(VOCAB_SIZE, **SIZES, image_weights="all")
+    rates = {"lr": 1e-3, "text_lr_ratio": 0.1, "weight_decay": 0.0, "warmup_steps": 1}
+    module = Transfusion(config, latent_channels=3, **rates)
+    module.configure_model()
+    torch.nn.init.normal_(module.net.patch_coder.patch_decoder.weight, std=0.2)
+    torch.nn.init.normal_(module.net.patch_coder.patch_decoder.bias, std=0.2)
+    optimizer, before = stepped(module)
+    names = [group["name"] for group in optimizer.param_groups]
+    assert names == ["decay", "no_decay", "text_decay", "text_no_decay"]
+    for name, parameter in module.net.named_parameters():
+        # Adam's first step is the learning rate.
+        step = (parameter - before[name]).abs().max().item()
+        expected = 1e-3 if is_image_side(name) else 1e-4
+        assert step == pytest.approx(expected, rel=0.05), name
+
+
+def test_a_text_step_of_a_frozen_text_side_runs():
+    config = TransformerConfig(VOCAB_SIZE, **SIZES, image_weights="all")
+    module = Transfusion(config, latent_channels=3, text_lr_ratio=0.0)
+    module.configure_model()
+    nll, loss_diffusion = module.loss_sums(module.net, packed([[document("9")]]))
+    (nll.sum() + loss_diffusion).backward()
+    gradients = [p.grad for p in module.net.parameters() if p.requires_grad]
+    assert gradients and not any(gradient.any() for gradient in gradients)
+
+
 # Checkpoints
+
+
+def variant_config(config: dict) -> None:
+    """All new parts at once, without what draws pictures."""
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:3]
+    config["model"] |= {"patch_size": 2, "learned_sigma": True, "min_snr_gamma": 5.0}
+    config["model"]["unet"] = {"channels": [4, 8], "num_blocks": 1, "head_dim": 8}
+    config["model"]["transformer"]["image_weights"] = "all"
+    config["model"]["text_lr_ratio"] = 0.5
+    config["data"]["init_args"] |= {"patch_size": 2, "row_length": 1200, "batch_size": 1}
+
+
+def test_a_variants_checkpoint_loads_and_resumes(tmp_path):
+    arguments = ["fit", "-c", str(runs.write_config(tmp_path, variant_config))]
+    arguments += ["--trainer.limit_val_batches=1"]
+    main([*arguments, "--trainer.max_steps=3"])
+    main([*arguments, "--trainer.max_steps=6", "--ckpt_path=last"])
+    checkpoint = load(tmp_path / "run")
+    assert checkpoint["global_step"] == 6
+    model = load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert model.net.outputs == 2 and model.net.transformer.config.image_weights == "all"
+    for name, value in model.net.state_dict().items():
+        assert torch.equal(value, checkpoint["state_dict"][f"ema.{name}"])
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
 
 
 def load(run: Path, name: str = "last") -> dict:

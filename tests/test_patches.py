@@ -49,7 +49,8 @@ def test_encoding_adds_the_time_and_the_place_to_each_patch():
     coder = LinearPatchCoder(latent_channels=3, patch_size=2, dim=16).requires_grad_(False)
     latents, t = torch.randn(2, 3, 4, 6), torch.tensor([0.0, 0.7])
     time = coder.time_embedder(timestep_embedding(t))
-    encoded = coder.encode(latents, t)
+    encoded, skips = coder.encode(latents, t)
+    assert not skips
     for image in range(2):
         for patch in range(6):
             expected = (

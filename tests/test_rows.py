@@ -42,6 +42,23 @@ class Documents:
     def pairs(self):
         return np.full(len(self), self.images)
 
+    def edits(self):
+        return np.full(len(self), False)
+
+
+class Edits(Documents):
+    """Picture n, text n, picture -n."""
+
+    def document(self, index):
+        images = (torch.full((1, 2, 2), float(sign * index)) for sign in (1, -1))
+        return [next(images), torch.full((self.texts[index],), index), next(images)]
+
+    def lengths(self, num_patches):
+        return np.array(self.texts) + 2 * (num_patches + 2) + 2
+
+    def edits(self):
+        return np.full(len(self), True)
+
 
 def numbers(row) -> list[int]:
     """Which documents a row has."""
@@ -111,6 +128,26 @@ def test_captions_are_turned_and_dropped_as_often_as_asked():
     assert kinds["IT"] / total == pytest.approx(0.2, abs=0.02)
     assert kinds["I"] / total == pytest.approx(0.8 * 0.1, abs=0.015)
     assert kinds["TI"] / total == pytest.approx(0.8 * 0.9, abs=0.02)
+
+
+def test_edits_lose_their_instruction_and_half_of_these_their_first_picture():
+    corpus, kinds = Edits([5] * 5000), Counter()
+    rows = CorpusRows(
+        corpus, row_length=32, num_patches=N, seed=(0, 0), caption_drop_prob=0.2, image_first_prob=1
+    )
+    lengths = []
+    for index in range(rows.rows_per_epoch):
+        row = rows.row(index)
+        lengths.append(sum(document_length(document, 1) for document in row))
+        for document in row:
+            images = [part[0, 0, 0].item() for part in document if part.ndim == 3]
+            assert images[-1] <= 0 and all(image == -images[-1] for image in images[:-1])
+            kinds["".join("TI"[part.ndim == 3] for part in document)] += 1
+    assert max(lengths) <= 32
+    assert rows.fill == pytest.approx(sum(lengths) / (32 * len(lengths)))
+    assert kinds.total() == 5000
+    for kind, share in {"ITI": 0.8, "II": 0.1, "I": 0.1}.items():
+        assert kinds[kind] / 5000 == pytest.approx(share, abs=0.02)
 
 
 def test_planned_lengths_are_the_rows_own_also_with_dropped_captions():

@@ -1,77 +1,103 @@
-"""The denoising loop: exact models give their distribution back, and diffusers' own loop agrees."""
+"""Denoising: exact models give their distribution back, and diffusers' own loop agrees."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tf_lightning.diffusion import cosine_alphas_cumprod
 from tf_lightning.errors import UserError
-from tf_lightning.sampler import SAMPLERS, build_scheduler, guide, sample_latents
+from tf_lightning.sampler import (
+    FLOW_SAMPLERS,
+    NOISE_SAMPLERS,
+    SAMPLERS,
+    Trajectory,
+    build_scheduler,
+    default_sampler,
+    set_timesteps,
+)
 
 # diffusers 0.42 on numpy 2: its own affair
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 MEAN, STD = 1.5, 0.6
 ALPHAS_CUMPROD = cosine_alphas_cumprod()
+PAIRS = [(sampler, kind) for sampler in NOISE_SAMPLERS for kind in ("epsilon", "v_prediction")]
+PAIRS += [(sampler, "flow") for sampler in FLOW_SAMPLERS]
 
 
-def exact_output(x_t: Tensor, t: Tensor, prediction_type: str) -> Tensor:
+def exact_output(x_t: Tensor, t: float, prediction_type: str) -> Tensor:
     """The best prediction for latents of Normal(MEAN, STD), in closed form."""
-    alpha_bar = ALPHAS_CUMPROD[(1000 * t).round().long()].view(-1, 1, 1, 1)
-    a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "flow":
+        a, b = torch.tensor(1 - t), torch.tensor(t)
+    else:
+        alpha_bar = ALPHAS_CUMPROD[round(1000 * t)]
+        a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     gain = (x_t - a * MEAN) / (a**2 * STD**2 + b**2)
     noise, latents = b * gain, MEAN + a * STD**2 * gain
-    return noise if prediction_type == "epsilon" else a * noise - b * latents
+    velocities = {"epsilon": noise, "v_prediction": a * noise - b * latents}
+    return velocities.get(prediction_type, noise - latents)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_exact_model_gives_its_distribution_back(sampler, prediction_type):
-    def denoise(x_t, t):
-        output = exact_output(x_t, t, prediction_type)
-        return output, output
-
-    generator = torch.Generator().manual_seed(0)
-    latents = sample_latents(
-        denoise,
-        torch.randn(64, 4, 8, 8, generator=generator),
-        build_scheduler(sampler, 1000, prediction_type),
-        num_inference_steps=200,
-        generator=generator,
-    )
-    assert latents.mean().item() == pytest.approx(MEAN, abs=0.03)
-    assert latents.std().item() == pytest.approx(STD, rel=0.03)
+def denoised(sampler: str, kind: str, model, noise: Tensor, steps: int) -> Tensor:
+    generators = [torch.Generator().manual_seed(i) for i in range(len(noise))]
+    trajectory = Trajectory(noise, build_scheduler(sampler, 1000, kind), steps, generators)
+    while not trajectory.finished:
+        trajectory.step(model(trajectory.x_t, trajectory.t))
+    return trajectory.x_t
 
 
-def test_the_loop_equals_diffusers_own_with_guidance():
-    def model(x_t, t, condition):
-        return torch.tanh(x_t + condition) * (1 + t.view(-1, 1, 1, 1))
+@pytest.mark.parametrize(("sampler", "kind"), PAIRS)
+def test_an_exact_model_gives_its_distribution_back(sampler, kind):
+    """250 steps, the paper's number; an image's values are independent, so 64 x 256 samples."""
+    noise = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = denoised(sampler, kind, lambda x, t: exact_output(x, t, kind), noise, 250)
+    assert latents.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert latents.std().item() == pytest.approx(STD, rel=0.02)
 
-    noise = torch.randn(3, 2, 4, 4)
-    ours = sample_latents(
-        lambda x_t, t: (model(x_t, t, 0.5), model(x_t, t, 0.0)),
-        noise,
-        build_scheduler("DDIMScheduler", 1000, "v_prediction"),
-        num_inference_steps=10,
-        guidance_scale=3.0,
-    )
 
-    from diffusers.schedulers import DDIMScheduler
+def model(x_t: Tensor, t: float) -> Tensor:
+    """Any smooth function of both."""
+    return torch.tanh(x_t + 0.3) * (1 + t)
 
-    scheduler = DDIMScheduler(
-        1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
-        timestep_spacing="trailing", clip_sample=False,
-    )  # fmt: skip
-    scheduler.set_timesteps(10)
-    theirs = noise
+
+def diffusers_own_loop(sampler: str, kind: str, noise: Tensor, steps: int) -> Tensor:
+    """As diffusers' pipelines write it, on their scheduler with the settings that its docs give."""
+    import diffusers.schedulers as schedulers
+
+    if kind == "flow":
+        scheduler = getattr(schedulers, sampler)()
+    else:
+        clip = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
+        scheduler = getattr(schedulers, sampler)(
+            1000, beta_schedule="squaredcos_cap_v2", prediction_type=kind,
+            timestep_spacing="trailing", **clip,
+        )  # fmt: skip
+    if sampler == "FlowMatchEulerDiscreteScheduler":  # Stable Diffusion 3's and Flux's pipelines
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    else:
+        scheduler.set_timesteps(steps)
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(noise))]
+    random = {"generator": generators} if sampler == "DDPMScheduler" else {}
     for timestep in scheduler.timesteps:
-        t = torch.full((3,), timestep / 1000)
-        uncond, cond = model(theirs, t, 0.0), model(theirs, t, 0.5)
-        theirs = scheduler.step(uncond + 3 * (cond - uncond), timestep, theirs).prev_sample
-    torch.testing.assert_close(ours, theirs)
+        scaled = latents
+        if hasattr(scheduler, "scale_model_input"):
+            scaled = scheduler.scale_model_input(latents, timestep)
+        output = model(scaled, timestep.item() / 1000)
+        latents = scheduler.step(output, timestep, latents, **random, return_dict=False)[0]
+    return latents
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize(("sampler", "kind"), PAIRS)
+def test_the_steps_are_those_of_diffusers_own_loop(sampler, kind, steps):
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    ours = denoised(sampler, kind, model, noise, steps)
+    torch.testing.assert_close(ours, diffusers_own_loop(sampler, kind, noise, steps))
+
+
+@pytest.mark.parametrize("sampler", NOISE_SAMPLERS)
 def test_schedulers_use_the_schedule_of_training_and_start_at_its_last_step(sampler):
     scheduler = build_scheduler(sampler, 1000, "epsilon")
     torch.testing.assert_close(scheduler.alphas_cumprod, ALPHAS_CUMPROD, atol=2e-6, rtol=1e-3)
@@ -80,32 +106,52 @@ def test_schedulers_use_the_schedule_of_training_and_start_at_its_last_step(samp
     assert len(scheduler.timesteps) == 20
 
 
-def test_the_model_is_called_once_a_step_with_its_noise_level():
+@pytest.mark.parametrize(
+    ("sampler", "kind", "levels"),
+    [
+        ("DDIMScheduler", "epsilon", [0.999, 0.799, 0.599, 0.399, 0.199]),
+        ("FlowMatchEulerDiscreteScheduler", "flow", [1.0, 0.8, 0.6, 0.4, 0.2]),
+    ],
+)
+def test_the_model_is_asked_once_a_step_at_its_noise_level(sampler, kind, levels):
     seen = []
-
-    def denoise(x_t, t):
-        seen.append(t)
-        return x_t, x_t
-
-    scheduler = build_scheduler("DDIMScheduler", 1000, "epsilon")
-    sample_latents(denoise, torch.randn(2, 1, 2, 2), scheduler, num_inference_steps=5)
-    torch.testing.assert_close(
-        torch.stack(seen), torch.tensor([0.999, 0.799, 0.599, 0.399, 0.199]).view(5, 1).repeat(1, 2)
-    )
+    denoised(sampler, kind, lambda x, t: seen.append(t) or x, torch.randn(2, 1, 2, 2), 5)
+    assert seen == pytest.approx(levels)
 
 
-def test_guidance_extrapolates_from_unconditional_to_conditional():
-    cond, uncond = torch.tensor([3.0]), torch.tensor([1.0])
-    assert [guide(cond, uncond, s).item() for s in (0, 1, 2.5)] == [1, 3, 6]
+def test_images_of_one_trajectory_leave_the_scheduler_as_it_was():
+    scheduler = build_scheduler("UniPCMultistepScheduler", 1000, "epsilon")
+    noise = torch.randn(2, 1, 4, 4)
+    first, second = (Trajectory(part, scheduler, 5, []) for part in noise.split(1))
+    while not first.finished:  # in turn, as sequences that began at different times
+        first.step(model(first.x_t, first.t))
+        second.step(model(second.x_t, second.t))
+    together = denoised("UniPCMultistepScheduler", "epsilon", model, noise, 5)
+    torch.testing.assert_close(torch.cat([first.x_t, second.x_t]), together)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_a_number_of_steps_out_of_range_is_refused(steps):
     scheduler = build_scheduler("DDIMScheduler", 1000, "epsilon")
     with pytest.raises(UserError, match=f"num_inference_steps={steps} must be from 1 to 1000"):
-        sample_latents(None, torch.randn(1, 1, 2, 2), scheduler, num_inference_steps=steps)
+        set_timesteps(scheduler, steps)
 
 
 def test_an_unknown_sampler_is_refused():
-    with pytest.raises(UserError, match="sampler='Euler' must be one of DDPMScheduler, "):
+    with pytest.raises(UserError, match="sampler='Euler' is no sampler for .* one of DDPM"):
         build_scheduler("Euler", 1000, "epsilon")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_a_sampler_that_does_not_fit_the_objective_is_refused(sampler, kind):
+    if (sampler, kind) in PAIRS:
+        assert build_scheduler(sampler, 1000, kind)
+        return
+    with pytest.raises(UserError, match=f"'{sampler}' does not fit a model that predicts '{kind}'"):
+        build_scheduler(sampler, 1000, kind)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_the_default_sampler_fits(kind):
+    assert build_scheduler(default_sampler(kind), 1000, kind)

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import document, packed
+from tiny import document, packed, tiny_net
 
 from callbacks.throughput import Throughput
+from tf_lightning.flops import Work, flops_6nd, training_flops
 
 
 @pytest.fixture
@@ -16,17 +17,22 @@ def clock(monkeypatch):
     monkeypatch.setattr("callbacks.throughput.time.perf_counter", lambda: float(next(seconds)))
 
 
-def log_of(batches: list, every: int, world_size: int = 1) -> dict[int, dict[str, float]]:
+def log_of(
+    batches: list, every: int, world_size: int = 1, peak_flops: float | None = None
+) -> dict[int, dict[str, float]]:
     """What is logged at which step."""
     data = SimpleNamespace(source_names=["pictures", "text"])
     trainer = SimpleNamespace(
-        datamodule=data, log_every_n_steps=every, global_step=0, world_size=world_size
-    )
+        datamodule=data, log_every_n_steps=every, global_step=0, world_size=world_size,
+        precision="32-true", strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )  # fmt: skip
     logged = {}
     module = SimpleNamespace(
-        device="cpu", log_dict=lambda values, **_: logged.update({trainer.global_step: values})
+        device="cpu",
+        log_dict=lambda values, **_: logged.update({trainer.global_step: values}),
+        net=tiny_net(),
     )
-    callback = Throughput()
+    callback = Throughput(peak_flops)
     callback.on_train_start(trainer, module)
     for batch in batches:
         trainer.global_step += 1
@@ -61,3 +67,19 @@ def test_speed_is_that_of_the_window_over_all_ranks(clock):
 def test_nothing_is_read_between_the_trainers_logging_steps(clock):
     logged = log_of(batches(), every=3, world_size=2)
     assert list(logged) == [3] and logged[3]["train/tokens_per_sec"] == 2 * 60
+
+
+def test_flops_are_those_of_the_window_and_mfu_is_their_share_of_the_peak(clock):
+    logged = log_of(batches(), every=1, world_size=2, peak_flops=1e9)
+    # Targets: three words, <boi> and <eos> of a captioned picture, seven words and <eos> of a text.
+    work = [Work(20, 11**2 + 9**2, 13, 1), Work(22, 2 * 11**2, 10, 2), Work(18, 2 * 9**2, 16, 0)]
+    for step, done in enumerate(work, 1):
+        flops = training_flops(tiny_net(), done, (4, 4))
+        assert logged[step]["train/flops_per_token"] == pytest.approx(flops / done.tokens)
+        assert logged[step]["train/tflops_per_sec"] == pytest.approx(2 * flops / 1e12)
+        assert logged[step]["train/mfu"] == pytest.approx(flops / 1e9)
+        assert logged[step]["train/flops_per_token_6n"] == flops_6nd(tiny_net(), 1)
+
+
+def test_a_device_of_unknown_speed_has_no_mfu(clock):
+    assert "train/mfu" not in log_of(batches(), every=3)[3]

@@ -44,14 +44,14 @@ def dense_mask(document_ids: Tensor, image_ids: Tensor, causal: bool = False) ->
     return mask_mod(document_ids, image_ids, causal)(b, 0, place.view(-1, 1), place)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention on (..., L, H, K); no mask means causal."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
+    """Scaled dot-product attention on (..., L, H, K); without a mask causal, or of everything."""
     out = F.scaled_dot_product_attention(
         q.transpose(-3, -2),
         k.transpose(-3, -2),
         v.transpose(-3, -2),
         attn_mask=mask,
-        is_causal=mask is None,
+        is_causal=causal and mask is None,
         enable_gqa=q.shape[-2] != k.shape[-2],
     )
     return out.transpose(-3, -2)
@@ -61,7 +61,12 @@ class DenseAttention:
     """Reference: every layer sees the full (B, 1, T, T) mask."""
 
     def __init__(self, batch: Batch, causal: bool = False):
+        self.batch = batch
         self.mask = dense_mask(batch.document_ids, batch.image_ids, causal).unsqueeze(1)
+
+    def modalities(self) -> tuple[Tensor, Tensor]:
+        """Places of text (padding too) and of patches among B * T positions."""
+        return self.batch.text_index, self.batch.patch_index
 
     def enter(self, x: Tensor) -> Tensor:
         """(B, T, ...) unchanged."""
@@ -82,6 +87,7 @@ class FlexAttention(DenseAttention):
     def __init__(self, batch: Batch, causal: bool = False):
         from torch.nn.attention.flex_attention import create_block_mask
 
+        self.batch = batch
         rule = mask_mod(batch.document_ids, batch.image_ids, causal)
         rows, length = batch.document_ids.shape
         self.mask = create_block_mask(
@@ -127,7 +133,7 @@ class DocumentAttention:
         _, number, lengths = document.unique_consecutive(return_inverse=True, return_counts=True)
         order = torch.argsort(lengths[number] * len(lengths) + number, stable=True)
         self.index, self.rows = real[order], rows
-        image_ids = batch.image_ids.flatten()[self.index]
+        image_ids = self.image_ids = batch.image_ids.flatten()[self.index]
         sizes, counts = lengths.unique(return_counts=True)
         self.groups = [(int(c), int(s)) for c, s in zip(counts, sizes, strict=True)]
         self.tokens = [count * size for count, size in self.groups]
@@ -142,6 +148,10 @@ class DocumentAttention:
         if causal or bool((image_ids < 0).all()):
             return None
         return dense_mask(torch.zeros_like(image_ids), image_ids).unsqueeze(1)
+
+    def modalities(self) -> tuple[Tensor, Tensor]:
+        """Places of text and of patches among the S positions."""
+        return (self.image_ids < 0).nonzero().flatten(), (self.image_ids >= 0).nonzero().flatten()
 
     def enter(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (S, ...)."""

@@ -30,6 +30,7 @@ class Batch:
     document_ids: Tensor  # (B, T) from 0 in each row, -1 at padding
     image_ids: Tensor  # (B, T) index into `latents`, -1 off patches
     patch_index: Tensor  # (M * N,) flat places (b * T + t) of the patches, image by image
+    text_index: Tensor  # (B * T - M * N,) and of all other positions, padding too
     target_index: Tensor  # (K,) flat places that have a label
     latents: Tensor  # (M, C, h, w) clean, unit variance
     noise: Tensor  # (M, C, h, w) standard normal
@@ -95,16 +96,24 @@ def row_generator(seed: int, row_id: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def draw_times(limits: list[float], generator: torch.Generator, shift: float = 1.0) -> Tensor:
+def draw_times(
+    limits: list[float],
+    generator: torch.Generator,
+    shift: float = 1.0,
+    distribution: str = "uniform",
+) -> Tensor:
     """Noise levels (len(limits),), image k below limits[k], evenly spread over the row.
 
     One offset moves an even grid (Variational Diffusion Models, Sec. I.1): each u is uniform, and
-    the row's mean loss varies less than with independent draws. Then t = s u / (1 + (s - 1) u)
-    (Stable Diffusion 3, Eq. 23): s > 1 spends more of the training near pure noise, 1 is uniform.
+    the row's mean loss varies less than with independent draws. "logit_normal" makes of each the
+    sigmoid of a standard normal number (Stable Diffusion 3, Sec. 3.1). Then t = s u / (1 + (s - 1)
+    u) (its Eq. 23): s > 1 spends more of the training near pure noise, 1 changes nothing.
     """
     count = len(limits)
     grid = torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)
     share = grid / max(count, 1)
+    if distribution == "logit_normal":
+        share = torch.special.ndtri(share).sigmoid()
     t = shift * share / (1 + (shift - 1) * share)
     return t.clamp(max=1 - 2**-24) * torch.tensor(limits)  # 63 + 0.9999999 is 64 in fp32
 
@@ -177,6 +186,7 @@ def pack(
     seed: int = 0,
     max_caption_t: float = 0.5,
     time_shift: float = 1.0,
+    time_distribution: str = "uniform",
     source_ids: list[int] | None = None,
 ) -> Batch:
     """Pack rows of documents and draw their noise, a function of (seed, row id) alone.
@@ -192,6 +202,7 @@ def pack(
         seed: the run's seed.
         max_caption_t: noise limit of images that precede their text, in (0, 1].
         time_shift: of the noise levels, see `draw_times`.
+        time_distribution: of the noise levels, "uniform" or "logit_normal".
         source_ids: which corpus each row came from.
     """
     writers, latents, noise, times = [], [], [], []
@@ -203,7 +214,7 @@ def pack(
             latents += [part for part in document if is_image(part)]
             limits += max_times(document, max_caption_t)
         generator = row_generator(seed, row_id)
-        times.append(draw_times(limits, generator, time_shift))
+        times.append(draw_times(limits, generator, time_shift, time_distribution))
         noise += [torch.randn(x.shape, generator=generator) for x in latents[len(noise) :]]
         writers.append(writer)
     stack = lambda name: torch.stack([getattr(writer, name) for writer in writers])  # noqa: E731
@@ -215,6 +226,7 @@ def pack(
         document_ids=stack("document_ids"),
         image_ids=image_ids,
         patch_index=(image_ids.flatten() >= 0).nonzero().flatten(),
+        text_index=(image_ids.flatten() < 0).nonzero().flatten(),
         target_index=(labels.flatten() != IGNORE_INDEX).nonzero().flatten(),
         latents=torch.stack(latents) if latents else torch.empty(0, 1, 1, 1),
         noise=torch.stack(noise) if noise else torch.empty(0, 1, 1, 1),

@@ -12,7 +12,7 @@ tf-lightning: one Transformer that writes text and draws images (Transfusion).
   tf-lightning fit      -c configs/quickstart.yaml            train; add --ckpt_path last to resume
   tf-lightning validate -c CONFIG --ckpt_path CKPT            evaluate a checkpoint
   tf-lightning test     -c CONFIG --ckpt_path CKPT            the same, once, at the end
-  tf-lightning predict  -c CONFIG --ckpt_path CKPT            captions of held-out pictures
+  tf-lightning predict  -c CONFIG --ckpt_path CKPT            captions for held-out pictures
   tf-lightning generate CKPT "a red circle" -o out            a picture from words
   tf-lightning generate CKPT --image in.png                   words from a picture
 

@@ -1,21 +1,302 @@
-"""Generation: text until <boi>, n patches of noise denoised in place, <eoi> (Transfusion Sec. 3).
+"""Text until <boi>, n patches of noise denoised in place, <eoi>, text again (Transfusion Sec. 3).
 
-A prompt is a Document; what is asked for (text or one image) continues it. Every forward packs the
-prompts as training does, one document a row, so training and generation cannot disagree.
+A prompt is a Document and so is the answer. Sequences in different phases advance together: each
+turn writes one token of all that write, in one forward, and makes one denoising step of all that
+draw, in another. Nothing is read twice: see cache.py. An answer depends on its own seed, prompt and
+settings, not on its batch mates.
 
-Shapes: n prompts, C x h x w latents.
+Shapes: n sequences, N patches an image, V vocabulary, C x h x w latents.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from tf_lightning.attention import build_attention
 from tf_lightning.batch import Batch, Document, document_length, is_image, pack
-from tf_lightning.net import Net
-from tf_lightning.sampler import sample_latents
+from tf_lightning.cache import AppendAttention, KeyValueCache, ReadAttention
+from tf_lightning.decoding import choose, find_stop
+from tf_lightning.errors import UserError
+from tf_lightning.reply import Branch, Event, Reply, by_kind
+from tf_lightning.request import Settings, Speaker
+from tf_lightning.sampler import Trajectory
+
+
+def generate(
+    speaker: Speaker,
+    prompts: Sequence[Document],
+    seeds: Sequence[int],
+    settings: Settings,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Iterator[Event]:
+    """Answer each prompt; events come as they happen, those of one prompt in order.
+
+    Images of a prompt are clean: they enter at t = 0.
+
+    Args:
+        speaker: the network.
+        prompts: token ids and latents; an empty one is continued from <bos>.
+        seeds: of all that is random in each answer.
+        settings: what to answer, and how.
+        batch_size: sequences at once; the others wait until one ends.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: a prompt leaves no room for its answer, or the network's output is NaN.
+    """
+    if prompts:
+        yield from _Engine(speaker, prompts, seeds, settings, batch_size).run(progress)
+
+
+@dataclass
+class Drawing:
+    """Sequences whose images began together."""
+
+    replies: list[Reply]
+    trajectory: Trajectory
+
+
+class _Engine:
+    """Advances sequences through their phases, those in the same phase together."""
+
+    def __init__(
+        self,
+        speaker: Speaker,
+        prompts: Sequence[Document],
+        seeds: Sequence[int],
+        settings: Settings,
+        batch_size: int,
+    ):
+        self.speaker, self.settings = speaker, settings
+        self.waiting = deque(enumerate(zip(prompts, seeds, strict=True)))
+        # Row = branch * slots + slot: the rows of a branch stand together and select as a slice.
+        self.slots = min(batch_size, len(prompts))
+        self.free = list(range(self.slots))
+        weight = next(speaker.net.parameters())
+        self.device = weight.device
+        self.cache = KeyValueCache(
+            speaker.net.transformer.config,
+            rows=self.slots * len(settings.branches),
+            capacity=max(speaker.capacity(prompt, settings) for prompt in prompts),
+            like=weight,
+        )
+        self.writing: list[Reply] = []
+        self.drawings: list[Drawing] = []
+
+    @torch.no_grad()
+    def run(self, progress: bool) -> Iterator[Event]:
+        """All answers."""
+        total = len(self.waiting) * self.settings.num_turns
+        with tqdm(total=total, desc="Generating", unit="step", disable=not progress) as self.bar:
+            while self.waiting or self.writing or self.drawings:
+                if self.waiting and self.free:
+                    yield from self._begin()
+                if self.writing:
+                    yield from self._write()
+                if self.drawings:
+                    yield from self._draw()
+
+    def _advance(self, reply: Reply, turns: int) -> None:
+        """Move the progress bar."""
+        turns = min(turns, reply.turns_left)
+        reply.turns_left -= turns
+        self.bar.update(turns)
+
+    # ---------------------------------------------------------------- prompts
+
+    def _begin(self) -> Iterator[Event]:
+        """Read as many waiting prompts as there is room for."""
+        replies, documents = [], []
+        while self.waiting and self.free:
+            number, (prompt, seed) = self.waiting.popleft()
+            slot = self.free.pop(0)
+            branches = [
+                Branch(kind * self.slots + slot, *reads)
+                for kind, reads in enumerate(self.settings.branches)
+            ]
+            generator = torch.Generator().manual_seed(seed)
+            replies.append(Reply(number, branches, generator, self.settings.num_turns))
+            documents.append(prompt)
+        logits = self._read(replies, documents)
+        if self.settings.answer == "image":
+            for reply in replies:
+                reply.token = self.speaker.tokenizer.boi_id
+            self.writing += replies
+        else:
+            yield from self._take(replies, logits)
+
+    def _read(self, replies: list[Reply], documents: list[Document]) -> Tensor:
+        """Prompts into the cache, with the forward of training; logits (n, V) that follow them."""
+        branches = by_kind(replies)
+        parts = [
+            [part for part in document if reads[is_image(part)]]
+            for reads in self.settings.branches
+            for document in documents
+        ]
+        batch = pack_prompts(parts, self.speaker.tokenizer, self.speaker.patch_size, self.device)
+        lengths = batch.row_tokens - 1  # <eos>, which pack adds, is read and then overwritten
+        for branch, length in zip(branches, lengths.tolist(), strict=True):
+            branch.length = length
+        last = torch.arange(len(replies), device=self.device) * batch.input_ids.shape[1]
+        batch = replace(batch, target_index=last + lengths[: len(replies)] - 1)
+        rows = [branch.row for branch in branches]
+        attend = ReadAttention(self.cache, rows, batch, self.speaker.causal_images)
+        return self.speaker.net(batch, batch.latents, batch.t, attend)[0]
+
+    # ---------------------------------------------------------------- text
+
+    def _write(self) -> Iterator[Event]:
+        """One token of every sequence that writes: read it, choose the next."""
+        replies, self.writing = self.writing, []
+        read = [(reply, reply.branches[0]) for reply in replies]
+        read += [(r, b) for r in replies for b in r.branches[1:] if self._reads(r, b)]
+        branches = [branch for _, branch in read]
+        tokens = torch.tensor([[reply.token] for reply, _ in read], device=self.device)
+        attend = self._append(branches, 1)
+        logits = self.speaker.net.next_logits(tokens, attend.positions, attend)[:, 0]
+        for branch in branches:
+            branch.length += 1
+        boi_id = self.speaker.tokenizer.boi_id
+        starting = [reply for reply in replies if reply.token == boi_id]
+        if starting:
+            self._start_drawing(starting)
+        going_on = [i for i, reply in enumerate(replies) if reply.token != boi_id]
+        if going_on:
+            yield from self._take([replies[i] for i in going_on], logits[going_on])
+
+    def _reads(self, reply: Reply, branch: Branch) -> bool:
+        """Whether a branch reads the token that its sequence reads next."""
+        tokenizer = self.speaker.tokenizer
+        if reply.token == tokenizer.boi_id:
+            return True
+        return branch.reads_images if reply.token == tokenizer.eoi_id else branch.reads_text
+
+    def _take(self, replies: list[Reply], logits: Tensor) -> Iterator[Event]:
+        """Choose the token that follows each sequence."""
+        logits = logits.float().cpu()
+        if not logits.isfinite().all():
+            raise UserError(not_a_number("a text token"))
+        tokens = choose(logits, self.settings.text, [reply.generator for reply in replies])
+        ends = (self.speaker.tokenizer.eos_id, self.speaker.tokenizer.boi_id)
+        for reply, token in zip(replies, tokens, strict=True):
+            reply.token = token
+            if token == self.speaker.tokenizer.boi_id and self._may_draw(reply):
+                self.writing.append(reply)
+            elif token in ends or not self._fits(reply, 1):
+                yield self._end(reply)
+            else:
+                yield from self._took(reply, token)
+
+    def _took(self, reply: Reply, token: int) -> Iterator[Event]:
+        """A token of the answer."""
+        yield reply.number, token
+        reply.text.append(token)
+        reply.num_tokens += 1
+        self._advance(reply, 1)
+        if reply.num_tokens == self.settings.text.max_new_tokens or self._stops(reply.text):
+            yield self._end(reply)
+        else:
+            self.writing.append(reply)
+
+    def _stops(self, text: list[int]) -> bool:
+        stop = self.settings.text.stop
+        return bool(stop) and find_stop(self.speaker.tokenizer.decode(text), stop) is not None
+
+    def _may_draw(self, reply: Reply) -> bool:
+        if self.settings.answer != "any" or reply.num_images == self.settings.max_images:
+            return False
+        return self._fits(reply, self.speaker.num_patches + 2)
+
+    def _fits(self, reply: Reply, count: int) -> bool:
+        """Whether the model was trained on documents with that many more positions."""
+        limit = self.speaker.max_length
+        return limit is None or reply.branches[0].length + count < limit
+
+    def _end(self, reply: Reply) -> Event:
+        self._advance(reply, reply.turns_left)
+        self.free.append(reply.branches[0].row)
+        self.free.sort()
+        return reply.number, None
+
+    # ---------------------------------------------------------------- images
+
+    def _start_drawing(self, replies: list[Reply]) -> None:
+        """Noise in the places after <boi>."""
+        shape = self.speaker.latent_shape
+        noise = torch.stack([torch.randn(shape, generator=reply.generator) for reply in replies])
+        trajectory = Trajectory(
+            noise.to(self.device),
+            self.settings.scheduler,
+            self.settings.num_inference_steps,
+            [reply.generator for reply in replies],
+        )
+        self.drawings.append(Drawing(replies, trajectory))
+
+    def _draw(self) -> Iterator[Event]:
+        """One denoising step of every image, conditional and unconditional in one forward."""
+        guidance = self.settings.guidance
+        kinds = [
+            len(self.settings.branches) if guidance.acts_at(drawing.trajectory.t) else 1
+            for drawing in self.drawings
+        ]
+        latents, t, branches = [], [], []
+        for drawing, count in zip(self.drawings, kinds, strict=True):
+            latents += [drawing.trajectory.x_t] * count
+            t += [drawing.trajectory.t] * count * len(drawing.replies)
+            branches += by_kind(drawing.replies)[: count * len(drawing.replies)]
+        output = self._denoise(torch.cat(latents), t, branches)
+        sizes = [len(d.replies) * count for d, count in zip(self.drawings, kinds, strict=True)]
+        outputs = output.split(sizes)
+        for drawing, count, part in zip(self.drawings, kinds, outputs, strict=True):
+            drawing.trajectory.step(guidance.combine(list(part.chunk(count))))
+            for reply in drawing.replies:
+                self._advance(reply, 1)
+        finished = [drawing for drawing in self.drawings if drawing.trajectory.finished]
+        self.drawings = [d for d in self.drawings if not d.trajectory.finished]
+        for drawing in finished:
+            yield from self._finish(drawing)
+
+    def _finish(self, drawing: Drawing) -> Iterator[Event]:
+        """Hand over the images; read them, clean, where the answer goes on behind them."""
+        images = drawing.trajectory.x_t
+        if not images.isfinite().all():
+            raise UserError(not_a_number("an image"))
+        goes_on = self.settings.answer == "any"
+        if goes_on:
+            self._keep(drawing.replies, images)
+        for reply, image in zip(drawing.replies, images.cpu(), strict=True):
+            yield reply.number, image
+            reply.num_images += 1
+            reply.text = []
+            reply.token = self.speaker.tokenizer.eoi_id
+            if goes_on:
+                self.writing.append(reply)
+            else:
+                yield self._end(reply)
+
+    def _keep(self, replies: list[Reply], images: Tensor) -> None:
+        """Write clean images into the rows that read images; the others forget their <boi>."""
+        branches = by_kind(replies)
+        keeping = [branch for branch in branches if branch.reads_images]
+        copies = images.repeat(len(keeping) // len(replies), 1, 1, 1)
+        self._denoise(copies, [0.0] * len(keeping), keeping)
+        for branch in branches:
+            branch.length += self.speaker.num_patches if branch.reads_images else -1
+
+    def _denoise(self, latents: Tensor, t: list[float], branches: list[Branch]) -> Tensor:
+        times = torch.tensor(t, device=self.device)
+        attend = self._append(branches, self.speaker.num_patches, image=True)
+        return self.speaker.net.denoise(latents, times, attend.positions, attend)
+
+    def _append(self, branches: list[Branch], num_new: int, image: bool = False) -> AppendAttention:
+        rows, lengths = zip(*((branch.row, branch.length) for branch in branches), strict=True)
+        causal = self.speaker.causal_images
+        return AppendAttention(self.cache, list(rows), list(lengths), num_new, causal, image)
 
 
 def pack_prompts(documents: Sequence[Document], tokenizer, patch_size: int, device) -> Batch:
@@ -30,129 +311,9 @@ def pack_prompts(documents: Sequence[Document], tokenizer, patch_size: int, devi
     return replace(batch, t=torch.zeros_like(batch.t))
 
 
-def without_text(document: Document) -> Document:
-    """The unconditional branch: what training leaves when it drops a caption."""
-    return [part for part in document if is_image(part)]
-
-
-@torch.no_grad()
-def generate_images(
-    net: Net,
-    documents: Sequence[Document],
-    scheduler,
-    *,
-    tokenizer,
-    patch_size: int,
-    latent_shape: tuple[int, int, int],
-    guidance_scale: float,
-    num_inference_steps: int,
-    seeds: Sequence[int],
-    causal_images: bool = False,
-    progress: bool = False,
-) -> Tensor:
-    """One image after each prompt, as latents (n, C, h, w).
-
-    Conditional and unconditional prompts are one batch. A picture depends on its own seed, prompt
-    and settings, not on its batch mates.
-
-    Args:
-        net: the network, on its device.
-        documents: prompts that the image follows.
-        scheduler: from `sampler.build_scheduler`.
-        tokenizer: special ids.
-        patch_size: side of a patch in latent pixels.
-        latent_shape: (C, h, w) of the image.
-        guidance_scale: 1 = off, which also halves the work.
-        num_inference_steps: network evaluations.
-        seeds: the first noise of each image.
-        causal_images: as trained.
-        progress: show a progress bar.
-    """
-    device = next(net.parameters()).device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(latent_shape, generator=g) for g in generators])
-    guided = guidance_scale != 1
-    prompts = list(documents) + ([without_text(d) for d in documents] if guided else [])
-    blank = torch.zeros(latent_shape)
-    batch = pack_prompts([[*p, blank] for p in prompts], tokenizer, patch_size, device)
-    images_per_prompt = torch.tensor([1 + sum(map(is_image, p)) for p in prompts], device=device)
-    last = images_per_prompt.cumsum(0) - 1  # the image being drawn is each prompt's last
-    attend = build_attention(batch, causal_images)
-    batch = replace(batch, target_index=batch.target_index[:0])  # no logits while denoising
-
-    def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        copies = 2 if guided else 1
-        latents = batch.latents.index_copy(0, last, x_t.repeat(copies, 1, 1, 1))
-        times = batch.t.index_copy(0, last, t.repeat(copies))
-        output = net(batch, latents, times, attend)[1][last].chunk(copies)
-        return output[0], output[-1]
-
-    return sample_latents(
-        denoise,
-        noise.to(device),
-        scheduler,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        generator=generators,
-        progress=progress,
+def not_a_number(what: str) -> str:
+    """The sentence for a network that has diverged."""
+    return (
+        f"the network's output for {what} is not a number (NaN or infinite): its training diverged "
+        "or its weights are damaged; use an earlier checkpoint"
     )
-
-
-@torch.no_grad()
-def generate_text(
-    net: Net,
-    documents: Sequence[Document],
-    *,
-    tokenizer,
-    patch_size: int,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    causal_images: bool = False,
-) -> list[list[int]]:
-    """Token ids that continue each prompt, up to <eos> or <boi> (excluded) or max_new_tokens.
-
-    Args:
-        net: the network, on its device.
-        documents: prompts; a prompt that ends in an image asks for its caption.
-        tokenizer: special ids.
-        patch_size: side of a patch in latent pixels.
-        max_new_tokens: limit for each prompt.
-        temperature: 0 = greedy.
-        seed: of the draws when temperature > 0.
-        causal_images: as trained.
-    """
-    device = next(net.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    stops = {tokenizer.eos_id, tokenizer.boi_id}
-    written: list[list[int]] = [[] for _ in documents]
-    running = list(range(len(documents)))
-    for _ in range(max_new_tokens if documents else 0):
-        prompts = [[*documents[i], torch.tensor(written[i], dtype=torch.long)] for i in running]
-        logits = next_token_logits(net, prompts, tokenizer, patch_size, device, causal_images)
-        tokens = choose(logits.float().cpu(), temperature, generator)
-        for index, token in zip(running, tokens, strict=True):
-            written[index].append(token)
-        running = [i for i in running if written[i][-1] not in stops]
-        if not running:
-            break
-    return [ids[:-1] if ids and ids[-1] in stops else ids for ids in written]
-
-
-def next_token_logits(
-    net: Net, prompts: Sequence[Document], tokenizer, patch_size: int, device, causal_images: bool
-) -> Tensor:
-    """Logits (n, V) after the last position of each prompt; <eos>, which pack adds, comes later."""
-    batch = pack_prompts(prompts, tokenizer, patch_size, device)
-    rows = torch.arange(len(prompts), device=device) * batch.input_ids.shape[1]
-    batch = replace(batch, target_index=rows + batch.row_tokens - 2)
-    attend = build_attention(batch, causal_images)
-    return net(batch, batch.latents, batch.t, attend)[0]
-
-
-def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> list[int]:
-    """One token of each row of logits (n, V): the largest, or a draw."""
-    if temperature == 0:
-        return logits.argmax(-1).tolist()
-    probabilities = (logits / temperature).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).flatten().tolist()

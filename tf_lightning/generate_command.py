@@ -1,17 +1,20 @@
-"""`tf-lightning generate`: a picture from words, words from a picture."""
+"""`tf-lightning generate`: a picture from words, words from a picture, or both in turn."""
 
 import argparse
-import json
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from PIL import Image
 
-from tf_lightning.data.corpus import BadSample
+from tf_lightning.data.corpus import BadSample, RawDocument
 from tf_lightning.data.images import load_picture
+from tf_lightning.data.interleaved import parse_parts
 from tf_lightning.errors import UserError
-from tf_lightning.model import Model, RawDocument, load
+from tf_lightning.gallery import digest, is_written, write_answer, write_sheet
+from tf_lightning.model import Model, load
+from tf_lightning.request import Settings
 from tf_lightning.sampler import SAMPLERS
 
 EPILOG = """\
@@ -19,9 +22,16 @@ examples:
   tf-lightning generate last.ckpt "a red circle above a blue square" -o out
   tf-lightning generate last.ckpt --image in.png                     what does it show?
   tf-lightning generate last.ckpt --image in.png "make the circle green" -o out
+  tf-lightning generate last.ckpt --prompts prompts.txt -n 1 -o out  a prompt a line
+  tf-lightning generate last.ckpt "a red" --answer any -o out        what the model wants to say
 Text and --image parts form one prompt, in the order given. A prompt that ends in text is answered
-with a picture, one that ends in a picture with words; --answer says otherwise.
+with a picture, one that ends in a picture with words; --answer says otherwise. Pictures enter
+clean: the model reads them as they are. A line of a .jsonl file of prompts has parts in order:
+  {"parts": [{"image": "a.png"}, {"text": "make it red"}]}
+Answers that are written already, with the same settings, are not made again.
 """
+
+Parts = list[tuple[str, str]]  # kind and value
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,6 +86,15 @@ def not_negative(text: str) -> float:
     return float(text)
 
 
+def interval(text: str) -> tuple[float, float]:
+    """Two numbers, parted by a comma."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be two numbers such as 0.2,0.8") from error
+    return low, high
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
     parser = Parser(
@@ -96,42 +115,128 @@ def build_parser() -> argparse.ArgumentParser:
         help="text of the prompt; --text may be left out",
     )
     add("--image", **part, type=image_part, metavar="FILE", help="picture of the prompt")
-    add("-o", "--out", type=Path, default=Path("out"), help="folder for pictures (default: out)")
-    add("-n", "--num-images", type=positive, default=4, help="pictures to draw (default: 4)")
-    add("--answer", choices=("image", "text"), help="what to generate (default: the other kind)")
-    add("--guidance-scale", type=float, default=3.0, help="1 = off (default: 3)")
-    add("--steps", type=int, default=50, help="denoising steps, 1 to 1000 (default: 50)")
-    add("--sampler", choices=SAMPLERS, default="DDIMScheduler", help="(default: DDIMScheduler)")
-    add("--max-new-tokens", type=positive, default=64, help="longest text (default: 64)")
-    add(
-        "--temperature",
-        type=not_negative,
-        default=0.0,
-        help="of text; 0 = most probable (default: 0)",
-    )
-    add("--seed", type=int, default=0, help="of the first picture, or of the text (default: 0)")
+    add("--prompts", type=Path, metavar="FILE", help="many: a text a line, or parts in a .jsonl")
+    add("-o", "--out", type=Path, default=Path("out"), help="folder for answers (default: out)")
+    add("-n", "--num-images", type=positive, help="answers to a prompt (default: 4, of text 1)")
+    add("--answer", choices=("image", "text", "any"), help="what to generate (default: see below)")
+    add("--max-images", type=positive, default=1, help="in an answer of any kind (default: 1)")
+    add("--seed", type=int, default=0, help="of the first answer; others follow (default: 0)")
+    add("--batch-size", type=positive, default=16, help="answers at once (default: 16)")
+    pictures = parser.add_argument_group("pictures").add_argument
+    pictures("--guidance-scale", type=float, default=3.0, help="1 = off (default: 3)")
+    pictures("--image-guidance-scale", type=float, help="for --image parts (default: the same)")
+    pictures("--guidance-interval", type=interval, default=(0.0, 1.0), metavar="LOW,HIGH",
+             help="noise levels at which guidance acts (default: 0,1)")  # fmt: skip
+    pictures("--guidance-rescale", type=float, default=0.0, help="against overexposure, 0 to 1")
+    pictures("--steps", type=int, default=50, help="denoising steps, 1 to 1000 (default: 50)")
+    pictures("--sampler", choices=SAMPLERS, help="(default: DDIM; Euler where the model is a flow)")
+    texts = parser.add_argument_group("text").add_argument
+    texts("--max-new-tokens", type=positive, default=64, help="longest text (default: 64)")
+    texts("--temperature", type=not_negative, default=0.0, help="0 = most probable (default: 0)")
+    texts("--top-k", type=positive, help="draw from this many tokens")
+    texts("--top-p", type=float, default=1.0, help="draw from the likeliest with this share")
+    texts("--min-p", type=float, default=0.0, help="draw from those this likely beside the first")
+    texts("--stop", action="append", default=[], metavar="TEXT", help="ends the text")
     return parser
 
 
 def run_generate(args: list[str]) -> None:
     """Parse, load, generate, write."""
     options = build_parser().parse_args(name_texts(args))
-    parts = options.parts
-    if not parts:
-        raise UserError("there is no prompt; give text, or --image FILE, after the checkpoint")
+    if options.parts and options.prompts:
+        raise UserError("there are two kinds of prompts; leave out --prompts, or the others")
+    if not options.parts and not options.prompts:
+        raise UserError("there is no prompt; give text, --image FILE or --prompts FILE")
     model = load(options.checkpoint)
-    prompt = [read_part(kind, value, model) for kind, value in parts]
-    ends_in_text = parts[-1][0] == "text"
-    if (options.answer or ("image" if ends_in_text else "text")) == "image":
-        draw(model, prompt, parts, options)
+    prompts = read_prompts(options.prompts) if options.prompts else [options.parts]
+    last_kind = prompts[0][-1][0]
+    options.answer = options.answer or ("image" if last_kind == "text" else "text")
+    how = settings_of(options)
+    settings = model.settings(options.answer, **how)
+    documents = [[read_part(kind, value, model) for kind, value in parts] for parts in prompts]
+    several = 4 if options.answer == "image" and not options.prompts else 1
+    options.num_images = options.num_images or several
+    if options.answer == "text" and len(prompts) * options.num_images == 1:
+        for piece in model.stream(documents[0], answer="text", seed=options.seed, **how):
+            print(piece, end="", flush=True)
+        print()
     else:
-        (text,) = model.write(
-            [prompt],
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
+        write_answers(
+            model, documents, describe(prompts, documents, how, options), settings, options
         )
-        print(text)
+
+
+def describe(
+    prompts: list[Parts],
+    documents: list[RawDocument],
+    how: dict[str, Any],
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """How each answer is made; the answers to a prompt follow each other."""
+    modified = datetime.fromtimestamp(Path(options.checkpoint).stat().st_mtime)
+    shared = {
+        "answer": options.answer,
+        "checkpoint": options.checkpoint,
+        "checkpoint_modified": modified.isoformat(timespec="seconds"),
+        **how,
+    }
+    count = options.num_images
+    return [
+        {
+            "prompt": parts,
+            "prompt_digest": digest(document),
+            "seed": options.seed + number * count + repeat,
+            **shared,
+        }
+        for number, (parts, document) in enumerate(zip(prompts, documents, strict=True))
+        for repeat in range(count)
+    ]
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that matter for an answer, as `Model.settings` names them."""
+    pictures = {
+        "guidance_scale": options.guidance_scale,
+        "image_guidance_scale": options.image_guidance_scale,
+        "guidance_interval": options.guidance_interval,
+        "guidance_rescale": options.guidance_rescale,
+        "num_inference_steps": options.steps,
+        "sampler": options.sampler,
+    }
+    texts = {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "stop": tuple(options.stop),
+    }
+    both = {**pictures, **texts, "max_images": options.max_images}
+    return {"image": pictures, "text": texts, "any": both}[options.answer]
+
+
+def read_prompts(file: Path) -> list[Parts]:
+    """The prompts of a file: a text a line, or in a .jsonl file the parts of a document a line."""
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not a text file; give one prompt a line") from error
+    if not lines:
+        raise UserError(f"{file} has no prompts; give one a line")
+    if file.suffix != ".jsonl":
+        return [[("text", line)] for line in lines]
+    try:
+        parsed = [parse_parts(line) for line in lines]
+    except BadSample as error:
+        raise UserError(f"{file} has a {error}; see `tf-lightning generate --help`") from error
+    if [] in parsed:
+        raise UserError(f"{file} has a line without parts; give each a text or an image")
+    return [[(kind, place(kind, value, file.parent)) for kind, value in parts] for parts in parsed]
+
+
+def place(kind: str, value: str, folder: Path) -> str:
+    """A text as it is; a picture's file found from `folder`."""
+    return str(folder / value) if kind == "image" else value
 
 
 def read_part(kind: str, value: str, model: Model) -> str | Image.Image:
@@ -146,19 +251,31 @@ def read_part(kind: str, value: str, model: Model) -> str | Image.Image:
         raise UserError(f"{value}: {error}; give a PNG or JPEG file") from error
 
 
-def draw(model: Model, prompt: RawDocument, parts: list, options: argparse.Namespace) -> None:
-    """Draw the pictures and write them, with a JSON file that says how they were made."""
-    seeds = [options.seed + i for i in range(options.num_images)]
-    how = {
-        "guidance_scale": options.guidance_scale,
-        "num_inference_steps": options.steps,
-        "sampler": options.sampler,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-    pictures = model.draw([prompt] * len(seeds), seeds=seeds, progress=True, **how)
-    for seed, picture in zip(seeds, pictures, strict=True):
-        path = options.out / f"{seed:04d}.png"
-        picture.save(path)
-        record = {"prompt": parts, "seed": seed, "checkpoint": options.checkpoint, **how}
-        path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"Wrote {len(seeds)} pictures to {options.out}: {options.out}/{seeds[0]:04d}.png ...")
+def write_answers(
+    model: Model,
+    prompts: list[RawDocument],
+    records: list[dict[str, Any]],
+    settings: Settings,
+    options: argparse.Namespace,
+) -> None:
+    """Generate what is not there yet; each answer is written when it is whole."""
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
+    names = [f"{record['seed']:04d}" for record in records]
+    missing = [n for n, name in enumerate(names) if not is_written(out, name, records[n])]
+    repeated = [prompts[n // options.num_images] for n in missing]
+    seeds, done = [records[n]["seed"] for n in missing], 0
+    try:
+        for number, answer in model.answer_each(
+            repeated, seeds, settings, options.batch_size, progress=True
+        ):
+            n = missing[number]
+            write_answer(out, names[n], records[n], answer)
+            done += 1
+    except KeyboardInterrupt:
+        write_sheet(out, names)
+        print(f"Kept {done} answers in {out}; the same command makes the rest.", file=sys.stderr)
+        raise
+    sheet = write_sheet(out, names)
+    kept = f" ({len(names) - len(missing)} were there already)" if len(names) > done else ""
+    print(f"Wrote {done} answers to {out}{kept}: {names[0]}.json ... Look at {sheet}")

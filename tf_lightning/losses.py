@@ -12,9 +12,14 @@ def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def diffusion_loss_sum(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error summed over latent elements, both (M, C, h, w) (Transfusion Eq. 3); fp32."""
-    return F.mse_loss(output.float(), target.float(), reduction="sum")
+def diffusion_loss_sum(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Squared error summed over latent elements, both (M, C, h, w) (Transfusion Eq. 3); fp32.
+
+    `weight` (M, 1, 1, 1) is that of each image's error; None: 1.
+    """
+    if weight is None:
+        return F.mse_loss(output.float(), target.float(), reduction="sum")
+    return (weight * (output.float() - target.float()).square()).sum()
 
 
 def total_loss(loss_lm: Tensor, loss_diffusion: Tensor, diffusion_weight: float) -> Tensor:

@@ -1,41 +1,32 @@
 """A trained network with its tokenizer and autoencoder: pictures and words in and out.
 
 model = load("runs/quickstart/checkpoints/last.ckpt")
-model.draw([["a red circle above a blue square"]], guidance_scale=3.0, seeds=[0])[0].save("a.png")
+out = model.generate(["a red circle above a blue square"], num_images=4, guidance_scale=3.0, seed=0)
+out.images[0].save("a.png")
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tf_lightning.autoencoder import Autoencoder, load_autoencoder
 from tf_lightning.batch import Document
+from tf_lightning.checkpoint import read_checkpoint
+from tf_lightning.decoding import TextSampling, find_stop, possible_stop
 from tf_lightning.errors import UserError
-from tf_lightning.generate import generate_images, generate_text
+from tf_lightning.generate import generate
+from tf_lightning.guidance import Guidance
 from tf_lightning.module import Transfusion
 from tf_lightning.net import Net
-from tf_lightning.sampler import build_scheduler
+from tf_lightning.pixels import to_picture, to_pixels
+from tf_lightning.reply import Answers, Prompt, RawDocument, to_document
+from tf_lightning.request import Answer, Settings, Speaker
+from tf_lightning.sampler import build_scheduler, default_sampler, set_timesteps
 from tf_lightning.tokenizer import Tokenizer
-
-# str, a picture, or a part that is already token ids or latents; in any order.
-RawDocument = list[str | Image.Image | Tensor]
-
-
-def to_pixels(picture: Image.Image) -> Tensor:
-    """A picture as (3, H, W) in [-1, 1]."""
-    array = np.asarray(picture.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
-
-
-def to_picture(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] as a picture."""
-    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
 
 
 @dataclass
@@ -47,6 +38,7 @@ class Model:
     autoencoder: Autoencoder | None
     latent_shape: tuple[int, int, int] | None
     hparams: dict
+    max_length: int | None = None
 
     @classmethod
     def of(cls, module: Transfusion) -> "Model":
@@ -58,6 +50,19 @@ class Model:
             autoencoder=load_autoencoder(name).to(module.device) if shape else None,
             latent_shape=tuple(shape) if shape else None,
             hparams=dict(module.hparams),
+            max_length=module.row_length,
+        )
+
+    @property
+    def speaker(self) -> Speaker:
+        """What the decoder has to know."""
+        return Speaker(
+            self.net,
+            self.tokenizer,
+            self.hparams["patch_size"],
+            self.latent_shape,
+            self.hparams["causal_images"],
+            self.max_length,
         )
 
     @property
@@ -65,17 +70,145 @@ class Model:
         """Side of the pictures it draws and reads, in pixels."""
         return self.latent_shape[1] * self.autoencoder.downsample
 
+    def settings(
+        self,
+        answer: Answer,
+        *,
+        guidance_scale: float = 3.0,
+        image_guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        num_inference_steps: int = 50,
+        sampler: str | None = None,
+        max_images: int = 1,
+        **text,
+    ) -> Settings:
+        """What `generate` takes, checked before anything is computed.
+
+        Args:
+            answer: "image": one, now; "text": none of them; "any": what the model samples.
+            guidance_scale: how strongly pictures follow the prompt; 1 = off.
+            image_guidance_scale: the same for the prompt's pictures alone; None: `guidance_scale`.
+            guidance_interval: lowest and highest noise level, in [0, 1], at which guidance acts.
+            guidance_rescale: share of the correction of overexposed pictures, in [0, 1].
+            num_inference_steps: network evaluations a picture, 1 to 1000.
+            sampler: a diffusers scheduler, see `sampler.SAMPLERS`; None: DDIM, or Euler for flow.
+            max_images: pictures in an answer of any kind, at most.
+            text: fields of `decoding.TextSampling`: max_new_tokens, temperature, top_k, ...
+        """
+        scheduler = None
+        if answer == "image" and self.autoencoder is None:
+            raise UserError("this model was trained on text alone; use one trained with pictures")
+        if answer != "text" and self.autoencoder is not None:
+            kind = self.hparams["prediction_type"]
+            sampler = sampler or default_sampler(kind)
+            scheduler = build_scheduler(
+                sampler, self.hparams["num_train_timesteps"], kind, self.hparams["noise_schedule"]
+            )
+            set_timesteps(scheduler, num_inference_steps)
+        return Settings(
+            answer="text" if self.autoencoder is None and answer == "any" else answer,
+            text=TextSampling(**text),
+            guidance=Guidance(
+                guidance_scale, image_guidance_scale, tuple(guidance_interval), guidance_rescale
+            ),
+            scheduler=scheduler,
+            num_inference_steps=num_inference_steps,
+            max_images=max_images,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        answer: Answer = "image",
+        num_images: int = 1,
+        seed: int = 0,
+        batch_size: int = 16,
+        progress: bool = True,
+        **how,
+    ) -> Answers:
+        """Answer each prompt, `num_images` times over.
+
+        Pictures of a prompt enter clean (t = 0). An answer depends on its prompt, its seed and the
+        settings alone: it is the same among others.
+
+        Args:
+            prompts: a text, a picture, or a list of both.
+            answer: "image": one, now; "text": none of them; "any": what the model samples.
+            num_images: answers to each prompt.
+            seed: of the first answer; those of the next ones follow.
+            batch_size: answers at once.
+            progress: show a progress bar.
+            how: see `settings`.
+        """
+        if num_images < 1:
+            raise UserError(f"num_images={num_images} must be at least 1")
+        repeated = [prompt for prompt in prompts for _ in range(num_images)]
+        seeds = [seed + number for number in range(len(repeated))]
+        settings = self.settings(answer, **how)
+        return Answers(
+            self._answers(repeated, seeds, settings, batch_size, progress=progress), seeds
+        )
+
+    def answer_each(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        settings: Settings,
+        batch_size: int = 16,
+        progress: bool = False,
+    ) -> Iterator[tuple[int, RawDocument]]:
+        """Number of a prompt and its answer, as soon as it is whole."""
+        parts: dict[int, list[int | Tensor]] = {}
+        documents = self._encode_all(prompts)
+        events = generate(
+            self.speaker, documents, seeds, settings, batch_size=batch_size, progress=progress
+        )
+        for number, part in events:
+            if part is None:
+                document = to_document(parts.pop(number, []))
+                yield number, self._decode_parts(document, settings.text.stop)
+            else:
+                parts.setdefault(number, []).append(part)
+
+    def stream(
+        self, prompt: Prompt, *, answer: Answer = "text", seed: int = 0, **how
+    ) -> Iterator[str | Image.Image]:
+        """The answer to one prompt as it comes: pieces of text, and pictures.
+
+        Args:
+            prompt: a text, a picture, or a list of both.
+            answer: as in `generate`.
+            seed: of all that is random.
+            how: see `settings`.
+        """
+        settings = self.settings(answer, **how)
+        stop, ids, told = settings.text.stop, [], 0  # told: characters
+        for _, part in generate(self.speaker, self._encode_all([prompt]), [seed], settings):
+            goes_on = isinstance(part, int)
+            ids += [part] if goes_on else []
+            text = self.tokenizer.decode(ids)
+            end = possible_stop(text, stop) if goes_on else len(text[: find_stop(text, stop)])
+            if end > told:
+                yield text[told:end]
+                told = end
+            if isinstance(part, Tensor):
+                ids, told = [], 0
+                yield self.decode(part.unsqueeze(0))[0]
+
     def draw(
         self,
-        prompts: Sequence[RawDocument],
+        prompts: Sequence[Prompt],
         *,
         seeds: Sequence[int],
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
-        sampler: str = "DDIMScheduler",
+        sampler: str | None = None,
         progress: bool = False,
+        **how,
     ) -> list[Image.Image]:
-        """One picture after each prompt.
+        """One picture after each prompt, all at once.
 
         Args:
             prompts: text and pictures in order; the picture drawn follows them.
@@ -84,56 +217,68 @@ class Model:
             num_inference_steps: network evaluations, 1 to 1000.
             sampler: name of a diffusers scheduler, see `sampler.SAMPLERS`.
             progress: show a progress bar.
+            how: see `settings`.
         """
-        if self.autoencoder is None:
-            raise UserError("this model was trained on text alone; use one trained with pictures")
-        hparams = self.hparams
-        scheduler = build_scheduler(
-            sampler, hparams["num_train_timesteps"], hparams["prediction_type"]
-        )
-        latents = generate_images(
-            self.net,
-            [self.encode(prompt) for prompt in prompts],
-            scheduler,
-            tokenizer=self.tokenizer,
-            patch_size=hparams["patch_size"],
-            latent_shape=self.latent_shape,
+        settings = self.settings(
+            "image",
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
-            seeds=seeds,
-            causal_images=hparams["causal_images"],
-            progress=progress,
+            sampler=sampler,
+            **how,
         )
-        return self.decode(latents)
+        answers = self._answers(prompts, seeds, settings, len(prompts), progress=progress)
+        return [picture for (picture,) in answers]
 
     def write(
         self,
-        prompts: Sequence[RawDocument],
+        prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = 0,
+        **how,
     ) -> list[str]:
-        """The text that follows each prompt: after a picture, its caption."""
-        hparams = self.hparams
-        written = generate_text(
-            self.net,
-            [self.encode(prompt) for prompt in prompts],
-            tokenizer=self.tokenizer,
-            patch_size=hparams["patch_size"],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            causal_images=hparams["causal_images"],
+        """The text that follows each prompt: after a picture, its caption.
+
+        Args:
+            prompts: text and pictures in order.
+            max_new_tokens: most tokens of a text.
+            temperature: 0 = the likeliest token.
+            seed: of the first text's draws; those of the next ones follow.
+            how: see `settings`.
+        """
+        settings = self.settings(
+            "text", max_new_tokens=max_new_tokens, temperature=temperature, **how
         )
-        return [self.tokenizer.decode(ids).strip() for ids in written]
+        seeds = [seed + number for number in range(len(prompts))]
+        answers = self._answers(prompts, seeds, settings, len(prompts))
+        return ["".join(parts) for parts in answers]
+
+    def _answers(self, prompts: Sequence[Prompt], *how, **progress) -> list[RawDocument]:
+        """The answers of `answer_each` in the order of the prompts."""
+        answers = dict(self.answer_each(prompts, *how, **progress))
+        return [answers[number] for number in range(len(prompts))]
+
+    def _encode_all(self, prompts: Sequence[Prompt]) -> list[Document]:
+        """Token ids and latents of every prompt; none is empty."""
+        documents = [self.encode(p if isinstance(p, list) else [p]) for p in prompts]
+        if not all(any(part.numel() for part in document) for document in documents):
+            raise UserError("a prompt is empty; give text or a picture")
+        return documents
 
     def encode(self, prompt: RawDocument) -> Document:
         """Token ids and latents of a prompt's parts."""
-        return [part if isinstance(part, Tensor) else self._encode_part(part) for part in prompt]
+        return [self._encode_part(part) for part in prompt]
 
     @torch.no_grad()
-    def _encode_part(self, part: str | Image.Image) -> Tensor:
+    def _encode_part(self, part: str | Image.Image | Tensor) -> Tensor:
+        if isinstance(part, Tensor):
+            if part.ndim == 3 and tuple(part.shape) != self.latent_shape:
+                raise UserError(
+                    f"latents of a prompt are {tuple(part.shape)}, this model reads "
+                    f"{self.latent_shape}; encode a picture of its size"
+                )
+            return part
         if isinstance(part, str):
             return torch.tensor(self.tokenizer.encode(part), dtype=torch.long)
         if self.autoencoder is None:
@@ -150,34 +295,19 @@ class Model:
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (n, C, h, w) as pictures."""
         with torch.no_grad():
+            latents = latents.to(next(self.net.parameters()).device)
             return [to_picture(pixels) for pixels in self.autoencoder.decode(latents)]
 
-
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's contents on the CPU, without running anything that it holds.
-
-    Raises:
-        UserError: there is no such file, or it is not a checkpoint of this project.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the checkpoint file in it")
-    if not path.is_file():
-        raise UserError(
-            f"no checkpoint at {path}; train one with `tf-lightning fit` or check the path"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's readers raise of many kinds on bytes of other programs
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint; it is damaged "
-            "or of another program: use an earlier one from the same folder"
-        ) from error
-    if not isinstance(checkpoint, dict) or "image_codec" not in checkpoint:
-        raise UserError(
-            f"{path} is not a tf_lightning checkpoint; give one written by `tf-lightning fit`"
-        )
-    return checkpoint
+    def _decode_parts(self, document: Document, stop: Sequence[str]) -> RawDocument:
+        """Texts, cut where a stop text begins, and pictures."""
+        parts: RawDocument = []
+        for part in document:
+            if part.ndim == 3:
+                parts += self.decode(part.unsqueeze(0))
+            else:
+                text = self.tokenizer.decode(part.tolist())
+                parts.append(text[: find_stop(text, stop)].strip())
+        return parts
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Model:

@@ -12,19 +12,15 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from tf_lightning.attention import build_attention
-from tf_lightning.batch import Batch, unpack
-from tf_lightning.diffusion import (
-    PREDICTION_TYPES,
-    add_noise,
-    cosine_alphas_cumprod,
-    diffusion_target,
-)
+from tf_lightning.batch import Batch, Document, unpack
 from tf_lightning.errors import UserError
-from tf_lightning.generate import generate_text
-from tf_lightning.losses import diffusion_loss_sum, lm_loss, total_loss
+from tf_lightning.losses import lm_loss, total_loss
 from tf_lightning.net import Net, update_ema
-from tf_lightning.optim import lr_scale, parameter_groups
+from tf_lightning.objective import Objective
+from tf_lightning.optim import lr_scale, parameter_groups, with_text_lr
 from tf_lightning.transformer import TransformerConfig
+from tf_lightning.unet import UNetConfig
+from tf_lightning.unet import check as check_unet
 
 
 class Transfusion(L.LightningModule):
@@ -34,11 +30,18 @@ class Transfusion(L.LightningModule):
         transformer: sizes of the shared Transformer.
         patch_size: side of a patch in latent pixels; the data's must be the same.
         latent_channels: channels of the autoencoder's latents.
-        prediction_type: what the denoiser outputs, "epsilon" (the paper) or "v_prediction".
+        unet: sizes of a U-Net patch coder; null: one linear layer in, one out.
+        prediction_type: what the denoiser outputs, "epsilon" (the paper), "v_prediction", or
+            "flow", which is rectified flow instead of DDPM.
+        noise_schedule: of DDPM, "cosine" (the paper) or "linear".
         num_train_timesteps: steps of the DDPM noise schedule.
+        learned_sigma: learn the variance of a DDPM step too (iDDPM, DiT).
+        min_snr_gamma: weight images by min(SNR, gamma) (Min-SNR: 5); null: all alike.
         causal_images: patches see only earlier patches (the paper's ablation).
         diffusion_weight: lambda of L = L_LM + lambda * L_DDPM.
         lr: peak learning rate of AdamW.
+        text_lr_ratio: that of the Transformer as a share of `lr`, in [0, 1]; what patches have of
+            their own, and the patch coder, learn at `lr`. 0 freezes it (LMFusion).
         betas: its two decay rates.
         weight_decay: on matrices; norms, biases and embeddings have none.
         warmup_steps: optimizer steps of linear warm-up.
@@ -52,11 +55,16 @@ class Transfusion(L.LightningModule):
         transformer: TransformerConfig,
         patch_size: int = 2,
         latent_channels: int = 8,
+        unet: UNetConfig | None = None,
         prediction_type: str = "epsilon",
+        noise_schedule: str = "cosine",
         num_train_timesteps: int = 1000,
+        learned_sigma: bool = False,
+        min_snr_gamma: float | None = None,
         causal_images: bool = False,
         diffusion_weight: float = 5.0,
         lr: float = 3e-4,
+        text_lr_ratio: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         warmup_steps: int = 4000,
@@ -65,20 +73,24 @@ class Transfusion(L.LightningModule):
         compile: bool = False,
     ):
         super().__init__()
-        if prediction_type not in PREDICTION_TYPES:
-            raise UserError(
-                f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}"
-            )
+        if not 0 <= text_lr_ratio <= 1:
+            raise UserError(f"text_lr_ratio={text_lr_ratio} must be from 0 (frozen) to 1")
         self.save_hyperparameters()
         if isinstance(transformer, dict):  # a checkpoint written by the command line
             transformer = TransformerConfig(**transformer)
-        self.config = transformer
-        table = cosine_alphas_cumprod(num_train_timesteps)
-        self.register_buffer("alphas_cumprod", table, persistent=False)
+        if isinstance(unet, dict):
+            unet = UNetConfig(**unet)
+        if unet is not None:
+            check_unet(unet, patch_size)
+        self.config, self.unet = transformer, unet
+        self.objective = Objective(
+            prediction_type, noise_schedule, num_train_timesteps, learned_sigma, min_snr_gamma
+        )
         self.net: Net | None = None
         self.ema: Net | None = None
         self.tokenizer_proto: bytes | None = None
         self.image_codec: dict | None = None
+        self.row_length: int | None = None
 
     # ---------------------------------------------------------------- building
 
@@ -87,8 +99,17 @@ class Transfusion(L.LightningModule):
         if self.net is not None:
             return
         hparams = self.hparams
-        self.net = Net(self.config, hparams.patch_size, hparams.latent_channels)
+        self.net = Net(
+            self.config,
+            hparams.patch_size,
+            hparams.latent_channels,
+            unet=self.unet,
+            learned_sigma=hparams.learned_sigma,
+        )
         self.net.reset_parameters()
+        if hparams.text_lr_ratio == 0:
+            for parameter in self.net.transformer.text_parameters():
+                parameter.requires_grad_(False)
         if hparams.ema_decay > 0:
             self.ema = deepcopy(self.net).requires_grad_(False)
         if hparams.compile:
@@ -113,7 +134,7 @@ class Transfusion(L.LightningModule):
                     f"the data has {name} = {theirs} but the model has {ours}; "
                     "give both the same value (tokenizer, vocab_size, patch_size, latent_channels)"
                 )
-        self.tokenizer_proto = data.tokenizer.proto
+        self.tokenizer_proto, self.row_length = data.tokenizer.proto, data.row_length
         self.image_codec = {
             "autoencoder": data.autoencoder_name,
             "latent_shape": data.image_shape and list(data.image_shape),
@@ -122,8 +143,12 @@ class Transfusion(L.LightningModule):
     def configure_optimizers(self) -> dict:
         """AdamW with linear warm-up and cosine decay."""
         hparams = self.hparams
+        groups = parameter_groups(self.net, hparams.weight_decay)
+        if 0 < hparams.text_lr_ratio < 1:
+            text = self.net.transformer.text_parameters()
+            groups = with_text_lr(groups, text, hparams.text_lr_ratio * hparams.lr)
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.net, hparams.weight_decay),
+            groups,
             lr=hparams.lr,
             betas=hparams.betas,
             fused=True,
@@ -155,17 +180,14 @@ class Transfusion(L.LightningModule):
         return loss
 
     def loss_sums(self, net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each text target (K,), and the sum of squared errors of the denoiser."""
-        timesteps = (batch.t * len(self.alphas_cumprod)).long()
-        alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        noised = add_noise(batch.latents, batch.noise, alpha_bar)
+        """Cross-entropy of each text target (K,), and the denoiser's loss summed over elements."""
+        objective = self.objective
+        noised = objective.add_noise(batch.latents, batch.noise, batch.t)
         attend = build_attention(batch, self.hparams.causal_images)
-        logits, output = net(batch, noised, timesteps / len(self.alphas_cumprod), attend)
-        target = diffusion_target(
-            batch.latents, batch.noise, alpha_bar, self.hparams.prediction_type
-        )
+        logits, output = net(batch, noised, objective.network_times(batch.t), attend)
         targets = batch.labels.flatten()[batch.target_index]
-        return lm_loss(logits, targets), diffusion_loss_sum(output, target)
+        loss_diffusion = objective.loss_sum(output, batch.latents, batch.noise, batch.t)
+        return lm_loss(logits, targets), loss_diffusion
 
     def global_mean(self, total: Tensor, count: int) -> Tensor:
         """This rank's share of a mean over all ranks.
@@ -233,26 +255,9 @@ class Transfusion(L.LightningModule):
 
     def predict_step(
         self, batch: Batch, batch_index: int, dataloader_idx: int = 0
-    ) -> list[dict[str, str]]:
-        """A caption for each captioned picture of a batch, beside the document's own."""
-        tokenizer = self.trainer.datamodule.tokenizer
-        pairs = [sorted(d, key=lambda part: part.ndim) for d in unpack(batch, tokenizer)]
-        pairs = [pair for pair in pairs if [part.ndim for part in pair] == [1, 3]]
-        written = generate_text(
-            self.inference_net,
-            [[image] for _, image in pairs],
-            tokenizer=tokenizer,
-            patch_size=self.hparams.patch_size,
-            max_new_tokens=64,
-            causal_images=self.hparams.causal_images,
-        )
-        return [
-            {
-                "caption": tokenizer.decode(caption.tolist()).strip(),
-                "written": tokenizer.decode(ids).strip(),
-            }
-            for (caption, _), ids in zip(pairs, written, strict=True)
-        ]
+    ) -> list[Document]:
+        """The documents of a batch; a callback says what is generated after them."""
+        return unpack(batch, self.trainer.datamodule.tokenizer)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -261,6 +266,7 @@ class Transfusion(L.LightningModule):
         proto = bytearray(self.tokenizer_proto)
         checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
         checkpoint["image_codec"] = self.image_codec
+        checkpoint["row_length"] = self.row_length
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore them; a checkpoint always has both."""
@@ -272,6 +278,7 @@ class Transfusion(L.LightningModule):
             )
         self.tokenizer_proto = proto
         self.image_codec = checkpoint["image_codec"]
+        self.row_length = checkpoint.get("row_length")  # older ones do not have it
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """As in torch, with its list of misfits cut to one sentence."""

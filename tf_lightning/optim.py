@@ -33,3 +33,18 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
             "weight_decay": 0.0,
         },
     ]
+
+
+def with_text_lr(groups: list[dict], text: list[nn.Parameter], lr: float) -> list[dict]:
+    """Each group in two: what is not of the text side as it was, and what is, learning at `lr`."""
+    names = {id(parameter) for parameter in text}
+    image = [
+        group | {"params": [p for p in group["params"] if id(p) not in names]} for group in groups
+    ]
+    own = [
+        group
+        | {"name": f"text_{group['name']}", "lr": lr}
+        | {"params": [p for p in group["params"] if id(p) in names]}
+        for group in groups
+    ]
+    return image + own

@@ -1,9 +1,13 @@
 """The linear patch coder: latents <-> patch vectors, and what an image's noise level adds to them.
 
+A patch coder has `encode(latents, t) -> patches, skips` and `decode(hidden, size, skips)`: `skips`
+are tensors (M, ...) that its second half needs of its first; the linear coder has none.
+
 Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches, D model dim.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +20,11 @@ MAX_GRID = 64  # patches a side of the largest image: 512 pixels at f8, patch si
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
     """(M, C, h, w) -> (M, N, C * P * P), patches in raster order."""
     return F.unfold(latents, patch_size, stride=patch_size).transpose(1, 2)
+
+
+def place_embedding(rows: nn.Embedding, columns: nn.Embedding, height: int, width: int) -> Tensor:
+    """The learned place of each patch of a grid, (N, D)."""
+    return (rows.weight[:height].unsqueeze(1) + columns.weight[:width]).flatten(0, 1)
 
 
 def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
@@ -40,30 +49,36 @@ class LinearPatchCoder(nn.Module):
     The paper adds "an embedding of the timestep t to every patch vector" (footnote 6); a
     256 -> D -> D network fits the parameter shares of its Table 7. The learned row and column
     embedding is ours: the paper names no position beyond the sequence's.
+
+    Args:
+        latent_channels: C.
+        patch_size: P.
+        dim: D.
+        out_channels: of the output; None: C.
     """
 
-    def __init__(self, latent_channels: int, patch_size: int, dim: int):
+    def __init__(
+        self, latent_channels: int, patch_size: int, dim: int, out_channels: int | None = None
+    ):
         super().__init__()
         self.patch_size, self.latent_channels = patch_size, latent_channels
-        vector = latent_channels * patch_size**2
-        self.patch_encoder = nn.Linear(vector, dim)
-        self.patch_decoder = nn.Linear(dim, vector)
+        self.patch_encoder = nn.Linear(latent_channels * patch_size**2, dim)
+        self.patch_decoder = nn.Linear(dim, (out_channels or latent_channels) * patch_size**2)
         self.time_embedder = nn.Sequential(
             nn.Linear(TIMESTEP_DIM, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         self.row_embedding = nn.Embedding(MAX_GRID, dim)
         self.column_embedding = nn.Embedding(MAX_GRID, dim)
 
-    def encode(self, latents: Tensor, t: Tensor) -> Tensor:
-        """Latents (M, C, h, w) at noise levels t (M,) -> patch vectors (M, N, D)."""
+    def encode(self, latents: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Latents (M, C, h, w) at noise levels t (M,) -> patch vectors (M, N, D), no skips."""
         height, width = (side // self.patch_size for side in latents.shape[-2:])
         patches = self.patch_encoder(patchify(latents, self.patch_size))
         time = self.time_embedder(timestep_embedding(t).type_as(latents)).unsqueeze(1)
-        rows, columns = self.row_embedding.weight[:height], self.column_embedding.weight[:width]
-        place = (rows.unsqueeze(1) + columns).flatten(0, 1)  # (N, D)
-        return patches + time + place
+        place = place_embedding(self.row_embedding, self.column_embedding, height, width)
+        return patches + time + place, []
 
-    def decode(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
+    def decode(self, hidden: Tensor, size: tuple[int, int], skips: Sequence[Tensor] = ()) -> Tensor:
         """Hidden states (M, N, D) -> the network's output (M, C, h, w), `size` = (h, w)."""
         return unpatchify(self.patch_decoder(hidden), self.patch_size, size)
 

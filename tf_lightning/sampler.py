@@ -1,88 +1,130 @@
-"""The guided denoising loop, on diffusers' schedulers.
+"""Denoising step by step, on diffusers' schedulers.
 
 Shapes: n images, C x h x w latents.
 """
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
+from copy import deepcopy
 
+import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tf_lightning.errors import UserError
 
-SAMPLERS = (
+NOISE_SAMPLERS = (
     "DDPMScheduler",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
 )
+FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+SAMPLERS = NOISE_SAMPLERS + FLOW_SAMPLERS
 
-Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+def default_sampler(prediction_type: str) -> str:
+    """The sampler used where none is named."""
+    return "FlowMatchEulerDiscreteScheduler" if prediction_type == "flow" else "DDIMScheduler"
 
 
-def build_scheduler(sampler: str, num_train_timesteps: int, prediction_type: str):
-    """A diffusers scheduler with the cosine schedule that training uses.
+BETA_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}  # diffusers' names
 
-    No clipping (latents are not in [-1, 1]) and trailing spacing (the first step starts at pure
-    noise): diffusers' defaults bias both.
+
+def build_scheduler(
+    sampler: str, num_train_timesteps: int, prediction_type: str, noise_schedule: str = "cosine"
+):
+    """A diffusers scheduler for what the network predicts.
+
+    For "epsilon" and "v_prediction", training's noise schedule without clipping (latents are not
+    in [-1, 1]) and with trailing spacing (the first step starts at pure noise): diffusers' defaults
+    bias both. For "flow", x_t = (1 - t) x_0 + t eps and the velocity eps - x_0.
+
+    Raises:
+        UserError: the sampler is unknown, or does not fit the prediction type.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(f"sampler={sampler!r} must be one of {', '.join(SAMPLERS)}")
+    fitting = FLOW_SAMPLERS if prediction_type == "flow" else NOISE_SAMPLERS
+    if sampler not in fitting:
+        known = "does not fit" if sampler in SAMPLERS else "is no sampler for"
+        raise UserError(
+            f"sampler={sampler!r} {known} a model that predicts {prediction_type!r}; "
+            f"it must be one of {', '.join(fitting)}"
+        )
     import diffusers.schedulers as schedulers  # 2.5 s: only when sampling
 
+    build = getattr(schedulers, sampler)
+    if prediction_type == "flow":
+        return build(num_train_timesteps=num_train_timesteps)
     clip = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
-    return getattr(schedulers, sampler)(
+    return build(
         num_train_timesteps=num_train_timesteps,
-        beta_schedule="squaredcos_cap_v2",
+        beta_schedule=BETA_SCHEDULES[noise_schedule],
         prediction_type=prediction_type,
         timestep_spacing="trailing",
         **clip,
     )
 
 
-def guide(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
-    """uncond + s * (cond - uncond); 1 = no guidance (Classifier-free guidance Eq. 6, s = 1 + w)."""
-    return uncond + guidance_scale * (cond - uncond)
+def set_timesteps(scheduler, num_inference_steps: int) -> None:
+    """Plan the steps; their noise levels stay on the CPU, where reading them waits for nobody.
 
-
-@torch.no_grad()
-def sample_latents(
-    denoise: Denoiser,
-    noise: Tensor,
-    scheduler,
-    *,
-    num_inference_steps: int,
-    guidance_scale: float = 1.0,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """Turn noise into clean latents, x_{t-1} in place of x_t (Transfusion Sec. 3).
-
-    Args:
-        denoise: (x_t (n, C, h, w), t (n,) in [0, 1)) -> conditional and unconditional output.
-        noise: standard normal, (n, C, h, w).
-        scheduler: from `build_scheduler`.
-        num_inference_steps: network evaluations.
-        guidance_scale: 1 = off.
-        generator: noise of the stochastic schedulers.
-        progress: show a progress bar.
-
-    Returns:
-        Clean latents (n, C, h, w).
+    Raises:
+        UserError: there are too few or too many of them.
     """
     num_train_timesteps = scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= num_train_timesteps:
         raise UserError(
             f"num_inference_steps={num_inference_steps} must be from 1 to {num_train_timesteps}"
         )
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    draws_noise = "generator" in inspect.signature(scheduler.step).parameters
-    randomness = {"generator": generator} if draws_noise else {}
-    latents = noise * scheduler.init_noise_sigma
-    for timestep in tqdm(scheduler.timesteps, desc="Denoising", disable=not progress):
-        t = (timestep / num_train_timesteps).expand(len(latents))
-        output = guide(*denoise(latents, t), guidance_scale)
-        latents = scheduler.step(output, timestep, latents, **randomness).prev_sample
-    return latents
+    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+        # Equal steps from 1 to 0; the scheduler's own grid spends one on the last thousandth.
+        sigmas = np.linspace(1, 0, num_inference_steps, endpoint=False)
+        scheduler.set_timesteps(sigmas=sigmas)
+    else:
+        scheduler.set_timesteps(num_inference_steps)
+
+
+class Trajectory:
+    """Images on their way from noise to latents together: x_{t-1} replaces x_t (Sec. 3).
+
+    Attributes:
+        x_t: the images as they are now, (n, C, h, w).
+    """
+
+    def __init__(
+        self,
+        noise: Tensor,
+        scheduler,
+        num_inference_steps: int,
+        generators: Sequence[torch.Generator],
+    ):
+        """Start.
+
+        Args:
+            noise: standard normal, (n, C, h, w).
+            scheduler: from `build_scheduler`; it is copied.
+            num_inference_steps: network evaluations (Heun's method: two a step, one at the last).
+            generators: noise of the stochastic schedulers, one an image.
+        """
+        self.scheduler = deepcopy(scheduler)
+        set_timesteps(self.scheduler, num_inference_steps)
+        self.timesteps = self.scheduler.timesteps.tolist()
+        draws = type(scheduler).__name__ == "DDPMScheduler"  # the others are deterministic
+        self.randomness = {"generator": list(generators)} if draws else {}
+        self.done = 0
+        self.x_t = noise
+
+    @property
+    def t(self) -> float:
+        """Noise level of x_t, in [0, 1]."""
+        return self.timesteps[self.done] / self.scheduler.config.num_train_timesteps
+
+    @property
+    def finished(self) -> bool:
+        """Whether x_t is clean."""
+        return self.done == len(self.timesteps)
+
+    def step(self, output: Tensor) -> None:
+        """Move on by the network's output at (x_t, t)."""
+        timestep = self.scheduler.timesteps[self.done]
+        self.x_t = self.scheduler.step(output, timestep, self.x_t, **self.randomness).prev_sample
+        self.done += 1

@@ -1,17 +1,21 @@
 """A Llama: RMSNorm, rotary positions, SwiGLU; so Llama weights load by renaming.
 
-Knows nothing of images: it maps vectors to vectors under whatever attention it is given.
+It maps vectors to vectors under whatever attention it is given; of images it knows at most which
+positions are patches, when these have weights of their own (Mixture-of-Transformers).
 
 Shapes: (..., D) vectors, H query heads, G key/value heads, K head dim; `...` is (B, T) or (S,).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tf_lightning.attention import Attention
+from tf_lightning.errors import UserError
+from tf_lightning.modality import Split
 
 
 @dataclass
@@ -36,6 +40,9 @@ class TransformerConfig:
     """Epsilon of RMSNorm."""
     qk_norm: bool = False
     """RMSNorm on queries and keys of each head (Chameleon); off in the paper."""
+    image_weights: Literal["shared", "ffn", "all"] = "shared"
+    """What patches have of their own in each block: nothing, the feed-forward and its norm, or all
+    (Mixture-of-Transformers); attention is joint always, and the FLOPs are the same."""
 
 
 torch.serialization.add_safe_globals([TransformerConfig])  # hparams load with weights_only=True
@@ -71,13 +78,16 @@ class SelfAttention(nn.Module):
             for _ in range(2)
         )
 
+    def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) -> q (..., H, K), k and v (..., G, K)."""
+        heads = (-1, self.head_dim)
+        q = rotate(self.q_norm(self.wq(x).unflatten(-1, heads)), *rope)
+        k = rotate(self.k_norm(self.wk(x).unflatten(-1, heads)), *rope)
+        return q, k, self.wv(x).unflatten(-1, heads)
+
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """(..., D) -> (..., D)."""
-        heads = (-1, self.head_dim)
-        q = rotate(self.q_norm(self.wq(x).unflatten(-1, heads)), *rope)  # (..., H, K)
-        k = rotate(self.k_norm(self.wk(x).unflatten(-1, heads)), *rope)  # (..., G, K)
-        v = self.wv(x).unflatten(-1, heads)
-        return self.wo(attend(q, k, v).flatten(-2))
+        return self.wo(attend(*self.qkv(x, rope)).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -110,14 +120,62 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+class ImageWeights(nn.Module):
+    """What patches have of their own in a block; without attention they use the text's."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        if config.image_weights == "all":
+            self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+            self.attention = SelfAttention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim)
+
+
+def modality_block(
+    text: Block,
+    image: ImageWeights,
+    parts: list[Tensor],
+    ropes: list[tuple[Tensor, Tensor]],
+    split: Split,
+    attend: Attention,
+) -> list[Tensor]:
+    """A block on text and patches apart, each with its own weights, which meet in attention.
+
+    Args:
+        text: the block, whose weights are the text's.
+        image: the patches' weights.
+        parts: vectors of text (L, D) and of patches (N, D).
+        ropes: their rotary angles.
+        split: which of the positions they are.
+        attend: attention built for this batch.
+    """
+    attends = [text, image if hasattr(image, "attention") else text]
+    qkvs = [
+        own.attention.qkv(own.attention_norm(x), rope)
+        for own, x, rope in zip(attends, parts, ropes, strict=True)
+    ]
+    mixed = split(attend(*(split.join(*pair) for pair in zip(*qkvs, strict=True))).flatten(-2))
+    parts = [x + own.attention.wo(y) for own, x, y in zip(attends, parts, mixed, strict=True)]
+    return [
+        x + own.feed_forward(own.ffn_norm(x)) for own, x in zip([text, image], parts, strict=True)
+    ]
+
+
 class Transformer(nn.Module):
     """Token embeddings, blocks, final norm, vocabulary head; used part by part by `Net`."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        if config.image_weights not in ("shared", "ffn", "all"):
+            raise UserError(
+                f"image_weights={config.image_weights!r} must be 'shared', 'ffn' or 'all'"
+            )
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        if config.image_weights != "shared":
+            self.image_layers = nn.ModuleList(ImageWeights(config) for _ in self.layers)
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
@@ -132,9 +190,25 @@ class Transformer(nn.Module):
         config = self.config
         x, positions = attend.enter(x), attend.enter(positions)
         rope = rope_angles(positions, config.dim // config.num_heads, config.rope_theta)
-        for layer in self.layers:
-            x = layer(x, rope, attend)
+        if config.image_weights == "shared":
+            for layer in self.layers:
+                x = layer(x, rope, attend)
+        else:
+            x = self._forward_by_modality(x, rope, attend)
         return attend.leave(self.norm(x))
+
+    def _forward_by_modality(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention
+    ) -> Tensor:
+        split = Split(*attend.modalities(), x.shape[:-1])
+        parts, ropes = split(x), list(zip(*map(split, rope), strict=True))
+        for text, image in zip(self.layers, self.image_layers, strict=True):
+            parts = modality_block(text, image, parts, ropes, split, attend)
+        return split.join(*parts)
+
+    def text_parameters(self) -> list[nn.Parameter]:
+        """All but the patches' own."""
+        return [p for name, p in self.named_parameters() if not name.startswith("image_layers.")]
 
     def reset_parameters(self) -> None:
         """Unit-variance outputs at the start: Normal(0, 1 / fan_in), residual ends by depth.

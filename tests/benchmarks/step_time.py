@@ -152,7 +152,7 @@ def our_step(net: Net, batch: Batch, alphas_cumprod: Tensor) -> None:
     """What `Transfusion.training_step` computes, with its backward pass."""
     timesteps = (batch.t * len(alphas_cumprod)).long()
     alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    noised = add_noise(batch.latents, batch.noise, alpha_bar)
+    noised = add_noise(batch.latents, batch.noise, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
     attend = build_attention(batch)
     logits, output = net(batch, noised, timesteps / len(alphas_cumprod), attend)
     loss_lm = lm_loss(logits, batch.labels.flatten()[batch.target_index]).mean()

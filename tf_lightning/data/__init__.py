@@ -1,6 +1,7 @@
 """Corpora, and the packed rows made of them."""
 
 from tf_lightning.data.corpus import Corpus, Skipped, Source
+from tf_lightning.data.edits import EditData, EditFiles
 from tf_lightning.data.image_caption import CaptionTars, ImageCaptionData
 from tf_lightning.data.interleaved import InterleavedData, InterleavedFiles
 from tf_lightning.data.mixture import Mixture
@@ -10,6 +11,8 @@ from tf_lightning.data.text import TextData, TextFiles
 __all__ = [
     "CaptionTars",
     "Corpus",
+    "EditData",
+    "EditFiles",
     "ImageCaptionData",
     "InterleavedData",
     "InterleavedFiles",

@@ -103,6 +103,14 @@ class Corpus:
         images = self._sums(self._parts[:, 1] == IMAGE)
         return (images == 1) & (np.diff(self._documents) == 2)
 
+    def edits(self) -> np.ndarray:
+        """Which documents are exactly picture, instruction, picture, (num_documents,) bool."""
+        found = np.diff(self._documents) == 3
+        first = self._documents[:-1][found]
+        image = self._parts[:, 1] == IMAGE
+        found[found] = image[first] & ~image[first + 1] & image[first + 2]
+        return found
+
     def _sums(self, of_parts: np.ndarray) -> np.ndarray:
         """Sums over the parts of each document."""
         totals = np.concatenate([[0], np.cumsum(of_parts)])

@@ -4,8 +4,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from tf_lightning.data.corpus import BadSample, RawDocument
 from tf_lightning.data.files import FileSource
 from tf_lightning.data.images import load_picture
@@ -43,24 +41,33 @@ class InterleavedFiles(FileSource):
     def document(self, sample: tuple[Path, bytes]) -> RawDocument:
         """As `FileSource.document`."""
         folder, line = sample
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            raise BadSample("line that is not JSON") from error
-        parts = content.get("parts") if isinstance(content, dict) else content
-        if not isinstance(parts, list):
-            raise BadSample('line without "parts"')
-        return [self._part(part, folder) for part in parts]
+        return [
+            value if kind == "text" else load_picture(folder / value, self.image_size)
+            for kind, value in parse_parts(line)
+        ]
 
-    def _part(self, part: str | dict[str, str], folder: Path) -> str | Image.Image:
-        match part:
-            case str() as text:
-                return text
-            case {"text": str() as text}:
-                return text
-            case {"image": str() as path}:
-                return load_picture(folder / path, self.image_size)
-        raise BadSample("part that is neither text nor image")
+
+def parse_parts(line: str | bytes) -> list[tuple[str, str]]:
+    """The parts of a line in order: "text" or "image", and the text or the picture's file."""
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise BadSample("line that is not JSON") from error
+    parts = content.get("parts") if isinstance(content, dict) else content
+    if not isinstance(parts, list):
+        raise BadSample('line without "parts"')
+    return [_parse_part(part) for part in parts]
+
+
+def _parse_part(part: str | dict[str, str]) -> tuple[str, str]:
+    match part:
+        case str() as text:
+            return "text", text
+        case {"text": str() as text}:
+            return "text", text
+        case {"image": str() as path}:
+            return "image", path
+    raise BadSample("part that is neither text nor image")
 
 
 class InterleavedData(Mixture):

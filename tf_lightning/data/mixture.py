@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
 import torch
@@ -49,9 +50,11 @@ class Mixture(L.LightningDataModule):
         row_length: positions in a row.
         batch_size: rows in a batch of one rank.
         image_first_prob: probability that a captioned picture precedes its caption (paper: 0.2).
-        caption_drop_prob: probability that a caption that comes first is dropped, for guidance.
+        caption_drop_prob: probability that a caption that comes first is dropped, for guidance,
+            or an edit's instruction, half of the time with the picture before it.
         max_caption_t: noise limit of pictures that precede their text, in (0, 1] (paper: 0.5).
-        time_shift: > 1 draws noise levels nearer to pure noise, 1 = uniform (paper).
+        time_shift: > 1 draws noise levels nearer to pure noise, 1 = as they are (paper).
+        time_distribution: of noise levels, "uniform" (paper) or "logit_normal" (usual with flows).
         num_workers: processes that load rows; 0 loads in the training process.
         seed: of order and noise, >= 0.
         cache_dir: where tokenizer and prepared corpora are kept.
@@ -72,6 +75,7 @@ class Mixture(L.LightningDataModule):
         caption_drop_prob: float = 0.1,
         max_caption_t: float = 0.5,
         time_shift: float = 1.0,
+        time_distribution: Literal["uniform", "logit_normal"] = "uniform",
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str = "data",
@@ -80,6 +84,13 @@ class Mixture(L.LightningDataModule):
         check_weights(sources, weights)
         check_probability("image_first_prob", image_first_prob)
         check_probability("caption_drop_prob", caption_drop_prob)
+        check_probability("max_caption_t", max_caption_t)
+        if time_shift <= 0:
+            raise UserError(f"time_shift={time_shift} must be above 0; 1 leaves noise levels alone")
+        if time_distribution not in ("uniform", "logit_normal"):
+            raise UserError(
+                f"time_distribution={time_distribution!r} must be 'uniform' or 'logit_normal'"
+            )
         self.sources, self.weights = sources, weights
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
@@ -87,6 +98,7 @@ class Mixture(L.LightningDataModule):
         self.row_length, self.batch_size = row_length, batch_size
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.time_shift = max_caption_t, time_shift
+        self.time_distribution = time_distribution
         self.num_workers = num_workers
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.tokenizer: Tokenizer | None = None
@@ -172,7 +184,8 @@ class Mixture(L.LightningDataModule):
             rank=self._rank,
             world_size=self._world_size,
         )
-        return self._loader(rows, sampler, self.time_shift)
+        times = {"time_shift": self.time_shift, "time_distribution": self.time_distribution}
+        return self._loader(rows, sampler, **times)
 
     def val_dataloader(self) -> list[DataLoader]:
         """One finite loader for each source, in the order of `source_names`: each document once."""
@@ -190,7 +203,7 @@ class Mixture(L.LightningDataModule):
             corpus, row_length=self.row_length, num_patches=self._num_patches, **order
         )
 
-    def _loader(self, rows: Dataset, sampler: Sampler, time_shift: float = 1.0) -> DataLoader:
+    def _loader(self, rows: Dataset, sampler: Sampler, **times) -> DataLoader:
         collate = partial(
             pack_rows,
             tokenizer=self.tokenizer,
@@ -198,7 +211,7 @@ class Mixture(L.LightningDataModule):
             patch_size=self.patch_size,
             seed=self.seed,
             max_caption_t=self.max_caption_t,
-            time_shift=time_shift,
+            **times,
         )
         return DataLoader(
             rows,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 
-from tf_lightning.batch import Document, Row
+from tf_lightning.batch import Document, Row, is_image
 from tf_lightning.data.corpus import Corpus
 from tf_lightning.errors import UserError
 
@@ -29,13 +29,15 @@ class Epoch:
     Attributes:
         rows: the documents of each row.
         image_first: which documents show their picture before the caption, (num_documents,) bool.
-        dropped: which documents lose their caption, (num_documents,) bool.
+        dropped: which documents lose their caption or instruction, (num_documents,) bool.
+        alone: which of them lose all but the last picture, (num_documents,) bool.
         fill: share of the rows' positions that is not padding.
     """
 
     rows: list[list[int]]
     image_first: np.ndarray
     dropped: np.ndarray
+    alone: np.ndarray
     fill: float
 
 
@@ -67,7 +69,9 @@ class CorpusRows:
     """The rows of one corpus, numbered through its epochs.
 
     Documents of one text and one image are shown caption first, or image first with probability
-    `image_first_prob`; of those with the caption first, `caption_drop_prob` lose it.
+    `image_first_prob`; of those with the caption first, `caption_drop_prob` lose it. As many edits
+    (picture, instruction, picture) lose their instruction, half of these the first picture too
+    (InstructPix2Pix Sec. 3.2.1).
 
     Args:
         corpus: the documents.
@@ -92,6 +96,7 @@ class CorpusRows:
         self.seed = seed
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.lengths, self.pairs = corpus.lengths(num_patches), corpus.pairs()
+        self.edits = corpus.edits()
         self._starts = [0]  # first row of each epoch planned so far, and of the next
         self._latest: tuple[int, Epoch] = (0, self._plan(0))
         self._starts.append(self.rows_per_epoch)
@@ -126,21 +131,23 @@ class CorpusRows:
         random = np.random.default_rng((*(self.seed or ()), number))
         order = np.arange(count) if self.seed is None else random.permutation(count)
         image_first = self.pairs & (random.random(count) < self.image_first_prob)
-        dropped = self.pairs & ~image_first & (random.random(count) < self.caption_drop_prob)
-        # A picture without caption: <bos> <boi> patches <eoi> <eos>.
-        lengths = np.where(dropped, self.num_patches + 4, self.lengths)
+        chance = random.random(count)
+        dropped = (self.pairs & ~image_first | self.edits) & (chance < self.caption_drop_prob)
+        alone = dropped & (self.pairs | (chance < self.caption_drop_prob / 2))
+        # Pictures without text: <bos>, <boi> patches <eoi> each, <eos>.
+        image = self.num_patches + 2
+        lengths = np.where(dropped, 2 + image * np.where(alone, 1, 2), self.lengths)
         rows = best_fit(lengths[order].tolist(), self.row_length)
         fill = float(lengths.sum()) / max(len(rows) * self.row_length, 1)
-        return Epoch([order[row].tolist() for row in rows], image_first, dropped, fill)
+        return Epoch([order[row].tolist() for row in rows], image_first, dropped, alone, fill)
 
     def _document(self, index: int, epoch: Epoch) -> Document:
         parts = self.corpus.document(index)
-        if not self.pairs[index]:
-            return parts
-        text, image = sorted(parts, key=lambda part: part.ndim)
+        if self.pairs[index]:
+            parts.sort(key=lambda part: part.ndim, reverse=bool(epoch.image_first[index]))
         if epoch.dropped[index]:
-            return [image]
-        return [image, text] if epoch.image_first[index] else [text, image]
+            parts = [part for part in parts if is_image(part)]
+        return parts[-1:] if epoch.alone[index] else parts
 
 
 class Rows(Dataset):

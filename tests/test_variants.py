@@ -1,0 +1,66 @@
+"""The table of variants: made on tiny settings, and resumed."""
+
+import json
+
+import pytest
+import runs
+import torch
+from benchmarks import variants
+
+STEPS = 3
+
+
+def make_table(folder, *names: str) -> list[list[str]]:
+    """The table's cells, of three steps each of the tests' own recipe."""
+    base = runs.write_config(folder)
+    options = ["--variants", *names, f"--steps={STEPS}", f"--out={folder}/out", f"--base={base}"]
+    variants.main(options)
+    lines = (folder / "out" / "table.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.slow
+def test_the_table_has_a_row_a_variant_and_is_resumed(tmp_path, monkeypatch):
+    head, _, linear = make_table(tmp_path, "linear")
+    assert head == ["variant", *variants.COLUMNS] and linear[0] == "linear"
+    report = json.loads((tmp_path / "out" / "linear" / "report.json").read_text())
+    assert linear[1] == f"{report['one_object']:.1%}"
+    assert linear[6] == f"{report['num_parameters']:,}"
+
+    commands = []
+    original = variants.tf_lightning
+    monkeypatch.setattr(
+        variants, "tf_lightning", lambda args: (commands.append(args[0]), original(args))
+    )
+    _, _, first, second = make_table(tmp_path, "linear", "mot_ffn")
+    assert first == linear and commands == ["fit"]  # of mot_ffn alone
+    assert second[0] == "mot_ffn" and second[6] != linear[6]
+    assert second[7] == linear[7] and float(linear[7]) > 0  # as many FLOPs
+    config = (tmp_path / "out" / "mot_ffn" / "config.yaml").read_text()
+    assert "image_weights: ffn" in config
+
+    (tmp_path / "out" / "mot_ffn" / "report.json").unlink()  # killed while being examined
+    _, _, _, again = make_table(tmp_path, "linear", "mot_ffn")
+    assert commands == ["fit", "validate"] and again[:-1] == second[:-1]
+
+
+def test_a_report_of_an_earlier_step_does_not_count(tmp_path):
+    assert variants.read_report(tmp_path, 9) is None and variants.steps_done(tmp_path) == 0
+    (tmp_path / "report.json").write_text('{"global_step": 6}')
+    assert variants.read_report(tmp_path, 9) is None
+    assert variants.read_report(tmp_path, 6) == {"global_step": 6}
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"global_step": 6}, tmp_path / "checkpoints" / "last.ckpt")
+    assert variants.steps_done(tmp_path) == 6
+
+
+def test_numbers_that_a_report_lacks_are_dashes():
+    cells = variants.table({"a": {"one_object": 0.5}}).splitlines()[2].split(" | ")
+    assert cells[1] == "50.0%" and set(cells[2:]) == {"-", "- |"}
+
+
+@pytest.mark.parametrize("steps", ["0", "1200"])
+def test_steps_that_would_not_be_saved_are_refused(steps, capsys):
+    with pytest.raises(SystemExit):
+        variants.main(["--steps", steps])
+    assert "must be a multiple of 500" in capsys.readouterr().err

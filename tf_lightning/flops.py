@@ -1,0 +1,109 @@
+"""Floating-point operations of a network, from its sizes.
+
+2 for each weight of a matrix at each position it is applied to, and 4 D L^2 for the attention of a
+layer in a document, or in a U-Net's image, of length L.
+
+As torch.utils.flop_counter counts: the whole square of attention although the rule leaves some of
+it out, and nothing for norms, activations, embeddings and rotary angles. Padding is not counted,
+since the CPU does not compute it and a GPU computes it in vain.
+
+Shapes: B rows, T positions, M images, C x h x w latents, D dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tf_lightning.batch import Batch
+from tf_lightning.net import Net
+from tf_lightning.patches import LinearPatchCoder
+from tf_lightning.transformer import Transformer
+from tf_lightning.unet import UNetPatchCoder
+
+BACKWARD = 2  # a backward pass costs two forward passes: the inputs' gradient and the weights'
+
+
+@dataclass
+class Work:
+    """What some batches ask of a network; sums over documents and images."""
+
+    tokens: float = 0  # positions that are not padding
+    squared_lengths: float = 0  # of documents, in positions
+    targets: int = 0  # positions with a vocabulary head
+    images: int = 0
+
+
+def squared_lengths(batch: Batch) -> Tensor:
+    """Sum of L^2 over the documents, a scalar on the batch's device; nothing waits for it.
+
+    Positions count from 0 in each document, and 1 + 3 + ... + (2 L - 1) = L^2.
+    """
+    odd = 2 * batch.positions + 1
+    return torch.where(batch.document_ids >= 0, odd, 0).sum(dtype=torch.float64)
+
+
+def weights(module: nn.Module) -> int:
+    """Weights of all matrices and convolutions, without biases."""
+    kinds = (nn.Linear, nn.Conv2d)
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, kinds))
+
+
+def transformer_flops(transformer: Transformer, work: Work) -> float:
+    """Forward. Patches with weights of their own cost what text does."""
+    attention = 4 * transformer.config.dim * len(transformer.layers) * work.squared_lengths
+    matrices = weights(transformer.layers) * work.tokens
+    return attention + 2 * (matrices + weights(transformer.output) * work.targets)
+
+
+def patch_coder_flops(coder: LinearPatchCoder | UNetPatchCoder, size: tuple[int, int]) -> float:
+    """Forward, of one image with latents of `size` = (h, w)."""
+    patches = (size[0] // coder.patch_size) * (size[1] // coder.patch_size)
+    ends = (weights(coder.patch_encoder) + weights(coder.patch_decoder)) * patches
+    total = 2 * (weights(coder.time_embedder) + ends)
+    if isinstance(coder, UNetPatchCoder):
+        total += unet_flops(coder, size[0] * size[1])
+    return total
+
+
+def unet_flops(coder: UNetPatchCoder, area: int) -> float:
+    """The convolutional part of a U-Net coder, for latents of `area` = h * w pixels."""
+    total = 2 * (weights(coder.conv_in) + weights(coder.conv_out)) * area
+    levels = len(coder.down_blocks)
+    for index, (down, up) in enumerate(
+        zip(coder.down_blocks, reversed(coder.up_blocks), strict=True)
+    ):
+        here = area // 4**index
+        total += block_flops(down, here) + block_flops(up, here)
+        if index < levels - 1:
+            total += 2 * weights(down.downsamplers) * here // 4
+        if index > 0:
+            total += 2 * weights(up.upsamplers) * here * 4
+    return total
+
+
+def block_flops(block: nn.Module, area: int) -> float:
+    """The residual blocks and attentions of one of diffusers' blocks, at `area` pixels."""
+    total = 0.0
+    for resnet in block.resnets:
+        time = weights(resnet.time_emb_proj)  # once an image
+        total += 2 * (time + (weights(resnet) - time) * area)
+    for attention in getattr(block, "attentions", ()):
+        total += 2 * weights(attention) * area + 4 * attention.inner_dim * area**2
+    return total
+
+
+def forward_flops(net: Net, work: Work, size: tuple[int, int] | None) -> float:
+    """Forward FLOPs of `work`, whose images have latents of `size` = (h, w)."""
+    images = work.images * patch_coder_flops(net.patch_coder, size) if size else 0
+    return transformer_flops(net.transformer, work) + images
+
+
+def training_flops(net: Net, work: Work, size: tuple[int, int] | None) -> float:
+    """Forward and backward; a little too many where weights are frozen."""
+    return (1 + BACKWARD) * forward_flops(net, work, size)
+
+
+def flops_6nd(net: Net, tokens: float) -> float:
+    """6 N D, the papers' estimate: N the Transformer's weights that a token meets, D tokens."""
+    return 6 * sum(p.numel() for p in net.transformer.text_parameters()) * tokens
