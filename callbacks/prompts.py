@@ -1,0 +1,155 @@
+"""What a model is asked at validation: captions to draw, and true pictures to compare and caption."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol
+
+import lightning as L
+import numpy as np
+from PIL import Image
+
+from tf_lightning.data.corpus import RawDocument, Skipped, Source, Split
+from tf_lightning.data.oracle import read
+from tf_lightning.data.shapes import Meaning, draw_scene, generator
+from tf_lightning.data.shapes_grammar import caption, captions, parse
+from tf_lightning.data.shapes_sources import picture
+from tf_lightning.errors import UserError
+
+SEED_OFFSET = 2_000  # these pictures are neither the validation's nor the final report's
+
+OpenPicture = Callable[[], Image.Image]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question: words to draw, and where there is one the true picture with its captions."""
+
+    text: str
+    picture: OpenPicture | None = None
+    references: tuple[str, ...] = ()
+    about: Any = None  # what the prompt set itself needs to know of it
+
+
+class PromptSet(Protocol):
+    """Fixed prompts in a fixed order, and the real pictures that drawn ones are compared with."""
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """The `dataset`, and how its pictures were made the size they have, `resize`."""
+
+    def prompts(self, data: L.LightningDataModule) -> Sequence[Prompt]:
+        """The prompts; `data` is the run's.
+
+        Raises:
+            ValueError: there is none.
+        """
+
+    def real_pictures(self, data: L.LightningDataModule) -> Sequence[OpenPicture]:
+        """The pictures that the distribution of drawn ones is compared with."""
+
+    def judge(self, prompt: Prompt, picture: Image.Image) -> bool | None:
+        """Whether a drawn picture is right; None where nobody can tell."""
+
+    def judge_words(self, prompt: Prompt, words: str) -> bool | None:
+        """Whether a written caption is right; None where nobody can tell."""
+
+
+class ShapesPrompts:
+    """The embedded world: captions of scenes, those with two objects of held-out meanings only.
+
+    Args:
+        count: prompts.
+        num_real: other scenes drawn alike, whose pictures are the real ones.
+        seed: of the scenes, >= 0.
+    """
+
+    def __init__(self, count: int = 128, num_real: int = 2048, seed: int = 0):
+        self.count, self.num_real, self.seed = count, num_real, seed
+        self.facts = {"dataset": f"shapes held-out, seed {seed}", "resize": "none (64 x 64)"}
+
+    def prompts(self, data: L.LightningDataModule | None = None) -> list[Prompt]:
+        """A caption of each scene, its picture, and every wording of its meaning."""
+        asked = []
+        for index in range(self.count):
+            rng = generator(SEED_OFFSET + self.seed, index, "val")
+            scene = draw_scene(rng, split="val")
+            words = captions(scene.meaning)
+            asked.append(Prompt(caption(scene, rng), partial(picture, scene), words, scene.meaning))
+        return asked
+
+    def real_pictures(self, data: L.LightningDataModule | None = None) -> list[OpenPicture]:
+        """Pictures of the scenes that come after the prompts'."""
+        return [partial(self._real, self.count + index) for index in range(self.num_real)]
+
+    def _real(self, index: int) -> Image.Image:
+        return picture(draw_scene(generator(SEED_OFFSET + self.seed, index, "val"), split="val"))
+
+    def judge(self, prompt: Prompt, picture: Image.Image) -> bool:
+        """As the oracle reads it."""
+        return read_meaning(picture) == prompt.about
+
+    def judge_words(self, prompt: Prompt, words: str) -> bool:
+        """As the grammar reads them."""
+        return parse(words) == prompt.about
+
+
+def read_meaning(picture: Image.Image) -> Meaning | None:
+    """What the oracle reads in a picture; None unless all is readable."""
+    return read(np.asarray(picture.convert("RGB"))).meaning
+
+
+class HeldOut:
+    """Captioned pictures that a source of the run's data keeps from training.
+
+    Args:
+        source: its name in the data's `sources`.
+        count: prompts, the first of the split; fewer where it has fewer.
+    """
+
+    def __init__(self, source: str, count: int = 128):
+        self.source, self.count = source, count
+        self.facts = {"dataset": f"{source} held-out", "resize": "as trained on"}
+
+    def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
+        """Each picture with its one caption."""
+        if self.source not in data.sources:
+            raise UserError(
+                f"the data has no source {self.source!r}; name one of {', '.join(data.sources)}"
+            )
+        pairs = [*islice(captioned(data.sources[self.source], "val"), self.count)]
+        if not pairs:
+            raise UserError(
+                f"source {self.source!r} holds no captioned picture out; give it a validation split"
+            )
+        return [Prompt(words, partial(as_it_is, true), (words,)) for words, true in pairs]
+
+    def real_pictures(self, data: L.LightningDataModule) -> list[OpenPicture]:
+        """All pictures of the split."""
+        return [partial(as_it_is, p) for _, p in captioned(data.sources[self.source], "val")]
+
+    def judge(self, prompt: Prompt, picture: Image.Image) -> None:
+        """Nobody can tell."""
+
+    def judge_words(self, prompt: Prompt, words: str) -> None:
+        """Nobody can tell."""
+
+
+def as_it_is(picture: Image.Image | np.ndarray) -> Image.Image:
+    """A picture that is in memory already."""
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+
+
+def captioned(source: Source, split: Split) -> Iterator[tuple[str, Image.Image]]:
+    """Caption and picture of the documents that are just these."""
+    for document in source.documents(split):
+        kinds = sorted(isinstance(part, str) for part in document_parts(document))
+        if kinds == [False, True]:
+            words, true = sorted(document, key=lambda part: not isinstance(part, str))
+            yield words, as_it_is(true)
+
+
+def document_parts(document: RawDocument | Skipped) -> RawDocument:
+    """The parts of a document; none of one that is skipped."""
+    return [] if isinstance(document, Skipped) else document
