@@ -1,0 +1,74 @@
+"""BLEU-4 of captions as the COCO caption evaluation computes it."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from evaluation.ptb import tokenize
+
+MAX_N = 4
+SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's: nothing divides by zero, no match is 0 to 3 digits
+
+
+def ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    """How often each run of n tokens occurs."""
+    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+class BLEU4(Metric):
+    """Geometric mean of clipped 1- to 4-gram precisions times brevity penalty (Papineni 2002).
+
+    Higher is better, from 0 to 1. Counts are summed over the corpus; the reference length is the
+    closest one.
+
+    Args:
+        name: the metric's name in logs.
+    """
+
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(self, name: str = "bleu4"):
+        super().__init__()
+        self.name = name
+        for state in ("matched", "proposed"):
+            self.add_state(state, torch.zeros(MAX_N, dtype=torch.long), "sum")
+        for state in ("length", "reference_length", "count"):
+            self.add_state(state, torch.tensor(0), "sum")
+        self.counts: dict[str, int] = {}
+
+    def update(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        """Adds written captions, each with its picture's reference captions."""
+        for caption, others in zip(captions, references, strict=True):
+            self.add(tokenize(caption), [tokenize(other) for other in others])
+
+    def add(self, tokens: list[str], references: list[list[str]]) -> None:
+        """Adds one caption given as tokens."""
+        for n in range(1, MAX_N + 1):
+            allowed = Counter()
+            for reference in references:
+                allowed |= ngrams(reference, n)
+            found = ngrams(tokens, n)
+            self.matched[n - 1] += (found & allowed).total()
+            self.proposed[n - 1] += found.total()
+        self.length += len(tokens)
+        # The shorter of two equally close.
+        self.reference_length += min((abs(len(r) - len(tokens)), len(r)) for r in references)[1]
+        self.count += 1
+
+    def compute(self) -> Tensor:
+        """The score, a float64 scalar."""
+        if not self.count:
+            raise ValueError(f"{self.name} was given no caption")
+        self.counts = {"num_captions": int(self.count)}
+        precisions = (self.matched.double() + TINY) / (self.proposed + SMALL)
+        ratio = (self.length.double() + TINY) / (self.reference_length + SMALL)
+        return precisions.log().mean().exp() * (1 - 1 / ratio).clamp(max=0).exp()
+
+    @property
+    def protocol(self) -> dict:
+        """What the number depends on; the count is that of the last `compute`."""
+        return {"metric": "bleu4", "tokenizer": "ptb-like, without Java", **self.counts}

@@ -1,0 +1,80 @@
+"""open_clip models by tag, file or folder; at once where there is no network."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub.constants
+import open_clip
+from PIL import Image
+from torch import Tensor, nn
+
+from evaluation.weights import file_hash, reachable
+
+
+class OpenClip(NamedTuple):
+    """A model in evaluation mode with its own preprocessing and the hash of its weights' file."""
+
+    network: nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
+    weights_hash: str
+
+
+def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
+    """Loads a model with pretrained weights.
+
+    Args:
+        model: a name that open_clip knows ("ViT-L-14"), "local-dir:FOLDER" or "hf-hub:ORG/NAME".
+        pretrained: a tag ("openai") or a file of weights; none with "local-dir:" and "hf-hub:".
+
+    Raises:
+        ValueError: no such model or weights, or weights absent and no network to fetch them.
+    """
+    try:
+        with hub_offline_if_unreachable():
+            weights = weights_file(model, pretrained)
+            network, preprocess = open_clip.create_model_from_pretrained(model, pretrained)
+    except (RuntimeError, OSError, ValueError) as error:
+        where = f"{model!r} with pretrained={pretrained!r}" if pretrained else repr(model)
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"open_clip cannot load {where} ({reason}); give pretrained a local file, or name "
+            "model local-dir:FOLDER with open_clip_config.json and open_clip_model.safetensors"
+        ) from error
+    return OpenClip(network.eval().requires_grad_(False), preprocess, file_hash(weights))
+
+
+def weights_file(model: str, pretrained: str | None) -> Path:
+    """The file that open_clip reads, fetched when it is on the hub and not in the cache."""
+    schema, name = open_clip.factory.parse_model_name(model)
+    if schema == "local-dir":
+        found = open_clip.factory._find_checkpoint_in_dir(Path(name))
+    elif schema == "hf-hub":
+        found = open_clip.pretrained.download_pretrained_from_hf(name)
+    elif Path(pretrained or "").is_file():
+        found = pretrained
+    else:
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if pretrained not in tags:
+            raise ValueError(f"no such file, nor one of the tags {', '.join(tags) or '(none)'}")
+        found = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
+    if not found:
+        raise ValueError(f"no weights in {name}")
+    return Path(found)
+
+
+@contextmanager
+def hub_offline_if_unreachable() -> Iterator[None]:
+    """Has huggingface_hub use its cache alone, at once, while its host does not answer.
+
+    Without it huggingface_hub retries for most of a minute; its own switch is an environment
+    variable read at import.
+    """
+    constants = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
