@@ -1,7 +1,7 @@
-"""What a model is asked at validation: captions to draw, and true pictures to compare and caption."""
+"""What a model is asked at validation: captions to draw, true pictures to compare and caption."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from PIL import Image
 
 from tf_lightning.data.corpus import RawDocument, Skipped, Source, Split
 from tf_lightning.data.oracle import read
-from tf_lightning.data.shapes import Meaning, draw_scene, generator
+from tf_lightning.data.shapes import draw_scene, generator
 from tf_lightning.data.shapes_grammar import caption, captions, parse
 from tf_lightning.data.shapes_sources import picture
 from tf_lightning.errors import UserError
@@ -29,11 +29,18 @@ class Prompt:
     text: str
     picture: OpenPicture | None = None
     references: tuple[str, ...] = ()
-    about: Any = None  # what the prompt set itself needs to know of it
+    about: Any = None  # what its set and the measures made for that set know of it
+    metadata: dict = field(default_factory=dict)  # as the set's file has it
 
 
 class PromptSet(Protocol):
-    """Fixed prompts in a fixed order, and the real pictures that drawn ones are compared with."""
+    """Fixed prompts in a fixed order, and the real pictures that drawn ones are compared with.
+
+    `image_size` is the side of the real pictures, to which drawn ones are resized; None: neither is
+    resized.
+    """
+
+    image_size: int | None
 
     @property
     def facts(self) -> dict[str, str | int]:
@@ -67,6 +74,7 @@ class ShapesPrompts:
 
     def __init__(self, count: int = 128, num_real: int = 2048, seed: int = 0):
         self.count, self.num_real, self.seed = count, num_real, seed
+        self.image_size = None
         self.facts = {"dataset": f"shapes held-out, seed {seed}", "resize": "none (64 x 64)"}
 
     def prompts(self, data: L.LightningDataModule | None = None) -> list[Prompt]:
@@ -88,16 +96,11 @@ class ShapesPrompts:
 
     def judge(self, prompt: Prompt, picture: Image.Image) -> bool:
         """As the oracle reads it."""
-        return read_meaning(picture) == prompt.about
+        return read(np.asarray(picture.convert("RGB"))).meaning == prompt.about
 
     def judge_words(self, prompt: Prompt, words: str) -> bool:
         """As the grammar reads them."""
         return parse(words) == prompt.about
-
-
-def read_meaning(picture: Image.Image) -> Meaning | None:
-    """What the oracle reads in a picture; None unless all is readable."""
-    return read(np.asarray(picture.convert("RGB"))).meaning
 
 
 class HeldOut:
@@ -110,6 +113,7 @@ class HeldOut:
 
     def __init__(self, source: str, count: int = 128):
         self.source, self.count = source, count
+        self.image_size = None
         self.facts = {"dataset": f"{source} held-out", "resize": "as trained on"}
 
     def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
