@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from callbacks.prompts import PromptSet
-from callbacks.sampling import Sampled
+from callbacks.measures import Measure
+from callbacks.sampling import Kind, Sampled
 from evaluation.composition import Composition, write_samples
 from tf_lightning.data.oracle import read
 from tf_lightning.data.shapes import Meaning
 
 
-class ShapesComposition:
+class ShapesComposition(Measure):
     """What the embedded world's oracle finds right in drawn pictures, task by task.
 
     `composition[<label>]/<task>` for GenEval's tasks and `overall`, their mean. A picture of one
@@ -26,12 +26,11 @@ class ShapesComposition:
         label: names the protocol in the brackets.
     """
 
+    of: Kind = "drawn"
+
     def __init__(self, label: str = "shapes"):
         self.name = f"composition[{label}]"
         self.score = Composition(self.name, judge="the embedded world's oracle")
-
-    def open(self, prompts: PromptSet) -> None:
-        """Nothing to load."""
 
     def to(self, device: torch.device) -> "ShapesComposition":
         """Move the sums."""
@@ -40,7 +39,7 @@ class ShapesComposition:
 
     def update(self, sampled: Sampled) -> None:
         """Judge drawn pictures."""
-        for prompt, drawn in zip(sampled.prompts, sampled.drawn, strict=True):
+        for prompt, drawn in zip(sampled.prompts, sampled.pictures, strict=True):
             for task, right in verdicts(prompt.about, drawn).items():
                 self.score.update(task, right)
 
@@ -71,7 +70,7 @@ def verdicts(asked: Meaning, picture: Image.Image) -> dict[str, bool]:
     return {"two_object": has_shapes, "color_attr": has_kinds, "position": reading.meaning == asked}
 
 
-class GenEvalFolder:
+class GenEvalFolder(Measure):
     """Writes drawn pictures where GenEval's own script looks for them; measures nothing itself.
 
     For `callbacks.benchmarks.GenEvalPrompts`. `folder`/NNNNN/metadata.jsonl and samples/NNNN.png.
@@ -80,13 +79,11 @@ class GenEvalFolder:
         folder: of all prompts.
     """
 
+    of: Kind = "drawn"
     protocol: dict[str, dict] = {}
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
-
-    def open(self, prompts: PromptSet) -> None:
-        """Nothing to load."""
 
     def to(self, device: torch.device) -> "GenEvalFolder":
         """Nothing to move."""
@@ -98,7 +95,7 @@ class GenEvalFolder:
         Raises:
             ValueError: they are not.
         """
-        pairs = zip(sampled.prompts, sampled.drawn, strict=True)
+        pairs = zip(sampled.prompts, sampled.pictures, strict=True)
         for (number, copies), group in groupby(pairs, key=lambda pair: pair[0].about):
             together = list(group)
             if len(together) != copies:

@@ -16,7 +16,7 @@ from callbacks.measures import Measure, PictureScores
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
 from callbacks.protocol import Number, prompts_hash, write_numbers
-from callbacks.sampling import Sampled, model_of, sample, shares
+from callbacks.sampling import Kind, Sampled, model_of, sample, shares
 from callbacks.sheet import run_folder, write_picture
 from callbacks.show import show
 from tf_lightning.errors import UserError
@@ -72,7 +72,7 @@ class Evaluate(L.Callback):
         tag: str = "val",
     ):
         self.prompt_set, self.measures = prompts, list(measures)
-        self.draw, self.write = draw, write
+        self.makes = {"drawn": draw, "written": write}
         self.scales = guidance_scale if isinstance(guidance_scale, list) else [guidance_scale]
         if not self.scales:
             raise UserError("guidance_scale=[] measures nothing; give one number or more")
@@ -92,6 +92,9 @@ class Evaluate(L.Callback):
         """Load the metrics' networks now: what is absent is told before hours of training."""
         try:
             for measure in self.measures:
+                if not self.makes[measure.of]:
+                    name = type(measure).__name__
+                    raise UserError(f"{name} measures what is {measure.of}, which is switched off")
                 measure.open(self.prompt_set)
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -140,28 +143,26 @@ class Evaluate(L.Callback):
                 ranks alike.
         """
         prompts = self.prompt_set.prompts(trainer.datamodule)
-        if self.write and not all(prompt.picture for prompt in prompts):
+        if self.makes["written"] and not all(prompt.picture for prompt in prompts):
             raise UserError("these prompts have no pictures to caption; give write: false")
         model, weights = model_of(module, self.weights)
         for measure in self.measures:
             measure.to(module.device)
         self.see_real(trainer)
+        self.show_texts(trainer, model)
         facts = {
+            "prompts": self.prompt_set.facts["dataset"],
             "num_prompts": len(prompts),
             "prompts_hash": prompts_hash(prompts),
-            **self.prompt_set.facts,
-            **({**self.how, "image_size": model.image_size} if self.draw else {}),
             "weights": weights,
+            "image_size": model.image_size,
         }
-        numbers = []
+        written = facts | {"decoding": "greedy", "max_new_tokens": self.max_new_tokens}
+        numbers = self.measure(trainer, model, prompts, "written", "", written)
         for scale in self.scales:
-            values, protocols = self.measure(trainer, model, prompts, scale)
             suffix = f"@{scale:g}" if len(self.scales) > 1 else ""
-            facts |= {"guidance_scale": scale} if self.draw else {}
-            numbers += [
-                Number(f"val/{name}{suffix}", value, {**facts, **protocols[name]})
-                for name, value in values.items()
-            ]
+            drawn = facts | self.how | {"guidance_scale": scale}
+            numbers += self.measure(trainer, model, prompts, "drawn", suffix, drawn)
         return numbers
 
     def see_real(self, trainer: L.Trainer) -> None:
@@ -176,40 +177,63 @@ class Evaluate(L.Callback):
             measure.keep_real()
 
     def measure(
-        self, trainer: L.Trainer, model: Model, prompts: Sequence[Prompt], scale: float
-    ) -> tuple[dict[str, float], dict[str, dict]]:
-        """Values and protocols by name, of all prompts sampled with one guidance scale."""
-        for measure in self.measures:
+        self, trainer: L.Trainer, model: Model, prompts: Sequence[Prompt], kind: Kind, suffix: str,
+        facts: dict,
+    ) -> list[Number]:  # fmt: skip
+        """Make all the samples of one kind, "drawn" pictures or "written" captions; measure them.
+
+        Args:
+            trainer: the run's.
+            model: what is asked.
+            prompts: of all ranks.
+            kind: of the samples.
+            suffix: of the numbers' names.
+            facts: how the samples are made.
+        """
+        measures = [measure for measure in self.measures if measure.of == kind]
+        if not self.makes[kind]:
+            return []
+        for measure in measures:
             measure.reset()
-        places = shares(len(prompts), self.batch_size, trainer.global_rank, trainer.world_size)
         samples = sample(
             model,
             prompts,
-            places,
-            draw=self.draw,
-            write=self.write,
-            max_new_tokens=self.max_new_tokens,
+            shares(len(prompts), self.batch_size, trainer.global_rank, trainer.world_size),
+            facts,
+            kind=kind,
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
-            guidance_scale=scale,
-            **self.how,
         )
-        together(trainer, lambda: [self.take(trainer, model, sampled) for sampled in samples])
-        values, protocols = {}, {}
-        for measure in self.measures:
+
+        def take() -> None:
+            for sampled in samples:
+                for measure in measures:
+                    measure.update(sampled)
+                if sampled.numbers.start == 0:
+                    self.show(trainer, sampled, suffix)
+
+        together(trainer, take)
+        values: dict[str, float] = {}
+        protocols: dict[str, dict] = {}
+        for measure in measures:
             values |= measure.compute()
             protocols |= measure.protocol
-        return values, protocols
+        return [
+            Number(f"val/{name}{suffix}", value, facts | protocols[name])
+            for name, value in values.items()
+        ]
 
-    def take(self, trainer: L.Trainer, model: Model, sampled: Sampled) -> None:
-        """Measure a batch; show the first one."""
-        for measure in self.measures:
-            measure.update(sampled)
-        logged = isinstance(trainer.logger, TensorBoardLogger)
-        if sampled.numbers.start == 0 and self.num_shown and logged:  # on rank zero
+    def show(self, trainer: L.Trainer, sampled: Sampled, suffix: str) -> None:
+        """The first batch, which rank zero has, in TensorBoard."""
+        if isinstance(trainer.logger, TensorBoardLogger) and self.num_shown:
+            show(trainer, self.prompt_set, sampled.first(self.num_shown), self.tag + suffix)
+
+    def show_texts(self, trainer: L.Trainer, model: Model) -> None:
+        """Continuations of `texts`, by rank zero, in TensorBoard."""
+        if isinstance(trainer.logger, TensorBoardLogger) and self.texts and trainer.is_global_zero:
             begun = [[text] for text in self.texts]
-            texts = model.write(begun, max_new_tokens=self.max_new_tokens, temperature=1.0)
-            whole = [f"{a} {b}" for a, b in zip(self.texts, texts, strict=True)]
-            show(trainer, self.prompt_set, sampled.first(self.num_shown), whole, self.tag)
+            ends = model.write(begun, max_new_tokens=self.max_new_tokens, temperature=1.0)
+            whole = "\n\n".join(f"{a} {b}" for a, b in zip(self.texts, ends, strict=True))
+            trainer.logger.experiment.add_text(f"text/{self.tag}", whole, trainer.global_step)
 
     def plot(self):
         """Each metric against the guidance scale."""

@@ -4,22 +4,24 @@ A number's name is `<metric>[<label>]`. The label says the protocol, so that nob
 of the embedded world's own judge for one of Inception or CLIP ViT-L.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchvision.transforms.functional import pil_to_tensor
 
 from callbacks.prompts import OpenPicture, PromptSet
-from callbacks.sampling import Sampled
+from callbacks.sampling import Kind, Sampled
 from evaluation.bleu import BLEU4
 from evaluation.cider import CIDEr
 from evaluation.clip_score import CLIPScore
-from evaluation.features import Extractor, inception, open_clip_features
+from evaluation.features import Extractor, Features, inception, open_clip_features
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
 from evaluation.inception_score import InceptionScore
@@ -30,22 +32,32 @@ SHAPES_CLIP = Path(train_shapes_clip.__file__).parent / "assets" / "shapes-clip"
 REAL_BATCH = 64
 
 
-class Measure(Protocol):
-    """Something measured of samples; every rank updates it with its own share."""
+class Measure(ABC):
+    """Something measured of samples; every rank updates it with its own share.
 
-    def open(self, prompts: PromptSet) -> None:
+    `of` says which samples; `protocol` has what each number depends on beside the samples, by its
+    name.
+    """
+
+    of: Kind
+    protocol: dict[str, dict]
+
+    def open(self, prompts: PromptSet) -> None:  # noqa: B027 - most load nothing
         """Load what is needed for these prompts.
 
         Raises:
             ValueError: something is absent or does not fit.
         """
 
+    @abstractmethod
     def to(self, device: torch.device) -> "Measure":
         """Move networks and sums."""
 
+    @abstractmethod
     def update(self, sampled: Sampled) -> None:
         """Add samples."""
 
+    @abstractmethod
     def compute(self) -> dict[str, float]:
         """The numbers by their names, of all ranks' samples.
 
@@ -53,15 +65,12 @@ class Measure(Protocol):
             ValueError: too few samples.
         """
 
+    @abstractmethod
     def reset(self) -> None:
         """Forget the samples."""
 
-    @property
-    def protocol(self) -> dict[str, dict]:
-        """What each number depends on beside the samples, by its name."""
 
-
-class PictureScores:
+class PictureScores(Measure):
     """FID, KID and Inception Score: one pass of one network over the drawn pictures.
 
     Args:
@@ -73,6 +82,8 @@ class PictureScores:
         kid_subset_size: pictures in a subset of KID, at most as many as are drawn.
         splits: of the Inception Score.
     """
+
+    of: Kind = "drawn"
 
     def __init__(
         self,
@@ -130,7 +141,7 @@ class PictureScores:
 
     def update(self, sampled: Sampled) -> None:
         """Add drawn pictures, at the size of the real ones."""
-        self.scores.update(self._tensor(sampled.drawn), real=False)
+        self.scores.update(self._tensor(sampled.pictures), real=False)
 
     def _tensor(self, pictures: Sequence[Image.Image]) -> Tensor:
         if self.image_size:
@@ -161,12 +172,29 @@ def load_extractor(name: str, weights: str | None) -> Extractor:
         return inception(weights)
     if name != "shapes":
         return open_clip_features(name, weights)
-    extractor = open_clip_features(f"local-dir:{SHAPES_CLIP}")
-    extractor.name = "shapes-clip"  # not where it happens to lie
-    return extractor
+    tower = open_clip_features(f"local-dir:{SHAPES_CLIP}")
+    return Extractor(
+        UnitLength(tower),
+        num_features=tower.num_features,
+        name="shapes-clip, length sqrt(F)",
+        weights_hash=tower.weights_hash,
+    )
 
 
-class PromptFit:
+class UnitLength(nn.Module):
+    """Features (B, F) scaled to length sqrt(F): as CLIP compares them, at an ordinary scale."""
+
+    def __init__(self, tower: Extractor):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, images: Tensor) -> Features:
+        """uint8 (B, 3, H, W) -> Features."""
+        pooled = self.tower(images).pooled
+        return Features(F.normalize(pooled) * pooled.shape[1] ** 0.5)
+
+
+class PromptFit(Measure):
     """CLIP score: how well drawn pictures fit their prompts.
 
     Args:
@@ -176,6 +204,8 @@ class PromptFit:
         prefix: put before every prompt.
         scale: of the cosine.
     """
+
+    of: Kind = "drawn"
 
     def __init__(
         self,
@@ -219,18 +249,17 @@ class PromptFit:
         return {self.name: self.score.protocol}
 
 
-class CaptionScores:
+class CaptionScores(Measure):
     """CIDEr-D and BLEU-4 of the captions written for the prompts' pictures.
 
     Args:
         label: names the protocol in the brackets.
     """
 
+    of: Kind = "written"
+
     def __init__(self, label: str = "shapes"):
         self.scores: list[Metric] = [CIDEr(f"cider[{label}]"), BLEU4(f"bleu4[{label}]")]
-
-    def open(self, prompts: PromptSet) -> None:
-        """Nothing to load."""
 
     def to(self, device: torch.device) -> "CaptionScores":
         """Move the sums."""

@@ -1,10 +1,11 @@
 """What a model is asked at validation: captions to draw, true pictures to compare and caption."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from tf_lightning.data.corpus import RawDocument, Skipped, Source, Split
 from tf_lightning.data.oracle import read
-from tf_lightning.data.shapes import draw_scene, generator
+from tf_lightning.data.shapes import Meaning, draw_scene, generator, place
 from tf_lightning.data.shapes_grammar import caption, captions, parse
 from tf_lightning.data.shapes_sources import picture
 from tf_lightning.errors import UserError
@@ -33,19 +34,17 @@ class Prompt:
     metadata: dict = field(default_factory=dict)  # as the set's file has it
 
 
-class PromptSet(Protocol):
+class PromptSet(ABC):
     """Fixed prompts in a fixed order, and the real pictures that drawn ones are compared with.
 
-    `image_size` is the side of the real pictures, to which drawn ones are resized; None: neither is
-    resized.
+    `facts` are the `dataset` and how its pictures came to their size, `resize`; `image_size` is the
+    side of the real pictures, to which drawn ones are resized (None: neither is resized).
     """
 
+    facts: dict[str, str | int]
     image_size: int | None
 
-    @property
-    def facts(self) -> dict[str, str | int]:
-        """The `dataset`, and how its pictures were made the size they have, `resize`."""
-
+    @abstractmethod
     def prompts(self, data: L.LightningDataModule) -> Sequence[Prompt]:
         """The prompts; `data` is the run's.
 
@@ -53,29 +52,42 @@ class PromptSet(Protocol):
             ValueError: there is none.
         """
 
+    @abstractmethod
     def real_pictures(self, data: L.LightningDataModule) -> Sequence[OpenPicture]:
         """The pictures that the distribution of drawn ones is compared with."""
 
     def judge(self, prompt: Prompt, picture: Image.Image) -> bool | None:
         """Whether a drawn picture is right; None where nobody can tell."""
+        return None
 
     def judge_words(self, prompt: Prompt, words: str) -> bool | None:
         """Whether a written caption is right; None where nobody can tell."""
+        return None
 
 
-class ShapesPrompts:
+class ShapesPrompts(PromptSet):
     """The embedded world: captions of scenes, those with two objects of held-out meanings only.
 
     Args:
         count: prompts.
-        num_real: other scenes drawn alike, whose pictures are the real ones.
+        real_per_prompt: real pictures of each prompt's meaning, at other places and sizes. With
+            the meanings the same, FID tells errors of drawing from the luck of the draw.
         seed: of the scenes, >= 0.
     """
 
-    def __init__(self, count: int = 128, num_real: int = 2048, seed: int = 0):
-        self.count, self.num_real, self.seed = count, num_real, seed
-        self.image_size = None
-        self.facts = {"dataset": f"shapes held-out, seed {seed}", "resize": "none (64 x 64)"}
+    image_size = None
+
+    def __init__(self, count: int = 128, real_per_prompt: int = 8, seed: int = 0):
+        if min(count, real_per_prompt) < 1:
+            raise UserError(
+                f"count={count} and real_per_prompt={real_per_prompt} ask nothing; give 1 or more"
+            )
+        self.count, self.real_per_prompt, self.seed = count, real_per_prompt, seed
+        self.facts = {
+            "dataset": f"shapes held-out, seed {seed}",
+            "resize": "none (64 x 64)",
+            "count": count * real_per_prompt,
+        }
 
     def prompts(self, data: L.LightningDataModule | None = None) -> list[Prompt]:
         """A caption of each scene, its picture, and every wording of its meaning."""
@@ -88,11 +100,12 @@ class ShapesPrompts:
         return asked
 
     def real_pictures(self, data: L.LightningDataModule | None = None) -> list[OpenPicture]:
-        """Pictures of the scenes that come after the prompts'."""
-        return [partial(self._real, self.count + index) for index in range(self.num_real)]
+        """Other pictures of the prompts' meanings."""
+        meanings = [prompt.about for prompt in self.prompts()] * self.real_per_prompt
+        return [partial(self._real, meaning, index) for index, meaning in enumerate(meanings)]
 
-    def _real(self, index: int) -> Image.Image:
-        return picture(draw_scene(generator(SEED_OFFSET + self.seed, index, "val"), split="val"))
+    def _real(self, meaning: Meaning, index: int) -> Image.Image:
+        return picture(place(meaning, generator(SEED_OFFSET + self.seed, index, "train")))
 
     def judge(self, prompt: Prompt, picture: Image.Image) -> bool:
         """As the oracle reads it."""
@@ -103,7 +116,7 @@ class ShapesPrompts:
         return parse(words) == prompt.about
 
 
-class HeldOut:
+class HeldOut(PromptSet):
     """Captioned pictures that a source of the run's data keeps from training.
 
     Args:
@@ -111,9 +124,10 @@ class HeldOut:
         count: prompts, the first of the split; fewer where it has fewer.
     """
 
+    image_size = None
+
     def __init__(self, source: str, count: int = 128):
         self.source, self.count = source, count
-        self.image_size = None
         self.facts = {"dataset": f"{source} held-out", "resize": "as trained on"}
 
     def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
@@ -132,12 +146,6 @@ class HeldOut:
     def real_pictures(self, data: L.LightningDataModule) -> list[OpenPicture]:
         """All pictures of the split."""
         return [partial(as_it_is, p) for _, p in captioned(data.sources[self.source], "val")]
-
-    def judge(self, prompt: Prompt, picture: Image.Image) -> None:
-        """Nobody can tell."""
-
-    def judge_words(self, prompt: Prompt, words: str) -> None:
-        """Nobody can tell."""
 
 
 def as_it_is(picture: Image.Image | np.ndarray) -> Image.Image:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from PIL import Image, ImageOps
@@ -15,25 +16,27 @@ from tf_lightning.errors import UserError
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
 
+Kind = Literal["drawn", "written"]
+DRAWING = ("guidance_scale", "num_inference_steps", "sampler")
+
 
 @dataclass(frozen=True)
 class Sampled:
     """Some prompts with what the model made of them; n prompts, H x W pixels."""
 
     prompts: Sequence[Prompt]
-    drawn: Sequence[Image.Image] | None  # None: nothing was drawn
-    true: Sequence[Image.Image | None]  # as the model reads them
-    written: Sequence[str] | None  # captions of `true`; None: nothing was captioned
     numbers: range  # places of the prompts in the whole set
+    pictures: Sequence[Image.Image]  # drawn; or, where captions were written, the true ones
+    written: Sequence[str] | None = None
 
     @cached_property
     def pixels(self) -> Tensor:
-        """The drawn pictures, uint8 (n, 3, H, W)."""
-        return torch.stack([pil_to_tensor(picture) for picture in self.drawn])
+        """The pictures, uint8 (n, 3, H, W)."""
+        return torch.stack([pil_to_tensor(picture) for picture in self.pictures])
 
     def first(self, count: int) -> "Sampled":
         """At most `count` of them."""
-        parts = (self.prompts, self.drawn, self.true, self.written, self.numbers)
+        parts = (self.prompts, self.numbers, self.pictures, self.written)
         return Sampled(*(part and part[:count] for part in parts))
 
 
@@ -76,13 +79,10 @@ def sample(
     model: Model,
     prompts: Sequence[Prompt],
     batches: Sequence[range],
+    how: dict,
     *,
-    draw: bool,
-    write: bool,
-    seed: int,
-    max_new_tokens: int,
+    kind: Kind,
     progress: bool,
-    **how,
 ) -> Iterator[Sampled]:
     """One Sampled a batch.
 
@@ -90,23 +90,23 @@ def sample(
         model: what is asked.
         prompts: of all ranks.
         batches: this rank's places in them.
-        draw: draw the prompts' texts.
-        write: caption the prompts' pictures, greedily.
-        seed: first noise of prompt 0; prompt i has seed + i.
-        max_new_tokens: limit of a caption.
+        how: guidance_scale, num_inference_steps, sampler and seed of "drawn" pictures (prompt i
+            has the noise of seed + i), max_new_tokens of "written" captions; the rest is ignored.
+        kind: what is made.
         progress: show a progress bar.
-        how: guidance_scale, num_inference_steps, sampler.
     """
-    for places in tqdm(batches, desc="Sampling", disable=not progress, leave=False):
+    for places in tqdm(batches, desc=kind.title(), disable=not progress, leave=False):
         asked = [prompts[place] for place in places]
-        drawn = written = None
-        if draw:
-            seeds = [seed + place for place in places]
-            drawn = model.draw([[prompt.text] for prompt in asked], seeds=seeds, **how)
-        true = [prompt.picture and readable(prompt.picture(), model) for prompt in asked]
-        if write:
-            written = model.write([[picture] for picture in true], max_new_tokens=max_new_tokens)
-        yield Sampled(asked, drawn, true, written, places)
+        if kind == "drawn":
+            options = {key: how[key] for key in DRAWING}
+            seeds = [how["seed"] + place for place in places]
+            pictures = model.draw([[prompt.text] for prompt in asked], seeds=seeds, **options)
+            yield Sampled(asked, places, pictures)
+        else:
+            pictures = [readable(prompt.picture(), model) for prompt in asked]
+            limit = how["max_new_tokens"]
+            written = model.write([[picture] for picture in pictures], max_new_tokens=limit)
+            yield Sampled(asked, places, pictures, written)
 
 
 def readable(picture: Image.Image, model: Model) -> Image.Image:

@@ -14,7 +14,7 @@ NUM_CAPTIONS, NUM_VAL = 40, 6
 EVALUATE = {
     "prompts": {
         "class_path": "callbacks.prompts.ShapesPrompts",
-        "init_args": {"count": 5, "num_real": 20},
+        "init_args": {"count": 5, "real_per_prompt": 4},
     },
     "measures": [
         {"class_path": "callbacks.measures.PictureScores"},
