@@ -152,7 +152,7 @@ class ImageNetPrompts(PromptSet):
 
 
 class GenEvalPrompts(PromptSet):
-    """GenEval's 553 prompts, four pictures each, for `callbacks.composition.GenEvalFolder`.
+    """GenEval's 553 prompts, four pictures each, for `callbacks.geneval.GenEvalFolder`.
 
     Args:
         file: its evaluation_metadata.jsonl.

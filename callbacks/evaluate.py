@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from callbacks.measures import Measure, PictureScores
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
-from callbacks.protocol import Number, prompts_hash, write_numbers
+from callbacks.protocol import Number, print_numbers, prompts_hash, write_numbers
 from callbacks.sampling import Kind, Sampled, model_of, sample, shares
 from callbacks.sheet import run_folder, write_picture
 from callbacks.show import show
@@ -33,9 +33,10 @@ MODULE_PROTOCOL = {  # of what the module itself logs at validation
 class Evaluate(L.Callback):
     """Samples at every validation and logs `val/<metric>[<label>]`.
 
-    Pictures, captions and text go to TensorBoard. `validate` and `test` also write `metrics.json`
-    into a folder of their own, and for several guidance scales the plot `guidance.png`; `fit`
-    writes `metrics/step<N>.json`. In `fit` a measurement that fails is a warning, else an error.
+    Pictures, captions and text go to TensorBoard. `validate` and `test` also print a table and
+    write `metrics.json` into a folder of their own, with the plot `guidance.png` for several
+    guidance scales; `fit` writes `metrics/step<N>-<tag>.json`. In `fit` a measurement that fails is
+    a warning, else an error.
 
     Args:
         prompts: what is asked, and the real pictures.
@@ -128,9 +129,10 @@ class Evaluate(L.Callback):
         numbers = [*self.numbers, *module_numbers(trainer, pl_module, self.numbers)]
         checkpoint = None if fit else trainer.ckpt_path
         write_numbers(path, numbers, checkpoint=checkpoint, global_step=step)
-        if len(self.scales) > 1:
+        if len(self.scales) > 1 and self.numbers:
             write_picture(folder / "guidance.png", self.plot())
         if not fit:
+            print_numbers(numbers)
             rank_zero_info(f"Wrote {path}")
 
     on_test_end = on_validation_end
@@ -148,6 +150,7 @@ class Evaluate(L.Callback):
         model, weights = model_of(module, self.weights)
         for measure in self.measures:
             measure.to(module.device)
+            measure.reset()
         self.see_real(trainer)
         self.show_texts(trainer, model)
         facts = {
@@ -155,7 +158,7 @@ class Evaluate(L.Callback):
             "num_prompts": len(prompts),
             "prompts_hash": prompts_hash(prompts),
             "weights": weights,
-            "image_size": model.image_size,
+            "image_size": model.latent_shape and model.image_size,
         }
         written = facts | {"decoding": "greedy", "max_new_tokens": self.max_new_tokens}
         numbers = self.measure(trainer, model, prompts, "written", "", written)

@@ -39,8 +39,8 @@ def draw_panel(
     for (x, y), value in zip(points, xs, strict=True):
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), "steelblue")
         draw.text((x, top + height - BOTTOM + 10), f"{value:g}", "black", anchor="ma")
-    for value, y in {min(ys): min(up, key=lambda v: -v), max(ys): min(up)}.items():
-        draw.text((left + LEFT - 12, y), f"{value:.4g}", "black", anchor="rm")
+    for value, y in {min(ys): max(up), max(ys): min(up)}.items():
+        draw.text((left + LEFT - 12, y), f"{value:.5g}", "black", anchor="rm")
 
 
 def scale(values: Sequence[float], low: float, high: float) -> list[float]:

@@ -8,6 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from callbacks.prompts import Prompt
 from callbacks.sheet import write_text
 from evaluation.weights import file_hash
@@ -16,6 +20,13 @@ PACKAGES = (
     *("torch", "lightning", "torchmetrics", "torch-fidelity", "open_clip_torch"),
     *("diffusers", "pillow", "tf-lightning"),
 )
+TOLD = {  # a table's heading: the key in a protocol
+    "prompts": "num_prompts",
+    "weights": "weights",
+    "guidance": "guidance_scale",
+    "steps": "num_inference_steps",
+    "sampler": "sampler",
+}
 
 
 @dataclass(frozen=True)
@@ -58,3 +69,12 @@ def write_numbers(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def print_numbers(numbers: Sequence[Number]) -> None:
+    """One table of names, values and how the samples were made."""
+    table = Table("number", "value", *TOLD)
+    for number in numbers:
+        how = [str(number.protocol.get(key, "")) for key in TOLD.values()]
+        table.add_row(escape(number.name), f"{number.value:.6g}", *how)
+    Console().print(table)

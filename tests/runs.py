@@ -20,7 +20,7 @@ EVALUATE = {
         {"class_path": "callbacks.measures.PictureScores"},
         {"class_path": "callbacks.measures.PromptFit"},
         {"class_path": "callbacks.measures.CaptionScores"},
-        {"class_path": "callbacks.composition.ShapesComposition"},
+        {"class_path": "callbacks.geneval.ShapesComposition"},
     ],
     "batch_size": 2,
     "num_shown": 2,
