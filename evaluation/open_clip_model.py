@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
-import huggingface_hub.constants
 import open_clip
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor, nn
 
@@ -35,9 +36,9 @@ def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
         with hub_offline_if_unreachable():
             weights = weights_file(model, pretrained)
             network, preprocess = open_clip.create_model_from_pretrained(model, pretrained)
-    except (RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # a broken or foreign file fails in many ways
         where = f"{model!r} with pretrained={pretrained!r}" if pretrained else repr(model)
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = shorten(str(error), 240) or type(error).__name__
         raise ValueError(
             f"open_clip cannot load {where} ({reason}); give pretrained a local file, or name "
             "model local-dir:FOLDER with open_clip_config.json and open_clip_model.safetensors"
@@ -51,17 +52,32 @@ def weights_file(model: str, pretrained: str | None) -> Path:
     if schema == "local-dir":
         found = open_clip.factory._find_checkpoint_in_dir(Path(name))
     elif schema == "hf-hub":
-        found = open_clip.pretrained.download_pretrained_from_hf(name)
+        found = from_hub(name, None)
     elif Path(pretrained or "").is_file():
         found = pretrained
     else:
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        if pretrained not in tags:
-            raise ValueError(f"no such file, nor one of the tags {', '.join(tags) or '(none)'}")
-        found = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
+        config = open_clip.get_pretrained_cfg(model, pretrained or "")
+        if not config:
+            tags = open_clip.list_pretrained_tags_by_model(model)
+            known = f"tags begin {', '.join(tags[:4])}" if tags else "no tag of this model is known"
+            raise ValueError(f"neither a file nor a tag; {known}")
+        found = from_hub(*config["hf_hub"].rsplit("/", 1))
     if not found:
         raise ValueError(f"no weights in {name}")
     return Path(found)
+
+
+def from_hub(repository: str, file: str | None) -> str:
+    """A file of the hub, by way of its cache; without a name, open_clip's usual ones."""
+    try:
+        return open_clip.pretrained.download_pretrained_from_hf(repository, file or None)
+    except FileNotFoundError as error:
+        if not constants.HF_HUB_OFFLINE:
+            raise
+        raise ValueError(
+            f"the weights of {repository} are not in {constants.HF_HUB_CACHE} "
+            f"and {constants.ENDPOINT} does not answer"
+        ) from error
 
 
 @contextmanager
@@ -71,7 +87,6 @@ def hub_offline_if_unreachable() -> Iterator[None]:
     Without it huggingface_hub retries for most of a minute; its own switch is an environment
     variable read at import.
     """
-    constants = huggingface_hub.constants
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not reachable(constants.ENDPOINT)
     try:

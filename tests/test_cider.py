@@ -1,0 +1,112 @@
+"""CIDEr-D by hand, against a second implementation on dense vectors, and against pycocoevalcap."""
+
+import math
+import random
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from evaluation.cider import CIDEr, cider_d
+
+WORDS = "a the red blue cat dog on in of table is n't and two".split()
+PLAIN = "cat dog red blue two bird tree lake road hill"  # one token each
+
+
+def captions(count: int, seed: int) -> tuple[list[list[str]], list[list[list[str]]]]:
+    """Written captions, and one to five references of each; some are empty, some are equal."""
+    rng = random.Random(seed)
+
+    def sentence() -> list[str]:
+        return [rng.choice(WORDS) for _ in range(rng.randrange(0, 14))]
+
+    written = [sentence() for _ in range(count)]
+    references = [[sentence() for _ in range(rng.randrange(1, 6))] for _ in range(count)]
+    for index in range(0, count, 3):
+        references[index][0] = written[index]
+    return written, references
+
+
+def test_by_hand():
+    """Two pictures of five words each, none shared.
+
+    Right but for its last word of five: of its 5, 4, 3, 2 n-grams 4, 3, 2, 1 are the reference's,
+    all of weight log 2; a word of no reference weighs log 2 too.
+    """
+    references = [[PLAIN.split()[:5]], [PLAIN.split()[5:]]]
+    written = [[*PLAIN.split()[:4], "car"], PLAIN.split()[5:]]
+    expected = 10 * (4 / 5 + 3 / 4 + 2 / 3 + 1 / 2) / 4
+    assert cider_d(written, references) == pytest.approx([expected, 10.0], rel=1e-12)
+
+
+def test_length_is_punished_and_repetition_clipped_by_hand():
+    references = [[PLAIN.split()[:5]], [PLAIN.split()[5:]]]
+    written = [PLAIN.split()[:5] * 2, PLAIN.split()[5:]]
+    penalty = math.exp(-(5**2) / (2 * 6**2))
+    # Doubled: 5 words twice, and 9 2-grams, 8 3-grams, 7 4-grams of which 4, 3, 2 come twice.
+    cosines = [
+        own / math.sqrt(own * square)
+        for own, square in ((5, 5 * 4), (4, 4 * 4 + 1), (3, 3 * 4 + 2), (2, 2 * 4 + 3))
+    ]
+    assert cider_d(written, references)[0] == pytest.approx(10 * penalty * sum(cosines) / 4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_equals_a_second_implementation_on_dense_vectors(count):
+    written, references = captions(count, seed=count)
+    everything = list(chain(written, *references))
+    total = np.zeros(count)
+    for n in range(1, 5):
+        vocabulary = sorted({gram for tokens in everything for gram in windows(tokens, n)})
+        column = {gram: i for i, gram in enumerate(vocabulary)}
+
+        def counts(tokens, column=column, n=n):
+            vector = np.zeros(len(column))
+            for gram in windows(tokens, n):
+                vector[column[gram]] += 1
+            return vector
+
+        present = [sum(counts(other) for other in others) > 0 for others in references]
+        idf = math.log(count) - np.log(np.maximum(1, np.sum(present, axis=0)))
+        for i, (tokens, others) in enumerate(zip(written, references, strict=True)):
+            ours = counts(tokens) * idf
+            for other in others:
+                theirs = counts(other) * idf
+                norm = np.linalg.norm(ours) * np.linalg.norm(theirs)
+                cosine = np.minimum(ours, theirs) @ theirs / norm if norm else 0
+                delta = len(windows(tokens, 2)) - len(windows(other, 2))
+                total[i] += cosine * np.exp(-(delta**2) / 72) / len(others)
+    assert cider_d(written, references) == pytest.approx(list(10 * total / 4), abs=1e-9)
+
+
+def windows(tokens: list[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_equals_pycocoevalcap(count):
+    cider = pytest.importorskip("pycocoevalcap.cider.cider", reason="needs pycocoevalcap")
+    written, references = captions(count, seed=count)
+    truth = {i: [" ".join(other) for other in others] for i, others in enumerate(references)}
+    result = {i: [" ".join(tokens)] for i, tokens in enumerate(written)}
+    _, theirs = cider.Cider().compute_score(truth, result)
+    assert cider_d(written, references) == pytest.approx(list(theirs), abs=1e-9)
+
+
+def test_captions_are_tokenised_and_averaged():
+    metric = CIDEr()
+    metric.update(["A cat's on the mat.", "A dog!"], [["a CAT'S on the mat"], ["two birds sing"]])
+    expected = cider_d(
+        [["a", "cat", "'s", "on", "the", "mat"], ["a", "dog"]],
+        [[["a", "cat", "'s", "on", "the", "mat"]], [["two", "birds", "sing"]]],
+    )
+    assert expected[0] == pytest.approx(10) and expected[1] == 0
+    assert metric.compute().item() == pytest.approx(5)
+    assert metric.protocol["num_captions"] == 2
+
+
+def test_no_caption_and_uneven_lists():
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="^cider was given no caption"):
+        CIDEr().compute()
+    with pytest.raises(ValueError):
+        CIDEr().update(["a cat"], [["a cat"], ["a dog"]])
