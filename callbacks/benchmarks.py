@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 import lightning as L
-from PIL import Image, ImageOps
+from PIL import Image
 
-from callbacks.prompts import OpenPicture, Prompt, PromptSet
+from callbacks.prompts import OpenPicture, Prompt, PromptSet, square
 from evaluation.composition import read_prompts
 from tf_lightning.errors import UserError
 
@@ -190,9 +190,7 @@ def open_picture(path: Path, image_size: int | None) -> Image.Image:
             picture = file.convert("RGB")
     except OSError as error:
         raise UserError(f"{path} is no readable picture; complete the local copy") from error
-    if image_size is None:
-        return picture
-    return ImageOps.fit(picture, (image_size, image_size), Image.Resampling.LANCZOS)
+    return picture if image_size is None else square(picture, image_size)
 
 
 def picture_files(folder: Path) -> Sequence[Path]:

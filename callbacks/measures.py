@@ -11,12 +11,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchvision.transforms.functional import pil_to_tensor
 
-from callbacks.prompts import OpenPicture, PromptSet
+from callbacks.prompts import OpenPicture, PromptSet, square
 from callbacks.sampling import Kind, Sampled
 from evaluation.bleu import BLEU4
 from evaluation.cider import CIDEr
@@ -145,11 +145,7 @@ class PictureScores(Measure):
 
     def _tensor(self, pictures: Sequence[Image.Image]) -> Tensor:
         if self.image_size:
-            size = (self.image_size, self.image_size)
-            pictures = [
-                p if p.size == size else ImageOps.fit(p, size, Image.Resampling.LANCZOS)
-                for p in pictures
-            ]
+            pictures = [square(picture, self.image_size) for picture in pictures]
         return torch.stack([pil_to_tensor(picture) for picture in pictures]).to(self.device)
 
     def compute(self) -> dict[str, float]:

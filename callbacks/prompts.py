@@ -165,3 +165,14 @@ def captioned(source: Source, split: Split) -> Iterator[tuple[str, Image.Image]]
 def document_parts(document: RawDocument | Skipped) -> RawDocument:
     """The parts of a document; none of one that is skipped."""
     return [] if isinstance(document, Skipped) else document
+
+
+def square(picture: Image.Image, side: int) -> Image.Image:
+    """A picture centre cropped along its longer edge, then resized by Lanczos to side x side."""
+    if picture.size == (side, side):
+        return picture
+    short = min(picture.size)
+    left, top = (picture.width - short) // 2, (picture.height - short) // 2
+    # Cropped first: Pillow's own `box`, as in ImageOps.fit, lets what lies outside shine through.
+    cropped = picture.crop((left, top, left + short, top + short))
+    return cropped.resize((side, side), Image.Resampling.LANCZOS)

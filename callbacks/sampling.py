@@ -6,12 +6,12 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from callbacks.prompts import Prompt
+from callbacks.prompts import Prompt, square
 from tf_lightning.errors import UserError
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
@@ -103,15 +103,7 @@ def sample(
             pictures = model.draw([[prompt.text] for prompt in asked], seeds=seeds, **options)
             yield Sampled(asked, places, pictures)
         else:
-            pictures = [readable(prompt.picture(), model) for prompt in asked]
+            pictures = [square(prompt.picture(), model.image_size) for prompt in asked]
             limit = how["max_new_tokens"]
             written = model.write([[picture] for picture in pictures], max_new_tokens=limit)
             yield Sampled(asked, places, pictures, written)
-
-
-def readable(picture: Image.Image, model: Model) -> Image.Image:
-    """A picture at the size that the model reads: centre cropped, resized by Lanczos."""
-    size = (model.image_size, model.image_size)
-    if picture.size == size:
-        return picture
-    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
