@@ -119,11 +119,13 @@ class Evaluate(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Write the numbers, the module's own among them, with what they depend on."""
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking:
+            return
+        folder = run_folder(trainer)  # on every rank
+        if not trainer.is_global_zero:
             return
         fit = trainer.state.fn == "fit"
         step = trainer.global_step or self.loaded_step
-        folder = run_folder(trainer)
         path = folder / f"metrics/step{step:07d}-{self.tag}.json" if fit else None
         path = path or folder / ("metrics.json" if self.tag == "val" else f"{self.tag}.json")
         numbers = [*self.numbers, *module_numbers(trainer, pl_module, self.numbers)]
@@ -242,6 +244,8 @@ class Evaluate(L.Callback):
         """Each metric against the guidance scale."""
         lines: dict[str, list[tuple[float, float]]] = {}
         for number in self.numbers:
+            if "guidance_scale" not in number.protocol:
+                continue
             title = number.name.rpartition("@")[0].removeprefix("val/")
             point = number.protocol["guidance_scale"], number.value
             lines.setdefault(title, []).append(point)

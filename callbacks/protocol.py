@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from callbacks.prompts import Prompt
 from callbacks.sheet import write_text
@@ -73,7 +73,8 @@ def write_numbers(
 
 def print_numbers(numbers: Sequence[Number]) -> None:
     """One table of names, values and how the samples were made."""
-    table = Table("number", "value", *TOLD)
+    whole = [Column(heading, no_wrap=True) for heading in ("number", "value")]
+    table = Table(*whole, *(Column(heading, overflow="fold") for heading in TOLD))
     for number in numbers:
         how = [str(number.protocol.get(key, "")) for key in TOLD.values()]
         table.add_row(escape(number.name), f"{number.value:.6g}", *how)

@@ -63,7 +63,10 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """The run's folder while it trains; a folder of its own in it for an evaluation."""
+    """The run's folder while it trains; a folder of its own in it for an evaluation.
+
+    To be asked on every rank at once: `log_dir` is rank zero's, sent to the others.
+    """
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     folder = folder if trainer.state.fn == "fit" else folder / str(trainer.state.fn.value)
     folder.mkdir(parents=True, exist_ok=True)

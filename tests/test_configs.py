@@ -10,6 +10,7 @@ from tf_lightning.cli import main
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+EVALUATIONS = sorted(path.name for path in CONFIGS.glob("eval/*.yaml"))
 MODELS = sorted(path.name for path in CONFIGS.glob("model/*.yaml"))
 
 
@@ -28,7 +29,8 @@ def parsed(capsys):
 
 def test_there_are_recipes_and_nothing_else():
     tested = {CONFIGS / name for name in RECIPES} | {CONFIGS / "model" / name for name in MODELS}
-    assert RECIPES and MODELS
+    tested |= {CONFIGS / "eval" / name for name in EVALUATIONS}
+    assert RECIPES and MODELS and EVALUATIONS
     assert set(CONFIGS.rglob("*.yaml")) == tested
 
 
@@ -80,3 +82,23 @@ def test_a_recipe_begins_with_its_command(name):
     lines = (CONFIGS / name).read_text().splitlines()
     head = list(takewhile(lambda line: line.startswith("#"), lines))
     assert any(f"fit -c configs/{name}" in line for line in head)
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_every_evaluation_goes_with_a_recipe_and_writes_elsewhere(name, parsed):
+    arguments = ["-c", str(CONFIGS / "quickstart.yaml"), "-c", str(CONFIGS / "eval" / name)]
+    config = parsed("validate", *arguments)
+    assert config["verbose"] is False
+    callback = config["trainer"]["callbacks"][-1]  # what the command line can change
+    assert callback["class_path"] == "callbacks.evaluate.Evaluate"
+    logger = config["trainer"]["logger"]["init_args"]
+    assert logger["name"] not in {recipe.removesuffix(".yaml") for recipe in RECIPES}
+    assert logger.get("version") is None  # a new folder each time
+    head = (CONFIGS / "eval" / name).read_text().split("verbose:")[0]
+    assert f"configs/eval/{name} --ckpt_path" in head
+
+
+def test_the_quickstarts_evaluation_is_whole_and_has_its_data(parsed):
+    config = parsed("validate", "-c", str(CONFIGS / "eval" / "quickstart.yaml"))
+    trained = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"))
+    assert config["data"] == trained["data"]
