@@ -94,7 +94,7 @@ def test_validation_shows_pictures_captions_and_text(events):
     for name in ("drawn/val", "written/val"):
         assert [image.step for image in events.Images(name)] == [3, 6]
         image = events.Images(name)[0]
-        assert (image.width, image.height) == (2 * 250, 30 + 190)  # two tiles under a title
+        assert (image.width, image.height) == (2 * 250, 60 + 252)  # two tiles under a title
     tables = events.Tensors("captions/val/text_summary")
     assert [table.step for table in tables] == [3, 6]
     assert tables[0].tensor_proto.string_val[0].decode().count("\n| ") == 2
