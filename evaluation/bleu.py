@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from evaluation.ptb import tokenize
+from evaluation.ptb import Tokens, tokenized
 
 MAX_N = 4
 SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's: nothing divides by zero, no match is 0 to 3 digits
@@ -42,11 +42,10 @@ class BLEU4(Metric):
 
     def update(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
         """Adds written captions, each with its picture's reference captions."""
-        for caption, others in zip(captions, references, strict=True):
-            self.add(tokenize(caption), [tokenize(other) for other in others])
+        for tokens, others in tokenized(captions, references):
+            self._count(tokens, others)
 
-    def add(self, tokens: list[str], references: list[list[str]]) -> None:
-        """Adds one caption given as tokens."""
+    def _count(self, tokens: Tokens, references: list[Tokens]) -> None:
         for n in range(1, MAX_N + 1):
             allowed = Counter()
             for reference in references:

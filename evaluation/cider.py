@@ -11,11 +11,10 @@ from torchmetrics import Metric
 
 from evaluation.bleu import MAX_N, ngrams
 from evaluation.gather import all_rows, take_part
-from evaluation.ptb import tokenize
+from evaluation.ptb import Tokens, tokenized
 
 SIGMA = 6.0  # words; of the penalty on a difference in length
 
-Tokens = list[str]
 Weights = list[dict[tuple[str, ...], float]]  # for n = 1 to 4, the tf-idf of each n-gram
 
 
@@ -40,13 +39,9 @@ class CIDEr(Metric):
 
     def update(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
         """Adds written captions, each with its picture's reference captions."""
-        for caption, others in zip(captions, references, strict=True):
-            self.add(tokenize(caption), [tokenize(other) for other in others])
-
-    def add(self, tokens: Tokens, references: list[Tokens]) -> None:
-        """Adds one caption given as tokens."""
-        line = json.dumps([tokens, references]) + "\n"
-        self.written.append(torch.tensor(list(line.encode()), dtype=torch.uint8).to(self.device))
+        lines = [json.dumps(pair) + "\n" for pair in tokenized(captions, references)]
+        content = list("".join(lines).encode())
+        self.written.append(torch.tensor(content, dtype=torch.uint8, device=self.device))
 
     def sync(self, *args, **kwargs) -> None:
         """Gathers the captions of all ranks."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,12 +44,11 @@ class CLIPScore(Metric):
         super().__init__()
         loaded = load_open_clip(model, pretrained)
         self.network, self.preprocess = loaded.network, loaded.preprocess
-        self.tokenizer = open_clip.get_tokenizer(model)
+        self.tokenizer = loaded.tokenizer
         self.name, self.prefix, self.scale = name, prefix, scale
         self.facts = {
             "metric": "clip_score",
-            "model": model,
-            "pretrained": pretrained,
+            "model": loaded.name,
             "weights_hash": loaded.weights_hash,
             "prefix": prefix,
             "scale": scale,

@@ -83,7 +83,7 @@ def inception(weights: str | None = None) -> Extractor:
     file = inception_weights(weights)
     try:
         # torch-fidelity unpickles with weights_only=False: read it safely first.
-        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        torch.load(file, map_location="cpu", weights_only=True)
         network = _Inception(str(file))
     except Exception as error:
         raise ValueError(
@@ -107,8 +107,7 @@ def open_clip_features(model: str, pretrained: str | None = None) -> Extractor:
     loaded = load_open_clip(model, pretrained)
     network = _OpenClipTower(loaded.network, loaded.preprocess)
     size = network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).pooled.shape[1]
-    name = f"open_clip:{model}" + (f":{pretrained}" if pretrained else "")
-    return Extractor(network, num_features=size, name=name, weights_hash=loaded.weights_hash)
+    return Extractor(network, num_features=size, name=loaded.name, weights_hash=loaded.weights_hash)
 
 
 def facts_of(extractor: Extractor) -> dict[str, str]:

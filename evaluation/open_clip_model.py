@@ -15,10 +15,12 @@ from evaluation.weights import file_hash, reachable
 
 
 class OpenClip(NamedTuple):
-    """A model in evaluation mode with its own preprocessing and the hash of its weights' file."""
+    """A frozen model with what is done to pictures and captions before it."""
 
     network: nn.Module
     preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    name: str  # model and weights, without the folders that they lie in
     weights_hash: str
 
 
@@ -36,6 +38,7 @@ def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
         with hub_offline_if_unreachable():
             weights = weights_file(model, pretrained)
             network, preprocess = open_clip.create_model_from_pretrained(model, pretrained)
+            tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:  # a broken or foreign file fails in many ways
         where = f"{model!r} with pretrained={pretrained!r}" if pretrained else repr(model)
         reason = shorten(str(error), 240) or type(error).__name__
@@ -43,7 +46,22 @@ def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
             f"open_clip cannot load {where} ({reason}); give pretrained a local file, or name "
             "model local-dir:FOLDER with open_clip_config.json and open_clip_model.safetensors"
         ) from error
-    return OpenClip(network.eval().requires_grad_(False), preprocess, file_hash(weights))
+    network = network.eval().requires_grad_(False)
+    return OpenClip(
+        network, preprocess, tokenizer, short_name(model, pretrained), file_hash(weights)
+    )
+
+
+def short_name(model: str, pretrained: str | None) -> str:
+    """The same wherever the files lie; the hash of the weights tells files of one name apart."""
+    schema, name = open_clip.factory.parse_model_name(model)
+    parts = [
+        "open_clip",
+        f"local-dir:{Path(name).resolve().name}" if schema == "local-dir" else model,
+    ]
+    if pretrained and not schema:
+        parts.append(Path(pretrained).name)
+    return ":".join(parts)
 
 
 def weights_file(model: str, pretrained: str | None) -> Path:

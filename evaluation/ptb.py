@@ -4,6 +4,7 @@ That program is Stanford's Penn Treebank tokenizer, in lower case, and then punc
 """
 
 import re
+from collections.abc import Iterator, Sequence
 
 # What the COCO evaluation drops; it lists -LRB- and the like too, which lower case lets through.
 DROPPED = {*"' ` . ? ! , : - -- ... ;".split(), '"', "``", "''"}
@@ -49,7 +50,24 @@ TOKEN = re.compile(
 )
 
 
-def tokenize(caption: str) -> list[str]:
+Tokens = list[str]
+
+
+def tokenized(
+    captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> Iterator[tuple[Tokens, list[Tokens]]]:
+    """The tokens of each caption and of its picture's references.
+
+    Raises:
+        ValueError: a picture without references.
+    """
+    for caption, others in zip(captions, references, strict=True):
+        if not others:
+            raise ValueError(f"no reference to score the caption {caption!r} by; leave it out")
+        yield tokenize(caption), [tokenize(other) for other in others]
+
+
+def tokenize(caption: str) -> Tokens:
     """The tokens of a caption: lower case, no punctuation, "isn't" as is n't, brackets by name."""
     found = TOKEN.findall(caption.translate(WRITTEN).lower())
     tokens = [part for token in found for part in SPLIT.get(token, token).split()]

@@ -45,7 +45,8 @@ def random_inception(path: Path) -> Path:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(network.state_dict(), path)
+    # The published file is from before torch's zip format.
+    torch.save(network.state_dict(), path, _use_new_zipfile_serialization=False)
     return path
 
 

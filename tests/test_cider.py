@@ -105,8 +105,10 @@ def test_captions_are_tokenised_and_averaged():
     assert metric.protocol["num_captions"] == 2
 
 
-def test_no_caption_and_uneven_lists():
+def test_no_caption_no_reference_and_uneven_lists():
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="^cider was given no caption"):
         CIDEr().compute()
+    with pytest.raises(ValueError, match="^no reference to score the caption 'a cat' by"):
+        CIDEr().update(["a cat"], [[]])
     with pytest.raises(ValueError):
         CIDEr().update(["a cat"], [["a cat"], ["a dog"]])

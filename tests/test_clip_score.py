@@ -58,7 +58,7 @@ def test_the_protocol_states_model_weights_prefix_scale_and_count(folder):
     protocol = score.protocol
     assert len(protocol.pop("weights_hash")) == 12
     assert protocol == {
-        **{"metric": "clip_score", "model": f"local-dir:{folder}", "pretrained": None},
+        **{"metric": "clip_score", "model": f"open_clip:local-dir:{folder.name}"},
         **{"prefix": "A photo depicts ", "scale": 2.5, "num_pairs": 4},
     }
 

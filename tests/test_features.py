@@ -30,7 +30,7 @@ def test_an_open_clip_tower_gives_the_embedding_that_open_clip_gives_by_hand(fol
     features = extractor(pictures(3))
     assert torch.equal(features.pooled, expected) and features.logits is None
     assert (extractor.num_features, extractor.num_classes) == (16, 0)
-    assert extractor.name == f"open_clip:local-dir:{folder}"
+    assert extractor.name == f"open_clip:local-dir:{folder.name}"
 
 
 def test_the_hash_is_that_of_the_file_of_weights(folder):

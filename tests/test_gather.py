@@ -119,6 +119,7 @@ def found(tmp_path_factory) -> list[dict]:
     return [everything(alone, None), *(torch.load(shared / f"{rank}.pt") for rank in (0, 1))]
 
 
+@pytest.mark.slow  # two processes import everything anew
 @pytest.mark.filterwarnings("ignore:.*biased upwards", "ignore:.*without.*update")
 @pytest.mark.parametrize("kind", SHARES)
 @pytest.mark.parametrize("name", NAMES)

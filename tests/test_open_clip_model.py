@@ -36,6 +36,8 @@ def test_a_file_and_a_folder_give_the_same_model(folder, name):
     pairs = zip(by_file.network.parameters(), by_folder.network.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not by_file.network.training
+    names = (f"open_clip:local-dir:{folder.name}", f"open_clip:{name}:open_clip_model.safetensors")
+    assert (by_folder.name, by_file.name) == names
 
 
 def test_absent_weights_without_network_are_told_at_once(monkeypatch, tmp_path):
