@@ -52,7 +52,7 @@ class Evaluate(L.Callback):
         max_new_tokens: limit of a caption or a text.
         num_shown: prompts shown in TensorBoard, at most a batch.
         texts: beginnings of texts that the model continues, shown in TensorBoard.
-        tag: names the prompts in TensorBoard and in the files.
+        tag: names the prompts in TensorBoard and in the files, where a run has several of these.
     """
 
     def __init__(
@@ -127,7 +127,9 @@ class Evaluate(L.Callback):
         fit = trainer.state.fn == "fit"
         step = trainer.global_step or self.loaded_step
         path = folder / f"metrics/step{step:07d}-{self.tag}.json" if fit else None
-        path = path or folder / ("metrics.json" if self.tag == "val" else f"{self.tag}.json")
+        path = path or folder / (
+            "metrics.json" if self.tag == "val" else f"metrics-{self.tag}.json"
+        )
         numbers = [*self.numbers, *module_numbers(trainer, pl_module, self.numbers)]
         checkpoint = None if fit else trainer.ckpt_path
         write_numbers(path, numbers, checkpoint=checkpoint, global_step=step)

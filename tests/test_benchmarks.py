@@ -1,8 +1,10 @@
 """Published protocols read miniature copies of their datasets, laid out as the real ones."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from callbacks.benchmarks import (
@@ -12,7 +14,10 @@ from callbacks.benchmarks import (
     KarpathyPrompts,
     open_picture,
 )
+from tf_lightning.cli import main
 from tf_lightning.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def picture(path, size=(40, 20), colour="red"):
@@ -133,3 +138,41 @@ def test_what_is_missing_in_a_local_copy_is_named(coco, tmp_path):
 def test_more_captions_than_there_are_cannot_be_drawn(coco):
     with pytest.raises(UserError, match="has 8 captions"):
         CocoPrompts(str(coco), count=9).prompts(None)
+
+
+PROTOCOLS = {  # configuration: its prompts and measures on the miniature copies
+    "karpathy": (
+        {"annotations": "coco/dataset_coco.json", "images": "coco"},
+        {"class_path": "callbacks.measures.CaptionScores", "init_args": {"label": "mini"}},
+        {"val/cider[mini]", "val/bleu4[mini]"},
+    ),
+    "coco30k-matched": (
+        {"root": "coco", "count": 6, "image_size": 32},
+        {"class_path": "callbacks.measures.PictureScores", "init_args": {"label": "mini"}},
+        {"val/fid[mini]"},
+    ),
+    "imagenet50k": (
+        {"synsets": "imagenet/LOC_synset_mapping.txt", "images": "imagenet/train", "per_class": 2},
+        {"class_path": "callbacks.measures.PictureScores", "init_args": {"label": "mini"}},
+        {"val/fid[mini]"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_protocols_configuration_measures_a_miniature_copy(name, run, coco, imagenet, tmp_path):
+    arguments, measure, names = PROTOCOLS[name]
+    config = yaml.safe_load((ROOT / "configs" / "eval" / f"{name}.yaml").read_text())
+    callback = config["trainer"]["callbacks"][-1]["init_args"]
+    callback["prompts"]["init_args"] |= {
+        key: str(tmp_path / value) if isinstance(value, str) else value
+        for key, value in arguments.items()
+    }
+    callback |= {"measures": [measure], "num_inference_steps": 2, "max_new_tokens": 4}
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
+    config["trainer"]["enable_progress_bar"] = True
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
+    files = ["-c", str(run / "config.yaml"), "-c", str(tmp_path / "eval.yaml")]
+    main(["validate", *files, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")])
+    file = tmp_path / name / "version_0" / "validate" / "metrics.json"
+    assert names <= {number["name"] for number in json.loads(file.read_text())["numbers"]}
