@@ -70,6 +70,7 @@ class Recall(L.Callback):
 
     def examine(self, trainer: L.Trainer, module: Transfusion) -> None:
         """Draw, compare, write."""
+        folder = run_folder(trainer)  # on every rank
         if not trainer.is_global_zero:
             return
         module.eval()
@@ -88,7 +89,6 @@ class Recall(L.Callback):
         nearest = nearest_pictures(*(torch.stack([*map(to_pixels, p)]) for p in (drawn, pictures)))
         right = [found == index for found, index in zip(nearest.tolist(), asked, strict=True)]
         tiles = [Tile(*tile) for tile in zip(drawn, words, right, strict=True)]
-        folder = run_folder(trainer)
         title = (
             f"{sum(right)} of {count} drawn pictures are nearest to their own of {len(pictures)}"
         )

@@ -120,9 +120,9 @@ class ShapesReport(L.Callback):
 
     def examine(self, trainer: L.Trainer, module: Transfusion) -> None:
         """All questions, on rank zero; writes the files and logs the scores."""
+        folder = run_folder(trainer)  # on every rank
         if not trainer.is_global_zero:
             return
-        folder = run_folder(trainer)
         rank_zero_info("Judging pictures and captions ...")
         module.eval()
         model = Model.of(module)

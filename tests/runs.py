@@ -11,6 +11,22 @@ from tf_lightning.cli import main
 PATCH_SIZE, VOCAB_SIZE, MAX_STEPS = 16, 300, 6
 PEAK_LR, WARMUP_STEPS, MIN_LR_RATIO, EMA_DECAY = 1e-3, 2, 0.1, 0.3
 NUM_CAPTIONS, NUM_VAL = 40, 6
+EVALUATE = {
+    "prompts": {
+        "class_path": "callbacks.prompts.ShapesPrompts",
+        "init_args": {"count": 5, "real_per_prompt": 4},
+    },
+    "measures": [
+        {"class_path": "callbacks.measures.PictureScores"},
+        {"class_path": "callbacks.measures.PromptFit"},
+        {"class_path": "callbacks.measures.CaptionScores"},
+        {"class_path": "callbacks.geneval.ShapesComposition"},
+    ],
+    "batch_size": 2,
+    "num_shown": 2,
+    "max_new_tokens": 8,
+    "texts": ["imagine"],
+}
 
 
 class Killed(Exception):
@@ -52,7 +68,7 @@ def config(folder: Path) -> dict:
         },
         "lightning.pytorch.callbacks.LearningRateMonitor": {"logging_interval": "step"},
         "callbacks.throughput.Throughput": {},
-        "callbacks.samples.Samples": {"num_samples": 2, **few},
+        "callbacks.evaluate.Evaluate": {**EVALUATE, **few},
         "callbacks.shapes_report.ShapesReport": {"num_prompts": 4, **few},
         "callbacks.recall.Recall": {"source": "captions", "num_prompts": 4, **few},
         "callbacks.predictions.PredictionWriter": {},

@@ -59,6 +59,9 @@ def test_a_run_logs_losses_speed_and_shares_under_their_documented_names(events)
         *(f"val/captions/{name}" for name in ("loss_lm", "perplexity", "loss_diffusion")),
         *(f"val/text/{name}" for name in ("loss_lm", "perplexity")),
         *("lr-AdamW/decay", "lr-AdamW/no_decay"),
+        *(f"val/{name}[shapes]" for name in ("fid", "clip_score", "cider", "bleu4")),
+        *(f"val/composition[shapes]/{name}" for name in ("two_object", "color_attr", "position")),
+        "val/composition[shapes]/overall",
     }
     logged = set(events.Tags()["scalars"])
     assert tags <= logged
@@ -87,15 +90,17 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine(events):
     assert scalars(events, "lr-AdamW/decay") == pytest.approx(expected)
 
 
-def test_validation_shows_pictures_and_captions(events):
-    (pictures,) = events.Tags()["images"]
-    assert pictures == "pictures/captions"
-    assert [image.step for image in events.Images(pictures)] == [3, 6]
-    image = events.Images(pictures)[0]
-    assert (image.height, image.width) == (2 * 66 + 2, 2 * 66 + 2)  # two drawn, two true
-    tables = events.Tensors("captions/captions/text_summary")
+def test_validation_shows_pictures_captions_and_text(events):
+    assert set(events.Tags()["images"]) == {"drawn/val", "written/val"}
+    for name in ("drawn/val", "written/val"):
+        assert [image.step for image in events.Images(name)] == [3, 6]
+        image = events.Images(name)[0]
+        assert (image.width, image.height) == (2 * 250, 60 + 252)  # two tiles under a title
+    tables = events.Tensors("captions/val/text_summary")
     assert [table.step for table in tables] == [3, 6]
     assert tables[0].tensor_proto.string_val[0].decode().count("\n| ") == 2
+    (text, _) = events.Tensors("text/val/text_summary")
+    assert text.tensor_proto.string_val[0].decode().startswith("imagine ")
 
 
 def test_a_run_leaves_checkpoints_config_report_and_samples(run):

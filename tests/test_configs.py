@@ -13,6 +13,7 @@ from tf_lightning.module import Transfusion
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 EXPERIMENTS = sorted(path.name for path in CONFIGS.glob("experiments/*.yaml"))
+EVALUATIONS = sorted(path.name for path in CONFIGS.glob("eval/*.yaml"))
 MODELS = sorted(path.name for path in CONFIGS.glob("model/*.yaml"))
 
 
@@ -32,7 +33,8 @@ def parsed(capsys):
 def test_there_are_recipes_and_nothing_else():
     tested = {CONFIGS / name for name in RECIPES} | {CONFIGS / "model" / name for name in MODELS}
     tested |= {CONFIGS / "experiments" / name for name in EXPERIMENTS}
-    assert RECIPES and MODELS and EXPERIMENTS
+    tested |= {CONFIGS / "eval" / name for name in EVALUATIONS}
+    assert RECIPES and MODELS and EXPERIMENTS and EVALUATIONS
     assert set(CONFIGS.rglob("*.yaml")) == tested
 
 
@@ -104,7 +106,7 @@ def test_an_experiment_changes_what_it_says_and_makes_a_network(name, parsed):
 
     model, data = config["model"], config["data"]["init_args"]
     assert model["patch_size"] == data["patch_size"]
-    assert 16 % model["patch_size"] == 0  # latents of the embedded world have 16 x 16
+    assert 8 % model["patch_size"] == 0  # latents of the embedded world have 8 x 8
     module = Transfusion(**model)
     with torch.device("meta"):
         module.configure_model()
@@ -127,3 +129,23 @@ def test_an_experiment_begins_with_its_command(name):
         (CONFIGS / "experiments" / name).read_text().splitlines(),
     )
     assert any(command in line for line in head)
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_every_evaluation_goes_with_a_recipe_and_writes_elsewhere(name, parsed):
+    arguments = ["-c", str(CONFIGS / "quickstart.yaml"), "-c", str(CONFIGS / "eval" / name)]
+    config = parsed("validate", *arguments)
+    assert config["verbose"] is False
+    callback = config["trainer"]["callbacks"][-1]  # what the command line can change
+    assert callback["class_path"] == "callbacks.evaluate.Evaluate"
+    logger = config["trainer"]["logger"]["init_args"]
+    assert logger["name"] not in {recipe.removesuffix(".yaml") for recipe in RECIPES}
+    assert logger.get("version") is None  # a new folder each time
+    head = (CONFIGS / "eval" / name).read_text().split("verbose:")[0]
+    assert f"configs/eval/{name} --ckpt_path" in head
+
+
+def test_the_quickstarts_evaluation_is_whole_and_has_its_data(parsed):
+    config = parsed("validate", "-c", str(CONFIGS / "eval" / "quickstart.yaml"))
+    trained = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"))
+    assert config["data"] == trained["data"]

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from callbacks.sheet import TILE, Tile, contact_sheet, run_folder, write_picture, write_text
+from callbacks.sheet import (
+    TILE_WIDTH,
+    Tile,
+    contact_sheet,
+    run_folder,
+    write_picture,
+    write_text,
+)
 
 
 def tiles(count: int, right: bool = True) -> list[Tile]:
@@ -14,11 +21,16 @@ def tiles(count: int, right: bool = True) -> list[Tile]:
 
 
 def test_a_sheet_has_a_row_of_tiles_for_each_six():
-    width, height = TILE
+    width, height = TILE_WIDTH, 190
     sheet = contact_sheet([("first", tiles(7)), ("second", tiles(1))])
     assert sheet.size == (6 * width, (30 + 2 * height) + (30 + height))
     blue = (np.asarray(sheet) == (0, 0, 255)).all(-1)
     assert blue.sum() == 8 * 128 * 128
+
+
+def test_larger_words_have_more_room():
+    small, large = (contact_sheet([("title", tiles(1, False))], 1, size) for size in (10, 20))
+    assert (small.size, large.size) == ((250, 30 + 190), (250, 60 + 252))
 
 
 def test_only_words_that_do_not_fit_are_red():

@@ -95,6 +95,7 @@ def quiet() -> None:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: not record.getMessage().startswith(noise))
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning 2.6
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")  # evaluations
     warnings.filterwarnings("ignore", ".*does not have many workers")  # rows are cheap to load
 
 

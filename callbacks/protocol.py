@@ -1,0 +1,81 @@
+"""`metrics.json`: every number with everything it depends on."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from callbacks.prompts import Prompt
+from callbacks.sheet import write_text
+from evaluation.weights import file_hash
+
+PACKAGES = (
+    *("torch", "lightning", "torchmetrics", "torch-fidelity", "open_clip_torch"),
+    *("diffusers", "pillow", "tf-lightning"),
+)
+TOLD = {  # a table's heading: the key in a protocol
+    "prompts": "num_prompts",
+    "weights": "weights",
+    "guidance": "guidance_scale",
+    "steps": "num_inference_steps",
+    "sampler": "sampler",
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measured value."""
+
+    name: str
+    value: float
+    protocol: dict[str, Any]
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of the prompts' texts, a line each."""
+    text = "\n".join(prompt.text for prompt in prompts)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """What the libraries are, and we."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def write_numbers(
+    path: Path, numbers: Sequence[Number], *, checkpoint: str | None, global_step: int
+) -> None:
+    """Writes the file whole or not at all.
+
+    Args:
+        path: of the JSON file; its folder is made.
+        numbers: what was measured.
+        checkpoint: file that the weights were read from; None while training.
+        global_step: optimizer steps that made the weights.
+    """
+    content = {
+        "checkpoint": checkpoint and Path(checkpoint).name,
+        "checkpoint_hash": file_hash(checkpoint) if checkpoint else None,
+        "global_step": global_step,
+        "versions": versions(),
+        "numbers": [vars(number) for number in numbers],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def print_numbers(numbers: Sequence[Number]) -> None:
+    """One table of names, values and how the samples were made."""
+    whole = [Column(heading, no_wrap=True) for heading in ("number", "value")]
+    table = Table(*whole, *(Column(heading, overflow="fold") for heading in TOLD))
+    for number in numbers:
+        how = [str(number.protocol.get(key, "")) for key in TOLD.values()]
+        table.add_row(escape(number.name), f"{number.value:.6g}", *how)
+    Console().print(table)

@@ -1,0 +1,109 @@
+"""Draws and captions what validation asks: each prompt once, whatever the number of processes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from callbacks.prompts import Prompt, square
+from tf_lightning.errors import UserError
+from tf_lightning.model import Model
+from tf_lightning.module import Transfusion
+
+Kind = Literal["drawn", "written"]
+DRAWING = ("guidance_scale", "num_inference_steps", "sampler")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Some prompts with what the model made of them; n prompts, H x W pixels."""
+
+    prompts: Sequence[Prompt]
+    numbers: range  # places of the prompts in the whole set
+    pictures: Sequence[Image.Image]  # drawn; or, where captions were written, the true ones
+    written: Sequence[str] | None = None
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """The pictures, uint8 (n, 3, H, W)."""
+        return torch.stack([pil_to_tensor(picture) for picture in self.pictures])
+
+    def first(self, count: int) -> "Sampled":
+        """At most `count` of them."""
+        parts = (self.prompts, self.numbers, self.pictures, self.written)
+        return Sampled(*(part and part[:count] for part in parts))
+
+
+class Checked(Model):
+    """A model that refuses to show what is not finite."""
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """As `Model.decode`.
+
+        Raises:
+            UserError: latents with NaN or infinity.
+        """
+        broken = int((~latents.isfinite()).flatten(1).any(1).sum())
+        if broken:
+            raise UserError(
+                f"{broken} of {len(latents)} drawn pictures hold NaN or infinity; the weights have "
+                "diverged: go back to an earlier checkpoint or lower the learning rate"
+            )
+        return super().decode(latents)
+
+
+def model_of(module: Transfusion, weights: str) -> tuple[Model, str]:
+    """The module's model with the weights asked for, "ema" or "raw", and which they really are."""
+    model = Checked(**vars(Model.of(module)))
+    if weights == "ema" and module.ema is not None:
+        return model, "ema"
+    return replace(model, net=module.net), "raw"
+
+
+def shares(count: int, batch_size: int, rank: int, world_size: int) -> list[range]:
+    """This rank's batches of `count` prompts: whole batches in turn, so that none is repeated.
+
+    The batches are the same for any number of ranks, and so is every picture.
+    """
+    starts = range(0, count, batch_size)
+    return [range(s, min(s + batch_size, count)) for s in starts[rank::world_size]]
+
+
+def sample(
+    model: Model,
+    prompts: Sequence[Prompt],
+    batches: Sequence[range],
+    how: dict,
+    *,
+    kind: Kind,
+    progress: bool,
+) -> Iterator[Sampled]:
+    """One Sampled a batch.
+
+    Args:
+        model: what is asked.
+        prompts: of all ranks.
+        batches: this rank's places in them.
+        how: guidance_scale, num_inference_steps, sampler and seed of "drawn" pictures (prompt i
+            has the noise of seed + i), max_new_tokens of "written" captions; the rest is ignored.
+        kind: what is made.
+        progress: show a progress bar.
+    """
+    for places in tqdm(batches, desc=kind.title(), disable=not progress, leave=False):
+        asked = [prompts[place] for place in places]
+        if kind == "drawn":
+            options = {key: how[key] for key in DRAWING}
+            seeds = [how["seed"] + place for place in places]
+            pictures = model.draw([[prompt.text] for prompt in asked], seeds=seeds, **options)
+            yield Sampled(asked, places, pictures)
+        else:
+            pictures = [square(prompt.picture(), model.image_size) for prompt in asked]
+            limit = how["max_new_tokens"]
+            written = model.write([[picture] for picture in pictures], max_new_tokens=limit)
+            yield Sampled(asked, places, pictures, written)

@@ -1,0 +1,25 @@
+"""Points lie where their values say."""
+
+import numpy as np
+from PIL import ImageColor
+
+from callbacks.plot import BOTTOM, LEFT, PANEL, RIGHT, TOP, line_plots, scale
+
+
+def test_values_map_linearly_onto_pixels():
+    assert scale([1.0, 2.0, 5.0], 0, 100) == [0, 25, 100]
+    assert scale([3.0, 3.0], 0, 10) == [5, 5]
+
+
+def test_a_panel_a_metric_with_a_dot_at_each_point():
+    lines = {"fid": [(5.0, 10.0), (1.0, 30.0)], "clip": [(1.0, 2.0)], "a": [(0, 0)], "b": [(0, 0)]}
+    page = line_plots(lines, "guidance scale")
+    width, height = PANEL
+    assert page.size == (3 * width, 2 * height)
+    pixels = np.asarray(page)
+    blue = ImageColor.getrgb("steelblue")
+    first, last = (LEFT, TOP), (width - RIGHT, height - BOTTOM)  # 30 at 1, 10 at 5
+    single = (width + (LEFT + width - RIGHT) // 2, (TOP + height - BOTTOM) // 2)
+    for x, y in (first, last, single):
+        assert tuple(pixels[y, x]) == blue
+    assert tuple(pixels[TOP + 5, width - RIGHT]) != blue

@@ -1,0 +1,40 @@
+"""A number is written with everything it depends on, whole or not at all."""
+
+import hashlib
+import json
+
+from callbacks.prompts import Prompt
+from callbacks.protocol import Number, print_numbers, prompts_hash, write_numbers
+
+NUMBERS = [Number("val/fid[shapes]", 1.25, {"guidance_scale": 3.0, "weights": "ema"})]
+
+
+def test_prompts_are_hashed_in_order():
+    asked = [Prompt("a"), Prompt("b")]
+    assert prompts_hash(asked) == hashlib.sha256(b"a\nb").hexdigest()[:12]
+    assert prompts_hash(asked[::-1]) != prompts_hash(asked)
+
+
+def test_the_file_has_the_checkpoints_hash_the_versions_and_each_protocol(tmp_path):
+    checkpoint = tmp_path / "last.ckpt"
+    checkpoint.write_bytes(b"weights")
+    path = tmp_path / "made" / "metrics.json"
+    write_numbers(path, NUMBERS, checkpoint=str(checkpoint), global_step=7)
+    content = json.loads(path.read_text())
+    assert content["checkpoint_hash"] == hashlib.sha256(b"weights").hexdigest()[:12]
+    assert (content["checkpoint"], content["global_step"]) == ("last.ckpt", 7)
+    assert content["numbers"] == [
+        {
+            "name": "val/fid[shapes]",
+            "value": 1.25,
+            "protocol": {"guidance_scale": 3.0, "weights": "ema"},
+        }
+    ]
+    assert {"torch", "torchmetrics", "open_clip_torch", "diffusers"} <= content["versions"].keys()
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.json"]
+
+
+def test_the_table_keeps_brackets_in_names(capsys):
+    print_numbers(NUMBERS)
+    printed = capsys.readouterr().out
+    assert "val/fid[shapes]" in printed and "1.25" in printed and "ema" in printed
