@@ -22,6 +22,7 @@ from callbacks.show import show
 from tf_lightning.errors import UserError
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
+from tf_lightning.sampler import fitting_sampler
 
 MODULE_PROTOCOL = {  # of what the module itself logs at validation
     "loss_lm": "mean nll in nats over text targets",
@@ -45,7 +46,7 @@ class Evaluate(L.Callback):
         write: caption the prompts' pictures.
         guidance_scale: 1 = off; several are measured one after another.
         num_inference_steps: network evaluations a picture.
-        sampler: name of a diffusers scheduler.
+        sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
         seed: first noise of the first prompt; the next prompts' follow.
         weights: "ema", the average if the model keeps one, or "raw".
         batch_size: prompts sampled together.
@@ -63,7 +64,7 @@ class Evaluate(L.Callback):
         write: bool = True,
         guidance_scale: float | list[float] = 3.0,
         num_inference_steps: int = 50,
-        sampler: str = "DDIMScheduler",
+        sampler: str | None = None,
         seed: int = 0,
         weights: Literal["ema", "raw"] = "ema",
         batch_size: int = 32,
@@ -90,7 +91,9 @@ class Evaluate(L.Callback):
         self.loaded_step = checkpoint["global_step"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Load the metrics' networks now: what is absent is told before hours of training."""
+        """Load the metrics' networks now: what does not fit is told before hours of training."""
+        kind = pl_module.hparams["prediction_type"]
+        self.how["sampler"] = fitting_sampler(self.how["sampler"], kind)
         try:
             for measure in self.measures:
                 if not self.makes[measure.of]:

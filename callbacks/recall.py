@@ -13,6 +13,7 @@ from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, writ
 from tf_lightning.data.corpus import RawDocument, Skipped, Source, Split
 from tf_lightning.model import Model, to_pixels
 from tf_lightning.module import Transfusion
+from tf_lightning.sampler import fitting_sampler
 
 
 class Recall(L.Callback):
@@ -28,7 +29,7 @@ class Recall(L.Callback):
         num_prompts: captions, evenly spread over the corpus.
         guidance_scale: 1 = off.
         num_inference_steps: network evaluations a picture.
-        sampler: name of a diffusers scheduler.
+        sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
         seed: the first picture's noise; the next pictures' follow.
     """
 
@@ -38,7 +39,7 @@ class Recall(L.Callback):
         num_prompts: int = 128,
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
-        sampler: str = "DDIMScheduler",
+        sampler: str | None = None,
         seed: int = 0,
     ):
         self.source, self.num_prompts, self.seed = source, num_prompts, seed
@@ -54,6 +55,11 @@ class Recall(L.Callback):
     ) -> None:
         """Note how long the weights were trained; an evaluation's own `global_step` is 0."""
         self.loaded_step = checkpoint["global_step"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a sampler that does not fit before the training, not after it."""
+        kind = pl_module.hparams["prediction_type"]
+        self.how["sampler"] = fitting_sampler(self.how["sampler"], kind)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Examine the trained model."""

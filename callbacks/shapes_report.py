@@ -26,6 +26,7 @@ from tf_lightning.data.shapes import Meaning, draw_scene, generator, render
 from tf_lightning.data.shapes_grammar import caption, draw_text, parse, text_log_prob
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
+from tf_lightning.sampler import fitting_sampler
 
 SEED_OFFSET = 1_000  # the examination's pictures are none of the validation's
 
@@ -60,7 +61,7 @@ class ShapesReport(L.Callback):
         num_prompts: prompts with one object, prompts with two, pictures to caption, and texts.
         guidance_scale: 1 = off.
         num_inference_steps: network evaluations a picture.
-        sampler: name of a diffusers scheduler.
+        sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
         seed: of the prompts and of the first noise.
     """
 
@@ -69,7 +70,7 @@ class ShapesReport(L.Callback):
         num_prompts: int = 128,
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
-        sampler: str = "DDIMScheduler",
+        sampler: str | None = None,
         seed: int = 0,
     ):
         self.num_prompts, self.seed = num_prompts, seed
@@ -96,7 +97,9 @@ class ShapesReport(L.Callback):
         self.loaded_step = checkpoint["global_step"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """The clock of a run that does not train."""
+        """Refuse a sampler that does not fit; start the clock of a run that does not train."""
+        kind = pl_module.hparams["prediction_type"]
+        self.how["sampler"] = fitting_sampler(self.how["sampler"], kind)
         self.started = time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

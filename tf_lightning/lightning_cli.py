@@ -78,7 +78,7 @@ class TransfusionCLI(LightningCLI):
 
 
 def fast_precision(accelerator: str) -> str:
-    """ "bf16-mixed" where the hardware multiplies bf16 faster than fp32, else "32-true".
+    """Which of "bf16-mixed" and "32-true" the hardware multiplies faster.
 
     A CPU without AVX-512 BF16 or AMX emulates bf16, five times slower than fp32.
     """

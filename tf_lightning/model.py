@@ -25,7 +25,7 @@ from tf_lightning.net import Net
 from tf_lightning.pixels import to_picture, to_pixels
 from tf_lightning.reply import Answers, Prompt, RawDocument, to_document
 from tf_lightning.request import Answer, Settings, Speaker
-from tf_lightning.sampler import build_scheduler, default_sampler, set_timesteps
+from tf_lightning.sampler import build_scheduler, set_timesteps
 from tf_lightning.tokenizer import Tokenizer
 
 
@@ -101,7 +101,6 @@ class Model:
             raise UserError("this model was trained on text alone; use one trained with pictures")
         if answer != "text" and self.autoencoder is not None:
             kind = self.hparams["prediction_type"]
-            sampler = sampler or default_sampler(kind)
             scheduler = build_scheduler(
                 sampler, self.hparams["num_train_timesteps"], kind, self.hparams["noise_schedule"]
             )

@@ -22,16 +22,32 @@ FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSchedu
 SAMPLERS = NOISE_SAMPLERS + FLOW_SAMPLERS
 
 
-def default_sampler(prediction_type: str) -> str:
-    """The sampler used where none is named."""
-    return "FlowMatchEulerDiscreteScheduler" if prediction_type == "flow" else "DDIMScheduler"
-
-
 BETA_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}  # diffusers' names
 
 
+def fitting_sampler(sampler: str | None, prediction_type: str) -> str:
+    """The sampler named, or DDIM, or Euler for flow, where none is.
+
+    Raises:
+        UserError: the sampler is unknown, or does not fit the prediction type.
+    """
+    fitting = FLOW_SAMPLERS if prediction_type == "flow" else NOISE_SAMPLERS
+    if sampler is None:
+        return "FlowMatchEulerDiscreteScheduler" if prediction_type == "flow" else "DDIMScheduler"
+    if sampler not in fitting:
+        known = "does not fit" if sampler in SAMPLERS else "is no sampler for"
+        raise UserError(
+            f"sampler={sampler!r} {known} a model that predicts {prediction_type!r}; "
+            f"it must be one of {', '.join(fitting)}"
+        )
+    return sampler
+
+
 def build_scheduler(
-    sampler: str, num_train_timesteps: int, prediction_type: str, noise_schedule: str = "cosine"
+    sampler: str | None,
+    num_train_timesteps: int,
+    prediction_type: str,
+    noise_schedule: str = "cosine",
 ):
     """A diffusers scheduler for what the network predicts.
 
@@ -40,15 +56,9 @@ def build_scheduler(
     bias both. For "flow", x_t = (1 - t) x_0 + t eps and the velocity eps - x_0.
 
     Raises:
-        UserError: the sampler is unknown, or does not fit the prediction type.
+        UserError: as `fitting_sampler`.
     """
-    fitting = FLOW_SAMPLERS if prediction_type == "flow" else NOISE_SAMPLERS
-    if sampler not in fitting:
-        known = "does not fit" if sampler in SAMPLERS else "is no sampler for"
-        raise UserError(
-            f"sampler={sampler!r} {known} a model that predicts {prediction_type!r}; "
-            f"it must be one of {', '.join(fitting)}"
-        )
+    sampler = fitting_sampler(sampler, prediction_type)
     import diffusers.schedulers as schedulers  # 2.5 s: only when sampling
 
     build = getattr(schedulers, sampler)

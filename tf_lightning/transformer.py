@@ -217,7 +217,7 @@ class Transformer(nn.Module):
         1 / sqrt(2 * num_layers), as in GPT-2.
         """
         depth_scale = (2 * len(self.layers)) ** -0.5
-        nn.init.normal_(self.tok_embeddings.weight, std=self.config.dim**-0.5)
+        nn.init.normal_(self.tok_embeddings.weight)  # unit variance, as patch vectors have
         for name, part in self.named_modules():
             if isinstance(part, nn.Linear):
                 scale = depth_scale if name.endswith((".wo", ".w2")) else 1.0
