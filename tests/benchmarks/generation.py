@@ -255,7 +255,7 @@ def time_text(net: Net, llama: PlainLlama, peer: nn.Module | None, options) -> l
     met = []
     if peer is not None:
         ratio = found["peer"] / found["ours"]
-        line += f", {ratio:.1f} x faster than the peer (bar 2)"
+        line += f", {ratio:.2f} x faster than the peer (bar 2)"
         met.append(ratio >= 2)
     print(line, flush=True)
     return met
