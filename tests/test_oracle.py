@@ -1,11 +1,13 @@
 """The oracle reads true pictures right and passes nothing that is not one."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from tf_lightning.autoencoder import load_autoencoder
-from tf_lightning.data.oracle import Reading, read
+from tf_lightning.data.oracle import Reading, carried_out, read
 from tf_lightning.data.shapes import (
     BACKGROUND,
     COLOURS,
@@ -145,3 +147,30 @@ def test_malformed_shapes_have_no_meaning(colour):
         if read(paint(BLANK, covered, COLOURS[colour])).meaning
     ]
     assert not passed
+
+
+BEFORE = Scene((Object("circle", "red", 16, 20, 8), Object("square", "blue", 46, 22, 9)))
+
+
+def with_first(**changes) -> Scene:
+    """BEFORE with its circle changed."""
+    return Scene((dataclasses.replace(BEFORE.objects[0], **changes), BEFORE.objects[1]))
+
+
+def test_an_edit_is_carried_out_where_it_was_asked_and_nowhere_else():
+    after = with_first(colour="green")
+    assert carried_out(render(after), BEFORE, after)
+    assert not carried_out(render(BEFORE), BEFORE, after)  # nothing done
+    assert not carried_out(render(with_first(colour="yellow")), BEFORE, after)
+    moved = Scene((after.objects[0], dataclasses.replace(BEFORE.objects[1], y=34)))
+    assert read(render(moved)).meaning == after.meaning
+    assert not carried_out(render(moved), BEFORE, after)  # the other object went elsewhere
+    grown = Scene((after.objects[0], dataclasses.replace(BEFORE.objects[1], radius=13)))
+    assert not carried_out(render(grown), BEFORE, after)
+
+
+def test_an_object_that_was_to_go_has_to_be_gone():
+    after = Scene(BEFORE.objects[1:])
+    assert carried_out(render(after), BEFORE, after)
+    assert not carried_out(render(BEFORE), BEFORE, after)
+    assert not carried_out(render(Scene(BEFORE.objects[:1])), BEFORE, after)

@@ -28,6 +28,7 @@ PURITY = 0.9  # share of the blob's middle that must have its colour
 MIN_IOU = 0.85  # overlap of the blob and the fitted shape
 MIN_LEAD = 0.02  # by which that overlap exceeds the next shape's
 RADIUS_SLACK = 1.5  # pixels beyond the world's sizes
+UNMOVED = 2.0  # pixels; what an edit leaves alone may differ by these
 
 PALETTE = np.float32([BACKGROUND, *COLOURS.values()])
 NEIGHBOURS = np.ones((3, 3), bool)
@@ -71,6 +72,24 @@ def read(image: np.ndarray) -> Reading:
     readings = [_read_blob(pixels, blob) for blob in blobs if blob.sum() >= SPECK]
     objects = tuple(thing for thing in readings if thing)
     return Reading(objects, len(readings) - len(objects))
+
+
+def carried_out(image: np.ndarray, before: Scene, after: Scene) -> bool:
+    """Whether a picture, uint8 (64, 64, 3), shows an edit of `before` that was to give `after`.
+
+    It has to say what `after` says, and what the edit leaves alone has to be where it was, as large
+    as it was, within UNMOVED pixels.
+    """
+    reading = read(image)
+    if reading.meaning != after.meaning:
+        return False
+    found = {(thing.shape, thing.colour): thing for thing in reading.objects}
+    kept = [thing for thing in after.objects if thing in before.objects]
+    return all(_near(found[thing.shape, thing.colour], thing) for thing in kept)
+
+
+def _near(a: Object, b: Object) -> bool:
+    return max(abs(a.x - b.x), abs(a.y - b.y), abs(a.radius - b.radius)) <= UNMOVED
 
 
 def _read_blob(pixels: np.ndarray, blob: np.ndarray) -> Object | None:
