@@ -81,14 +81,7 @@ class Evaluate(L.Callback):
         self.how = {"num_inference_steps": num_inference_steps, "sampler": sampler, "seed": seed}
         self.weights, self.batch_size, self.max_new_tokens = weights, batch_size, max_new_tokens
         self.num_shown, self.texts, self.tag = num_shown, list(texts), tag
-        self.loaded_step = 0
         self.numbers: list[Number] = []
-
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict
-    ) -> None:
-        """Note how long the weights were trained; an evaluation's own `global_step` is 0."""
-        self.loaded_step = checkpoint["global_step"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the metrics' networks now: what does not fit is told before hours of training."""
@@ -128,7 +121,7 @@ class Evaluate(L.Callback):
         if not trainer.is_global_zero:
             return
         fit = trainer.state.fn == "fit"
-        step = trainer.global_step or self.loaded_step
+        step = pl_module.trained_steps
         path = folder / f"metrics/step{step:07d}-{self.tag}.json" if fit else None
         path = path or folder / (
             "metrics.json" if self.tag == "val" else f"metrics-{self.tag}.json"

@@ -48,13 +48,6 @@ class Recall(L.Callback):
             "num_inference_steps": num_inference_steps,
             "sampler": sampler,
         }
-        self.loaded_step = 0
-
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict
-    ) -> None:
-        """Note how long the weights were trained; an evaluation's own `global_step` is 0."""
-        self.loaded_step = checkpoint["global_step"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a sampler that does not fit before the training, not after it."""
@@ -104,7 +97,7 @@ class Recall(L.Callback):
             "num_prompts": count,
             "num_pictures": len(pictures),
             "seed": self.seed,
-            "global_step": trainer.global_step or self.loaded_step,
+            "global_step": module.trained_steps,
             **self.how,
         }
         write_text(folder / "recall.json", json.dumps(report, indent=2) + "\n")

@@ -80,7 +80,6 @@ class ShapesReport(L.Callback):
             "sampler": sampler,
         }
         self.train_seconds = 0.0
-        self.loaded_step = 0
 
     def state_dict(self) -> dict[str, float]:
         """Seconds trained so far, so that a resumed run reports its whole time."""
@@ -89,12 +88,6 @@ class ShapesReport(L.Callback):
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Go on counting."""
         self.train_seconds = state_dict["train_seconds"]
-
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict
-    ) -> None:
-        """Note how long the weights were trained; an evaluation's own `global_step` is 0."""
-        self.loaded_step = checkpoint["global_step"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a sampler that does not fit; start the clock of a run that does not train."""
@@ -148,7 +141,7 @@ class ShapesReport(L.Callback):
             "perplexity_bound": bound,
             "counts": dict.fromkeys(("one_object", "two_objects", "captions", "texts"), len(one)),
             "seed": self.seed,
-            "global_step": trainer.global_step or self.loaded_step,
+            "global_step": module.trained_steps,
             "weights": "raw" if module.ema is None else "ema",
             **self.how,
         }

@@ -35,6 +35,7 @@ class StartFrom(L.Callback):
         codec = pl_module.image_codec, pl_module.row_length
         pl_module.on_load_checkpoint(checkpoint)  # refuses another tokenizer
         pl_module.image_codec, pl_module.row_length = codec
+        pl_module.loaded_step = 0
         weights = checkpoint["state_dict"]
         averaged = any(name.startswith("ema.") for name in weights)
         start = "ema." if averaged else "net."

@@ -89,6 +89,7 @@ class Transfusion(L.LightningModule):
         self.net: Net | None = None
         self.ema: Net | None = None
         self.tokenizer_proto: bytes | None = None
+        self.loaded_step = 0
         self.image_codec: dict | None = None
         self.row_length: int | None = None
 
@@ -114,6 +115,11 @@ class Transfusion(L.LightningModule):
             self.ema = deepcopy(self.net).requires_grad_(False)
         if hparams.compile:
             self.net.compile()
+
+    @property
+    def trained_steps(self) -> int:
+        """Optimizer steps behind the weights; in an evaluation, where the trainer has none, too."""
+        return self.trainer.global_step or self.loaded_step
 
     @property
     def inference_net(self) -> Net:
@@ -278,6 +284,7 @@ class Transfusion(L.LightningModule):
             )
         self.tokenizer_proto = proto
         self.image_codec = checkpoint["image_codec"]
+        self.loaded_step = checkpoint["global_step"]
         self.row_length = checkpoint.get("row_length")  # older ones do not have it
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
