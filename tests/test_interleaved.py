@@ -71,7 +71,7 @@ def test_edits_are_served_as_they_are_written(folder):
         row_length=64,
         vocab_size=300,
         image_first_prob=1.0,
-        caption_drop_prob=1.0,
+        caption_drop_prob=0.0,
         cache_dir=str(folder / "cache"),
     )
     data.prepare_data()

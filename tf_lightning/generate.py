@@ -88,7 +88,7 @@ class _Engine:
         self.writing: list[Reply] = []
         self.drawings: list[Drawing] = []
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self, progress: bool) -> Iterator[Event]:
         """All answers."""
         total = len(self.waiting) * self.settings.num_turns

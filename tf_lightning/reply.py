@@ -78,9 +78,12 @@ def collect(events: Iterator[Event], count: int) -> list[Document]:
 
 
 def to_document(parts: list[int | Tensor]) -> Document:
-    """Tokens and images in order; tokens that follow each other are one text."""
+    """Tokens and images in order; tokens that follow each other are one text.
+
+    Images are copied out of inference mode, so that they can be trained on.
+    """
     document: Document = []
     for is_token, group in groupby(parts, key=lambda part: isinstance(part, int)):
         members = list(group)
-        document += [torch.tensor(members)] if is_token else members
+        document += [torch.tensor(members)] if is_token else [image.clone() for image in members]
     return document

@@ -15,12 +15,14 @@ Beside ours are timed, in turns in one process:
                /tmp/peer/bin/pip install transfusion-pytorch==0.19.4
            and /tmp/peer/bin/python runs this file. Without it, its columns are left out.
 
-A step's time is the slope between two numbers of network evaluations, so prompts and starts do not
-count. With one thread CPU time is measured, which other work on the machine weighs on least, with
-more the wall time. Values are medians over repeats.
+Our step's time is the slope between two numbers of network evaluations, so prompts and starts do
+not count; the peer's is the median time between two calls of its Transformer. With one thread CPU
+time is measured, which other work on the machine weighs on least, with more the wall time. Values
+are medians over repeats.
 """
 
 import argparse
+import itertools
 import math
 import statistics
 import time
@@ -174,17 +176,37 @@ def build_peer() -> nn.Module:
     ).eval()
 
 
+class Enough(Exception):
+    """Ends the peer's sampling once the evaluations are timed."""
+
+
 @torch.no_grad()
-def peer_image(peer: nn.Module, prompt: Tensor, grid: int) -> None:
-    """An image now; `grid` points of the midpoint method are 2 (grid - 1) evaluations."""
-    peer.sample_one(
-        prompt if len(prompt) else None,
-        cache_kv=True,
-        force_modality_at_start=(0, (NUM_PATCHES,)),
-        modality_steps=grid,
-        cfg_scale=1.0,
-        max_length=len(prompt) + NUM_PATCHES + 2,
-    )
+def peer_step(peer: nn.Module, prompt: Tensor, threads: int) -> float:
+    """Median seconds from one evaluation of its Transformer to the next, of an image now.
+
+    It would go on with text after the image, as long as it likes, so a slope would time that too.
+    """
+    starts: list[float] = []
+
+    def note(*_) -> None:
+        starts.append(clock(threads)())
+        if len(starts) > MANY - FEW:
+            raise Enough
+
+    hook = peer.transformer.register_forward_pre_hook(note)
+    try:
+        peer.sample_one(
+            prompt if len(prompt) else None,
+            cache_kv=True,
+            force_modality_at_start=(0, (NUM_PATCHES,)),
+            modality_steps=MANY,
+            cfg_scale=1.0,
+        )
+    except Enough:
+        pass
+    finally:
+        hook.remove()
+    return statistics.median(b - a for a, b in itertools.pairwise(starts))
 
 
 @torch.no_grad()
@@ -196,12 +218,17 @@ def peer_text(peer: nn.Module, prompt: Tensor, count: int) -> None:
 # ---------------------------------------------------------------- timing
 
 
+def clock(threads: int) -> Callable[[], float]:
+    """Of the CPU for one thread, of the wall for several."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
 def seconds(run: Callable[[], None], threads: int) -> float:
     """CPU time on one thread, wall time on several."""
-    clock = time.process_time if threads == 1 else time.perf_counter
-    start = clock()
+    now = clock(threads)
+    start = now()
     run()
-    return clock() - start
+    return now() - start
 
 
 def medians(runs: dict[str, Callable[[], None]], threads: int, repeats: int) -> dict[str, float]:
@@ -212,9 +239,9 @@ def medians(runs: dict[str, Callable[[], None]], threads: int, repeats: int) -> 
     return {name: statistics.median(each[name] for each in times[1:]) for name in runs}
 
 
-def per_evaluation(found: dict[str, float], who: str, few: int = FEW, many: int = MANY) -> float:
+def per_evaluation(found: dict[str, float], who: str) -> float:
     """Slope between two numbers of evaluations."""
-    return (found[f"{who} many"] - found[f"{who} few"]) / (many - few)
+    return (found[f"{who} many"] - found[f"{who} few"]) / (MANY - FEW)
 
 
 def time_steps(net: Net, llama: PlainLlama, peer: nn.Module | None, options) -> list[bool]:
@@ -223,17 +250,15 @@ def time_steps(net: Net, llama: PlainLlama, peer: nn.Module | None, options) -> 
     for prefix, bar in PREFIXES.items():
         prompt = text(prefix)
         runs = {}
-        for name, count, grid in (("few", FEW, 2), ("many", MANY, 3)):
+        for name, count in (("few", FEW), ("many", MANY)):
             runs[f"ours {name}"] = partial(answer, speaker(net), [[prompt]], pictures(count))
             runs[f"plain {name}"] = partial(plain_image, llama, prefix, count)
-            if peer is not None:  # 2 and 4 evaluations are enough of the slow one
-                runs[f"peer {name}"] = partial(peer_image, peer, prompt, grid)
         found = medians(runs, options.threads, options.repeats)
         ours, plain = per_evaluation(found, "ours"), per_evaluation(found, "plain")
         line = f"step, prefix {prefix}: {1e3 * ours:.0f} ms, {ours / plain:.2f} x plain (bar 1.2)"
         met.append(ours <= 1.2 * plain)
         if peer is not None:
-            theirs = per_evaluation(found, "peer", 2, 4)
+            theirs = peer_step(peer, prompt, options.threads)
             line += f", {theirs / ours:.1f} x faster than the peer (bar {bar})"
             met.append(theirs >= bar * ours)
         print(line, flush=True)
