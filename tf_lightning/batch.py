@@ -108,14 +108,14 @@ def draw_times(
     the row's mean loss varies less than with independent draws. "logit_normal" makes of each the
     sigmoid of a standard normal number (Stable Diffusion 3, Sec. 3.1). Then t = s u / (1 + (s - 1)
     u) (its Eq. 23): s > 1 spends more of the training near pure noise, 1 changes nothing.
+    Images with a limit are there to be read, clean when it counts: theirs are uniform always.
     """
     count = len(limits)
     grid = torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)
-    share = grid / max(count, 1)
-    if distribution == "logit_normal":
-        share = torch.special.ndtri(share).sigmoid()
-    t = shift * share / (1 + (shift - 1) * share)
-    return t.clamp(max=1 - 2**-24) * torch.tensor(limits)  # 63 + 0.9999999 is 64 in fp32
+    uniform, limit = grid / max(count, 1), torch.tensor(limits)
+    share = torch.special.ndtri(uniform).sigmoid() if distribution == "logit_normal" else uniform
+    t = torch.where(limit < 1, uniform, shift * share / (1 + (shift - 1) * share))
+    return t.clamp(max=1 - 2**-24) * limit  # 63 + 0.9999999 is 64 in fp32
 
 
 class _RowWriter:
