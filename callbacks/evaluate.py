@@ -121,7 +121,7 @@ class Evaluate(L.Callback):
         if not trainer.is_global_zero:
             return
         fit = trainer.state.fn == "fit"
-        step = pl_module.trained_steps
+        step = trainer.global_step or pl_module.loaded_step
         path = folder / f"metrics/step{step:07d}-{self.tag}.json" if fit else None
         path = path or folder / (
             "metrics.json" if self.tag == "val" else f"metrics-{self.tag}.json"

@@ -97,7 +97,7 @@ class Recall(L.Callback):
             "num_prompts": count,
             "num_pictures": len(pictures),
             "seed": self.seed,
-            "global_step": module.trained_steps,
+            "global_step": trainer.global_step or module.loaded_step,
             **self.how,
         }
         write_text(folder / "recall.json", json.dumps(report, indent=2) + "\n")

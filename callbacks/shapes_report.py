@@ -141,7 +141,7 @@ class ShapesReport(L.Callback):
             "perplexity_bound": bound,
             "counts": dict.fromkeys(("one_object", "two_objects", "captions", "texts"), len(one)),
             "seed": self.seed,
-            "global_step": module.trained_steps,
+            "global_step": trainer.global_step or module.loaded_step,
             "weights": "raw" if module.ema is None else "ema",
             **self.how,
         }

@@ -166,6 +166,17 @@ def test_a_time_never_rounds_up_to_its_limit(monkeypatch):
     assert draw_times([1.0] * 64, torch.Generator(), shift=3).max() < 1
 
 
+def test_pictures_to_be_read_have_uniform_levels_whatever_the_others_have():
+    limits = [0.5, 1.0] * 4
+    draw = lambda row: draw_times(limits, row_generator(0, row), 3.0, "logit_normal")  # noqa: E731
+    times = torch.stack([draw(row) for row in range(2000)])
+    read, drawn = times[:, 0::2], times[:, 1::2]
+    assert read.max() <= 0.5
+    shares = torch.histc(read / 0.5, bins=10, min=0, max=1) / read.numel()
+    torch.testing.assert_close(shares, torch.full((10,), 0.1), atol=0.02, rtol=0)
+    assert drawn.median() == pytest.approx(0.75, abs=0.02)  # 3 u / (1 + 2 u) at u = 1/2
+
+
 def test_noise_belongs_to_the_row_wherever_it_is_packed():
     first, second = [document("2i", 1), document("i", 2)], [document("i3", 3)]
     together = packed([first, second], row_ids=[7, 40], seed=5)

@@ -68,7 +68,11 @@ def test_recall_is_the_share_of_prompts_drawn_nearest_to_their_own(
         datamodule=SimpleNamespace(sources={"captions": Greys()}),
         state=SimpleNamespace(fn="fit"),
     )
-    Recall("captions", num_prompts=5, seed=4).examine(trainer, torch.nn.Linear(1, 1))
+    module = torch.nn.Linear(1, 1)
+    module.hparams = {"prediction_type": "epsilon"}
+    callback = Recall("captions", num_prompts=5, seed=4)
+    callback.setup(trainer, module, "fit")
+    callback.examine(trainer, module)
     report = json.loads((tmp_path / "recall.json").read_text())
     assert report == {
         **{"recall": recall, "num_prompts": 5, "num_pictures": 10, "seed": 4, "global_step": 7},

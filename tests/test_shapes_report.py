@@ -69,6 +69,7 @@ def examined(module, model_class, folder, monkeypatch) -> dict:
         state=SimpleNamespace(fn="fit"),
     )
     report = ShapesReport(num_prompts=COUNT, seed=SEED, num_inference_steps=2)
+    report.setup(trainer, module, "fit")
     report.examine(trainer, module)
     return json.loads((folder / "report.json").read_text())
 

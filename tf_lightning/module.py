@@ -89,7 +89,7 @@ class Transfusion(L.LightningModule):
         self.net: Net | None = None
         self.ema: Net | None = None
         self.tokenizer_proto: bytes | None = None
-        self.loaded_step = 0
+        self.loaded_step = 0  # of the checkpoint; an evaluation's own global_step is 0
         self.image_codec: dict | None = None
         self.row_length: int | None = None
 
@@ -115,11 +115,6 @@ class Transfusion(L.LightningModule):
             self.ema = deepcopy(self.net).requires_grad_(False)
         if hparams.compile:
             self.net.compile()
-
-    @property
-    def trained_steps(self) -> int:
-        """Optimizer steps behind the weights; in an evaluation, where the trainer has none, too."""
-        return self.trainer.global_step or self.loaded_step
 
     @property
     def inference_net(self) -> Net:
