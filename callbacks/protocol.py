@@ -72,10 +72,20 @@ def write_numbers(
 
 
 def print_numbers(numbers: Sequence[Number]) -> None:
-    """One table of names, values and how the samples were made."""
+    """One table of names and values; below it how the samples were made, or beside where it varies.
+
+    (A sweep varies the guidance. What is the same in every row would leave no room for the names.)
+    """
+    told = {
+        heading: [str(number.protocol.get(key, "")) for number in numbers]
+        for heading, key in TOLD.items()
+    }
+    said = {heading: {*column} - {""} for heading, column in told.items()}
+    varies = [heading for heading, values in said.items() if len(values) > 1]
+    common = [f"{heading} {values.pop()}" for heading, values in said.items() if len(values) == 1]
     whole = [Column(heading, no_wrap=True) for heading in ("number", "value")]
-    table = Table(*whole, *(Column(heading, overflow="fold") for heading in TOLD))
-    for number in numbers:
-        how = [str(number.protocol.get(key, "")) for key in TOLD.values()]
-        table.add_row(escape(number.name), f"{number.value:.6g}", *how)
+    table = Table(*whole, *varies, caption=", ".join(common))
+    for row, number in enumerate(numbers):
+        more = [told[heading][row] for heading in varies]
+        table.add_row(escape(number.name), f"{number.value:.6g}", *more)
     Console().print(table)

@@ -12,7 +12,6 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from callbacks.prompts import Prompt, square
-from tf_lightning.errors import UserError
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
 
@@ -40,27 +39,9 @@ class Sampled:
         return Sampled(*(part and part[:count] for part in parts))
 
 
-class Checked(Model):
-    """A model that refuses to show what is not finite."""
-
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """As `Model.decode`.
-
-        Raises:
-            UserError: latents with NaN or infinity.
-        """
-        broken = int((~latents.isfinite()).flatten(1).any(1).sum())
-        if broken:
-            raise UserError(
-                f"{broken} of {len(latents)} drawn pictures hold NaN or infinity; the weights have "
-                "diverged: go back to an earlier checkpoint or lower the learning rate"
-            )
-        return super().decode(latents)
-
-
 def model_of(module: Transfusion, weights: str) -> tuple[Model, str]:
     """The module's model with the weights asked for, "ema" or "raw", and which they really are."""
-    model = Checked(**vars(Model.of(module)))
+    model = Model.of(module)
     if weights == "ema" and module.ema is not None:
         return model, "ema"
     return replace(model, net=module.net), "raw"

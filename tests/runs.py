@@ -78,6 +78,7 @@ def config(folder: Path) -> dict:
         "seed_everything": 0,
         "trainer": {
             "accelerator": "cpu",
+            "precision": "32-true",  # the same numbers on every CPU
             "devices": 1,
             "max_steps": MAX_STEPS,
             "gradient_clip_val": 1.0,

@@ -9,11 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import runs
 import torch
 import yaml
 from PIL import Image
 
+import runs
 from callbacks.evaluate import Evaluate
 from tf_lightning.cli import main
 
@@ -182,7 +182,7 @@ def test_pictures_of_weights_that_diverged_are_told(run, tmp_path, capsys):
     config = validate_config(run, tmp_path)
     with pytest.raises(SystemExit):
         main(["validate", "-c", str(config), "--ckpt_path", str(tmp_path / "nan.ckpt")])
-    assert "drawn pictures hold NaN or infinity" in capsys.readouterr().err
+    assert "not a number (NaN or infinite)" in capsys.readouterr().err
 
 
 def test_a_measure_of_what_is_switched_off_is_refused(run, tmp_path, capsys):

@@ -38,7 +38,16 @@ def our_logits(transformer: Transformer, ids: torch.Tensor) -> torch.Tensor:
         document_ids=torch.zeros_like(ids),
         image_ids=torch.full_like(ids, -1),
         **dict.fromkeys(
-            ("patch_index", "target_index", "latents", "noise", "t", "source_ids", "row_tokens"),
+            (
+                "patch_index",
+                "text_index",
+                "target_index",
+                "latents",
+                "noise",
+                "t",
+                "source_ids",
+                "row_tokens",
+            ),
             empty,
         ),
     )
