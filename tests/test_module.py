@@ -1,33 +1,26 @@
-"""The LightningModule: losses, average, validation, checkpoints, exact resume, and ranks."""
+"""The LightningModule: losses, average, validation, learning rates."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
-import runs
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import PATCH_SIZE, VOCAB_SIZE, document, packed
 from torch import Tensor
 
+import runs
 from tf_lightning.attention import DenseAttention, build_attention
 from tf_lightning.batch import IGNORE_INDEX, Batch, pack
-from tf_lightning.cli import main
 from tf_lightning.data import Mixture
 from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
 from tf_lightning.diffusion import cosine_alphas_cumprod
 from tf_lightning.errors import UserError
-from tf_lightning.model import load as load_model
 from tf_lightning.module import Transfusion
 from tf_lightning.net import Net
-from tf_lightning.tokenizer import Tokenizer
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
 
@@ -369,143 +362,8 @@ def test_a_text_step_of_a_frozen_text_side_runs():
     assert gradients and not any(gradient.any() for gradient in gradients)
 
 
-# Checkpoints
-
-
-def variant_config(config: dict) -> None:
-    """All new parts at once, without what draws pictures."""
-    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:3]
-    config["model"] |= {"patch_size": 2, "learned_sigma": True, "min_snr_gamma": 5.0}
-    config["model"]["unet"] = {"channels": [4, 8], "num_blocks": 1, "head_dim": 8}
-    config["model"]["transformer"]["image_weights"] = "all"
-    config["model"]["text_lr_ratio"] = 0.5
-    config["data"]["init_args"] |= {"patch_size": 2, "row_length": 1200, "batch_size": 1}
-
-
-def test_a_variants_checkpoint_loads_and_resumes(tmp_path):
-    arguments = ["fit", "-c", str(runs.write_config(tmp_path, variant_config))]
-    arguments += ["--trainer.limit_val_batches=1"]
-    main([*arguments, "--trainer.max_steps=3"])
-    main([*arguments, "--trainer.max_steps=6", "--ckpt_path=last"])
-    checkpoint = load(tmp_path / "run")
-    assert checkpoint["global_step"] == 6
-    model = load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert model.net.outputs == 2 and model.net.transformer.config.image_weights == "all"
-    for name, value in model.net.state_dict().items():
-        assert torch.equal(value, checkpoint["state_dict"][f"ema.{name}"])
-    events = EventAccumulator(str(tmp_path / "run")).Reload()
-    losses = [event.value for event in events.Scalars("train/loss")]
-    assert len(losses) == 6 and all(map(math.isfinite, losses))
-
-
-def load(run: Path, name: str = "last") -> dict:
-    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
-
-
-def test_a_checkpoint_holds_the_two_networks_the_tokenizer_and_the_autoencoders_name(run):
-    checkpoint = load(run)
-    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"net", "ema"}
-    assert checkpoint["image_codec"] == {"autoencoder": "pixels", "latent_shape": [3, 64, 64]}
-    (file,) = (run.parent / "data").glob("tokenizer-*.model")
-    proto = bytes(checkpoint["tokenizer"].numpy())
-    assert proto == file.read_bytes()
-    assert Tokenizer.from_proto(proto).vocab_size == runs.VOCAB_SIZE
-
-
 def test_a_checkpoint_from_python_loads_without_running_what_it_holds(trained, tmp_path):
     module, _, trainer, _ = trained
     trainer.save_checkpoint(tmp_path / "python.ckpt")
     checkpoint = torch.load(tmp_path / "python.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"]["transformer"] == module.config
-
-
-def same(a, b) -> bool:
-    """Equal in every bit, down to the last tensor of nested dicts and lists."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
-    kill = ["--trainer.callbacks+=runs.StopAt", "--trainer.callbacks.step=5"]
-    with pytest.raises(runs.Killed):
-        runs.fit(tmp_path, *kill)
-    assert load(tmp_path / "run")["global_step"] == 3
-    resumed = load(runs.fit(tmp_path, "--ckpt_path", "last"))
-    whole = load(run)
-    assert whole["global_step"] == resumed["global_step"] == runs.MAX_STEPS
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "Mixture"):
-        assert same(whole[part], resumed[part]), part
-    assert not same(whole["state_dict"], load(run, "step0000003")["state_dict"])
-    assert whole["Mixture"] == {"next_row": 2 * runs.MAX_STEPS, "global_step": runs.MAX_STEPS}
-
-
-def test_a_resumed_run_goes_on_counting_its_seconds(run, tmp_path):
-    first = load(run, "step0000003")
-    (state,) = [s for name, s in first["callbacks"].items() if "ShapesReport" in name]
-    state["train_seconds"] = 1000.0
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    torch.save(first, tmp_path / "run" / "checkpoints" / "last.ckpt")
-    last = load(runs.fit(tmp_path, "--ckpt_path", "last"))
-    (state,) = [s for name, s in last["callbacks"].items() if "ShapesReport" in name]
-    assert 1000 < state["train_seconds"] < 1100
-
-
-# Ranks
-
-
-def two_rank_config(config: dict) -> None:
-    """Three steps; with one row a rank, some rank has no picture and some step has none at all."""
-    data = config["data"]["init_args"]
-    data["weights"] = {"captions": 0.5, "text": 0.5}
-    config["trainer"] |= {"max_steps": 3, "limit_val_batches": 0, "callbacks": []}
-    config["trainer"]["callbacks"] = runs.config(Path())["trainer"]["callbacks"][:1]
-
-
-def pictures_in_rows(cache_dir: Path, count: int) -> list[int]:
-    """How many pictures each of the first rows of `two_rank_config` has."""
-    data = Mixture(
-        {"captions": ShapesCaptions(runs.NUM_CAPTIONS, 6), "text": ShapesTexts(40, 6)},
-        {"captions": 0.5, "text": 0.5},
-        **{"autoencoder": "pixels", "vocab_size": runs.VOCAB_SIZE, "patch_size": 16},
-        **{"row_length": 256, "batch_size": 1, "cache_dir": str(cache_dir)},
-    )
-    data.setup()
-    batches = iter(data.train_dataloader())
-    return [next(batches).num_images for _ in range(count)]
-
-
-def logged_losses(run: Path) -> list[float]:
-    """The losses and the gradient's norm at every step."""
-    events = EventAccumulator(str(run)).Reload()
-    names = ("loss", "loss_lm", "loss_diffusion", "grad_norm")
-    return [event.value for name in names for event in events.Scalars(f"train/{name}")]
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one_with_the_same_rows(tmp_path):
-    weights = {}
-    for ranks, rows in ((1, 2), (2, 1)):
-        folder = tmp_path / f"ranks{ranks}"
-        folder.mkdir()
-        arguments = ["fit", "-c", str(runs.write_config(folder, two_rank_config))]
-        arguments += [f"--data.init_args.batch_size={rows}", f"--trainer.devices={ranks}"]
-        arguments += [f"--data.init_args.cache_dir={tmp_path}/data"]
-        if ranks == 1:
-            main(arguments)
-        else:
-            command = [sys.executable, "-m", "tf_lightning", *arguments, "--trainer.strategy=ddp"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=180)
-        weights[ranks] = load(folder / "run")["state_dict"]
-    one, two = (logged_losses(tmp_path / f"ranks{ranks}" / "run") for ranks in (1, 2))
-    assert len(one) == 12 and one == pytest.approx(two, rel=1e-5)  # Adam would hide a wrong scale
-    pictures = pictures_in_rows(tmp_path / "data", 6)
-    assert 0 in pictures and max(pictures) > 0
-    assert weights[1].keys() == weights[2].keys()
-    for name, value in weights[1].items():
-        torch.testing.assert_close(value, weights[2][name], atol=2e-6, rtol=1e-5, msg=name)

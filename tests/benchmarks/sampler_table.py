@@ -29,6 +29,7 @@ from tf_lightning.model import Model, load
 
 NOISE_ROWS = [
     ("DDPMScheduler", 250),
+    ("DDPMScheduler", 100),
     ("DDIMScheduler", 250),
     ("DDIMScheduler", 50),
     ("DDIMScheduler", 25),
