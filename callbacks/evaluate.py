@@ -19,6 +19,7 @@ from callbacks.protocol import Number, print_numbers, prompts_hash, write_number
 from callbacks.sampling import Kind, Sampled, model_of, sample, shares
 from callbacks.sheet import run_folder, write_picture
 from callbacks.show import show
+from callbacks.text_perplexity import TextPerplexity
 from tf_lightning.errors import UserError
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
@@ -27,7 +28,6 @@ from tf_lightning.sampler import fitting_sampler
 MODULE_PROTOCOL = {  # of what the module itself logs at validation
     "loss_lm": "mean nll in nats over text targets",
     "loss_diffusion": "mean squared error over latent elements",
-    "perplexity": "exp(sum nll / sum tokens); no document starts, patches or padding",
 }
 
 
@@ -126,7 +126,8 @@ class Evaluate(L.Callback):
         path = path or folder / (
             "metrics.json" if self.tag == "val" else f"metrics-{self.tag}.json"
         )
-        numbers = [*self.numbers, *module_numbers(trainer, pl_module, self.numbers)]
+        numbers = [*self.numbers, *text_numbers(trainer)]
+        numbers += module_numbers(trainer, pl_module, numbers)
         checkpoint = None if fit else trainer.ckpt_path
         write_numbers(path, numbers, checkpoint=checkpoint, global_step=step)
         if len(self.scales) > 1 and self.numbers:
@@ -266,6 +267,12 @@ def together(trainer: L.Trainer, work: Callable[[], object]) -> None:
         told = next((message for message in everyone if message), None)
     if told:
         raise UserError(told)
+
+
+def text_numbers(trainer: L.Trainer) -> list[Number]:
+    """What another callback measured of the text at this validation."""
+    callbacks = [c for c in trainer.callbacks if isinstance(c, TextPerplexity)]
+    return [number for callback in callbacks for number in callback.numbers]
 
 
 def module_numbers(trainer: L.Trainer, module: Transfusion, ours: Sequence[Number]) -> list[Number]:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,11 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
-from torch import Tensor
 
 from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
+from callbacks.text_perplexity import TextBytes, add_text
+from callbacks.throughput import Throughput
+from evaluation.perplexity import Perplexity
 from tf_lightning.batch import pack
 from tf_lightning.data.oracle import read
 from tf_lightning.data.shapes import Meaning, draw_scene, generator, render
@@ -55,7 +56,8 @@ class ShapesReport(L.Callback):
     """Examines the model when training ends, and whenever a checkpoint is validated or tested.
 
     Writes into the run's folder `samples/NNNN.png` with `samples/samples.jsonl` (file, prompt, what
-    the oracle read, right or wrong), `report.json` and the contact sheet `sheet.png`.
+    the oracle read, right or wrong), `report.json` and the contact sheet `sheet.png`. The report's
+    seconds are those that the callback `Throughput` counted.
 
     Args:
         num_prompts: prompts with one object, prompts with two, pictures to caption, and texts.
@@ -79,30 +81,14 @@ class ShapesReport(L.Callback):
             "num_inference_steps": num_inference_steps,
             "sampler": sampler,
         }
-        self.train_seconds = 0.0
-
-    def state_dict(self) -> dict[str, float]:
-        """Seconds trained so far, so that a resumed run reports its whole time."""
-        return {"train_seconds": self.train_seconds + time.perf_counter() - self.started}
-
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on counting."""
-        self.train_seconds = state_dict["train_seconds"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a sampler that does not fit; start the clock of a run that does not train."""
+        """Refuse a sampler that does not fit."""
         kind = pl_module.hparams["prediction_type"]
         self.how["sampler"] = fitting_sampler(self.how["sampler"], kind)
-        self.started = time.perf_counter()
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self.started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Examine the trained model."""
-        self.train_seconds += time.perf_counter() - self.started
-        self.started = time.perf_counter()
         self.examine(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
@@ -132,7 +118,7 @@ class ShapesReport(L.Callback):
         understood = [parse(text) == q.meaning for text, q in zip(written, shown, strict=True)]
         perplexity, bound = text_perplexity(model, module, self.num_prompts, self.seed)
         report = {
-            "train_seconds": round(self.train_seconds, 1),
+            **seconds_of(trainer),
             "num_parameters": sum(p.numel() for p in model.net.parameters()),
             "one_object": float(np.mean(right[: len(one)])),
             "two_objects": float(np.mean(right[len(one) :])),
@@ -170,6 +156,15 @@ class ShapesReport(L.Callback):
         return drawn
 
 
+def seconds_of(trainer: L.Trainer) -> dict[str, float]:
+    """Wall-clock time of the fit, and what its validations took of it; 0 if it was not measured."""
+    clocks = [c for c in trainer.callbacks if isinstance(c, Throughput)]
+    return {
+        "train_seconds": round(sum(clock.fit_seconds for clock in clocks), 1),
+        "validation_seconds": round(sum(clock.validation_seconds for clock in clocks), 1),
+    }
+
+
 @torch.no_grad()
 def text_perplexity(
     model: Model, module: Transfusion, count: int, seed: int
@@ -187,11 +182,12 @@ def text_perplexity(
         row_length=max(len(document[0]) for document in documents) + 2,
         patch_size=module.hparams.patch_size,
     ).to(module.device)
-    nll = module.loss_sums(model.net, batch)[0].double()
-    counted: Tensor = batch.positions.flatten()[batch.target_index] > 0
-    tokens = int(counted.sum())
+    metric = Perplexity(sync_on_compute=False).to(module.device)  # rank zero is alone here
+    nll, _ = module.loss_sums(model.net, batch)
+    add_text(metric, nll, batch, TextBytes(model.tokenizer, module.device))
+    perplexity = metric.compute()["perplexity"].item()
     entropy = -sum(text_log_prob(text) for text in texts)
-    return math.exp(nll[counted].sum().item() / tokens), math.exp(entropy / tokens)
+    return perplexity, math.exp(entropy / metric.counts["num_tokens"])
 
 
 def sheet(

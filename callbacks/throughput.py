@@ -1,4 +1,4 @@
-"""How fast a run is and what it is fed: tokens/s, FLOPs, padding, realised mixture."""
+"""How fast a run is and what it is fed: tokens/s, FLOPs, padding, mixture, time of validations."""
 
 import time
 
@@ -19,8 +19,12 @@ class Throughput(L.Callback):
     of what the devices can do.
 
     Counts are kept on the device and read only when the trainer logs, so that no step waits. Speed
-    and FLOPs are of this window and all ranks; shares are of all tokens since the start of this
-    process.
+    and FLOPs are of this window and all ranks, validations left out; shares are of all tokens since
+    the start of this process.
+
+    Each validation within `fit` logs `val/seconds`, sampling and measuring included, and
+    `val/time_share`, what all so far took of the fit's wall-clock time, which a resumed run goes on
+    counting from its checkpoint.
 
     Args:
         peak_flops: FLOPs a second that one device can do at best; null: what Lightning knows of
@@ -29,6 +33,23 @@ class Throughput(L.Callback):
 
     def __init__(self, peak_flops: float | None = None):
         self.peak_flops = peak_flops
+        self.fit_before = self.validation_seconds = 0.0
+        self.started: float | None = None
+
+    @property
+    def fit_seconds(self) -> float:
+        """Trained and validated so far."""
+        running = 0.0 if self.started is None else time.perf_counter() - self.started
+        return self.fit_before + running
+
+    def state_dict(self) -> dict[str, float]:
+        """Both times, so that a resumed run reports the whole."""
+        return {"fit_seconds": self.fit_seconds, "validation_seconds": self.validation_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on counting."""
+        self.fit_before = state_dict["fit_seconds"]
+        self.validation_seconds = state_dict["validation_seconds"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -40,7 +61,8 @@ class Throughput(L.Callback):
             low = "bf16" in str(trainer.precision)
             dtype = torch.bfloat16 if low else torch.float32
             self.peak_flops = get_available_flops(trainer.strategy.root_device, dtype)
-        self.window, self.window_start = Work(), time.perf_counter()
+        self.started = time.perf_counter()
+        self.window, self.window_start = Work(), self.started
         self.tokens_before = self.squares_before = 0.0
 
     def on_train_batch_end(
@@ -87,3 +109,23 @@ class Throughput(L.Callback):
         pl_module.log_dict(values, batch_size=1)
         self.window, self.window_start = Work(), now
         self.tokens_before, self.squares_before = total, squares
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the validation's clock."""
+        self.validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count and log what it took; the window of training goes on as if it had not been."""
+        if self.started is None:  # not in `fit`, or its sanity check
+            return
+        seconds = time.perf_counter() - self.validation_start
+        self.validation_seconds += seconds
+        self.window_start += seconds
+        share = self.validation_seconds / self.fit_seconds
+        for logger in trainer.loggers:  # no self.log here: a validation's end is past its results
+            values = {"val/seconds": seconds, "val/time_share": share}
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock; what other callbacks do with the trained model is no fit."""
+        self.fit_before, self.started = self.fit_seconds, None

@@ -8,47 +8,56 @@ from torchmetrics import Metric
 
 
 class Perplexity(Metric):
-    """exp(sum of nll / sum of tokens); lower is better, 1 is certainty.
+    """How well text is foretold; lower is better.
 
-    What counts is the caller's: text targets only, no patches, padding or document starts.
+    perplexity = exp(sum of nll / number of tokens): 1 is certainty; it depends on the tokenizer.
+    bits_per_byte = sum of nll / ln 2 / number of UTF-8 bytes: 0 is certainty, and models of
+    different tokenizers compare.
+
+    What counts is the caller's: the same text targets in all three sums.
 
     Args:
-        name: the metric's name in logs.
+        name: the text's name in messages.
+        options: torchmetrics' own, such as `sync_on_compute`.
     """
 
     higher_is_better = False
     full_state_update = False
 
-    def __init__(self, name: str = "perplexity"):
-        super().__init__()
+    def __init__(self, name: str = "text", **options):
+        super().__init__(**options)
         self.name = name
         self.add_state("nll", torch.tensor(0.0).double(), "sum")
         self.add_state("num_tokens", torch.tensor(0), "sum")
         self.add_state("num_bytes", torch.tensor(0), "sum")
         self.counts: dict[str, int] = {}
 
-    def update(self, nll_sum: Tensor | float, num_tokens: int, num_bytes: int = 0) -> None:
-        """Adds some text: its summed nll in nats, its tokens, its UTF-8 bytes."""
-        self.nll += nll_sum
-        self.num_tokens += num_tokens
+    def update(self, nll: Tensor, num_bytes: Tensor | int = 0) -> None:
+        """Adds some text.
+
+        Args:
+            nll: -log p of each token in nats, (K,).
+            num_bytes: UTF-8 bytes of the tokens together.
+        """
+        self.nll += nll.double().sum()
+        self.num_tokens += len(nll)
         self.num_bytes += num_bytes
 
-    def compute(self) -> Tensor:
-        """The perplexity, a float64 scalar."""
-        if not self.num_tokens:
-            raise ValueError(f"{self.name} was given no token; the validation set has no text")
-        self.counts = {"num_tokens": int(self.num_tokens), "num_bytes": int(self.num_bytes)}
-        return (self.nll / self.num_tokens).exp()
+    def compute(self) -> dict[str, Tensor]:
+        """Float64 scalars: `perplexity`, and `bits_per_byte` where bytes were given.
 
-    def bits_per_byte(self) -> Tensor:
-        """Sum of nll in bits over bytes, whatever the tokenizer; call it on every rank."""
-        with self.sync_context():
-            nll, num_bytes = self.nll, self.num_bytes
-        if not num_bytes:
-            raise ValueError(f"{self.name} was given no number of bytes")
-        return nll / math.log(2) / num_bytes
+        Raises:
+            ValueError: there was no token.
+        """
+        if not self.num_tokens:
+            raise ValueError(f"{self.name} has no token to foretell; give text to validate on")
+        self.counts = {"num_tokens": int(self.num_tokens), "num_bytes": int(self.num_bytes)}
+        found = {"perplexity": (self.nll / self.num_tokens).exp()}
+        if self.num_bytes:
+            found["bits_per_byte"] = self.nll / math.log(2) / self.num_bytes
+        return found
 
     @property
-    def protocol(self) -> dict:
-        """What the number depends on; the counts are those of the last `compute`."""
-        return {"metric": "perplexity", **self.counts}
+    def protocol(self) -> dict[str, int]:
+        """The counts of the last `compute`."""
+        return self.counts

@@ -68,6 +68,7 @@ def config(folder: Path) -> dict:
         },
         "lightning.pytorch.callbacks.LearningRateMonitor": {"logging_interval": "step"},
         "callbacks.throughput.Throughput": {},
+        "callbacks.text_perplexity.TextPerplexity": {},
         "callbacks.evaluate.Evaluate": {**EVALUATE, **few},
         "callbacks.shapes_report.ShapesReport": {"num_prompts": 4, **few},
         "callbacks.recall.Recall": {"source": "captions", "num_prompts": 4, **few},

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import runs
 from tf_lightning.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,12 +56,14 @@ def test_a_run_logs_losses_speed_and_shares_under_their_documented_names(events)
         *("train/tokens_per_sec", "train/padding_share", "train/tflops_per_sec"),
         *("train/flops_per_token", "train/flops_per_token_6n"),
         *("train/mixture/captions", "train/mixture/text"),
-        *(f"val/captions/{name}" for name in ("loss_lm", "perplexity", "loss_diffusion")),
-        *(f"val/text/{name}" for name in ("loss_lm", "perplexity")),
+        *(f"val/{source}/loss_lm" for source in ("captions", "text")),
+        *(f"val/{source}/perplexity" for source in ("captions", "text")),
+        *(f"val/{source}/bits_per_byte" for source in ("captions", "text")),
+        "val/captions/loss_diffusion",
         *("lr-AdamW/decay", "lr-AdamW/no_decay"),
         *(f"val/{name}[shapes]" for name in ("fid", "clip_score", "cider", "bleu4")),
         *(f"val/composition[shapes]/{name}" for name in ("two_object", "color_attr", "position")),
-        "val/composition[shapes]/overall",
+        *("val/composition[shapes]/overall", "val/seconds", "val/time_share"),
     }
     logged = set(events.Tags()["scalars"])
     assert tags <= logged

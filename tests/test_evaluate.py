@@ -29,12 +29,13 @@ def numbers(file: Path) -> dict[str, float]:
 
 
 def only_evaluate(folder: Path, **changed):
-    """Changes a run's configuration to this callback alone, with other arguments."""
+    """Changes a run's configuration to measuring alone, with other arguments."""
 
     def change(config: dict) -> None:
         (found,) = (c for c in config["trainer"]["callbacks"] if "Evaluate" in c["class_path"])
         found["init_args"] |= changed
-        config["trainer"]["callbacks"] = [found]
+        text = {"class_path": "callbacks.text_perplexity.TextPerplexity"}
+        config["trainer"]["callbacks"] = [text, found]
         config["trainer"]["logger"]["init_args"]["save_dir"] = str(folder)
         config["verbose"] = False
 
@@ -85,7 +86,10 @@ def test_every_number_has_its_whole_protocol(run, tmp_path):
     assert len(fid["prompts_hash"]) == len(fid["weights_hash"]) == 12
     cider = protocols["val/cider[shapes]"]
     assert cider["decoding"] == "greedy" and "guidance_scale" not in cider
-    assert protocols["val/text/perplexity"]["weights"] == "ema"
+    for name in ("perplexity", "bits_per_byte"):
+        text = protocols[f"val/text/{name}"]
+        assert text["weights"] == "ema" and text["num_bytes"] > text["num_tokens"] > 0
+        assert text["definition"].startswith(("exp(sum nll", "sum nll / ln 2"))
 
 
 def test_the_command_line_changes_counts_steps_sampler_and_weights(run, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints of the LightningModule, exact resume, and ranks."""
 
+import json
 import math
 import os
 import subprocess
@@ -90,13 +91,16 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
 
 def test_a_resumed_run_goes_on_counting_its_seconds(run, tmp_path):
     first = load(run, "step0000003")
-    (state,) = [s for name, s in first["callbacks"].items() if "ShapesReport" in name]
-    state["train_seconds"] = 1000.0
+    (state,) = [s for name, s in first["callbacks"].items() if "Throughput" in name]
+    state |= {"fit_seconds": 1000.0, "validation_seconds": 100.0}
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     torch.save(first, tmp_path / "run" / "checkpoints" / "last.ckpt")
     last = load(runs.fit(tmp_path, "--ckpt_path", "last"))
-    (state,) = [s for name, s in last["callbacks"].items() if "ShapesReport" in name]
-    assert 1000 < state["train_seconds"] < 1100
+    (state,) = [s for name, s in last["callbacks"].items() if "Throughput" in name]
+    assert 1000 < state["fit_seconds"] < 1100
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert 1000 < report["train_seconds"] < 1100
+    assert 100 < report["validation_seconds"] < report["train_seconds"] - 900
 
 
 # Ranks

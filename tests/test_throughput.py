@@ -83,3 +83,37 @@ def test_flops_are_those_of_the_window_and_mfu_is_their_share_of_the_peak(clock)
 
 def test_a_device_of_unknown_speed_has_no_mfu(clock):
     assert "train/mfu" not in log_of(batches(), every=3)[3]
+
+
+def test_a_validation_is_timed_and_no_part_of_the_trainings_window(clock):
+    data = SimpleNamespace(source_names=["pictures", "text"])
+    logger, logged = SimpleNamespace(), {}
+    logger.log_metrics = lambda values, step: logged.setdefault(step, {}).update(values)
+    trainer = SimpleNamespace(
+        datamodule=data, log_every_n_steps=1, global_step=1, world_size=1, loggers=[logger],
+        precision="32-true", strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )  # fmt: skip
+    log_train = lambda values, **_: logged.setdefault(trainer.global_step, {}).update(values)  # noqa: E731
+    module = SimpleNamespace(device="cpu", net=tiny_net(), log_dict=log_train)
+    callback = Throughput()
+    callback.on_validation_start(trainer, module)  # 0: the sanity check is no part of a fit
+    callback.on_validation_end(trainer, module)
+    assert not logged and callback.fit_seconds == 0
+    callback.on_train_start(trainer, module)  # 1
+    callback.on_validation_start(trainer, module)  # 2
+    callback.on_validation_end(trainer, module)  # 3, and asked for the fit's time at 4
+    assert logged[1] == {"val/seconds": 1, "val/time_share": pytest.approx(1 / 3)}
+    trainer.global_step = 2
+    callback.on_train_batch_end(trainer, module, torch.zeros(()), batches()[0], 0)  # 5
+    assert logged[2]["train/tokens_per_sec"] == pytest.approx(20 / (5 - 1 - 1))
+    assert callback.state_dict() == {"fit_seconds": 5, "validation_seconds": 1}  # 6
+    callback.on_train_end(trainer, module)  # 7
+    assert callback.fit_seconds == 6
+
+
+def test_times_go_on_from_a_checkpoint(clock):
+    resumed = Throughput()
+    resumed.load_state_dict({"fit_seconds": 100.0, "validation_seconds": 10.0})
+    resumed.started = 0.0
+    assert resumed.fit_seconds == 100  # the clock stands at 0
+    assert resumed.state_dict() == {"fit_seconds": 101, "validation_seconds": 10}

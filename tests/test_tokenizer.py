@@ -32,6 +32,22 @@ def test_spaces_line_ends_and_unseen_characters_read_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_byte_counts_sum_to_the_bytes_of_the_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    inside, beginning = tokenizer.byte_counts()
+    assert len(inside) == len(beginning) == tokenizer.vocab_size
+    counted = [beginning[i] for i in ids[:1]] + [inside[i] for i in ids[1:]]
+    assert sum(counted) == len(tokenizer.decode(ids).encode())
+
+
+def test_specials_have_no_bytes(tokenizer):
+    specials = ("bos_id", "eos_id", "boi_id", "eoi_id", "pad_id")
+    for counts in tokenizer.byte_counts():
+        assert {counts[getattr(tokenizer, name)] for name in specials} == {0}
+
+
 @pytest.mark.parametrize("forged", ["<boi>", "<eoi>", "<s>", "</s>", "<unk>", "<pad>"])
 def test_user_text_never_becomes_a_special_token(tokenizer, forged):
     ids = tokenizer.encode(f"a {forged} b{forged}")

@@ -9,7 +9,7 @@ from copy import deepcopy
 import lightning as L
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from tf_lightning.attention import build_attention
 from tf_lightning.batch import Batch, Document, unpack
@@ -222,33 +222,39 @@ class Transfusion(L.LightningModule):
     # ---------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        """One set of sums for each source of validation documents."""
+        """Sums of losses, and of what has them, for each source of validation documents."""
         self.val_sums = {
-            (source, name): MeanMetric().set_dtype(torch.float64).to(self.device)
+            (source, name): (self._sum(), self._sum())
             for source in self.trainer.datamodule.source_names
-            for name in ("loss_lm", "perplexity", "loss_diffusion")
+            for name in ("loss_lm", "loss_diffusion")
         }
 
-    def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:
-        """Sum the losses of one source, with the averaged weights."""
+    def _sum(self) -> SumMetric:
+        """Over batches and ranks; NaN of a model that diverged stays NaN."""
+        return SumMetric(nan_strategy="disable").set_dtype(torch.float64).to(self.device)
+
+    def validation_step(
+        self, batch: Batch, batch_index: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Sum the losses of one source, with the averaged weights; nll (K,) for callbacks."""
         nll, squared_error = self.loss_sums(self.inference_net, batch)
-        nll, started = nll.double(), batch.positions.flatten()[batch.target_index] > 0
+        nll = nll.double()
         source = self.trainer.datamodule.source_names[dataloader_idx]
         for name, total, count in (
             ("loss_lm", nll.sum(), len(nll)),
-            ("perplexity", nll[started].sum(), started.sum()),
             ("loss_diffusion", squared_error, batch.latents.numel()),
         ):
-            mean = total / count if count else 0.0
-            self.val_sums[source, name].update(mean, weight=count)
+            for sums, value in zip(self.val_sums[source, name], (total, count), strict=True):
+                sums.update(value)
+        return {"nll": nll}
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/<source>/...`; perplexity = exp(sum nll / sum tokens), without starts."""
+        """Log `val/<source>/...`, means over all ranks."""
         for (source, name), sums in self.val_sums.items():
-            value = sums.compute()  # the same on every rank
-            if not value.isnan():
-                value = value.exp() if name == "perplexity" else value
-                self.log(f"val/{source}/{name}", value.float(), add_dataloader_idx=False)
+            total, count = (each.compute() for each in sums)  # the same on every rank
+            if count:
+                value = (total / count).float()
+                self.log(f"val/{source}/{name}", value, add_dataloader_idx=False)
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

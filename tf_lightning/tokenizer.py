@@ -16,6 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tf_lightning.errors import UserError
 
 NUM_IMAGE_TOKENS = 2  # <boi>, <eoi>
+SPACE = "\u2581"  # sentencepiece's mark of it
 
 
 class Tokenizer:
@@ -93,6 +94,28 @@ class Tokenizer:
         """The text of token ids; specials are dropped."""
         specials = {self.bos_id, self.eos_id, self.boi_id, self.eoi_id, self.pad_id}
         return self._processor.decode([int(i) for i in ids if int(i) not in specials])
+
+    def byte_counts(self) -> tuple[list[int], list[int]]:
+        """UTF-8 bytes that each id adds to a text: inside it, and where it begins it.
+
+        Over the ids of a text they sum to `len(decode(ids).encode())`. Specials add none. The two
+        differ by the space that sentencepiece puts before a text and takes away when it decodes.
+        """
+        spec = sentencepiece_model_pb2.ModelProto.FromString(self.proto).normalizer_spec
+        dropped = spec.add_dummy_prefix or spec.remove_extra_whitespaces
+        inside = [self._num_bytes(i) for i in range(self.boi_id)] + [0] * NUM_IMAGE_TOKENS
+        spaced = [self._processor.id_to_piece(i).startswith(SPACE) for i in range(self.boi_id)]
+        spaced += [False] * NUM_IMAGE_TOKENS
+        return inside, [n - (dropped and s) for n, s in zip(inside, spaced, strict=True)]
+
+    def _num_bytes(self, piece_id: int) -> int:
+        """Of a piece inside a text; an unknown one has none."""
+        processor = self._processor
+        if processor.is_byte(piece_id):
+            return 1
+        if processor.is_control(piece_id) or piece_id in (processor.unk_id(), self.pad_id):
+            return 0
+        return len(processor.id_to_piece(piece_id).replace(SPACE, " ").encode())
 
 
 def train(texts: Iterator[str], path: str | Path, vocab_size: int) -> Tokenizer:
