@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 PANEL = (360, 260)  # width, height
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 36, 40  # of the axes in a panel
 COLUMNS = 3
+MOST_LABELS = 6  # below a panel
 
 Line = Sequence[tuple[float, float]]
 
@@ -36,9 +37,11 @@ def draw_panel(
     draw.text((left + width / 2, top + height - 18), x_label, "black", anchor="ma")
     points = list(zip(across, up, strict=True))
     draw.line(points, "steelblue", 2)
-    for (x, y), value in zip(points, xs, strict=True):
+    every = -(-len(xs) // MOST_LABELS)
+    for number, ((x, y), value) in enumerate(zip(points, xs, strict=True)):
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), "steelblue")
-        draw.text((x, top + height - BOTTOM + 10), f"{value:g}", "black", anchor="ma")
+        if (len(xs) - 1 - number) % every == 0:  # the last always has its label
+            draw.text((x, top + height - BOTTOM + 10), f"{value:g}", "black", anchor="ma")
     for value, y in {min(ys): max(up), max(ys): min(up)}.items():
         draw.text((left + LEFT - 12, y), f"{value:.5g}", "black", anchor="rm")
 

@@ -124,7 +124,9 @@ def test_an_evaluation_of_the_checkpoint_agrees_with_the_run_and_leaves_it_alone
     assert {path: path.read_bytes() for path in before} == before
     found = json.loads((run / verb / "report.json").read_text())
     at_the_end = json.loads((run / "report.json").read_text())
-    assert found == at_the_end | {"train_seconds": found["train_seconds"]}
+    seconds = {name: found[name] for name in ("train_seconds", "validation_seconds")}
+    assert found == at_the_end | seconds  # those of the checkpoint, made before its validation
+    assert all(0 < seconds[name] <= at_the_end[name] for name in seconds)
     table = capsys.readouterr().out
     assert "val/text/perplexity" in table
     assert f"{scalars(events, 'val/text/perplexity')[-1]:.4f}"[:7] in table
