@@ -48,8 +48,6 @@ def test_one_command_draws_them(folder, capsys):
 def test_what_is_not_there_is_told_in_one_sentence(folder, tmp_path):
     with pytest.raises(UserError, match="has no TensorBoard events"):
         read_curves(tmp_path / "none", ["val/*"])
-    with pytest.raises(
-        UserError, match=r"nothing that fits val/kid\*; it has val/fid.shapes."
-    ):
+    with pytest.raises(UserError, match=r"nothing that fits val/kid\*; it has val/fid.shapes."):
         main([str(folder), str(folder / "curves.png"), "--tags", "val/kid*"])
     assert not (folder / "curves.png").exists()

@@ -1,6 +1,7 @@
 """One code path for validation in a run and on its checkpoint, on one process and on two."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -177,6 +178,20 @@ def test_training_goes_on_after_a_measurement_that_failed(sentence, tmp_path):
     assert "val/text/perplexity" in found and not any("kid" in name for name in found)
 
 
+def test_training_that_diverges_is_told_at_each_validation_and_goes_on(tmp_path):
+    config = runs.write_config(tmp_path, only_evaluate(tmp_path))
+    config.write_text(config.read_text().replace("verbose: false\n", ""))
+    huge = ["--model.lr=1e30", "--trainer.gradient_clip_val=null", "--trainer.max_steps=6"]
+    with pytest.warns(UserWarning) as told:
+        main(["fit", "-c", str(config), *huge])
+    sentences = [str(w.message) for w in told if "is not measured" in str(w.message)]
+    assert [sentence[:7] for sentence in sentences] == ["step 3 ", "step 6 "]
+    assert all("not a number (NaN or infinite)" in s and "\n" not in s for s in sentences)
+    found = numbers(tmp_path / "run" / "metrics" / "step0000006-val.json")
+    assert {"val/text/perplexity", "val/captions/loss_diffusion"} <= found.keys()
+    assert all(math.isnan(value) for value in found.values())
+
+
 def test_pictures_of_weights_that_diverged_are_told(run, tmp_path, capsys):
     checkpoint = torch.load(checkpoint_of(run), weights_only=True)
     for name, tensor in checkpoint["state_dict"].items():
@@ -187,6 +202,21 @@ def test_pictures_of_weights_that_diverged_are_told(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["validate", "-c", str(config), "--ckpt_path", str(tmp_path / "nan.ckpt")])
     assert "not a number (NaN or infinite)" in capsys.readouterr().err
+
+
+def test_a_source_that_holds_nothing_out_is_named_and_the_rest_is_measured(run, tmp_path):
+    nothing = "--data.init_args.sources.text.init_args.num_val=0"
+    with pytest.warns(UserWarning, match="^no documents to validate on in text; hold some out$"):
+        found = numbers(validate(run, tmp_path, nothing))
+    assert "val/captions/perplexity" in found and not any("text" in name for name in found)
+
+
+def test_an_evaluation_of_an_empty_validation_set_is_refused(run, tmp_path, capsys):
+    sources = [f"--data.init_args.sources.{s}.init_args.num_val=0" for s in ("text", "captions")]
+    with pytest.raises(SystemExit) as stop:
+        validate(run, tmp_path, *sources)
+    assert stop.value.code == 1
+    assert "error: no documents to validate on in captions, text" in capsys.readouterr().err
 
 
 def test_a_measure_of_what_is_switched_off_is_refused(run, tmp_path, capsys):

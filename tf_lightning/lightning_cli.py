@@ -96,6 +96,7 @@ def quiet() -> None:
     logger.addFilter(lambda record: not record.getMessage().startswith(noise))
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning 2.6
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")  # evaluations
+    warnings.filterwarnings("ignore", ".*before the ``update`` method")  # the data says it: empty
     warnings.filterwarnings("ignore", ".*does not have many workers")  # rows are cheap to load
 
 

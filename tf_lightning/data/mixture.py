@@ -10,6 +10,7 @@ from typing import Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from tf_lightning.autoencoder import load_autoencoder
@@ -189,6 +190,7 @@ class Mixture(L.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """One finite loader for each source, in the order of `source_names`: each document once."""
+        self._tell_empty()
         world = {"num_replicas": self._world_size, "rank": self._rank}
         loaders = []
         for number, corpus in enumerate(self.corpora["val"].values()):
@@ -197,6 +199,15 @@ class Mixture(L.LightningDataModule):
         return loaders
 
     test_dataloader = predict_dataloader = val_dataloader
+
+    def _tell_empty(self) -> None:
+        """Say which sources hold nothing out; an evaluation of nothing at all is refused."""
+        empty = [name for name, corpus in self.corpora["val"].items() if not len(corpus)]
+        told = f"no documents to validate on in {', '.join(empty)}; hold some out"
+        if empty and len(empty) == len(self.sources) and self.trainer.state.fn != "fit":
+            raise UserError(told)
+        if empty:
+            rank_zero_warn(told)
 
     def _rows(self, corpus: Corpus, **order) -> CorpusRows:
         return CorpusRows(

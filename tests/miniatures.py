@@ -1,0 +1,76 @@
+"""Miniature copies of public datasets, laid out as the real ones unpack."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus"}
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 20), colour: str = "red") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def make_coco(root: Path) -> Path:
+    """Four pictures with two captions each, as COCO's archives unpack; one is grey."""
+    names = [f"COCO_val2014_{number:012d}.jpg" for number in (42, 73, 74, 133)]
+    for name in names:
+        picture(root / "val2014" / name)
+    Image.new("L", (30, 30)).save(root / "val2014" / names[2])
+    images = [{"id": i, "file_name": name, "height": 20} for i, name in enumerate(names)]
+    notes = [
+        {"image_id": i, "id": 10 * i + j, "caption": f"caption {i} {j}\n"}
+        for i in range(4)
+        for j in range(2)
+    ]
+    (root / "annotations").mkdir()
+    content = {"info": {}, "images": images, "annotations": notes, "licenses": []}
+    (root / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
+    (root / "dataset_coco.json").write_text(json.dumps(karpathy(names)))
+    return root
+
+
+def karpathy(names: list[str]) -> dict:
+    """His file: five sentences a picture, every other picture in the test split."""
+    sentences = [[{"raw": f"Raw {i} {j}.", "tokens": []} for j in range(5)] for i in range(4)]
+    images = [
+        {
+            **{"filepath": "val2014", "filename": name, "sentences": sentences[i], "imgid": i},
+            "split": "test" if i % 2 else "val",
+        }
+        for i, name in enumerate(names)
+    ]
+    return {"images": images, "dataset": "coco"}
+
+
+def make_imagenet(root: Path) -> Path:
+    """Two classes of two pictures, as Kaggle's archive unpacks."""
+    for synset in CLASSES:
+        for number in range(2):
+            path = f"ILSVRC/Data/CLS-LOC/train/{synset}/{synset}_{number}.JPEG"
+            picture(root / path)
+    lines = "".join(f"{synset} {names}\n" for synset, names in CLASSES.items())
+    (root / "LOC_synset_mapping.txt").write_text(lines)
+    return root
+
+
+def make_geneval(root: Path) -> Path:
+    """Two lines of evaluation_metadata.jsonl."""
+    root.mkdir(parents=True)
+    lines = [
+        {
+            "tag": "single_object",
+            "include": [{"class": "bench", "count": 1}],
+            "prompt": "a photo of a bench",
+        },
+        {
+            "tag": "colors",
+            "include": [{"class": "car", "count": 1, "color": "red"}],
+            "prompt": "a photo of a red car",
+        },
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (root / "evaluation_metadata.jsonl").write_text(text)
+    return root
