@@ -30,6 +30,8 @@ def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
     Args:
         model: a name that open_clip knows ("ViT-L-14"), "local-dir:FOLDER" or "hf-hub:ORG/NAME".
         pretrained: a tag ("openai") or a file of weights; none with "local-dir:" and "hf-hub:".
+            A file of OpenAI's weights needs a model with QuickGELU, such as "ViT-L-14-quickgelu";
+            their tag brings it along.
 
     Raises:
         ValueError: no such model or weights, or weights absent and no network to fetch them.
@@ -37,7 +39,9 @@ def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
     try:
         with hub_offline_if_unreachable():
             weights = weights_file(model, pretrained)
-            network, preprocess = open_clip.create_model_from_pretrained(model, pretrained)
+            network, preprocess = open_clip.create_model_from_pretrained(
+                model, pretrained, force_quick_gelu=trained_with_quick_gelu(model, pretrained)
+            )
             tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:  # a broken or foreign file fails in many ways
         where = f"{model!r} with pretrained={pretrained!r}" if pretrained else repr(model)
@@ -50,6 +54,11 @@ def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
     return OpenClip(
         network, preprocess, tokenizer, short_name(model, pretrained), file_hash(weights)
     )
+
+
+def trained_with_quick_gelu(model: str, pretrained: str | None) -> bool:
+    """Whether a tag's weights were; open_clip itself only warns and computes something else."""
+    return bool((open_clip.get_pretrained_cfg(model, pretrained or "") or {}).get("quick_gelu"))
 
 
 def short_name(model: str, pretrained: str | None) -> str:

@@ -17,6 +17,7 @@ from extractors import TINY_CLIP, random_inception, tiny_clip
 from huggingface_hub import constants
 from miniatures import make_coco, make_geneval, make_imagenet
 
+from evaluation.open_clip_model import load_open_clip
 from evaluation.weights import INCEPTION_URL
 from tf_lightning.cli import main
 
@@ -100,6 +101,15 @@ def few(name: str, run: Path, home: Path) -> list[str]:
 
 def test_every_protocol_is_run():
     assert set(MEASURED) == {path.stem for path in EVAL.glob("*.yaml")}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:QuickGELU mismatch")
+def test_openais_weights_have_the_activation_that_they_were_trained_with(home):
+    for model in HUB:
+        network = load_open_clip(model, "openai").network
+        kinds = {type(part).__name__ for part in network.modules()}
+        assert "QuickGELU" in kinds and "GELU" not in kinds
 
 
 @pytest.mark.slow
