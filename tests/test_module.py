@@ -1,13 +1,11 @@
 """The LightningModule: losses, average, validation, learning rates."""
 
-from pathlib import Path
-
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from tiny import PATCH_SIZE, VOCAB_SIZE, document, packed
+from tiny import PATCH_SIZE, SIZES, VOCAB_SIZE, document, mixed_batch, packed
 
 import runs
 from tf_lightning.attention import DenseAttention, build_attention
@@ -21,9 +19,6 @@ from tf_lightning.net import Net
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48}
-
 
 def tiny_module(**changed) -> Transfusion:
     """A module for `tiny`'s batches, whose denoiser's output is not zero."""
@@ -35,15 +30,6 @@ def tiny_module(**changed) -> Transfusion:
     last = coder.conv_out if module.unet else coder.patch_decoder
     torch.nn.init.normal_(last.weight, std=0.2)
     return module
-
-
-def mixed_batch() -> Batch:
-    """Text, pictures in several places, and a document whose caption was dropped."""
-    rows = [
-        [document("5i", 1), document("7", 2), document("i", 3)],
-        [document("i4", 4), document("i2i", 5)],
-    ]
-    return packed(rows, seed=3)
 
 
 def losses_by_hand(net: Net, batch: Batch, prediction_type: str) -> tuple[float, float]:

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_module import SIZES, mixed_batch
-from tiny import VOCAB_SIZE, document, packed
+from tiny import SIZES, VOCAB_SIZE, document, mixed_batch, packed
 from torch import Tensor
 
 from tf_lightning.module import Transfusion

@@ -13,6 +13,7 @@ from tf_lightning.transformer import TransformerConfig
 
 TOKENIZER = SimpleNamespace(bos_id=1, eos_id=2, boi_id=18, eoi_id=19)
 VOCAB_SIZE, PATCH_SIZE, LATENT_SHAPE = 20, 2, (3, 4, 4)  # 4 patches an image
+SIZES = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48}
 
 
 def tiny_net(**sizes) -> Net:
@@ -41,6 +42,15 @@ def packed(rows: list[Row], row_length: int | None = None, **options) -> Batch:
         row_length = max(sum(document_length(d, PATCH_SIZE) for d in row) for row in rows)
     options = {"row_ids": list(range(len(rows)))} | options
     return pack(rows, tokenizer=TOKENIZER, row_length=row_length, patch_size=PATCH_SIZE, **options)
+
+
+def mixed_batch() -> Batch:
+    """Text, pictures in several places, and a document whose caption was dropped."""
+    rows = [
+        [document("5i", 1), document("7", 2), document("i", 3)],
+        [document("i4", 4), document("i2i", 5)],
+    ]
+    return packed(rows, seed=3)
 
 
 def layout(row: Row) -> list[tuple[int, int | None]]:

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=2 python tests/benchmarks/generation.py --threads 2
 
 Beside ours are timed, in turns in one process:
-    plain  a Llama with a preallocated cache, written here: it writes keys and values in place and
+    plain  a Llama with a preallocated cache, plain_cache.py: it writes keys and values in place and
            attends to a slice, and has neither patches nor sampler
     peer   lucidrains' transfusion-pytorch at the same sizes, `sample_one(cache_kv=True)` without
            guidance, and `generate_text_only`, which caches. It is no dependency of ours; the
@@ -31,8 +31,8 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
-from step_time import CONFIG, PlainBlock, PlainLlama, rotate_half
+from plain_cache import plain_image, plain_text
+from step_time import CONFIG, PlainLlama
 from torch import Tensor, nn
 
 from tf_lightning.batch import Document
@@ -101,60 +101,6 @@ def pictures(steps: int, guidance_scale: float = 1.0) -> Settings:
 def words(count: int) -> Settings:
     """Greedy text."""
     return Settings("text", text=TextSampling(max_new_tokens=count))
-
-
-# ---------------------------------------------------------------- the plain cached trunk
-
-
-class PlainCache:
-    """Preallocated keys and values of one sequence."""
-
-    def __init__(self, llama: PlainLlama, length: int):
-        shape = (1, CONFIG.num_heads, length, CONFIG.dim // CONFIG.num_heads)
-        self.layers = [(torch.zeros(shape), torch.zeros(shape)) for _ in llama.blocks]
-
-
-def plain_block(block: PlainBlock, x: Tensor, cache: tuple, start: int, llama) -> Tensor:
-    """`PlainBlock.forward` for L positions behind `start` cached ones; they see each other."""
-    normed, end = block.attention_norm(x), start + x.shape[1]
-    q, k, v = (
-        w(normed).unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
-        for w in (block.wq, block.wk, block.wv)
-    )
-    cos, sin = llama.cos[start:end], llama.sin[start:end]
-    keys, values = cache
-    keys[:, :, start:end], values[:, :, start:end] = rotate_half(k, cos, sin), v
-    q = rotate_half(q, cos, sin)
-    attended = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end])
-    x = x + block.wo(attended.transpose(1, 2).flatten(2))
-    normed = block.ffn_norm(x)
-    return x + block.w2(F.silu(block.w1(normed)) * block.w3(normed))
-
-
-@torch.no_grad()
-def plain_trunk(llama: PlainLlama, x: Tensor, cache: PlainCache, start: int) -> Tensor:
-    """Hidden states (1, L, D) of L vectors behind `start` cached ones."""
-    for block, layer in zip(llama.blocks, cache.layers, strict=True):
-        x = plain_block(block, x, layer, start, llama)
-    return llama.norm(x)
-
-
-def plain_image(llama: PlainLlama, prefix: int, evaluations: int) -> None:
-    """As many evaluations of the trunk on an image's patches, each on the last one's outcome."""
-    cache = PlainCache(llama, prefix + NUM_PATCHES + 4)
-    x = torch.randn(1, NUM_PATCHES, CONFIG.dim)
-    for _ in range(evaluations):
-        x = x - 0.01 * plain_trunk(llama, x, cache, prefix + 2)  # <bos>, <boi>
-
-
-@torch.no_grad()
-def plain_text(llama: PlainLlama, prompt: Tensor, count: int) -> None:
-    """Greedy text."""
-    cache = PlainCache(llama, len(prompt) + count + 1)
-    hidden = plain_trunk(llama, llama.embedding(prompt).unsqueeze(0), cache, 0)
-    for place in range(len(prompt), len(prompt) + count):
-        token = llama.output(hidden[:, -1]).argmax(-1)
-        hidden = plain_trunk(llama, llama.embedding(token).unsqueeze(0), cache, place)
 
 
 # ---------------------------------------------------------------- the peer
@@ -252,7 +198,7 @@ def time_steps(net: Net, llama: PlainLlama, peer: nn.Module | None, options) -> 
         runs = {}
         for name, count in (("few", FEW), ("many", MANY)):
             runs[f"ours {name}"] = partial(answer, speaker(net), [[prompt]], pictures(count))
-            runs[f"plain {name}"] = partial(plain_image, llama, prefix, count)
+            runs[f"plain {name}"] = partial(plain_image, llama, prefix, NUM_PATCHES, count)
         found = medians(runs, options.threads, options.repeats)
         ours, plain = per_evaluation(found, "ours"), per_evaluation(found, "plain")
         line = f"step, prefix {prefix}: {1e3 * ours:.0f} ms, {ours / plain:.2f} x plain (bar 1.2)"
