@@ -159,6 +159,7 @@ class Evaluate(L.Callback):
             "num_prompts": len(prompts),
             "prompts_hash": prompts_hash(prompts),
             "weights": weights,
+            "precision": trainer.precision,
             "image_size": model.latent_shape and model.image_size,
         }
         written = facts | {"decoding": "greedy", "max_new_tokens": self.max_new_tokens}
@@ -205,6 +206,7 @@ class Evaluate(L.Callback):
             shares(len(prompts), self.batch_size, trainer.global_rank, trainer.world_size),
             facts,
             kind=kind,
+            precision=trainer.precision_plugin.forward_context,
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
 

@@ -83,7 +83,8 @@ class Recall(L.Callback):
         drawn = []
         for start in range(0, count, 32):
             part = slice(start, start + 32)
-            drawn += model.draw([[text] for text in words[part]], seeds=seeds[part], **self.how)
+            with trainer.precision_plugin.forward_context():
+                drawn += model.draw([[text] for text in words[part]], seeds=seeds[part], **self.how)
         pictures = [picture for _, picture in seen + held_out]
         nearest = nearest_pictures(*(torch.stack([*map(to_pixels, p)]) for p in (drawn, pictures)))
         right = [found == index for found, index in zip(nearest.tolist(), asked, strict=True)]

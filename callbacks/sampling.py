@@ -1,6 +1,7 @@
 """Draws and captions what validation asks: each prompt once, whatever the number of processes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -63,6 +64,7 @@ def sample(
     how: dict,
     *,
     kind: Kind,
+    precision: Callable[[], AbstractContextManager],
     progress: bool,
 ) -> Iterator[Sampled]:
     """One Sampled a batch.
@@ -74,6 +76,7 @@ def sample(
         how: guidance_scale, num_inference_steps, sampler and seed of "drawn" pictures (prompt i
             has the noise of seed + i), max_new_tokens of "written" captions; the rest is ignored.
         kind: what is made.
+        precision: context in which the network computes, the trainer's.
         progress: show a progress bar.
     """
     for places in tqdm(batches, desc=kind.title(), disable=not progress, leave=False):
@@ -81,10 +84,12 @@ def sample(
         if kind == "drawn":
             options = {key: how[key] for key in DRAWING}
             seeds = [how["seed"] + place for place in places]
-            pictures = model.draw([[prompt.text] for prompt in asked], seeds=seeds, **options)
+            with precision():
+                pictures = model.draw([[prompt.text] for prompt in asked], seeds=seeds, **options)
             yield Sampled(asked, places, pictures)
         else:
             pictures = [square(prompt.picture(), model.image_size) for prompt in asked]
             limit = how["max_new_tokens"]
-            written = model.write([[picture] for picture in pictures], max_new_tokens=limit)
+            with precision():
+                written = model.write([[picture] for picture in pictures], max_new_tokens=limit)
             yield Sampled(asked, places, pictures, written)

@@ -110,11 +110,13 @@ class ShapesReport(L.Callback):
         model = Model.of(module)
         one, two = (questions(self.num_prompts, count, self.seed) for count in (1, 2))
         asked = one + two
-        drawn = self.draw(model, asked)
+        with trainer.precision_plugin.forward_context():
+            drawn = self.draw(model, asked)
         readings = [read(np.asarray(picture)) for picture in drawn]
         right = [r.meaning == q.meaning for r, q in zip(readings, asked, strict=True)]
         shown = questions(self.num_prompts, None, self.seed + 1)
-        written = model.write([[q.picture] for q in shown], max_new_tokens=32)
+        with trainer.precision_plugin.forward_context():
+            written = model.write([[q.picture] for q in shown], max_new_tokens=32)
         understood = [parse(text) == q.meaning for text, q in zip(written, shown, strict=True)]
         perplexity, bound = text_perplexity(model, module, self.num_prompts, self.seed)
         report = {
@@ -129,6 +131,7 @@ class ShapesReport(L.Callback):
             "seed": self.seed,
             "global_step": trainer.global_step or module.loaded_step,
             "weights": "raw" if module.ema is None else "ema",
+            "precision": trainer.precision,
             **self.how,
         }
         verdicts = [

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from PIL import Image
 
 from callbacks.recall import Recall, nearest_pictures
@@ -67,6 +68,8 @@ def test_recall_is_the_share_of_prompts_drawn_nearest_to_their_own(
         **{"is_global_zero": True, "log_dir": str(tmp_path), "global_step": 7},
         datamodule=SimpleNamespace(sources={"captions": Greys()}),
         state=SimpleNamespace(fn="fit"),
+        precision="32-true",
+        precision_plugin=Precision(),
     )
     module = torch.nn.Linear(1, 1)
     module.hparams = {"prediction_type": "epsilon"}

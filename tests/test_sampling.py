@@ -1,5 +1,7 @@
 """Each prompt once, in batches that do not depend on the number of processes."""
 
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -30,13 +32,15 @@ class Fake:
     image_size = 8
 
     def __init__(self):
-        self.drawn, self.read = [], []
+        self.drawn, self.read, self.autocast = [], [], []
 
     def draw(self, prompts, *, seeds, **how):
+        self.autocast.append(torch.is_autocast_enabled("cpu"))
         self.drawn.append((prompts, seeds, how))
         return [Image.new("RGB", (8, 8))] * len(prompts)
 
     def write(self, prompts, *, max_new_tokens):
+        self.autocast.append(torch.is_autocast_enabled("cpu"))
         self.read += [picture.size for (picture,) in prompts]
         return [f"up to {max_new_tokens}"] * len(prompts)
 
@@ -47,7 +51,9 @@ PROMPTS = [Prompt(f"p{i}", lambda: Image.new("RGB", (20, 10))) for i in range(5)
 def test_a_prompts_noise_depends_on_its_place_alone():
     model = Fake()
     batches = shares(5, 2, 1, 2)
-    (made,) = sample(model, PROMPTS, batches, HOW, kind="drawn", progress=False)
+    (made,) = sample(
+        model, PROMPTS, batches, HOW, kind="drawn", precision=nullcontext, progress=False
+    )
     ((prompts, seeds, how),) = model.drawn
     assert (prompts, seeds) == ([["p2"], ["p3"]], [9, 10])
     assert how == {key: HOW[key] for key in ("guidance_scale", "num_inference_steps", "sampler")}
@@ -58,7 +64,17 @@ def test_a_prompts_noise_depends_on_its_place_alone():
 def test_pictures_are_captioned_at_the_models_size():
     model = Fake()
     how = {"max_new_tokens": 5}
-    made = list(sample(model, PROMPTS, shares(5, 4, 0, 1), how, kind="written", progress=False))
+    made = list(
+        sample(
+            model,
+            PROMPTS,
+            shares(5, 4, 0, 1),
+            how,
+            kind="written",
+            precision=nullcontext,
+            progress=False,
+        )
+    )
     assert model.read == [(8, 8)] * 5
     assert [len(m.written) for m in made] == [4, 1]
     assert made[0].first(2).written == ["up to 5"] * 2 and len(made[0].first(2).numbers) == 2
@@ -73,3 +89,21 @@ def test_the_weights_are_those_asked_for_and_said(asked, kept, monkeypatch):
     model, said = model_of(module, asked)
     averaged = asked == "ema" and kept
     assert (model.net, said) == (("averaged net", "ema") if averaged else ("raw net", "raw"))
+
+
+def test_the_network_computes_in_the_precision_asked_for():
+    low = partial(torch.autocast, "cpu", torch.bfloat16)
+    for kind in ("drawn", "written"):
+        model = Fake()
+        list(
+            sample(
+                model,
+                PROMPTS,
+                [range(2)],
+                HOW | {"max_new_tokens": 1},
+                kind=kind,
+                precision=low,
+                progress=False,
+            )
+        )
+        assert model.autocast == [True] and not torch.is_autocast_enabled("cpu")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from PIL import Image
 from tiny import PATCH_SIZE
 
@@ -75,6 +76,8 @@ def examined(module, model_class, folder, monkeypatch) -> dict:
     trainer = SimpleNamespace(
         **{"is_global_zero": True, "log_dir": str(folder), "global_step": 5, "ckpt_path": None},
         **{"state": SimpleNamespace(fn="fit"), "callbacks": [timed()]},
+        precision="32-true",
+        precision_plugin=Precision(),
     )
     report = ShapesReport(num_prompts=COUNT, seed=SEED, num_inference_steps=2)
     report.setup(trainer, module, "fit")
@@ -131,7 +134,7 @@ def test_the_report_says_what_was_measured_and_how(module, tmp_path, monkeypatch
     expected = {
         "num_parameters": num_parameters,
         "counts": dict.fromkeys(("one_object", "two_objects", "captions", "texts"), COUNT),
-        **{"seed": SEED, "global_step": 5, "weights": "ema"},
+        **{"seed": SEED, "global_step": 5, "weights": "ema", "precision": "32-true"},
         **{"train_seconds": 90.0, "validation_seconds": 10.0},
         **{"guidance_scale": 3.0, "num_inference_steps": 2, "sampler": "DDIMScheduler"},
     }

@@ -291,7 +291,8 @@ class _Engine:
     def _denoise(self, latents: Tensor, t: list[float], branches: list[Branch]) -> Tensor:
         times = torch.tensor(t, device=self.device)
         attend = self._append(branches, self.speaker.num_patches, image=True)
-        return self.speaker.net.denoise(latents, times, attend.positions, attend)
+        output = self.speaker.net.denoise(latents, times, attend.positions, attend)
+        return output.type_as(latents)  # the schedulers compute in fp32 under autocast too
 
     def _append(self, branches: list[Branch], num_new: int, image: bool = False) -> AppendAttention:
         rows, lengths = zip(*((branch.row, branch.length) for branch in branches), strict=True)
