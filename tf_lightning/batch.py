@@ -173,26 +173,27 @@ def flatten(
 
     Images are numbered from `first_image`, their clean copies from `first_copy`; None: no copies.
     """
-    text = lambda *ids: (torch.tensor(ids), -1, 0)  # noqa: E731
-    pieces = [text(tokenizer.bos_id)]  # ids, image, by how much the position falls back
+    text = lambda *ids: (torch.tensor(ids), torch.full((len(ids),), -1))  # noqa: E731
+    pieces, first = [text(tokenizer.bos_id)], first_copy
     for index, part in enumerate(document):
         if not is_image(part):
-            pieces.append((part, -1, 0))
+            pieces.append((part, torch.full((len(part),), -1)))
             continue
-        patches = torch.zeros(num_patches(part, patch_size), dtype=torch.long)
-        pieces += [text(tokenizer.boi_id), (patches, first_image, 0)]
+        length = num_patches(part, patch_size)
+        patches = torch.zeros(length, dtype=torch.long), torch.full((length,), first_image)
+        pieces += [text(tokenizer.boi_id), patches]
         first_image += 1
         if first_copy is not None and index + 1 < len(document):
-            pieces.append((patches, first_copy, len(patches)))
+            pieces.append((patches[0], torch.full((length,), first_copy)))
             first_copy += 1
         pieces.append(text(tokenizer.eoi_id))
     pieces.append(text(tokenizer.eos_id))
-    ids, images, steps_back = zip(*pieces, strict=True)
-    lengths = torch.tensor([len(piece) for piece in ids])
-    spread = lambda values: torch.tensor(values).repeat_interleave(lengths)  # noqa: E731
-    back = torch.tensor(steps_back).cumsum(0).repeat_interleave(lengths)
-    ids = torch.cat(ids)
-    return ids, spread(images), torch.arange(len(ids)) - back
+    ids, image_ids = map(torch.cat, zip(*pieces, strict=True))
+    positions = torch.arange(len(ids))
+    if first_copy != first:  # each copy goes back to where its image began
+        copies = (image_ids - first + 1).clamp(min=0).cummax(0).values  # begun up to here
+        positions -= length * copies
+    return ids, image_ids, positions
 
 
 def next_text_tokens(ids: Tensor, image_ids: Tensor, boi_id: int) -> Tensor:
