@@ -269,7 +269,7 @@ MISTAKES = {
     "--data.init_args.vocab_size=310": "300",
     "--data.init_args.vocab_size=20": "vocab_size=20 is too small",
     "--data.init_args.patch_size=8": "patch_size = 8 but the model has 16",
-    "--model.latent_channels=4": "latent_channels = 3 but the model has 4",
+    "--model.latent_channels=4": "has 3 channels but the model has latent_channels=4",
     "--model.prediction_type=x0": "x0",
     "--data.init_args.autoencoder=none/": '"none/"',
     "--data.init_args.autoencoder=null": "the data has pictures",
@@ -288,6 +288,20 @@ def test_a_value_that_does_not_fit_is_told_in_one_sentence(argument, tmp_path, f
     code, line = fails("fit", "-c", runs.write_config(tmp_path), argument)
     assert code == 1 and MISTAKES[argument] in line
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_pictures_that_do_not_fit_are_refused_before_anything_is_prepared(tmp_path, fails):
+    config = runs.write_config(tmp_path)
+    pictures = {"class_path": "tf_lightning.data.CaptionTars"}
+    pictures["init_args"] = {"paths": "none.tar", "image_size": 40}
+    change = f"--data.init_args.sources.captions={json.dumps(pictures)}"
+    for argument, told in {
+        "--model.latent_channels=4": 'autoencoder "pixels" has 3 channels',
+        change: "captions: image_size=40 does not divide into patches of 16 pixels",
+    }.items():
+        code, line = fails("fit", "-c", config, argument)
+        assert code == 1 and told in line
+        assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(

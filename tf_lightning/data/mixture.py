@@ -121,8 +121,11 @@ class Mixture(L.LightningDataModule):
             self._open()
 
     def _open(self) -> None:
-        self.tokenizer = self._open_tokenizer()
         autoencoder = load_autoencoder(self.autoencoder_name) if self.autoencoder_name else None
+        if autoencoder:
+            for name, source in self.sources.items():
+                check_image_size(name, source, autoencoder.downsample * self.patch_size)
+        self.tokenizer = self._open_tokenizer()
         self.corpora = {
             split: {
                 name: prepare(
@@ -304,6 +307,16 @@ def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) 
         )
     if min(weights.values()) < 0 or sum(weights.values()) <= 0:
         raise UserError(f"weights are {weights}; give numbers >= 0, one of them positive")
+
+
+def check_image_size(name: str, source: Source, pixels: int) -> None:
+    """UserError where a source says how large its pictures are and patches do not divide them."""
+    side = getattr(source, "image_size", 0)
+    if side % pixels:
+        raise UserError(
+            f"{name}: image_size={side} does not divide into patches of {pixels} pixels; give a "
+            f"multiple of {pixels}"
+        )
 
 
 def check_probability(name: str, value: float) -> None:
