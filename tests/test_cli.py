@@ -304,6 +304,19 @@ def test_pictures_that_do_not_fit_are_refused_before_anything_is_prepared(tmp_pa
         assert not (tmp_path / "data").exists()
 
 
+def test_a_sampler_that_cannot_serve_the_objective_is_refused_before_training(tmp_path, fails):
+    def flow(config: dict) -> None:
+        config["model"]["prediction_type"] = "flow"
+        callbacks = {
+            call["class_path"]: call["init_args"] for call in config["trainer"]["callbacks"]
+        }
+        callbacks["callbacks.evaluate.Evaluate"]["sampler"] = "DDPMScheduler"
+
+    code, line = fails("fit", "-c", runs.write_config(tmp_path, flow))
+    assert code == 1 and "sampler='DDPMScheduler' does not fit a model that predicts 'flow'" in line
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"), [(None, "no file matches"), ("", "unusable"), ("{}\n", "unusable")]
 )

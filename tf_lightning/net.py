@@ -81,11 +81,10 @@ class Net(nn.Module):
     def denoise(
         self, noised_latents: Tensor, t: Tensor, positions: Tensor, attend: Attention
     ) -> Tensor:
-        """The denoiser's output (n, C, h, w) for images that continue what `attend` has cached."""
+        """The denoiser's output (n, C or 2 C, h, w) for images that continue what is cached."""
         patches, skips = self.patch_coder.encode(noised_latents, t)  # (n, N, D)
         hidden = self.transformer(patches, positions, attend)
-        output = self.patch_coder.decode(hidden, noised_latents.shape[-2:], skips)
-        return output[:, : noised_latents.shape[1]]  # without a learned sigma's second half
+        return self.patch_coder.decode(hidden, noised_latents.shape[-2:], skips)
 
     def reset_parameters(self) -> None:
         """Initialise every weight; also what fills a net built on the meta device."""
