@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
+from callbacks.sampling import refuse_shards
 from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
 from tf_lightning.batch import pack
 from tf_lightning.data.oracle import read
@@ -91,6 +92,7 @@ class ShapesReport(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a sampler that does not fit; start the clock of a run that does not train."""
+        refuse_shards(pl_module, self)
         kind = pl_module.hparams["prediction_type"]
         self.how["sampler"] = fitting_sampler(self.how["sampler"], kind)
         self.started = time.perf_counter()
