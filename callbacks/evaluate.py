@@ -16,7 +16,7 @@ from callbacks.measures import Measure, PictureScores
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
 from callbacks.protocol import Number, print_numbers, prompts_hash, write_numbers
-from callbacks.sampling import Kind, Sampled, model_of, sample, shares
+from callbacks.sampling import Kind, Sampled, model_of, refuse_shards, sample, shares
 from callbacks.sheet import run_folder, write_picture
 from callbacks.show import show
 from callbacks.text_perplexity import TextPerplexity
@@ -85,6 +85,7 @@ class Evaluate(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the metrics' networks now: what does not fit is told before hours of training."""
+        refuse_shards(pl_module, self)
         kind = pl_module.hparams["prediction_type"]
         self.how["sampler"] = fitting_sampler(self.how["sampler"], kind)
         try:

@@ -13,6 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from callbacks.prompts import Prompt, square
+from tf_lightning.errors import UserError
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
 
@@ -46,6 +47,15 @@ def model_of(module: Transfusion, weights: str) -> tuple[Model, str]:
     if weights == "ema" and module.ema is not None:
         return model, "ema"
     return replace(model, net=module.net), "raw"
+
+
+def refuse_shards(module: Transfusion, callback: object) -> None:
+    """UserError where ranks, which draw unequal numbers of steps, would wait for each other."""
+    if module.device_mesh is not None:
+        raise UserError(
+            f"{type(callback).__name__} cannot sample a sharded model; leave it out of this run "
+            "and give it the checkpoint on one device (save_distributed_checkpoint: false)"
+        )
 
 
 def shares(count: int, batch_size: int, rank: int, world_size: int) -> list[range]:

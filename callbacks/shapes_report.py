@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
+from callbacks.sampling import refuse_shards
 from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
 from callbacks.text_perplexity import TextBytes, add_text
 from callbacks.throughput import Throughput
@@ -84,6 +85,7 @@ class ShapesReport(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a sampler that does not fit."""
+        refuse_shards(pl_module, self)
         kind = pl_module.hparams["prediction_type"]
         self.how["sampler"] = fitting_sampler(self.how["sampler"], kind)
 

@@ -79,6 +79,7 @@ class Throughput(L.Callback):
         self.positions += batch.input_ids.numel()
         self.window.targets += len(batch.target_index)
         self.window.images += batch.num_images
+        self.window.copies += len(batch.copied)
         if batch.num_images:
             self.size = tuple(batch.latents.shape[-2:])
         if trainer.global_step % trainer.log_every_n_steps == 0:

@@ -55,6 +55,7 @@ def hidden_states(
     layout = SimpleNamespace(
         document_ids=torch.zeros(1, x.shape[1], dtype=torch.long),
         image_ids=torch.tensor([image_ids]),
+        copied=torch.empty(0),
     )
     positions = torch.arange(x.shape[1]).unsqueeze(0)
     return net.transformer(x, positions, DenseAttention(layout, causal))[0]

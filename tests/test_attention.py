@@ -20,17 +20,19 @@ from tf_lightning.attention import (
 from tf_lightning.transformer import Transformer
 
 VARIANTS = pytest.mark.parametrize(
-    "causal, sizes",
+    "causal, copies, sizes",
     [
-        (False, {"num_kv_heads": None}),
-        (False, {"num_kv_heads": 2}),
-        (False, {"num_kv_heads": 1, "qk_norm": True}),
-        (True, {"num_kv_heads": 2}),
+        (False, False, {"num_kv_heads": None}),
+        (False, False, {"num_kv_heads": 2}),
+        (False, False, {"num_kv_heads": 1, "qk_norm": True}),
+        (True, False, {"num_kv_heads": 2}),
+        (False, True, {"num_kv_heads": 2}),
+        (True, True, {"num_kv_heads": 2}),
     ],
 )
 
 
-def ragged_batch() -> SimpleNamespace:
+def ragged_batch(copies: bool = False) -> SimpleNamespace:
     """Documents of equal and unequal length, with and without images, of one position; padding."""
     batch = packed(
         [
@@ -38,7 +40,8 @@ def ragged_batch() -> SimpleNamespace:
             [document("5"), document("0ii1"), document("5", 2)],
             [],
         ],
-        row_length=48,
+        row_length=64,
+        clean_copies=copies,
     )
     batch.document_ids[1, -9:-7] = torch.tensor([7, 8])  # two documents of one position
     return batch
@@ -76,8 +79,8 @@ def test_the_mask_is_the_rule_applied_to_every_pair(rows, causal):
 
 
 @VARIANTS
-def test_attention_by_document_equals_dense_attention(causal, sizes):
-    batch = ragged_batch()
+def test_attention_by_document_equals_dense_attention(causal, copies, sizes):
+    batch = ragged_batch(copies)
     transformer = tiny_net(**sizes).transformer
     weights = torch.randn(*batch.input_ids.shape, 32)
     dense, dense_grads = run(transformer, batch, DenseAttention(batch, causal), weights)
@@ -88,11 +91,11 @@ def test_attention_by_document_equals_dense_attention(causal, sizes):
         torch.testing.assert_close(our_grads[name], grad, atol=1e-4, rtol=1e-4)
 
 
-@given(rows=random_rows(), causal=st.booleans())
-@settings(deadline=None, max_examples=30)
-def test_attention_by_document_equals_dense_attention_on_any_rows(rows, causal):
+@given(rows=random_rows(), causal=st.booleans(), copies=st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_attention_by_document_equals_dense_attention_on_any_rows(rows, causal, copies):
     rows = [*rows, [document("1")]]
-    batch = packed(rows, row_length=1 + max(len(layout(row)) for row in rows))
+    batch = packed(rows, row_length=130, clean_copies=copies)
     q, k, v = torch.randn(3, *batch.input_ids.shape, 2, 4)
     dense = DenseAttention(batch, causal)(q, k, v)
     attend = DocumentAttention(batch, causal)
@@ -116,11 +119,11 @@ def test_the_cpu_gets_attention_by_document():
 
 @VARIANTS
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_equals_dense_attention_forward(monkeypatch, causal, sizes):
+def test_flex_attention_equals_dense_attention_forward(monkeypatch, causal, copies, sizes):
     from torch.nn.attention.flex_attention import flex_attention
 
     monkeypatch.setattr(attention, "_compiled_flex", flex_attention)  # compiling takes 20 s
-    batch, transformer = ragged_batch(), tiny_net(**sizes).transformer
+    batch, transformer = ragged_batch(copies), tiny_net(**sizes).transformer
     x = torch.randn(*batch.input_ids.shape, 32)
     with torch.no_grad():
         flex = transformer(x, batch.positions, FlexAttention(batch, causal))
@@ -131,8 +134,8 @@ def test_flex_attention_equals_dense_attention_forward(monkeypatch, causal, size
 
 @pytest.mark.gpu
 @VARIANTS
-def test_compiled_flex_attention_equals_dense_attention_with_gradients(causal, sizes):
-    batch = ragged_batch().to("cuda")
+def test_compiled_flex_attention_equals_dense_attention_with_gradients(causal, copies, sizes):
+    batch = ragged_batch(copies).to("cuda")
     transformer = tiny_net(num_heads=2, **(sizes | {"num_kv_heads": 1})).transformer.cuda()
     weights = torch.randn(*batch.input_ids.shape, 32, device="cuda")
     assert isinstance(build_attention(batch), FlexAttention)

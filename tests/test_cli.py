@@ -273,7 +273,7 @@ MISTAKES = {
     "--data.init_args.vocab_size=310": "300",
     "--data.init_args.vocab_size=20": "vocab_size=20 is too small",
     "--data.init_args.patch_size=8": "patch_size = 8 but the model has 16",
-    "--model.latent_channels=4": "latent_channels = 3 but the model has 4",
+    "--model.latent_channels=4": "has 3 channels but the model has latent_channels=4",
     "--model.prediction_type=x0": "x0",
     "--data.init_args.autoencoder=none/": '"none/"',
     "--data.init_args.autoencoder=null": "the data has pictures",
@@ -291,6 +291,33 @@ MISTAKES = {
 def test_a_value_that_does_not_fit_is_told_in_one_sentence(argument, tmp_path, fails):
     code, line = fails("fit", "-c", runs.write_config(tmp_path), argument)
     assert code == 1 and MISTAKES[argument] in line
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_pictures_that_do_not_fit_are_refused_before_anything_is_prepared(tmp_path, fails):
+    config = runs.write_config(tmp_path)
+    pictures = {"class_path": "tf_lightning.data.CaptionTars"}
+    pictures["init_args"] = {"paths": "none.tar", "image_size": 40}
+    change = f"--data.init_args.sources.captions={json.dumps(pictures)}"
+    for argument, told in {
+        "--model.latent_channels=4": 'autoencoder "pixels" has 3 channels',
+        change: "captions: image_size=40 does not divide into patches of 16 pixels",
+    }.items():
+        code, line = fails("fit", "-c", config, argument)
+        assert code == 1 and told in line
+        assert not (tmp_path / "data").exists()
+
+
+def test_a_sampler_that_cannot_serve_the_objective_is_refused_before_training(tmp_path, fails):
+    def flow(config: dict) -> None:
+        config["model"]["prediction_type"] = "flow"
+        callbacks = {
+            call["class_path"]: call["init_args"] for call in config["trainer"]["callbacks"]
+        }
+        callbacks["callbacks.evaluate.Evaluate"]["sampler"] = "DDPMScheduler"
+
+    code, line = fails("fit", "-c", runs.write_config(tmp_path, flow))
+    assert code == 1 and "sampler='DDPMScheduler' does not fit a model that predicts 'flow'" in line
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

@@ -91,6 +91,10 @@ def test_edits_are_a_picture_an_instruction_and_a_picture(corpus):
     assert corpus.edits().nonzero()[0].tolist() == [5]
 
 
+def test_images_with_a_part_after_them_are_read(corpus):
+    assert corpus.read_images().tolist() == [0, 0, 0, 2, 1, 1, 1]
+
+
 def test_a_copy_in_another_process_reads_the_same_files(corpus):
     pickled = pickle.dumps(corpus)
     assert len(pickled) < 1000

@@ -91,3 +91,27 @@ def test_variants_of_the_network_draw_what_full_forwards_draw(options):
         _, output = net(batch, batch.latents, t, DenseAttention(batch))
         x_t = scheduler.step(output[1, :3], timestep, x_t).prev_sample
     torch.testing.assert_close(drawn.flatten(), x_t.flatten(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_ddpm_draws_with_the_learned_variance_of_the_whole_prompt(scale):
+    """Against diffusers' loop over full forwards, the variance guided by nothing (DiT)."""
+    net, prompt = variant_net(learned_sigma=True), document("2i1", 3)
+    scheduler = build_scheduler("DDPMScheduler", 1000, KIND, learned_sigma=True)
+    how = settings("image", guidance=Guidance(scale), scheduler=scheduler)
+    drawn = draw(net, [prompt], how, 7)
+    scheduler.set_timesteps(STEPS)
+    generator = torch.Generator().manual_seed(7)
+    x_t = torch.randn(LATENT_SHAPE, generator=generator)
+    for timestep in scheduler.timesteps:
+        outputs = []
+        for parts in ([*prompt, x_t], [x_t]):
+            batch = packed([[parts]])
+            t = torch.zeros(batch.num_images)
+            t[-1] = timestep.item() / 1000
+            outputs.append(net(batch, batch.latents, t, DenseAttention(batch))[1][-1])
+        cond, uncond = outputs
+        guided = torch.cat([uncond[:3] + scale * (cond - uncond)[:3], cond[3:]]).unsqueeze(0)
+        step = scheduler.step(guided, timestep, x_t.unsqueeze(0), generator=[generator])
+        x_t = step.prev_sample[0]
+    torch.testing.assert_close(drawn.flatten(), x_t.flatten(), atol=1e-3, rtol=1e-3)

@@ -57,12 +57,19 @@ def test_branches_are_only_those_that_the_scales_need():
 def test_outputs_are_combined_as_the_branches_are_ordered():
     cond, seen, uncond = outputs(3)
     same = torch.testing.assert_close
-    same(Guidance(3.0).combine([cond]), cond)  # outside of the interval
-    same(Guidance(3.0).combine([cond, uncond]), guide(cond, uncond, 3.0))
+    same(Guidance(3.0).combine([cond], 2), cond)  # outside of the interval
+    same(Guidance(3.0).combine([cond, uncond], 2), guide(cond, uncond, 3.0))
     edit = Guidance(7.0, image_scale=1.5)
-    same(edit.combine([cond, seen, uncond]), guide_edit(cond, seen, uncond, 7.0, 1.5))
-    rescaled = Guidance(3.0, rescale=0.7).combine([cond, uncond])
+    same(edit.combine([cond, seen, uncond], 2), guide_edit(cond, seen, uncond, 7.0, 1.5))
+    rescaled = Guidance(3.0, rescale=0.7).combine([cond, uncond], 2)
     same(rescaled, rescale(guide(cond, uncond, 3.0), cond, 0.7))
+
+
+def test_a_learned_variance_is_that_of_the_whole_prompt():
+    cond, uncond = outputs(2)
+    combined = Guidance(3.0, rescale=0.7).combine([cond, uncond], 1)
+    alone = Guidance(3.0, rescale=0.7).combine([cond[:, :1], uncond[:, :1]], 1)
+    assert torch.equal(combined, torch.cat([alone, cond[:, 1:]], 1))
 
 
 def test_guidance_acts_inside_of_its_interval():

@@ -73,6 +73,7 @@ def test_recall_is_the_share_of_prompts_drawn_nearest_to_their_own(
     )
     module = torch.nn.Linear(1, 1)
     module.hparams = {"prediction_type": "epsilon"}
+    module.device_mesh = None  # not sharded
     callback = Recall("captions", num_prompts=5, seed=4)
     callback.setup(trainer, module, "fit")
     callback.examine(trainer, module)

@@ -134,8 +134,35 @@ def logged_losses(run: Path) -> list[float]:
     return [event.value for name in names for event in events.Scalars(f"train/{name}")]
 
 
+SHARDED = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {
+        "data_parallel_size": 2,
+        "tensor_parallel_size": 1,
+        "save_distributed_checkpoint": False,
+        "process_group_backend": "gloo",
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_weights", ["shared", "all"])
+def test_two_sharded_ranks_equal_one_and_their_file_is_anyones(tmp_path, image_weights):
+    """FSDP2 on two CPU processes: losses, weights, average, a resume, a picture."""
+    check_two_ranks(tmp_path, json.dumps(SHARDED), image_weights)
+    file = str(tmp_path / "ranks2" / "run" / "checkpoints" / "last.ckpt")
+    drawn = tmp_path / "drawn"
+    main(["generate", file, "a red circle", "--steps", "2", "-n", "1", "-o", str(drawn)])
+    assert (drawn / "0000.png").is_file()
+
+
 @pytest.mark.slow
 def test_two_ranks_equal_one_with_the_same_rows(tmp_path):
+    check_two_ranks(tmp_path, "ddp")
+
+
+def check_two_ranks(tmp_path: Path, strategy: str, image_weights: str = "shared") -> None:
+    """Losses and weights of three steps, and of three more behind a resume."""
     weights = {}
     for ranks, rows in ((1, 2), (2, 1)):
         folder = tmp_path / f"ranks{ranks}"
@@ -143,15 +170,18 @@ def test_two_ranks_equal_one_with_the_same_rows(tmp_path):
         arguments = ["fit", "-c", str(runs.write_config(folder, two_rank_config))]
         arguments += [f"--data.init_args.batch_size={rows}", f"--trainer.devices={ranks}"]
         arguments += [f"--data.init_args.cache_dir={tmp_path}/data"]
-        if ranks == 1:
-            main(arguments)
-        else:
-            command = [sys.executable, "-m", "tf_lightning", *arguments, "--trainer.strategy=ddp"]
+        arguments += [f"--model.transformer.image_weights={image_weights}"]
+        for resume in ([], ["--trainer.max_steps=6", "--ckpt_path=last"]):
+            if ranks == 1:
+                main([*arguments, *resume])
+                continue
+            command = [sys.executable, "-m", "tf_lightning", *arguments, *resume]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            command.append(f"--trainer.strategy={strategy}")
             subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=180)
         weights[ranks] = load(folder / "run")["state_dict"]
     one, two = (logged_losses(tmp_path / f"ranks{ranks}" / "run") for ranks in (1, 2))
-    assert len(one) == 12 and one == pytest.approx(two, rel=1e-5)  # Adam would hide a wrong scale
+    assert len(one) == 24 and one == pytest.approx(two, rel=1e-5)  # Adam would hide a wrong scale
     pictures = pictures_in_rows(tmp_path / "data", 6)
     assert 0 in pictures and max(pictures) > 0
     assert weights[1].keys() == weights[2].keys()

@@ -45,6 +45,7 @@ def our_logits(transformer: Transformer, ids: torch.Tensor) -> torch.Tensor:
                 "latents",
                 "noise",
                 "t",
+                "copied",
                 "source_ids",
                 "row_tokens",
             ),

@@ -2,6 +2,7 @@
 
 A position attends to the earlier positions of its own document and to all patches of its own image
 (Transfusion Sec. 3): same_document & (k <= q | same_image). `causal` images drop the second half.
+Noised images that a clean copy follows are hidden: all but their own patches read the copy.
 
 Each form is built once per batch and is called by every layer as `attend(q, k, v)`:
     FlexAttention      CUDA: compiled kernel, skips blocks that the rule leaves empty
@@ -20,28 +21,37 @@ from torch import Tensor
 from tf_lightning.batch import Batch
 
 
-def may_attend(same_document: Tensor, query: Tensor, key: Tensor, same_image: Tensor) -> Tensor:
-    """The rule itself, on broadcastable boolean and position tensors."""
-    return same_document & ((key <= query) | same_image)
+def hidden_places(batch: Batch) -> Tensor | None:
+    """Patches that only their own image reads, (B, T) bool; None where there are no copies."""
+    if len(batch.copied) == 0:
+        return None
+    num_ids = batch.num_images + len(batch.copied)
+    hidden = batch.copied.new_zeros(num_ids, dtype=torch.bool).index_fill_(0, batch.copied, True)
+    return hidden[batch.image_ids.clamp(min=0)] & (batch.image_ids >= 0)
 
 
-def mask_mod(document_ids: Tensor, image_ids: Tensor, causal: bool) -> Callable:
-    """The rule in FlexAttention's form, for ids (B, T)."""
+def mask_mod(
+    document_ids: Tensor, image_ids: Tensor, causal: bool, hidden: Tensor | None = None
+) -> Callable:
+    """The rule in FlexAttention's form, for ids and `hidden` (B, T)."""
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         same_document = document_ids[b, q] == document_ids[b, k]
-        same_image = (image_ids[b, q] == image_ids[b, k]) & (image_ids[b, q] >= 0) & (not causal)
-        return may_attend(same_document, q, k, same_image)
+        same_image = (image_ids[b, q] == image_ids[b, k]) & (image_ids[b, q] >= 0)
+        may_attend = same_document & ((k <= q) | (same_image & (not causal)))
+        return may_attend if hidden is None else may_attend & (same_image | ~hidden[b, k])
 
     return rule
 
 
-def dense_mask(document_ids: Tensor, image_ids: Tensor, causal: bool = False) -> Tensor:
+def dense_mask(
+    document_ids: Tensor, image_ids: Tensor, causal: bool = False, hidden: Tensor | None = None
+) -> Tensor:
     """The rule as a boolean mask (B, T, T), True = may attend."""
     batch, length = document_ids.shape
     b = torch.arange(batch, device=document_ids.device).view(-1, 1, 1)
     place = torch.arange(length, device=document_ids.device)
-    return mask_mod(document_ids, image_ids, causal)(b, 0, place.view(-1, 1), place)
+    return mask_mod(document_ids, image_ids, causal, hidden)(b, 0, place.view(-1, 1), place)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
@@ -62,7 +72,8 @@ class DenseAttention:
 
     def __init__(self, batch: Batch, causal: bool = False):
         self.batch = batch
-        self.mask = dense_mask(batch.document_ids, batch.image_ids, causal).unsqueeze(1)
+        hidden = hidden_places(batch)
+        self.mask = dense_mask(batch.document_ids, batch.image_ids, causal, hidden).unsqueeze(1)
 
     def modalities(self) -> tuple[Tensor, Tensor]:
         """Places of text (padding too) and of patches among B * T positions."""
@@ -88,7 +99,7 @@ class FlexAttention(DenseAttention):
         from torch.nn.attention.flex_attention import create_block_mask
 
         self.batch = batch
-        rule = mask_mod(batch.document_ids, batch.image_ids, causal)
+        rule = mask_mod(batch.document_ids, batch.image_ids, causal, hidden_places(batch))
         rows, length = batch.document_ids.shape
         self.mask = create_block_mask(
             rule, rows, None, length, length, device=batch.document_ids.device
@@ -137,17 +148,22 @@ class DocumentAttention:
         sizes, counts = lengths.unique(return_counts=True)
         self.groups = [(int(c), int(s)) for c, s in zip(counts, sizes, strict=True)]
         self.tokens = [count * size for count, size in self.groups]
+        hidden = hidden_places(batch)
+        hidden = image_ids.new_zeros(len(real)) if hidden is None else hidden.flatten()[self.index]
+        parts = (x.split(self.tokens) for x in (image_ids, hidden.bool()))
         self.masks = [
-            self._mask(ids.view(group), causal)
-            for ids, group in zip(image_ids.split(self.tokens), self.groups, strict=True)
+            self._mask(ids.view(group), hides.view(group), causal)
+            for ids, hides, group in zip(*parts, self.groups, strict=True)
         ]
 
     @staticmethod
-    def _mask(image_ids: Tensor, causal: bool) -> Tensor | None:
-        """Mask (count, 1, L, L) of a group; None (causal) if it has no image."""
-        if causal or bool((image_ids < 0).all()):
+    def _mask(image_ids: Tensor, hidden: Tensor, causal: bool) -> Tensor | None:
+        """Mask (count, 1, L, L) of a group; None (causal) if it has no image or needs none."""
+        hides = bool(hidden.any())
+        if bool((image_ids < 0).all()) or (causal and not hides):
             return None
-        return dense_mask(torch.zeros_like(image_ids), image_ids).unsqueeze(1)
+        same_document = torch.zeros_like(image_ids)
+        return dense_mask(same_document, image_ids, causal, hidden if hides else None).unsqueeze(1)
 
     def modalities(self) -> tuple[Tensor, Tensor]:
         """Places of text and of patches among the S positions."""

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tf_lightning.errors import UserError
@@ -114,7 +114,8 @@ def load_autoencoder(name: str) -> Autoencoder | Pixels:
     Args:
         name: "shapes" for the one of the embedded world (64 x 64 pictures), "pixels" for none, a
             folder with config.json and diffusion_pytorch_model.safetensors, a .safetensors file
-            with config.json beside it, or a name "owner/model" on the Hugging Face hub.
+            with config.json beside it (an autoencoder's, with the original names or diffusers', or
+            a whole Stable Diffusion checkpoint), or a name "owner/model" on the Hugging Face hub.
 
     Raises:
         UserError: if there is no such autoencoder, or it does not load.
@@ -149,8 +150,8 @@ def _from_disk(path: Path) -> nn.Module:
         raise UserError(
             f"autoencoder {path} has no config.json in {folder}; put the one of its training there"
         )
-    if path.is_dir():
-        return _from_folder(path)
+    if path.is_dir() or path.name == "diffusion_pytorch_model.safetensors":
+        return _from_folder(folder)
     if path.suffix != ".safetensors":
         raise UserError(f"autoencoder file {path} is not a .safetensors file; convert it to one")
     return _from_file(path)
@@ -177,15 +178,20 @@ def _from_folder(folder: Path) -> nn.Module:
 
 def _from_file(path: Path) -> nn.Module:
     from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    # Also reads the names that the weights have outside diffusers.
-    model = AutoencoderKL.from_single_file(
-        str(path), config=str(path.parent), local_files_only=True, low_cpu_mem_usage=False
-    )
-    with safe_open(path, "pt") as weights:
-        if len(weights.keys()) < len(model.state_dict()):
-            raise ValueError("its weights are not those of its config.json")
-    return model.float()
+    # What `from_single_file` does, which keeps random weights where the file lacks some.
+    model = AutoencoderKL.from_config(AutoencoderKL.load_config(path.parent))
+    weights = load_file(path)
+    if not model.state_dict().keys() <= weights.keys():  # named as outside diffusers
+        weights = convert_ldm_vae_checkpoint(weights, model.config)
+    try:
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+    except RuntimeError as error:  # of other shapes
+        raise ValueError("its weights are not those of its config.json") from error
+    if missing:
+        raise ValueError("its weights are not those of its config.json")
+    return model
 
 
 def _from_hub(name: str) -> nn.Module:

@@ -4,7 +4,12 @@ A document is a list of parts in any order: text (token ids) and images (latents
     <bos> text <boi> patch ... patch <eoi> text <eos>
 one document after another into rows of fixed length, so nothing is padded to the longest.
 
-Shapes: B rows, T positions a row, M images in the batch, N patches an image, C x h x w latents.
+With `clean_copies`, an image that a later part reads stands twice in a row, at the same positions:
+noised, to be denoised and seen by itself alone, then clean, for all that follows (BAGEL). At
+generation, too, the clean image takes the noised one's place.
+
+Shapes: B rows, T places a row, M images in the batch, M' clean copies, N patches an image, C x h x
+w latents.
 """
 
 import dataclasses
@@ -28,13 +33,14 @@ class Batch:
     labels: Tensor  # (B, T) the next text token, IGNORE_INDEX where there is none
     positions: Tensor  # (B, T) place in the document, from 0
     document_ids: Tensor  # (B, T) from 0 in each row, -1 at padding
-    image_ids: Tensor  # (B, T) index into `latents`, -1 off patches
-    patch_index: Tensor  # (M * N,) flat places (b * T + t) of the patches, image by image
-    text_index: Tensor  # (B * T - M * N,) and of all other positions, padding too
+    image_ids: Tensor  # (B, T) index into `latents`, then clean copies from M on; -1 off patches
+    patch_index: Tensor  # ((M + M') * N,) flat places (b * T + t) of the patches, image by image
+    text_index: Tensor  # (B * T - (M + M') * N,) and of all other positions, padding too
     target_index: Tensor  # (K,) flat places that have a label
     latents: Tensor  # (M, C, h, w) clean, unit variance
     noise: Tensor  # (M, C, h, w) standard normal
     t: Tensor  # (M,) noise level of each image, 0 = clean, < 1
+    copied: Tensor  # (M',) images that a clean copy follows
     source_ids: Tensor  # (B,) which corpus a row came from
     row_tokens: Tensor  # (B,) positions that are not padding
 
@@ -90,6 +96,11 @@ def max_times(document: Document, max_caption_t: float) -> list[float]:
     ]
 
 
+def are_read(document: Document) -> list[bool]:
+    """Which images of a document have a part after them."""
+    return [i + 1 < len(document) for i, part in enumerate(document) if is_image(part)]
+
+
 def row_generator(seed: int, row_id: int) -> torch.Generator:
     """Randomness that belongs to one row, whichever rank, worker or run meets it."""
     mixed = (seed * 0x9E3779B97F4A7C15 + row_id * 0xBF58476D1CE4E5B9 + 1) % 2**63
@@ -130,9 +141,13 @@ class _RowWriter:
         self.image_ids = torch.full((row_length,), -1)
         self.end = 0
 
-    def write(self, document: Document, document_id: int, first_image: int) -> None:
-        """Append a document whose images are numbered from `first_image`."""
-        ids, image_ids = flatten(document, self.tokenizer, self.patch_size, first_image)
+    def write(
+        self, document: Document, document_id: int, first_image: int, first_copy: int | None
+    ) -> None:
+        """Append a document; what is numbered, and what None is, says `flatten`."""
+        ids, image_ids, positions = flatten(
+            document, self.tokenizer, self.patch_size, first_image, first_copy
+        )
         place = slice(self.end, self.end + len(ids))
         if place.stop > len(self.input_ids):
             raise ValueError(
@@ -140,28 +155,45 @@ class _RowWriter:
             )
         self.input_ids[place] = ids
         self.image_ids[place] = image_ids
-        self.positions[place] = torch.arange(len(ids))
+        self.positions[place] = positions
         self.document_ids[place] = document_id
         if any(not is_image(part) for part in document):
             self.labels[place] = next_text_tokens(ids, image_ids, self.tokenizer.boi_id)
         self.end = place.stop
 
 
-def flatten(document: Document, tokenizer, patch_size: int, first_image: int = 0):
-    """A document's ids (0 at patches) and image ids, both (L,)."""
+def flatten(
+    document: Document,
+    tokenizer,
+    patch_size: int,
+    first_image: int = 0,
+    first_copy: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A document's ids (0 at patches), image ids and positions, each (L,).
+
+    Images are numbered from `first_image`, their clean copies from `first_copy`; None: no copies.
+    """
     text = lambda *ids: (torch.tensor(ids), torch.full((len(ids),), -1))  # noqa: E731
-    pieces = [text(tokenizer.bos_id)]
-    for part in document:
-        if is_image(part):
-            length = num_patches(part, patch_size)
-            patches = torch.zeros(length, dtype=torch.long), torch.full((length,), first_image)
-            pieces += [text(tokenizer.boi_id), patches, text(tokenizer.eoi_id)]
-            first_image += 1
-        else:
+    pieces, first = [text(tokenizer.bos_id)], first_copy
+    for index, part in enumerate(document):
+        if not is_image(part):
             pieces.append((part, torch.full((len(part),), -1)))
+            continue
+        length = num_patches(part, patch_size)
+        patches = torch.zeros(length, dtype=torch.long), torch.full((length,), first_image)
+        pieces += [text(tokenizer.boi_id), patches]
+        first_image += 1
+        if first_copy is not None and index + 1 < len(document):
+            pieces.append((patches[0], torch.full((length,), first_copy)))
+            first_copy += 1
+        pieces.append(text(tokenizer.eoi_id))
     pieces.append(text(tokenizer.eos_id))
-    ids, image_ids = zip(*pieces, strict=True)
-    return torch.cat(ids), torch.cat(image_ids)
+    ids, image_ids = map(torch.cat, zip(*pieces, strict=True))
+    positions = torch.arange(len(ids))
+    if first_copy != first:  # each copy goes back to where its image began
+        copies = (image_ids - first + 1).clamp(min=0).cummax(0).values  # begun up to here
+        positions -= length * copies
+    return ids, image_ids, positions
 
 
 def next_text_tokens(ids: Tensor, image_ids: Tensor, boi_id: int) -> Tensor:
@@ -185,6 +217,7 @@ def pack(
     patch_size: int,
     seed: int = 0,
     max_caption_t: float = 0.5,
+    clean_copies: bool = False,
     time_shift: float = 1.0,
     time_distribution: str = "uniform",
     source_ids: list[int] | None = None,
@@ -201,36 +234,45 @@ def pack(
         patch_size: side of a patch in latent pixels.
         seed: the run's seed.
         max_caption_t: noise limit of images that precede their text, in (0, 1].
+        clean_copies: later parts read a clean copy of each image, which then has no limit.
         time_shift: of the noise levels, see `draw_times`.
         time_distribution: of the noise levels, "uniform" or "logit_normal".
         source_ids: which corpus each row came from.
     """
     writers, latents, noise, times = [], [], [], []
+    copied: list[int] = []
+    num_images = sum(is_image(part) for row in rows for document in row for part in document)
     for row, row_id in zip(rows, row_ids, strict=True):
         writer = _RowWriter(row_length, tokenizer, patch_size)
         limits: list[float] = []
         for document_id, document in enumerate(row):
-            writer.write(document, document_id, first_image=len(latents))
+            first_copy = num_images + len(copied) if clean_copies else None
+            writer.write(document, document_id, len(latents), first_copy)
+            if clean_copies:
+                copied += [len(latents) + i for i, read in enumerate(are_read(document)) if read]
             latents += [part for part in document if is_image(part)]
-            limits += max_times(document, max_caption_t)
+            limits += max_times(document, 1.0 if clean_copies else max_caption_t)
         generator = row_generator(seed, row_id)
         times.append(draw_times(limits, generator, time_shift, time_distribution))
         noise += [torch.randn(x.shape, generator=generator) for x in latents[len(noise) :]]
         writers.append(writer)
     stack = lambda name: torch.stack([getattr(writer, name) for writer in writers])  # noqa: E731
+    places = lambda where: where.flatten().nonzero().flatten()  # noqa: E731
     labels, image_ids = stack("labels"), stack("image_ids")
+    is_copy = image_ids >= num_images
     return Batch(
         input_ids=stack("input_ids"),
         labels=labels,
         positions=stack("positions"),
         document_ids=stack("document_ids"),
         image_ids=image_ids,
-        patch_index=(image_ids.flatten() >= 0).nonzero().flatten(),
-        text_index=(image_ids.flatten() < 0).nonzero().flatten(),
-        target_index=(labels.flatten() != IGNORE_INDEX).nonzero().flatten(),
+        patch_index=torch.cat([places((image_ids >= 0) & ~is_copy), places(is_copy)]),
+        text_index=places(image_ids < 0),
+        target_index=places(labels != IGNORE_INDEX),
         latents=torch.stack(latents) if latents else torch.empty(0, 1, 1, 1),
         noise=torch.stack(noise) if noise else torch.empty(0, 1, 1, 1),
         t=torch.cat(times),
+        copied=torch.tensor(copied, dtype=torch.long),
         source_ids=torch.tensor(source_ids or [0] * len(rows)),
         row_tokens=torch.tensor([writer.end for writer in writers]),
     )
@@ -257,7 +299,7 @@ def _parts(ids: Tensor, image_ids: Tensor, latents: Tensor, tokenizer) -> Docume
     for token, image in zip(ids[1:-1].tolist(), image_ids[1:-1].tolist(), strict=True):
         if image < 0 and token not in specials:
             text.append(token)
-        elif image >= 0 and image != last_image:
+        elif last_image < image < len(latents):  # not the clean copies
             if text:
                 document.append(torch.tensor(text))
             text, last_image = [], image

@@ -14,6 +14,11 @@ def read_checkpoint(path: str | Path) -> dict:
         UserError: there is no such file, or it is not a checkpoint of this project.
     """
     path = Path(path)
+    if (path / "meta.pt").is_file():  # its index is a pickle, which is not opened for strangers
+        raise UserError(
+            f"{path} is a sharded checkpoint, which only `fit --ckpt_path last` reads; train with "
+            "save_distributed_checkpoint: false for one file"
+        )
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the checkpoint file in it")
     if not path.is_file():

@@ -32,15 +32,14 @@ class Work:
     squared_lengths: float = 0  # of documents, in positions
     targets: int = 0  # positions with a vocabulary head
     images: int = 0
+    copies: int = 0  # clean ones, which are encoded alone
 
 
 def squared_lengths(batch: Batch) -> Tensor:
-    """Sum of L^2 over the documents, a scalar on the batch's device; nothing waits for it.
-
-    Positions count from 0 in each document, and 1 + 3 + ... + (2 L - 1) = L^2.
-    """
-    odd = 2 * batch.positions + 1
-    return torch.where(batch.document_ids >= 0, odd, 0).sum(dtype=torch.float64)
+    """Sum of L^2 over the documents, a scalar on the batch's device; nothing waits for it."""
+    real = (batch.document_ids >= 0).double()
+    lengths = torch.zeros_like(real).scatter_add_(1, batch.document_ids.clamp(min=0), real)
+    return lengths.square().sum()
 
 
 def weights(module: nn.Module) -> int:
@@ -56,29 +55,32 @@ def transformer_flops(transformer: Transformer, work: Work) -> float:
     return attention + 2 * (matrices + weights(transformer.output) * work.targets)
 
 
-def patch_coder_flops(coder: LinearPatchCoder | UNetPatchCoder, size: tuple[int, int]) -> float:
-    """Forward, of one image with latents of `size` = (h, w)."""
-    patches = (size[0] // coder.patch_size) * (size[1] // coder.patch_size)
-    ends = (weights(coder.patch_encoder) + weights(coder.patch_decoder)) * patches
-    total = 2 * (weights(coder.time_embedder) + ends)
+def encoder_flops(coder: LinearPatchCoder | UNetPatchCoder, size: tuple[int, int]) -> float:
+    """Forward, from one image with latents of `size` = (h, w) to its patches."""
+    area = size[0] * size[1]
+    patches = area // coder.patch_size**2
+    total = 2 * (weights(coder.time_embedder) + weights(coder.patch_encoder) * patches)
     if isinstance(coder, UNetPatchCoder):
-        total += unet_flops(coder, size[0] * size[1])
+        total += 2 * weights(coder.conv_in) * area
+        for index, block in enumerate(coder.down_blocks):
+            here = area // 4**index
+            total += block_flops(block, here)
+            if index < len(coder.down_blocks) - 1:
+                total += 2 * weights(block.downsamplers) * here // 4
     return total
 
 
-def unet_flops(coder: UNetPatchCoder, area: int) -> float:
-    """The convolutional part of a U-Net coder, for latents of `area` = h * w pixels."""
-    total = 2 * (weights(coder.conv_in) + weights(coder.conv_out)) * area
-    levels = len(coder.down_blocks)
-    for index, (down, up) in enumerate(
-        zip(coder.down_blocks, reversed(coder.up_blocks), strict=True)
-    ):
-        here = area // 4**index
-        total += block_flops(down, here) + block_flops(up, here)
-        if index < levels - 1:
-            total += 2 * weights(down.downsamplers) * here // 4
-        if index > 0:
-            total += 2 * weights(up.upsamplers) * here * 4
+def decoder_flops(coder: LinearPatchCoder | UNetPatchCoder, size: tuple[int, int]) -> float:
+    """Forward, from the patches of one image to the output of `size` = (h, w)."""
+    area = size[0] * size[1]
+    total = 2 * weights(coder.patch_decoder) * (area // coder.patch_size**2)
+    if isinstance(coder, UNetPatchCoder):
+        total += 2 * weights(coder.conv_out) * area
+        for index, block in enumerate(reversed(coder.up_blocks)):
+            here = area // 4**index
+            total += block_flops(block, here)
+            if index > 0:
+                total += 2 * weights(block.upsamplers) * here * 4
     return total
 
 
@@ -95,8 +97,11 @@ def block_flops(block: nn.Module, area: int) -> float:
 
 def forward_flops(net: Net, work: Work, size: tuple[int, int] | None) -> float:
     """Forward FLOPs of `work`, whose images have latents of `size` = (h, w)."""
-    images = work.images * patch_coder_flops(net.patch_coder, size) if size else 0
-    return transformer_flops(net.transformer, work) + images
+    total = transformer_flops(net.transformer, work)
+    if size:
+        total += (work.images + work.copies) * encoder_flops(net.patch_coder, size)
+        total += work.images * decoder_flops(net.patch_coder, size)
+    return total
 
 
 def training_flops(net: Net, work: Work, size: tuple[int, int] | None) -> float:

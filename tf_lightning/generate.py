@@ -253,7 +253,8 @@ class _Engine:
         sizes = [len(d.replies) * count for d, count in zip(self.drawings, kinds, strict=True)]
         outputs = output.split(sizes)
         for drawing, count, part in zip(self.drawings, kinds, outputs, strict=True):
-            drawing.trajectory.step(guidance.combine(list(part.chunk(count))))
+            channels = self.speaker.latent_shape[0]
+            drawing.trajectory.step(guidance.combine(list(part.chunk(count)), channels))
             for reply in drawing.replies:
                 self._advance(reply, 1)
         finished = [drawing for drawing in self.drawings if drawing.trajectory.finished]

@@ -1,10 +1,11 @@
 """Classifier-free guidance: how outputs under more and less of the prompt are combined.
 
-Shapes: outputs are (n, C, h, w).
+Shapes: outputs are (n, C, h, w), or (n, 2 C, h, w) with a learned variance.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tf_lightning.errors import UserError
@@ -49,10 +50,17 @@ class Guidance:
         """Whether noise level t needs more than the first branch."""
         return len(self.branches) > 1 and self.interval[0] <= t <= self.interval[1]
 
-    def combine(self, outputs: list[Tensor]) -> Tensor:
-        """One output of those of the branches, or of the first alone."""
+    def combine(self, outputs: list[Tensor], channels: int) -> Tensor:
+        """One output of those of the branches, or of the first alone.
+
+        What follows the first `channels`, a learned variance, stays the first branch's (DiT).
+        """
         if len(outputs) == 1:
             return outputs[0]
+        variance = outputs[0][:, channels:]
+        return torch.cat([self._combine([x[:, :channels] for x in outputs]), variance], dim=1)
+
+    def _combine(self, outputs: list[Tensor]) -> Tensor:
         if self.image_scale is not None:
             guided = guide_edit(*outputs, self.scale, self.image_scale)
         else:

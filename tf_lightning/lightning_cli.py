@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.errors import UserError
 from tf_lightning.model import read_checkpoint
 from tf_lightning.module import Transfusion
@@ -67,6 +68,7 @@ class TransfusionCLI(LightningCLI):
             while cause.__cause__:
                 cause = cause.__cause__
             raise UserError(" ".join(str(cause).split())) from error
+        check_channels(self.model, self.datamodule)
 
     def before_fit(self) -> None:
         """Refuse a damaged file that `--ckpt_path last` would resume."""
@@ -75,6 +77,17 @@ class TransfusionCLI(LightningCLI):
             last = Path(folder or f"{self.trainer.log_dir}/checkpoints") / "last.ckpt"
             if last.is_file():
                 read_checkpoint(last)
+
+
+def check_channels(model: Transfusion, data: L.LightningDataModule) -> None:
+    """Refuse an autoencoder that is not the model's before a picture is encoded."""
+    name, ours = getattr(data, "autoencoder_name", None), model.hparams.latent_channels
+    theirs = load_autoencoder(name).latent_channels if name else ours
+    if ours != theirs:
+        raise UserError(
+            f'autoencoder "{name}" has {theirs} channels but the model has latent_channels={ours}; '
+            f"give --model.latent_channels {theirs} or another autoencoder"
+        )
 
 
 def fast_precision(accelerator: str) -> str:

@@ -102,7 +102,11 @@ class Model:
         if answer != "text" and self.autoencoder is not None:
             kind = self.hparams["prediction_type"]
             scheduler = build_scheduler(
-                sampler, self.hparams["num_train_timesteps"], kind, self.hparams["noise_schedule"]
+                sampler,
+                self.hparams["num_train_timesteps"],
+                kind,
+                self.hparams["noise_schedule"],
+                self.hparams["learned_sigma"],
             )
             set_timesteps(scheduler, num_inference_steps)
         return Settings(

@@ -9,6 +9,7 @@ from copy import deepcopy
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import SumMetric
 
 from tf_lightning.attention import build_attention
@@ -18,6 +19,7 @@ from tf_lightning.losses import lm_loss, total_loss
 from tf_lightning.net import Net, update_ema
 from tf_lightning.objective import Objective
 from tf_lightning.optim import lr_scale, parameter_groups, with_text_lr
+from tf_lightning.sharding import shard
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
 from tf_lightning.unet import check as check_unet
@@ -113,6 +115,9 @@ class Transfusion(L.LightningModule):
                 parameter.requires_grad_(False)
         if hparams.ema_decay > 0:
             self.ema = deepcopy(self.net).requires_grad_(False)
+        if self.device_mesh is not None:  # of ModelParallelStrategy
+            for net in filter(None, (self.net, self.ema)):
+                shard(net, self.device_mesh["data_parallel"])
         if hparams.compile:
             self.net.compile()
 
@@ -210,6 +215,7 @@ class Transfusion(L.LightningModule):
         """Clip by the global norm, and log that norm."""
         limit = gradient_clip_val or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shards
         self.log("train/grad_norm", norm, batch_size=1)
 
     def optimizer_step(self, *args, **kwargs) -> None:

@@ -49,7 +49,7 @@ class Net(nn.Module):
 
         Args:
             batch: packed rows.
-            noised_latents: x_t of the batch's images, (M, C, h, w).
+            noised_latents: x_t of the batch's images, (M, C, h, w); clean copies are the batch's.
             t: their noise levels, (M,) in [0, 1].
             attend: attention built for this batch.
         """
@@ -59,12 +59,17 @@ class Net(nn.Module):
             noised_latents = noised_latents.new_empty(
                 0, coder.latent_channels, coder.patch_size, coder.patch_size
             )
-        patches, skips = self.patch_coder.encode(noised_latents, t)  # (M, N, D)
+        if len(batch.copied):
+            clean = batch.latents[batch.copied]
+            noised_latents = torch.cat([noised_latents, clean.type_as(noised_latents)])
+            t = torch.cat([t, t.new_zeros(len(clean))])
+        patches, skips = self.patch_coder.encode(noised_latents, t)  # (M + M', N, D)
         x = self.transformer.tok_embeddings(batch.input_ids)  # (B, T, D)
         flat = x.flatten(0, 1).index_copy(0, batch.patch_index, patches.flatten(0, 1).type_as(x))
         hidden = self.transformer(flat.view_as(x), batch.positions, attend).flatten(0, 1)
         logits = self.transformer.output(hidden[batch.target_index])
-        hidden_patches = hidden[batch.patch_index].unflatten(0, patches.shape[:2])
+        hidden_patches = hidden[batch.patch_index].unflatten(0, patches.shape[:2])[: shape[0]]
+        skips = [skip[: shape[0]] for skip in skips]  # nobody asks what a clean copy's noise is
         output = self.patch_coder.decode(hidden_patches, noised_latents.shape[-2:], skips)
         return logits, output.view(shape[0], self.outputs * shape[1], *shape[2:])
 
@@ -76,11 +81,10 @@ class Net(nn.Module):
     def denoise(
         self, noised_latents: Tensor, t: Tensor, positions: Tensor, attend: Attention
     ) -> Tensor:
-        """The denoiser's output (n, C, h, w) for images that continue what `attend` has cached."""
+        """The denoiser's output (n, C or 2 C, h, w) for images that continue what is cached."""
         patches, skips = self.patch_coder.encode(noised_latents, t)  # (n, N, D)
         hidden = self.transformer(patches, positions, attend)
-        output = self.patch_coder.decode(hidden, noised_latents.shape[-2:], skips)
-        return output[:, : noised_latents.shape[1]]  # without a learned sigma's second half
+        return self.patch_coder.decode(hidden, noised_latents.shape[-2:], skips)
 
     def reset_parameters(self) -> None:
         """Initialise every weight; also what fills a net built on the meta device."""

@@ -48,12 +48,14 @@ def build_scheduler(
     num_train_timesteps: int,
     prediction_type: str,
     noise_schedule: str = "cosine",
+    learned_sigma: bool = False,
 ):
     """A diffusers scheduler for what the network predicts.
 
     For "epsilon" and "v_prediction", training's noise schedule without clipping (latents are not
     in [-1, 1]) and with trailing spacing (the first step starts at pure noise): diffusers' defaults
-    bias both. For "flow", x_t = (1 - t) x_0 + t eps and the velocity eps - x_0.
+    bias both. For "flow", x_t = (1 - t) x_0 + t eps and the velocity eps - x_0. A learned variance
+    is that of DDPM's steps (iDDPM Eq. 15); the other samplers have none.
 
     Raises:
         UserError: as `fitting_sampler`.
@@ -64,13 +66,15 @@ def build_scheduler(
     build = getattr(schedulers, sampler)
     if prediction_type == "flow":
         return build(num_train_timesteps=num_train_timesteps)
-    clip = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
+    own = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
+    if learned_sigma and sampler == "DDPMScheduler":
+        own["variance_type"] = "learned_range"
     return build(
         num_train_timesteps=num_train_timesteps,
         beta_schedule=BETA_SCHEDULES[noise_schedule],
         prediction_type=prediction_type,
         timestep_spacing="trailing",
-        **clip,
+        **own,
     )
 
 
@@ -134,7 +138,9 @@ class Trajectory:
         return self.done == len(self.timesteps)
 
     def step(self, output: Tensor) -> None:
-        """Move on by the network's output at (x_t, t)."""
+        """Move on by the network's output at (x_t, t), (n, C, h, w) or (n, 2 C, h, w)."""
+        if self.scheduler.config.get("variance_type") != "learned_range":
+            output = output[:, : self.x_t.shape[1]]
         timestep = self.scheduler.timesteps[self.done]
         self.x_t = self.scheduler.step(output, timestep, self.x_t, **self.randomness).prev_sample
         self.done += 1

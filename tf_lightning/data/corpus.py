@@ -111,6 +111,11 @@ class Corpus:
         found[found] = image[first] & ~image[first + 1] & image[first + 2]
         return found
 
+    def read_images(self) -> np.ndarray:
+        """How many images of each document have a part after them, (num_documents,)."""
+        image = self._parts[:, 1] == IMAGE
+        return self._sums(image) - image[self._documents[1:] - 1]
+
     def _sums(self, of_parts: np.ndarray) -> np.ndarray:
         """Sums over the parts of each document."""
         totals = np.concatenate([[0], np.cumsum(of_parts)])

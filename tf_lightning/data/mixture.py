@@ -54,6 +54,8 @@ class Mixture(L.LightningDataModule):
         caption_drop_prob: probability that a caption that comes first is dropped, for guidance,
             or an edit's instruction, half of the time with the picture before it.
         max_caption_t: noise limit of pictures that precede their text, in (0, 1] (paper: 0.5).
+        clean_copies: text and pictures that follow a picture read a clean copy of it, which takes
+            as much room again, in place of that limit (BAGEL).
         time_shift: > 1 draws noise levels nearer to pure noise, 1 = as they are (paper).
         time_distribution: of noise levels, "uniform" (paper) or "logit_normal" (usual with flows).
         num_workers: processes that load rows; 0 loads in the training process.
@@ -75,6 +77,7 @@ class Mixture(L.LightningDataModule):
         image_first_prob: float = 0.2,
         caption_drop_prob: float = 0.1,
         max_caption_t: float = 0.5,
+        clean_copies: bool = False,
         time_shift: float = 1.0,
         time_distribution: Literal["uniform", "logit_normal"] = "uniform",
         num_workers: int = 0,
@@ -98,7 +101,8 @@ class Mixture(L.LightningDataModule):
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
         self.row_length, self.batch_size = row_length, batch_size
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
-        self.max_caption_t, self.time_shift = max_caption_t, time_shift
+        self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
+        self.time_shift = time_shift
         self.time_distribution = time_distribution
         self.num_workers = num_workers
         self.seed, self.cache_dir = seed, Path(cache_dir)
@@ -118,8 +122,11 @@ class Mixture(L.LightningDataModule):
             self._open()
 
     def _open(self) -> None:
-        self.tokenizer = self._open_tokenizer()
         autoencoder = load_autoencoder(self.autoencoder_name) if self.autoencoder_name else None
+        if autoencoder:
+            for name, source in self.sources.items():
+                check_image_size(name, source, autoencoder.downsample * self.patch_size)
+        self.tokenizer = self._open_tokenizer()
         self.corpora = {
             split: {
                 name: prepare(
@@ -173,7 +180,7 @@ class Mixture(L.LightningDataModule):
             for number, corpus in enumerate(corpora)
         ]
         if self.weights is None:
-            weights = [float(stream.lengths.sum()) for stream in streams]
+            weights = [stream.num_tokens for stream in streams]
         else:
             weights = [self.weights[name] for name in self.source_names]
         rows = Rows(streams, weights)
@@ -211,7 +218,11 @@ class Mixture(L.LightningDataModule):
 
     def _rows(self, corpus: Corpus, **order) -> CorpusRows:
         return CorpusRows(
-            corpus, row_length=self.row_length, num_patches=self._num_patches, **order
+            corpus,
+            row_length=self.row_length,
+            num_patches=self._num_patches,
+            clean_copies=self.clean_copies,
+            **order,
         )
 
     def _loader(self, rows: Dataset, sampler: Sampler, **times) -> DataLoader:
@@ -222,6 +233,7 @@ class Mixture(L.LightningDataModule):
             patch_size=self.patch_size,
             seed=self.seed,
             max_caption_t=self.max_caption_t,
+            clean_copies=self.clean_copies,
             **times,
         )
         return DataLoader(
@@ -306,6 +318,16 @@ def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) 
         )
     if min(weights.values()) < 0 or sum(weights.values()) <= 0:
         raise UserError(f"weights are {weights}; give numbers >= 0, one of them positive")
+
+
+def check_image_size(name: str, source: Source, pixels: int) -> None:
+    """UserError where a source says how large its pictures are and patches do not divide them."""
+    side = getattr(source, "image_size", 0)
+    if side % pixels:
+        raise UserError(
+            f"{name}: image_size={side} does not divide into patches of {pixels} pixels; give a "
+            f"multiple of {pixels}"
+        )
 
 
 def check_probability(name: str, value: float) -> None:

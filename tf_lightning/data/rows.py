@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset, DistributedSampler
 
 from tf_lightning.batch import Document, Row, is_image
@@ -73,6 +74,8 @@ class CorpusRows:
     (picture, instruction, picture) lose their instruction, half of these the first picture too
     (InstructPix2Pix Sec. 3.2.1).
 
+    With `clean_copies` a document that is longer than a row with its copies is left out.
+
     Args:
         corpus: the documents.
         row_length: positions in a row; no document is longer.
@@ -80,6 +83,13 @@ class CorpusRows:
         seed: None keeps the corpus's order, in every epoch.
         image_first_prob: in [0, 1].
         caption_drop_prob: in [0, 1].
+        clean_copies: leave room for a second copy of each picture that a later part reads.
+
+    Attributes:
+        num_tokens: positions of all documents, as `image_first_prob` has it on average.
+
+    Raises:
+        UserError: no document fits into a row with its copies.
     """
 
     def __init__(
@@ -91,12 +101,17 @@ class CorpusRows:
         seed: tuple[int, ...] | None = None,
         image_first_prob: float = 0.0,
         caption_drop_prob: float = 0.0,
+        clean_copies: bool = False,
     ):
         self.corpus, self.row_length, self.num_patches = corpus, row_length, num_patches
         self.seed = seed
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.lengths, self.pairs = corpus.lengths(num_patches), corpus.pairs()
         self.edits = corpus.edits()
+        self.num_tokens = float(self.lengths.sum())
+        self.read_images = corpus.read_images() if clean_copies else None
+        if clean_copies:
+            self._count_copies()
         self._starts = [0]  # first row of each epoch planned so far, and of the next
         self._latest: tuple[int, Epoch] = (0, self._plan(0))
         self._starts.append(self.rows_per_epoch)
@@ -121,6 +136,18 @@ class CorpusRows:
         documents = epoch.rows[index - self._starts[number]]
         return [self._document(document, epoch) for document in documents]
 
+    def _count_copies(self) -> None:
+        """Say how much of the corpus has room for clean copies."""
+        copies = np.where(self.pairs, self.image_first_prob, self.read_images)
+        self.num_tokens += self.num_patches * float(copies.sum())
+        too_long = self.lengths + self.num_patches * np.ceil(copies) > self.row_length
+        if too_long.any():
+            told = f"{too_long.sum():,} of {len(too_long):,} documents of {self.corpus.name} are "
+            told += f"longer than row_length={self.row_length} with clean copies of their pictures"
+            if too_long.all():
+                raise UserError(f"{told}; raise row_length")
+            rank_zero_info(f"{told}: left out")
+
     def _epoch(self, number: int) -> Epoch:
         if self._latest[0] != number:
             self._latest = (number, self._plan(number))
@@ -137,8 +164,12 @@ class CorpusRows:
         # Pictures without text: <bos>, <boi> patches <eoi> each, <eos>.
         image = self.num_patches + 2
         lengths = np.where(dropped, 2 + image * np.where(alone, 1, 2), self.lengths)
+        if self.read_images is not None:
+            copies = np.where(self.pairs, image_first, self.read_images)
+            lengths = lengths + self.num_patches * np.where(alone, 0, copies)
+            order = order[lengths[order] <= self.row_length]
         rows = best_fit(lengths[order].tolist(), self.row_length)
-        fill = float(lengths.sum()) / max(len(rows) * self.row_length, 1)
+        fill = float(lengths[order].sum()) / max(len(rows) * self.row_length, 1)
         return Epoch([order[row].tolist() for row in rows], image_first, dropped, alone, fill)
 
     def _document(self, index: int, epoch: Epoch) -> Document:
