@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import torch
-from tiny import LATENT_SHAPE, PATCH_SIZE, TOKENIZER, document, tiny_net
 from torch import Tensor
 
 from tf_lightning.attention import DenseAttention
@@ -15,6 +14,7 @@ from tf_lightning.net import Net
 from tf_lightning.reply import collect
 from tf_lightning.request import Settings, Speaker
 from tf_lightning.sampler import build_scheduler
+from tiny import LATENT_SHAPE, PATCH_SIZE, TOKENIZER, document, tiny_net
 
 BOS, EOS, BOI, EOI = 1, 2, 18, 19
 STEPS, KIND = 5, "v_prediction"  # epsilon of random weights makes images of 30,000

@@ -11,6 +11,9 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning's calls of 
 import pytest
 import torch
 
+from corpora import Pictures, Words
+from tf_lightning.data import Mixture
+
 DATA_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 torch.set_num_threads(1)  # two multi-threaded runs on the same cores are up to ten times slower
@@ -84,3 +87,22 @@ def run(tmp_path_factory) -> Path:
     import runs
 
     return runs.fit(tmp_path_factory.mktemp("session"))
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """A Mixture of words and pictures with arguments that suit most tests."""
+
+    def build(sources=None, weights=None, **changed) -> Mixture:
+        arguments = {
+            "autoencoder": "pixels",
+            "patch_size": 4,
+            "row_length": 64,
+            "batch_size": 3,
+            "vocab_size": 300,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        sources = sources or {"words": Words("red", 5), "pictures": Pictures()}
+        return Mixture(sources, weights, **(arguments | changed))
+
+    return build

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import document, layout, packed, random_rows, tiny_net
 from torch import Tensor
 
 from tf_lightning import attention
@@ -18,6 +17,7 @@ from tf_lightning.attention import (
     dense_mask,
 )
 from tf_lightning.transformer import Transformer
+from tiny import document, layout, packed, random_rows, tiny_net
 
 VARIANTS = pytest.mark.parametrize(
     "causal, copies, sizes",

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from scipy import stats
-from tiny import PATCH_SIZE, document, layout, packed, random_rows
 
 from tf_lightning.batch import (
     IGNORE_INDEX,
@@ -15,6 +14,7 @@ from tf_lightning.batch import (
     max_times,
     row_generator,
 )
+from tiny import PATCH_SIZE, document, layout, packed, random_rows
 
 BOS, EOS, BOI, EOI = 1, 2, 18, 19
 NONE = IGNORE_INDEX

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from miniatures import make_coco, make_imagenet
 from PIL import Image
 
 from callbacks.benchmarks import (
@@ -13,6 +12,7 @@ from callbacks.benchmarks import (
     KarpathyPrompts,
     open_picture,
 )
+from miniatures import make_coco, make_imagenet
 from tf_lightning.errors import UserError
 
 

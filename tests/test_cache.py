@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import PATCH_SIZE, TOKENIZER, document, packed, tiny_net
 
 from tf_lightning.attention import DenseAttention
 from tf_lightning.cache import AppendAttention, KeyValueCache, ReadAttention, index, similar
 from tf_lightning.generate import pack_prompts
+from tiny import PATCH_SIZE, TOKENIZER, document, packed, tiny_net
 
 ROWS = [3, 0, 4]  # of five: any order
 CAPACITY = 40

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import LATENT_SHAPE, TOKENIZER, VOCAB_SIZE, all_outputs, document, packed, random_rows
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +15,7 @@ from tf_lightning.flops import Work, forward_flops, squared_lengths
 from tf_lightning.net import Net
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
+from tiny import LATENT_SHAPE, TOKENIZER, VOCAB_SIZE, all_outputs, document, packed, random_rows
 
 SHAPES = ["i3", "2i3", "i2i", "ii1i2", "0i"]  # those of images that are read, and of some not
 CODERS = pytest.mark.parametrize("unet", [None, UNetConfig((8, 16), head_dim=8)], ids=str)

@@ -3,10 +3,10 @@
 import open_clip
 import pytest
 import torch
-from extractors import tiny_clip
 from torchvision.transforms.functional import to_pil_image
 
 from evaluation.clip_score import CLIPScore
+from extractors import tiny_clip
 
 CAPTIONS = ["a red circle", "two dogs on a beach", "12345 67", "a train"]
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import yaml
-from extractors import TINY_CLIP, random_inception, tiny_clip
 from huggingface_hub import constants
-from miniatures import make_coco, make_geneval, make_imagenet
 
 from evaluation.open_clip_model import load_open_clip
 from evaluation.weights import INCEPTION_URL
+from extractors import TINY_CLIP, random_inception, tiny_clip
+from miniatures import make_coco, make_geneval, make_imagenet
 from tf_lightning.cli import main
 
 EVAL = Path(__file__).resolve().parents[1] / "configs" / "eval"

@@ -5,10 +5,10 @@ import hashlib
 import open_clip
 import pytest
 import torch
-from extractors import tiny_clip
 from torchvision.transforms.functional import to_pil_image
 
 from evaluation.features import as_uint8, inception, open_clip_features
+from extractors import tiny_clip
 
 
 @pytest.fixture(scope="module")

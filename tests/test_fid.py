@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch_fidelity
-from extractors import first_pixels, random_inception
 from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision.transforms.functional import to_pil_image
@@ -13,6 +12,7 @@ from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
 from evaluation.inception_score import InceptionScore
 from evaluation.kid import KID
+from extractors import first_pixels, random_inception
 
 ABOUT = {"dataset": "noise", "count": 20, "resize": "none"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*biased upwards")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import TOKENIZER, VOCAB_SIZE, document, packed
 from torch.utils.flop_counter import FlopCounterMode
 
 from tf_lightning.attention import DocumentAttention
@@ -11,6 +10,7 @@ from tf_lightning.flops import Work, flops_6nd, forward_flops, squared_lengths, 
 from tf_lightning.net import Net
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
+from tiny import TOKENIZER, VOCAB_SIZE, document, packed
 
 NETS = {
     "linear": {},

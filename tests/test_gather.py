@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from extractors import first_pixels, tiny_clip
 from torch import distributed, multiprocessing
 from torchmetrics import Metric
 
@@ -18,6 +17,7 @@ from evaluation.gather import canonical
 from evaluation.inception_score import InceptionScore
 from evaluation.kid import KID
 from evaluation.perplexity import Perplexity
+from extractors import first_pixels, tiny_clip
 
 NUM_ITEMS = 31
 SHARES = {  # of the items, by rank

@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+from torch import Tensor
+
 from by_hand import (
     BOI,
     EOS,
@@ -18,15 +20,13 @@ from by_hand import (
     speaker,
     write,
 )
-from tiny import LATENT_SHAPE, PATCH_SIZE, TOKENIZER, document, tiny_net
-from torch import Tensor
-
 from tf_lightning.errors import UserError
 from tf_lightning.generate import generate
 from tf_lightning.guidance import Guidance
 from tf_lightning.net import Net
 from tf_lightning.reply import collect
 from tf_lightning.request import Speaker
+from tiny import LATENT_SHAPE, PATCH_SIZE, TOKENIZER, document, tiny_net
 
 # ---------------------------------------------------------------- text
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
+import runs
 from tf_lightning.cli import main
 from tf_lightning.generate_command import build_parser, name_texts
 

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from by_hand import GUIDANCES, KIND, NAMES, PROMPTS, STEPS, draw, drawn_by_hand, settings
-from tiny import LATENT_SHAPE, PATCH_SIZE, document, packed, tiny_net
 from torch import Tensor
 
+from by_hand import GUIDANCES, KIND, NAMES, PROMPTS, STEPS, draw, drawn_by_hand, settings
 from tf_lightning.attention import DenseAttention
 from tf_lightning.guidance import Guidance
 from tf_lightning.net import Net
 from tf_lightning.sampler import build_scheduler
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
+from tiny import LATENT_SHAPE, PATCH_SIZE, document, packed, tiny_net
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from extractors import first_pixels
 
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
 from evaluation.inception_score import InceptionScore
 from evaluation.kid import KID
+from extractors import first_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*biased upwards")
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from extractors import first_pixels
 
 from evaluation.features import Extractor, Features
 from evaluation.inception_score import InceptionScore
+from extractors import first_pixels
 
 
 def score(logits: torch.Tensor, **options) -> float:

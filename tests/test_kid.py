@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from extractors import first_pixels
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from evaluation.features import Features
 from evaluation.gather import canonical
 from evaluation.kid import KID
+from extractors import first_pixels
 
 
 def rows(count: int, seed: int, shift: float = 0.0, size: int = 3) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import all_outputs, document, packed, tiny_net
 from torch import Tensor, nn
 
 from tf_lightning.attention import DenseAttention, DocumentAttention
@@ -10,6 +9,7 @@ from tf_lightning.batch import Batch
 from tf_lightning.modality import Split, with_image_weights
 from tf_lightning.net import Net
 from tf_lightning.transformer import FeedForward, rope_angles
+from tiny import all_outputs, document, packed, tiny_net
 
 FORMS = pytest.mark.parametrize("form", [DenseAttention, DocumentAttention])
 KINDS = pytest.mark.parametrize("kind", ["ffn", "all"])

@@ -3,10 +3,10 @@
 import lightning as L
 import numpy as np
 import pytest
-import runs
 import torch
 from PIL import Image
 
+import runs
 from tf_lightning.data import Mixture
 from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
 from tf_lightning.errors import UserError

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from tiny import PATCH_SIZE, SIZES, VOCAB_SIZE, document, mixed_batch, packed
 
 import runs
 from tf_lightning.attention import DenseAttention, build_attention
@@ -18,6 +17,7 @@ from tf_lightning.module import Transfusion
 from tf_lightning.net import Net
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
+from tiny import PATCH_SIZE, SIZES, VOCAB_SIZE, document, mixed_batch, packed
 
 
 def tiny_module(**changed) -> Transfusion:

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import PATCH_SIZE, VOCAB_SIZE, all_outputs, document, packed, tiny_net
 from torch import Tensor
 
 from tf_lightning.attention import DenseAttention, DocumentAttention
 from tf_lightning.batch import Batch
 from tf_lightning.losses import diffusion_loss_sum, lm_loss
 from tf_lightning.net import update_ema
+from tiny import PATCH_SIZE, VOCAB_SIZE, all_outputs, document, packed, tiny_net
 
 FORMS = pytest.mark.parametrize("form", [DenseAttention, DocumentAttention])
 CAUSAL = pytest.mark.parametrize("causal", [False, True])

@@ -8,11 +8,11 @@ import huggingface_hub.constants as hub
 import open_clip
 import pytest
 import torch
-from extractors import TINY_CLIP, tiny_clip
 from safetensors.torch import save_file
 
 from evaluation import open_clip_model
 from evaluation.open_clip_model import load_open_clip
+from extractors import TINY_CLIP, tiny_clip
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import tiny_net
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from tf_lightning.optim import lr_scale, parameter_groups
+from tiny import tiny_net
 
 
 def test_the_warm_up_is_linear_and_reaches_the_peak():

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
 from PIL import Image
 
+import runs
 from callbacks.predictions import PredictionWriter, key_of, lines_of
 from tf_lightning.cli import main
 from tf_lightning.data.shapes_sources import ShapesCaptions

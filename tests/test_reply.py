@@ -2,9 +2,9 @@
 
 import torch
 from PIL import Image
-from tiny import LATENT_SHAPE
 
 from tf_lightning.reply import Answers, Branch, Reply, by_kind, collect, to_document
+from tiny import LATENT_SHAPE
 
 
 def test_tokens_in_a_row_are_one_text_and_images_stand_apart():

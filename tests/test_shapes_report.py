@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch.plugins import Precision
 from PIL import Image
-from tiny import PATCH_SIZE
 
 from callbacks.shapes_report import ShapesReport, questions, text_perplexity
 from callbacks.throughput import Throughput
@@ -21,6 +20,7 @@ from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
 from tf_lightning.tokenizer import train
 from tf_lightning.transformer import TransformerConfig
+from tiny import PATCH_SIZE
 
 COUNT, SEED = 6, 3
 

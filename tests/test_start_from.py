@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-import runs
 import torch
 
+import runs
 from tf_lightning.cli import main
 
 

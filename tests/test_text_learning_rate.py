@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import SIZES, VOCAB_SIZE, document, mixed_batch, packed
 from torch import Tensor
 
 from tf_lightning.module import Transfusion
 from tf_lightning.transformer import TransformerConfig
+from tiny import SIZES, VOCAB_SIZE, document, mixed_batch, packed
 
 
 def optimizer_of(module: Transfusion) -> torch.optim.Optimizer:

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import document, packed, tiny_net
 
 from callbacks.throughput import Throughput
 from tf_lightning.flops import Work, flops_6nd, training_flops
+from tiny import document, packed, tiny_net
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from test_image_caption import png, write_tar
 
+from test_image_caption import png, write_tar
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.errors import UserError
 from tf_lightning.train_autoencoder import (

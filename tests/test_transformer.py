@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import document, packed, tiny_net
 
 from tf_lightning.attention import build_attention
 from tf_lightning.transformer import Transformer, TransformerConfig, rope_angles, rotate
+from tiny import document, packed, tiny_net
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "model"
 

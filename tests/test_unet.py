@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_transformer import paper_config
 from torch import nn
 
+from test_transformer import paper_config
 from tf_lightning.errors import UserError
 from tf_lightning.patches import timestep_embedding
 from tf_lightning.unet import UNetConfig, UNetPatchCoder

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-import runs
 import torch
+
+import runs
 from benchmarks import variants
 
 STEPS = 3
