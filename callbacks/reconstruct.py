@@ -1,4 +1,4 @@
-"""How well an autoencoder reconstructs held-out pictures: PSNR, SSIM, rFID, a grid, use of codes."""
+"""How well an autoencoder reconstructs held-out pictures: PSNR, SSIM, rFID, a grid, codes used."""
 
 import lightning as L
 import torch

@@ -1,4 +1,4 @@
-"""What training an autoencoder is for: a folder that `data.autoencoder` of a Transfusion run names."""
+"""What training an autoencoder is for: a folder that Transfusion's `data.autoencoder` names."""
 
 import copy
 from collections.abc import Iterator

@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from shape_pictures import pictures
 
 from tf_lightning.autoencoder import SHAPES, Autoencoder, load_autoencoder
 from tf_lightning.data.shapes import IMAGE_SIZE
 from tf_lightning.errors import UserError
-from tf_lightning.train_autoencoder import pictures
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

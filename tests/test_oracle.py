@@ -20,7 +20,6 @@ from tf_lightning.data.shapes import (
     render,
     scene,
 )
-from tf_lightning.train_autoencoder import pictures
 
 BLANK = np.full((64, 64, 3), BACKGROUND, np.uint8)
 RED_ABOVE_BLUE = Scene((Object("circle", "red", 30, 14, 10), Object("square", "blue", 34, 46, 9)))

@@ -10,27 +10,30 @@ from typing import Literal, NamedTuple
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torchmetrics import MeanMetric
 
 from tf_lightning import autoencoder_losses as losses
+from tf_lightning.autoencoder import check_size
 from tf_lightning.autoencoder_network import (
     AutoencoderConfig,
     blur,
     build_network,
     decode,
-    encode_codes,
     encode_posterior,
+    project,
+    quantize,
+    row_noise,
 )
 from tf_lightning.batch import row_generator
 from tf_lightning.checkpoint import misfit
+from tf_lightning.codebook import CodebookUse
 from tf_lightning.data.pictures import PictureBatch
 from tf_lightning.discriminator import PatchDiscriminator
 from tf_lightning.errors import UserError
 from tf_lightning.optim import lr_scale, parameter_groups
-from tf_lightning.perceptual import LPIPS, FeatureDistance
+from tf_lightning.reconstruction_loss import ReconstructionLoss
 
 
 class Reconstruction(NamedTuple):
@@ -60,6 +63,8 @@ class AutoencoderModule(L.LightningModule):
         kl_weight: of the KL divergence to N(0, 1).
         latent_noise: most noise on a VAE's latents, in standard deviations of a channel, reached
             after a third of the steps; the decoder learns to mend a diffusion model's errors.
+        dead_after: steps without use after which a VQ's code is dead.
+        restart_dead_codes: put dead codes where the encoder is, all of them at the start.
         lr: peak learning rate of AdamW; linear warm-up, cosine decay.
         betas: its two decay rates.
         weight_decay: on matrices and kernels.
@@ -80,6 +85,8 @@ class AutoencoderModule(L.LightningModule):
         adaptive_gan: bool = True,
         kl_weight: float = 1e-6,
         latent_noise: float = 0.0,
+        dead_after: int = 1000,
+        restart_dead_codes: bool = True,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.5, 0.9),
         weight_decay: float = 0.0,
@@ -98,8 +105,9 @@ class AutoencoderModule(L.LightningModule):
         self.config = network
         self.autoencoder: nn.Module | None = None
         self.discriminator: PatchDiscriminator | None = None
+        self.codebook_use: CodebookUse | None = None
         self.loaded_step = 0  # of the checkpoint; an evaluation's own global_step is 0
-        self.frozen: dict[str, nn.Module] = {}  # no submodules: neither saved nor optimized
+        self.reconstruction_loss: ReconstructionLoss | None = None  # of training alone
 
     # ---------------------------------------------------------------- building
 
@@ -109,23 +117,22 @@ class AutoencoderModule(L.LightningModule):
         Raises:
             UserError: sizes, steps or files that do not fit.
         """
-        hparams, side = self.hparams, self.config.downsample
-        if any(pixels % side for pixels in data.image_size):
-            raise UserError(
-                f"pictures of {'x'.join(map(str, data.image_size))} do not divide into cells of "
-                f"{side}; give an image_size that is a multiple of {side}"
-            )
+        hparams = self.hparams
+        if trainer.max_steps < 1:
+            raise UserError(f"max_steps={trainer.max_steps} has no end; give trainer.max_steps")
+        check_size(*data.image_size, self.config.downsample)
         if hparams.gan_weight and not hparams.gan_start_step < trainer.max_steps:
             raise UserError(
                 f"gan_start_step={hparams.gan_start_step} is not before the last step "
                 f"(max_steps={trainer.max_steps}); start earlier, or give gan_weight: 0"
             )
-        if self.frozen:
-            return
-        if hparams.lpips_weight:
-            self.frozen["lpips"] = LPIPS(hparams.lpips_network)
-        if hparams.feature_weight:
-            self.frozen["features"] = FeatureDistance(hparams.feature_model)
+        if self.reconstruction_loss is None:
+            self.reconstruction_loss = ReconstructionLoss(
+                hparams.lpips_weight,
+                hparams.lpips_network,
+                hparams.feature_weight,
+                hparams.feature_model,
+            )
 
     def configure_model(self) -> None:
         """Build the networks once."""
@@ -134,6 +141,8 @@ class AutoencoderModule(L.LightningModule):
         self.autoencoder = build_network(self.config)
         if self.hparams.gan_weight:
             self.discriminator = PatchDiscriminator()
+        if self.config.num_codes:
+            self.codebook_use = CodebookUse(self.config.num_codes, self.hparams.dead_after)
 
     def setup(self, stage: str) -> None:
         """Check again: a trainer of one's own asks nobody before."""
@@ -142,8 +151,7 @@ class AutoencoderModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Bring the frozen networks along."""
-        for network in self.frozen.values():
-            network.to(self.device)
+        self.reconstruction_loss.to(self.device)
 
     def configure_optimizers(self) -> dict:
         """AdamW with linear warm-up and cosine decay, for both networks."""
@@ -163,6 +171,11 @@ class AutoencoderModule(L.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
+    @property
+    def codebook(self) -> Tensor:
+        """A VQ's codes, (num_codes, code_dim), without gradient."""
+        return self.autoencoder.quantize.embedding.weight.detach()
+
     # ---------------------------------------------------------------- training
 
     @property
@@ -174,17 +187,19 @@ class AutoencoderModule(L.LightningModule):
         """All losses on one batch."""
         images = batch.images.contiguous(memory_format=torch.channels_last)
         made = self.reconstruct(images, batch.rows)
-        values = self.loss_terms(images, made.images)
-        loss = self.weighted(values)
-        values["bottleneck"] = made.bottleneck
-        loss = loss + (1.0 if self.config.num_codes else self.hparams.kl_weight) * made.bottleneck
+        reconstruction, values = self.reconstruction_loss(images, made.images)
+        if self.config.num_codes:
+            loss = reconstruction + made.bottleneck
+            values |= {"loss_codebook": made.bottleneck} | self.count_codes(made.ids)
+        else:
+            loss = reconstruction + self.hparams.kl_weight * made.bottleneck
+            values |= {"loss_kl": made.bottleneck}
         if self.gan_started:
-            loss = loss + self.adversarial(images, made.images, self.weighted(values), values)
+            adversarial, more = self.adversarial(images, made.images, reconstruction)
+            loss, values = loss + adversarial, values | more
         elif self.discriminator is not None:  # ranks wait for every weight's gradient
             loss = loss + sum(0.0 * weight.sum() for weight in self.discriminator.parameters())
-        name = "loss_codebook" if self.config.num_codes else "loss_kl"
-        values = {f"loss_{key}": value for key, value in values.items()}
-        values |= {"loss": loss, name: values.pop("loss_bottleneck")}
+        values |= {"loss": loss}
         self.log_dict(
             {f"train/{key}": value.detach() for key, value in values.items()},
             batch_size=len(images),
@@ -200,44 +215,39 @@ class AutoencoderModule(L.LightningModule):
             rows: places in the stream (B,), which the noise belongs to.
         """
         if self.config.num_codes:
-            codes = encode_codes(self.autoencoder, images)
+            projected = project(self.autoencoder, images)
+            if rows is not None and self.hparams.restart_dead_codes:
+                vectors = projected.detach().permute(0, 2, 3, 1).flatten(0, 2)
+                vectors = self.trainer.strategy.broadcast(vectors)  # the same on every rank
+                generator = row_generator(self.hparams.seed, self.global_step)
+                self.codebook_use.restart(self.codebook, vectors, generator)
+            codes = quantize(self.autoencoder, projected)
             made = decode(self.autoencoder, codes.latents).float()
-            return Reconstruction(made, codes.loss, codes.projected, codes.ids)
+            return Reconstruction(made, codes.loss, projected, codes.ids)
         mean, logvar = posterior = encode_posterior(self.autoencoder, images)
         latents = mean
         if rows is not None:
-            noise, more_noise, strength = self.noise(mean, rows)
+            noise, more_noise, share = row_noise(mean, rows, self.hparams.seed)
+            ramp = min(1.0, 3 * self.global_step / self.trainer.max_steps)
+            strength = self.hparams.latent_noise * ramp * share
             latents = blur(mean, posterior.sample(noise), strength, more_noise)
         made = decode(self.autoencoder, latents).float()
         kl = losses.kl_loss(mean, logvar, images[0].numel())
         return Reconstruction(made, kl, mean, None)
 
-    def noise(self, mean: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Two noises like the latents and a strength (B,) for each row, whoever has that row."""
-        drawn = []
-        for row in rows.tolist():
-            generator = row_generator(self.hparams.seed, row)
-            both = torch.randn(2, *mean.shape[1:], generator=generator)
-            drawn.append((both, torch.rand((), generator=generator)))
-        both, share = (torch.stack(parts).to(mean.device) for parts in zip(*drawn, strict=True))
-        ramp = min(1.0, 3 * self.global_step / max(1, self.trainer.max_steps))
-        return both[:, 0], both[:, 1], self.hparams.latent_noise * ramp * share
-
-    def loss_terms(self, images: Tensor, made: Tensor) -> dict[str, Tensor]:
-        """L1, and what the frozen networks say, without their weights."""
-        values = {"l1": F.l1_loss(made, images)}
-        return values | {name: network(images, made) for name, network in self.frozen.items()}
-
-    def weighted(self, values: dict[str, Tensor]) -> Tensor:
-        """The reconstruction's terms together."""
-        hparams = self.hparams
-        weights = {"l1": 1.0, "lpips": hparams.lpips_weight, "features": hparams.feature_weight}
-        return sum(weights[name] * value for name, value in values.items() if name in weights)
+    def count_codes(self, ids: Tensor) -> dict[str, Tensor]:
+        """Note the codes that a step picked, on all ranks; what is logged of them."""
+        counts = torch.bincount(ids.flatten(), minlength=self.config.num_codes)
+        if self.trainer.world_size > 1:
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        self.codebook_use.count(counts)
+        dead = self.codebook_use.dead.sum().float()
+        return {"code_perplexity": losses.code_perplexity(counts).float(), "dead_codes": dead}
 
     def adversarial(
-        self, images: Tensor, made: Tensor, reconstruction: Tensor, values: dict[str, Tensor]
-    ) -> Tensor:
-        """The discriminator's loss and what it weighs on the autoencoder; both into `values`.
+        self, images: Tensor, made: Tensor, reconstruction: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the discriminator adds to the loss, and its terms.
 
         Each trains its own network alone: the discriminator sees reconstructions without their
         history, and judges with weights that are constants.
@@ -249,8 +259,8 @@ class AutoencoderModule(L.LightningModule):
             scale = losses.gan_scale(reconstruction, gan, self.autoencoder.decoder.conv_out.weight)
         real, fake = self.discriminator(images), self.discriminator(made.detach())
         own = losses.discriminator_loss(real, fake)
-        values |= {"gan": gan, "discriminator": own, "gan_scale": scale}
-        return own + self.hparams.gan_weight * scale * gan
+        values = {"loss_gan": gan, "loss_discriminator": own, "gan_scale": scale}
+        return own + self.hparams.gan_weight * scale * gan, values
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A discriminator that has not begun has no gradient, and so no optimizer state."""

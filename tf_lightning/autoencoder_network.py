@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tf_lightning.batch import row_generator
 from tf_lightning.errors import UserError
 
 
@@ -99,15 +100,18 @@ class Quantized(NamedTuple):
     latents: Tensor  # (B, code_dim, h, w) codes, straight-through to the encoder
     loss: Tensor  # |sg(z) - e|^2 + 0.25 |z - sg(e)|^2, means over elements
     ids: Tensor  # (B, h, w)
-    projected: Tensor  # (B, code_dim, h, w) before quantising
 
 
-def encode_codes(network: nn.Module, images: Tensor) -> Quantized:
-    """The nearest codes of pictures (B, 3, H, W) in [-1, 1]."""
-    projected = network.encode(images).latents.float()
-    with torch.autocast(images.device.type, enabled=False):  # distances, in full precision
+def project(network: nn.Module, images: Tensor) -> Tensor:
+    """What a VQ's encoder says of pictures (B, 3, H, W), before quantising: (B, code_dim, h, w)."""
+    return network.encode(images).latents.float()
+
+
+def quantize(network: nn.Module, projected: Tensor) -> Quantized:
+    """The nearest codes of (B, code_dim, h, w)."""
+    with torch.autocast(projected.device.type, enabled=False):  # distances, in full precision
         latents, loss, (_, _, ids) = network.quantize(projected)
-    return Quantized(latents, loss, ids.view(len(images), *projected.shape[2:]), projected)
+    return Quantized(latents, loss, ids.view(len(projected), *projected.shape[2:]))
 
 
 def decode(network: nn.Module, latents: Tensor) -> Tensor:
@@ -116,6 +120,26 @@ def decode(network: nn.Module, latents: Tensor) -> Tensor:
     if hasattr(network, "quantize"):
         return network.decode(latents, force_not_quantize=True).sample
     return network.decode(latents).sample
+
+
+def row_noise(like: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random numbers of pictures that depend on (seed, row) alone, whichever rank has the row.
+
+    Args:
+        like: latents, (B, C, h, w).
+        rows: the pictures' places in the stream, (B,).
+        seed: of the run.
+
+    Returns:
+        Two standard normal noises like the latents, and a uniform share in [0, 1), (B,).
+    """
+    drawn = []
+    for row in rows.tolist():
+        generator = row_generator(seed, row)
+        both = torch.randn(2, *like.shape[1:], generator=generator)
+        drawn.append((both, torch.rand((), generator=generator)))
+    both, share = (torch.stack(parts).to(like.device) for parts in zip(*drawn, strict=True))
+    return both[:, 0], both[:, 1], share
 
 
 def blur(mean: Tensor, latents: Tensor, strength: Tensor, noise: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 
 from tf_lightning.errors import UserError
 
-
 TRANSFUSION, AUTOENCODER = "image_codec", "autoencoder"  # keys that tell checkpoints apart
 OTHER = {TRANSFUSION: "an autoencoder's", AUTOENCODER: "a Transfusion model's"}
 
