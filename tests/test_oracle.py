@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from shape_pictures import pictures
 
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.data.oracle import Reading, carried_out, read

@@ -7,6 +7,7 @@ A store is a directory of
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -31,6 +32,9 @@ class PictureStore:
     Attributes:
         pictures: uint8 (n, H, W, 3), in a file.
         skipped: how many samples were left out, by reason.
+
+    Raises:
+        UserError: the file does not hold what store.json says.
     """
 
     def __init__(self, path: str | Path):
@@ -40,8 +44,11 @@ class PictureStore:
         shape = tuple(facts["shape"])
         if 0 in shape:  # an empty file cannot be mapped
             self.pictures = np.empty(shape, np.uint8)
-        else:
-            self.pictures = np.memmap(self.path / "pictures.bin", np.uint8, "r", shape=shape)
+            return
+        file = self.path / "pictures.bin"
+        if not file.is_file() or file.stat().st_size != math.prod(shape):
+            raise UserError(f"{self.path} is damaged; delete the folder and have it made again")
+        self.pictures = np.memmap(file, np.uint8, "r", shape=shape)
 
     def __reduce__(self):
         """Travels to DataLoader workers as its path, not its content."""
