@@ -121,7 +121,9 @@ def test_image_files_are_documents_of_one_picture(tmp_path):
 def test_an_epoch_shows_each_picture_once_in_an_order_of_its_own(tmp_path, tar):
     store = store_pictures(source(tar), "train", tmp_path)
     pictures, count = TrainPictures(store, AS_IT_IS, seed=3), len(store)
-    seen = [tuple(((pictures[r].images[:, 0, 0] + 1) * 127.5).round().int().tolist()) for r in range(80)]
+    seen = [
+        tuple(((pictures[r].images[:, 0, 0] + 1) * 127.5).round().int().tolist()) for r in range(80)
+    ]
     first, second = seen[:count], seen[count : 2 * count]
     assert sorted(first) == sorted(second) and first != second
     assert len(set(first)) == count and set(first) <= set(COLOURS)
