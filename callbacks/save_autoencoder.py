@@ -58,8 +58,10 @@ class SaveAutoencoder(L.Callback):
             "held_out": held_out,
         }
         save_network(network.half() if self.half else network, folder, report)
-        use = "its codes with tf_lightning.codes" if module.config.num_codes else "it"
-        rank_zero_info(f"Wrote {folder}; use {use} by `data.autoencoder: {folder}`")
+        use = f"autoencoder: {folder} in a configuration's data"
+        if module.config.num_codes:
+            use = f'tf_lightning.codes.load_codes("{folder}")'
+        rank_zero_info(f"Wrote {folder}; use it by {use}")
 
     def pictures(self, data: PictureData, device: torch.device) -> Iterator[Tensor]:
         """Training pictures in batches, evenly spread, as they are."""

@@ -40,4 +40,4 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1, h, w) of pictures (B, 3, H, W) in [-1, 1]; higher = real."""
-        return self.layers(images)
+        return self.layers(images).float()  # losses in full precision

@@ -51,7 +51,7 @@ class LPIPS(nn.Module):
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Mean distance, >= 0; reconstructions beyond [-1, 1] are taken as they are."""
-        return self.net(images, others).mean()
+        return self.net(images, others).float().mean()
 
 
 class FeatureDistance(nn.Module):
@@ -94,7 +94,7 @@ class FeatureDistance(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """Unit vectors (B, F, h, w) of each stage."""
         stages = self.stages(((images + 1) / 2 - self.mean) / self.std)
-        return [F.normalize(stage, dim=1) for stage in stages.values()]
+        return [F.normalize(stage.float(), dim=1) for stage in stages.values()]
 
 
 def read_backbone(path: str) -> dict[str, Tensor]:
