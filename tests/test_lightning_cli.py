@@ -31,6 +31,7 @@ def test_a_torch_that_does_not_tell_gets_full_precision(monkeypatch):
         ("class_path: a.B", ["fit", "-c", "absent.yaml", "--model", "FILE"], True),
         ("data: {class_path: a.B}", ["fit", "-c", "FILE"], False),
         ("model: {lr: 1.0}", ["fit", "-c", "FILE", "--model.class_path=a.B"], True),
+        ("model: {lr: 1.0}", ["fit", "--model.help", "a.B"], True),
         ("model: {lr: 1.0", ["fit", "-c", "FILE"], False),  # the parser says what is wrong
         ("- 1", ["fit", "-c", "FILE"], False),
     ],

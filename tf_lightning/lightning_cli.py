@@ -113,21 +113,23 @@ def names_model_class(args: list[str]) -> bool:
 
     Without one it is Transfusion's, whose arguments then stand under `model:` themselves.
     """
-    options = [arg.partition("=")[::2] for arg in args]
-    files = [b or after for (a, b), after in zip(options, [*args[1:], ""], strict=True)
-             if a in ("-c", "--config", "--model")]  # fmt: skip
-    if any(name.startswith("--model.class_path") for name, _ in options):
-        return True
-    for file in (Path(name) for name in files):
-        try:
-            content = yaml.safe_load(file.read_text())
-        except (OSError, ValueError, yaml.YAMLError):
-            continue  # the parser says what is wrong with it
-        if isinstance(content, dict):
-            model = content.get("model", content)
-            if "class_path" in content or (isinstance(model, dict) and "class_path" in model):
-                return True
+    for option, following in zip(args, [*args[1:], ""], strict=True):
+        name, _, value = option.partition("=")
+        if name.startswith(("--model.class_path", "--model.help")):
+            return True
+        if name in ("-c", "--config", "--model") and holds_model_class(Path(value or following)):
+            return True
     return False
+
+
+def holds_model_class(file: Path) -> bool:
+    """Whether a file of a configuration, or of its `model:` alone, names the model's class."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # the parser says what is wrong with it
+    model = content.get("model", content) if isinstance(content, dict) else None
+    return isinstance(model, dict) and "class_path" in model
 
 
 def build(args: list[str], run: bool = True) -> TransfusionCLI:
