@@ -217,9 +217,19 @@ def test_two_ranks_equal_one_with_the_same_pictures(tmp_path):
     for tag in one.Tags()["scalars"]:
         a, b = ([event.value for event in events.Scalars(tag)] for events in (one, two))
         assert a == pytest.approx(b, rel=2e-4), tag
-    first, second = (load(run)["state_dict"] for run in values.values())
-    for name, weight in first.items():
-        torch.testing.assert_close(weight, second[name], atol=2e-5, rtol=1e-4, msg=name)
+    first, second = map(load, values.values())
+    for name, weight in first["state_dict"].items():
+        if name.startswith("autoencoder."):
+            theirs = second["state_dict"][name]
+            torch.testing.assert_close(weight, theirs, atol=2e-5, rtol=1e-4, msg=name)
+    # Adam's first step is the gradient's sign, which rounding decides where it is nearly nothing:
+    # of the discriminator, which has made one, the gradients are compared.
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (first, second)]
+    assert states[0].keys() == states[1].keys()
+    for number, state in states[0].items():
+        ours, theirs = state["exp_avg"], states[1][number]["exp_avg"]
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * float(ours.abs().max()) + 1e-7,
+                                   rtol=1e-3)  # fmt: skip
 
 
 # Mistakes
