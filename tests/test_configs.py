@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from tf_lightning.autoencoder_module import AutoencoderModule
 from tf_lightning.cli import main
 from tf_lightning.module import Transfusion
 
@@ -14,6 +15,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 EXPERIMENTS = sorted(path.name for path in CONFIGS.glob("experiments/*.yaml"))
 EVALUATIONS = sorted(path.name for path in CONFIGS.glob("eval/*.yaml"))
+AUTOENCODERS = sorted(path.name for path in CONFIGS.glob("autoencoder/*.yaml"))
 MODELS = sorted(path.name for path in CONFIGS.glob("model/*.yaml"))
 
 
@@ -34,7 +36,8 @@ def test_there_are_recipes_and_nothing_else():
     tested = {CONFIGS / name for name in RECIPES} | {CONFIGS / "model" / name for name in MODELS}
     tested |= {CONFIGS / "experiments" / name for name in EXPERIMENTS}
     tested |= {CONFIGS / "eval" / name for name in EVALUATIONS}
-    assert RECIPES and MODELS and EXPERIMENTS and EVALUATIONS
+    tested |= {CONFIGS / "autoencoder" / name for name in AUTOENCODERS}
+    assert AUTOENCODERS and RECIPES and MODELS and EXPERIMENTS and EVALUATIONS
     assert set(CONFIGS.rglob("*.yaml")) == tested
 
 
@@ -143,6 +146,49 @@ def test_every_evaluation_goes_with_a_recipe_and_writes_elsewhere(name, parsed):
     assert logger.get("version") is None  # a new folder each time
     head = (CONFIGS / "eval" / name).read_text().split("verbose:")[0]
     assert f"configs/eval/{name} --ckpt_path" in head
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_an_autoencoder_parses_saves_its_last_step_and_begins_with_its_command(name, parsed):
+    file = CONFIGS / "autoencoder" / name
+    config = parsed("fit", "-c", str(file))
+    for verb in ("validate", "test"):
+        assert parsed(verb, "-c", str(file))["model"] == config["model"]
+    module = AutoencoderModule(**config["model"]["init_args"])
+    with torch.device("meta"):
+        module.configure_model()
+    trainer = config["trainer"]
+    callbacks = {c["class_path"]: c.get("init_args", {}) for c in trainer["callbacks"]}
+    saves = callbacks["lightning.pytorch.callbacks.ModelCheckpoint"]
+    assert trainer["max_steps"] % saves["every_n_train_steps"] == 0
+    assert saves["save_last"] == "link" and saves["enable_version_counter"] is False
+    assert {"callbacks.reconstruct.Reconstruct", "callbacks.save_autoencoder.SaveAutoencoder"} <= {
+        *callbacks
+    }
+    assert trainer["use_distributed_sampler"] is False
+    logger = trainer["logger"]["init_args"]
+    assert logger["version"] == ""
+    assert logger["name"] not in {recipe.removesuffix(".yaml") for recipe in RECIPES}
+    assert f"fit -c configs/autoencoder/{name}" in file.read_text().split("seed_everything:")[0]
+
+
+def test_the_papers_autoencoders_differ_in_the_bottleneck_alone(parsed):
+    vae, vq = (
+        flat(parsed("fit", "-c", str(CONFIGS / "autoencoder" / f"{name}.yaml")))
+        for name in ("vae", "vq")
+    )
+    differing = {key for key in vae.keys() | vq.keys() if vae.get(key) != vq.get(key)}
+    network = "model.init_args.network."
+    assert differing == {
+        "trainer.logger.init_args.name",
+        *(network + key for key in ("num_codes", "latent_channels")),
+    }
+    weights = {key: vae[f"model.init_args.{key}"] for key in ("lpips_weight", "gan_weight")}
+    assert weights == {"lpips_weight": 1.0, "gan_weight": 0.5}
+    assert vae["model.init_args.kl_weight"] == 1e-6
+    assert vae["model.init_args.gan_start_step"] == 50_000
+    assert (vq[network + "num_codes"], vq[network + "code_dim"]) == (16_384, 8)
+    assert vae[network + "latent_channels"] == 8
 
 
 def test_the_quickstarts_evaluation_is_whole_and_has_its_data(parsed):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from shape_pictures import pictures
 
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.data.oracle import Reading, carried_out, read
@@ -20,7 +21,6 @@ from tf_lightning.data.shapes import (
     render,
     scene,
 )
-from tf_lightning.train_autoencoder import pictures
 
 BLANK = np.full((64, 64, 3), BACKGROUND, np.uint8)
 RED_ABOVE_BLUE = Scene((Object("circle", "red", 30, 14, 10), Object("square", "blue", 34, 46, 9)))

@@ -1,10 +1,13 @@
 """The frozen autoencoder between pictures and latents: a diffusers `AutoencoderKL`, or none.
 
+`codes` has its twin, whose pictures are codes of a codebook.
+
 Kept outside every LightningModule, so its weights enter no checkpoint and no optimizer.
 Shapes: B pictures of H x W pixels, C latent channels of h = H / downsample by w = W / downsample.
 """
 
 import hashlib
+import json
 import re
 from functools import cached_property
 from pathlib import Path
@@ -63,10 +66,7 @@ class Autoencoder:
     @cached_property
     def fingerprint(self) -> str:
         """Identifies the weights and the scaling, wherever they were loaded from."""
-        digest = hashlib.sha256()
-        for tensor in (*self.model.state_dict().values(), self.mean, self.std):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return digest_of(*self.model.state_dict().values(), self.mean, self.std)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -82,11 +82,7 @@ class Autoencoder:
             UserError: if H or W is no multiple of `downsample`.
         """
         height, width = images.shape[-2:]
-        if height % self.downsample or width % self.downsample:
-            raise UserError(
-                f"pictures of {height}x{width} do not divide into cells of {self.downsample}; "
-                f"give an image size that is a multiple of {self.downsample}"
-            )
+        check_size(height, width, self.downsample)
         images = images.to(torch.float32, memory_format=torch.channels_last)
         # Full precision whatever the trainer's is: latents are data, the same in every run.
         with torch.autocast(images.device.type, enabled=False):
@@ -108,6 +104,23 @@ class Autoencoder:
         return self
 
 
+def digest_of(*tensors: Tensor) -> str:
+    """16 hexadecimal digits that differ where the tensors do."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_size(height: int, width: int, downsample: int) -> None:
+    """UserError unless pictures divide into an autoencoder's cells."""
+    if height % downsample or width % downsample:
+        raise UserError(
+            f"pictures of {height}x{width} do not divide into cells of {downsample}; "
+            f"give an image size that is a multiple of {downsample}"
+        )
+
+
 def load_autoencoder(name: str) -> Autoencoder | Pixels:
     """Loads an autoencoder by name.
 
@@ -118,16 +131,31 @@ def load_autoencoder(name: str) -> Autoencoder | Pixels:
             a whole Stable Diffusion checkpoint), or a name "owner/model" on the Hugging Face hub.
 
     Raises:
-        UserError: if there is no such autoencoder, or it does not load.
+        UserError: if there is no such autoencoder, it does not load, or its latents are codes.
     """
     if name == "pixels":
         return Pixels()
+    network = load_network(name)
+    if hasattr(network, "quantize"):
+        raise UserError(
+            f'autoencoder "{name}" makes codes of a codebook, not continuous latents; give one '
+            "that was trained with num_codes: null"
+        )
+    return Autoencoder(network)
+
+
+def load_network(name: str) -> nn.Module:
+    """The diffusers model that `load_autoencoder` names: an AutoencoderKL or a VQModel.
+
+    Raises:
+        UserError: if there is none, or it does not load.
+    """
     path = SHAPES if name == "shapes" else Path(name)
     try:
         if path.exists():
-            return Autoencoder(_from_disk(path))
+            return _from_disk(path)
         if name.count("/") == 1 and path.suffix != ".safetensors" and not path.is_absolute():
-            return Autoencoder(_from_hub(name))
+            return _from_hub(name)
     except UserError:
         raise
     except (
@@ -162,9 +190,10 @@ def _from_disk(path: Path) -> nn.Module:
 
 
 def _from_folder(folder: Path) -> nn.Module:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, VQModel
 
-    model, info = AutoencoderKL.from_pretrained(
+    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    model, info = (VQModel if kind == "VQModel" else AutoencoderKL).from_pretrained(
         folder,
         torch_dtype=torch.float32,
         low_cpu_mem_usage=False,  # accelerate, which this needs, is no dependency

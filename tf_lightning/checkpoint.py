@@ -6,12 +6,19 @@ import torch
 
 from tf_lightning.errors import UserError
 
+TRANSFUSION, AUTOENCODER = "image_codec", "autoencoder"  # keys that tell checkpoints apart
+OTHER = {TRANSFUSION: "an autoencoder's", AUTOENCODER: "a Transfusion model's"}
 
-def read_checkpoint(path: str | Path) -> dict:
+
+def read_checkpoint(path: str | Path, kind: str = TRANSFUSION) -> dict:
     """A checkpoint's contents on the CPU, without running anything that it holds.
 
+    Args:
+        path: the file.
+        kind: TRANSFUSION or AUTOENCODER.
+
     Raises:
-        UserError: there is no such file, or it is not a checkpoint of this project.
+        UserError: there is no such file, or it is not a checkpoint of this project and kind.
     """
     path = Path(path)
     if (path / "meta.pt").is_file():  # its index is a pickle, which is not opened for strangers
@@ -32,8 +39,22 @@ def read_checkpoint(path: str | Path) -> dict:
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint; it is damaged "
             "or of another program: use an earlier one from the same folder"
         ) from error
-    if not isinstance(checkpoint, dict) or "image_codec" not in checkpoint:
+    found = [key for key in OTHER if isinstance(checkpoint, dict) and key in checkpoint]
+    if not found:
         raise UserError(
             f"{path} is not a tf_lightning checkpoint; give one written by `tf-lightning fit`"
         )
+    if kind not in found:
+        raise UserError(
+            f"{path} is {OTHER[kind]} checkpoint; give the one of this configuration's own run"
+        )
     return checkpoint
+
+
+def misfit(error: RuntimeError) -> UserError:
+    """What `load_state_dict` says of weights that do not fit, cut to one sentence."""
+    first = str(error).splitlines()[1].strip().rstrip(".")
+    return UserError(
+        f"the checkpoint's weights do not fit this model ({first}); "
+        "give the configuration that it was trained with"
+    )

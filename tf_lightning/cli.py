@@ -10,6 +10,7 @@ tf-lightning: one Transformer that writes text and draws images (Transfusion).
 
   tf-lightning prepare  -c CONFIG                             corpora ahead of `fit`
   tf-lightning fit      -c configs/quickstart.yaml            train; add --ckpt_path last to resume
+  tf-lightning fit      -c configs/autoencoder/emoji.yaml     train an autoencoder (vae, vq, shapes)
   tf-lightning validate -c CONFIG --ckpt_path CKPT            evaluate a checkpoint
   tf-lightning test     -c CONFIG --ckpt_path CKPT            the same, once, at the end
   tf-lightning predict  -c CONFIG --ckpt_path CKPT            captions for held-out pictures

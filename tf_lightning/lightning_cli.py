@@ -1,4 +1,4 @@
-"""LightningCLI for Transfusion: one model class, any data module, errors in one sentence."""
+"""LightningCLI for Transfusion and autoencoders: any data module, errors in one sentence."""
 
 import logging
 import sys
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from tf_lightning.autoencoder import load_autoencoder
+from tf_lightning.autoencoder_module import AutoencoderModule
+from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
 from tf_lightning.errors import UserError
-from tf_lightning.model import read_checkpoint
 from tf_lightning.module import Transfusion
 
 
@@ -51,7 +53,12 @@ class TransfusionCLI(LightningCLI):
         if verb != "fit" and not path:
             raise UserError(f"{verb} needs a trained model; add --ckpt_path FILE")
         if path and (verb, path) != ("fit", "last"):
-            read_checkpoint(path)
+            read_checkpoint(path, self.kind(verb))
+
+    def kind(self, verb: str) -> str:
+        """Of the checkpoints that belong to this configuration."""
+        name = f"{AutoencoderModule.__module__}.{AutoencoderModule.__name__}"
+        return AUTOENCODER if self.config[verb].model.get("class_path") == name else TRANSFUSION
 
     def before_instantiate_classes(self) -> None:
         """Choose the precision where the config leaves it open; config.yaml records the choice."""
@@ -68,15 +75,18 @@ class TransfusionCLI(LightningCLI):
             while cause.__cause__:
                 cause = cause.__cause__
             raise UserError(" ".join(str(cause).split())) from error
-        check_channels(self.model, self.datamodule)
+        if isinstance(self.model, Transfusion):
+            check_channels(self.model, self.datamodule)
 
     def before_fit(self) -> None:
-        """Refuse a damaged file that `--ckpt_path last` would resume."""
+        """Refuse a damaged file that `--ckpt_path last` would resume, and a run that cannot be."""
+        if isinstance(self.model, AutoencoderModule):
+            self.model.before_training(self.trainer, self.datamodule)
         if self.config.fit.ckpt_path == "last" and self.trainer.checkpoint_callback:
             folder = self.trainer.checkpoint_callback.dirpath
             last = Path(folder or f"{self.trainer.log_dir}/checkpoints") / "last.ckpt"
             if last.is_file():
-                read_checkpoint(last)
+                read_checkpoint(last, self.kind("fit"))
 
 
 def check_channels(model: Transfusion, data: L.LightningDataModule) -> None:
@@ -113,12 +123,38 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers")  # rows are cheap to load
 
 
-def build(args: list[str] | None, run: bool = True) -> TransfusionCLI:
+def names_model_class(args: list[str]) -> bool:
+    """Whether a configuration or an argument says which class its model is of.
+
+    Without one it is Transfusion's, whose arguments then stand under `model:` themselves.
+    """
+    for option, following in zip(args, [*args[1:], ""], strict=True):
+        name, _, value = option.partition("=")
+        if name.startswith(("--model.class_path", "--model.help")):
+            return True
+        if name in ("-c", "--config", "--model") and holds_model_class(Path(value or following)):
+            return True
+    return False
+
+
+def holds_model_class(file: Path) -> bool:
+    """Whether a file of a configuration, or of its `model:` alone, names the model's class."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # the parser says what is wrong with it
+    model = content.get("model", content) if isinstance(content, dict) else None
+    return isinstance(model, dict) and "class_path" in model
+
+
+def build(args: list[str], run: bool = True) -> TransfusionCLI:
     """Parse the arguments, build what they name and, with `run`, run its verb."""
     quiet()
+    subclass = names_model_class(args)
     return TransfusionCLI(
-        Transfusion,
+        L.LightningModule if subclass else Transfusion,
         L.LightningDataModule,
+        subclass_mode_model=subclass,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,

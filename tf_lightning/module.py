@@ -14,6 +14,7 @@ from torchmetrics import SumMetric
 
 from tf_lightning.attention import build_attention
 from tf_lightning.batch import Batch, Document, unpack
+from tf_lightning.checkpoint import misfit
 from tf_lightning.errors import UserError
 from tf_lightning.losses import lm_loss, total_loss
 from tf_lightning.net import Net, update_ema
@@ -299,8 +300,4 @@ class Transfusion(L.LightningModule):
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
-            first = str(error).splitlines()[1].strip().rstrip(".")
-            raise UserError(
-                f"the checkpoint's weights do not fit this model ({first}); "
-                "give the configuration that it was trained with"
-            ) from error
+            raise misfit(error) from error

@@ -3,8 +3,10 @@
 from tf_lightning.data.corpus import Corpus, Skipped, Source
 from tf_lightning.data.edits import EditData, EditFiles
 from tf_lightning.data.image_caption import CaptionTars, ImageCaptionData
+from tf_lightning.data.image_folder import ImageFiles
 from tf_lightning.data.interleaved import InterleavedData, InterleavedFiles
 from tf_lightning.data.mixture import Mixture
+from tf_lightning.data.pictures import PictureData
 from tf_lightning.data.prepare import prepare
 from tf_lightning.data.text import TextData, TextFiles
 
@@ -14,9 +16,11 @@ __all__ = [
     "EditData",
     "EditFiles",
     "ImageCaptionData",
+    "ImageFiles",
     "InterleavedData",
     "InterleavedFiles",
     "Mixture",
+    "PictureData",
     "Skipped",
     "Source",
     "TextData",

@@ -1,14 +1,12 @@
 """Several corpora trained on together, their shares given in tokens."""
 
 import hashlib
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
@@ -17,14 +15,8 @@ from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.batch import Batch, pack
 from tf_lightning.data.corpus import Corpus, Skipped, Source
 from tf_lightning.data.prepare import prepare
-from tf_lightning.data.rows import (
-    ENDLESS,
-    CorpusRows,
-    Rows,
-    RowSampler,
-    StreamRow,
-    ValidationRows,
-)
+from tf_lightning.data.rows import CorpusRows, Rows, RowSampler, StreamRow, ValidationRows
+from tf_lightning.data.stream import StreamData
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer, train
 
@@ -33,7 +25,7 @@ TOKENIZER_DOCUMENTS = 20_000
 TOKENIZER_CHARACTERS = 20_000_000
 
 
-class Mixture(L.LightningDataModule):
+class Mixture(StreamData):
     """Prepares corpora once and serves their packed rows.
 
     After `setup`, `tokenizer` is the Tokenizer and `source_names` the names that `Batch.source_ids`
@@ -84,7 +76,7 @@ class Mixture(L.LightningDataModule):
         seed: int = 0,
         cache_dir: str = "data",
     ):
-        super().__init__()
+        super().__init__(batch_size)
         check_weights(sources, weights)
         check_probability("image_first_prob", image_first_prob)
         check_probability("caption_drop_prob", caption_drop_prob)
@@ -99,7 +91,7 @@ class Mixture(L.LightningDataModule):
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
-        self.row_length, self.batch_size = row_length, batch_size
+        self.row_length = row_length
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
         self.time_shift = time_shift
@@ -108,7 +100,6 @@ class Mixture(L.LightningDataModule):
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.tokenizer: Tokenizer | None = None
         self.corpora: dict[str, dict[str, Corpus]] = {}
-        self._first_row = self._first_step = 0
 
     # Preparing
 
@@ -188,9 +179,9 @@ class Mixture(L.LightningDataModule):
             rows,
             self.next_row,
             batch_size=self.batch_size,
-            num_batches=self._num_batches(),
-            rank=self._rank,
-            world_size=self._world_size,
+            num_batches=self.num_batches(),
+            rank=self.rank,
+            world_size=self.world_size,
         )
         times = {"time_shift": self.time_shift, "time_distribution": self.time_distribution}
         return self._loader(rows, sampler, **times)
@@ -198,10 +189,10 @@ class Mixture(L.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader]:
         """One finite loader for each source, in the order of `source_names`: each document once."""
         self._tell_empty()
-        world = {"num_replicas": self._world_size, "rank": self._rank}
+        world = {"num_replicas": self.world_size, "rank": self.rank}
         loaders = []
         for number, corpus in enumerate(self.corpora["val"].values()):
-            rows = ValidationRows(self._rows(corpus), number, self._world_size)
+            rows = ValidationRows(self._rows(corpus), number, self.world_size)
             loaders.append(self._loader(rows, DistributedSampler(rows, shuffle=False, **world)))
         return loaders
 
@@ -251,41 +242,6 @@ class Mixture(L.LightningDataModule):
             return 0
         _, height, width = self.image_shape
         return (height // self.patch_size) * (width // self.patch_size)
-
-    # Where the run is
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
-    def _num_batches(self) -> int:
-        """Batches of one rank in the whole run."""
-        if self.trainer is None or self.trainer.max_steps < 0:
-            return ENDLESS
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
-
-    def next_row(self) -> int:
-        """The first row that no optimizer step has seen; computed, never counted."""
-        if self.trainer is None:
-            return self._first_row
-        rows_per_step = self.batch_size * self._world_size * self.trainer.accumulate_grad_batches
-        steps = self.trainer.global_step - self._first_step
-        return self._first_row + steps * rows_per_step
-
-    def state_dict(self) -> dict[str, int]:
-        """The place in the stream, for the checkpoint; valid for any number of ranks."""
-        step = self.trainer.global_step if self.trainer else self._first_step
-        return {"next_row": self.next_row(), "global_step": step}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from a checkpoint's place."""
-        # Lightning, which looks for a loader with a state of its own, would warn of the opposite.
-        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
-        self._first_row, self._first_step = state_dict["next_row"], state_dict["global_step"]
 
 
 def pack_rows(rows: list[StreamRow], **arguments) -> Batch:
