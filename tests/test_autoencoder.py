@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from shape_pictures import pictures
 
+from shape_pictures import pictures
 from tf_lightning.autoencoder import SHAPES, Autoencoder, load_autoencoder
 from tf_lightning.data.shapes import IMAGE_SIZE
 from tf_lightning.errors import UserError

@@ -6,15 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import autoencoder_runs as aruns
 import pytest
-import runs
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_perceptual import cache, squeeze  # noqa: F401 - fixtures
-from test_resume import same
 from torch import nn
 
+import autoencoder_runs as aruns
+import runs
+from test_perceptual import cache, squeeze  # noqa: F401 - fixtures
+from test_resume import same
 from tf_lightning import autoencoder_losses as losses
 from tf_lightning.autoencoder_module import AutoencoderModule
 from tf_lightning.autoencoder_network import AutoencoderConfig

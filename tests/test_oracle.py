@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from shape_pictures import pictures
 
+from shape_pictures import pictures
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.data.oracle import Reading, carried_out, read
 from tf_lightning.data.shapes import (

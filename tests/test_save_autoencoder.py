@@ -3,11 +3,11 @@
 import json
 import os
 
-import autoencoder_runs as aruns
 import numpy as np
 import pytest
 import torch
 
+import autoencoder_runs as aruns
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.autoencoder_network import AutoencoderConfig, build_network
 from tf_lightning.autoencoder_save import measure_latents, save_network
