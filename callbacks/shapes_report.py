@@ -64,7 +64,8 @@ class ShapesReport(L.Callback):
         num_prompts: prompts with one object, prompts with two, pictures to caption, and texts.
         guidance_scale: 1 = off.
         num_inference_steps: network evaluations a picture.
-        sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
+        sampler: name of a diffusers scheduler; None: DDPM, the best of the small
+            model, or Euler for flow.
         seed: of the prompts and of the first noise.
     """
 
@@ -87,7 +88,8 @@ class ShapesReport(L.Callback):
         """Refuse a sampler that does not fit."""
         refuse_shards(pl_module, self)
         kind = pl_module.hparams["prediction_type"]
-        self.how["sampler"] = fitting_sampler(self.how["sampler"], kind)
+        ddpm = None if kind == "flow" else "DDPMScheduler"
+        self.how["sampler"] = fitting_sampler(self.how["sampler"] or ddpm, kind)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Examine the trained model."""

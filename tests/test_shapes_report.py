@@ -136,7 +136,7 @@ def test_the_report_says_what_was_measured_and_how(module, tmp_path, monkeypatch
         "counts": dict.fromkeys(("one_object", "two_objects", "captions", "texts"), COUNT),
         **{"seed": SEED, "global_step": 5, "weights": "ema", "precision": "32-true"},
         **{"train_seconds": 90.0, "validation_seconds": 10.0},
-        **{"guidance_scale": 3.0, "num_inference_steps": 2, "sampler": "DDIMScheduler"},
+        **{"guidance_scale": 3.0, "num_inference_steps": 2, "sampler": "DDPMScheduler"},
     }
     assert report.items() >= expected.items()
     assert report.keys() - expected.keys() == {

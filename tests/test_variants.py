@@ -55,6 +55,15 @@ def test_a_report_of_an_earlier_step_does_not_count(tmp_path):
     assert variants.steps_done(tmp_path) == 6
 
 
+def test_the_last_validations_metrics_are_read(tmp_path):
+    assert variants.last_metrics(tmp_path, 6) == {}
+    (tmp_path / "metrics").mkdir()
+    numbers = [{"name": "val/fid[shapes]", "value": 1.5, "protocol": {}}]
+    path = tmp_path / "metrics" / "step0000006-val.json"
+    path.write_text(json.dumps({"global_step": 6, "numbers": numbers}))
+    assert variants.last_metrics(tmp_path, 6) == {"fid[shapes]": 1.5}
+
+
 def test_numbers_that_a_report_lacks_are_dashes():
     cells = variants.table({"a": {"one_object": 0.5}}).splitlines()[2].split(" | ")
     assert cells[1] == "50.0%" and set(cells[2:]) == {"-", "- |"}
@@ -64,4 +73,4 @@ def test_numbers_that_a_report_lacks_are_dashes():
 def test_steps_that_would_not_be_saved_are_refused(steps, capsys):
     with pytest.raises(SystemExit):
         variants.main(["--steps", steps])
-    assert "must be a multiple of 500" in capsys.readouterr().err
+    assert "must be a multiple of 480" in capsys.readouterr().err

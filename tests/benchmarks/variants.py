@@ -73,10 +73,17 @@ def training_pflops(folder: Path) -> float:
     return statistics.fmean(logged("flops_per_token")) * tokens / 1e15
 
 
+def last_metrics(folder: Path, steps: int) -> dict[str, float]:
+    """What the run's last validation measured, by name."""
+    path = folder / "metrics" / f"step{steps:07d}-val.json"
+    numbers = json.loads(path.read_text())["numbers"] if path.is_file() else []
+    return {number["name"].removeprefix("val/"): number["value"] for number in numbers}
+
+
 def row(folder: Path, report: dict) -> dict:
     """A variant's numbers, under the names of COLUMNS."""
     more = {"training_pflops": training_pflops(folder), "minutes": report["train_seconds"] / 60}
-    return report | more
+    return last_metrics(folder, report["global_step"]) | report | more
 
 
 def table(rows: dict[str, dict]) -> str:
