@@ -10,6 +10,7 @@ import yaml
 from tf_lightning.autoencoder_module import AutoencoderModule
 from tf_lightning.cli import main
 from tf_lightning.module import Transfusion
+from tf_lightning.sampler import fitting_sampler
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -110,6 +111,9 @@ def test_an_experiment_changes_what_it_says_and_makes_a_network(name, parsed):
     model, data = config["model"], config["data"]["init_args"]
     assert model["patch_size"] == data["patch_size"]
     assert 8 % model["patch_size"] == 0  # latents of the embedded world have 8 x 8
+    for callback in config["trainer"]["callbacks"]:
+        sampler = (callback.get("init_args") or {}).get("sampler")
+        fitting_sampler(sampler, model["prediction_type"])
     module = Transfusion(**model)
     with torch.device("meta"):
         module.configure_model()
