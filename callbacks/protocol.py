@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -56,7 +57,7 @@ def write_numbers(
 
     Args:
         path: of the JSON file; its folder is made.
-        numbers: what was measured.
+        numbers: those that are not finite become null, since JSON has no NaN; what was measured.
         checkpoint: file that the weights were read from; None while training.
         global_step: optimizer steps that made the weights.
     """
@@ -65,10 +66,13 @@ def write_numbers(
         "checkpoint_hash": file_hash(checkpoint) if checkpoint else None,
         "global_step": global_step,
         "versions": versions(),
-        "numbers": [vars(number) for number in numbers],
+        "numbers": [
+            vars(number) | {"value": number.value if math.isfinite(number.value) else None}
+            for number in numbers
+        ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def print_numbers(numbers: Sequence[Number]) -> None:

@@ -38,3 +38,15 @@ def test_the_table_keeps_brackets_in_names(capsys):
     print_numbers(NUMBERS)
     printed = capsys.readouterr().out
     assert "val/fid[shapes]" in printed and "1.25" in printed and "ema" in printed
+
+
+def test_a_number_that_is_not_finite_is_null_since_json_has_no_nan(tmp_path):
+    numbers = [Number("a", float("nan"), {}), Number("b", float("inf"), {}), Number("c", 1.5, {})]
+    path = tmp_path / "metrics.json"
+    write_numbers(path, numbers, checkpoint=None, global_step=1)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    read = json.loads(path.read_text(), parse_constant=refuse)
+    assert [number["value"] for number in read["numbers"]] == [None, None, 1.5]

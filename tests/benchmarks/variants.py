@@ -91,7 +91,8 @@ def table(rows: dict[str, dict]) -> str:
     lines = [["variant", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for name, values in rows.items():
         cells = [
-            form.format(values[key]) if key in values else "-" for key, form in COLUMNS.values()
+            form.format(values[key]) if values.get(key) is not None else "-"
+            for key, form in COLUMNS.values()
         ]
         lines.append([name, *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
