@@ -88,7 +88,7 @@ def test_a_mistake_is_told_in_one_sentence(mistake):
         load_open_clip(*MISTAKES[mistake])
     message = str(error.value)
     assert message.startswith(f"open_clip cannot load '{MISTAKES[mistake][0]}'")
-    assert "\n" not in message and len(message) < 500
+    assert "\n" not in message and len(message) < 600
 
 
 @pytest.mark.parametrize("tensors", [{"visual.proj": torch.zeros(3, 3)}, None])
@@ -97,7 +97,7 @@ def test_weights_of_another_model_or_none_are_told_in_one_sentence(name, tensors
     file.write_bytes(b"no weights") if tensors is None else save_file(tensors, file)
     with pytest.raises(ValueError, match=f"^open_clip cannot load '{name}' with pretr") as error:
         load_open_clip(name, str(file))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
 def test_a_folder_without_weights_is_no_random_model(tmp_path):
