@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from tf_lightning import autoencoder_losses as losses
 from tf_lightning.autoencoder import check_size
@@ -284,20 +284,25 @@ class AutoencoderModule(L.LightningModule):
     # ---------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        """A new sum."""
-        self.val_l1 = MeanMetric().to(self.device)
+        """New sums, of errors and of pictures; a NaN stays one."""
+        self.val_l1, self.val_count = (
+            SumMetric(nan_strategy="disable").set_dtype(torch.float64).to(self.device)
+            for _ in range(2)
+        )
 
     def validation_step(self, batch: PictureBatch, batch_index: int) -> Reconstruction:
         """Reconstruct without noise; callbacks measure what is returned, of rows that count."""
         made = self.reconstruct(batch.images.contiguous(memory_format=torch.channels_last))
         made = made._replace(images=made.images.clamp(-1, 1))
         error = (made.images - batch.images).abs().mean((1, 2, 3))
-        self.val_l1.update(error, weight=(batch.rows >= 0).float())
+        counts = batch.rows >= 0
+        self.val_l1.update(error[counts].sum())
+        self.val_count.update(counts.sum())
         return made
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean error of pictures in [-1, 1]."""
-        self.log("val/loss_l1", self.val_l1.compute())
+        self.log("val/loss_l1", self.val_l1.compute() / self.val_count.compute())
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
