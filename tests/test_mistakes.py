@@ -52,6 +52,23 @@ def test_an_unknown_key_in_the_file_is_named(section, tmp_path, fails):
     assert code == 2 and "mispelt" in line
 
 
+@pytest.mark.parametrize(
+    "verb,limit",
+    [
+        ("fit", "max_steps"),
+        ("fit", "max_epochs"),
+        ("validate", "limit_val_batches"),
+        ("test", "limit_test_batches"),
+        ("predict", "limit_predict_batches"),
+    ],
+)
+def test_a_limit_that_leaves_nothing_to_do_is_named(verb, limit, tmp_path, fails):
+    more = [] if verb == "fit" else ["--ckpt_path", tmp_path / "any.ckpt"]
+    config = runs.write_config(tmp_path)
+    code, line = fails(verb, "-c", config, f"--trainer.{limit}=0", *more)
+    assert code == 1 and f"{limit}=0" in line
+
+
 @pytest.mark.parametrize("file", ["nowhere.yaml", ""])
 def test_a_missing_config_file_is_named(file, tmp_path, fails):
     code, line = fails("fit", "-c", tmp_path / file)

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
@@ -16,6 +17,8 @@ from tf_lightning.autoencoder_module import AutoencoderModule
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
 from tf_lightning.errors import UserError
 from tf_lightning.module import Transfusion
+
+LOOP = {"validate": "val", "test": "test", "predict": "predict"}
 
 
 class Parser(LightningArgumentParser):
@@ -52,6 +55,7 @@ class TransfusionCLI(LightningCLI):
         path = self.config[verb].get("ckpt_path")
         if verb != "fit" and not path:
             raise UserError(f"{verb} needs a trained model; add --ckpt_path FILE")
+        refuse_nothing(verb, self.config[verb].trainer)
         if path and (verb, path) != ("fit", "last"):
             read_checkpoint(path, self.kind(verb))
 
@@ -87,6 +91,14 @@ class TransfusionCLI(LightningCLI):
             last = Path(folder or f"{self.trainer.log_dir}/checkpoints") / "last.ckpt"
             if last.is_file():
                 read_checkpoint(last, self.kind("fit"))
+
+
+def refuse_nothing(verb: str, trainer: Mapping) -> None:
+    """Lightning does nothing at all, and says nothing, where a limit is 0."""
+    limits = ["max_steps", "max_epochs"] if verb == "fit" else [f"limit_{LOOP[verb]}_batches"]
+    for name in limits:
+        if trainer[name] == 0:
+            raise UserError(f"{verb} with {name}=0 has nothing to do; give 1 or more")
 
 
 def check_channels(model: Transfusion, data: L.LightningDataModule) -> None:
