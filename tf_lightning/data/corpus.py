@@ -6,11 +6,15 @@ A corpus is a directory of
     parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
     corpus.json    counts, image shape, and how many samples were skipped for what reason
+    answer-*.json  how many rows it takes, once that was asked
 """
 
+import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,10 +24,10 @@ import torch
 from PIL import Image
 
 from tf_lightning.batch import Document
+from tf_lightning.data.layout import IMAGE, Layout, select
 
 Split = Literal["train", "val"]
 RawDocument = list[str | Image.Image]
-IMAGE = -1  # stands where a text part has its length
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Corpus:
         self._tokens = _memmap(self.path / "tokens.bin", np.uint32, (facts["num_tokens"],))
         shape = (facts["num_images"], *(self.image_shape or ()))
         self._latents = _memmap(self.path / "latents.bin", np.float16, shape)
-        self._parts = np.load(self.path / "parts.npy", mmap_mode="r")
-        self._documents = np.load(self.path / "documents.npy", mmap_mode="r")
+        self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))
+        self._documents = np.asarray(np.load(self.path / "documents.npy", mmap_mode="r"))
 
     def __reduce__(self):
         """Travels to DataLoader workers as its path, not its content."""
@@ -93,33 +97,29 @@ class Corpus:
             for start, length in parts.tolist()
         ]
 
-    def lengths(self, num_patches: int) -> np.ndarray:
-        """Positions each document takes in a row, (num_documents,), with N patches an image."""
-        length = self._parts[:, 1]
-        return 2 + self._sums(np.where(length == IMAGE, num_patches + 2, length))
+    def layout(self, documents: np.ndarray | None = None) -> Layout:
+        """The parts of some documents, by number, or of all."""
+        if documents is None:
+            documents = np.arange(len(self))
+        return select(self._parts, self._documents, documents)
 
-    def pairs(self) -> np.ndarray:
-        """Which documents are exactly one text and one image, (num_documents,) bool."""
-        images = self._sums(self._parts[:, 1] == IMAGE)
-        return (images == 1) & (np.diff(self._documents) == 2)
+    def remembered(self, question: str, answer: Callable[[], dict]) -> dict:
+        """What was found out about the corpus once, kept beside it; JSON.
 
-    def edits(self) -> np.ndarray:
-        """Which documents are exactly picture, instruction, picture, (num_documents,) bool."""
-        found = np.diff(self._documents) == 3
-        first = self._documents[:-1][found]
-        image = self._parts[:, 1] == IMAGE
-        found[found] = image[first] & ~image[first + 1] & image[first + 2]
+        Args:
+            question: all that the answer depends on, but for the corpus.
+            answer: finds it out.
+        """
+        digest = hashlib.sha256(question.encode()).hexdigest()[:12]
+        path = self.path / f"answer-{digest}.json"
+        with suppress(OSError, ValueError):  # not there, or damaged
+            return json.loads(path.read_text())
+        found = answer()
+        with suppress(OSError):  # a folder that can only be read is none the worse
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(found))
+            os.replace(part, path)
         return found
-
-    def read_images(self) -> np.ndarray:
-        """How many images of each document have a part after them, (num_documents,)."""
-        image = self._parts[:, 1] == IMAGE
-        return self._sums(image) - image[self._documents[1:] - 1]
-
-    def _sums(self, of_parts: np.ndarray) -> np.ndarray:
-        """Sums over the parts of each document."""
-        totals = np.concatenate([[0], np.cumsum(of_parts)])
-        return totals[self._documents[1:]] - totals[self._documents[:-1]]
 
 
 def _memmap(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:

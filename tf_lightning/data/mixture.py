@@ -104,8 +104,9 @@ class Mixture(StreamData):
     # Preparing
 
     def prepare_data(self) -> None:
-        """Train the tokenizer and prepare every corpus, where that was not done."""
+        """Train the tokenizer, prepare every corpus and plan its rows, where that was not done."""
         self._open()
+        self._stream()
 
     def setup(self, stage: str | None = None) -> None:
         """Open what `prepare_data` made."""
@@ -160,6 +161,24 @@ class Mixture(StreamData):
 
     def train_dataloader(self) -> DataLoader:
         """Batches without end, from the row that the run has reached."""
+        rows = self.rows = self._stream()
+        sampler = RowSampler(
+            rows,
+            self.next_row,
+            batch_size=self.batch_size,
+            num_batches=self.num_batches(),
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        times = {"time_shift": self.time_shift, "time_distribution": self.time_distribution}
+        return self._loader(rows, sampler, **times)
+
+    def epochs(self) -> dict[str, float]:
+        """How often the run has read each source so far: 1.5 is one epoch and half of another."""
+        return dict(zip(self.source_names, self.rows.epochs(self.next_row()), strict=True))
+
+    def _stream(self) -> Rows:
+        """The rows of training."""
         corpora = list(self.corpora["train"].values())
         streams = [
             self._rows(
@@ -174,17 +193,7 @@ class Mixture(StreamData):
             weights = [stream.num_tokens for stream in streams]
         else:
             weights = [self.weights[name] for name in self.source_names]
-        rows = Rows(streams, weights)
-        sampler = RowSampler(
-            rows,
-            self.next_row,
-            batch_size=self.batch_size,
-            num_batches=self.num_batches(),
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        times = {"time_shift": self.time_shift, "time_distribution": self.time_distribution}
-        return self._loader(rows, sampler, **times)
+        return Rows(streams, weights)
 
     def val_dataloader(self) -> list[DataLoader]:
         """One finite loader for each source, in the order of `source_names`: each document once."""

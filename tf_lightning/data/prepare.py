@@ -19,7 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from tqdm import tqdm
 
-from tf_lightning.data.corpus import IMAGE, BadSample, Corpus, RawDocument, Skipped, Source, Split
+from tf_lightning.data.corpus import BadSample, Corpus, RawDocument, Skipped, Source, Split
+from tf_lightning.data.layout import IMAGE
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer
 
