@@ -14,8 +14,9 @@ from tf_lightning.flops import Work, flops_6nd, squared_lengths, training_flops
 class Throughput(L.Callback):
     """Logs `train/tokens_per_sec`, `train/padding_share` and `train/mixture/<source>`.
 
-    Also `train/epochs/<source>`, how often the run has read each so far; `train/flops_per_token`,
-    forward and backward as `tf_lightning.flops` counts them, beside `train/flops_per_token_6n`, the papers' 6 N; `train/tflops_per_sec`; and `train/mfu`, its share
+    Also `train/epochs/<source>`, how often the run has read each source so far;
+    `train/flops_per_token`, forward and backward as `tf_lightning.flops` counts them, beside
+    `train/flops_per_token_6n`, the papers' 6 N; `train/tflops_per_sec`; and `train/mfu`, its share
     of what the devices can do.
 
     Counts are kept on the device and read only when the trainer logs, so that no step waits. Speed

@@ -6,6 +6,8 @@ Makes a corpus of synthetic lengths in a temporary folder (texts, then captions 
 pictures of 256 patches), its index on disk as `prepare` writes it. Each measurement is a process of
 its own, so that its peak memory is its own: planning all rows once, what a run does when it starts
 on a planned corpus and reads a row far into it, and the same for a hundredth of the documents.
+"Peak" has the pages of memory-mapped files in it, which the system takes back when it needs them;
+"kept" is what the process itself holds more at the end.
 """
 
 import argparse
@@ -45,19 +47,19 @@ def write_corpus(path: Path, kind: str, documents: int, row_length: int) -> None
 
 
 def measured(path: Path, row_length: int, queue: multiprocessing.Queue) -> None:
-    """Seconds until a row in the middle of the tenth epoch is read, peak MB, and padding."""
-    before, start = peak_memory(), time.perf_counter()
+    """Seconds until a row in the middle of the tenth epoch is read, MB, and share of padding."""
+    before, start = memory("RssAnon"), time.perf_counter()
     chances = {"image_first_prob": 0.2, "caption_drop_prob": 0.1}
     sizes = {"row_length": row_length, "num_patches": NUM_PATCHES}
     rows = CorpusRows(Corpus(path), seed=(0, 0), **sizes, **chances)
     rows.row(int(9.5 * rows.rows_per_epoch))
     seconds = time.perf_counter() - start
-    queue.put((seconds, peak_memory(), peak_memory() - before, 1 - rows.fill))
+    queue.put((seconds, memory("VmHWM"), memory("RssAnon") - before, 1 - rows.fill))
 
 
-def peak_memory() -> float:
-    """Of this process, in MB, mapped files included (Linux; ru_maxrss would be the parent's)."""
-    (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in s]
+def memory(kind: str) -> float:
+    """Of this process, in MB (Linux): "VmHWM", the most so far, or "RssAnon", without files."""
+    (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if kind in s]
     return int(line.split()[1]) / 1024
 
 
@@ -79,7 +81,7 @@ def main() -> None:
     parser.add_argument("--row_length", type=int, default=4096)
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
-    print("corpus     documents   what            seconds  peak MB  of it new  padding")
+    print("corpus     documents   what            seconds  peak MB  MB kept  padding")
     for kind in ("text", "captions"):
         for documents in (args.documents, args.documents // 100):
             with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +90,7 @@ def main() -> None:
                 for what in ("plan and start", "start"):
                     seconds, peak, new, padding = in_a_process(path, args.row_length)
                     line = f"{kind:9}{documents:11,}   {what:15}{seconds:8.2f}{peak:9,.0f}"
-                    print(f"{line}{new:11,.0f}{padding:9.2%}", flush=True)
+                    print(f"{line}{new:9,.0f}{padding:9.2%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -100,13 +100,15 @@ class Mixture(StreamData):
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.tokenizer: Tokenizer | None = None
         self.corpora: dict[str, dict[str, Corpus]] = {}
+        self.how_to_prepare: dict = {}  # `processes` and `part`, as `prepare` has them
 
     # Preparing
 
     def prepare_data(self) -> None:
         """Train the tokenizer, prepare every corpus and plan its rows, where that was not done."""
         self._open()
-        self._stream()
+        if self.corpora:
+            self._stream()
 
     def setup(self, stage: str | None = None) -> None:
         """Open what `prepare_data` made."""
@@ -130,11 +132,15 @@ class Mixture(StreamData):
                     autoencoder=autoencoder,
                     row_length=self.row_length,
                     patch_size=self.patch_size,
+                    **self.how_to_prepare,
                 )
                 for name, source in self.sources.items()
             }
             for split in ("train", "val")
         }
+        if any(corpus is None for split in self.corpora.values() for corpus in split.values()):
+            self.corpora = {}  # another job prepares the rest
+            return
         self.image_shape = self._image_shape()
 
     def _open_tokenizer(self) -> Tokenizer:

@@ -48,7 +48,7 @@ class Rows(Dataset):
         return cycles * self.counts + self.earlier[place]
 
     def epochs(self, index: int) -> list[float]:
-        """How often each source was read before row `index`: 1.5 is one epoch and half of another."""
+        """How often each source was read before row `index`, in epochs."""
         per_epoch = [corpus.rows_per_epoch for corpus in self.corpora]
         return (self.before(index) / per_epoch).tolist()
 
