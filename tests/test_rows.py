@@ -27,7 +27,7 @@ class Documents:
     def __len__(self):
         return len(self.texts)
 
-    def document(self, index):
+    def document(self, index, random=None):
         text = torch.full((self.texts[index],), index)
         return [text, torch.zeros(1, 2, 2)] if self.images else [text]
 
@@ -46,7 +46,7 @@ class Documents:
 class Edits(Documents):
     """Picture n, text n, picture -n."""
 
-    def document(self, index):
+    def document(self, index, random=None):
         images = (torch.full((1, 2, 2), float(sign * index)) for sign in (1, -1))
         return [next(images), torch.full((self.texts[index],), index), next(images)]
 

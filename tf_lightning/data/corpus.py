@@ -2,7 +2,8 @@
 
 A corpus is a directory of
     tokens.bin     uint32, all text ids one after another
-    latents.bin    float16 (num_images, C, h, w), unit variance
+    latents.bin    float16 (num_images, V, S, C, h, w), unit variance; V: the picture, its mirror
+                   image (if asked); S: the latents, or mean and standard deviation (if asked)
     parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
     corpus.json    counts, image shape, and how many samples were skipped for what reason
@@ -58,6 +59,32 @@ class Source(ABC):
         return hasattr(other, "documents") and hasattr(other, "fingerprint")
 
 
+@dataclass(frozen=True)
+class Latents:
+    """What is kept of each picture.
+
+    Attributes:
+        mirrored: its mirror image too, for training on either.
+        moments: mean and standard deviation of its latents, for training on samples.
+    """
+
+    mirrored: bool = False
+    moments: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """V, S."""
+        return 1 + self.mirrored, 1 + self.moments
+
+
+def draw_latents(kept: np.ndarray, random: np.random.Generator | None) -> np.ndarray:
+    """Latents (C, h, w) float32 of what is kept of them, (S, C, h, w): a sample, or the mean."""
+    mean, *std = kept.astype(np.float32)
+    if random is None or not std:
+        return mean
+    return mean + std[0] * random.standard_normal(mean.shape, dtype=np.float32)
+
+
 class Corpus:
     """A prepared corpus.
 
@@ -74,7 +101,8 @@ class Corpus:
         self.image_shape = tuple(facts["image_shape"]) if facts["image_shape"] else None
         self.skipped: dict[str, int] = facts["skipped"]
         self._tokens = _memmap(self.path / "tokens.bin", np.uint32, (facts["num_tokens"],))
-        shape = (facts["num_images"], *(self.image_shape or ()))
+        self.latents = Latents(**facts.get("latents", {}))
+        shape = facts["num_images"], *self.latents.shape, *(self.image_shape or ())
         self._latents = _memmap(self.path / "latents.bin", np.float16, shape)
         self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))
         self._documents = np.asarray(np.load(self.path / "documents.npy", mmap_mode="r"))
@@ -87,11 +115,18 @@ class Corpus:
         """Number of documents."""
         return len(self._documents) - 1
 
-    def document(self, index: int) -> Document:
-        """Texts (L,) int64 and latents (C, h, w) float32, in order."""
+    def document(self, index: int, random: np.random.Generator | None = None) -> Document:
+        """Texts (L,) int64 and latents (C, h, w) float32, in order.
+
+        Args:
+            index: its number.
+            random: draws latents from their posterior, and all pictures of the document or none
+                mirrored, where the corpus has what that needs; None: their means, as they are.
+        """
         parts = self._parts[self._documents[index] : self._documents[index + 1]]
+        mirrored = int(random is not None and self.latents.mirrored and random.random() < 0.5)
         return [
-            torch.from_numpy(self._latents[start].astype(np.float32))
+            torch.from_numpy(draw_latents(self._latents[start, mirrored], random))
             if length == IMAGE
             else torch.from_numpy(self._tokens[start : start + length].astype(np.int64))
             for start, length in parts.tolist()

@@ -21,7 +21,8 @@ from tf_lightning.errors import UserError
 WINDOW = 2**15  # documents that are planned together
 ATTEMPTS = 8  # to pack a window into its rows, before the first epoch's choices are taken
 PLAN = 1  # of the kind that is kept; a new number has every corpus planned again
-MEMBERS, WINDOWS, CHOICES = 1, 2, 3  # what is drawn at random; never 0, which a seed may end in
+# What is drawn at random; never 0, which a seed may end in.
+MEMBERS, WINDOWS, CHOICES, PICTURES = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,10 @@ class CorpusRows:
     def row(self, index: int) -> Row:
         """Row `index` >= 0, counted from the first epoch on."""
         window, place = self._find(index)
-        return [self._document(window, number) for number in window.rows[place]]
+        random = None  # means, as they are: validation
+        if self.seed is not None:
+            random = np.random.default_rng((*self.seed, PICTURES, index))
+        return [self._document(window, number, random) for number in window.rows[place]]
 
     def _plan(self) -> dict:
         """How many rows each window takes, told by its first epoch; once for a corpus."""
@@ -185,8 +189,8 @@ class CorpusRows:
             return places
         return np.sort(shuffled(places, count, (*self.seed, MEMBERS)))
 
-    def _document(self, window: Window, place: int) -> Document:
-        parts = self.corpus.document(int(window.documents[place]))
+    def _document(self, window: Window, place: int, random: np.random.Generator | None) -> Document:
+        parts = self.corpus.document(int(window.documents[place]), random)
         if window.pairs[place]:
             parts.sort(key=lambda part: part.ndim, reverse=bool(window.image_first[place]))
         if window.dropped[place]:

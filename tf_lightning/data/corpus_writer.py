@@ -4,6 +4,7 @@ import json
 import shutil
 from array import array
 from collections import Counter
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tf_lightning.data.corpus import BadSample, RawDocument
+from tf_lightning.data.corpus import BadSample, Latents, RawDocument
 from tf_lightning.data.layout import IMAGE
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer
@@ -29,13 +30,20 @@ class CorpusWriter:
         autoencoder: for the pictures; None where there are none.
         row_length: positions in a row, which no document exceeds.
         patch_size: side of a patch in latent pixels.
+        latents: what is kept of each picture.
     """
 
     def __init__(
-        self, folder: Path, tokenizer: Tokenizer, autoencoder, row_length: int, patch_size: int
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        autoencoder,
+        row_length: int,
+        patch_size: int,
+        latents: Latents = Latents(),  # noqa: B008 - it is frozen
     ):
         self.folder, self.tokenizer, self.autoencoder = folder, tokenizer, autoencoder
-        self.row_length, self.patch_size = row_length, patch_size
+        self.row_length, self.patch_size, self.latents = row_length, patch_size, latents
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if autoencoder:
             autoencoder.to(self.device)
@@ -110,9 +118,16 @@ class CorpusWriter:
         if self.waiting:
             pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in self.waiting]))
             images = pixels.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
-            latents = self.autoencoder.encode(images).cpu().numpy()
-            latents.astype(np.float16).tofile(self.latents_file)
+            views = [images, images.flip(-1)] if self.latents.mirrored else [images]
+            latents = torch.stack([self._encode(view) for view in views], 1)  # (B, V, S, C, h, w)
+            latents.cpu().numpy().astype(np.float16).tofile(self.latents_file)
             self.waiting.clear()
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, S, C, h, w) of pictures (B, 3, H, W)."""
+        if self.latents.moments:
+            return self.autoencoder.moments(images)
+        return self.autoencoder.encode(images).unsqueeze(1)
 
     def close(self, skipped: dict[str, int], origin: list) -> None:
         """Write what is left, and the facts."""
@@ -126,6 +141,7 @@ class CorpusWriter:
             "num_tokens": self.num_tokens,
             "num_images": self.num_images,
             "image_shape": self._image_shape(),
+            "latents": asdict(self.latents),
         }
         write_facts(self.folder, counts, skipped, origin)
 
@@ -173,7 +189,8 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
         np.save(folder / "parts.npy", np.empty((0, 2), np.int64))
     counts = {k: total[k] for k in ("num_documents", "num_tokens", "num_images")}
     shape = list(next(iter(shapes))) if shapes else None
-    write_facts(folder, counts | {"image_shape": shape}, dict(skipped.most_common()), origin)
+    told = {"image_shape": shape, "latents": facts[0]["latents"]}
+    write_facts(folder, counts | told, dict(skipped.most_common()), origin)
 
 
 def write_facts(folder: Path, counts: dict, skipped: dict[str, int], origin: list) -> None:

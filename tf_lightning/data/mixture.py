@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.batch import Batch, pack
-from tf_lightning.data.corpus import Corpus, Skipped, Source
+from tf_lightning.data.corpus import Corpus, Latents, Skipped, Source
 from tf_lightning.data.prepare import prepare
 from tf_lightning.data.rows import CorpusRows, Rows, RowSampler, StreamRow, ValidationRows
 from tf_lightning.data.stream import StreamData
@@ -39,6 +39,10 @@ class Mixture(StreamData):
         tokenizer: a sentencepiece file; None trains one on the sources' text.
         vocab_size: entries of the tokenizer that is trained.
         autoencoder: "shapes", "pixels", a folder, a file, or a hub name; None: no pictures.
+        sample_posterior: train on samples of the autoencoder's posterior, another each time, not on
+            its mode; twice the room in `cache_dir`.
+        mirror: train on half of all documents with their pictures mirrored, another half each time;
+            twice the room. Not where words say what is left and right.
         patch_size: side of a patch in latent pixels.
         row_length: positions in a row.
         batch_size: rows in a batch of one rank.
@@ -63,6 +67,8 @@ class Mixture(StreamData):
         tokenizer: str | None = None,
         vocab_size: int = 512,
         autoencoder: str | None = None,
+        sample_posterior: bool = False,
+        mirror: bool = False,
         patch_size: int = 2,
         row_length: int = 512,
         batch_size: int = 8,
@@ -91,6 +97,7 @@ class Mixture(StreamData):
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
+        self.latents = Latents(mirrored=mirror, moments=sample_posterior)
         self.row_length = row_length
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
@@ -132,6 +139,7 @@ class Mixture(StreamData):
                     autoencoder=autoencoder,
                     row_length=self.row_length,
                     patch_size=self.patch_size,
+                    latents=self.latents if split == "train" else Latents(),
                     **self.how_to_prepare,
                 )
                 for name, source in self.sources.items()

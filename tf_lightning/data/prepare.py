@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from tf_lightning.data.corpus import BadSample, Corpus, Skipped, Source, Split
+from tf_lightning.data.corpus import BadSample, Corpus, Latents, Skipped, Source, Split
 from tf_lightning.data.corpus_writer import CorpusWriter, merge
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer
@@ -40,6 +40,7 @@ class Job:
     autoencoder: object
     row_length: int
     patch_size: int
+    latents: Latents
     origin: list
 
     def path(self, number: int) -> Path:
@@ -57,6 +58,7 @@ def prepare(
     autoencoder=None,
     row_length: int,
     patch_size: int,
+    latents: Latents = Latents(),  # noqa: B008 - it is frozen
     processes: int = 1,
     part: tuple[int, int] = (0, 1),
 ) -> Corpus | None:
@@ -75,6 +77,7 @@ def prepare(
         autoencoder: for the pictures; None where there are none.
         row_length: positions in a row.
         patch_size: side of a patch in latent pixels.
+        latents: what is kept of each picture.
         processes: that prepare shards at the same time; 1 is this one.
         part: (i, n) prepares only every n-th shard from shard i on, as one of n jobs.
 
@@ -93,6 +96,8 @@ def prepare(
         row_length,
         patch_size,
     ]
+    if latents != Latents():  # so that corpora of before there was a choice are found
+        origin.append(asdict(latents))
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     path = Path(directory) / f"{name}-{split}-{digest}"
     if path.is_dir():
@@ -102,7 +107,7 @@ def prepare(
     folder = path.parent / f".{path.name}-shards"
     folder.mkdir(parents=True, exist_ok=True)
     title = f"preparing {name} {split}"
-    job = Job(title, folder, tokenizer, autoencoder, row_length, patch_size, origin)
+    job = Job(title, folder, tokenizer, autoencoder, row_length, patch_size, latents, origin)
     try:
         wanted = [n for n in range(part[0], len(shards), part[1]) if not job.path(n).is_dir()]
         _prepare_shards(job, split, {number: shards[number] for number in wanted}, processes)
@@ -162,7 +167,7 @@ def _prepare_shard(job: Job, split: Split, number: int, shard: Source, silent: b
     """Write one shard; it appears complete or not at all."""
     unfinished = Path(tempfile.mkdtemp(dir=job.folder, prefix=f".{number}-"))
     try:
-        arguments = job.tokenizer, job.autoencoder, job.row_length, job.patch_size
+        arguments = job.tokenizer, job.autoencoder, job.row_length, job.patch_size, job.latents
         writer = CorpusWriter(unfinished, *arguments)
         documents = tqdm(
             shard.documents(split), job.title, unit=" documents", delay=2, disable=silent
