@@ -14,7 +14,8 @@ from tf_lightning.flops import Work, flops_6nd, squared_lengths, training_flops
 class Throughput(L.Callback):
     """Logs `train/tokens_per_sec`, `train/padding_share` and `train/mixture/<source>`.
 
-    Also `train/flops_per_token`, forward and backward as `tf_lightning.flops` counts them, beside
+    Also `train/epochs/<source>`, how often the run has read each source so far;
+    `train/flops_per_token`, forward and backward as `tf_lightning.flops` counts them, beside
     `train/flops_per_token_6n`, the papers' 6 N; `train/tflops_per_sec`; and `train/mfu`, its share
     of what the devices can do.
 
@@ -107,6 +108,8 @@ class Throughput(L.Callback):
             values["train/mfu"] = flops / seconds / trainer.world_size / self.peak_flops
         for name, count in zip(trainer.datamodule.source_names, tokens.tolist(), strict=True):
             values[f"train/mixture/{name}"] = count / max(total, 1)
+        for name, epochs in trainer.datamodule.epochs().items():
+            values[f"train/epochs/{name}"] = epochs
         pl_module.log_dict(values, batch_size=1)
         self.window, self.window_start = Work(), now
         self.tokens_before, self.squares_before = total, squares

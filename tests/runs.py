@@ -1,6 +1,8 @@
 """A run of the command line in seconds: 64 x 64 shapes in 16 patches, two narrow layers."""
 
 import copy
+import os
+import signal
 from pathlib import Path
 
 import lightning as L
@@ -42,6 +44,17 @@ class StopAt(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == self.step:
             raise Killed
+
+
+class KillAt(L.Callback):
+    """Ends a run after some optimizer steps, as `kill -9` does: nothing can be put in order."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def shapes(kind: str, num_documents: int, **arguments) -> dict:

@@ -48,7 +48,7 @@ def test_clean_copies_of_all_documents_are_as_often_seen(mixture):
 
 def test_documents_too_long_with_their_copies_are_left_out_and_said(mixture, monkeypatch):
     said = []
-    monkeypatch.setattr("tf_lightning.data.rows.rank_zero_info", said.append)
+    monkeypatch.setattr("tf_lightning.data.corpus_rows.rank_zero_info", said.append)
     data = mixture({"stories": Stories(num_documents=100)}, row_length=30, **COPYING)
     data.setup()
     (rows,) = data.train_dataloader().dataset.corpora

@@ -80,19 +80,19 @@ def test_documents_read_back_in_order(corpus, tokenizer):
 
 def test_lengths_are_those_of_packing(corpus):
     expected = [document_length(corpus.document(n), patch_size=4) for n in range(len(corpus))]
-    assert corpus.lengths(num_patches=6).tolist() == expected
+    assert corpus.layout().lengths(num_patches=6).tolist() == expected
 
 
 def test_pairs_are_one_text_and_one_image(corpus):
-    assert corpus.pairs().tolist() == [True, False, False, False, True, False, False]
+    assert corpus.layout().pairs().tolist() == [True, False, False, False, True, False, False]
 
 
 def test_edits_are_a_picture_an_instruction_and_a_picture(corpus):
-    assert corpus.edits().nonzero()[0].tolist() == [5]
+    assert corpus.layout().edits().nonzero()[0].tolist() == [5]
 
 
 def test_images_with_a_part_after_them_are_read(corpus):
-    assert corpus.read_images().tolist() == [0, 0, 0, 2, 1, 1, 1]
+    assert corpus.layout().read_images().tolist() == [0, 0, 0, 2, 1, 1, 1]
 
 
 def test_a_copy_in_another_process_reads_the_same_files(corpus):

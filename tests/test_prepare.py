@@ -96,7 +96,7 @@ def test_a_document_that_fills_its_row_exactly_is_kept(run, tokenizer):
     lengths = [len(tokenizer.encode(text)) for text in texts]
     corpus = run(Given(*([text, picture()] for text in texts)))
     assert len(corpus) == sum(length <= 8 for length in lengths)
-    assert corpus.lengths(4).max() == 16
+    assert corpus.layout().lengths(4).max() == 16
 
 
 def test_long_text_is_cut_into_rows_and_loses_nothing(run, tokenizer):
@@ -163,7 +163,7 @@ def test_an_empty_corpus_is_a_user_error(run, tmp_path):
 def test_an_empty_validation_split_is_an_empty_corpus(run):
     corpus = run(Given(), "val")
     assert len(corpus) == 0
-    assert corpus.lengths(4).tolist() == corpus.pairs().tolist() == []
+    assert corpus.layout().lengths(4).tolist() == corpus.layout().pairs().tolist() == []
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

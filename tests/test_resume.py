@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,22 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     assert whole["Mixture"] == {"next_row": 2 * runs.MAX_STEPS, "global_step": runs.MAX_STEPS}
 
 
+@pytest.mark.slow
+def test_a_run_killed_with_its_workers_resumes_to_the_same_bits(run, tmp_path):
+    """kill -9 two steps behind a checkpoint; the uninterrupted run had no workers."""
+    workers = "--data.init_args.num_workers=2"
+    config = str(runs.write_config(tmp_path))
+    kill = ["--trainer.callbacks+=runs.KillAt", "--trainer.callbacks.step=5"]
+    command = [sys.executable, "-m", "tf_lightning", "fit", "-c", config, workers, *kill]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=180)
+    assert ended.returncode == -signal.SIGKILL
+    assert load(tmp_path / "run")["global_step"] == 3
+    resumed, whole = load(runs.fit(tmp_path, "--ckpt_path", "last", workers)), load(run)
+    for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "Mixture"):
+        assert same(whole[part], resumed[part]), part
+
+
 def test_a_resumed_run_goes_on_counting_its_seconds(run, tmp_path):
     first = load(run, "step0000003")
     (state,) = [s for name, s in first["callbacks"].items() if "Throughput" in name]
@@ -161,25 +178,38 @@ def test_two_ranks_equal_one_with_the_same_rows(tmp_path):
     check_two_ranks(tmp_path, "ddp")
 
 
-def check_two_ranks(tmp_path: Path, strategy: str, image_weights: str = "shared") -> None:
-    """Losses and weights of three steps, and of three more behind a resume."""
+@pytest.mark.slow
+def test_a_run_goes_on_with_twice_or_half_the_ranks_as_if_nothing_had_happened(tmp_path):
+    check_two_ranks(tmp_path, "ddp", swapped=True)
+
+
+def check_two_ranks(
+    tmp_path: Path, strategy: str, image_weights: str = "shared", swapped: bool = False
+) -> None:
+    """Losses and weights of three steps, and of three more behind a resume.
+
+    The second run has two ranks or, `swapped`, two runs change the number of ranks when they
+    resume, in opposite ways.
+    """
     weights = {}
-    for ranks, rows in ((1, 2), (2, 1)):
-        folder = tmp_path / f"ranks{ranks}"
+    for first in (1, 2):
+        folder = tmp_path / f"ranks{first}"
         folder.mkdir()
         arguments = ["fit", "-c", str(runs.write_config(folder, two_rank_config))]
-        arguments += [f"--data.init_args.batch_size={rows}", f"--trainer.devices={ranks}"]
         arguments += [f"--data.init_args.cache_dir={tmp_path}/data"]
         arguments += [f"--model.transformer.image_weights={image_weights}"]
         for resume in ([], ["--trainer.max_steps=6", "--ckpt_path=last"]):
+            ranks = 3 - first if swapped and resume else first
+            here = [*arguments, f"--trainer.devices={ranks}"]
+            here += [f"--data.init_args.batch_size={2 // ranks}", *resume]
             if ranks == 1:
-                main([*arguments, *resume])
+                main(here)
                 continue
-            command = [sys.executable, "-m", "tf_lightning", *arguments, *resume]
+            command = [sys.executable, "-m", "tf_lightning", *here]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             command.append(f"--trainer.strategy={strategy}")
             subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=180)
-        weights[ranks] = load(folder / "run")["state_dict"]
+        weights[first] = load(folder / "run")["state_dict"]
     one, two = (logged_losses(tmp_path / f"ranks{ranks}" / "run") for ranks in (1, 2))
     assert len(one) == 24 and one == pytest.approx(two, rel=1e-5)  # Adam would hide a wrong scale
     pictures = pictures_in_rows(tmp_path / "data", 6)

@@ -6,19 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tf_lightning.batch import document_length
-from tf_lightning.data.rows import (
-    CorpusRows,
-    Rows,
-    RowSampler,
-    ValidationRows,
-    best_fit,
-    even_cycle,
-)
-from tf_lightning.errors import UserError
+from tf_lightning.data import corpus_rows
+from tf_lightning.data.corpus_rows import CorpusRows
+from tf_lightning.data.layout import IMAGE, select
+from tf_lightning.data.rows import Rows, RowSampler, ValidationRows
 
 N = 4  # patches of a 2 x 2 image at patch size 1
 
@@ -26,38 +19,39 @@ N = 4  # patches of a 2 x 2 image at patch size 1
 class Documents:
     """A corpus in memory: text n is `lengths[n]` times the token n; images where asked."""
 
+    name = "documents"
+
     def __init__(self, lengths: list[int], images: bool = False):
         self.texts, self.images = lengths, images
 
     def __len__(self):
         return len(self.texts)
 
-    def document(self, index):
+    def document(self, index, random=None):
         text = torch.full((self.texts[index],), index)
         return [text, torch.zeros(1, 2, 2)] if self.images else [text]
 
-    def lengths(self, num_patches):
-        return np.array(self.texts) + (num_patches + 4 if self.images else 2)
+    def parts(self, length):
+        return [length, IMAGE] if self.images else [length]
 
-    def pairs(self):
-        return np.full(len(self), self.images)
+    def layout(self, documents):
+        parts = [part for length in self.texts for part in self.parts(length)]
+        starts = np.arange(len(self) + 1) * len(self.parts(0))
+        return select(np.stack([np.zeros(len(parts), int), parts], 1), starts, documents)
 
-    def edits(self):
-        return np.full(len(self), False)
+    def remembered(self, question, answer):
+        return answer()
 
 
 class Edits(Documents):
     """Picture n, text n, picture -n."""
 
-    def document(self, index):
+    def document(self, index, random=None):
         images = (torch.full((1, 2, 2), float(sign * index)) for sign in (1, -1))
         return [next(images), torch.full((self.texts[index],), index), next(images)]
 
-    def lengths(self, num_patches):
-        return np.array(self.texts) + 2 * (num_patches + 2) + 2
-
-    def edits(self):
-        return np.full(len(self), True)
+    def parts(self, length):
+        return [IMAGE, length, IMAGE]
 
 
 def numbers(row) -> list[int]:
@@ -68,24 +62,6 @@ def numbers(row) -> list[int]:
 def stream(lengths, images=False, row_length=32, seed=(0, 0), **probabilities) -> CorpusRows:
     corpus = Documents(lengths, images)
     return CorpusRows(corpus, row_length=row_length, num_patches=N, seed=seed, **probabilities)
-
-
-@settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(1, 30), max_size=200), window=st.integers(1, 20))
-def test_best_fit_places_each_item_once_and_overfills_no_row(lengths, window):
-    rows = best_fit(lengths, 30, window)
-    assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[place] for place in row) <= 30 for row in rows)
-
-
-def test_best_fit_finds_the_fullest_row_that_has_room():
-    assert best_fit([6, 7, 3, 4], 10) == [[0, 3], [1, 2]]
-
-
-def test_ragged_documents_leave_little_padding():
-    lengths = np.random.default_rng(0).integers(10, 400, 5000).tolist()
-    rows = best_fit(lengths, 512)
-    assert sum(lengths) / (512 * len(rows)) > 0.98
 
 
 def test_each_epoch_has_each_document_once_in_another_order():
@@ -109,6 +85,34 @@ def test_a_row_is_the_same_whatever_was_read_before():
     reader = stream(lengths)
     places = np.random.default_rng(1).permutation(100).tolist()
     assert {place: numbers(reader.row(place)) for place in places} == dict(enumerate(in_order))
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_rows_over_many_windows_are_complete_epochs_found_at_once(monkeypatch, copies):
+    monkeypatch.setattr(corpus_rows, "WINDOW", 16)
+    lengths = np.random.default_rng(0).integers(1, 15, 101).tolist()
+    options = {"images": True, "image_first_prob": 0.3, "caption_drop_prob": 0.2}
+    rows = stream(lengths, row_length=48, clean_copies=copies, **options)
+    assert rows.num_windows == 7
+    per_epoch, counts = rows.rows_per_epoch, Counter()
+    for index in range(4 * per_epoch):
+        row = rows.row(index)
+        assert 0 < sum(document_length(d, 1) for d in row) <= 48
+        counts[index // per_epoch] += len(row)
+    assert set(counts.values()) == {101}  # each epoch is complete (its texts: the next test)
+    far = stream(lengths, row_length=48, clean_copies=copies, **options)
+    assert numbers(far.row(3 * per_epoch + 5)) == numbers(rows.row(3 * per_epoch + 5))
+
+
+def test_windows_hold_each_document_once_and_change_from_epoch_to_epoch(monkeypatch):
+    monkeypatch.setattr(corpus_rows, "WINDOW", 16)
+    rows = stream(list(np.random.default_rng(0).integers(1, 15, 101)))
+    size = rows.rows_per_epoch
+    epochs = [[numbers(rows.row(e * size + n)) for n in range(size)] for e in range(3)]
+    assert all(sorted(sum(epoch, [])) == list(range(101)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    first = epochs[0][: size // 7]  # a window holds documents of everywhere
+    assert max(sum(first, [])) - min(sum(first, [])) > 50
 
 
 def test_another_seed_is_another_order():
@@ -192,6 +196,14 @@ def test_rows_of_a_source_come_in_its_order_and_none_is_left_out():
         assert found[source] == [numbers(corpus.row(n)) for n in range(40)]
 
 
+def test_epochs_are_counted_by_source():
+    rows = Rows([stream([28] * 7), stream([3] * 9)], [1.0, 3.0])
+    sizes = [corpus.rows_per_epoch for corpus in rows.corpora]
+    assert sizes == [7, 2]
+    seen = [sum(rows[n][2] == source for n in range(12_345)) for source in (0, 1)]
+    assert rows.epochs(12_345) == [seen[0] / 7, seen[1] / 2]
+
+
 def test_the_stream_does_not_jump_between_cycles():
     rows = Rows([stream([28] * 7), stream([3] * 9)], [1.0, 3.0])
     places = range(9_900, 10_100)
@@ -199,21 +211,6 @@ def test_the_stream_does_not_jump_between_cycles():
     expected = len([p for p in rows.cycle[:9_900] if p == 0])
     for number, index in enumerate(of_first[:20]):
         assert numbers(rows[index][1]) == numbers(rows.corpora[0].row(expected + number))
-
-
-@settings(max_examples=30, deadline=None)
-@given(weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=5))
-def test_a_cycle_meets_its_shares_at_every_place(weights):
-    shares = np.array(weights) / sum(weights)
-    cycle = even_cycle(shares, 500)
-    counts = (cycle[:, None] == np.arange(len(shares))).cumsum(0)
-    assert np.abs(counts - shares * np.arange(1, 501)[:, None]).max() < len(shares)
-
-
-def test_a_source_too_rare_to_occur_is_a_user_error_and_weight_0_is_not():
-    with pytest.raises(UserError, match="weight is less than 1/100 of all rows; raise it"):
-        even_cycle(np.array([0.9999, 0.0001]), 100)
-    assert set(even_cycle(np.array([1.0, 0.0]), 100)) == {0}
 
 
 def test_validation_reads_each_document_once_caption_first():

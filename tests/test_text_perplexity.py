@@ -137,7 +137,7 @@ def test_what_is_counted_in_documents_of_several_parts(data):
 def test_a_source_without_text_has_no_number(module, data, tmp_path, monkeypatch):
     whole = Corpus.document
 
-    def without_captions(corpus: Corpus, index: int) -> list[Tensor]:
+    def without_captions(corpus: Corpus, index: int, random=None) -> list[Tensor]:
         parts = whole(corpus, index)
         return [part for part in parts if part.ndim == 3 or corpus.image_shape is None]
 

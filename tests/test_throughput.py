@@ -21,7 +21,7 @@ def log_of(
     batches: list, every: int, world_size: int = 1, peak_flops: float | None = None
 ) -> dict[int, dict[str, float]]:
     """What is logged at which step."""
-    data = SimpleNamespace(source_names=["pictures", "text"])
+    data = SimpleNamespace(source_names=["pictures", "text"], epochs=dict)
     trainer = SimpleNamespace(
         datamodule=data, log_every_n_steps=every, global_step=0, world_size=world_size,
         precision="32-true", strategy=SimpleNamespace(root_device=torch.device("cpu")),
@@ -86,7 +86,7 @@ def test_a_device_of_unknown_speed_has_no_mfu(clock):
 
 
 def test_a_validation_is_timed_and_no_part_of_the_trainings_window(clock):
-    data = SimpleNamespace(source_names=["pictures", "text"])
+    data = SimpleNamespace(source_names=["pictures", "text"], epochs=dict)
     logger, logged = SimpleNamespace(), {}
     logger.log_metrics = lambda values, step: logged.setdefault(step, {}).update(values)
     trainer = SimpleNamespace(

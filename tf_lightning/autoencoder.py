@@ -33,6 +33,10 @@ class Pixels:
         """Returns the pictures, (B, 3, H, W) in [-1, 1]."""
         return images
 
+    def moments(self, images: Tensor) -> Tensor:
+        """The pictures, and 0 for the spread around them, (B, 2, 3, H, W)."""
+        return torch.stack([images, torch.zeros_like(images)], 1)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Returns the latents clipped to [-1, 1], (B, 3, H, W)."""
         return latents.clamp(-1, 1)
@@ -81,13 +85,29 @@ class Autoencoder:
         Raises:
             UserError: if H or W is no multiple of `downsample`.
         """
+        return self.moments(images)[:, 0].contiguous()
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean (which `encode` returns) and standard deviation of the posterior of pictures.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            Of latents with unit variance, float32 (B, 2, C, h, w).
+
+        Raises:
+            UserError: if H or W is no multiple of `downsample`.
+        """
         height, width = images.shape[-2:]
         check_size(height, width, self.downsample)
         images = images.to(torch.float32, memory_format=torch.channels_last)
         # Full precision whatever the trainer's is: latents are data, the same in every run.
         with torch.autocast(images.device.type, enabled=False):
-            latents = self.model.encode(images).latent_dist.mode()
-        return ((latents - self.mean) / self.std).contiguous()
+            posterior = self.model.encode(images).latent_dist
+        mean, std = (posterior.mode() - self.mean) / self.std, posterior.std / self.std
+        return torch.stack([mean, std], 1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

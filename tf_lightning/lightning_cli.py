@@ -180,13 +180,8 @@ def build(args: list[str], run: bool = True) -> TransfusionCLI:
 
 
 def run_lightning(args: list[str]) -> None:
-    """Run fit, validate, test, predict or prepare."""
+    """Run fit, validate, test or predict."""
     verbs = [*TransfusionCLI.subcommands(), "prepare"]
     if args[0] not in verbs and not args[0].startswith("-"):
         raise UserError(f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, generate")
-    if args[0] == "prepare":
-        data = build(args[1:], run=False).datamodule
-        data.prepare_data()
-        print(f"The corpora are in {data.cache_dir}; train on them with `tf-lightning fit`.")
-    else:
-        build(args)
+    build(args)

@@ -2,15 +2,20 @@
 
 A corpus is a directory of
     tokens.bin     uint32, all text ids one after another
-    latents.bin    float16 (num_images, C, h, w), unit variance
+    latents.bin    float16 (num_images, V, S, C, h, w), unit variance; V: the picture, its mirror
+                   image (if asked); S: the latents, or mean and standard deviation (if asked)
     parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
     corpus.json    counts, image shape, and how many samples were skipped for what reason
+    answer-*.json  how many rows it takes, once that was asked
 """
 
+import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,10 +25,10 @@ import torch
 from PIL import Image
 
 from tf_lightning.batch import Document
+from tf_lightning.data.layout import IMAGE, Layout, select
 
 Split = Literal["train", "val"]
 RawDocument = list[str | Image.Image]
-IMAGE = -1  # stands where a text part has its length
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,32 @@ class Source(ABC):
         return hasattr(other, "documents") and hasattr(other, "fingerprint")
 
 
+@dataclass(frozen=True)
+class Latents:
+    """What is kept of each picture.
+
+    Attributes:
+        mirrored: its mirror image too, for training on either.
+        moments: mean and standard deviation of its latents, for training on samples.
+    """
+
+    mirrored: bool = False
+    moments: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """V, S."""
+        return 1 + self.mirrored, 1 + self.moments
+
+
+def draw_latents(kept: np.ndarray, random: np.random.Generator | None) -> np.ndarray:
+    """Latents (C, h, w) float32 of what is kept of them, (S, C, h, w): a sample, or the mean."""
+    mean, *std = kept.astype(np.float32)
+    if random is None or not std:
+        return mean
+    return mean + std[0] * random.standard_normal(mean.shape, dtype=np.float32)
+
+
 class Corpus:
     """A prepared corpus.
 
@@ -70,10 +101,11 @@ class Corpus:
         self.image_shape = tuple(facts["image_shape"]) if facts["image_shape"] else None
         self.skipped: dict[str, int] = facts["skipped"]
         self._tokens = _memmap(self.path / "tokens.bin", np.uint32, (facts["num_tokens"],))
-        shape = (facts["num_images"], *(self.image_shape or ()))
+        self.latents = Latents(**facts.get("latents", {}))
+        shape = facts["num_images"], *self.latents.shape, *(self.image_shape or ())
         self._latents = _memmap(self.path / "latents.bin", np.float16, shape)
-        self._parts = np.load(self.path / "parts.npy", mmap_mode="r")
-        self._documents = np.load(self.path / "documents.npy", mmap_mode="r")
+        self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))
+        self._documents = np.asarray(np.load(self.path / "documents.npy", mmap_mode="r"))
 
     def __reduce__(self):
         """Travels to DataLoader workers as its path, not its content."""
@@ -83,43 +115,46 @@ class Corpus:
         """Number of documents."""
         return len(self._documents) - 1
 
-    def document(self, index: int) -> Document:
-        """Texts (L,) int64 and latents (C, h, w) float32, in order."""
+    def document(self, index: int, random: np.random.Generator | None = None) -> Document:
+        """Texts (L,) int64 and latents (C, h, w) float32, in order.
+
+        Args:
+            index: its number.
+            random: draws latents from their posterior, and all pictures of the document or none
+                mirrored, where the corpus has what that needs; None: their means, as they are.
+        """
         parts = self._parts[self._documents[index] : self._documents[index + 1]]
+        mirrored = int(random is not None and self.latents.mirrored and random.random() < 0.5)
         return [
-            torch.from_numpy(self._latents[start].astype(np.float32))
+            torch.from_numpy(draw_latents(self._latents[start, mirrored], random))
             if length == IMAGE
             else torch.from_numpy(self._tokens[start : start + length].astype(np.int64))
             for start, length in parts.tolist()
         ]
 
-    def lengths(self, num_patches: int) -> np.ndarray:
-        """Positions each document takes in a row, (num_documents,), with N patches an image."""
-        length = self._parts[:, 1]
-        return 2 + self._sums(np.where(length == IMAGE, num_patches + 2, length))
+    def layout(self, documents: np.ndarray | None = None) -> Layout:
+        """The parts of some documents, by number, or of all."""
+        if documents is None:
+            documents = np.arange(len(self))
+        return select(self._parts, self._documents, documents)
 
-    def pairs(self) -> np.ndarray:
-        """Which documents are exactly one text and one image, (num_documents,) bool."""
-        images = self._sums(self._parts[:, 1] == IMAGE)
-        return (images == 1) & (np.diff(self._documents) == 2)
+    def remembered(self, question: str, answer: Callable[[], dict]) -> dict:
+        """What was found out about the corpus once, kept beside it; JSON.
 
-    def edits(self) -> np.ndarray:
-        """Which documents are exactly picture, instruction, picture, (num_documents,) bool."""
-        found = np.diff(self._documents) == 3
-        first = self._documents[:-1][found]
-        image = self._parts[:, 1] == IMAGE
-        found[found] = image[first] & ~image[first + 1] & image[first + 2]
+        Args:
+            question: all that the answer depends on, but for the corpus.
+            answer: finds it out.
+        """
+        digest = hashlib.sha256(question.encode()).hexdigest()[:12]
+        path = self.path / f"answer-{digest}.json"
+        with suppress(OSError, ValueError):  # not there, or damaged
+            return json.loads(path.read_text())
+        found = answer()
+        with suppress(OSError):  # a folder that can only be read is none the worse
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(found))
+            os.replace(part, path)
         return found
-
-    def read_images(self) -> np.ndarray:
-        """How many images of each document have a part after them, (num_documents,)."""
-        image = self._parts[:, 1] == IMAGE
-        return self._sums(image) - image[self._documents[1:] - 1]
-
-    def _sums(self, of_parts: np.ndarray) -> np.ndarray:
-        """Sums over the parts of each document."""
-        totals = np.concatenate([[0], np.cumsum(of_parts)])
-        return totals[self._documents[1:]] - totals[self._documents[:-1]]
 
 
 def _memmap(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:

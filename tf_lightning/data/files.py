@@ -1,5 +1,6 @@
 """Documents in files: which files, which documents are held out, what identifies the content."""
 
+import copy
 import glob
 import os
 import zlib
@@ -10,6 +11,8 @@ from typing import Any
 
 from tf_lightning.data.corpus import BadSample, RawDocument, Skipped, Source, Split
 from tf_lightning.errors import UserError
+
+SHARD_BYTES = 64_000_000  # of files that are prepared together
 
 
 class FileSource(Source):
@@ -56,6 +59,27 @@ class FileSource(Source):
     def files(self, split: Split) -> list[Path]:
         """The files a split is read from."""
         return find_files(self.val_paths if split == "val" and self.val_paths else self.paths)
+
+    def shards(self, split: Split) -> list["FileSource"]:
+        """Sources of some files each, whose documents one after another are this one's."""
+        groups: list[list[str]] = [[]]
+        num_bytes = 0
+        for file in self.files(split):
+            if num_bytes >= SHARD_BYTES:
+                groups.append([])
+                num_bytes = 0
+            groups[-1].append(glob.escape(str(file)))
+            num_bytes += file.stat().st_size
+        return [self._of(group, split) for group in groups]
+
+    def _of(self, files: list[str], split: Split) -> "FileSource":
+        """This source with other files of a split."""
+        source = copy.copy(self)
+        if split == "val" and self.val_paths:
+            source.val_paths = files
+        else:
+            source.paths = files
+        return source
 
     def _belongs(self, key: str, split: Split) -> bool:
         return bool(self.val_paths) or held_out(key, self.val_fraction) == (split == "val")

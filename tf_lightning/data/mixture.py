@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.batch import Batch, pack
-from tf_lightning.data.corpus import Corpus, Skipped, Source
+from tf_lightning.data.corpus import Corpus, Latents, Skipped, Source
 from tf_lightning.data.prepare import prepare
 from tf_lightning.data.rows import CorpusRows, Rows, RowSampler, StreamRow, ValidationRows
 from tf_lightning.data.stream import StreamData
@@ -39,6 +39,10 @@ class Mixture(StreamData):
         tokenizer: a sentencepiece file; None trains one on the sources' text.
         vocab_size: entries of the tokenizer that is trained.
         autoencoder: "shapes", "pixels", a folder, a file, or a hub name; None: no pictures.
+        sample_posterior: train on samples of the autoencoder's posterior, another each time, not on
+            its mode; twice the room in `cache_dir`.
+        mirror: train on half of all documents with their pictures mirrored, another half each time;
+            twice the room. Not where words say what is left and right.
         patch_size: side of a patch in latent pixels.
         row_length: positions in a row.
         batch_size: rows in a batch of one rank.
@@ -63,6 +67,8 @@ class Mixture(StreamData):
         tokenizer: str | None = None,
         vocab_size: int = 512,
         autoencoder: str | None = None,
+        sample_posterior: bool = False,
+        mirror: bool = False,
         patch_size: int = 2,
         row_length: int = 512,
         batch_size: int = 8,
@@ -91,6 +97,7 @@ class Mixture(StreamData):
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
+        self.latents = Latents(mirrored=mirror, moments=sample_posterior)
         self.row_length = row_length
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
@@ -100,12 +107,15 @@ class Mixture(StreamData):
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.tokenizer: Tokenizer | None = None
         self.corpora: dict[str, dict[str, Corpus]] = {}
+        self.how_to_prepare: dict = {}  # `processes` and `part`, as `prepare` has them
 
     # Preparing
 
     def prepare_data(self) -> None:
-        """Train the tokenizer and prepare every corpus, where that was not done."""
+        """Train the tokenizer, prepare every corpus and plan its rows, where that was not done."""
         self._open()
+        if self.corpora:
+            self._stream()
 
     def setup(self, stage: str | None = None) -> None:
         """Open what `prepare_data` made."""
@@ -129,11 +139,16 @@ class Mixture(StreamData):
                     autoencoder=autoencoder,
                     row_length=self.row_length,
                     patch_size=self.patch_size,
+                    latents=self.latents if split == "train" else Latents(),
+                    **self.how_to_prepare,
                 )
                 for name, source in self.sources.items()
             }
             for split in ("train", "val")
         }
+        if any(corpus is None for split in self.corpora.values() for corpus in split.values()):
+            self.corpora = {}  # another job prepares the rest
+            return
         self.image_shape = self._image_shape()
 
     def _open_tokenizer(self) -> Tokenizer:
@@ -160,6 +175,24 @@ class Mixture(StreamData):
 
     def train_dataloader(self) -> DataLoader:
         """Batches without end, from the row that the run has reached."""
+        rows = self.rows = self._stream()
+        sampler = RowSampler(
+            rows,
+            self.next_row,
+            batch_size=self.batch_size,
+            num_batches=self.num_batches(),
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        times = {"time_shift": self.time_shift, "time_distribution": self.time_distribution}
+        return self._loader(rows, sampler, **times)
+
+    def epochs(self) -> dict[str, float]:
+        """How often the run has read each source so far: 1.5 is one epoch and half of another."""
+        return dict(zip(self.source_names, self.rows.epochs(self.next_row()), strict=True))
+
+    def _stream(self) -> Rows:
+        """The rows of training."""
         corpora = list(self.corpora["train"].values())
         streams = [
             self._rows(
@@ -174,17 +207,7 @@ class Mixture(StreamData):
             weights = [stream.num_tokens for stream in streams]
         else:
             weights = [self.weights[name] for name in self.source_names]
-        rows = Rows(streams, weights)
-        sampler = RowSampler(
-            rows,
-            self.next_row,
-            batch_size=self.batch_size,
-            num_batches=self.num_batches(),
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        times = {"time_shift": self.time_shift, "time_distribution": self.time_distribution}
-        return self._loader(rows, sampler, **times)
+        return Rows(streams, weights)
 
     def val_dataloader(self) -> list[DataLoader]:
         """One finite loader for each source, in the order of `source_names`: each document once."""

@@ -1,30 +1,51 @@
 """A source made into a corpus on disk: text tokenised, pictures encoded, bad samples counted.
 
-Done once; a corpus is found again by what it was made of. It appears complete or not at all.
+Done once; a corpus is found again by what it was made of. It is made shard by shard: a shard is
+complete or not there, so what was killed goes on where it stopped; the corpus too appears at once.
 """
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
-from array import array
 from collections import Counter
-from itertools import chain
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
 from tqdm import tqdm
 
-from tf_lightning.data.corpus import IMAGE, BadSample, Corpus, RawDocument, Skipped, Source, Split
+from tf_lightning.data.corpus import BadSample, Corpus, Latents, Skipped, Source, Split
+from tf_lightning.data.corpus_writer import CorpusWriter, merge
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer
 
 FORMAT = 1  # of the files; a new number has every corpus prepared again
-PICTURES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every shard of a corpus is prepared with; see `prepare`."""
+
+    title: str
+    folder: Path
+    tokenizer: Tokenizer
+    autoencoder: object
+    row_length: int
+    patch_size: int
+    latents: Latents
+    origin: list
+
+    def path(self, number: int) -> Path:
+        """Where a finished shard is."""
+        return self.folder / f"{number:06d}"
 
 
 def prepare(
@@ -37,11 +58,15 @@ def prepare(
     autoencoder=None,
     row_length: int,
     patch_size: int,
-) -> Corpus:
+    latents: Latents = Latents(),  # noqa: B008 - it is frozen
+    processes: int = 1,
+    part: tuple[int, int] = (0, 1),
+) -> Corpus | None:
     """The corpus `<directory>/<name>-<split>-<hash>`, made if it is not there.
 
     A text longer than a row is cut into pieces that fill rows; a document with pictures that is
-    longer than a row is skipped and counted.
+    longer than a row is skipped and counted. A source may have a method `shards(split)`, a list of
+    sources whose documents, one after another, are its own.
 
     Args:
         source: raw documents.
@@ -52,6 +77,12 @@ def prepare(
         autoencoder: for the pictures; None where there are none.
         row_length: positions in a row.
         patch_size: side of a patch in latent pixels.
+        latents: what is kept of each picture.
+        processes: that prepare shards at the same time; 1 is this one.
+        part: (i, n) prepares only every n-th shard from shard i on, as one of n jobs.
+
+    Returns:
+        The corpus, or None where shards of another part are still to be prepared.
 
     Raises:
         UserError: nothing usable, pictures without autoencoder, or pictures that do not divide into
@@ -65,29 +96,134 @@ def prepare(
         row_length,
         patch_size,
     ]
+    if latents != Latents():  # so that corpora of before there was a choice are found
+        origin.append(asdict(latents))
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     path = Path(directory) / f"{name}-{split}-{digest}"
     if path.is_dir():
         return Corpus(path)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=directory, prefix=f".{path.name}-"))
+    shards = source.shards(split) if hasattr(source, "shards") else [source]
+    folder = path.parent / f".{path.name}-shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"preparing {name} {split}"
+    job = Job(title, folder, tokenizer, autoencoder, row_length, patch_size, latents, origin)
     try:
-        writer = _Writer(unfinished, tokenizer, autoencoder, row_length, patch_size)
-        skipped = _write_documents(source, split, name, writer)
-        _check_result(name, split, writer.num_documents, skipped)
-        writer.close(skipped, origin)
-        if not path.is_dir():  # another process may have been as quick
-            os.rename(unfinished, path)
+        wanted = [n for n in range(part[0], len(shards), part[1]) if not job.path(n).is_dir()]
+        _prepare_shards(job, split, {number: shards[number] for number in wanted}, processes)
+        missing = [n for n in range(len(shards)) if not job.path(n).is_dir()]
+        if missing:
+            done = f"{len(shards) - len(missing):,} of {len(shards):,} shards"
+            rank_zero_info(f"{name} {split}: {done} are prepared; the others are other parts'")
+            return None
+        _finish(job, path, name, split, len(shards))
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    rank_zero_info(summary(name, split, writer.num_documents, skipped))
+        with suppress(OSError):  # it is not empty: finished shards are kept
+            folder.rmdir()
     return Corpus(path)
 
 
-def summary(name: str, split: Split, num_documents: int, skipped: dict[str, int]) -> str:
+def _prepare_shards(job: Job, split: Split, shards: dict[int, Source], processes: int) -> None:
+    """Prepare numbered shards, here or in several processes."""
+    processes = min(processes, len(shards))
+    several = len(shards) > 1
+    bar = tqdm(total=len(shards), desc=job.title, unit=" shards", delay=2, disable=not several)
+    if processes <= 1:
+        for number, shard in shards.items():
+            _prepare_shard(job, split, number, shard, silent=several)
+            bar.update()
+    else:  # not forked: a copy of a process with threads may wait for ever
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context, _start_process, (job,)) as pool:
+            waiting = [pool.submit(_in_process, split, *item) for item in shards.items()]
+            try:
+                for future in waiting:
+                    future.result()
+                    bar.update()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"{job.title}: one of {processes} processes was killed, perhaps for want of "
+                    "memory; finished shards are kept, run it again with fewer --processes"
+                ) from error
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    bar.close()
+
+
+_job: Job | None = None  # of a process that prepares shards
+
+
+def _start_process(job: Job) -> None:
+    global _job
+    _job = job
+    torch.set_num_threads(1)
+
+
+def _in_process(split: Split, number: int, shard: Source) -> None:
+    _prepare_shard(_job, split, number, shard, silent=True)
+
+
+def _prepare_shard(job: Job, split: Split, number: int, shard: Source, silent: bool) -> None:
+    """Write one shard; it appears complete or not at all."""
+    unfinished = Path(tempfile.mkdtemp(dir=job.folder, prefix=f".{number}-"))
+    try:
+        arguments = job.tokenizer, job.autoencoder, job.row_length, job.patch_size, job.latents
+        writer = CorpusWriter(unfinished, *arguments)
+        documents = tqdm(
+            shard.documents(split), job.title, unit=" documents", delay=2, disable=silent
+        )
+        writer.close(_write_documents(documents, writer), job.origin)
+        if not job.path(number).is_dir():  # another process may have been as quick
+            os.rename(unfinished, job.path(number))
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_documents(documents: Iterator, writer: CorpusWriter) -> dict[str, int]:
+    """Write all documents; how many samples were skipped, by reason."""
+    skipped: Counter[str] = Counter()
+    for document in documents:
+        try:
+            if isinstance(document, Skipped):
+                raise BadSample(document.reason)
+            writer.add(document)
+        except BadSample as error:
+            skipped[str(error)] += 1
+    return dict(skipped.most_common())
+
+
+def _finish(job: Job, path: Path, name: str, split: Split, num_shards: int) -> None:
+    """Make one corpus of all shards, and say what is in it."""
+    shards = [job.path(number) for number in range(num_shards)]
+    whole = shards[0] if num_shards == 1 else Path(tempfile.mkdtemp(dir=job.folder))
+    try:
+        if num_shards > 1:
+            merge(shards, whole, job.origin)
+        facts = json.loads((whole / "corpus.json").read_text())
+        _check_result(name, split, facts["num_documents"], facts["skipped"])
+        if not path.is_dir():
+            os.rename(whole, path)
+    except FileNotFoundError:  # another process was as quick, and has tidied up
+        if not path.is_dir():
+            raise
+    except UserError:
+        shutil.rmtree(job.folder)  # the same again would not help
+        raise
+    shutil.rmtree(job.folder, ignore_errors=True)
+    rank_zero_info(report(name, split, facts))
+
+
+def report(name: str, split: Split, facts: dict) -> str:
+    """`summary` of a whole corpus, with its tokens and images."""
+    holds = f" ({facts['num_tokens']:,} tokens, {facts['num_images']:,} images)"
+    return summary(name, split, facts["num_documents"], facts["skipped"], holds)
+
+
+def summary(
+    name: str, split: Split, num_documents: int, skipped: dict[str, int], holds: str = ""
+) -> str:
     """One line, such as "emoji train: prepared 1,200 documents, skipped 1: 1 truncated picture"."""
-    line = f"{name} {split}: prepared {num_documents:,} documents"
+    line = f"{name} {split}: prepared {num_documents:,} documents{holds}"
     if skipped:
         line += f", skipped {sum(skipped.values()):,}: {_reasons(skipped)}"
     return line
@@ -105,126 +241,3 @@ def _check_result(name: str, split: Split, num_documents: int, skipped: dict[str
         )
     if num_documents == 0 and split == "train":
         raise UserError(f"{name}: there are no documents to train on; check its paths")
-
-
-def _write_documents(source: Source, split: Split, name: str, writer: "_Writer") -> dict[str, int]:
-    """Write all documents; how many samples were skipped, by reason."""
-    skipped: Counter[str] = Counter()
-    title = f"preparing {name} {split}"
-    for document in tqdm(source.documents(split), title, unit=" documents", delay=2):
-        try:
-            if isinstance(document, Skipped):
-                raise BadSample(document.reason)
-            writer.add(document)
-        except BadSample as error:
-            skipped[str(error)] += 1
-    return dict(skipped.most_common())
-
-
-class _Writer:
-    """Writes the files of a corpus; pictures wait until there are enough to encode at once."""
-
-    def __init__(
-        self, folder: Path, tokenizer: Tokenizer, autoencoder, row_length: int, patch_size: int
-    ):
-        self.folder, self.tokenizer, self.autoencoder = folder, tokenizer, autoencoder
-        self.row_length, self.patch_size = row_length, patch_size
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if autoencoder:
-            autoencoder.to(self.device)
-        self.parts, self.documents = array("q"), array("q", [0])
-        self.num_tokens = self.num_images = 0
-        self.picture_size: tuple[int, int] | None = None  # width, height
-        self.waiting: list[Image.Image] = []
-        self.tokens_file = (folder / "tokens.bin").open("wb")
-        self.latents_file = (folder / "latents.bin").open("wb")
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.documents) - 1
-
-    def add(self, raw: RawDocument) -> None:
-        """Append a document, or the pieces of a long text; BadSample if it cannot be used."""
-        parts = [self._encode_text(part) if isinstance(part, str) else part for part in raw]
-        parts = [part for part in parts if part != []]
-        pictures = [part for part in parts if isinstance(part, Image.Image)]
-        if not parts:
-            raise BadSample("empty document")
-        if not pictures:
-            tokens, step = list(chain(*parts)), self.row_length - 2  # room for <bos> and <eos>
-            for start in range(0, len(tokens), step):
-                self._write([tokens[start : start + step]])
-            return
-        num_patches = self._check_pictures(pictures)
-        num_tokens = sum(len(part) for part in parts if isinstance(part, list))
-        if 2 + num_tokens + len(pictures) * (num_patches + 2) > self.row_length:
-            raise BadSample(f"longer than a row of {self.row_length} tokens")
-        self._write(parts)
-
-    def _encode_text(self, text: str) -> list[int]:
-        try:
-            return self.tokenizer.encode(text)
-        except (UnicodeError, RuntimeError) as error:  # half of a surrogate pair, from JSON
-            raise BadSample("text is not Unicode") from error
-
-    def _check_pictures(self, pictures: list[Image.Image]) -> int:
-        """Patches of one picture; all pictures of a corpus have one size."""
-        if self.autoencoder is None:
-            raise UserError("the data has pictures; name an autoencoder, such as 'pixels'")
-        size = pictures[0].size
-        pixels = self.autoencoder.downsample * self.patch_size
-        if self.picture_size is None and any(side % pixels for side in size):
-            raise UserError(
-                f"pictures of {size[0]}x{size[1]} pixels do not divide into patches of {pixels} "
-                f"pixels; give an image_size that is a multiple of {pixels}"
-            )
-        self.picture_size = self.picture_size or size
-        if any(picture.size != self.picture_size for picture in pictures):
-            raise BadSample("picture of another size than the first")
-        return (size[0] // pixels) * (size[1] // pixels)
-
-    def _write(self, parts: list[list[int] | Image.Image]) -> None:
-        for part in parts:
-            if isinstance(part, list):
-                np.array(part, np.uint32).tofile(self.tokens_file)
-                self.parts.extend((self.num_tokens, len(part)))
-                self.num_tokens += len(part)
-            else:
-                self.parts.extend((self.num_images, IMAGE))
-                self.num_images += 1
-                self.waiting.append(part)
-        self.documents.append(len(self.parts) // 2)
-        if len(self.waiting) >= PICTURES_AT_ONCE:
-            self._encode_waiting()
-
-    @torch.no_grad()
-    def _encode_waiting(self) -> None:
-        if self.waiting:
-            pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in self.waiting]))
-            images = pixels.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
-            latents = self.autoencoder.encode(images).cpu().numpy()
-            latents.astype(np.float16).tofile(self.latents_file)
-            self.waiting.clear()
-
-    def close(self, skipped: dict[str, int], origin: list) -> None:
-        """Write what is left, and the facts."""
-        self._encode_waiting()
-        self.tokens_file.close()
-        self.latents_file.close()
-        np.save(self.folder / "parts.npy", np.array(self.parts, np.int64).reshape(-1, 2))
-        np.save(self.folder / "documents.npy", np.array(self.documents, np.int64))
-        facts = {
-            "num_documents": self.num_documents,
-            "num_tokens": self.num_tokens,
-            "num_images": self.num_images,
-            "image_shape": self._image_shape(),
-            "skipped": skipped,
-            "made_from": origin,
-        }
-        (self.folder / "corpus.json").write_text(json.dumps(facts, indent=1))
-
-    def _image_shape(self) -> tuple[int, int, int] | None:
-        if self.picture_size is None:
-            return None
-        width, height = (side // self.autoencoder.downsample for side in self.picture_size)
-        return self.autoencoder.latent_channels, height, width
