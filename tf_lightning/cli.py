@@ -9,6 +9,7 @@ HELP = """\
 tf-lightning: one Transformer that writes text and draws images (Transfusion).
 
   tf-lightning prepare  -c CONFIG                             corpora ahead of `fit`
+  tf-lightning inspect  -c CONFIG                             what they hold, counted and drawn
   tf-lightning fit      -c configs/quickstart.yaml            train; add --ckpt_path last to resume
   tf-lightning fit      -c configs/autoencoder/emoji.yaml     train an autoencoder (vae, vq, shapes)
   tf-lightning validate -c CONFIG --ckpt_path CKPT            evaluate a checkpoint
@@ -34,6 +35,10 @@ def main(args: list[str] | None = None) -> None:
             from tf_lightning.generate_command import run_generate
 
             run_generate(args[1:])
+        elif args[0] == "inspect":
+            from tf_lightning.inspect_command import run_inspect
+
+            run_inspect(args[1:])
         else:
             from tf_lightning.lightning_cli import run_lightning
 
