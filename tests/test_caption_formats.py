@@ -8,7 +8,6 @@ import public_layouts
 from public_layouts import COLOURS, picture, shown, write_lines, write_parquet, write_tar
 from tf_lightning.data import CaptionJson, CaptionRows, CaptionTars, ImageCaptionData
 from tf_lightning.data.corpus import Skipped
-from tf_lightning.errors import UserError
 
 PAIRS = [[colour, f"<{colour}>"] for colour in COLOURS]
 
@@ -153,5 +152,3 @@ def test_the_data_module_chooses_by_suffix(tmp_path):
             [str(tmp_path / name)], cache_dir=str(tmp_path)
         ).sources.values()
         assert type(source) is kind
-    with pytest.raises(UserError, match="captions cannot be read from .txt; give paths that end"):
-        ImageCaptionData("a.txt")

@@ -1,8 +1,10 @@
 """Interleaved documents and edits of public layouts: every part in its place."""
 
+import io
 import json
 
 import pytest
+from PIL import Image
 
 import public_layouts
 from public_layouts import COLOURS, picture, shown, write_lines, write_parquet, write_tar
@@ -68,6 +70,17 @@ def test_a_mint_document_of_other_pages_than_it_names_is_skipped(tmp_path):
         Skipped("document of other pictures than it names"),
         Skipped("line that is not JSON"),
     ]
+
+
+def test_pages_of_every_mode_are_read_and_bombs_refused(tmp_path, monkeypatch):
+    pages = [Image.new("CMYK", (16, 16), (0, 255, 255, 0)), Image.new("L", (40, 40), 255)]
+    file = io.BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    record = json.dumps({"images": ["a", "b", None], "texts": [None, None, "end"]}).encode()
+    tar = write_tar(tmp_path / "a.tar", {"a.json": record, "a.tiff": file.getvalue()})
+    assert read(tar) == [["<red>", "<None>", "end"]]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert read(tar) == [Skipped("picture of more than 1,000 pixels")]
 
 
 def edits(file, images=None) -> list:

@@ -81,7 +81,7 @@ def _draw_row(
         free = 0  # where the next number may stand
         for begin in begins[(begins >= here.start) & (begins < here.stop)]:
             left = int(begin - here.start) * width
-            draw.line((left, top + LABEL - 4, left, top + height), "white" if left else "black")
+            draw.line((left, top + LABEL - 4, left, top + LABEL - 1), "black")
             if documents[begin] >= 0 and left >= free:
                 label = str(documents[begin])
                 draw.text((left, top + 1), label, "black", FONT)

@@ -10,7 +10,6 @@ from tf_lightning.data.files import PictureFiles
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.records import kind, parse_json
 from tf_lightning.data.tars import by_extension, read_tar
-from tf_lightning.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "image")
 CAPTIONS = ("txt", "text", "caption")
@@ -75,15 +74,10 @@ class ImageCaptionData(Mixture):
     ):
         files = (paths, val_paths, val_fraction, image_size)
         match kind(Path(paths if isinstance(paths, str) else paths[0])):
-            case ".tar":
-                source = CaptionTars(*files)
             case ".json":
                 source = CaptionJson(*files, images)
             case ".jsonl" | ".csv" | ".parquet":
                 source = CaptionRows(*files, images)
-            case other:
-                raise UserError(
-                    f"captions cannot be read from {other or 'files without suffix'}; give paths "
-                    "that end in .tar, .jsonl, .csv, .parquet or .json"
-                )
+            case _:
+                source = CaptionTars(*files)
         super().__init__(sources={"captions": source}, weights=None, **kwargs)

@@ -5,7 +5,7 @@ Their pictures come from elsewhere and some are always missing: a document does 
 
 import hashlib
 import io
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image, ImageSequence
 from tf_lightning.data.caption_rows import as_picture
 from tf_lightning.data.corpus import BadSample
 from tf_lightning.data.files import Spare
+from tf_lightning.data.images import to_rgb
 from tf_lightning.data.records import parse_object
 from tf_lightning.data.tars import by_extension
 
@@ -61,7 +62,8 @@ def mint(files: list[tuple[str, bytes]]) -> Parts:
     """{key}.json with `images` and `texts`, in turn, and {key}.tiff, a page a picture."""
     found = by_extension(files)
     record = parse_object(found.get("json", b""))
-    pages = iter(_pages(found.get("tiff") or found.get("tif") or b""))
+    tiff = found.get("tiff") or found.get("tif")
+    pages = iter(_pages(tiff) if tiff else [])
     images = record.get("images")
     names = images if isinstance(images, list) else []
     pictures = [name if name is None else next(pages, b"") for name in names]
@@ -70,15 +72,18 @@ def mint(files: list[tuple[str, bytes]]) -> Parts:
     return obelics({**record, "images": pictures}, Path())
 
 
-def _pages(tiff: bytes) -> Iterator[bytes]:
-    """The pages of a TIFF, each a PNG: damaged ones are found when they are read."""
-    if not tiff:
-        return
+def _pages(tiff: bytes) -> list[bytes]:
+    """The pages of a TIFF, each a PNG."""
+    files = []
     try:
-        with Image.open(io.BytesIO(tiff)) as pages:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(tiff)) as pages:
             for page in ImageSequence.Iterator(pages):
-                file = io.BytesIO()
-                page.save(file, "PNG", compress_level=0)
-                yield file.getvalue()
+                if page.width * page.height > Image.MAX_IMAGE_PIXELS:  # Pillow checks the first
+                    raise BadSample(f"picture of more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+                files.append(io.BytesIO())
+                to_rgb(page).save(files[-1], "PNG", compress_level=1)
+    except BadSample:
+        raise
     except Exception as error:  # Pillow's readers raise of many kinds on damaged files
         raise BadSample("damaged picture") from error
+    return [file.getvalue() for file in files]
