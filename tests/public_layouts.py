@@ -16,7 +16,7 @@ import pyarrow.parquet as parquet
 from PIL import Image
 
 COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "cyan": (0, 255, 255)}
-COLOURS |= {"magenta": (255, 0, 255), "yellow": (255, 255, 0), "black": (0, 0, 0)}
+COLOURS |= {"magenta": (255, 0, 255), "yellow": (255, 255, 0), "orange": (255, 165, 0)}
 
 
 def picture(colour: str, kind: str = "PNG") -> bytes:

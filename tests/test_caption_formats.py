@@ -110,6 +110,13 @@ def test_karpathys_file_says_what_is_held_out(tmp_path):
         assert read(source, split) == expected
 
 
+def test_a_split_that_karpathy_does_not_have_is_counted(tmp_path):
+    file = public_layouts.karpathy(tmp_path)
+    file.write_text(file.read_text().replace("restval", "restvai"))
+    found = [document for split in ("train", "val") for document in read(from_json(file), split)]
+    assert found.count(Skipped("picture of an unknown split")) == 2
+
+
 def test_llava_conversations_have_their_pictures_where_they_say_so(tmp_path):
     public_layouts.pictures(tmp_path / "train2017")
     talk = lambda *said: [  # noqa: E731

@@ -69,7 +69,7 @@ def test_a_histogram_counts_every_length_once():
         ("32", "63", "0"), ("64", "100", "2"),
     ]  # fmt: skip
     assert [line[-1] for line in lines] == [
-        "#" * n if n else "0" for n in (13, 40, 27, 13, 0, 0, 27)
+        "#" * n if n else "0" for n in (14, 40, 27, 14, 0, 0, 27)
     ]
 
 

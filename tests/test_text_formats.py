@@ -48,6 +48,14 @@ def test_gzip_of_several_members_is_read_to_its_end(tmp_path):
     assert read(tmp_path / "a.jsonl.gz") == [[str(n)] for n in range(5)]
 
 
+@pytest.mark.parametrize("size", [0, 3, 8])
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_a_packed_file_torn_off_in_its_head_is_counted(packed, size, tmp_path):
+    file = public_layouts.dolma(tmp_path, TEXTS, packed)
+    file.write_bytes(file.read_bytes()[:size])
+    assert read(file) == [Skipped("damaged file, read as far as it goes")]
+
+
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
 def test_a_torn_file_is_read_as_far_as_it_goes(packed, tmp_path):
     texts = [f"{n * 7919 % 10007} {n * 104729 % 99991}" for n in range(20_000)]

@@ -122,7 +122,7 @@ def histogram(lengths: np.ndarray, longest: int) -> list[str]:
     used = np.flatnonzero(counts)
     return [
         f"  {edges[i]:>7,} to {edges[i + 1] - 1:>7,} tokens {counts[i]:>11,} "
-        + "#" * max(1, round(BAR * counts[i] / counts.max())) * bool(counts[i])
+        f"{'#' * -(-BAR * int(counts[i]) // int(counts.max()))}".rstrip()
         for i in range(used[0], used[-1] + 1)
     ]
 

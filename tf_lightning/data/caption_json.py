@@ -9,7 +9,7 @@ from tf_lightning.data.corpus import BadSample
 from tf_lightning.data.files import NamedPictureFiles
 from tf_lightning.data.records import parse_json, read_bytes
 
-KARPATHY = {"train": "train", "restval": "train", "val": "val"}  # his test split is never read
+KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 ROLES = {"human": "USER", "gpt": "ASSISTANT", "system": "SYSTEM"}
 
 
@@ -57,13 +57,15 @@ def coco(content: dict[str, Any], folder: Path) -> Iterator[tuple[str, list | Ba
         yield str(key), _pair(note["caption"], files.get(key))
 
 
-def karpathy(content: dict[str, Any], folder: Path) -> Iterator[tuple[str, list, str]]:
+def karpathy(content: dict[str, Any], folder: Path) -> Iterator[tuple]:
     """Each sentence with its picture: images[{filepath, filename, split, sentences[{raw}]}]."""
     for image in content["images"]:
         file = folder / image.get("filepath", "") / image["filename"]
         for sentence in image["sentences"]:
-            split = KARPATHY.get(image["split"], "test")
-            yield image["filename"], _pair(sentence["raw"], file), split
+            if image["split"] in KARPATHY:  # nobody asks for "test"
+                yield image["filename"], _pair(sentence["raw"], file), KARPATHY[image["split"]]
+            else:
+                yield image["filename"], BadSample("picture of an unknown split")
 
 
 def llava(content: list[Any], folder: Path) -> Iterator[tuple[str, list | BadSample]]:

@@ -169,4 +169,4 @@ def find_files(paths: str | list[str]) -> list[Path]:
 
 def held_out(key: str, fraction: float) -> bool:
     """Whether a document is for validation: the same answer wherever the file lies."""
-    return zlib.crc32(key.encode()) < fraction * 2**32
+    return zlib.crc32(key.encode("utf-8", "surrogatepass")) < fraction * 2**32

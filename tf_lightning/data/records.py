@@ -42,14 +42,18 @@ def read_bytes(file: Path) -> bytes:
 
 def read_lines(file: Path) -> Iterator[bytes]:
     """The lines of a file."""
+    empty = True
     try:
         with open_stream(file) as stream:
             while line := stream.readline(MAX_BYTES + 1):
                 if len(line) > MAX_BYTES:
                     raise BadSample(f"line of more than {MAX_BYTES:,} bytes")
                 yield line
+                empty = False
     except (OSError, pyarrow.ArrowException) as error:
         raise BadSample("damaged file, read as far as it goes") from error
+    if empty and file.suffix in COMPRESSED:  # torn off in its head, which raises nothing
+        raise BadSample("damaged file, read as far as it goes")
 
 
 def read_csv(file: Path) -> Iterator[dict[str, str]]:
