@@ -1,16 +1,16 @@
 """MagicBrush's layouts become documents of picture, instruction, picture."""
 
 import json
-import sys
 from io import BytesIO
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
 from tf_lightning.data.corpus import Skipped
 from tf_lightning.data.edits import EditData, EditFiles
-from tf_lightning.errors import UserError
 
 COLOURS = ["red", "blue", "green"]
 
@@ -65,7 +65,7 @@ def test_turns_of_a_folder_are_documents_in_order(folder):
         ([turn(7, 3, "away with it")], "missing picture"),
         ([{"input": "7-input.png", "instruction": "make it blue"}], "edit without picture"),
         (["not a turn"], "edit without instruction"),
-        ("{", "file that is not JSON"),
+        ("{", "line that is not JSON"),
     ],
 )
 def test_a_bad_turn_is_skipped_for_its_reason(folder, turns, reason):
@@ -83,9 +83,6 @@ def test_turns_of_one_picture_are_held_out_together(folder):
 
 
 def test_turns_of_a_parquet_file_are_the_same_documents(folder, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="reads parquet; optional")
-    import pyarrow.parquet as parquet
-
     picture = lambda colour: {"bytes": png(colour), "path": f"{colour}.png"}  # noqa: E731
     rows = [
         {"img_id": "7", "turn_index": 1, "source_img": picture("red"), "mask_img": picture("red"),
@@ -100,15 +97,7 @@ def test_turns_of_a_parquet_file_are_the_same_documents(folder, tmp_path):
     assert bad == Skipped("edit without picture")
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
     (bad,) = EditFiles(f"{tmp_path}/b.parquet", val_fraction=0).documents("train")
-    assert bad == Skipped("damaged parquet file, or one of other columns")
-
-
-def test_without_pyarrow_a_parquet_file_is_refused_in_one_sentence(tmp_path, monkeypatch):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    source = EditFiles(f"{tmp_path}/a.parquet")
-    with pytest.raises(UserError, match="needs pyarrow; `pip install pyarrow`, or give MagicBrush"):
-        list(source.documents("train"))
+    assert bad == Skipped("damaged file, read as far as it goes")
 
 
 def test_edits_are_served_as_rows(folder):

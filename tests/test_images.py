@@ -1,12 +1,16 @@
 """Every kind of picture file becomes one RGB picture; damaged ones are told apart."""
 
 import io
+import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tf_lightning.data.corpus import BadSample
+from tf_lightning.data import ImageFiles
+from tf_lightning.data.corpus import BadSample, Skipped
 from tf_lightning.data.images import load_picture, to_rgb
 
 
@@ -135,3 +139,55 @@ def test_a_decompression_bomb_is_a_bad_sample(monkeypatch):
 def test_rgb_pictures_pass_through():
     image = noise(4, 4)
     assert np.array_equal(to_rgb(image), image)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_of_the_eight_orientations_shows_the_same_picture(orientation):
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8, :8], upright[:8, 8:], upright[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    # How each orientation's sensor sees it: EXIF 2.32, "Orientation", undone.
+    seen = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = saved(Image.fromarray(np.ascontiguousarray(seen)), "JPEG", quality=95, exif=exif)
+    found = np.asarray(load_picture(file, 16)).astype(int)
+    for place in ((3, 3), (3, 12), (12, 3), (12, 12)):
+        assert np.abs(found[place] - upright[place]).max() < 30
+
+
+def test_sixteen_bits_of_colour_become_eight():
+    # Pillow writes no 16-bit RGB: IHDR, IDAT, IEND by hand.
+    chunk = lambda name, data: (  # noqa: E731
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    )
+    pixels = b"".join(b"\0" + struct.pack(">3H", 0xFFFF, 0x8000, 0) * 8 for _ in range(8))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    picture = np.asarray(load_picture(b"\x89PNG\r\n\x1a\n" + chunks, 8))
+    assert picture.reshape(-1, 3).tolist() == [[255, 128, 0]] * 64
+
+
+def test_the_resampler_is_bicubic_with_antialiasing():
+    image = noise(60, 40)
+    expected = image.resize((16, 16), Image.Resampling.BICUBIC, box=(10, 0, 50, 40))
+    assert np.array_equal(load_picture(saved(image), 16), expected)
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "pipe.png"):
+        with pytest.raises(BadSample, match="missing picture"):
+            load_picture(path, 32)
+
+
+def test_truncated_pictures_are_skipped_and_counted(tmp_path):
+    for number, share in enumerate((1.0, 0.5, 0.4)):
+        file = saved(noise(64, 64))
+        (tmp_path / f"{number}.png").write_bytes(file[: int(len(file) * share)])
+    source = ImageFiles(str(tmp_path / "*.png"), val_fraction=0, image_size=32)
+    found = list(source.documents("train"))
+    assert found[1:] == [Skipped("truncated picture")] * 2 and found[0][0].size == (32, 32)

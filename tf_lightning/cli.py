@@ -9,6 +9,7 @@ HELP = """\
 tf-lightning: one Transformer that writes text and draws images (Transfusion).
 
   tf-lightning prepare  -c CONFIG                             corpora ahead of `fit`, in parallel
+  tf-lightning inspect  -c CONFIG                             what they hold, counted and drawn
   tf-lightning fit      -c configs/quickstart.yaml            train; add --ckpt_path last to resume
   tf-lightning fit      -c configs/autoencoder/emoji.yaml     train an autoencoder (vae, vq, shapes)
   tf-lightning validate -c CONFIG --ckpt_path CKPT            evaluate a checkpoint
@@ -38,6 +39,10 @@ def main(args: list[str] | None = None) -> None:
             from tf_lightning.prepare_command import run_prepare
 
             run_prepare(args[1:])
+        elif args[0] == "inspect":
+            from tf_lightning.inspect_command import run_inspect
+
+            run_inspect(args[1:])
         else:
             from tf_lightning.lightning_cli import run_lightning
 

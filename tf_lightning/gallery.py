@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from tf_lightning.data.corpus import RawDocument
 
 STYLE = "figure{display:inline-block;width:16em;vertical-align:top;margin:1em}img{width:16em}"
@@ -44,9 +46,7 @@ def write_answer(folder: Path, name: str, record: dict[str, Any], answer: RawDoc
             continue
         count = sum(kind == "image" for kind, _ in parts)
         file = folder / (f"{name}-{count}.png" if count else f"{name}.png")
-        partial = file.with_name(file.name + ".partial")
-        part.save(partial, format="PNG")
-        partial.replace(file)
+        write_picture(file, part)
         parts.append(["image", file.name])
     write_text(folder / f"{name}.json", json.dumps({**record, "parts": parts}, indent=2) + "\n")
 
@@ -77,4 +77,11 @@ def write_text(file: Path, text: str) -> None:
     """Write a whole file or nothing."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text)
+    partial.replace(file)
+
+
+def write_picture(file: Path, picture: Image.Image) -> None:
+    """Write a whole PNG or nothing."""
+    partial = file.with_name(file.name + ".partial")
+    picture.save(partial, format="PNG")
     partial.replace(file)

@@ -11,6 +11,7 @@ from PIL import Image
 from tf_lightning.data.corpus import BadSample, RawDocument
 from tf_lightning.data.images import load_picture
 from tf_lightning.data.interleaved import parse_parts
+from tf_lightning.data.records import parse_json
 from tf_lightning.errors import UserError
 from tf_lightning.gallery import digest, is_written, write_answer, write_sheet
 from tf_lightning.model import Model, load
@@ -226,7 +227,7 @@ def read_prompts(file: Path) -> list[Parts]:
     if file.suffix != ".jsonl":
         return [[("text", line)] for line in lines]
     try:
-        parsed = [parse_parts(line) for line in lines]
+        parsed = [parse_parts(parse_json(line)) for line in lines]
     except BadSample as error:
         raise UserError(f"{file} has a {error}; see `tf-lightning generate --help`") from error
     if [] in parsed:

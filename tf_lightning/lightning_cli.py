@@ -132,6 +132,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning 2.6
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")  # evaluations
     warnings.filterwarnings("ignore", ".*before the ``update`` method")  # the data says it: empty
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # a verb of ours has fewer
     warnings.filterwarnings("ignore", ".*does not have many workers")  # rows are cheap to load
 
 
@@ -159,7 +160,7 @@ def holds_model_class(file: Path) -> bool:
     return isinstance(model, dict) and "class_path" in model
 
 
-def build(args: list[str], run: bool = True) -> TransfusionCLI:
+def build(args: list[str], run: bool = True, prog: str = "prepare") -> TransfusionCLI:
     """Parse the arguments, build what they name and, with `run`, run its verb."""
     quiet()
     subclass = names_model_class(args)
@@ -173,7 +174,7 @@ def build(args: list[str], run: bool = True) -> TransfusionCLI:
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
         parser_class=Parser,
-        parser_kwargs={"prog": "tf-lightning" if run else "tf-lightning prepare"},
+        parser_kwargs={"prog": "tf-lightning" if run else f"tf-lightning {prog}"},
         args=None if args == sys.argv[1:] else args,  # it warns when both are given
         run=run,
     )
@@ -183,5 +184,7 @@ def run_lightning(args: list[str]) -> None:
     """Run fit, validate, test or predict."""
     verbs = [*TransfusionCLI.subcommands(), "prepare"]
     if args[0] not in verbs and not args[0].startswith("-"):
-        raise UserError(f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, generate")
+        raise UserError(
+            f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, generate, inspect"
+        )
     build(args)

@@ -1,5 +1,7 @@
 """Corpora, and the packed rows made of them."""
 
+from tf_lightning.data.caption_json import CaptionJson
+from tf_lightning.data.caption_rows import CaptionRows
 from tf_lightning.data.corpus import Corpus, Skipped, Source
 from tf_lightning.data.edits import EditData, EditFiles
 from tf_lightning.data.image_caption import CaptionTars, ImageCaptionData
@@ -11,6 +13,8 @@ from tf_lightning.data.prepare import prepare
 from tf_lightning.data.text import TextData, TextFiles
 
 __all__ = [
+    "CaptionJson",
+    "CaptionRows",
     "CaptionTars",
     "Corpus",
     "EditData",

@@ -12,11 +12,13 @@ A corpus is a directory of
 
 import hashlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Literal
 
@@ -26,9 +28,11 @@ from PIL import Image
 
 from tf_lightning.batch import Document
 from tf_lightning.data.layout import IMAGE, Layout, select
+from tf_lightning.errors import UserError
 
 Split = Literal["train", "val"]
 RawDocument = list[str | Image.Image]
+CHUNK = 1_000_000  # documents checked at once
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,23 @@ def draw_latents(kept: np.ndarray, random: np.random.Generator | None) -> np.nda
     return mean + std[0] * random.standard_normal(mean.shape, dtype=np.float32)
 
 
+def refuse_damage(method: Callable) -> Callable:
+    """A method of a folder's reader that says which folder is damaged, whatever that raises."""
+
+    @wraps(method)
+    def reading(self, *args):
+        try:
+            return method(self, *args)
+        except IndexError:  # also how a sequence ends
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.path} is damaged; delete the folder and have it made again"
+            ) from error
+
+    return reading
+
+
 class Corpus:
     """A prepared corpus.
 
@@ -92,8 +113,12 @@ class Corpus:
         name: the directory's name.
         image_shape: (C, h, w) of its latents, None where it has none.
         skipped: how many samples were left out, by reason.
+
+    Raises:
+        UserError: the files are not what they were written as.
     """
 
+    @refuse_damage
     def __init__(self, path: str | Path):
         self.path = Path(path)
         facts = json.loads((self.path / "corpus.json").read_text())
@@ -106,6 +131,7 @@ class Corpus:
         self._latents = _memmap(self.path / "latents.bin", np.float16, shape)
         self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))
         self._documents = np.asarray(np.load(self.path / "documents.npy", mmap_mode="r"))
+        _check_index(self._parts, self._documents)
 
     def __reduce__(self):
         """Travels to DataLoader workers as its path, not its content."""
@@ -115,6 +141,7 @@ class Corpus:
         """Number of documents."""
         return len(self._documents) - 1
 
+    @refuse_damage
     def document(self, index: int, random: np.random.Generator | None = None) -> Document:
         """Texts (L,) int64 and latents (C, h, w) float32, in order.
 
@@ -124,6 +151,7 @@ class Corpus:
                 mirrored, where the corpus has what that needs; None: their means, as they are.
         """
         parts = self._parts[self._documents[index] : self._documents[index + 1]]
+        _check_parts(parts, len(self._tokens), len(self._latents))
         mirrored = int(random is not None and self.latents.mirrored and random.random() < 0.5)
         return [
             torch.from_numpy(draw_latents(self._latents[start, mirrored], random))
@@ -132,6 +160,7 @@ class Corpus:
             for start, length in parts.tolist()
         ]
 
+    @refuse_damage
     def layout(self, documents: np.ndarray | None = None) -> Layout:
         """The parts of some documents, by number, or of all."""
         if documents is None:
@@ -161,4 +190,28 @@ def _memmap(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """An array in a file; an empty file, which cannot be mapped, is an empty array."""
     if 0 in shape:
         return np.empty(shape, dtype)
+    if path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
+        raise ValueError("file of another size than corpus.json says")
     return np.asarray(np.memmap(path, dtype, "r", shape=shape))  # plain arrays slice faster
+
+
+def _check_index(parts: np.ndarray, documents: np.ndarray) -> None:
+    """ValueError unless the documents divide the parts."""
+    kinds = [(array.dtype, array.shape[1:]) for array in (parts, documents)]
+    if kinds != [(np.int64, (2,)), (np.int64, ())] or documents.shape in ((), (0,)):
+        raise ValueError("index of another kind")
+    if documents[0] != 0 or documents[-1] != len(parts):
+        raise ValueError("documents of more or fewer parts")
+    for start in range(0, len(documents), CHUNK):  # never all of a large one in memory
+        if (np.diff(documents[start : start + CHUNK + 1]) < 0).any():
+            raise ValueError("documents out of order")
+
+
+def _check_parts(parts: np.ndarray, num_tokens: int, num_images: int) -> None:
+    """ValueError unless texts and images are where they are said to be."""
+    start, length = parts.T
+    image = length == IMAGE
+    end = np.where(image, start + 1, start + length)
+    limit = np.where(image, num_images, num_tokens)
+    if ((start < 0) | (length < IMAGE) | (end > limit)).any():
+        raise ValueError("part outside of its file")

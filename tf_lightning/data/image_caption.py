@@ -1,23 +1,24 @@
-"""Captioned pictures from disk: WebDataset tars in img2dataset's layout."""
+"""Captioned pictures in WebDataset tars, as img2dataset writes them."""
 
-import json
-import tarfile
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 
-from tf_lightning.data.corpus import BadSample, RawDocument
-from tf_lightning.data.files import FileSource
-from tf_lightning.data.images import load_picture
+from tf_lightning.data.caption_json import CaptionJson
+from tf_lightning.data.caption_rows import CaptionRows, first, parse_caption
+from tf_lightning.data.corpus import BadSample
+from tf_lightning.data.files import PictureFiles
 from tf_lightning.data.mixture import Mixture
+from tf_lightning.data.records import kind, parse_json
+from tf_lightning.data.tars import by_extension, read_tar
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "image")
+CAPTIONS = ("txt", "text", "caption")
 
 
-class CaptionTars(FileSource):
-    """Tars of {key}.jpg|jpeg|png|webp|gif with {key}.txt, or a "caption" in {key}.json.
+class CaptionTars(PictureFiles):
+    """Tars of {key}.jpg|jpeg|png|webp|gif|image with {key}.txt|text|caption, or {key}.json.
 
-    The files of a key stand one after another, as WebDataset has it.
+    Of the JSON "caption" or "text" is read. Files of a key stand one after another.
 
     Args:
         paths: tars or globs to train on.
@@ -26,60 +27,39 @@ class CaptionTars(FileSource):
         image_size: side of the pictures in pixels.
     """
 
-    def __init__(
-        self,
-        paths: str | list[str],
-        val_paths: str | list[str] | None = None,
-        val_fraction: float = 0.01,
-        image_size: int = 256,
-    ):
-        super().__init__(paths, val_paths, val_fraction)
-        self.image_size = image_size
+    def samples(self, file: Path) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+        """As `FileSource.samples`: the files of each key."""
+        return read_tar(file)
 
-    def samples(self, file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """As `FileSource.samples`: the files of each key, by extension."""
-        try:
-            with tarfile.open(file) as tar:
-                members = (member for member in tar if member.isfile())
-                for key, group in groupby(members, key=lambda member: _split_name(member.name)[0]):
-                    yield key, {_split_name(m.name)[1]: tar.extractfile(m).read() for m in group}
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise BadSample("damaged tar, read as far as it goes") from error
-
-    def document(self, sample: dict[str, bytes]) -> RawDocument:
-        """As `FileSource.document`: caption, picture."""
-        picture = next((sample[kind] for kind in PICTURES if kind in sample), None)
+    def parts(self, sample: list[tuple[str, bytes]]) -> list[str | bytes]:
+        """Caption, picture."""
+        files = by_extension(sample)
+        picture = first(files, PICTURES)
         if picture is None:
             raise BadSample("caption without picture")
-        return [_caption(sample), load_picture(picture, self.image_size)]
+        return [_caption(files), picture]
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a tar's file: "00000/000012.png" -> "00000/000012", "png"."""
-    folder, _, base = name.rpartition("/")
-    key, _, extension = base.partition(".")
-    return f"{folder}/{key}", extension.lower()
-
-
-def _caption(sample: dict[str, bytes]) -> str:
+def _caption(files: dict[str, bytes]) -> str:
     try:
-        text = sample.get("txt")
-        caption = json.loads(sample["json"])["caption"] if text is None else text.decode()
-    except (ValueError, KeyError, TypeError) as error:
+        text = first(files, CAPTIONS)
+        if text is None:
+            return parse_caption(parse_json(files["json"]), ("caption", "text"))
+        return parse_caption({"caption": text.decode()}, ("caption",))
+    except (BadSample, UnicodeDecodeError, KeyError) as error:
         raise BadSample("picture without caption") from error
-    if not isinstance(caption, str) or not caption.strip():
-        raise BadSample("picture without caption")
-    return caption.strip()
 
 
 class ImageCaptionData(Mixture):
-    """Tars of captioned pictures alone.
+    """Captioned pictures alone, of one layout.
 
     Args:
-        paths: WebDataset tars, or globs.
-        val_paths: tars or globs to validate on.
+        paths: WebDataset tars; .jsonl, .csv or .parquet as `CaptionRows` reads them; COCO's,
+            Karpathy's or LLaVA's .json as `CaptionJson` does; or globs of one of these kinds.
+        val_paths: files or globs to validate on.
         val_fraction: without `val_paths`, the share of documents held out, in [0, 1).
         image_size: side of the pictures in pixels.
+        images: folder that the names of pictures begin from; None: that of the file naming them.
         kwargs: as in Mixture.
     """
 
@@ -89,7 +69,15 @@ class ImageCaptionData(Mixture):
         val_paths: str | list[str] | None = None,
         val_fraction: float = 0.01,
         image_size: int = 256,
+        images: str | None = None,
         **kwargs,
     ):
-        source = CaptionTars(paths, val_paths, val_fraction, image_size)
+        files = (paths, val_paths, val_fraction, image_size)
+        match kind(Path(paths if isinstance(paths, str) else paths[0])):
+            case ".json":
+                source = CaptionJson(*files, images)
+            case ".jsonl" | ".csv" | ".parquet":
+                source = CaptionRows(*files, images)
+            case _:
+                source = CaptionTars(*files)
         super().__init__(sources={"captions": source}, weights=None, **kwargs)

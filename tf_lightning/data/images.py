@@ -11,21 +11,21 @@ from tf_lightning.data.corpus import BadSample
 
 
 def load_picture(file: bytes | Path, image_size: int) -> Image.Image:
-    """An RGB picture of image_size x image_size pixels: shorter side resized, centre cropped.
+    """An RGB picture of image_size x image_size pixels: the middle square, resized bicubically.
 
     Grey, palette and CMYK become RGB, transparency white, an animation its first frame; a camera's
-    orientation is applied.
+    orientation is applied. Every picture that a model sees comes through here.
 
     Raises:
         BadSample: the file is no picture, is damaged, or is too large to be honest.
     """
+    if isinstance(file, Path) and not file.is_file():  # a pipe would be waited for
+        raise BadSample("missing picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(BytesIO(file) if isinstance(file, bytes) else file)
         image = to_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError as error:
-        raise BadSample("missing picture") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadSample(f"picture of more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from tqdm import tqdm
 
-from tf_lightning.data.corpus import Skipped, Source, Split
+from tf_lightning.data.corpus import Skipped, Source, Split, refuse_damage
 from tf_lightning.data.prepare import summary
 from tf_lightning.errors import UserError
 
@@ -37,17 +37,20 @@ class PictureStore:
         UserError: the file does not hold what store.json says.
     """
 
+    @refuse_damage
     def __init__(self, path: str | Path):
         self.path = Path(path)
         facts = json.loads((self.path / "store.json").read_text())
         self.skipped: dict[str, int] = facts["skipped"]
         shape = tuple(facts["shape"])
+        if len(shape) != 4 or shape[3] != 3:
+            raise ValueError("pictures of another shape")
         if 0 in shape:  # an empty file cannot be mapped
             self.pictures = np.empty(shape, np.uint8)
             return
         file = self.path / "pictures.bin"
         if not file.is_file() or file.stat().st_size != math.prod(shape):
-            raise UserError(f"{self.path} is damaged; delete the folder and have it made again")
+            raise ValueError("file of another size than store.json says")
         self.pictures = np.memmap(file, np.uint8, "r", shape=shape)
 
     def __reduce__(self):
