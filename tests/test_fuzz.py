@@ -199,7 +199,8 @@ def test_a_damaged_corpus_is_read_or_refused(tmp_path, mixture):
         path, whole = damage_one_file(corpus.path, rng)
         try:
             opened = Corpus(corpus.path)
-            opened.lengths(4), opened.pairs(), opened.edits(), opened.read_images()
+            found = opened.layout()
+            found.lengths(4), found.pairs(), found.edits(), found.read_images()
             for number in range(len(opened)):
                 text, image = opened.document(number)
                 assert image.shape == (3, 8, 8)
