@@ -1,5 +1,7 @@
 """Corpora, and the packed rows made of them."""
 
+from tf_lightning.data.chat import ChatFiles
+from tf_lightning.data.class_folders import ClassFolders
 from tf_lightning.data.corpus import Corpus, Skipped, Source
 from tf_lightning.data.edits import EditData, EditFiles
 from tf_lightning.data.image_caption import CaptionTars, ImageCaptionData
@@ -12,6 +14,8 @@ from tf_lightning.data.text import TextData, TextFiles
 
 __all__ = [
     "CaptionTars",
+    "ChatFiles",
+    "ClassFolders",
     "Corpus",
     "EditData",
     "EditFiles",

@@ -36,10 +36,14 @@ class Mixture(StreamData):
         weights: share of the tokens each source is to have, patches counted as tokens; None: as
             many as it has, so that every document is seen equally often. A source with 0 is only
             validated on.
+        weights_count: what `weights` are shares of, "tokens" or "documents" (MonoFormer's 9:1 of
+            samples); a text cut into pieces by `row_length` is as many documents.
         tokenizer: a sentencepiece file; None trains one on the sources' text.
         vocab_size: entries of the tokenizer that is trained.
         autoencoder: "shapes", "pixels", a folder, a file, or a hub name; None: no pictures.
         patch_size: side of a patch in latent pixels.
+        time_token: a position for the noise level before each picture's patches; true where the
+            model's `linear.time` is "token".
         row_length: positions in a row.
         batch_size: rows in a batch of one rank.
         image_first_prob: probability that a captioned picture precedes its caption (paper: 0.2).
@@ -60,10 +64,12 @@ class Mixture(StreamData):
         sources: dict[str, Source],
         weights: dict[str, float] | None = None,
         *,
+        weights_count: Literal["tokens", "documents"] = "tokens",
         tokenizer: str | None = None,
         vocab_size: int = 512,
         autoencoder: str | None = None,
         patch_size: int = 2,
+        time_token: bool = False,
         row_length: int = 512,
         batch_size: int = 8,
         image_first_prob: float = 0.2,
@@ -87,11 +93,13 @@ class Mixture(StreamData):
             raise UserError(
                 f"time_distribution={time_distribution!r} must be 'uniform' or 'logit_normal'"
             )
-        self.sources, self.weights = sources, weights
+        if weights_count not in ("tokens", "documents"):
+            raise UserError(f"weights_count={weights_count!r} must be 'tokens' or 'documents'")
+        self.sources, self.weights, self.weights_count = sources, weights, weights_count
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
-        self.row_length = row_length
+        self.row_length, self.time_token = row_length, time_token
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
         self.time_shift = time_shift
@@ -129,6 +137,7 @@ class Mixture(StreamData):
                     autoencoder=autoencoder,
                     row_length=self.row_length,
                     patch_size=self.patch_size,
+                    time_token=self.time_token,
                 )
                 for name, source in self.sources.items()
             }
@@ -170,11 +179,7 @@ class Mixture(StreamData):
             )
             for number, corpus in enumerate(corpora)
         ]
-        if self.weights is None:
-            weights = [stream.num_tokens for stream in streams]
-        else:
-            weights = [self.weights[name] for name in self.source_names]
-        rows = Rows(streams, weights)
+        rows = Rows(streams, self._token_shares(streams))
         sampler = RowSampler(
             rows,
             self.next_row,
@@ -185,6 +190,15 @@ class Mixture(StreamData):
         )
         times = {"time_shift": self.time_shift, "time_distribution": self.time_distribution}
         return self._loader(rows, sampler, **times)
+
+    def _token_shares(self, streams: list[CorpusRows]) -> list[float]:
+        """What `weights` asks for, in tokens."""
+        if self.weights is None:
+            return [stream.num_tokens for stream in streams]
+        weights = [self.weights[name] for name in self.source_names]
+        if self.weights_count == "tokens":
+            return weights
+        return [w * stream.mean_length for w, stream in zip(weights, streams, strict=True)]
 
     def val_dataloader(self) -> list[DataLoader]:
         """One finite loader for each source, in the order of `source_names`: each document once."""
@@ -222,6 +236,7 @@ class Mixture(StreamData):
             tokenizer=self.tokenizer,
             row_length=self.row_length,
             patch_size=self.patch_size,
+            time_token=self.time_token,
             seed=self.seed,
             max_caption_t=self.max_caption_t,
             clean_copies=self.clean_copies,
@@ -241,7 +256,7 @@ class Mixture(StreamData):
         if self.image_shape is None:
             return 0
         _, height, width = self.image_shape
-        return (height // self.patch_size) * (width // self.patch_size)
+        return (height // self.patch_size) * (width // self.patch_size) + self.time_token
 
 
 def pack_rows(rows: list[StreamRow], **arguments) -> Batch:

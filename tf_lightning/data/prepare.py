@@ -19,7 +19,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from tqdm import tqdm
 
-from tf_lightning.data.corpus import IMAGE, BadSample, Corpus, RawDocument, Skipped, Source, Split
+from tf_lightning.data.corpus import (
+    IMAGE,
+    BadSample,
+    Corpus,
+    Given,
+    RawDocument,
+    Skipped,
+    Source,
+    Split,
+    Turn,
+)
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer
 
@@ -37,6 +47,7 @@ def prepare(
     autoencoder=None,
     row_length: int,
     patch_size: int,
+    time_token: bool = False,
 ) -> Corpus:
     """The corpus `<directory>/<name>-<split>-<hash>`, made if it is not there.
 
@@ -52,6 +63,7 @@ def prepare(
         autoencoder: for the pictures; None where there are none.
         row_length: positions in a row.
         patch_size: side of a patch in latent pixels.
+        time_token: each picture takes one position more.
 
     Raises:
         UserError: nothing usable, pictures without autoencoder, or pictures that do not divide into
@@ -64,6 +76,7 @@ def prepare(
         autoencoder and autoencoder.fingerprint,
         row_length,
         patch_size,
+        *(["time_token"] if time_token else []),
     ]
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     path = Path(directory) / f"{name}-{split}-{digest}"
@@ -73,7 +86,7 @@ def prepare(
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=directory, prefix=f".{path.name}-"))
     try:
-        writer = _Writer(unfinished, tokenizer, autoencoder, row_length, patch_size)
+        writer = _Writer(unfinished, tokenizer, autoencoder, row_length, patch_size, time_token)
         skipped = _write_documents(source, split, name, writer)
         _check_result(name, split, writer.num_documents, skipped)
         writer.close(skipped, origin)
@@ -125,10 +138,16 @@ class _Writer:
     """Writes the files of a corpus; pictures wait until there are enough to encode at once."""
 
     def __init__(
-        self, folder: Path, tokenizer: Tokenizer, autoencoder, row_length: int, patch_size: int
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        autoencoder,
+        row_length: int,
+        patch_size: int,
+        time_token: bool,
     ):
         self.folder, self.tokenizer, self.autoencoder = folder, tokenizer, autoencoder
-        self.row_length, self.patch_size = row_length, patch_size
+        self.row_length, self.patch_size, self.time_token = row_length, patch_size, time_token
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if autoencoder:
             autoencoder.to(self.device)
@@ -163,12 +182,15 @@ class _Writer:
 
     def _encode_text(self, text: str) -> list[int]:
         try:
-            return self.tokenizer.encode(text)
+            ids = self.tokenizer.encode(text)
         except (UnicodeError, RuntimeError) as error:  # half of a surrogate pair, from JSON
             raise BadSample("text is not Unicode") from error
+        if isinstance(text, Turn):
+            ids.append(self.tokenizer.eos_id)
+        return [~token for token in ids] if isinstance(text, Given) else ids
 
     def _check_pictures(self, pictures: list[Image.Image]) -> int:
-        """Patches of one picture; all pictures of a corpus have one size."""
+        """Positions of one picture; all pictures of a corpus have one size."""
         if self.autoencoder is None:
             raise UserError("the data has pictures; name an autoencoder, such as 'pixels'")
         size = pictures[0].size
@@ -181,12 +203,12 @@ class _Writer:
         self.picture_size = self.picture_size or size
         if any(picture.size != self.picture_size for picture in pictures):
             raise BadSample("picture of another size than the first")
-        return (size[0] // pixels) * (size[1] // pixels)
+        return (size[0] // pixels) * (size[1] // pixels) + self.time_token
 
     def _write(self, parts: list[list[int] | Image.Image]) -> None:
         for part in parts:
             if isinstance(part, list):
-                np.array(part, np.uint32).tofile(self.tokens_file)
+                np.array(part, np.int32).tofile(self.tokens_file)
                 self.parts.extend((self.num_tokens, len(part)))
                 self.num_tokens += len(part)
             else:

@@ -126,6 +126,12 @@ class CorpusRows:
         """Of the epoch planned last; epochs differ a little."""
         return len(self._latest[1].rows)
 
+    @property
+    def mean_length(self) -> float:
+        """Positions of a document of the epoch planned last, dropped captions left out."""
+        documents = sum(map(len, self._latest[1].rows))
+        return self.fill * self.rows_per_epoch * self.row_length / documents
+
     def row(self, index: int) -> Row:
         """Row `index` >= 0, counted from the first epoch on."""
         while index >= self._starts[-1]:
