@@ -4,8 +4,8 @@ A patch coder has `encode(latents, t) -> patches, skips` and `decode(hidden, siz
 are tensors (M, ...) that its second half needs of its first; the linear coder has the embedding of
 t, and only where it scales and shifts by it.
 
-Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches, D model dim. A time
-token is one more position, before the N patches.
+Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches, D model dim. A
+time token is one more position, before the N patches.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Several corpora trained on together, their shares given in tokens."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.batch import Batch, pack
 from tf_lightning.data.corpus import Corpus, Skipped, Source
-from tf_lightning.data.prepare import prepare
+from tf_lightning.data.prepare import check_result, prepare
 from tf_lightning.data.rows import CorpusRows, Rows, RowSampler, StreamRow, ValidationRows
 from tf_lightning.data.stream import StreamData
 from tf_lightning.errors import UserError
@@ -153,7 +154,7 @@ class Mixture(StreamData):
         path = self.cache_dir / f"tokenizer-{digest}.model"
         if path.exists():
             return Tokenizer(path)
-        return train(texts(self.sources.values()), path, self.vocab_size)
+        return train(texts(self.sources), path, self.vocab_size)
 
     def _image_shape(self) -> tuple[int, int, int] | None:
         """The one (C, h, w) of all latents; None without pictures."""
@@ -265,17 +266,25 @@ def pack_rows(rows: list[StreamRow], **arguments) -> Batch:
     return pack(list(documents), list(row_ids), source_ids=list(source_ids), **arguments)
 
 
-def texts(sources: Iterator[Source]) -> Iterator[str]:
-    """The training text of sources, of each only as much as a tokenizer needs."""
-    for source in sources:
-        characters = 0
+def texts(sources: dict[str, Source]) -> Iterator[str]:
+    """The training text of sources, of each only as much as a tokenizer needs.
+
+    Raises:
+        UserError: nothing of a source can be used.
+    """
+    for name, source in sources.items():
+        characters, documents, skipped = 0, 0, Counter()
         for document in islice(source.documents("train"), TOKENIZER_DOCUMENTS):
-            parts = [] if isinstance(document, Skipped) else document
-            for text in (part for part in parts if isinstance(part, str)):
+            if isinstance(document, Skipped):
+                skipped[document.reason] += 1
+                continue
+            documents += 1
+            for text in (part for part in document if isinstance(part, str)):
                 yield text
                 characters += len(text)
             if characters > TOKENIZER_CHARACTERS:
                 break
+        check_result(name, "train", documents, dict(skipped.most_common()))
 
 
 def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) -> None:

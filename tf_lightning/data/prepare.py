@@ -88,7 +88,7 @@ def prepare(
     try:
         writer = _Writer(unfinished, tokenizer, autoencoder, row_length, patch_size, time_token)
         skipped = _write_documents(source, split, name, writer)
-        _check_result(name, split, writer.num_documents, skipped)
+        check_result(name, split, writer.num_documents, skipped)
         writer.close(skipped, origin)
         if not path.is_dir():  # another process may have been as quick
             os.rename(unfinished, path)
@@ -110,7 +110,8 @@ def _reasons(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
 
 
-def _check_result(name: str, split: Split, num_documents: int, skipped: dict[str, int]) -> None:
+def check_result(name: str, split: Split, num_documents: int, skipped: dict[str, int]) -> None:
+    """UserError where nothing of a source can be used."""
     if num_documents == 0 and skipped:
         raise UserError(
             f"{name}: all {sum(skipped.values()):,} documents of the {split} split are unusable "
