@@ -212,33 +212,36 @@ class Chooser:
     """The vocabulary head with <boi> first, then never again, so that text follows an image."""
 
     def __init__(self, head: torch.nn.Linear):
-        self.head, self.calls = head, 0
+        self.head, self.seen = head, []
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = 20 * self.head(hidden)
-        logits[..., [TOKENIZER.boi_id, TOKENIZER.eos_id]] = -1e4
-        if self.calls == 0:
-            logits[..., TOKENIZER.boi_id] = 1e4
-        self.calls += 1
-        return logits
+        logits = self.head(hidden)
+        self.seen.append(logits.flatten())
+        chosen = logits.clone()
+        chosen[..., [TOKENIZER.boi_id, TOKENIZER.eos_id]] = -1e4
+        chosen[..., TOKENIZER.boi_id] *= -1 if len(self.seen) == 1 else 1
+        return chosen
 
 
 @TIMES
 def test_text_behind_a_drawn_image_reads_it_clean(time):
-    """Its tokens are those of full forwards with the finished image at t = 0."""
+    """The logits behind it are those of a full forward with it at t = 0, and at no other t."""
     net, prompt = made_net(time=time), document("3", 1)
-    head = Chooser(net.transformer.output)
-    net.transformer._modules["output"] = head
-    how = settings("any", text={"max_new_tokens": 4})
+    net.patch_coder.time_embedder[2].weight *= 10  # so that t is heard
+    head = net.transformer.output
+    chooser = net.transformer._modules["output"] = Chooser(head)
+    how = settings("any", text={"max_new_tokens": 2})
     (answer,) = collect(generate(speaker(net), [prompt], [7], how), 1)
     image, text = answer
-    chain: list[int] = []
-    while len(chain) < 4:
-        batch = packed([*prompt, image, torch.tensor(chain, dtype=torch.long)], net)
-        batch.target_index = torch.tensor([batch.input_ids.numel() - 2])
-        logits, _ = net(batch, batch.latents, torch.zeros(1), DenseAttention(batch))
-        chain.append(int(logits[0].argmax()))
-    assert text.tolist() == chain and len(set(chain)) > 1
+    net.transformer._modules["output"] = head
+    batch = packed([*prompt, image, text], net)
+    batch.target_index = torch.tensor([len(batch.input_ids[0]) - 4, len(batch.input_ids[0]) - 3])
+    clean, noised = (
+        net(batch, batch.latents, torch.tensor([t]), DenseAttention(batch))[0] for t in (0.0, 0.5)
+    )
+    _, _, *seen = chooser.seen  # behind the prompt and <boi>; then behind <eoi> and a token
+    torch.testing.assert_close(torch.stack(seen), clean, atol=1e-5, rtol=1e-4)
+    assert (noised - clean).abs().max() > 1e-2
 
 
 # Mistakes
