@@ -18,10 +18,12 @@ class StartFrom(L.Callback):
 
     Args:
         checkpoint: a file that `tf-lightning fit` wrote.
+        transformer_only: take the Transformer alone; the image side begins anew, as where a
+            language model is the start (MonoFormer).
     """
 
-    def __init__(self, checkpoint: str):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: str, transformer_only: bool = False):
+        self.checkpoint, self.transformer_only = checkpoint, transformer_only
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Load, unless the run is resumed.
@@ -41,6 +43,10 @@ class StartFrom(L.Callback):
         start = "ema." if averaged else "net."
         chosen = {n.removeprefix(start): w for n, w in weights.items() if n.startswith(start)}
         chosen = with_image_weights(chosen, pl_module.net.state_dict())
+        if self.transformer_only:
+            ours = pl_module.net.state_dict()
+            chosen = {n: w for n, w in chosen.items() if n.startswith("transformer.")}
+            chosen |= {n: w for n, w in ours.items() if not n.startswith("transformer.")}
         prefixes = ["net."] + (["ema."] if pl_module.ema is not None else [])
         pl_module.load_state_dict({p + name: w for p in prefixes for name, w in chosen.items()})
         rank_zero_info(f"Started from {self.checkpoint}")

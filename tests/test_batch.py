@@ -93,6 +93,26 @@ def test_a_target_is_the_next_text_token_of_its_document(rows):
             assert places & set(here.tolist()) == expected
 
 
+def test_a_token_that_is_not_learned_is_read_and_no_target():
+    """It stands in its document as ~id; all else of the batch is as if it were learned."""
+    learned = [torch.tensor([5, 6, 7, 8]), document("i")[0], torch.tensor([9, 10])]
+    given = [torch.tensor([5, ~6, ~7, 8]), learned[1], torch.tensor([~9, 10])]
+    one, two = packed([[learned]]), packed([[given]])
+    for name in (
+        "input_ids",
+        "positions",
+        "document_ids",
+        "image_ids",
+        "patch_index",
+        "text_index",
+    ):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    differ = (one.labels != two.labels)[0].nonzero().flatten()
+    assert one.labels[0, differ].tolist() == [6, 7, 9]
+    assert (two.labels[0, differ] == IGNORE_INDEX).all()
+    assert len(two.target_index) == len(one.target_index) - 3
+
+
 def test_a_document_without_text_teaches_no_text():
     batch = packed([[document("i"), document("2")]])
     assert batch.target_index.tolist() == [8, 9, 10]

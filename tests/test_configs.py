@@ -106,7 +106,12 @@ def test_an_experiment_changes_what_it_says_and_makes_a_network(name, parsed):
     said = flat(yaml.safe_load(file.read_text()))
     assert said["trainer.logger.init_args.name"] == file.stem  # a run folder of its own
     config = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"), "-c", str(file))
+    added = said.pop("trainer.callbacks+", [])  # behind the recipe's own
     assert flat(config).items() >= said.items()
+    last = config["trainer"]["callbacks"][-len(added) :] if added else []
+    for callback, given in zip(last, added, strict=True):
+        assert callback["class_path"] == given["class_path"]
+        assert callback["init_args"].items() >= given["init_args"].items()
 
     model, data = config["model"], config["data"]["init_args"]
     assert model["patch_size"] == data["patch_size"]
@@ -199,3 +204,32 @@ def test_the_quickstarts_evaluation_is_whole_and_has_its_data(parsed):
     config = parsed("validate", "-c", str(CONFIGS / "eval" / "quickstart.yaml"))
     trained = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"))
     assert config["data"] == trained["data"]
+
+
+def test_monoformers_language_model_is_the_quickstarts_trunk_and_text(parsed):
+    text = parsed("fit", "-c", str(CONFIGS / "shapes_text.yaml"))
+    quickstart = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"))
+    assert text["model"]["transformer"] == quickstart["model"]["transformer"]
+    for name in ("sources", "vocab_size", "row_length", "cache_dir"):  # so the same tokenizer
+        assert text["data"]["init_args"][name] == quickstart["data"]["init_args"][name]
+    assert text["data"]["init_args"]["weights"] == {"captions": 0.0, "text": 1.0, "edits": 0.0}
+    experiment = yaml.safe_load((CONFIGS / "experiments" / "monoformer.yaml").read_text())
+    start = experiment["trainer"]["callbacks+"][0]["init_args"]["checkpoint"]
+    logger = text["trainer"]["logger"]["init_args"]
+    assert start == f"{logger['save_dir']}/{logger['name']}/checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize("name", ["monoformer.yaml", "monoformer_chat.yaml"])
+def test_monoformer_is_tinyllama_with_the_papers_numbers(name, parsed):
+    config = parsed("fit", "-c", str(CONFIGS / name))
+    model, data = config["model"], config["data"]["init_args"]
+    module = Transfusion(**model)
+    with torch.device("meta"):
+        module.configure_model()
+    language = module.net.transformer
+    new = 2 * 2 * 2048  # <boi> and <eoi>, in and out
+    assert sum(p.numel() for p in language.parameters()) - new == 1_100_048_384  # TinyLlama's
+    assert (model["lr"], model["weight_decay"], model["min_lr_ratio"]) == (1e-4, 0.0, 1.0)
+    assert (model["ema_decay"], model["diffusion_weight"]) == (0.9999, 1.0)
+    assert model["learned_sigma"] and model["noise_schedule"] == "linear"
+    assert data["caption_drop_prob"] == 0.1

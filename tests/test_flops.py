@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tf_lightning.attention import DocumentAttention
 from tf_lightning.batch import Batch, document_length, pack
+from tf_lightning.conditioning import LinearConfig
 from tf_lightning.flops import Work, flops_6nd, forward_flops, squared_lengths, training_flops
 from tf_lightning.net import Net
 from tf_lightning.transformer import TransformerConfig
@@ -17,13 +18,16 @@ NETS = {
     "grouped queries": {"num_kv_heads": 2},
     "feed-forward of their own": {"image_weights": "ffn"},
     "all of their own": {"image_weights": "all"},
+    "AdaLN": {"linear": LinearConfig(time="adaln", place="sincos"), "learned_sigma": True},
 }
 UNETS = {1: (8,), 2: (8, 16), 4: (8, 12, 16)}
 
 
-def net(unet: UNetConfig | None = None, patch_size: int = 2, learned_sigma=False, **sizes) -> Net:
+def net(
+    unet: UNetConfig | None = None, patch_size: int = 2, learned_sigma=False, linear=None, **sizes
+) -> Net:
     config = TransformerConfig(VOCAB_SIZE, 32, 2, 4, **{"ffn_dim": 48, **sizes})
-    return Net(config, patch_size, 3, unet=unet, learned_sigma=learned_sigma)
+    return Net(config, patch_size, 3, unet=unet, learned_sigma=learned_sigma, linear=linear)
 
 
 def rows() -> list:

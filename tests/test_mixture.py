@@ -77,6 +77,38 @@ def test_token_shares_are_the_weights(mixture):
     assert tokens / tokens.sum() == pytest.approx([0.2, 0.5, 0.3], abs=0.01)
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_document_shares_are_the_weights_where_these_count_documents(mixture, drop):
+    """MonoFormer's 9 : 1 of samples, however long they are."""
+    sources = {"pictures": Pictures(), "chat": Words("blue", 40)}
+    weights = {"pictures": 9, "chat": 1}
+    data = mixture(
+        sources, weights, weights_count="documents", batch_size=50, caption_drop_prob=drop
+    )
+    data.setup()
+    documents = np.zeros(2)
+    for batch, _ in zip(data.train_dataloader(), range(60), strict=False):
+        count = batch.document_ids.amax(1).add(1).numpy()
+        np.add.at(documents, batch.source_ids.numpy(), count)
+    assert documents / documents.sum() == pytest.approx([0.9, 0.1], abs=0.01)
+
+
+def test_what_weights_count_is_checked(mixture):
+    with pytest.raises(UserError, match="weights_count='words' must be 'tokens' or 'documents'"):
+        mixture(weights_count="words")
+
+
+def test_a_time_token_takes_a_place_in_rows_and_is_a_corpus_of_its_own(mixture):
+    plain, token = mixture(), mixture(time_token=True)
+    plain.setup(), token.setup()
+    names = [data.corpora["train"]["pictures"].name for data in (plain, token)]
+    assert names[0] != names[1]
+    batch = next(iter(token.val_dataloader()[1]))
+    lengths = batch.image_ids.flatten()[batch.image_ids.flatten() >= 0].bincount()
+    assert set(lengths.tolist()) == {5}  # 4 patches and the token
+    assert len(batch.patch_index) == 5 * batch.num_images
+
+
 def test_without_weights_every_document_is_seen_equally_often(mixture):
     data = mixture({"few": Words("red", 20, 50), "many": Words("blue", 2, 2000)})
     data.setup()

@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler
 import runs
 from tf_lightning.attention import DenseAttention, build_attention
 from tf_lightning.batch import IGNORE_INDEX, Batch
+from tf_lightning.conditioning import LinearConfig
 from tf_lightning.data import Mixture
 from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
 from tf_lightning.diffusion import cosine_alphas_cumprod
@@ -104,6 +105,11 @@ VARIANTS = {
     "min-SNR": {"min_snr_gamma": 5.0},
     "U-Net": {"unet": UNetConfig((8, 16), num_blocks=1, head_dim=8)},
     "U-Net, learned sigma": {"unet": UNetConfig((8, 16), 1, 8), "learned_sigma": True},
+    "MonoFormer": {
+        "linear": LinearConfig(time="adaln", place="sincos", zero_init="input"),
+        "noise_schedule": "linear",
+        "learned_sigma": True,
+    },
 }
 
 

@@ -51,6 +51,24 @@ def test_a_run_begins_with_the_averaged_weights_of_another(run, tmp_path, checkp
     assert not torch.equal(theirs[f"net.{name}"], theirs[f"ema.{name}"])
 
 
+def test_the_transformer_alone_may_be_taken(run, tmp_path, checkpoint):
+    """As MonoFormer begins with a language model: the image side is another, and new."""
+
+    def monoformer(config: dict) -> None:
+        still(config)
+        linear = {"time": "adaln", "place": "sincos", "zero_init": "input"}
+        config["model"] |= {"linear": linear, "learned_sigma": True, "noise_schedule": "linear"}
+        config["trainer"]["callbacks"][-1]["init_args"]["transformer_only"] = True
+
+    main(["fit", "-c", str(write_config(run, tmp_path, checkpoint, monoformer))])
+    theirs, ours = weights(checkpoint), weights(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for name, value in ours.items():
+        if ".transformer." in name:
+            torch.testing.assert_close(value, theirs["ema." + name.partition(".")[2]])
+    assert not ours["net.patch_coder.patch_encoder.weight"].any()
+    assert ours["net.patch_coder.patch_decoder.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_image_weights_start_as_copies_beside_a_frozen_text_side(run, tmp_path, checkpoint):
     def own(config: dict) -> None:
         config["model"] |= {"text_lr_ratio": 0.0, "ema_decay": 0.0}

@@ -45,6 +45,32 @@ def test_the_table_has_a_row_a_variant_and_is_resumed(tmp_path, monkeypatch):
     assert commands == ["fit", "validate"] and again[:-1] == second[:-1]
 
 
+def test_a_variant_that_begins_with_a_language_model_has_it_trained_first_and_once(
+    tmp_path, monkeypatch
+):
+    commands = []
+
+    def run(args: list[str]) -> None:
+        """Ends as a training does: with a checkpoint of its last step."""
+        commands.append(args)
+        name = "shapes_text" if "shapes_text" in " ".join(args[:3]) else "monoformer"
+        folder = tmp_path / name / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = {"shapes_text": 240, "monoformer": 9}[name]
+        torch.save({"global_step": steps}, folder / "last.ckpt")
+
+    monkeypatch.setattr(variants, "tf_lightning", run)
+    variants.train("monoformer", tmp_path / "base.yaml", tmp_path, 9, ["--trainer.devices=1"])
+    first, second = commands
+    assert first[:3] == ["fit", "-c", str(variants.BEGINNINGS["monoformer"])]
+    assert f"--trainer.logger.init_args.save_dir={tmp_path}" in first
+    assert "--trainer.devices=1" in first and "--trainer.devices=1" in second
+    start = tmp_path / "shapes_text" / "checkpoints" / "last.ckpt"
+    assert f"--trainer.callbacks.checkpoint={start}" in second and second[0] == "fit"
+    variants.train("monoformer", tmp_path / "base.yaml", tmp_path, 9, [])
+    assert [args[0] for args in commands] == ["fit", "fit", "validate"]
+
+
 def test_a_report_of_an_earlier_step_does_not_count(tmp_path):
     assert variants.read_report(tmp_path, 9) is None and variants.steps_done(tmp_path) == 0
     (tmp_path / "report.json").write_text('{"global_step": 6}')

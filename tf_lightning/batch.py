@@ -8,8 +8,11 @@ With `clean_copies`, an image that a later part reads stands twice in a row, at 
 noised, to be denoised and seen by itself alone, then clean, for all that follows (BAGEL). At
 generation, too, the clean image takes the noised one's place.
 
-Shapes: B rows, T places a row, M images in the batch, M' clean copies, N patches an image, C x h x
-w latents.
+A text's token that is read and not learned (a question of a chat) stands in its document as ~id,
+which is negative: it is no target.
+
+Shapes: B rows, T places a row, M images in the batch, M' clean copies, N patches an image (and its
+time token), C x h x w latents.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-Part = Tensor  # (L,) int64 text, or (C, h, w) float32 latents
+Part = Tensor  # (L,) int64 text, ~id where it is not learned, or (C, h, w) float32 latents
 Document = list[Part]
 Row = list[Document]
 
@@ -69,16 +72,22 @@ def is_image(part: Part) -> bool:
     return part.ndim == 3
 
 
-def num_patches(latents: Tensor, patch_size: int) -> int:
-    """N of one image of latents (..., h, w)."""
+def plain_ids(text: Tensor) -> Tensor:
+    """The ids of a text (L,), learned or not."""
+    return torch.where(text < 0, ~text, text)
+
+
+def num_patches(latents: Tensor, patch_size: int, time_token: bool = False) -> int:
+    """N of one image of latents (..., h, w), its time token counted."""
     height, width = latents.shape[-2:]
-    return (height // patch_size) * (width // patch_size)
+    return (height // patch_size) * (width // patch_size) + time_token
 
 
-def document_length(document: Document, patch_size: int) -> int:
+def document_length(document: Document, patch_size: int, time_token: bool = False) -> int:
     """Positions a document takes in a row: its parts, <boi> and <eoi>, <bos> and <eos>."""
     return 2 + sum(
-        num_patches(part, patch_size) + 2 if is_image(part) else len(part) for part in document
+        num_patches(part, patch_size, time_token) + 2 if is_image(part) else len(part)
+        for part in document
     )
 
 
@@ -132,8 +141,8 @@ def draw_times(
 class _RowWriter:
     """Fills one row from the left."""
 
-    def __init__(self, row_length: int, tokenizer, patch_size: int):
-        self.tokenizer, self.patch_size = tokenizer, patch_size
+    def __init__(self, row_length: int, tokenizer, patch_size: int, time_token: bool):
+        self.tokenizer, self.patch_size, self.time_token = tokenizer, patch_size, time_token
         self.input_ids = torch.zeros(row_length, dtype=torch.long)
         self.labels = torch.full((row_length,), IGNORE_INDEX)
         self.positions = torch.zeros(row_length, dtype=torch.long)
@@ -146,14 +155,14 @@ class _RowWriter:
     ) -> None:
         """Append a document; what is numbered, and what None is, says `flatten`."""
         ids, image_ids, positions = flatten(
-            document, self.tokenizer, self.patch_size, first_image, first_copy
+            document, self.tokenizer, self.patch_size, first_image, first_copy, self.time_token
         )
         place = slice(self.end, self.end + len(ids))
         if place.stop > len(self.input_ids):
             raise ValueError(
                 f"documents of {place.stop} positions exceed row_length={len(self.input_ids)}"
             )
-        self.input_ids[place] = ids
+        self.input_ids[place] = plain_ids(ids)
         self.image_ids[place] = image_ids
         self.positions[place] = positions
         self.document_ids[place] = document_id
@@ -168,8 +177,9 @@ def flatten(
     patch_size: int,
     first_image: int = 0,
     first_copy: int | None = None,
+    time_token: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A document's ids (0 at patches), image ids and positions, each (L,).
+    """A document's ids (0 at patches, ~id where not learned), image ids and positions, each (L,).
 
     Images are numbered from `first_image`, their clean copies from `first_copy`; None: no copies.
     """
@@ -179,7 +189,7 @@ def flatten(
         if not is_image(part):
             pieces.append((part, torch.full((len(part),), -1)))
             continue
-        length = num_patches(part, patch_size)
+        length = num_patches(part, patch_size, time_token)
         patches = torch.zeros(length, dtype=torch.long), torch.full((length,), first_image)
         pieces += [text(tokenizer.boi_id), patches]
         first_image += 1
@@ -200,11 +210,11 @@ def next_text_tokens(ids: Tensor, image_ids: Tensor, boi_id: int) -> Tensor:
     """LM targets of one document, (L,).
 
     None at <boi> (its output would have to be a patch: Transfusion footnote 8), none at patches
-    (<eoi> is appended, never predicted), none at the last position.
+    (<eoi> is appended, never predicted), none at the last position, none that is not learned (~id).
     """
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:-1] = ids[1:]
-    labels[(ids == boi_id) | (image_ids >= 0)] = IGNORE_INDEX
+    labels[(ids == boi_id) | (image_ids >= 0) | (labels < 0)] = IGNORE_INDEX
     return labels
 
 
@@ -215,6 +225,7 @@ def pack(
     tokenizer,
     row_length: int,
     patch_size: int,
+    time_token: bool = False,
     seed: int = 0,
     max_caption_t: float = 0.5,
     clean_copies: bool = False,
@@ -232,6 +243,7 @@ def pack(
         tokenizer: anything with bos_id, eos_id, boi_id, eoi_id.
         row_length: T; the documents of a row must fit.
         patch_size: side of a patch in latent pixels.
+        time_token: a position for the noise level before each image's patches.
         seed: the run's seed.
         max_caption_t: noise limit of images that precede their text, in (0, 1].
         clean_copies: later parts read a clean copy of each image, which then has no limit.
@@ -243,7 +255,7 @@ def pack(
     copied: list[int] = []
     num_images = sum(is_image(part) for row in rows for document in row for part in document)
     for row, row_id in zip(rows, row_ids, strict=True):
-        writer = _RowWriter(row_length, tokenizer, patch_size)
+        writer = _RowWriter(row_length, tokenizer, patch_size, time_token)
         limits: list[float] = []
         for document_id, document in enumerate(row):
             first_copy = num_images + len(copied) if clean_copies else None

@@ -60,6 +60,8 @@ def encoder_flops(coder: LinearPatchCoder | UNetPatchCoder, size: tuple[int, int
     area = size[0] * size[1]
     patches = area // coder.patch_size**2
     total = 2 * (weights(coder.time_embedder) + weights(coder.patch_encoder) * patches)
+    if hasattr(coder, "input_norm"):
+        total += 2 * weights(coder.input_norm)  # once an image
     if isinstance(coder, UNetPatchCoder):
         total += 2 * weights(coder.conv_in) * area
         for index, block in enumerate(coder.down_blocks):
@@ -74,6 +76,8 @@ def decoder_flops(coder: LinearPatchCoder | UNetPatchCoder, size: tuple[int, int
     """Forward, from the patches of one image to the output of `size` = (h, w)."""
     area = size[0] * size[1]
     total = 2 * weights(coder.patch_decoder) * (area // coder.patch_size**2)
+    if hasattr(coder, "output_norm"):
+        total += 2 * weights(coder.output_norm)
     if isinstance(coder, UNetPatchCoder):
         total += 2 * weights(coder.conv_out) * area
         for index, block in enumerate(reversed(coder.up_blocks)):

@@ -138,7 +138,10 @@ class _Engine:
             for reads in self.settings.branches
             for document in documents
         ]
-        batch = pack_prompts(parts, self.speaker.tokenizer, self.speaker.patch_size, self.device)
+        speaker = self.speaker
+        batch = pack_prompts(
+            parts, speaker.tokenizer, speaker.patch_size, self.device, speaker.net.time_token
+        )
         lengths = batch.row_tokens - 1  # <eos>, which pack adds, is read and then overwritten
         for branch, length in zip(branches, lengths.tolist(), strict=True):
             branch.length = length
@@ -301,14 +304,17 @@ class _Engine:
         return AppendAttention(self.cache, list(rows), list(lengths), num_new, causal, image)
 
 
-def pack_prompts(documents: Sequence[Document], tokenizer, patch_size: int, device) -> Batch:
+def pack_prompts(
+    documents: Sequence[Document], tokenizer, patch_size: int, device, time_token: bool = False
+) -> Batch:
     """One document a row; conditioning images stay clean (t = 0)."""
     batch = pack(
         [[document] for document in documents],
         list(range(len(documents))),
         tokenizer=tokenizer,
-        row_length=max(document_length(document, patch_size) for document in documents),
+        row_length=max(document_length(d, patch_size, time_token) for d in documents),
         patch_size=patch_size,
+        time_token=time_token,
     ).to(device)
     return replace(batch, t=torch.zeros_like(batch.t))
 

@@ -15,6 +15,7 @@ from torchmetrics import SumMetric
 from tf_lightning.attention import build_attention
 from tf_lightning.batch import Batch, Document, unpack
 from tf_lightning.checkpoint import misfit
+from tf_lightning.conditioning import LinearConfig, has_time_token
 from tf_lightning.errors import UserError
 from tf_lightning.losses import lm_loss, total_loss
 from tf_lightning.net import Net, update_ema
@@ -34,6 +35,7 @@ class Transfusion(L.LightningModule):
         patch_size: side of a patch in latent pixels; the data's must be the same.
         latent_channels: channels of the autoencoder's latents.
         unet: sizes of a U-Net patch coder; null: one linear layer in, one out.
+        linear: how the linear patch coder is told noise level and place; null: as the paper does.
         prediction_type: what the denoiser outputs, "epsilon" (the paper), "v_prediction", or
             "flow", which is rectified flow instead of DDPM.
         noise_schedule: of DDPM, "cosine" (the paper) or "linear".
@@ -59,6 +61,7 @@ class Transfusion(L.LightningModule):
         patch_size: int = 2,
         latent_channels: int = 8,
         unet: UNetConfig | None = None,
+        linear: LinearConfig | None = None,
         prediction_type: str = "epsilon",
         noise_schedule: str = "cosine",
         num_train_timesteps: int = 1000,
@@ -85,7 +88,13 @@ class Transfusion(L.LightningModule):
             unet = UNetConfig(**unet)
         if unet is not None:
             check_unet(unet, patch_size)
-        self.config, self.unet = transformer, unet
+        if isinstance(linear, dict):
+            linear = LinearConfig(**linear)
+        if unet is not None and linear is not None:
+            raise UserError(
+                "unet and linear are both given and a model has one patch coder; leave one out"
+            )
+        self.config, self.unet, self.linear = transformer, unet, linear
         self.objective = Objective(
             prediction_type, noise_schedule, num_train_timesteps, learned_sigma, min_snr_gamma
         )
@@ -109,6 +118,7 @@ class Transfusion(L.LightningModule):
             hparams.latent_channels,
             unet=self.unet,
             learned_sigma=hparams.learned_sigma,
+            linear=self.linear,
         )
         self.net.reset_parameters()
         if hparams.text_lr_ratio == 0:
@@ -135,11 +145,13 @@ class Transfusion(L.LightningModule):
             ("entries in the vocabulary", self.config.vocab_size, data.tokenizer.vocab_size),
             ("patch_size", hparams.patch_size, data.patch_size),
             ("latent_channels", hparams.latent_channels, latent_channels),
+            ("time_token", has_time_token(self.linear), data.time_token),
         ):
             if ours != theirs:
                 raise UserError(
                     f"the data has {name} = {theirs} but the model has {ours}; "
-                    "give both the same value (tokenizer, vocab_size, patch_size, latent_channels)"
+                    "give both the same value (tokenizer, vocab_size, patch_size, latent_channels, "
+                    "time_token with linear.time)"
                 )
         self.tokenizer_proto, self.row_length = data.tokenizer.proto, data.row_length
         self.image_codec = {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tf_lightning.attention import Attention
 from tf_lightning.batch import Batch
+from tf_lightning.conditioning import LinearConfig, has_time_token
 from tf_lightning.patches import LinearPatchCoder
 from tf_lightning.transformer import Transformer, TransformerConfig
 from tf_lightning.unet import UNetConfig, UNetPatchCoder
@@ -24,6 +25,7 @@ class Net(nn.Module):
         latent_channels: C.
         unet: sizes of a U-Net patch coder; None: the linear one.
         learned_sigma: 2 C output channels, the second half for the variance.
+        linear: how the linear patch coder is told noise level and place; None: as Transfusion does.
     """
 
     def __init__(
@@ -33,12 +35,16 @@ class Net(nn.Module):
         latent_channels: int,
         unet: UNetConfig | None = None,
         learned_sigma: bool = False,
+        linear: LinearConfig | None = None,
     ):
         super().__init__()
         self.transformer = Transformer(config)
+        self.time_token = has_time_token(linear)
         self.outputs = 2 if learned_sigma else 1
         sizes = latent_channels, patch_size, config.dim, self.outputs * latent_channels
-        self.patch_coder = UNetPatchCoder(unet, *sizes) if unet else LinearPatchCoder(*sizes)
+        self.patch_coder = (
+            UNetPatchCoder(unet, *sizes) if unet else LinearPatchCoder(*sizes, linear)
+        )
 
     def forward(
         self, batch: Batch, noised_latents: Tensor, t: Tensor, attend: Attention

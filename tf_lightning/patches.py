@@ -1,9 +1,11 @@
 """The linear patch coder: latents <-> patch vectors, and what an image's noise level adds to them.
 
 A patch coder has `encode(latents, t) -> patches, skips` and `decode(hidden, size, skips)`: `skips`
-are tensors (M, ...) that its second half needs of its first; the linear coder has none.
+are tensors (M, ...) that its second half needs of its first; the linear coder has the embedding of
+t, and only where it scales and shifts by it.
 
-Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches, D model dim.
+Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches, D model dim. A
+time token is one more position, before the N patches.
 """
 
 import math
@@ -12,6 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tf_lightning.conditioning import INIT_STD, AdaptiveNorm, LinearConfig, check, sincos_place
 
 TIMESTEP_DIM = 256
 MAX_GRID = 64  # patches a side of the largest image: 512 pixels at f8, patch size 1
@@ -55,38 +59,66 @@ class LinearPatchCoder(nn.Module):
         patch_size: P.
         dim: D.
         out_channels: of the output; None: C.
+        config: other ways to tell it the noise level and the place; None: these.
+
+    Raises:
+        UserError: there is no such way.
     """
 
     def __init__(
-        self, latent_channels: int, patch_size: int, dim: int, out_channels: int | None = None
+        self,
+        latent_channels: int,
+        patch_size: int,
+        dim: int,
+        out_channels: int | None = None,
+        config: LinearConfig | None = None,
     ):
         super().__init__()
+        self.config = config or LinearConfig()
+        check(self.config, dim)
         self.patch_size, self.latent_channels = patch_size, latent_channels
         self.patch_encoder = nn.Linear(latent_channels * patch_size**2, dim)
         self.patch_decoder = nn.Linear(dim, (out_channels or latent_channels) * patch_size**2)
         self.time_embedder = nn.Sequential(
             nn.Linear(TIMESTEP_DIM, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
-        self.row_embedding = nn.Embedding(MAX_GRID, dim)
-        self.column_embedding = nn.Embedding(MAX_GRID, dim)
+        if self.config.place == "learned":
+            self.row_embedding = nn.Embedding(MAX_GRID, dim)
+            self.column_embedding = nn.Embedding(MAX_GRID, dim)
+        if self.config.time == "adaln":
+            self.input_norm, self.output_norm = AdaptiveNorm(dim), AdaptiveNorm(dim)
 
     def encode(self, latents: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Latents (M, C, h, w) at noise levels t (M,) -> patch vectors (M, N, D), no skips."""
+        """Latents (M, C, h, w) at noise levels t (M,) -> patch vectors (M, N, D), and skips."""
+        patches = self.patch_encoder(patchify(latents, self.patch_size)) + self._place(latents)
+        time = self.time_embedder(timestep_embedding(t).type_as(latents))
+        if self.config.time == "token":
+            return torch.cat([time.unsqueeze(1), patches], dim=1), []
+        if self.config.time == "adaln":
+            return self.input_norm(patches, time), [time]
+        return patches + time.unsqueeze(1), []
+
+    def _place(self, latents: Tensor) -> Tensor:
         height, width = (side // self.patch_size for side in latents.shape[-2:])
-        patches = self.patch_encoder(patchify(latents, self.patch_size))
-        time = self.time_embedder(timestep_embedding(t).type_as(latents)).unsqueeze(1)
-        place = place_embedding(self.row_embedding, self.column_embedding, height, width)
-        return patches + time + place, []
+        if self.config.place == "sincos":
+            dim = self.patch_encoder.out_features
+            return sincos_place(height, width, dim, latents.device).type_as(latents)
+        return place_embedding(self.row_embedding, self.column_embedding, height, width)
 
     def decode(self, hidden: Tensor, size: tuple[int, int], skips: Sequence[Tensor] = ()) -> Tensor:
         """Hidden states (M, N, D) -> the network's output (M, C, h, w), `size` = (h, w)."""
+        if self.config.time == "token":
+            hidden = hidden[:, 1:]
+        if self.config.time == "adaln":
+            hidden = self.output_norm(hidden, *skips)
         return unpatchify(self.patch_decoder(hidden), self.patch_size, size)
 
     def reset_parameters(self) -> None:
         """Unit-variance patch vectors; a zero output, the mean of every target.
 
         A patch's place is as loud as half its content: at 0.02, the usual for embeddings, models
-        learned late what is above and what is left.
+        learned late what is above and what is left. With `zero_init="input"` the patches' content
+        and the noise level are what is zero.
         """
         for part in self.modules():
             if isinstance(part, nn.Linear):
@@ -94,4 +126,13 @@ class LinearPatchCoder(nn.Module):
                 nn.init.zeros_(part.bias)
             elif isinstance(part, nn.Embedding):
                 nn.init.normal_(part.weight, std=0.5)
-        nn.init.zeros_(self.patch_decoder.weight)
+        norms = [part for part in self.modules() if isinstance(part, AdaptiveNorm)]
+        outputs = [self.patch_decoder, *(norm.modulation[1] for norm in norms)]
+        if self.config.zero_init == "output":
+            for part in outputs:
+                nn.init.zeros_(part.weight)
+        else:
+            for part in outputs:
+                nn.init.normal_(part.weight, std=INIT_STD)
+            nn.init.zeros_(self.patch_encoder.weight)
+            nn.init.zeros_(self.time_embedder[2].weight)

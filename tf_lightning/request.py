@@ -75,9 +75,11 @@ class Speaker:
 
     @property
     def num_patches(self) -> int:
-        """N; 0 without images."""
-        _, height, width = self.latent_shape or (0, 0, 0)
-        return (height // self.patch_size) * (width // self.patch_size)
+        """N, the time token counted; 0 without images."""
+        if self.latent_shape is None:
+            return 0
+        _, height, width = self.latent_shape
+        return (height // self.patch_size) * (width // self.patch_size) + self.net.time_token
 
     def capacity(self, prompt: Document, settings: Settings) -> int:
         """Positions of a prompt and the longest answer to it.
@@ -85,7 +87,7 @@ class Speaker:
         Raises:
             UserError: the model's documents are too short for the prompt and the least answer.
         """
-        length = document_length(prompt, self.patch_size)
+        length = document_length(prompt, self.patch_size, self.net.time_token)
         image = self.num_patches + 2  # <boi>, <eoi>
         least = image if settings.answer == "image" else 1
         if self.max_length is not None and length + least > self.max_length:

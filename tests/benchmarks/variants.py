@@ -5,7 +5,9 @@
 One row a variant; its run is in `--out`/NAME. Interrupted, the same command goes on where it was: a
 variant with a report of its last step is left alone, one without resumes from its last checkpoint.
 All have the same rows of data, positions a step, schedule and seed: one seed, so this shows that
-all of them work, not which is better. The table is printed and kept in `--out`/table.md.
+all of them work, not which is better. `monoformer` begins with a language model, which is trained
+first, into `--out`/shapes_text; its row does not count what that took. The table is printed and
+kept in `--out`/table.md.
 """
 
 import argparse
@@ -22,7 +24,18 @@ from tf_lightning.cli import main as tf_lightning
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "configs" / "experiments"
-DEFAULT = ["linear", "epsilon", "flow", "causal", "unet", "unet_patch8", "patch8", "mot"]
+BEGINNINGS = {"monoformer": ROOT / "configs" / "shapes_text.yaml"}
+DEFAULT = [
+    "linear",
+    "epsilon",
+    "flow",
+    "causal",
+    "unet",
+    "unet_patch8",
+    "patch8",
+    "mot",
+    "monoformer",
+]
 COLUMNS = {
     "one object": ("one_object", "{:.1%}"),
     "two objects": ("two_objects", "{:.1%}"),
@@ -55,11 +68,23 @@ def train(name: str, base: Path, out: Path, steps: int, more: list[str]) -> None
     arguments = ["-c", str(base), "-c", str(EXPERIMENTS / f"{name}.yaml"), *more]
     arguments += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
     arguments += [f"--trainer.logger.init_args.save_dir={out}"]
+    if name in BEGINNINGS:
+        start = train_beginning(BEGINNINGS[name], out, more)
+        arguments += [f"--trainer.callbacks.checkpoint={start}"]  # of StartFrom, the last of them
     if steps_done(out / name) < steps:
         tf_lightning(["fit", *arguments, "--ckpt_path=last"])
     else:
         last = out / name / "checkpoints" / "last.ckpt"
         tf_lightning(["validate", *arguments, f"--ckpt_path={last}"])
+
+
+def train_beginning(recipe: Path, out: Path, more: list[str]) -> Path:
+    """Train the model that a variant begins with, from where it is; its last checkpoint."""
+    trainer = yaml.safe_load(recipe.read_text())["trainer"]
+    if steps_done(out / recipe.stem) < trainer["max_steps"]:
+        save_dir = f"--trainer.logger.init_args.save_dir={out}"
+        tf_lightning(["fit", "-c", str(recipe), *more, save_dir, "--ckpt_path=last"])
+    return out / recipe.stem / "checkpoints" / "last.ckpt"
 
 
 def training_pflops(folder: Path) -> float:

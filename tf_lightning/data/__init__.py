@@ -2,6 +2,8 @@
 
 from tf_lightning.data.caption_json import CaptionJson
 from tf_lightning.data.caption_rows import CaptionRows
+from tf_lightning.data.chat import ChatFiles
+from tf_lightning.data.class_folders import ClassFolders
 from tf_lightning.data.corpus import Corpus, Skipped, Source
 from tf_lightning.data.edits import EditData, EditFiles
 from tf_lightning.data.image_caption import CaptionTars, ImageCaptionData
@@ -16,6 +18,8 @@ __all__ = [
     "CaptionJson",
     "CaptionRows",
     "CaptionTars",
+    "ChatFiles",
+    "ClassFolders",
     "Corpus",
     "EditData",
     "EditFiles",

@@ -1,7 +1,7 @@
 """What a source of documents is, and a prepared corpus on disk: memory-mapped, read by number.
 
 A corpus is a directory of
-    tokens.bin     uint32, all text ids one after another
+    tokens.bin     int32, all text ids one after another, ~id where it is read and not learned
     latents.bin    float16 (num_images, V, S, C, h, w), unit variance; V: the picture, its mirror
                    image (if asked); S: the latents, or mean and standard deviation (if asked)
     parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
@@ -33,6 +33,14 @@ from tf_lightning.errors import UserError
 Split = Literal["train", "val"]
 RawDocument = list[str | Image.Image]
 CHUNK = 1_000_000  # documents checked at once
+
+
+class Given(str):
+    """Text of a document that is read and not learned: no token of it is a target."""
+
+
+class Turn(str):
+    """Text of a document that <eos> ends, and the document goes on: an answer within a chat."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ class Corpus:
         self.name = self.path.name
         self.image_shape = tuple(facts["image_shape"]) if facts["image_shape"] else None
         self.skipped: dict[str, int] = facts["skipped"]
-        self._tokens = _memmap(self.path / "tokens.bin", np.uint32, (facts["num_tokens"],))
+        self._tokens = _memmap(self.path / "tokens.bin", np.int32, (facts["num_tokens"],))
         self.latents = Latents(**facts.get("latents", {}))
         shape = facts["num_images"], *self.latents.shape, *(self.image_shape or ())
         self._latents = _memmap(self.path / "latents.bin", np.float16, shape)

@@ -98,10 +98,11 @@ class CorpusRows:
         self.window_rows = np.array(plan["rows"], np.int64)  # rows of each window
         self.rows_per_epoch = int(self.window_rows.sum())
         self.num_tokens, left_out = plan["num_tokens"], plan["left_out"]
+        self.num_documents = len(corpus) - left_out
         if left_out:
             told = f"{left_out:,} of {len(corpus):,} documents of {corpus.name} are "
             told += f"longer than row_length={self.row_length} with clean copies of their pictures"
-            if left_out == len(corpus):
+            if not self.num_documents:
                 raise UserError(f"{told}; raise row_length")
             rank_zero_info(f"{told}: left out")
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None  # of the latest epoch
@@ -111,6 +112,11 @@ class CorpusRows:
     def fill(self) -> float:
         """Share of positions that is not padding."""
         return self.num_tokens / max(self.rows_per_epoch * self.row_length, 1)
+
+    @property
+    def mean_length(self) -> float:
+        """Positions of a document, dropped captions left out."""
+        return self.num_tokens / self.num_documents
 
     def row(self, index: int) -> Row:
         """Row `index` >= 0, counted from the first epoch on."""

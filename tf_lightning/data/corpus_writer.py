@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tf_lightning.data.corpus import BadSample, Latents, RawDocument
+from tf_lightning.data.corpus import BadSample, Given, Latents, RawDocument, Turn
 from tf_lightning.data.layout import IMAGE
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ class CorpusWriter:
         autoencoder: for the pictures; None where there are none.
         row_length: positions in a row, which no document exceeds.
         patch_size: side of a patch in latent pixels.
+        time_token: each picture takes one position more.
         latents: what is kept of each picture.
     """
 
@@ -40,10 +41,12 @@ class CorpusWriter:
         autoencoder,
         row_length: int,
         patch_size: int,
+        time_token: bool = False,
         latents: Latents = Latents(),  # noqa: B008 - it is frozen
     ):
         self.folder, self.tokenizer, self.autoencoder = folder, tokenizer, autoencoder
-        self.row_length, self.patch_size, self.latents = row_length, patch_size, latents
+        self.row_length, self.patch_size = row_length, patch_size
+        self.time_token, self.latents = time_token, latents
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if autoencoder:
             autoencoder.to(self.device)
@@ -79,12 +82,15 @@ class CorpusWriter:
 
     def _encode_text(self, text: str) -> list[int]:
         try:
-            return self.tokenizer.encode(text)
+            ids = self.tokenizer.encode(text)
         except (UnicodeError, RuntimeError) as error:  # half of a surrogate pair, from JSON
             raise BadSample("text is not Unicode") from error
+        if isinstance(text, Turn):
+            ids.append(self.tokenizer.eos_id)
+        return [~token for token in ids] if isinstance(text, Given) else ids
 
     def _check_pictures(self, pictures: list[Image.Image]) -> int:
-        """Patches of one picture; all pictures of a corpus have one size."""
+        """Positions of one picture; all pictures of a corpus have one size."""
         if self.autoencoder is None:
             raise UserError("the data has pictures; name an autoencoder, such as 'pixels'")
         size = pictures[0].size
@@ -97,12 +103,12 @@ class CorpusWriter:
         self.picture_size = self.picture_size or size
         if any(picture.size != self.picture_size for picture in pictures):
             raise BadSample("picture of another size than the first")
-        return (size[0] // pixels) * (size[1] // pixels)
+        return (size[0] // pixels) * (size[1] // pixels) + self.time_token
 
     def _write(self, parts: list[list[int] | Image.Image]) -> None:
         for part in parts:
             if isinstance(part, list):
-                np.array(part, np.uint32).tofile(self.tokens_file)
+                np.array(part, np.int32).tofile(self.tokens_file)
                 self.parts.extend((self.num_tokens, len(part)))
                 self.num_tokens += len(part)
             else:

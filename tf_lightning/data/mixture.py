@@ -1,6 +1,7 @@
 """Several corpora trained on together, their shares given in tokens."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.batch import Batch, pack
 from tf_lightning.data.corpus import Corpus, Latents, Skipped, Source
-from tf_lightning.data.prepare import prepare
+from tf_lightning.data.prepare import check_result, prepare
 from tf_lightning.data.rows import CorpusRows, Rows, RowSampler, StreamRow, ValidationRows
 from tf_lightning.data.stream import StreamData
 from tf_lightning.errors import UserError
@@ -36,6 +37,8 @@ class Mixture(StreamData):
         weights: share of the tokens each source is to have, patches counted as tokens; None: as
             many as it has, so that every document is seen equally often. A source with 0 is only
             validated on.
+        weights_count: what `weights` are shares of, "tokens" or "documents" (MonoFormer's 9:1 of
+            samples); a text cut into pieces by `row_length` is as many documents.
         tokenizer: a sentencepiece file; None trains one on the sources' text.
         vocab_size: entries of the tokenizer that is trained.
         autoencoder: "shapes", "pixels", a folder, a file, or a hub name; None: no pictures.
@@ -44,6 +47,8 @@ class Mixture(StreamData):
         mirror: train on half of all documents with their pictures mirrored, another half each time;
             twice the room. Not where words say what is left and right.
         patch_size: side of a patch in latent pixels.
+        time_token: a position for the noise level before each picture's patches; true where the
+            model's `linear.time` is "token".
         row_length: positions in a row.
         batch_size: rows in a batch of one rank.
         image_first_prob: probability that a captioned picture precedes its caption (paper: 0.2).
@@ -64,12 +69,14 @@ class Mixture(StreamData):
         sources: dict[str, Source],
         weights: dict[str, float] | None = None,
         *,
+        weights_count: Literal["tokens", "documents"] = "tokens",
         tokenizer: str | None = None,
         vocab_size: int = 512,
         autoencoder: str | None = None,
         sample_posterior: bool = False,
         mirror: bool = False,
         patch_size: int = 2,
+        time_token: bool = False,
         row_length: int = 512,
         batch_size: int = 8,
         image_first_prob: float = 0.2,
@@ -93,12 +100,14 @@ class Mixture(StreamData):
             raise UserError(
                 f"time_distribution={time_distribution!r} must be 'uniform' or 'logit_normal'"
             )
-        self.sources, self.weights = sources, weights
+        if weights_count not in ("tokens", "documents"):
+            raise UserError(f"weights_count={weights_count!r} must be 'tokens' or 'documents'")
+        self.sources, self.weights, self.weights_count = sources, weights, weights_count
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
         self.latents = Latents(mirrored=mirror, moments=sample_posterior)
-        self.row_length = row_length
+        self.row_length, self.time_token = row_length, time_token
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
         self.time_shift = time_shift
@@ -139,6 +148,7 @@ class Mixture(StreamData):
                     autoencoder=autoencoder,
                     row_length=self.row_length,
                     patch_size=self.patch_size,
+                    time_token=self.time_token,
                     latents=self.latents if split == "train" else Latents(),
                     **self.how_to_prepare,
                 )
@@ -159,7 +169,7 @@ class Mixture(StreamData):
         path = self.cache_dir / f"tokenizer-{digest}.model"
         if path.exists():
             return Tokenizer(path)
-        return train(texts(self.sources.values()), path, self.vocab_size)
+        return train(texts(self.sources), path, self.vocab_size)
 
     def _image_shape(self) -> tuple[int, int, int] | None:
         """The one (C, h, w) of all latents; None without pictures."""
@@ -203,11 +213,16 @@ class Mixture(StreamData):
             )
             for number, corpus in enumerate(corpora)
         ]
+        return Rows(streams, self._token_shares(streams))
+
+    def _token_shares(self, streams: list[CorpusRows]) -> list[float]:
+        """What `weights` asks for, in tokens."""
         if self.weights is None:
-            weights = [stream.num_tokens for stream in streams]
-        else:
-            weights = [self.weights[name] for name in self.source_names]
-        return Rows(streams, weights)
+            return [stream.num_tokens for stream in streams]
+        weights = [self.weights[name] for name in self.source_names]
+        if self.weights_count == "tokens":
+            return weights
+        return [w * stream.mean_length for w, stream in zip(weights, streams, strict=True)]
 
     def val_dataloader(self) -> list[DataLoader]:
         """One finite loader for each source, in the order of `source_names`: each document once."""
@@ -245,6 +260,7 @@ class Mixture(StreamData):
             tokenizer=self.tokenizer,
             row_length=self.row_length,
             patch_size=self.patch_size,
+            time_token=self.time_token,
             seed=self.seed,
             max_caption_t=self.max_caption_t,
             clean_copies=self.clean_copies,
@@ -264,7 +280,7 @@ class Mixture(StreamData):
         if self.image_shape is None:
             return 0
         _, height, width = self.image_shape
-        return (height // self.patch_size) * (width // self.patch_size)
+        return (height // self.patch_size) * (width // self.patch_size) + self.time_token
 
 
 def pack_rows(rows: list[StreamRow], **arguments) -> Batch:
@@ -273,17 +289,25 @@ def pack_rows(rows: list[StreamRow], **arguments) -> Batch:
     return pack(list(documents), list(row_ids), source_ids=list(source_ids), **arguments)
 
 
-def texts(sources: Iterator[Source]) -> Iterator[str]:
-    """The training text of sources, of each only as much as a tokenizer needs."""
-    for source in sources:
-        characters = 0
+def texts(sources: dict[str, Source]) -> Iterator[str]:
+    """The training text of sources, of each only as much as a tokenizer needs.
+
+    Raises:
+        UserError: nothing of a source can be used.
+    """
+    for name, source in sources.items():
+        characters, documents, skipped = 0, 0, Counter()
         for document in islice(source.documents("train"), TOKENIZER_DOCUMENTS):
-            parts = [] if isinstance(document, Skipped) else document
-            for text in (part for part in parts if isinstance(part, str)):
+            if isinstance(document, Skipped):
+                skipped[document.reason] += 1
+                continue
+            documents += 1
+            for text in (part for part in document if isinstance(part, str)):
                 yield text
                 characters += len(text)
             if characters > TOKENIZER_CHARACTERS:
                 break
+        check_result(name, "train", documents, dict(skipped.most_common()))
 
 
 def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) -> None:

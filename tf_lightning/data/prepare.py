@@ -36,12 +36,8 @@ class Job:
 
     title: str
     folder: Path
-    tokenizer: Tokenizer
-    autoencoder: object
-    row_length: int
-    patch_size: int
-    latents: Latents
     origin: list
+    arguments: tuple  # of CorpusWriter, behind the folder
 
     def path(self, number: int) -> Path:
         """Where a finished shard is."""
@@ -58,6 +54,7 @@ def prepare(
     autoencoder=None,
     row_length: int,
     patch_size: int,
+    time_token: bool = False,
     latents: Latents = Latents(),  # noqa: B008 - it is frozen
     processes: int = 1,
     part: tuple[int, int] = (0, 1),
@@ -77,6 +74,7 @@ def prepare(
         autoencoder: for the pictures; None where there are none.
         row_length: positions in a row.
         patch_size: side of a patch in latent pixels.
+        time_token: each picture takes one position more.
         latents: what is kept of each picture.
         processes: that prepare shards at the same time; 1 is this one.
         part: (i, n) prepares only every n-th shard from shard i on, as one of n jobs.
@@ -95,6 +93,7 @@ def prepare(
         autoencoder and autoencoder.fingerprint,
         row_length,
         patch_size,
+        *(["time_token"] if time_token else []),
     ]
     if latents != Latents():  # so that corpora of before there was a choice are found
         origin.append(asdict(latents))
@@ -107,7 +106,8 @@ def prepare(
     folder = path.parent / f".{path.name}-shards"
     folder.mkdir(parents=True, exist_ok=True)
     title = f"preparing {name} {split}"
-    job = Job(title, folder, tokenizer, autoencoder, row_length, patch_size, latents, origin)
+    shape = row_length, patch_size, time_token, latents
+    job = Job(title, folder, origin, (tokenizer, autoencoder, *shape))
     try:
         wanted = [n for n in range(part[0], len(shards), part[1]) if not job.path(n).is_dir()]
         _prepare_shards(job, split, {number: shards[number] for number in wanted}, processes)
@@ -167,8 +167,7 @@ def _prepare_shard(job: Job, split: Split, number: int, shard: Source, silent: b
     """Write one shard; it appears complete or not at all."""
     unfinished = Path(tempfile.mkdtemp(dir=job.folder, prefix=f".{number}-"))
     try:
-        arguments = job.tokenizer, job.autoencoder, job.row_length, job.patch_size, job.latents
-        writer = CorpusWriter(unfinished, *arguments)
+        writer = CorpusWriter(unfinished, *job.arguments)
         documents = tqdm(
             shard.documents(split), job.title, unit=" documents", delay=2, disable=silent
         )
@@ -200,7 +199,7 @@ def _finish(job: Job, path: Path, name: str, split: Split, num_shards: int) -> N
         if num_shards > 1:
             merge(shards, whole, job.origin)
         facts = json.loads((whole / "corpus.json").read_text())
-        _check_result(name, split, facts["num_documents"], facts["skipped"])
+        check_result(name, split, facts["num_documents"], facts["skipped"])
         if not path.is_dir():
             os.rename(whole, path)
     except FileNotFoundError:  # another process was as quick, and has tidied up
@@ -233,7 +232,8 @@ def _reasons(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
 
 
-def _check_result(name: str, split: Split, num_documents: int, skipped: dict[str, int]) -> None:
+def check_result(name: str, split: Split, num_documents: int, skipped: dict[str, int]) -> None:
+    """UserError where nothing of a source can be used."""
     if num_documents == 0 and skipped:
         raise UserError(
             f"{name}: all {sum(skipped.values()):,} documents of the {split} split are unusable "
