@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from callbacks.sampling import refuse_shards
+from callbacks.sampling import fit_drawing, refuse_shards
 from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
 from callbacks.text_perplexity import TextBytes, add_text
 from callbacks.throughput import Throughput
@@ -28,7 +28,6 @@ from tf_lightning.data.shapes import Meaning, draw_scene, generator, render
 from tf_lightning.data.shapes_grammar import caption, draw_text, parse, text_log_prob
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
-from tf_lightning.sampler import fitting_sampler
 
 SEED_OFFSET = 1_000  # the examination's pictures are none of the validation's
 
@@ -87,9 +86,7 @@ class ShapesReport(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a sampler that does not fit."""
         refuse_shards(pl_module, self)
-        kind = pl_module.hparams["prediction_type"]
-        ddpm = None if kind == "flow" else "DDPMScheduler"
-        self.how["sampler"] = fitting_sampler(self.how["sampler"] or ddpm, kind)
+        self.how = fit_drawing(self.how, pl_module, default_sampler="DDPMScheduler")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Examine the trained model."""
@@ -190,7 +187,7 @@ def text_perplexity(
         patch_size=module.hparams.patch_size,
     ).to(module.device)
     metric = Perplexity(sync_on_compute=False).to(module.device)  # rank zero is alone here
-    nll, _ = module.loss_sums(model.net, batch)
+    nll = module.loss_sums(model.net, batch).nll
     add_text(metric, nll, batch, TextBytes(model.tokenizer, module.device))
     perplexity = metric.compute()["perplexity"].item()
     entropy = -sum(text_log_prob(text) for text in texts)

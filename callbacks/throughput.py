@@ -77,7 +77,7 @@ class Throughput(L.Callback):
         self.tokens.index_add_(0, batch.source_ids, batch.row_tokens.double())
         self.squares += squared_lengths(batch)
         self.positions += batch.input_ids.numel()
-        self.window.targets += len(batch.target_index)
+        self.window.targets += len(batch.target_index) + len(batch.code_index)
         self.window.images += batch.num_images
         self.window.copies += len(batch.copied)
         if batch.num_images:

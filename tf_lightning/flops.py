@@ -98,7 +98,7 @@ def block_flops(block: nn.Module, area: int) -> float:
 def forward_flops(net: Net, work: Work, size: tuple[int, int] | None) -> float:
     """Forward FLOPs of `work`, whose images have latents of `size` = (h, w)."""
     total = transformer_flops(net.transformer, work)
-    if size:
+    if size and net.patch_coder is not None:
         total += (work.images + work.copies) * encoder_flops(net.patch_coder, size)
         total += work.images * decoder_flops(net.patch_coder, size)
     return total

@@ -2,8 +2,10 @@
 
 A prompt is a Document and so is the answer. Sequences in different phases advance together: each
 turn writes one token of all that write, in one forward, and makes one denoising step of all that
-draw, in another. Nothing is read twice: see cache.py. An answer depends on its own seed, prompt and
-settings, not on its batch mates.
+draw, in another. Where images are codes, these are tokens written among the others' text: N of them
+behind <boi>, then <eoi>, and none elsewhere (Chameleon).
+Nothing is read twice: see cache.py. An answer depends on its own seed, prompt and settings, not on
+its batch mates.
 
 Shapes: n sequences, N patches an image, V vocabulary, C x h x w latents.
 """
@@ -11,6 +13,7 @@ Shapes: n sequences, N patches an image, V vocabulary, C x h x w latents.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -143,9 +146,10 @@ class _Engine:
         for branch, length in zip(branches, lengths.tolist(), strict=True):
             branch.length = length
         last = torch.arange(len(replies), device=self.device) * batch.input_ids.shape[1]
-        batch = replace(batch, target_index=last + lengths[: len(replies)] - 1)
+        ends = last + lengths[: len(replies)] - 1
+        batch = replace(batch, target_index=ends, code_index=batch.code_index[:0])
         rows = [branch.row for branch in branches]
-        attend = ReadAttention(self.cache, rows, batch, self.speaker.causal_images)
+        attend = ReadAttention(self.cache, rows, batch, self.speaker.causal)
         return self.speaker.net(batch, batch.latents, batch.t, attend)[0]
 
     # ---------------------------------------------------------------- text
@@ -161,26 +165,38 @@ class _Engine:
         logits = self.speaker.net.next_logits(tokens, attend.positions, attend)[:, 0]
         for branch in branches:
             branch.length += 1
-        boi_id = self.speaker.tokenizer.boi_id
-        starting = [reply for reply in replies if reply.token == boi_id]
-        if starting:
-            self._start_drawing(starting)
-        going_on = [i for i, reply in enumerate(replies) if reply.token != boi_id]
+        inside = [reply for reply in replies if self._in_image(reply)]
+        going_on = [i for i, reply in enumerate(replies) if not self._in_image(reply)]
         if going_on:
             yield from self._take([replies[i] for i in going_on], logits[going_on])
+        if inside and self.speaker.net.num_codes:
+            place = {branch.row: i for i, branch in enumerate(branches)}
+            kinds = zip(*(reply.branches for reply in inside), strict=True)
+            outputs = [logits[[place[branch.row] for branch in kind]] for kind in kinds]
+            yield from self._take_codes(inside, outputs)
+        elif inside:
+            self._start_drawing(inside)
+
+    def _in_image(self, reply: Reply) -> bool:
+        """Whether the token that a sequence reads next is <boi> or a code."""
+        return reply.token == self.speaker.tokenizer.boi_id or bool(reply.codes)
 
     def _reads(self, reply: Reply, branch: Branch) -> bool:
         """Whether a branch reads the token that its sequence reads next."""
-        tokenizer = self.speaker.tokenizer
-        if reply.token == tokenizer.boi_id:
+        if self._in_image(reply):
             return True
-        return branch.reads_images if reply.token == tokenizer.eoi_id else branch.reads_text
+        eoi_id = self.speaker.tokenizer.eoi_id
+        return branch.reads_images if reply.token == eoi_id else branch.reads_text
 
     def _take(self, replies: list[Reply], logits: Tensor) -> Iterator[Event]:
         """Choose the token that follows each sequence."""
         logits = logits.float().cpu()
         if not logits.isfinite().all():
             raise UserError(not_a_number("a text token"))
+        net = self.speaker.net
+        logits = logits[:, : net.text_vocab_size]
+        if net.num_codes:  # <eoi> is learnt behind codes alone
+            logits[:, self.speaker.tokenizer.eoi_id] = -torch.inf
         tokens = choose(logits, self.settings.text, [reply.generator for reply in replies])
         ends = (self.speaker.tokenizer.eos_id, self.speaker.tokenizer.boi_id)
         for reply, token in zip(replies, tokens, strict=True):
@@ -223,7 +239,54 @@ class _Engine:
         self.free.sort()
         return reply.number, None
 
-    # ---------------------------------------------------------------- images
+    # ---------------------------------------------------------------- images of codes
+
+    def _take_codes(self, replies: list[Reply], outputs: list[Tensor]) -> Iterator[Event]:
+        """Choose each image's next code, by guided logits, or <eoi> behind its last.
+
+        Args:
+            replies: sequences that have read <boi> or a code.
+            outputs: their logits, (n, V) for each kind of branch.
+        """
+        first = self.speaker.net.text_vocab_size
+        parts = [logits[:, first:].float() for logits in outputs]
+        logits = self.settings.guidance.combine(parts, self.speaker.net.num_codes).cpu()
+        if not logits.isfinite().all():
+            raise UserError(not_a_number("a picture's code"))
+        whole = [len(reply.codes) == self.speaker.num_patches for reply in replies]
+        for reply in compress(replies, whole):
+            self._leave_image(reply)
+        places = [i for i, done in enumerate(whole) if not done]
+        if not places:
+            return
+        drawing = [replies[i] for i in places]
+        generators = [reply.generator for reply in drawing]
+        for reply, code in zip(
+            drawing, choose(logits[places], self.settings.codes, generators), strict=True
+        ):
+            reply.codes.append(code)
+            reply.token = first + code
+            self._advance(reply, 1)
+            yield from self._drew(reply)
+
+    def _drew(self, reply: Reply) -> Iterator[Event]:
+        """Go on with an image, or hand it over if that was its last code."""
+        if len(reply.codes) == self.speaker.num_patches:
+            yield reply.number, torch.tensor(reply.codes).view(self.speaker.latent_shape)
+            reply.num_images += 1
+            if self.settings.answer != "any":
+                yield self._end(reply)
+                return
+        self.writing.append(reply)
+
+    def _leave_image(self, reply: Reply) -> None:
+        """<eoi> is next; rows that read no images forget the one that they helped to draw."""
+        for branch in reply.branches:
+            branch.length -= 0 if branch.reads_images else len(reply.codes) + 1
+        reply.codes, reply.text, reply.token = [], [], self.speaker.tokenizer.eoi_id
+        self.writing.append(reply)
+
+    # ---------------------------------------------------------------- images of latents
 
     def _start_drawing(self, replies: list[Reply]) -> None:
         """Noise in the places after <boi>."""
@@ -297,7 +360,7 @@ class _Engine:
 
     def _append(self, branches: list[Branch], num_new: int, image: bool = False) -> AppendAttention:
         rows, lengths = zip(*((branch.row, branch.length) for branch in branches), strict=True)
-        causal = self.speaker.causal_images
+        causal = self.speaker.causal
         return AppendAttention(self.cache, list(rows), list(lengths), num_new, causal, image)
 
 

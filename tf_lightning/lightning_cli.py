@@ -11,7 +11,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from tf_lightning.autoencoder import load_autoencoder
+from tf_lightning.autoencoder import check_fit, load_autoencoder
 from tf_lightning.autoencoder_module import AutoencoderModule
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
 from tf_lightning.errors import UserError
@@ -76,7 +76,7 @@ class TransfusionCLI(LightningCLI):
                 cause = cause.__cause__
             raise UserError(" ".join(str(cause).split())) from error
         if isinstance(self.model, Transfusion):
-            check_channels(self.model, self.datamodule)
+            check_pictures(self.model, self.datamodule)
 
     def before_fit(self) -> None:
         """Refuse a damaged file that `--ckpt_path last` would resume, and a run that cannot be."""
@@ -89,15 +89,11 @@ class TransfusionCLI(LightningCLI):
                 read_checkpoint(last, self.kind("fit"))
 
 
-def check_channels(model: Transfusion, data: L.LightningDataModule) -> None:
+def check_pictures(model: Transfusion, data: L.LightningDataModule) -> None:
     """Refuse an autoencoder that is not the model's before a picture is encoded."""
-    name, ours = getattr(data, "autoencoder_name", None), model.hparams.latent_channels
-    theirs = load_autoencoder(name).latent_channels if name else ours
-    if ours != theirs:
-        raise UserError(
-            f'autoencoder "{name}" has {theirs} channels but the model has latent_channels={ours}; '
-            f"give --model.latent_channels {theirs} or another autoencoder"
-        )
+    if name := getattr(data, "autoencoder_name", None):
+        hparams = model.hparams
+        check_fit(name, load_autoencoder(name), hparams.latent_channels, hparams.num_codes)
 
 
 def fast_precision(accelerator: str) -> str:

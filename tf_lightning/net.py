@@ -1,9 +1,15 @@
 """The network: one Transformer between a text side and an image side.
 
+Images are patches of latents with a coder of their own (Transfusion), or codes in the vocabulary of
+the text, which needs none (Chameleon).
+
 This is what is trained, averaged (EMA), sharded and exported; it knows no loss and no trainer.
 
-Shapes: B rows, T positions, M images, N patches an image, K text targets, D dim, V vocabulary.
+Shapes: B rows, T positions, M images, N patches an image, K targets of text and K' of
+codes, D dim, V vocabulary, of which the last are codes.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +30,7 @@ class Net(nn.Module):
         latent_channels: C.
         unet: sizes of a U-Net patch coder; None: the linear one.
         learned_sigma: 2 C output channels, the second half for the variance.
+        num_codes: so many entries behind the text's are images' codes; 0: images are latents.
     """
 
     def __init__(
@@ -33,10 +40,15 @@ class Net(nn.Module):
         latent_channels: int,
         unet: UNetConfig | None = None,
         learned_sigma: bool = False,
+        num_codes: int = 0,
     ):
         super().__init__()
-        self.transformer = Transformer(config)
+        self.num_codes, self.text_vocab_size = num_codes, config.vocab_size
+        self.transformer = Transformer(replace(config, vocab_size=config.vocab_size + num_codes))
         self.outputs = 2 if learned_sigma else 1
+        self.patch_coder = None
+        if num_codes:
+            return
         sizes = latent_channels, patch_size, config.dim, self.outputs * latent_channels
         self.patch_coder = UNetPatchCoder(unet, *sizes) if unet else LinearPatchCoder(*sizes)
 
@@ -45,7 +57,8 @@ class Net(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits (K, V) at `batch.target_index` and the denoiser's output (M, C or 2 C, h, w).
 
-        Each head runs only where its loss is: no vocabulary head on patches.
+        Each head runs only where its loss is: no vocabulary head on patches. With images of codes,
+        logits are (K + K', V), also at `batch.code_index`, and there is no denoiser.
 
         Args:
             batch: packed rows.
@@ -53,6 +66,8 @@ class Net(nn.Module):
             t: their noise levels, (M,) in [0, 1].
             attend: attention built for this batch.
         """
+        if self.num_codes:
+            return self._code_logits(batch, attend), noised_latents.new_empty(0, dtype=torch.float)
         shape = noised_latents.shape
         if len(noised_latents) == 0:  # data without images does not know their shape
             coder = self.patch_coder
@@ -73,8 +88,13 @@ class Net(nn.Module):
         output = self.patch_coder.decode(hidden_patches, noised_latents.shape[-2:], skips)
         return logits, output.view(shape[0], self.outputs * shape[1], *shape[2:])
 
+    def _code_logits(self, batch: Batch, attend: Attention) -> Tensor:
+        x = self.transformer.tok_embeddings(batch.input_ids)
+        hidden = self.transformer(x, batch.positions, attend).flatten(0, 1)
+        return self.transformer.output(hidden[torch.cat([batch.target_index, batch.code_index])])
+
     def next_logits(self, input_ids: Tensor, positions: Tensor, attend: Attention) -> Tensor:
-        """Logits (n, L, V) behind text ids (n, L) that continue what `attend` has cached."""
+        """Logits (n, L, V) behind ids (n, L) that continue what `attend` has cached."""
         x = self.transformer.tok_embeddings(input_ids)
         return self.transformer.output(self.transformer(x, positions, attend))
 
@@ -89,7 +109,8 @@ class Net(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise every weight; also what fills a net built on the meta device."""
         self.transformer.reset_parameters()
-        self.patch_coder.reset_parameters()
+        if self.patch_coder is not None:
+            self.patch_coder.reset_parameters()
 
 
 @torch.no_grad()

@@ -26,6 +26,8 @@ class Settings:
     scheduler: Any = None
     """Of the images, from `sampler.build_scheduler`."""
     num_inference_steps: int = 50
+    codes: TextSampling = field(default_factory=lambda: TextSampling(temperature=1.0))
+    """Which codes are drawn, where images are made of them; of its fields those of one token."""
     max_images: int = 1
     """Images in an answer of any kind, at most; the <boi> after them ends it."""
 
@@ -69,13 +71,18 @@ class Speaker:
     latent_shape: tuple[int, int, int] | None = None
     """(C, h, w) of its images; None: it has none."""
     causal_images: bool = False
-    """As trained."""
+    """As trained; codes always are."""
     max_length: int | None = None
     """Positions of the longest document it was trained on; None: unknown."""
 
     @property
+    def causal(self) -> bool:
+        """Whether a patch sees only the earlier ones of its image, as a code does."""
+        return self.causal_images or self.net.num_codes > 0
+
+    @property
     def num_patches(self) -> int:
-        """N; 0 without images."""
+        """N, patches or codes; 0 without images."""
         _, height, width = self.latent_shape or (0, 0, 0)
         return (height // self.patch_size) * (width // self.patch_size)
 

@@ -25,12 +25,16 @@ SAMPLERS = NOISE_SAMPLERS + FLOW_SAMPLERS
 BETA_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}  # diffusers' names
 
 
-def fitting_sampler(sampler: str | None, prediction_type: str) -> str:
-    """The sampler named, or DDIM, or Euler for flow, where none is.
+def fitting_sampler(sampler: str | None, prediction_type: str) -> str | None:
+    """The sampler named, or DDIM, or Euler for flow, where none is; of "codes", none.
 
     Raises:
         UserError: the sampler is unknown, or does not fit the prediction type.
     """
+    if prediction_type == "codes":
+        if sampler is not None:
+            raise UserError(f"sampler={sampler!r} denoises and this model draws codes; leave it out")
+        return None
     fitting = FLOW_SAMPLERS if prediction_type == "flow" else NOISE_SAMPLERS
     if sampler is None:
         return "FlowMatchEulerDiscreteScheduler" if prediction_type == "flow" else "DDIMScheduler"

@@ -2,10 +2,11 @@
 
 A corpus is a directory of
     tokens.bin     uint32, all text ids one after another
-    latents.bin    float16 (num_images, C, h, w), unit variance
+    latents.bin    float16 (num_images, C, h, w), unit variance; or codes, uint32 (num_images, 1, h, w)
     parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
-    corpus.json    counts, image shape, and how many samples were skipped for what reason
+    corpus.json    counts, image shape, codes in the codebook if there is one, and how many samples
+                   were skipped for what reason
 """
 
 import json
@@ -24,6 +25,7 @@ from tf_lightning.batch import Document
 Split = Literal["train", "val"]
 RawDocument = list[str | Image.Image]
 IMAGE = -1  # stands where a text part has its length
+STORED_LATENTS, STORED_CODES = (np.float16, np.float32), (np.uint32, np.int64)  # and as they serve
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Corpus:
         self.skipped: dict[str, int] = facts["skipped"]
         self._tokens = _memmap(self.path / "tokens.bin", np.uint32, (facts["num_tokens"],))
         shape = (facts["num_images"], *(self.image_shape or ()))
-        self._latents = _memmap(self.path / "latents.bin", np.float16, shape)
+        stored, self._dtype = STORED_CODES if facts.get("num_codes") else STORED_LATENTS
+        self._latents = _memmap(self.path / "latents.bin", stored, shape)
         self._parts = np.load(self.path / "parts.npy", mmap_mode="r")
         self._documents = np.load(self.path / "documents.npy", mmap_mode="r")
 
@@ -84,10 +87,10 @@ class Corpus:
         return len(self._documents) - 1
 
     def document(self, index: int) -> Document:
-        """Texts (L,) int64 and latents (C, h, w) float32, in order."""
+        """Texts (L,) int64 and latents (C, h, w) float32, or codes (1, h, w) int64, in order."""
         parts = self._parts[self._documents[index] : self._documents[index + 1]]
         return [
-            torch.from_numpy(self._latents[start].astype(np.float32))
+            torch.from_numpy(self._latents[start].astype(self._dtype))
             if length == IMAGE
             else torch.from_numpy(self._tokens[start : start + length].astype(np.int64))
             for start, length in parts.tolist()

@@ -38,7 +38,8 @@ class Mixture(StreamData):
             validated on.
         tokenizer: a sentencepiece file; None trains one on the sources' text.
         vocab_size: entries of the tokenizer that is trained.
-        autoencoder: "shapes", "pixels", a folder, a file, or a hub name; None: no pictures.
+        autoencoder: "shapes", "shapes_vq", "pixels", a folder, a file, or a hub name; one with a
+            codebook makes pictures tokens; None: no pictures.
         patch_size: side of a patch in latent pixels.
         row_length: positions in a row.
         batch_size: rows in a batch of one rank.
@@ -114,6 +115,12 @@ class Mixture(StreamData):
 
     def _open(self) -> None:
         autoencoder = load_autoencoder(self.autoencoder_name) if self.autoencoder_name else None
+        self.num_codes = autoencoder.num_codes if autoencoder else None
+        if self.num_codes and (self.patch_size != 1 or self.clean_copies):
+            raise UserError(
+                f'autoencoder "{self.autoencoder_name}" makes codes, each a token that nothing '
+                "noises; give patch_size: 1 and clean_copies: false"
+            )
         if autoencoder:
             for name, source in self.sources.items():
                 check_image_size(name, source, autoencoder.downsample * self.patch_size)

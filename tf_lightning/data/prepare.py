@@ -19,7 +19,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from tqdm import tqdm
 
-from tf_lightning.data.corpus import IMAGE, BadSample, Corpus, RawDocument, Skipped, Source, Split
+from tf_lightning.data.corpus import (
+    IMAGE,
+    STORED_CODES,
+    STORED_LATENTS,
+    BadSample,
+    Corpus,
+    RawDocument,
+    Skipped,
+    Source,
+    Split,
+)
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer
 
@@ -203,7 +213,8 @@ class _Writer:
             pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in self.waiting]))
             images = pixels.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
             latents = self.autoencoder.encode(images).cpu().numpy()
-            latents.astype(np.float16).tofile(self.latents_file)
+            stored, _ = STORED_CODES if self.autoencoder.num_codes else STORED_LATENTS
+            latents.astype(stored).tofile(self.latents_file)
             self.waiting.clear()
 
     def close(self, skipped: dict[str, int], origin: list) -> None:
@@ -218,6 +229,7 @@ class _Writer:
             "num_tokens": self.num_tokens,
             "num_images": self.num_images,
             "image_shape": self._image_shape(),
+            "num_codes": self.autoencoder and self.autoencoder.num_codes,
             "skipped": skipped,
             "made_from": origin,
         }
