@@ -147,28 +147,32 @@ def load_autoencoder(name: str):
     return Codes(network) if hasattr(network, "quantize") else Autoencoder(network)
 
 
-def check_fit(name: str, autoencoder, latent_channels: int, num_codes: int | None) -> None:
-    """UserError unless an autoencoder's latents are those of a model.
+def load_fitting(name: str, latent_channels: int, num_codes: int | None):
+    """Loads an autoencoder for a model, as `load_autoencoder`.
 
     Args:
         name: of the autoencoder.
-        autoencoder: from `load_autoencoder`.
         latent_channels: of the model, where its pictures are continuous.
         num_codes: of the model's codebook; None: its pictures are continuous.
+
+    Raises:
+        UserError: also if its latents are not the model's.
     """
-    if autoencoder.num_codes != num_codes:
-        kinds = [f"{n} codes" if n else "continuous latents" for n in (autoencoder.num_codes, num_codes)]
+    autoencoder = load_autoencoder(name)
+    channels, codes = autoencoder.latent_channels, autoencoder.num_codes
+    if codes != num_codes:
+        theirs, ours = (f"{n} codes" if n else "continuous latents" for n in (codes, num_codes))
         raise UserError(
-            f'autoencoder "{name}" has {kinds[0]} but the model draws {kinds[1]}; give '
-            f"--model.num_codes {autoencoder.num_codes or 'null'} or another autoencoder"
+            f'autoencoder "{name}" has {theirs} but the model has {ours}; '
+            f"give --model.num_codes {codes or 'null'} or another autoencoder"
         )
-    if not num_codes and autoencoder.latent_channels != latent_channels:
-        theirs = autoencoder.latent_channels
+    if not num_codes and channels != latent_channels:
         raise UserError(
-            f'autoencoder "{name}" has {theirs} channels but the model has '
-            f"latent_channels={latent_channels}; give --model.latent_channels {theirs} or another "
-            "autoencoder"
+            f'autoencoder "{name}" has {channels} channels but the model has '
+            f"latent_channels={latent_channels}; give --model.latent_channels {channels} or "
+            "another autoencoder"
         )
+    return autoencoder
 
 
 def load_network(name: str) -> nn.Module:
@@ -194,8 +198,9 @@ def load_network(name: str) -> nn.Module:
             "check the files, the network and HF_HUB_OFFLINE"
         ) from error
     raise UserError(
-        f'there is no autoencoder "{name}"; give "shapes", "shapes_vq", "pixels", a folder, a .safetensors file '
-        "with its config.json beside it, or a hub name such as stabilityai/sd-vae-ft-mse"
+        f'there is no autoencoder "{name}"; give "shapes", "shapes_vq", "pixels", a folder, a '
+        ".safetensors file with its config.json beside it, or a hub name such as "
+        "stabilityai/sd-vae-ft-mse"
     )
 
 

@@ -167,7 +167,7 @@ class _RowWriter:
         self.image_ids[place] = image_ids
         self.positions[place] = positions
         self.document_ids[place] = document_id
-        labels = next_tokens(ids)
+        labels = torch.cat([ids[1:], torch.full((1,), IGNORE_INDEX)])
         if not any(is_codes(part) for part in document):  # a patch is no label
             labels[(ids == self.tokenizer.boi_id) | (image_ids >= 0)] = IGNORE_INDEX
         if all(is_image(part) for part in document):  # no caption, no text to learn
@@ -185,7 +185,7 @@ def flatten(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A document's ids (0 at patches of latents), image ids and positions, each (L,).
 
-    Images are numbered from `first_image`, their clean copies from `first_copy`; None: no copies.
+    Images are numbered from `first_image`, their clean copies from `first_copy`, None: no copies.
     """
     text = lambda *ids: (torch.tensor(ids), torch.full((len(ids),), -1))  # noqa: E731
     pieces, first = [text(tokenizer.bos_id)], first_copy
@@ -194,9 +194,10 @@ def flatten(
             pieces.append((part, torch.full((len(part),), -1)))
             continue
         length = num_patches(part, patch_size)
-        of_image = torch.full((length,), first_image)
-        own = tokenizer.vocab_size + part.flatten() if is_codes(part) else torch.zeros_like(of_image)
-        patches = own, of_image
+        ids = torch.zeros(length, dtype=torch.long)
+        if is_codes(part):
+            ids = tokenizer.vocab_size + part.flatten()
+        patches = ids, torch.full((length,), first_image)
         pieces += [text(tokenizer.boi_id), patches]
         first_image += 1
         if first_copy is not None and index + 1 < len(document):
@@ -210,11 +211,6 @@ def flatten(
         copies = (image_ids - first + 1).clamp(min=0).cummax(0).values  # begun up to here
         positions -= length * copies
     return ids, image_ids, positions
-
-
-def next_tokens(ids: Tensor) -> Tensor:
-    """Labels of one document, (L,): what comes next, and nothing at the last position."""
-    return torch.cat([ids[1:], torch.full((1,), IGNORE_INDEX)])
 
 
 def of_text(ids: Tensor, image_ids: Tensor, boi_id: int) -> Tensor:

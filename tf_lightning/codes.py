@@ -1,7 +1,7 @@
 """The frozen VQ autoencoder between pictures and codes: a diffusers `VQModel`.
 
-Its ids stand where the continuous one of `autoencoder` has latents of one channel; so whatever stores,
-packs or hands on pictures knows one form.
+Its ids stand where the continuous one of `autoencoder` has latents of one channel; so whatever
+stores, packs or hands on pictures knows one form.
 Shapes: B pictures of H x W pixels, h = H / downsample by w = W / downsample codes.
 """
 

@@ -2,8 +2,7 @@
 
 A prompt is a Document and so is the answer. Sequences in different phases advance together: each
 turn writes one token of all that write, in one forward, and makes one denoising step of all that
-draw, in another. Where images are codes, these are tokens written among the others' text: N of them
-behind <boi>, then <eoi>, and none elsewhere (Chameleon).
+draw, in another. Codes of images are tokens written among others' text: see code_images.py.
 Nothing is read twice: see cache.py. An answer depends on its own seed, prompt and settings, not on
 its batch mates.
 
@@ -13,18 +12,18 @@ Shapes: n sequences, N patches an image, V vocabulary, C x h x w latents.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tf_lightning.batch import Batch, Document, document_length, is_image, pack
+from tf_lightning.batch import Document, is_image
 from tf_lightning.cache import AppendAttention, KeyValueCache, ReadAttention
+from tf_lightning.code_images import add_code, in_image, leave_image, next_codes, text_logits
 from tf_lightning.decoding import choose, find_stop
-from tf_lightning.errors import UserError
+from tf_lightning.errors import UserError, not_a_number
 from tf_lightning.reply import Branch, Event, Reply, by_kind
-from tf_lightning.request import Settings, Speaker
+from tf_lightning.request import Settings, Speaker, pack_prompts
 from tf_lightning.sampler import Trajectory
 
 
@@ -165,8 +164,9 @@ class _Engine:
         logits = self.speaker.net.next_logits(tokens, attend.positions, attend)[:, 0]
         for branch in branches:
             branch.length += 1
-        inside = [reply for reply in replies if self._in_image(reply)]
-        going_on = [i for i, reply in enumerate(replies) if not self._in_image(reply)]
+        boi_id = self.speaker.tokenizer.boi_id
+        inside = [reply for reply in replies if in_image(reply, boi_id)]
+        going_on = [i for i, reply in enumerate(replies) if not in_image(reply, boi_id)]
         if going_on:
             yield from self._take([replies[i] for i in going_on], logits[going_on])
         if inside and self.speaker.net.num_codes:
@@ -177,26 +177,19 @@ class _Engine:
         elif inside:
             self._start_drawing(inside)
 
-    def _in_image(self, reply: Reply) -> bool:
-        """Whether the token that a sequence reads next is <boi> or a code."""
-        return reply.token == self.speaker.tokenizer.boi_id or bool(reply.codes)
-
     def _reads(self, reply: Reply, branch: Branch) -> bool:
         """Whether a branch reads the token that its sequence reads next."""
-        if self._in_image(reply):
+        tokenizer = self.speaker.tokenizer
+        if in_image(reply, tokenizer.boi_id):
             return True
-        eoi_id = self.speaker.tokenizer.eoi_id
-        return branch.reads_images if reply.token == eoi_id else branch.reads_text
+        return branch.reads_images if reply.token == tokenizer.eoi_id else branch.reads_text
 
     def _take(self, replies: list[Reply], logits: Tensor) -> Iterator[Event]:
         """Choose the token that follows each sequence."""
         logits = logits.float().cpu()
         if not logits.isfinite().all():
             raise UserError(not_a_number("a text token"))
-        net = self.speaker.net
-        logits = logits[:, : net.text_vocab_size]
-        if net.num_codes:  # <eoi> is learnt behind codes alone
-            logits[:, self.speaker.tokenizer.eoi_id] = -torch.inf
+        logits = text_logits(logits, self.speaker)
         tokens = choose(logits, self.settings.text, [reply.generator for reply in replies])
         ends = (self.speaker.tokenizer.eos_id, self.speaker.tokenizer.boi_id)
         for reply, token in zip(replies, tokens, strict=True):
@@ -242,49 +235,22 @@ class _Engine:
     # ---------------------------------------------------------------- images of codes
 
     def _take_codes(self, replies: list[Reply], outputs: list[Tensor]) -> Iterator[Event]:
-        """Choose each image's next code, by guided logits, or <eoi> behind its last.
-
-        Args:
-            replies: sequences that have read <boi> or a code.
-            outputs: their logits, (n, V) for each kind of branch.
-        """
-        first = self.speaker.net.text_vocab_size
-        parts = [logits[:, first:].float() for logits in outputs]
-        logits = self.settings.guidance.combine(parts, self.speaker.net.num_codes).cpu()
-        if not logits.isfinite().all():
-            raise UserError(not_a_number("a picture's code"))
-        whole = [len(reply.codes) == self.speaker.num_patches for reply in replies]
-        for reply in compress(replies, whole):
-            self._leave_image(reply)
-        places = [i for i, done in enumerate(whole) if not done]
-        if not places:
-            return
-        drawing = [replies[i] for i in places]
-        generators = [reply.generator for reply in drawing]
-        for reply, code in zip(
-            drawing, choose(logits[places], self.settings.codes, generators), strict=True
-        ):
-            reply.codes.append(code)
-            reply.token = first + code
-            self._advance(reply, 1)
-            yield from self._drew(reply)
-
-    def _drew(self, reply: Reply) -> Iterator[Event]:
-        """Go on with an image, or hand it over if that was its last code."""
-        if len(reply.codes) == self.speaker.num_patches:
-            yield reply.number, torch.tensor(reply.codes).view(self.speaker.latent_shape)
-            reply.num_images += 1
-            if self.settings.answer != "any":
+        """Choose what follows in images of codes: outputs are (n, V) for each kind of branch."""
+        codes = next_codes(replies, outputs, self.speaker, self.settings)
+        for reply, code in zip(replies, codes, strict=True):
+            image = None
+            if code is None:
+                leave_image(reply, self.speaker.tokenizer.eoi_id)
+            else:
+                image = add_code(reply, code, self.speaker)
+                self._advance(reply, 1)
+            if image is not None:
+                yield reply.number, image
+                reply.num_images += 1
+            if image is not None and self.settings.answer != "any":
                 yield self._end(reply)
-                return
-        self.writing.append(reply)
-
-    def _leave_image(self, reply: Reply) -> None:
-        """<eoi> is next; rows that read no images forget the one that they helped to draw."""
-        for branch in reply.branches:
-            branch.length -= 0 if branch.reads_images else len(reply.codes) + 1
-        reply.codes, reply.text, reply.token = [], [], self.speaker.tokenizer.eoi_id
-        self.writing.append(reply)
+            else:
+                self.writing.append(reply)
 
     # ---------------------------------------------------------------- images of latents
 
@@ -362,23 +328,3 @@ class _Engine:
         rows, lengths = zip(*((branch.row, branch.length) for branch in branches), strict=True)
         causal = self.speaker.causal
         return AppendAttention(self.cache, list(rows), list(lengths), num_new, causal, image)
-
-
-def pack_prompts(documents: Sequence[Document], tokenizer, patch_size: int, device) -> Batch:
-    """One document a row; conditioning images stay clean (t = 0)."""
-    batch = pack(
-        [[document] for document in documents],
-        list(range(len(documents))),
-        tokenizer=tokenizer,
-        row_length=max(document_length(document, patch_size) for document in documents),
-        patch_size=patch_size,
-    ).to(device)
-    return replace(batch, t=torch.zeros_like(batch.t))
-
-
-def not_a_number(what: str) -> str:
-    """The sentence for a network that has diverged."""
-    return (
-        f"the network's output for {what} is not a number (NaN or infinite): its training diverged "
-        "or its weights are damaged; use an earlier checkpoint"
-    )

@@ -11,7 +11,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from tf_lightning.autoencoder import check_fit, load_autoencoder
+from tf_lightning.autoencoder import load_fitting
 from tf_lightning.autoencoder_module import AutoencoderModule
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
 from tf_lightning.errors import UserError
@@ -92,8 +92,7 @@ class TransfusionCLI(LightningCLI):
 def check_pictures(model: Transfusion, data: L.LightningDataModule) -> None:
     """Refuse an autoencoder that is not the model's before a picture is encoded."""
     if name := getattr(data, "autoencoder_name", None):
-        hparams = model.hparams
-        check_fit(name, load_autoencoder(name), hparams.latent_channels, hparams.num_codes)
+        load_fitting(name, model.hparams.latent_channels, model.hparams.num_codes)
 
 
 def fast_precision(accelerator: str) -> str:

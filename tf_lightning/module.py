@@ -5,7 +5,6 @@ match the weights; whatever one varies at evaluation belongs to callbacks.
 """
 
 from copy import deepcopy
-from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -13,38 +12,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import SumMetric
 
-from tf_lightning.attention import build_attention
 from tf_lightning.batch import Batch, Document, row_generator, unpack
+from tf_lightning.batch_losses import LossSums, loss_sums
 from tf_lightning.checkpoint import misfit
 from tf_lightning.errors import UserError
-from tf_lightning.losses import lm_loss, total_loss, z_loss
-from tf_lightning.net import Net, update_ema
+from tf_lightning.losses import total_loss
+from tf_lightning.net import Net, check_codes, update_ema
 from tf_lightning.objective import Objective
 from tf_lightning.optim import lr_scale, parameter_groups, with_text_lr
 from tf_lightning.sharding import shard
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
 from tf_lightning.unet import check as check_unet
-
-
-class LossSums(NamedTuple):
-    """What a batch costs, before any mean; K targets of text and K' of codes."""
-
-    nll: Tensor  # (K,) cross-entropy in nats
-    code_nll: Tensor  # (K',)
-    diffusion: Tensor  # (), the denoiser's, over latent elements
-    z: Tensor  # (), of log^2 Z over all targets; 0 where its weight is
-
-
-def check_codes(num_codes: int, patch_size: int, unet: UNetConfig | None) -> None:
-    """Refuse what there is no model of codes of."""
-    if num_codes < 2:
-        raise UserError(f"num_codes={num_codes} is no codebook; give 2 or more, or null")
-    if patch_size != 1 or unet is not None:
-        raise UserError(
-            f"num_codes={num_codes} makes each code a token, which no patch coder reads; give "
-            "patch_size: 1 (and the data too) and unet: null"
-        )
 
 
 class Transfusion(L.LightningModule):
@@ -113,7 +92,7 @@ class Transfusion(L.LightningModule):
         if isinstance(unet, dict):
             unet = UNetConfig(**unet)
         if num_codes is not None:
-            check_codes(num_codes, patch_size, unet)
+            check_codes(num_codes, patch_size, unet, transformer)
         elif unet is not None:
             check_unet(unet, patch_size)
         self.config, self.unet = transformer, unet
@@ -213,8 +192,8 @@ class Transfusion(L.LightningModule):
         """Draw what dropout drops from (seed, batch) alone, as noise is, so that runs resume."""
         if self.config.dropout:
             number = batch_index * self.trainer.world_size + self.global_rank
-            seed = row_generator(self.trainer.datamodule.seed, number).initial_seed()
-            torch.manual_seed(seed)
+            generator = row_generator(self.trainer.datamodule.seed, number)
+            torch.manual_seed(generator.initial_seed())
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """All losses on the same packed rows."""
@@ -240,21 +219,8 @@ class Transfusion(L.LightningModule):
 
     def loss_sums(self, net: Net, batch: Batch) -> LossSums:
         """What a batch costs, before any mean."""
-        objective, is_code = self.objective, bool(self.hparams.num_codes)
-        attend = build_attention(batch, self.hparams.causal_images or is_code)
-        if is_code:
-            logits, _ = net(batch, batch.latents, batch.t, attend)
-            diffusion = logits.new_zeros(())
-        else:
-            noised = objective.add_noise(batch.latents, batch.noise, batch.t)
-            logits, output = net(batch, noised, objective.network_times(batch.t), attend)
-            diffusion = objective.loss_sum(output, batch.latents, batch.noise, batch.t)
-        targets = batch.labels.flatten()[torch.cat([batch.target_index, batch.code_index])]
-        nll, code_nll = lm_loss(logits, targets).split(
-            [len(batch.target_index), len(batch.code_index)]
-        )
-        z = z_loss(logits).sum() if self.hparams.z_loss_weight else logits.new_zeros(())
-        return LossSums(nll, code_nll, diffusion, z)
+        causal, with_z = self.hparams.causal_images, bool(self.hparams.z_loss_weight)
+        return loss_sums(net, batch, self.objective, causal, with_z)
 
     def global_mean(self, total: Tensor, count: int) -> Tensor:
         """This rank's share of a mean over all ranks.

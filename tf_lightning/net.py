@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tf_lightning.attention import Attention
 from tf_lightning.batch import Batch
+from tf_lightning.errors import UserError
 from tf_lightning.patches import LinearPatchCoder
 from tf_lightning.transformer import Transformer, TransformerConfig
 from tf_lightning.unet import UNetConfig, UNetPatchCoder
@@ -117,3 +118,16 @@ class Net(nn.Module):
 def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * net, elementwise (so shards need no communication)."""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def check_codes(
+    num_codes: int, patch_size: int, unet: UNetConfig | None, config: TransformerConfig
+) -> None:
+    """Refuse what there is no network of codes of."""
+    if num_codes < 2:
+        raise UserError(f"num_codes={num_codes} is no codebook; give 2 or more, or null")
+    if patch_size != 1 or unet is not None or config.image_weights != "shared":
+        raise UserError(
+            f"num_codes={num_codes} makes each code a token like those of text; give "
+            "patch_size: 1 (the data too), unet: null and image_weights: shared"
+        )

@@ -3,10 +3,13 @@
 Shapes: N patches an image, C x h x w latents.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tf_lightning.batch import Document, document_length
+import torch
+
+from tf_lightning.batch import Batch, Document, document_length, pack
 from tf_lightning.decoding import TextSampling
 from tf_lightning.errors import UserError
 from tf_lightning.guidance import Guidance
@@ -101,3 +104,15 @@ class Speaker:
                 f"model was trained on {self.max_length}; shorten the prompt"
             )
         return length + settings.num_tokens + settings.num_images * image
+
+
+def pack_prompts(documents: Sequence[Document], tokenizer, patch_size: int, device) -> Batch:
+    """One document a row; conditioning images stay clean (t = 0)."""
+    batch = pack(
+        [[document] for document in documents],
+        list(range(len(documents))),
+        tokenizer=tokenizer,
+        row_length=max(document_length(document, patch_size) for document in documents),
+        patch_size=patch_size,
+    ).to(device)
+    return replace(batch, t=torch.zeros_like(batch.t))

@@ -33,7 +33,9 @@ def fitting_sampler(sampler: str | None, prediction_type: str) -> str | None:
     """
     if prediction_type == "codes":
         if sampler is not None:
-            raise UserError(f"sampler={sampler!r} denoises and this model draws codes; leave it out")
+            raise UserError(
+                f"sampler={sampler!r} denoises and this model draws codes; leave it out"
+            )
         return None
     fitting = FLOW_SAMPLERS if prediction_type == "flow" else NOISE_SAMPLERS
     if sampler is None:
@@ -45,6 +47,19 @@ def fitting_sampler(sampler: str | None, prediction_type: str) -> str | None:
             f"it must be one of {', '.join(fitting)}"
         )
     return sampler
+
+
+def check_not_denoising(sampler: str | None, interval: Sequence[float], rescale: float) -> None:
+    """Refuse what only denoising has."""
+    for name, given, off in (
+        ("sampler", sampler, None),
+        ("guidance_interval", tuple(interval), (0.0, 1.0)),
+        ("guidance_rescale", rescale, 0.0),
+    ):
+        if given != off:
+            raise UserError(
+                f"{name}={given} is of denoising and this model draws codes; leave it out"
+            )
 
 
 def build_scheduler(

@@ -2,7 +2,7 @@
 
 A corpus is a directory of
     tokens.bin     uint32, all text ids one after another
-    latents.bin    float16 (num_images, C, h, w), unit variance; or codes, uint32 (num_images, 1, h, w)
+    latents.bin    float16 (num_images, C, h, w), unit variance; codes are uint32, C = 1
     parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
     corpus.json    counts, image shape, codes in the codebook if there is one, and how many samples
