@@ -15,8 +15,9 @@ class Throughput(L.Callback):
     """Logs `train/tokens_per_sec`, `train/padding_share` and `train/mixture/<source>`.
 
     Also `train/flops_per_token`, forward and backward as `tf_lightning.flops` counts them, beside
-    `train/flops_per_token_6n`, the papers' 6 N; `train/tflops_per_sec`; and `train/mfu`, its share
-    of what the devices can do.
+    `train/flops_per_token_6n`, the papers' 6 N; `train/images_per_token`, since pictures of codes
+    take more tokens than those of patches; `train/tflops_per_sec`; and `train/mfu`, its share of
+    what the devices can do.
 
     Counts are kept on the device and read only when the trainer logs, so that no step waits. Speed
     and FLOPs are of this window and all ranks, validations left out; shares are of all tokens since
@@ -101,6 +102,7 @@ class Throughput(L.Callback):
             "train/padding_share": 1 - total / self.positions,
             "train/flops_per_token": flops / max(work.tokens, 1),
             "train/flops_per_token_6n": flops_6nd(pl_module.net, 1),
+            "train/images_per_token": work.images / max(work.tokens, 1),
             "train/tflops_per_sec": flops / seconds / 1e12,
         }
         if self.peak_flops:

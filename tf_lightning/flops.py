@@ -109,6 +109,22 @@ def training_flops(net: Net, work: Work, size: tuple[int, int] | None) -> float:
     return (1 + BACKWARD) * forward_flops(net, work, size)
 
 
+def positions_ratio(codes: int, patches: int, words: float) -> float:
+    """How many times as long a captioned picture is in codes as in patches.
+
+    Of a matched pair (one trunk, one token budget) the one of codes sees that many times fewer
+    pictures at equal tokens, and so at equal 6 N D; at equal pictures it takes as many times the
+    tokens and FLOPs. Neither is fair to both: a comparison says which it is.
+
+    Args:
+        codes: of a picture, N of the one.
+        patches: N of the other.
+        words: tokens of a caption.
+    """
+    rest = words + 4  # <bos>, <boi>, <eoi>, <eos>
+    return (rest + codes) / (rest + patches)
+
+
 def flops_6nd(net: Net, tokens: float) -> float:
     """6 N D, the papers' estimate: N the Transformer's weights that a token meets, D tokens."""
     return 6 * sum(p.numel() for p in net.transformer.text_parameters()) * tokens

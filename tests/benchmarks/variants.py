@@ -23,6 +23,7 @@ from tf_lightning.cli import main as tf_lightning
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "configs" / "experiments"
 DEFAULT = ["linear", "epsilon", "flow", "causal", "unet", "unet_patch8", "patch8", "mot"]
+DEFAULT += ["chameleon"]
 COLUMNS = {
     "one object": ("one_object", "{:.1%}"),
     "two objects": ("two_objects", "{:.1%}"),
@@ -31,6 +32,7 @@ COLUMNS = {
     "perplexity": ("perplexity", "{:.3f}"),
     "parameters": ("num_parameters", "{:,}"),
     "PFLOPs": ("training_pflops", "{:.3g}"),
+    "pictures": ("pictures_seen", "{:,.0f}"),
     "minutes": ("minutes", "{:.1f}"),
 }
 
@@ -62,15 +64,18 @@ def train(name: str, base: Path, out: Path, steps: int, more: list[str]) -> None
         tf_lightning(["validate", *arguments, f"--ckpt_path={last}"])
 
 
-def training_pflops(folder: Path) -> float:
-    """Of the whole run, forward and backward: what it logged of its tokens, times their number."""
+def in_whole_run(folder: Path) -> dict[str, float]:
+    """PFLOPs, forward and backward, and pictures: what was logged of a token, times all tokens."""
     events = EventAccumulator(str(folder)).Reload()
     logged = lambda name: [e.value for e in events.Scalars(f"train/{name}")]  # noqa: E731
     config = yaml.safe_load((folder / "config.yaml").read_text())
     data = config["data"]["init_args"]
     positions = config["trainer"]["max_steps"] * data["batch_size"] * data["row_length"]
     tokens = positions * (1 - logged("padding_share")[-1])
-    return statistics.fmean(logged("flops_per_token")) * tokens / 1e15
+    whole = {"training_pflops": statistics.fmean(logged("flops_per_token")) * tokens / 1e15}
+    if "train/images_per_token" in events.Tags()["scalars"]:  # runs of earlier versions lack it
+        whole["pictures_seen"] = statistics.fmean(logged("images_per_token")) * tokens
+    return whole
 
 
 def last_metrics(folder: Path, steps: int) -> dict[str, float]:
@@ -82,7 +87,7 @@ def last_metrics(folder: Path, steps: int) -> dict[str, float]:
 
 def row(folder: Path, report: dict) -> dict:
     """A variant's numbers, under the names of COLUMNS."""
-    more = {"training_pflops": training_pflops(folder), "minutes": report["train_seconds"] / 60}
+    more = in_whole_run(folder) | {"minutes": report["train_seconds"] / 60}
     return last_metrics(folder, report["global_step"]) | report | more
 
 
