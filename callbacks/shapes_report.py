@@ -65,6 +65,9 @@ class ShapesReport(L.Callback):
         num_inference_steps: network evaluations a picture.
         sampler: name of a diffusers scheduler; None: DDPM, the best of the small
             model, or Euler for flow.
+        code_temperature: where pictures are codes; 0 = the likeliest.
+        code_top_k: draw from this many likeliest codes; None: from all.
+        code_top_p: draw from the fewest codes that have this probability together.
         seed: of the prompts and of the first noise.
     """
 
@@ -74,6 +77,9 @@ class ShapesReport(L.Callback):
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
+        code_temperature: float = 1.0,
+        code_top_k: int | None = None,
+        code_top_p: float = 1.0,
         seed: int = 0,
     ):
         self.num_prompts, self.seed = num_prompts, seed
@@ -81,6 +87,9 @@ class ShapesReport(L.Callback):
             "guidance_scale": guidance_scale,
             "num_inference_steps": num_inference_steps,
             "sampler": sampler,
+            "code_temperature": code_temperature,
+            "code_top_k": code_top_k,
+            "code_top_p": code_top_p,
         }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

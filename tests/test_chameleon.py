@@ -1,5 +1,6 @@
 """Pictures as codes through the whole house: packed, stored, trained, resumed, and refused."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,26 +11,24 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import runs
-from tf_lightning.batch import IGNORE_INDEX, Batch, pack, unpack
+from callbacks.prompts import as_it_is
+from tf_lightning.attention import DenseAttention
+from tf_lightning.autoencoder import load_autoencoder
+from tf_lightning.autoencoder_network import AutoencoderConfig, build_network
+from tf_lightning.autoencoder_save import save_network
+from tf_lightning.batch import IGNORE_INDEX, pack, unpack
 from tf_lightning.cli import main
 from tf_lightning.data import Mixture
 from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
 from tf_lightning.errors import UserError
 from tf_lightning.model import load
 from tf_lightning.module import Transfusion
+from tf_lightning.pixels import to_pixels
 from tf_lightning.transformer import TransformerConfig
-from tiny import SIZES
+from tiny import PICTURE_OF_CODES as PICTURE
+from tiny import SIZES, TOKENIZER, code_batch
 
 BOS, EOS, BOI, EOI, NONE = 1, 2, 18, 19, IGNORE_INDEX
-TOKENIZER = SimpleNamespace(bos_id=BOS, eos_id=EOS, boi_id=BOI, eoi_id=EOI, vocab_size=20)
-PICTURE = torch.tensor([[[3, 0], [10, 3]]])  # four of eleven codes
-
-
-def code_batch() -> Batch:
-    """A caption with its picture, a text; a picture without caption, a picture with its caption."""
-    text = lambda *ids: torch.tensor(ids)  # noqa: E731
-    rows = [[[text(5, 6), PICTURE], [text(7)]], [[PICTURE], [PICTURE.flip(-1), text(8)]]]
-    return pack(rows, [0, 1], tokenizer=TOKENIZER, row_length=20, patch_size=1)
 
 
 def test_codes_are_packed_as_tokens_and_all_of_them_are_to_be_predicted():
@@ -93,8 +92,6 @@ def test_the_loss_is_the_lms_on_everything_and_z_loss(monkeypatch):
                 document_ids=torch.zeros(1, len(ids)), image_ids=torch.full((1, len(ids)), -1),
                 copied=torch.empty(0),
             )  # fmt: skip
-            from tf_lightning.attention import DenseAttention
-
             x = trunk.tok_embeddings(ids)[None]
             hidden = trunk(x, torch.arange(len(ids))[None], DenseAttention(layout, True))
             logits = trunk.output(hidden[0])[labels != NONE]
@@ -128,6 +125,10 @@ def pair_of_mixtures(folder) -> list[Mixture]:
     return made
 
 
+def told(part: torch.Tensor) -> str:
+    return "picture" if part.ndim == 3 else str(part.tolist())
+
+
 def test_a_matched_pair_sees_the_same_documents_in_rows_of_the_same_length(tmp_path):
     pair = pair_of_mixtures(tmp_path)
     shown = []
@@ -135,21 +136,17 @@ def test_a_matched_pair_sees_the_same_documents_in_rows_of_the_same_length(tmp_p
         rows = data.train_dataloader().dataset.corpora[0]
         assert rows.row_length == 256
         documents = [document for row in range(rows.rows_per_epoch) for document in rows.row(row)]
-        shown.append(sorted(([p.tolist() if p.ndim == 1 else "picture" for p in d] for d in documents), key=str))  # noqa: E501
-        epoch = rows._epoch(0)
-        shown.append((epoch.image_first.tolist(), epoch.dropped.tolist()))
-    assert shown[0] == shown[2] and shown[1] == shown[3]
+        shown.append(sorted(str([told(part) for part in parts]) for parts in documents))
+    assert shown[0] == shown[1] and "['picture']" in shown[0]  # the same captions are dropped
     codes = next(part for part in documents[0] if part.ndim == 3)
     assert codes.dtype == torch.int64 and codes.shape == (1, 8, 8) and codes.max() < 512
     assert [data.num_codes for data in pair] == [None, 512]
-    corpus = pair[1].corpora["train"]["captions"]
-    stored = corpus.document(0)
-    picture = next(p for p in ShapesCaptions(24, 4).documents("train").__next__() if not isinstance(p, str))  # noqa: E501
-    from tf_lightning.autoencoder import load_autoencoder
-    from tf_lightning.pixels import to_pixels
-
-    expected = load_autoencoder("shapes_vq").encode(to_pixels(picture)[None])[0]
-    assert torch.equal(next(part for part in stored if part.ndim == 3), expected)
+    stored = sorted(pair[1].corpora["train"]["captions"].document(0), key=torch.Tensor.dim)[1]
+    picture = sorted(next(ShapesCaptions(24, 4).documents("train")), key=lambda p: type(p) is str)[
+        0
+    ]
+    expected = load_autoencoder("shapes_vq").encode(to_pixels(as_it_is(picture))[None])[0]
+    assert torch.equal(stored, expected)
 
 
 def chameleon(config: dict) -> None:
@@ -168,8 +165,6 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_the_same_callbacks_measure_it_and_say_how_codes_were_drawn(run):
-    import json
-
     numbers = json.loads((run / "metrics" / "step0000006-val.json").read_text())["numbers"]
     protocols = {number["name"]: number["protocol"] for number in numbers}
     assert {"val/fid[shapes]", "val/clip_score[shapes]", "val/cider[shapes]"} <= protocols.keys()
@@ -244,9 +239,6 @@ def test_what_does_not_fit_is_told_before_anything_is_prepared(argument, tmp_pat
 
 
 def test_a_vq_of_another_codebook_than_the_checkpoints_is_refused(run, tmp_path, fails):
-    from tf_lightning.autoencoder_network import AutoencoderConfig, build_network
-    from tf_lightning.autoencoder_save import save_network
-
     sizes = {"layers_per_block": 1, "norm_groups": 2, "mid_attention": False, "num_codes": 32}
     save_network(build_network(AutoencoderConfig((4, 8), **sizes)), tmp_path / "vq", {})
     checkpoint = run / "checkpoints" / "last.ckpt"

@@ -16,10 +16,9 @@ from tf_lightning.net import Net
 from tf_lightning.reply import collect
 from tf_lightning.request import Settings, Speaker
 from tf_lightning.transformer import TransformerConfig
-from tiny import SIZES, document
+from tiny import SIZES, TOKENIZER, document
 
 BOS, EOS, BOI, EOI, TEXT, CODES, SIDE = 1, 2, 18, 19, 20, 11, 2
-TOKENIZER = SimpleNamespace(bos_id=BOS, eos_id=EOS, boi_id=BOI, eoi_id=EOI, vocab_size=TEXT)
 GREEDY, DRAWN = TextSampling(temperature=0.0), TextSampling(temperature=1.0, top_k=6, top_p=0.95)
 
 

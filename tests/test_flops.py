@@ -17,8 +17,7 @@ from tf_lightning.flops import (
 from tf_lightning.net import Net
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
-from test_chameleon import code_batch
-from tiny import TOKENIZER, VOCAB_SIZE, document, packed
+from tiny import TOKENIZER, VOCAB_SIZE, code_batch, document, packed
 
 NETS = {
     "linear": {},
