@@ -69,7 +69,7 @@ class Speaker:
 
     net: Net
     tokenizer: Any
-    """Has bos_id, eos_id, boi_id, eoi_id; and decode, where texts stop the answer."""
+    """Has bos_id, eos_id, boi_id, eoi_id; vocab_size of codes; decode, where texts stop answers."""
     patch_size: int
     latent_shape: tuple[int, int, int] | None = None
     """(C, h, w) of its images; None: it has none."""
