@@ -16,17 +16,26 @@ from callbacks.measures import Measure, PictureScores
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
 from callbacks.protocol import Number, print_numbers, prompts_hash, write_numbers
-from callbacks.sampling import Kind, Sampled, model_of, refuse_shards, sample, shares
+from callbacks.sampling import (
+    OF_CODES,
+    Kind,
+    Sampled,
+    fit_drawing,
+    model_of,
+    refuse_shards,
+    sample,
+    shares,
+)
 from callbacks.sheet import run_folder, write_picture
 from callbacks.show import show
 from callbacks.text_perplexity import TextPerplexity
 from tf_lightning.errors import UserError
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
-from tf_lightning.sampler import fitting_sampler
 
 MODULE_PROTOCOL = {  # of what the module itself logs at validation
     "loss_lm": "mean nll in nats over text targets",
+    "loss_codes": "mean nll in nats over pictures' codes and the <eoi> behind",
     "loss_diffusion": "mean squared error over latent elements",
 }
 
@@ -47,6 +56,9 @@ class Evaluate(L.Callback):
         guidance_scale: 1 = off; several are measured one after another.
         num_inference_steps: network evaluations a picture.
         sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
+        code_temperature: where pictures are codes; 0 = the likeliest.
+        code_top_k: draw from this many likeliest codes; None: from all.
+        code_top_p: draw from the fewest codes that have this probability together.
         seed: first noise of the first prompt; the next prompts' follow.
         weights: "ema", the average if the model keeps one, or "raw".
         batch_size: prompts sampled together.
@@ -65,6 +77,9 @@ class Evaluate(L.Callback):
         guidance_scale: float | list[float] = 3.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
+        code_temperature: float = 1.0,
+        code_top_k: int | None = None,
+        code_top_p: float = 1.0,
         seed: int = 0,
         weights: Literal["ema", "raw"] = "ema",
         batch_size: int = 32,
@@ -79,6 +94,7 @@ class Evaluate(L.Callback):
         if not self.scales:
             raise UserError("guidance_scale=[] measures nothing; give one number or more")
         self.how = {"num_inference_steps": num_inference_steps, "sampler": sampler, "seed": seed}
+        self.how |= dict(zip(OF_CODES, (code_temperature, code_top_k, code_top_p), strict=True))
         self.weights, self.batch_size, self.max_new_tokens = weights, batch_size, max_new_tokens
         self.num_shown, self.texts, self.tag = num_shown, list(texts), tag
         self.numbers: list[Number] = []
@@ -86,8 +102,7 @@ class Evaluate(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the metrics' networks now: what does not fit is told before hours of training."""
         refuse_shards(pl_module, self)
-        kind = pl_module.hparams["prediction_type"]
-        self.how["sampler"] = fitting_sampler(self.how["sampler"], kind)
+        self.how = fit_drawing(self.how, pl_module)
         try:
             for measure in self.measures:
                 if not self.makes[measure.of]:

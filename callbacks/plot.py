@@ -8,40 +8,52 @@ PANEL = (360, 260)  # width, height
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 36, 40  # of the axes in a panel
 COLUMNS = 3
 MOST_LABELS = 6  # below a panel
+COLOURS = ("steelblue", "darkorange", "seagreen", "crimson")
 
 Line = Sequence[tuple[float, float]]
 
 
-def line_plots(lines: Mapping[str, Line], x_label: str) -> Image.Image:
-    """A page of panels, each with its title, its points and their values."""
+def line_plots(lines: Mapping[str, Line | Mapping[str, Line]], x_label: str) -> Image.Image:
+    """A page of panels, each with its title, its line or several with names, and their values."""
     width, height = PANEL
     columns = min(COLUMNS, len(lines))
     page = Image.new("RGB", (columns * width, -(-len(lines) // columns) * height), "white")
     for number, (title, line) in enumerate(lines.items()):
         row, column = divmod(number, columns)
-        draw_panel(page, (column * width, row * height), title, line, x_label)
+        named = line if isinstance(line, Mapping) else {"": line}
+        draw_panel(page, (column * width, row * height), title, named, x_label)
     return page
 
 
 def draw_panel(
-    page: Image.Image, corner: tuple[int, int], title: str, line: Line, x_label: str
+    page: Image.Image,
+    corner: tuple[int, int],
+    title: str,
+    lines: Mapping[str, Line],
+    x_label: str,
 ) -> None:
-    """One panel with its upper left corner at `corner`."""
+    """One panel with its upper left corner at `corner`; at most four lines."""
     draw, (left, top), (width, height) = ImageDraw.Draw(page), corner, PANEL
-    xs, ys = zip(*sorted(line), strict=True)
+    points = [point for line in lines.values() for point in sorted(line)]
+    xs, ys = zip(*points, strict=True)
     across = scale(xs, left + LEFT, left + width - RIGHT)
     up = scale(ys, top + height - BOTTOM, top + TOP)
     draw.text((left + width / 2, top + 8), title, "black", anchor="ma")
     box = (left + LEFT - 8, top + TOP - 8, left + width - RIGHT + 8, top + height - BOTTOM + 8)
     draw.rectangle(box, outline="grey")
     draw.text((left + width / 2, top + height - 18), x_label, "black", anchor="ma")
-    points = list(zip(across, up, strict=True))
-    draw.line(points, "steelblue", 2)
-    every = -(-len(xs) // MOST_LABELS)
-    for number, ((x, y), value) in enumerate(zip(points, xs, strict=True)):
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), "steelblue")
-        if (len(xs) - 1 - number) % every == 0:  # the last always has its label
-            draw.text((x, top + height - BOTTOM + 10), f"{value:g}", "black", anchor="ma")
+    placed, start = list(zip(across, up, strict=True)), 0
+    for place, ((name, line), colour) in enumerate(zip(lines.items(), COLOURS, strict=False)):
+        mine, start = placed[start : start + len(line)], start + len(line)
+        draw.line(mine, colour, 2)
+        for x, y in mine:
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+        draw.text((left + width - RIGHT, top + TOP + 12 * place), name, colour, anchor="ra")
+    marks = dict(sorted(zip(xs, across, strict=True)))
+    every = -(-len(marks) // MOST_LABELS)
+    for number, (value, x) in enumerate(marks.items()):
+        if (len(marks) - 1 - number) % every == 0:  # the last always has its label
+            draw.text((x, top + height - BOTTOM + 10), f"{value:.4g}", "black", anchor="ma")
     for value, y in {min(ys): max(up), max(ys): min(up)}.items():
         draw.text((left + LEFT - 12, y), f"{value:.5g}", "black", anchor="rm")
 

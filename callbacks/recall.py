@@ -9,12 +9,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
-from callbacks.sampling import refuse_shards
+from callbacks.sampling import fit_drawing, refuse_shards
 from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
 from tf_lightning.data.corpus import RawDocument, Skipped, Source, Split
 from tf_lightning.model import Model, to_pixels
 from tf_lightning.module import Transfusion
-from tf_lightning.sampler import fitting_sampler
 
 
 class Recall(L.Callback):
@@ -53,8 +52,7 @@ class Recall(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a sampler that does not fit before the training, not after it."""
         refuse_shards(pl_module, self)
-        kind = pl_module.hparams["prediction_type"]
-        self.how["sampler"] = fitting_sampler(self.how["sampler"], kind)
+        self.how = fit_drawing(self.how, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Examine the trained model."""

@@ -16,9 +16,12 @@ from callbacks.prompts import Prompt, square
 from tf_lightning.errors import UserError
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
+from tf_lightning.sampler import fitting_sampler
 
 Kind = Literal["drawn", "written"]
-DRAWING = ("guidance_scale", "num_inference_steps", "sampler")
+DENOISING = ("num_inference_steps", "sampler")
+OF_CODES = ("code_temperature", "code_top_k", "code_top_p")
+DRAWING = ("guidance_scale", *DENOISING, *OF_CODES)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,23 @@ def refuse_shards(module: Transfusion, callback: object) -> None:
         )
 
 
+def fit_drawing(how: dict, module: Transfusion, default_sampler: str | None = None) -> dict:
+    """What of `how` is of this module's kind of pictures, its sampler named.
+
+    Args:
+        how: settings of `Model.draw`.
+        module: what is to draw.
+        default_sampler: where latents are denoised by DDPM's kind and none is named.
+
+    Raises:
+        UserError: the sampler does not fit.
+    """
+    kind = "codes" if module.hparams["num_codes"] else module.hparams["prediction_type"]
+    sampler = how.get("sampler") or (None if kind in ("codes", "flow") else default_sampler)
+    sampler, foreign = fitting_sampler(sampler, kind), DENOISING if kind == "codes" else OF_CODES
+    return {k: v for k, v in (how | {"sampler": sampler}).items() if k not in foreign}
+
+
 def shares(count: int, batch_size: int, rank: int, world_size: int) -> list[range]:
     """This rank's batches of `count` prompts: whole batches in turn, so that none is repeated.
 
@@ -83,8 +103,8 @@ def sample(
         model: what is asked.
         prompts: of all ranks.
         batches: this rank's places in them.
-        how: guidance_scale, num_inference_steps, sampler and seed of "drawn" pictures (prompt i
-            has the noise of seed + i), max_new_tokens of "written" captions; the rest is ignored.
+        how: of "drawn" pictures guidance_scale, seed (prompt i has the noise of seed + i) and what
+            `fit_drawing` leaves; max_new_tokens of "written" captions; the rest is ignored.
         kind: what is made.
         precision: context in which the network computes, the trainer's.
         progress: show a progress bar.
@@ -92,7 +112,7 @@ def sample(
     for places in tqdm(batches, desc=kind.title(), disable=not progress, leave=False):
         asked = [prompts[place] for place in places]
         if kind == "drawn":
-            options = {key: how[key] for key in DRAWING}
+            options = {key: how[key] for key in DRAWING if key in how}
             seeds = [how["seed"] + place for place in places]
             with precision():
                 pictures = model.draw([[prompt.text] for prompt in asked], seeds=seeds, **options)

@@ -60,7 +60,7 @@ class SaveAutoencoder(L.Callback):
         save_network(network.half() if self.half else network, folder, report)
         use = f"autoencoder: {folder} in a configuration's data"
         if module.config.num_codes:
-            use = f'tf_lightning.codes.load_codes("{folder}")'
+            use += f" with num_codes: {module.config.num_codes} in its model"
         rank_zero_info(f"Wrote {folder}; use it by {use}")
 
     def pictures(self, data: PictureData, device: torch.device) -> Iterator[Tensor]:

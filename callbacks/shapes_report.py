@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from callbacks.sampling import refuse_shards
+from callbacks.sampling import fit_drawing, refuse_shards
 from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
 from callbacks.text_perplexity import TextBytes, add_text
 from callbacks.throughput import Throughput
@@ -28,7 +28,6 @@ from tf_lightning.data.shapes import Meaning, draw_scene, generator, render
 from tf_lightning.data.shapes_grammar import caption, draw_text, parse, text_log_prob
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
-from tf_lightning.sampler import fitting_sampler
 
 SEED_OFFSET = 1_000  # the examination's pictures are none of the validation's
 
@@ -66,6 +65,9 @@ class ShapesReport(L.Callback):
         num_inference_steps: network evaluations a picture.
         sampler: name of a diffusers scheduler; None: DDPM, the best of the small
             model, or Euler for flow.
+        code_temperature: where pictures are codes; 0 = the likeliest.
+        code_top_k: draw from this many likeliest codes; None: from all.
+        code_top_p: draw from the fewest codes that have this probability together.
         seed: of the prompts and of the first noise.
     """
 
@@ -75,6 +77,9 @@ class ShapesReport(L.Callback):
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
+        code_temperature: float = 1.0,
+        code_top_k: int | None = None,
+        code_top_p: float = 1.0,
         seed: int = 0,
     ):
         self.num_prompts, self.seed = num_prompts, seed
@@ -82,14 +87,15 @@ class ShapesReport(L.Callback):
             "guidance_scale": guidance_scale,
             "num_inference_steps": num_inference_steps,
             "sampler": sampler,
+            "code_temperature": code_temperature,
+            "code_top_k": code_top_k,
+            "code_top_p": code_top_p,
         }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a sampler that does not fit."""
         refuse_shards(pl_module, self)
-        kind = pl_module.hparams["prediction_type"]
-        ddpm = None if kind == "flow" else "DDPMScheduler"
-        self.how["sampler"] = fitting_sampler(self.how["sampler"] or ddpm, kind)
+        self.how = fit_drawing(self.how, pl_module, default_sampler="DDPMScheduler")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Examine the trained model."""
@@ -190,7 +196,7 @@ def text_perplexity(
         patch_size=module.hparams.patch_size,
     ).to(module.device)
     metric = Perplexity(sync_on_compute=False).to(module.device)  # rank zero is alone here
-    nll, _ = module.loss_sums(model.net, batch)
+    nll = module.loss_sums(model.net, batch).nll
     add_text(metric, nll, batch, TextBytes(model.tokenizer, module.device))
     perplexity = metric.compute()["perplexity"].item()
     entropy = -sum(text_log_prob(text) for text in texts)

@@ -16,8 +16,9 @@ class Throughput(L.Callback):
 
     Also `train/epochs/<source>`, how often the run has read each source so far;
     `train/flops_per_token`, forward and backward as `tf_lightning.flops` counts them, beside
-    `train/flops_per_token_6n`, the papers' 6 N; `train/tflops_per_sec`; and `train/mfu`, its share
-    of what the devices can do.
+    `train/flops_per_token_6n`, the papers' 6 N; `train/images_per_token`, since pictures of codes
+    take more tokens than those of patches; `train/tflops_per_sec`; and `train/mfu`, its share of
+    what the devices can do.
 
     Counts are kept on the device and read only when the trainer logs, so that no step waits. Speed
     and FLOPs are of this window and all ranks, validations left out; shares are of all tokens since
@@ -78,7 +79,7 @@ class Throughput(L.Callback):
         self.tokens.index_add_(0, batch.source_ids, batch.row_tokens.double())
         self.squares += squared_lengths(batch)
         self.positions += batch.input_ids.numel()
-        self.window.targets += len(batch.target_index)
+        self.window.targets += len(batch.target_index) + len(batch.code_index)
         self.window.images += batch.num_images
         self.window.copies += len(batch.copied)
         if batch.num_images:
@@ -102,6 +103,7 @@ class Throughput(L.Callback):
             "train/padding_share": 1 - total / self.positions,
             "train/flops_per_token": flops / max(work.tokens, 1),
             "train/flops_per_token_6n": flops_6nd(pl_module.net, 1),
+            "train/images_per_token": work.images / max(work.tokens, 1),
             "train/tflops_per_sec": flops / seconds / 1e12,
         }
         if self.peak_flops:

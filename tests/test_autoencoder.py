@@ -113,7 +113,7 @@ def one_sentence(name: str) -> str:
 
 
 def test_unknown_name_says_what_may_be_given():
-    assert '"shapes", "pixels"' in one_sentence("shape")
+    assert '"shapes", "shapes_vq", "pixels"' in one_sentence("shape")
 
 
 def test_missing_file_is_not_looked_for_on_the_hub(tmp_path):

@@ -55,7 +55,21 @@ def test_every_model_goes_with_a_recipe(name, parsed):
     model = parsed("fit", "-c", quickstart, "--model", str(CONFIGS / "model" / name))["model"]
     assert model["transformer"].items() >= given["transformer"].items()
     assert model["patch_size"] == given["patch_size"]
-    assert model["lr"] == yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())["model"]["lr"]
+    quickstarts = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())["model"]
+    assert model["lr"] == given.get("lr", quickstarts["lr"])
+
+
+@pytest.mark.parametrize("size", sorted(set(MODELS) - {"chameleon.yaml"}))
+def test_chameleon_keeps_the_trunk_of_every_size(size, parsed):
+    files = [str(CONFIGS / "model" / name) for name in (size, "chameleon.yaml")]
+    command = ["fit", "-c", str(CONFIGS / "quickstart.yaml"), "--model", files[0]]
+    own, twin = parsed(*command)["model"], parsed(*command, "--model", files[1])["model"]
+    differing = {key for key, value in flat(own).items() if flat(twin)[key] != value}
+    stabilising = {"transformer.norm_order", "z_loss_weight", "lr", "min_lr_ratio"}
+    assert differing == stabilising | {"patch_size"} and twin["transformer"]["qk_norm"]
+    assert twin["lr"] * twin["min_lr_ratio"] == pytest.approx(1.5e-5) == 3e-4 * 0.05
+    vq = yaml.safe_load((CONFIGS / "autoencoder" / "vq.yaml").read_text())
+    assert twin["num_codes"] == vq["model"]["init_args"]["network"]["num_codes"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -7,11 +7,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from tf_lightning.attention import DocumentAttention
 from tf_lightning.batch import Batch, document_length, pack
 from tf_lightning.conditioning import LinearConfig
-from tf_lightning.flops import Work, flops_6nd, forward_flops, squared_lengths, training_flops
+from tf_lightning.flops import (
+    Work,
+    flops_6nd,
+    forward_flops,
+    positions_ratio,
+    squared_lengths,
+    training_flops,
+)
 from tf_lightning.net import Net
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
-from tiny import TOKENIZER, VOCAB_SIZE, document, packed
+from tiny import TOKENIZER, VOCAB_SIZE, code_batch, document, packed
 
 NETS = {
     "linear": {},
@@ -90,6 +97,22 @@ def test_6nd_counts_the_weights_a_token_meets():
     plain, own = net(), net(image_weights="all")
     parameters = sum(p.numel() for p in plain.transformer.parameters())
     assert flops_6nd(plain, 10) == flops_6nd(own, 10) == 60 * parameters
+
+
+def test_flops_of_a_network_of_codes_are_those_counted():
+    made, batch = Net(TransformerConfig(20, 32, 2, 4, ffn_dim=48), 1, 1, num_codes=11), code_batch()
+    targets = len(batch.target_index) + len(batch.code_index)
+    work = Work(10 + 3 + 8 + 9, 10**2 + 3**2 + 8**2 + 9**2, targets, images=3)
+    assert forward_flops(made, work, (2, 2)) == counted(made, batch)
+
+
+def test_a_picture_in_codes_costs_a_matched_pair_what_it_is_longer():
+    assert positions_ratio(1024, 256, words=0) == pytest.approx(1028 / 260)
+    # Against lengths of documents: of the embedded world, 64 codes or 16 patches of the quickstart.
+    codes, latents = torch.zeros(1, 8, 8, dtype=torch.long), torch.zeros(8, 8, 8)
+    words = torch.zeros(9, dtype=torch.long)
+    lengths = document_length([words, codes], 1), document_length([words, latents], 2)
+    assert positions_ratio(64, 16, words=9) == lengths[0] / lengths[1]
 
 
 def test_6n_is_near_the_count_for_the_papers_largest_model():

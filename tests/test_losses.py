@@ -1,9 +1,11 @@
 """The losses against their formulas."""
 
+import math
+
 import pytest
 import torch
 
-from tf_lightning.losses import diffusion_loss_sum, lm_loss, total_loss
+from tf_lightning.losses import diffusion_loss_sum, lm_loss, total_loss, z_loss
 
 
 def test_lm_loss_is_the_negative_log_probability_of_each_target():
@@ -18,6 +20,19 @@ def test_lm_loss_of_no_target_adds_nothing():
     total = lm_loss(logits, torch.empty(0, dtype=torch.long)).sum()
     total.backward()
     assert total == 0 and logits.grad.shape == (0, 11)
+
+
+def test_z_loss_is_the_squared_logarithm_of_the_partition_function():
+    logits = 3 * torch.randn(6, 11) - 2
+    expected = torch.tensor([math.log(sum(map(math.exp, row))) ** 2 for row in logits.tolist()])
+    torch.testing.assert_close(z_loss(logits), expected)
+    # A shift moves it and no other loss; its gradient is 2 log Z softmax.
+    logits.requires_grad_()
+    z_loss(logits).sum().backward()
+    by_hand = 2 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1)
+    torch.testing.assert_close(logits.grad, by_hand)
+    low = logits.detach().bfloat16()
+    assert torch.equal(z_loss(low), z_loss(low.float())) and z_loss(low).dtype == torch.float32
 
 
 def test_diffusion_loss_is_the_squared_error_summed():

@@ -76,7 +76,7 @@ def train_to(step: int, start: int, module: Transfusion, documents, optimizer) -
         chosen = torch.randint(256, (32,), generator=torch.Generator().manual_seed(number))
         rows = [[documents[index]] for index in chosen.tolist()]
         batch = pack(rows, list(range(32 * number, 32 * number + 32)), **options)
-        nll, squared_error = module.loss_sums(module.net, batch)
+        nll, _, squared_error, _ = module.loss_sums(module.net, batch)
         optimizer.zero_grad()
         (nll.mean() + 5 * squared_error / batch.latents.numel()).backward()
         torch.nn.utils.clip_grad_norm_(module.net.parameters(), 1.0)

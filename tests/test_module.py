@@ -56,7 +56,7 @@ def losses_by_hand(net: Net, batch: Batch, prediction_type: str) -> tuple[float,
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_loss_sums_agree_with_an_independent_computation(prediction_type):
     module, batch = tiny_module(prediction_type=prediction_type), mixed_batch()
-    nll, squared_error = module.loss_sums(module.net, batch)
+    nll, _, squared_error, _ = module.loss_sums(module.net, batch)
     expected = losses_by_hand(module.net, batch, prediction_type)
     assert (nll.sum().item(), squared_error.item()) == pytest.approx(expected, rel=1e-4)
     # Targets: texts, <boi> where it comes next, <eos>; none where the caption was dropped.
@@ -66,7 +66,7 @@ def test_loss_sums_agree_with_an_independent_computation(prediction_type):
 def test_epsilon_and_v_predictions_have_different_targets():
     batch = mixed_batch()
     epsilon, v = (tiny_module(prediction_type=name) for name in ("epsilon", "v_prediction"))
-    errors = [module.loss_sums(module.net, batch)[1] for module in (epsilon, v)]
+    errors = [module.loss_sums(module.net, batch).diffusion for module in (epsilon, v)]
     assert not torch.isclose(*errors, rtol=1e-2)
 
 
@@ -83,7 +83,7 @@ def test_the_default_model_keeps_its_losses_to_the_bit_and_its_names():
     alpha_bar = table[timesteps].view(-1, 1, 1, 1)
     noised = alpha_bar.sqrt() * batch.latents + (1 - alpha_bar).sqrt() * batch.noise
     logits, output = module.net(batch, noised, timesteps / 1000, build_attention(batch))
-    nll, squared_error = module.loss_sums(module.net, batch)
+    nll, _, squared_error, _ = module.loss_sums(module.net, batch)
     targets = batch.labels.flatten()[batch.target_index]
     assert torch.equal(nll, F.cross_entropy(logits, targets, reduction="none"))
     assert torch.equal(squared_error, F.mse_loss(output, batch.noise, reduction="sum"))
@@ -122,7 +122,7 @@ def test_every_variant_teaches_every_weight_with_and_without_pictures(changed):
         assert part.isfinite().all(), name
     for batch, taught in ((mixed_batch(), True), (packed([[document("9")]]), False)):
         module.zero_grad()
-        nll, loss_diffusion = module.loss_sums(module.net, batch)
+        nll, _, loss_diffusion, _ = module.loss_sums(module.net, batch)
         (nll.sum() + loss_diffusion).backward()
         for name, part in module.net.patch_coder.named_parameters():
             assert part.grad is not None, name
@@ -136,7 +136,7 @@ def test_a_flows_loss_is_the_one_computed_by_hand():
     noised = (1 - t) * batch.latents + t * batch.noise
     _, output = module.net(batch, noised, batch.t, DenseAttention(batch))
     expected = ((output - (batch.noise - batch.latents)) ** 2).sum().item()
-    assert module.loss_sums(module.net, batch)[1].item() == pytest.approx(expected, rel=1e-4)
+    assert module.loss_sums(module.net, batch).diffusion.item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +155,13 @@ def test_arguments_that_do_not_go_together_are_refused_before_anything_is_built(
 def test_causal_images_change_the_denoisers_loss():
     batch = mixed_batch()
     both, causal = (tiny_module(causal_images=causal) for causal in (False, True))
-    errors = [module.loss_sums(module.net, batch)[1] for module in (both, causal)]
+    errors = [module.loss_sums(module.net, batch).diffusion for module in (both, causal)]
     assert not torch.isclose(*errors, rtol=1e-3)
 
 
 def test_a_batch_of_text_gives_the_patch_coder_gradients_of_zero():
     module, batch = tiny_module(), packed([[document("9")]])
-    nll, squared_error = module.loss_sums(module.net, batch)
+    nll, _, squared_error, _ = module.loss_sums(module.net, batch)
     (nll.sum() + squared_error).backward()
     gradients = [p.grad for p in module.net.patch_coder.parameters()]
     assert squared_error == 0 and all(g is not None and g.eq(0).all() for g in gradients)

@@ -23,3 +23,12 @@ def test_a_panel_a_metric_with_a_dot_at_each_point():
     for x, y in (first, last, single):
         assert tuple(pixels[y, x]) == blue
     assert tuple(pixels[TOP + 5, width - RIGHT]) != blue
+
+
+def test_several_lines_of_a_panel_share_its_axes():
+    page = line_plots({"fid": {"one": [(1.0, 30.0), (5.0, 20.0)], "two": [(5.0, 10.0)]}}, "steps")
+    pixels, (width, height) = np.asarray(page), PANEL
+    blue, orange = ImageColor.getrgb("steelblue"), ImageColor.getrgb("darkorange")
+    middle = (TOP + height - BOTTOM) // 2
+    assert tuple(pixels[TOP, LEFT]) == tuple(pixels[middle, width - RIGHT]) == blue
+    assert tuple(pixels[height - BOTTOM, width - RIGHT]) == orange

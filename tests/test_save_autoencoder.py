@@ -11,7 +11,6 @@ import autoencoder_runs as aruns
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.autoencoder_network import AutoencoderConfig, build_network
 from tf_lightning.autoencoder_save import measure_latents, save_network
-from tf_lightning.codes import load_codes
 from tf_lightning.data import Mixture
 from tf_lightning.data.picture_store import store_pictures
 from tf_lightning.data.shapes_sources import ShapesCaptions
@@ -69,7 +68,7 @@ def test_a_transfusion_run_takes_the_folder(saved, tmp_path):
     assert data.image_shape == (4, 16, 16)
 
 
-def test_a_vq_run_writes_what_load_codes_reads_in_half(tmp_path):
+def test_a_vq_run_writes_codes_that_load_in_half(tmp_path):
     def half(config):
         config["trainer"]["callbacks"][2]["init_args"]["half"] = True
         config["trainer"]["max_steps"] = 3
@@ -77,8 +76,8 @@ def test_a_vq_run_writes_what_load_codes_reads_in_half(tmp_path):
     path = aruns.write_config(tmp_path, half, gan_weight=0.0, **aruns.VQ)
     aruns.main(["fit", "-c", str(path)])
     folder = tmp_path / "run" / "autoencoder"
-    codes = load_codes(str(folder))
-    assert codes.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 16)
+    codes = load_autoencoder(str(folder))
+    assert codes.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 1, 16, 16)
     report = json.loads((folder / "report.json").read_text())
     size = os.path.getsize(folder / "diffusion_pytorch_model.safetensors")
     assert size < 2.2 * report["num_parameters"] + 20_000

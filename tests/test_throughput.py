@@ -76,6 +76,7 @@ def test_flops_are_those_of_the_window_and_mfu_is_their_share_of_the_peak(clock)
     for step, done in enumerate(work, 1):
         flops = training_flops(tiny_net(), done, (4, 4))
         assert logged[step]["train/flops_per_token"] == pytest.approx(flops / done.tokens)
+        assert logged[step]["train/images_per_token"] == pytest.approx(done.images / done.tokens)
         assert logged[step]["train/tflops_per_sec"] == pytest.approx(2 * flops / 1e12)
         assert logged[step]["train/mfu"] == pytest.approx(flops / 1e9)
         assert logged[step]["train/flops_per_token_6n"] == flops_6nd(tiny_net(), 1)

@@ -42,6 +42,7 @@ def our_logits(transformer: Transformer, ids: torch.Tensor) -> torch.Tensor:
                 "patch_index",
                 "text_index",
                 "target_index",
+                "code_index",
                 "latents",
                 "noise",
                 "t",

@@ -11,7 +11,8 @@ from tf_lightning.batch import Batch, Document, Row, document_length, pack
 from tf_lightning.net import Net
 from tf_lightning.transformer import TransformerConfig
 
-TOKENIZER = SimpleNamespace(bos_id=1, eos_id=2, boi_id=18, eoi_id=19)
+TOKENIZER = SimpleNamespace(bos_id=1, eos_id=2, boi_id=18, eoi_id=19, vocab_size=20)
+PICTURE_OF_CODES = torch.tensor([[[3, 0], [10, 3]]])  # four of eleven codes
 VOCAB_SIZE, PATCH_SIZE, LATENT_SHAPE = 20, 2, (3, 4, 4)  # 4 patches an image
 SIZES = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48}
 
@@ -51,6 +52,13 @@ def mixed_batch() -> Batch:
         [document("i4", 4), document("i2i", 5)],
     ]
     return packed(rows, seed=3)
+
+
+def code_batch() -> Batch:
+    """A caption with its picture, a text; a picture without caption, a picture before its text."""
+    text, picture = lambda *ids: torch.tensor(ids), PICTURE_OF_CODES  # noqa: E731
+    rows = [[[text(5, 6), picture], [text(7)]], [[picture], [picture.flip(-1), text(8)]]]
+    return pack(rows, [0, 1], tokenizer=TOKENIZER, row_length=20, patch_size=1)
 
 
 def layout(row: Row) -> list[tuple[int, int | None]]:

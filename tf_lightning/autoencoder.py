@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from tf_lightning.errors import UserError
 
-SHAPES = Path(__file__).parent / "assets" / "shapes-autoencoder"
+ASSETS = Path(__file__).parent / "assets"
+SHAPES = ASSETS / "shapes-autoencoder"
+SHIPPED = {"shapes": SHAPES, "shapes_vq": ASSETS / "shapes-vq"}
 HUB_TIMEOUT = 10.0  # seconds
 
 
@@ -28,6 +30,7 @@ class Pixels:
     latent_channels = 3
     downsample = 1
     fingerprint = "pixels"
+    num_codes = None
 
     def encode(self, images: Tensor) -> Tensor:
         """Returns the pictures, (B, 3, H, W) in [-1, 1]."""
@@ -54,6 +57,8 @@ class Autoencoder:
             latent channel (`latents_mean`, `latents_std`), or else one `shift_factor` and
             `scaling_factor` for all.
     """
+
+    num_codes = None  # its latents are continuous
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -141,27 +146,53 @@ def check_size(height: int, width: int, downsample: int) -> None:
         )
 
 
-def load_autoencoder(name: str) -> Autoencoder | Pixels:
-    """Loads an autoencoder by name.
+def load_autoencoder(name: str):
+    """Loads an autoencoder by name: an `Autoencoder`, `Pixels`, or `Codes` where it has a codebook.
 
     Args:
-        name: "shapes" for the one of the embedded world (64 x 64 pictures), "pixels" for none, a
-            folder with config.json and diffusion_pytorch_model.safetensors, a .safetensors file
-            with config.json beside it (an autoencoder's, with the original names or diffusers', or
-            a whole Stable Diffusion checkpoint), or a name "owner/model" on the Hugging Face hub.
+        name: "shapes" or "shapes_vq" for those of the embedded world (64 x 64 pictures), "pixels"
+            for none, a folder with config.json and diffusion_pytorch_model.safetensors, a
+            .safetensors file with config.json beside it (an autoencoder's, with the original names
+            or diffusers', or a whole Stable Diffusion checkpoint), or a name "owner/model" on the
+            Hugging Face hub.
 
     Raises:
-        UserError: if there is no such autoencoder, it does not load, or its latents are codes.
+        UserError: if there is no such autoencoder, or it does not load.
     """
+    from tf_lightning.codes import Codes  # which knows this module
+
     if name == "pixels":
         return Pixels()
     network = load_network(name)
-    if hasattr(network, "quantize"):
+    return Codes(network) if hasattr(network, "quantize") else Autoencoder(network)
+
+
+def load_fitting(name: str, latent_channels: int, num_codes: int | None):
+    """Loads an autoencoder for a model, as `load_autoencoder`.
+
+    Args:
+        name: of the autoencoder.
+        latent_channels: of the model, where its pictures are continuous.
+        num_codes: of the model's codebook; None: its pictures are continuous.
+
+    Raises:
+        UserError: also if its latents are not the model's.
+    """
+    autoencoder = load_autoencoder(name)
+    channels, codes = autoencoder.latent_channels, autoencoder.num_codes
+    if codes != num_codes:
+        theirs, ours = (f"{n} codes" if n else "continuous latents" for n in (codes, num_codes))
         raise UserError(
-            f'autoencoder "{name}" makes codes of a codebook, not continuous latents; give one '
-            "that was trained with num_codes: null"
+            f'autoencoder "{name}" has {theirs} but the model has {ours}; '
+            f"give --model.num_codes {codes or 'null'} or another autoencoder"
         )
-    return Autoencoder(network)
+    if not num_codes and channels != latent_channels:
+        raise UserError(
+            f'autoencoder "{name}" has {channels} channels but the model has '
+            f"latent_channels={latent_channels}; give --model.latent_channels {channels} or "
+            "another autoencoder"
+        )
+    return autoencoder
 
 
 def load_network(name: str) -> nn.Module:
@@ -170,7 +201,7 @@ def load_network(name: str) -> nn.Module:
     Raises:
         UserError: if there is none, or it does not load.
     """
-    path = SHAPES if name == "shapes" else Path(name)
+    path = SHIPPED.get(name, Path(name))
     try:
         if path.exists():
             return _from_disk(path)
@@ -187,8 +218,9 @@ def load_network(name: str) -> nn.Module:
             "check the files, the network and HF_HUB_OFFLINE"
         ) from error
     raise UserError(
-        f'there is no autoencoder "{name}"; give "shapes", "pixels", a folder, a .safetensors file '
-        "with its config.json beside it, or a hub name such as stabilityai/sd-vae-ft-mse"
+        f'there is no autoencoder "{name}"; give "shapes", "shapes_vq", "pixels", a folder, a '
+        ".safetensors file with its config.json beside it, or a hub name such as "
+        "stabilityai/sd-vae-ft-mse"
     )
 
 

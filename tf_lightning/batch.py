@@ -1,8 +1,12 @@
 """Documents packed into rows: the one form in which text and images reach the model.
 
-A document is a list of parts in any order: text (token ids) and images (latents). Packing writes
+A document is a list of parts in any order: text (token ids) and images (latents, or the codes of a
+VQ autoencoder). Packing writes
     <bos> text <boi> patch ... patch <eoi> text <eos>
 one document after another into rows of fixed length, so nothing is padded to the longest.
+
+Codes are tokens: in the place of patches stand their ids, behind the tokenizer's vocabulary, and
+each is to be predicted, and <eoi> after them (Chameleon).
 
 With `clean_copies`, an image that a later part reads stands twice in a row, at the same positions:
 noised, to be denoised and seen by itself alone, then clean, for all that follows (BAGEL). At
@@ -23,7 +27,8 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-Part = Tensor  # (L,) int64 text, ~id where it is not learned, or (C, h, w) float32 latents
+# Text (L,) int64, ~id where it is not learned; latents (C, h, w) float32; or codes (1, h, w) int64.
+Part = Tensor
 Document = list[Part]
 Row = list[Document]
 
@@ -32,17 +37,18 @@ Row = list[Document]
 class Batch:
     """Packed rows; every field that a GPU would have to count (`*_index`) is counted here."""
 
-    input_ids: Tensor  # (B, T) text ids; 0 at patches and padding
-    labels: Tensor  # (B, T) the next text token, IGNORE_INDEX where there is none
+    input_ids: Tensor  # (B, T) ids of text and codes; 0 at patches and padding
+    labels: Tensor  # (B, T) the next token, IGNORE_INDEX where there is none
     positions: Tensor  # (B, T) place in the document, from 0
     document_ids: Tensor  # (B, T) from 0 in each row, -1 at padding
     image_ids: Tensor  # (B, T) index into `latents`, then clean copies from M on; -1 off patches
     patch_index: Tensor  # ((M + M') * N,) flat places (b * T + t) of the patches, image by image
     text_index: Tensor  # (B * T - (M + M') * N,) and of all other positions, padding too
-    target_index: Tensor  # (K,) flat places that have a label
-    latents: Tensor  # (M, C, h, w) clean, unit variance
-    noise: Tensor  # (M, C, h, w) standard normal
-    t: Tensor  # (M,) noise level of each image, 0 = clean, < 1
+    target_index: Tensor  # (K,) flat places whose label is of text
+    code_index: Tensor  # (K',) flat places whose label is of an image: a code, or the <eoi> behind
+    latents: Tensor  # (M, C, h, w) clean, unit variance; or codes (M, 1, h, w) int64
+    noise: Tensor  # (M, C, h, w) standard normal; none of codes
+    t: Tensor  # (M,) noise level of each image, 0 = clean, < 1; none of codes
     copied: Tensor  # (M',) images that a clean copy follows
     source_ids: Tensor  # (B,) which corpus a row came from
     row_tokens: Tensor  # (B,) positions that are not padding
@@ -70,6 +76,11 @@ class Batch:
 def is_image(part: Part) -> bool:
     """Images are (C, h, w); text is one-dimensional."""
     return part.ndim == 3
+
+
+def is_codes(part: Part) -> bool:
+    """Whether an image is made of codes."""
+    return is_image(part) and not part.is_floating_point()
 
 
 def plain_ids(text: Tensor) -> Tensor:
@@ -166,8 +177,13 @@ class _RowWriter:
         self.image_ids[place] = image_ids
         self.positions[place] = positions
         self.document_ids[place] = document_id
-        if any(not is_image(part) for part in document):
-            self.labels[place] = next_text_tokens(ids, image_ids, self.tokenizer.boi_id)
+        labels = torch.cat([ids[1:], torch.full((1,), IGNORE_INDEX)])
+        if not any(is_codes(part) for part in document):  # a patch is no label
+            labels[(ids == self.tokenizer.boi_id) | (image_ids >= 0)] = IGNORE_INDEX
+        if all(is_image(part) for part in document):  # no caption, no text to learn
+            labels[of_text(ids, image_ids, self.tokenizer.boi_id)] = IGNORE_INDEX
+        labels[labels < 0] = IGNORE_INDEX  # ~id: read, not learned
+        self.labels[place] = labels
         self.end = place.stop
 
 
@@ -179,9 +195,11 @@ def flatten(
     first_copy: int | None = None,
     time_token: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A document's ids (0 at patches, ~id where not learned), image ids and positions, each (L,).
+    """A document's ids, image ids and positions, each (L,).
 
-    Images are numbered from `first_image`, their clean copies from `first_copy`; None: no copies.
+    The ids are 0 at patches of latents, ~id where a text is not learned.
+
+    Images are numbered from `first_image`, their clean copies from `first_copy`, None: no copies.
     """
     text = lambda *ids: (torch.tensor(ids), torch.full((len(ids),), -1))  # noqa: E731
     pieces, first = [text(tokenizer.bos_id)], first_copy
@@ -190,7 +208,10 @@ def flatten(
             pieces.append((part, torch.full((len(part),), -1)))
             continue
         length = num_patches(part, patch_size, time_token)
-        patches = torch.zeros(length, dtype=torch.long), torch.full((length,), first_image)
+        ids = torch.zeros(length, dtype=torch.long)
+        if is_codes(part):
+            ids = tokenizer.vocab_size + part.flatten()
+        patches = ids, torch.full((length,), first_image)
         pieces += [text(tokenizer.boi_id), patches]
         first_image += 1
         if first_copy is not None and index + 1 < len(document):
@@ -206,16 +227,13 @@ def flatten(
     return ids, image_ids, positions
 
 
-def next_text_tokens(ids: Tensor, image_ids: Tensor, boi_id: int) -> Tensor:
-    """LM targets of one document, (L,).
+def of_text(ids: Tensor, image_ids: Tensor, boi_id: int) -> Tensor:
+    """Where what comes next is text, like `ids`: not behind <boi>, nor on an image.
 
-    None at <boi> (its output would have to be a patch: Transfusion footnote 8), none at patches
-    (<eoi> is appended, never predicted), none at the last position, none that is not learned (~id).
+    Transfusion's LM targets are these alone: the output at <boi> would have to be a patch (footnote
+    8), and <eoi> is appended, never predicted.
     """
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    labels[:-1] = ids[1:]
-    labels[(ids == boi_id) | (image_ids >= 0) | (labels < 0)] = IGNORE_INDEX
-    return labels
+    return (ids != boi_id) & (image_ids < 0)
 
 
 def pack(
@@ -235,12 +253,12 @@ def pack(
 ) -> Batch:
     """Pack rows of documents and draw their noise, a function of (seed, row id) alone.
 
-    A document without text (its caption was dropped for guidance) has no LM targets.
+    A document without text (its caption was dropped for guidance) has no targets of text.
 
     Args:
         rows: documents of each row; a row may be empty.
         row_ids: the rows' places in the endless stream.
-        tokenizer: anything with bos_id, eos_id, boi_id, eoi_id.
+        tokenizer: anything with bos_id, eos_id, boi_id, eoi_id; with codes, vocab_size too.
         row_length: T; the documents of a row must fit.
         patch_size: side of a patch in latent pixels.
         time_token: a position for the noise level before each image's patches.
@@ -263,24 +281,28 @@ def pack(
             if clean_copies:
                 copied += [len(latents) + i for i, read in enumerate(are_read(document)) if read]
             latents += [part for part in document if is_image(part)]
-            limits += max_times(document, 1.0 if clean_copies else max_caption_t)
+            if not any(is_codes(part) for part in document):
+                limits += max_times(document, 1.0 if clean_copies else max_caption_t)
         generator = row_generator(seed, row_id)
         times.append(draw_times(limits, generator, time_shift, time_distribution))
-        noise += [torch.randn(x.shape, generator=generator) for x in latents[len(noise) :]]
+        drawn = [x for x in latents[len(noise) :] if not is_codes(x)]
+        noise += [torch.randn(x.shape, generator=generator) for x in drawn]
         writers.append(writer)
     stack = lambda name: torch.stack([getattr(writer, name) for writer in writers])  # noqa: E731
     places = lambda where: where.flatten().nonzero().flatten()  # noqa: E731
-    labels, image_ids = stack("labels"), stack("image_ids")
+    input_ids, labels, image_ids = stack("input_ids"), stack("labels"), stack("image_ids")
+    is_label, is_text = labels != IGNORE_INDEX, of_text(input_ids, image_ids, tokenizer.boi_id)
     is_copy = image_ids >= num_images
     return Batch(
-        input_ids=stack("input_ids"),
+        input_ids=input_ids,
         labels=labels,
         positions=stack("positions"),
         document_ids=stack("document_ids"),
         image_ids=image_ids,
         patch_index=torch.cat([places((image_ids >= 0) & ~is_copy), places(is_copy)]),
         text_index=places(image_ids < 0),
-        target_index=places(labels != IGNORE_INDEX),
+        target_index=places(is_label & is_text),
+        code_index=places(is_label & ~is_text),
         latents=torch.stack(latents) if latents else torch.empty(0, 1, 1, 1),
         noise=torch.stack(noise) if noise else torch.empty(0, 1, 1, 1),
         t=torch.cat(times),

@@ -1,6 +1,7 @@
 """The frozen VQ autoencoder between pictures and codes: a diffusers `VQModel`.
 
-Kept outside every LightningModule, like the continuous one of `autoencoder`.
+Its ids stand where the continuous one of `autoencoder` has latents of one channel; so whatever
+stores, packs or hands on pictures knows one form.
 Shapes: B pictures of H x W pixels, h = H / downsample by w = W / downsample codes.
 """
 
@@ -9,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from tf_lightning.autoencoder import check_size, digest_of, load_network
+from tf_lightning.autoencoder import check_size, digest_of
 from tf_lightning.autoencoder_network import decode, project, quantize
 from tf_lightning.errors import UserError
 
@@ -20,6 +21,8 @@ class Codes:
     Args:
         model: the diffusers model.
     """
+
+    latent_channels = 1
 
     def __init__(self, model: nn.Module):
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -39,7 +42,7 @@ class Codes:
             images: (B, 3, H, W) in [-1, 1].
 
         Returns:
-            ids (B, h, w) int64 in {0..num_codes-1}.
+            ids (B, 1, h, w) int64 in {0..num_codes-1}.
 
         Raises:
             UserError: if H or W is no multiple of `downsample`.
@@ -47,11 +50,11 @@ class Codes:
         check_size(*images.shape[-2:], self.downsample)
         images = images.to(torch.float32, memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False):  # codes are data, ever the same
-            return quantize(self.model, project(self.model, images)).ids
+            return quantize(self.model, project(self.model, images)).ids.unsqueeze(1)
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), clipped to [-1, 1], of ids (B, h, w).
+        """Pictures (B, 3, H, W), clipped to [-1, 1], of ids (B, 1, h, w).
 
         Raises:
             UserError: if an id is not of the codebook.
@@ -61,7 +64,7 @@ class Codes:
                 f"ids from {int(ids.min())} to {int(ids.max())} are not all codes of a codebook of "
                 f"{self.num_codes}; give those of this autoencoder"
             )
-        latents = self.model.quantize.embedding(ids).permute(0, 3, 1, 2)
+        latents = self.model.quantize.embedding(ids[:, 0]).permute(0, 3, 1, 2)
         with torch.autocast(ids.device.type, enabled=False):
             return decode(self.model, latents).clamp(-1, 1).contiguous()
 
@@ -69,17 +72,3 @@ class Codes:
         """Moves the weights, and returns itself."""
         self.model.to(device)
         return self
-
-
-def load_codes(name: str) -> Codes:
-    """Loads a VQ autoencoder: a folder that `tf-lightning fit` wrote, or a hub name.
-
-    Raises:
-        UserError: if there is none, it does not load, or it has no codebook.
-    """
-    network = load_network(name)
-    if not hasattr(network, "quantize"):
-        raise UserError(
-            f'autoencoder "{name}" has no codebook; give one that was trained with num_codes'
-        )
-    return Codes(network)

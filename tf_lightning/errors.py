@@ -6,3 +6,11 @@ class UserError(ValueError):
 
     The command line prints the message alone, without a traceback, and exits with 1.
     """
+
+
+def not_a_number(what: str) -> str:
+    """The sentence for a network that has diverged."""
+    return (
+        f"the network's output for {what} is not a number (NaN or infinite): its training diverged "
+        "or its weights are damaged; use an earlier checkpoint"
+    )

@@ -102,7 +102,7 @@ def block_flops(block: nn.Module, area: int) -> float:
 def forward_flops(net: Net, work: Work, size: tuple[int, int] | None) -> float:
     """Forward FLOPs of `work`, whose images have latents of `size` = (h, w)."""
     total = transformer_flops(net.transformer, work)
-    if size:
+    if size and net.patch_coder is not None:
         total += (work.images + work.copies) * encoder_flops(net.patch_coder, size)
         total += work.images * decoder_flops(net.patch_coder, size)
     return total
@@ -111,6 +111,22 @@ def forward_flops(net: Net, work: Work, size: tuple[int, int] | None) -> float:
 def training_flops(net: Net, work: Work, size: tuple[int, int] | None) -> float:
     """Forward and backward; a little too many where weights are frozen."""
     return (1 + BACKWARD) * forward_flops(net, work, size)
+
+
+def positions_ratio(codes: int, patches: int, words: float) -> float:
+    """How many times as long a captioned picture is in codes as in patches.
+
+    Of a matched pair (one trunk, one token budget) the one of codes sees that many times fewer
+    pictures at equal tokens, and so at equal 6 N D; at equal pictures it takes as many times the
+    tokens and FLOPs. Neither is fair to both: a comparison says which it is.
+
+    Args:
+        codes: of a picture, N of the one.
+        patches: N of the other.
+        words: tokens of a caption.
+    """
+    rest = words + 4  # <bos>, <boi>, <eoi>, <eos>
+    return (rest + codes) / (rest + patches)
 
 
 def flops_6nd(net: Net, tokens: float) -> float:

@@ -2,8 +2,9 @@
 
 A prompt is a Document and so is the answer. Sequences in different phases advance together: each
 turn writes one token of all that write, in one forward, and makes one denoising step of all that
-draw, in another. Nothing is read twice: see cache.py. An answer depends on its own seed, prompt and
-settings, not on its batch mates.
+draw, in another. Codes of images are tokens written among others' text: see code_images.py.
+Nothing is read twice: see cache.py. An answer depends on its own seed, prompt and settings, not on
+its batch mates.
 
 Shapes: n sequences, N patches an image, V vocabulary, C x h x w latents.
 """
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tf_lightning.batch import Batch, Document, document_length, is_image, pack
+from tf_lightning.batch import Document, is_image
 from tf_lightning.cache import AppendAttention, KeyValueCache, ReadAttention
+from tf_lightning.code_images import add_code, in_image, leave_image, next_codes, text_logits
 from tf_lightning.decoding import choose, find_stop
-from tf_lightning.errors import UserError
+from tf_lightning.errors import UserError, not_a_number
 from tf_lightning.reply import Branch, Event, Reply, by_kind
-from tf_lightning.request import Settings, Speaker
+from tf_lightning.request import Settings, Speaker, pack_prompts
 from tf_lightning.sampler import Trajectory
 
 
@@ -146,9 +148,10 @@ class _Engine:
         for branch, length in zip(branches, lengths.tolist(), strict=True):
             branch.length = length
         last = torch.arange(len(replies), device=self.device) * batch.input_ids.shape[1]
-        batch = replace(batch, target_index=last + lengths[: len(replies)] - 1)
+        ends = last + lengths[: len(replies)] - 1
+        batch = replace(batch, target_index=ends, code_index=batch.code_index[:0])
         rows = [branch.row for branch in branches]
-        attend = ReadAttention(self.cache, rows, batch, self.speaker.causal_images)
+        attend = ReadAttention(self.cache, rows, batch, self.speaker.causal)
         return self.speaker.net(batch, batch.latents, batch.t, attend)[0]
 
     # ---------------------------------------------------------------- text
@@ -165,17 +168,22 @@ class _Engine:
         for branch in branches:
             branch.length += 1
         boi_id = self.speaker.tokenizer.boi_id
-        starting = [reply for reply in replies if reply.token == boi_id]
-        if starting:
-            self._start_drawing(starting)
-        going_on = [i for i, reply in enumerate(replies) if reply.token != boi_id]
+        inside = [reply for reply in replies if in_image(reply, boi_id)]
+        going_on = [i for i, reply in enumerate(replies) if not in_image(reply, boi_id)]
         if going_on:
             yield from self._take([replies[i] for i in going_on], logits[going_on])
+        if inside and self.speaker.net.num_codes:
+            place = {branch.row: i for i, branch in enumerate(branches)}
+            kinds = zip(*(reply.branches for reply in inside), strict=True)
+            outputs = [logits[[place[branch.row] for branch in kind]] for kind in kinds]
+            yield from self._take_codes(inside, outputs)
+        elif inside:
+            self._start_drawing(inside)
 
     def _reads(self, reply: Reply, branch: Branch) -> bool:
         """Whether a branch reads the token that its sequence reads next."""
         tokenizer = self.speaker.tokenizer
-        if reply.token == tokenizer.boi_id:
+        if in_image(reply, tokenizer.boi_id):
             return True
         return branch.reads_images if reply.token == tokenizer.eoi_id else branch.reads_text
 
@@ -184,6 +192,7 @@ class _Engine:
         logits = logits.float().cpu()
         if not logits.isfinite().all():
             raise UserError(not_a_number("a text token"))
+        logits = text_logits(logits, self.speaker)
         tokens = choose(logits, self.settings.text, [reply.generator for reply in replies])
         ends = (self.speaker.tokenizer.eos_id, self.speaker.tokenizer.boi_id)
         for reply, token in zip(replies, tokens, strict=True):
@@ -226,7 +235,27 @@ class _Engine:
         self.free.sort()
         return reply.number, None
 
-    # ---------------------------------------------------------------- images
+    # ---------------------------------------------------------------- images of codes
+
+    def _take_codes(self, replies: list[Reply], outputs: list[Tensor]) -> Iterator[Event]:
+        """Choose what follows in images of codes: outputs are (n, V) for each kind of branch."""
+        codes = next_codes(replies, outputs, self.speaker, self.settings)
+        for reply, code in zip(replies, codes, strict=True):
+            image = None
+            if code is None:
+                leave_image(reply, self.speaker.tokenizer.eoi_id)
+            else:
+                image = add_code(reply, code, self.speaker)
+                self._advance(reply, 1)
+            if image is not None:
+                yield reply.number, image
+                reply.num_images += 1
+            if image is not None and self.settings.answer != "any":
+                yield self._end(reply)
+            else:
+                self.writing.append(reply)
+
+    # ---------------------------------------------------------------- images of latents
 
     def _start_drawing(self, replies: list[Reply]) -> None:
         """Noise in the places after <boi>."""
@@ -300,28 +329,5 @@ class _Engine:
 
     def _append(self, branches: list[Branch], num_new: int, image: bool = False) -> AppendAttention:
         rows, lengths = zip(*((branch.row, branch.length) for branch in branches), strict=True)
-        causal = self.speaker.causal_images
+        causal = self.speaker.causal
         return AppendAttention(self.cache, list(rows), list(lengths), num_new, causal, image)
-
-
-def pack_prompts(
-    documents: Sequence[Document], tokenizer, patch_size: int, device, time_token: bool = False
-) -> Batch:
-    """One document a row; conditioning images stay clean (t = 0)."""
-    batch = pack(
-        [[document] for document in documents],
-        list(range(len(documents))),
-        tokenizer=tokenizer,
-        row_length=max(document_length(d, patch_size, time_token) for d in documents),
-        patch_size=patch_size,
-        time_token=time_token,
-    ).to(device)
-    return replace(batch, t=torch.zeros_like(batch.t))
-
-
-def not_a_number(what: str) -> str:
-    """The sentence for a network that has diverged."""
-    return (
-        f"the network's output for {what} is not a number (NaN or infinite): its training diverged "
-        "or its weights are damaged; use an earlier checkpoint"
-    )

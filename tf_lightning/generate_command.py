@@ -129,8 +129,12 @@ def build_parser() -> argparse.ArgumentParser:
     pictures("--guidance-interval", type=interval, default=(0.0, 1.0), metavar="LOW,HIGH",
              help="noise levels at which guidance acts (default: 0,1)")  # fmt: skip
     pictures("--guidance-rescale", type=float, default=0.0, help="against overexposure, 0 to 1")
-    pictures("--steps", type=int, default=50, help="denoising steps, 1 to 1000 (default: 50)")
+    pictures("--steps", type=int, help="denoising steps, 1 to 1000 (default: 50)")
     pictures("--sampler", choices=SAMPLERS, help="(default: DDIM; Euler where the model is a flow)")
+    codes = parser.add_argument_group("pictures of a model of codes (Chameleon)").add_argument
+    codes("--code-temperature", type=not_negative, help="0 = most probable (default: 1)")
+    codes("--code-top-k", type=positive, help="draw from this many codes")
+    codes("--code-top-p", type=float, help="draw from the likeliest with this share")
     texts = parser.add_argument_group("text").add_argument
     texts("--max-new-tokens", type=positive, default=64, help="longest text (default: 64)")
     texts("--temperature", type=not_negative, default=0.0, help="0 = most probable (default: 0)")
@@ -152,7 +156,7 @@ def run_generate(args: list[str]) -> None:
     prompts = read_prompts(options.prompts) if options.prompts else [options.parts]
     last_kind = prompts[0][-1][0]
     options.answer = options.answer or ("image" if last_kind == "text" else "text")
-    how = settings_of(options)
+    how = settings_of(options, bool(model.net.num_codes))
     settings = model.settings(options.answer, **how)
     documents = [[read_part(kind, value, model) for kind, value in parts] for parts in prompts]
     several = 4 if options.answer == "image" and not options.prompts else 1
@@ -194,16 +198,30 @@ def describe(
     ]
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that matter for an answer, as `Model.settings` names them."""
+def settings_of(options: argparse.Namespace, codes: bool = False) -> dict[str, Any]:
+    """The options that matter for an answer, as `Model.settings` names them.
+
+    Args:
+        options: parsed.
+        codes: whether the model's pictures are codes.
+    """
     pictures = {
         "guidance_scale": options.guidance_scale,
         "image_guidance_scale": options.image_guidance_scale,
         "guidance_interval": options.guidance_interval,
         "guidance_rescale": options.guidance_rescale,
-        "num_inference_steps": options.steps,
         "sampler": options.sampler,
     }
+    own = {"code_temperature": 1.0, "code_top_k": None, "code_top_p": 1.0}
+    given = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
+    if codes:
+        if options.steps is not None:
+            raise UserError(f"--steps {options.steps} denoise and this model draws codes; omit it")
+        pictures |= own | given
+    else:
+        if given:
+            raise UserError("--code-... options are of a model of codes; this one denoises")
+        pictures["num_inference_steps"] = 50 if options.steps is None else options.steps
     texts = {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,

@@ -12,7 +12,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from tf_lightning.autoencoder import load_autoencoder
+from tf_lightning.autoencoder import load_fitting
 from tf_lightning.autoencoder_module import AutoencoderModule
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
 from tf_lightning.errors import UserError
@@ -80,7 +80,7 @@ class TransfusionCLI(LightningCLI):
                 cause = cause.__cause__
             raise UserError(" ".join(str(cause).split())) from error
         if isinstance(self.model, Transfusion):
-            check_channels(self.model, self.datamodule)
+            check_pictures(self.model, self.datamodule)
 
     def before_fit(self) -> None:
         """Refuse a damaged file that `--ckpt_path last` would resume, and a run that cannot be."""
@@ -101,15 +101,10 @@ def refuse_nothing(verb: str, trainer: Mapping) -> None:
             raise UserError(f"{verb} with {name}=0 has nothing to do; give 1 or more")
 
 
-def check_channels(model: Transfusion, data: L.LightningDataModule) -> None:
+def check_pictures(model: Transfusion, data: L.LightningDataModule) -> None:
     """Refuse an autoencoder that is not the model's before a picture is encoded."""
-    name, ours = getattr(data, "autoencoder_name", None), model.hparams.latent_channels
-    theirs = load_autoencoder(name).latent_channels if name else ours
-    if ours != theirs:
-        raise UserError(
-            f'autoencoder "{name}" has {theirs} channels but the model has latent_channels={ours}; '
-            f"give --model.latent_channels {theirs} or another autoencoder"
-        )
+    if name := getattr(data, "autoencoder_name", None):
+        load_fitting(name, model.hparams.latent_channels, model.hparams.num_codes)
 
 
 def fast_precision(accelerator: str) -> str:

@@ -1,4 +1,4 @@
-"""The two losses of a packed row, as sums: whoever averages knows the counts of every rank.
+"""The losses of a packed row, as sums: whoever averages knows the counts of every rank.
 
 Shapes: K text targets, V vocabulary, M images.
 """
@@ -10,6 +10,14 @@ from torch import Tensor
 def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of each target, (K,); logits (K, V), targets (K,); fp32."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """log^2 Z of each target, (K,): logits (K, V), Z = sum of exp (Chameleon Sec. 2.3; PaLM); fp32.
+
+    A softmax is blind to a shift of its logits; this holds them where exp is exact.
+    """
+    return logits.float().logsumexp(-1).square()
 
 
 def diffusion_loss_sum(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

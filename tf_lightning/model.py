@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tf_lightning.autoencoder import Autoencoder, load_autoencoder
+from tf_lightning.autoencoder import Autoencoder, load_fitting
 from tf_lightning.batch import Document
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.decoding import TextSampling, find_stop, possible_stop
@@ -25,7 +25,7 @@ from tf_lightning.net import Net
 from tf_lightning.pixels import to_picture, to_pixels
 from tf_lightning.reply import Answers, Prompt, RawDocument, to_document
 from tf_lightning.request import Answer, Settings, Speaker
-from tf_lightning.sampler import build_scheduler, set_timesteps
+from tf_lightning.sampler import build_scheduler, check_not_denoising, set_timesteps
 from tf_lightning.tokenizer import Tokenizer
 
 
@@ -44,10 +44,11 @@ class Model:
     def of(cls, module: Transfusion) -> "Model":
         """The averaged weights of a module, which keeps them."""
         name, shape = module.image_codec["autoencoder"], module.image_codec["latent_shape"]
+        kind = module.hparams.latent_channels, module.hparams.num_codes
         return cls(
             net=module.inference_net,
             tokenizer=Tokenizer.from_proto(module.tokenizer_proto),
-            autoencoder=load_autoencoder(name).to(module.device) if shape else None,
+            autoencoder=load_fitting(name, *kind).to(module.device) if shape else None,
             latent_shape=tuple(shape) if shape else None,
             hparams=dict(module.hparams),
             max_length=module.row_length,
@@ -91,15 +92,21 @@ class Model:
             image_guidance_scale: the same for the prompt's pictures alone; None: `guidance_scale`.
             guidance_interval: lowest and highest noise level, in [0, 1], at which guidance acts.
             guidance_rescale: share of the correction of overexposed pictures, in [0, 1].
-            num_inference_steps: network evaluations a picture, 1 to 1000.
+            num_inference_steps: network evaluations a picture, 1 to 1000; one of codes takes as
+                many as it has codes.
             sampler: a diffusers scheduler, see `sampler.SAMPLERS`; None: DDIM, or Euler for flow.
             max_images: pictures in an answer of any kind, at most.
-            text: fields of `decoding.TextSampling`: max_new_tokens, temperature, top_k, ...
+            text: fields of `decoding.TextSampling`: max_new_tokens, temperature, top_k, ...; with
+                code_ before them, of a picture's codes (code_temperature: 1 unless given).
         """
+        codes = {k.removeprefix("code_"): text.pop(k) for k in [*text] if k.startswith("code_")}
         scheduler = None
         if answer == "image" and self.autoencoder is None:
             raise UserError("this model was trained on text alone; use one trained with pictures")
-        if answer != "text" and self.autoencoder is not None:
+        if self.net.num_codes:
+            check_not_denoising(sampler, guidance_interval, guidance_rescale)
+            num_inference_steps = self.speaker.num_patches
+        elif answer != "text" and self.autoencoder is not None:
             kind = self.hparams["prediction_type"]
             scheduler = build_scheduler(
                 sampler,
@@ -117,6 +124,7 @@ class Model:
             ),
             scheduler=scheduler,
             num_inference_steps=num_inference_steps,
+            codes=TextSampling(**{"temperature": 1.0} | codes),
             max_images=max_images,
         )
 
@@ -150,9 +158,8 @@ class Model:
         repeated = [prompt for prompt in prompts for _ in range(num_images)]
         seeds = [seed + number for number in range(len(repeated))]
         settings = self.settings(answer, **how)
-        return Answers(
-            self._answers(repeated, seeds, settings, batch_size, progress=progress), seeds
-        )
+        answers = self._answers(repeated, seeds, settings, batch_size, progress=progress)
+        return Answers(answers, seeds)
 
     def answer_each(
         self,
@@ -207,7 +214,6 @@ class Model:
         seeds: Sequence[int],
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
-        sampler: str | None = None,
         progress: bool = False,
         **how,
     ) -> list[Image.Image]:
@@ -218,7 +224,6 @@ class Model:
             seeds: the first noise of each picture.
             guidance_scale: 1 = off.
             num_inference_steps: network evaluations, 1 to 1000.
-            sampler: name of a diffusers scheduler, see `sampler.SAMPLERS`.
             progress: show a progress bar.
             how: see `settings`.
         """
@@ -226,7 +231,6 @@ class Model:
             "image",
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
-            sampler=sampler,
             **how,
         )
         answers = self._answers(prompts, seeds, settings, len(prompts), progress=progress)
@@ -250,9 +254,8 @@ class Model:
             seed: of the first text's draws; those of the next ones follow.
             how: see `settings`.
         """
-        settings = self.settings(
-            "text", max_new_tokens=max_new_tokens, temperature=temperature, **how
-        )
+        how |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        settings = self.settings("text", **how)
         seeds = [seed + number for number in range(len(prompts))]
         answers = self._answers(prompts, seeds, settings, len(prompts))
         return ["".join(parts) for parts in answers]

@@ -1,4 +1,4 @@
-"""The LightningModule: owns the network and its average, joins the two losses, logs them.
+"""The LightningModule: owns the network and its average, joins the losses, logs them.
 
 The only file that touches the trainer, the optimizer and `self.log`. Hyper-parameters are what must
 match the weights; whatever one varies at evaluation belongs to callbacks.
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import SumMetric
 
-from tf_lightning.attention import build_attention
-from tf_lightning.batch import Batch, Document, unpack
+from tf_lightning.batch import Batch, Document, row_generator, unpack
+from tf_lightning.batch_losses import LossSums, loss_sums
 from tf_lightning.checkpoint import misfit
 from tf_lightning.conditioning import LinearConfig, has_time_token
 from tf_lightning.errors import UserError
-from tf_lightning.losses import lm_loss, total_loss
-from tf_lightning.net import Net, update_ema
+from tf_lightning.losses import total_loss
+from tf_lightning.net import Net, check_codes, update_ema
 from tf_lightning.objective import Objective
 from tf_lightning.optim import lr_scale, parameter_groups, with_text_lr
 from tf_lightning.sharding import shard
@@ -29,6 +29,9 @@ from tf_lightning.unet import check as check_unet
 
 class Transfusion(L.LightningModule):
     """One Transformer that predicts the next text token and denoises images.
+
+    With `num_codes` images are tokens too, and the loss is the language model's alone (Chameleon):
+    then patch_size is 1, and what is of latents and diffusion has no meaning.
 
     Args:
         transformer: sizes of the shared Transformer.
@@ -44,6 +47,9 @@ class Transfusion(L.LightningModule):
         min_snr_gamma: weight images by min(SNR, gamma) (Min-SNR: 5); null: all alike.
         causal_images: patches see only earlier patches (the paper's ablation).
         diffusion_weight: lambda of L = L_LM + lambda * L_DDPM.
+        num_codes: of the VQ autoencoder that makes images tokens, behind the vocabulary of the
+            text; null: images are latents.
+        z_loss_weight: of log^2 Z at every target, which keeps logits small (Chameleon: 1e-5).
         lr: peak learning rate of AdamW.
         text_lr_ratio: that of the Transformer as a share of `lr`, in [0, 1]; what patches have of
             their own, and the patch coder, learn at `lr`. 0 freezes it (LMFusion).
@@ -69,6 +75,8 @@ class Transfusion(L.LightningModule):
         min_snr_gamma: float | None = None,
         causal_images: bool = False,
         diffusion_weight: float = 5.0,
+        num_codes: int | None = None,
+        z_loss_weight: float = 0.0,
         lr: float = 3e-4,
         text_lr_ratio: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -86,7 +94,9 @@ class Transfusion(L.LightningModule):
             transformer = TransformerConfig(**transformer)
         if isinstance(unet, dict):
             unet = UNetConfig(**unet)
-        if unet is not None:
+        if num_codes is not None:
+            check_codes(num_codes, patch_size, unet, transformer)
+        elif unet is not None:
             check_unet(unet, patch_size)
         if isinstance(linear, dict):
             linear = LinearConfig(**linear)
@@ -119,6 +129,7 @@ class Transfusion(L.LightningModule):
             unet=self.unet,
             learned_sigma=hparams.learned_sigma,
             linear=self.linear,
+            num_codes=hparams.num_codes or 0,
         )
         self.net.reset_parameters()
         if hparams.text_lr_ratio == 0:
@@ -140,17 +151,22 @@ class Transfusion(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse data that was prepared for another model; remember how to read our outputs."""
         data, hparams = self.trainer.datamodule, self.hparams
-        latent_channels = data.image_shape[0] if data.image_shape else hparams.latent_channels
-        for name, ours, theirs in (
+        pairs = [
             ("entries in the vocabulary", self.config.vocab_size, data.tokenizer.vocab_size),
             ("patch_size", hparams.patch_size, data.patch_size),
-            ("latent_channels", hparams.latent_channels, latent_channels),
             ("time_token", has_time_token(self.linear), data.time_token),
-        ):
+        ]
+        if data.image_shape:
+            channels = 1 if hparams.num_codes else hparams.latent_channels
+            pairs += [
+                ("num_codes", hparams.num_codes, data.num_codes),
+                ("latent_channels", channels, data.image_shape[0]),
+            ]
+        for name, ours, theirs in pairs:
             if ours != theirs:
                 raise UserError(
-                    f"the data has {name} = {theirs} but the model has {ours}; "
-                    "give both the same value (tokenizer, vocab_size, patch_size, latent_channels, "
+                    f"the data has {name} = {theirs} but the model has {ours}; give both the same "
+                    "value (tokenizer, vocab_size, patch_size, latent_channels, num_codes, "
                     "time_token with linear.time)"
                 )
         self.tokenizer_proto, self.row_length = data.tokenizer.proto, data.row_length
@@ -184,13 +200,28 @@ class Transfusion(L.LightningModule):
 
     # ---------------------------------------------------------------- training
 
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        """Draw what dropout drops from (seed, batch) alone, as noise is, so that runs resume."""
+        if self.config.dropout:
+            number = batch_index * self.trainer.world_size + self.global_rank
+            generator = row_generator(self.trainer.datamodule.seed, number)
+            torch.manual_seed(generator.initial_seed())
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Both losses on the same packed rows."""
-        nll, squared_error = self.loss_sums(self.net, batch)
-        loss_lm = self.global_mean(nll.sum(), len(batch.target_index))
-        loss_diffusion = self.global_mean(squared_error, batch.latents.numel())
-        loss = total_loss(loss_lm, loss_diffusion, self.hparams.diffusion_weight)
-        values = {"loss": loss, "loss_lm": loss_lm, "loss_diffusion": loss_diffusion}
+        """All losses on the same packed rows."""
+        sums, weight = self.loss_sums(self.net, batch), self.hparams.z_loss_weight
+        texts, codes = len(batch.target_index), len(batch.code_index)
+        values = {"loss_lm": self.global_mean(sums.nll.sum(), texts)}
+        if self.hparams.num_codes:  # codes are tokens as any
+            values["loss_codes"] = self.global_mean(sums.code_nll.sum(), codes)
+            loss = self.global_mean(sums.nll.sum() + sums.code_nll.sum(), texts + codes)
+        else:
+            values["loss_diffusion"] = self.global_mean(sums.diffusion, batch.latents.numel())
+            loss = total_loss(*values.values(), self.hparams.diffusion_weight)
+        if weight:
+            values["loss_z"] = self.global_mean(sums.z, texts + codes)
+            loss = loss + weight * values["loss_z"]
+        values["loss"] = loss
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in values.items()},
             batch_size=len(batch.input_ids),
@@ -198,15 +229,10 @@ class Transfusion(L.LightningModule):
         )
         return loss
 
-    def loss_sums(self, net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each text target (K,), and the denoiser's loss summed over elements."""
-        objective = self.objective
-        noised = objective.add_noise(batch.latents, batch.noise, batch.t)
-        attend = build_attention(batch, self.hparams.causal_images)
-        logits, output = net(batch, noised, objective.network_times(batch.t), attend)
-        targets = batch.labels.flatten()[batch.target_index]
-        loss_diffusion = objective.loss_sum(output, batch.latents, batch.noise, batch.t)
-        return lm_loss(logits, targets), loss_diffusion
+    def loss_sums(self, net: Net, batch: Batch) -> LossSums:
+        """What a batch costs, before any mean."""
+        causal, with_z = self.hparams.causal_images, bool(self.hparams.z_loss_weight)
+        return loss_sums(net, batch, self.objective, causal, with_z)
 
     def global_mean(self, total: Tensor, count: int) -> Tensor:
         """This rank's share of a mean over all ranks.
@@ -245,7 +271,7 @@ class Transfusion(L.LightningModule):
         self.val_sums = {
             (source, name): (self._sum(), self._sum())
             for source in self.trainer.datamodule.source_names
-            for name in ("loss_lm", "loss_diffusion")
+            for name in ("loss_lm", "loss_codes", "loss_diffusion")
         }
 
     def _sum(self) -> SumMetric:
@@ -256,12 +282,13 @@ class Transfusion(L.LightningModule):
         self, batch: Batch, batch_index: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
         """Sum the losses of one source, with the averaged weights; nll (K,) for callbacks."""
-        nll, squared_error = self.loss_sums(self.inference_net, batch)
-        nll = nll.double()
+        sums = self.loss_sums(self.inference_net, batch)
+        nll, code_nll = sums.nll.double(), sums.code_nll.double()
         source = self.trainer.datamodule.source_names[dataloader_idx]
         for name, total, count in (
             ("loss_lm", nll.sum(), len(nll)),
-            ("loss_diffusion", squared_error, batch.latents.numel()),
+            ("loss_codes", code_nll.sum(), len(code_nll)),
+            ("loss_diffusion", sums.diffusion, batch.noise.numel()),  # no code has noise
         ):
             for sums, value in zip(self.val_sums[source, name], (total, count), strict=True):
                 sums.update(value)

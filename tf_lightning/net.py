@@ -1,9 +1,15 @@
 """The network: one Transformer between a text side and an image side.
 
+Images are patches of latents with a coder of their own (Transfusion), or codes in the vocabulary of
+the text, which needs none (Chameleon).
+
 This is what is trained, averaged (EMA), sharded and exported; it knows no loss and no trainer.
 
-Shapes: B rows, T positions, M images, N patches an image, K text targets, D dim, V vocabulary.
+Shapes: B rows, T positions, M images, N patches an image, K targets of text and K' of
+codes, D dim, V vocabulary, of which the last are codes.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +17,7 @@ from torch import Tensor, nn
 from tf_lightning.attention import Attention
 from tf_lightning.batch import Batch
 from tf_lightning.conditioning import LinearConfig, has_time_token
+from tf_lightning.errors import UserError
 from tf_lightning.patches import LinearPatchCoder
 from tf_lightning.transformer import Transformer, TransformerConfig
 from tf_lightning.unet import UNetConfig, UNetPatchCoder
@@ -26,6 +33,7 @@ class Net(nn.Module):
         unet: sizes of a U-Net patch coder; None: the linear one.
         learned_sigma: 2 C output channels, the second half for the variance.
         linear: how the linear patch coder is told noise level and place; None: as Transfusion does.
+        num_codes: so many entries behind the text's are images' codes; 0: images are latents.
     """
 
     def __init__(
@@ -36,11 +44,16 @@ class Net(nn.Module):
         unet: UNetConfig | None = None,
         learned_sigma: bool = False,
         linear: LinearConfig | None = None,
+        num_codes: int = 0,
     ):
         super().__init__()
-        self.transformer = Transformer(config)
+        self.num_codes, self.text_vocab_size = num_codes, config.vocab_size
+        self.transformer = Transformer(replace(config, vocab_size=config.vocab_size + num_codes))
         self.time_token = has_time_token(linear)
         self.outputs = 2 if learned_sigma else 1
+        self.patch_coder = None
+        if num_codes:
+            return
         sizes = latent_channels, patch_size, config.dim, self.outputs * latent_channels
         self.patch_coder = (
             UNetPatchCoder(unet, *sizes) if unet else LinearPatchCoder(*sizes, linear)
@@ -51,7 +64,8 @@ class Net(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits (K, V) at `batch.target_index` and the denoiser's output (M, C or 2 C, h, w).
 
-        Each head runs only where its loss is: no vocabulary head on patches.
+        Each head runs only where its loss is: no vocabulary head on patches. With images of codes,
+        logits are (K + K', V), also at `batch.code_index`, and there is no denoiser.
 
         Args:
             batch: packed rows.
@@ -59,6 +73,8 @@ class Net(nn.Module):
             t: their noise levels, (M,) in [0, 1].
             attend: attention built for this batch.
         """
+        if self.num_codes:
+            return self._code_logits(batch, attend), noised_latents.new_empty(0, dtype=torch.float)
         shape = noised_latents.shape
         if len(noised_latents) == 0:  # data without images does not know their shape
             coder = self.patch_coder
@@ -79,8 +95,13 @@ class Net(nn.Module):
         output = self.patch_coder.decode(hidden_patches, noised_latents.shape[-2:], skips)
         return logits, output.view(shape[0], self.outputs * shape[1], *shape[2:])
 
+    def _code_logits(self, batch: Batch, attend: Attention) -> Tensor:
+        x = self.transformer.tok_embeddings(batch.input_ids)
+        hidden = self.transformer(x, batch.positions, attend).flatten(0, 1)
+        return self.transformer.output(hidden[torch.cat([batch.target_index, batch.code_index])])
+
     def next_logits(self, input_ids: Tensor, positions: Tensor, attend: Attention) -> Tensor:
-        """Logits (n, L, V) behind text ids (n, L) that continue what `attend` has cached."""
+        """Logits (n, L, V) behind ids (n, L) that continue what `attend` has cached."""
         x = self.transformer.tok_embeddings(input_ids)
         return self.transformer.output(self.transformer(x, positions, attend))
 
@@ -95,10 +116,24 @@ class Net(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise every weight; also what fills a net built on the meta device."""
         self.transformer.reset_parameters()
-        self.patch_coder.reset_parameters()
+        if self.patch_coder is not None:
+            self.patch_coder.reset_parameters()
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * net, elementwise (so shards need no communication)."""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def check_codes(
+    num_codes: int, patch_size: int, unet: UNetConfig | None, config: TransformerConfig
+) -> None:
+    """Refuse what there is no network of codes of."""
+    if num_codes < 2:
+        raise UserError(f"num_codes={num_codes} is no codebook; give 2 or more, or null")
+    if patch_size != 1 or unet is not None or config.image_weights != "shared":
+        raise UserError(
+            f"num_codes={num_codes} makes each code a token like those of text; give "
+            "patch_size: 1 (the data too), unet: null and image_weights: shared"
+        )

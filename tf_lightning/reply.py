@@ -59,6 +59,7 @@ class Reply:
     turns_left: int  # of its share of the progress bar
     token: int | None = None  # to be read next
     text: list[int] = field(default_factory=list)  # since the last image
+    codes: list[int] = field(default_factory=list)  # of the image on its way
     num_tokens: int = 0
     num_images: int = 0
 

@@ -3,10 +3,13 @@
 Shapes: N patches an image, C x h x w latents.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tf_lightning.batch import Document, document_length
+import torch
+
+from tf_lightning.batch import Batch, Document, document_length, pack
 from tf_lightning.decoding import TextSampling
 from tf_lightning.errors import UserError
 from tf_lightning.guidance import Guidance
@@ -26,6 +29,8 @@ class Settings:
     scheduler: Any = None
     """Of the images, from `sampler.build_scheduler`."""
     num_inference_steps: int = 50
+    codes: TextSampling = field(default_factory=lambda: TextSampling(temperature=1.0))
+    """Which codes are drawn, where images are made of them; of its fields those of one token."""
     max_images: int = 1
     """Images in an answer of any kind, at most; the <boi> after them ends it."""
 
@@ -64,18 +69,23 @@ class Speaker:
 
     net: Net
     tokenizer: Any
-    """Has bos_id, eos_id, boi_id, eoi_id; and decode, where texts stop the answer."""
+    """Has bos_id, eos_id, boi_id, eoi_id; vocab_size of codes; decode, where texts stop answers."""
     patch_size: int
     latent_shape: tuple[int, int, int] | None = None
     """(C, h, w) of its images; None: it has none."""
     causal_images: bool = False
-    """As trained."""
+    """As trained; codes always are."""
     max_length: int | None = None
     """Positions of the longest document it was trained on; None: unknown."""
 
     @property
+    def causal(self) -> bool:
+        """Whether a patch sees only the earlier ones of its image, as a code does."""
+        return self.causal_images or self.net.num_codes > 0
+
+    @property
     def num_patches(self) -> int:
-        """N, the time token counted; 0 without images."""
+        """N, patches (the time token counted) or codes; 0 without images."""
         if self.latent_shape is None:
             return 0
         _, height, width = self.latent_shape
@@ -96,3 +106,18 @@ class Speaker:
                 f"model was trained on {self.max_length}; shorten the prompt"
             )
         return length + settings.num_tokens + settings.num_images * image
+
+
+def pack_prompts(
+    documents: Sequence[Document], tokenizer, patch_size: int, device, time_token: bool = False
+) -> Batch:
+    """One document a row; conditioning images stay clean (t = 0)."""
+    batch = pack(
+        [[document] for document in documents],
+        list(range(len(documents))),
+        tokenizer=tokenizer,
+        row_length=max(document_length(d, patch_size, time_token) for d in documents),
+        patch_size=patch_size,
+        time_token=time_token,
+    ).to(device)
+    return replace(batch, t=torch.zeros_like(batch.t))

@@ -25,12 +25,18 @@ SAMPLERS = NOISE_SAMPLERS + FLOW_SAMPLERS
 BETA_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}  # diffusers' names
 
 
-def fitting_sampler(sampler: str | None, prediction_type: str) -> str:
-    """The sampler named, or DDIM, or Euler for flow, where none is.
+def fitting_sampler(sampler: str | None, prediction_type: str) -> str | None:
+    """The sampler named, or DDIM, or Euler for flow, where none is; of "codes", none.
 
     Raises:
         UserError: the sampler is unknown, or does not fit the prediction type.
     """
+    if prediction_type == "codes":
+        if sampler is not None:
+            raise UserError(
+                f"sampler={sampler!r} denoises and this model draws codes; leave it out"
+            )
+        return None
     fitting = FLOW_SAMPLERS if prediction_type == "flow" else NOISE_SAMPLERS
     if sampler is None:
         return "FlowMatchEulerDiscreteScheduler" if prediction_type == "flow" else "DDIMScheduler"
@@ -41,6 +47,19 @@ def fitting_sampler(sampler: str | None, prediction_type: str) -> str:
             f"it must be one of {', '.join(fitting)}"
         )
     return sampler
+
+
+def check_not_denoising(sampler: str | None, interval: Sequence[float], rescale: float) -> None:
+    """Refuse what only denoising has."""
+    for name, given, off in (
+        ("sampler", sampler, None),
+        ("guidance_interval", tuple(interval), (0.0, 1.0)),
+        ("guidance_rescale", rescale, 0.0),
+    ):
+        if given != off:
+            raise UserError(
+                f"{name}={given} is of denoising and this model draws codes; leave it out"
+            )
 
 
 def build_scheduler(

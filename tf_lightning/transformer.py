@@ -43,6 +43,10 @@ class TransformerConfig:
     image_weights: Literal["shared", "ffn", "all"] = "shared"
     """What patches have of their own in each block: nothing, the feed-forward and its norm, or all
     (Mixture-of-Transformers); attention is joint always, and the FLOPs are the same."""
+    norm_order: Literal["pre", "post"] = "pre"
+    """Where a branch has its norm: x + f(norm(x)), or x + norm(f(x)) (Chameleon-34B, Swin v2)."""
+    dropout: float = 0.0
+    """Share of the elements dropped behind attention and feed-forward (Chameleon-7B: 0.1)."""
 
 
 torch.serialization.add_safe_globals([TransformerConfig])  # hparams load with weights_only=True
@@ -105,7 +109,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each with a residual."""
+    """Attention and feed-forward, each with a norm and a residual."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -113,11 +117,21 @@ class Block(nn.Module):
         self.attention = SelfAttention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
+        self.pre, self.dropout = config.norm_order == "pre", nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """(..., D) -> (..., D)."""
-        x = x + self.attention(self.attention_norm(x), rope, attend)
-        return x + self.feed_forward(self.ffn_norm(x))
+        out = self.attention(self.enter(self.attention_norm, x), rope, attend)
+        x = x + self.leave(self.attention_norm, out)
+        return x + self.leave(self.ffn_norm, self.feed_forward(self.enter(self.ffn_norm, x)))
+
+    def enter(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """What a branch reads of x."""
+        return norm(x) if self.pre else x
+
+    def leave(self, norm: nn.Module, out: Tensor) -> Tensor:
+        """What a branch adds to x."""
+        return self.dropout(out if self.pre else norm(out))
 
 
 class ImageWeights(nn.Module):
@@ -152,13 +166,17 @@ def modality_block(
     """
     attends = [text, image if hasattr(image, "attention") else text]
     qkvs = [
-        own.attention.qkv(own.attention_norm(x), rope)
+        own.attention.qkv(text.enter(own.attention_norm, x), rope)
         for own, x, rope in zip(attends, parts, ropes, strict=True)
     ]
     mixed = split(attend(*(split.join(*pair) for pair in zip(*qkvs, strict=True))).flatten(-2))
-    parts = [x + own.attention.wo(y) for own, x, y in zip(attends, parts, mixed, strict=True)]
+    parts = [
+        x + text.leave(own.attention_norm, own.attention.wo(y))
+        for own, x, y in zip(attends, parts, mixed, strict=True)
+    ]
     return [
-        x + own.feed_forward(own.ffn_norm(x)) for own, x in zip([text, image], parts, strict=True)
+        x + text.leave(own.ffn_norm, own.feed_forward(text.enter(own.ffn_norm, x)))
+        for own, x in zip([text, image], parts, strict=True)
     ]
 
 
@@ -171,6 +189,10 @@ class Transformer(nn.Module):
             raise UserError(
                 f"image_weights={config.image_weights!r} must be 'shared', 'ffn' or 'all'"
             )
+        if config.norm_order not in ("pre", "post"):
+            raise UserError(f"norm_order={config.norm_order!r} must be 'pre' or 'post'")
+        if not 0 <= config.dropout < 1:
+            raise UserError(f"dropout={config.dropout} must be from 0 (none) to less than 1")
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))

@@ -25,17 +25,8 @@ from tf_lightning.cli import main as tf_lightning
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "configs" / "experiments"
 BEGINNINGS = {"monoformer": ROOT / "configs" / "shapes_text.yaml"}
-DEFAULT = [
-    "linear",
-    "epsilon",
-    "flow",
-    "causal",
-    "unet",
-    "unet_patch8",
-    "patch8",
-    "mot",
-    "monoformer",
-]
+DEFAULT = ["linear", "epsilon", "flow", "causal", "unet", "unet_patch8", "patch8", "mot"]
+DEFAULT += ["monoformer", "chameleon"]
 COLUMNS = {
     "one object": ("one_object", "{:.1%}"),
     "two objects": ("two_objects", "{:.1%}"),
@@ -44,6 +35,7 @@ COLUMNS = {
     "perplexity": ("perplexity", "{:.3f}"),
     "parameters": ("num_parameters", "{:,}"),
     "PFLOPs": ("training_pflops", "{:.3g}"),
+    "pictures": ("pictures_seen", "{:,.0f}"),
     "minutes": ("minutes", "{:.1f}"),
 }
 
@@ -87,15 +79,18 @@ def train_beginning(recipe: Path, out: Path, more: list[str]) -> Path:
     return out / recipe.stem / "checkpoints" / "last.ckpt"
 
 
-def training_pflops(folder: Path) -> float:
-    """Of the whole run, forward and backward: what it logged of its tokens, times their number."""
+def in_whole_run(folder: Path) -> dict[str, float]:
+    """PFLOPs, forward and backward, and pictures: what was logged of a token, times all tokens."""
     events = EventAccumulator(str(folder)).Reload()
     logged = lambda name: [e.value for e in events.Scalars(f"train/{name}")]  # noqa: E731
     config = yaml.safe_load((folder / "config.yaml").read_text())
     data = config["data"]["init_args"]
     positions = config["trainer"]["max_steps"] * data["batch_size"] * data["row_length"]
     tokens = positions * (1 - logged("padding_share")[-1])
-    return statistics.fmean(logged("flops_per_token")) * tokens / 1e15
+    whole = {"training_pflops": statistics.fmean(logged("flops_per_token")) * tokens / 1e15}
+    if "train/images_per_token" in events.Tags()["scalars"]:  # runs of earlier versions lack it
+        whole["pictures_seen"] = statistics.fmean(logged("images_per_token")) * tokens
+    return whole
 
 
 def last_metrics(folder: Path, steps: int) -> dict[str, float]:
@@ -107,7 +102,7 @@ def last_metrics(folder: Path, steps: int) -> dict[str, float]:
 
 def row(folder: Path, report: dict) -> dict:
     """A variant's numbers, under the names of COLUMNS."""
-    more = {"training_pflops": training_pflops(folder), "minutes": report["train_seconds"] / 60}
+    more = in_whole_run(folder) | {"minutes": report["train_seconds"] / 60}
     return last_metrics(folder, report["global_step"]) | report | more
 
 

@@ -3,10 +3,12 @@
 A corpus is a directory of
     tokens.bin     int32, all text ids one after another, ~id where it is read and not learned
     latents.bin    float16 (num_images, V, S, C, h, w), unit variance; V: the picture, its mirror
-                   image (if asked); S: the latents, or mean and standard deviation (if asked)
+                   image (if asked); S: the latents, or mean and standard deviation (if asked);
+                   codes are uint32, C = 1
     parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
-    corpus.json    counts, image shape, and how many samples were skipped for what reason
+    corpus.json    counts, image shape, codes in the codebook if there is one, and how many samples
+                   were skipped for what reason
     answer-*.json  how many rows it takes, once that was asked
 """
 
@@ -25,6 +27,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from tf_lightning.batch import Document
 from tf_lightning.data.layout import IMAGE, Layout, select
@@ -33,6 +36,7 @@ from tf_lightning.errors import UserError
 Split = Literal["train", "val"]
 RawDocument = list[str | Image.Image]
 CHUNK = 1_000_000  # documents checked at once
+STORED_LATENTS, STORED_CODES = (np.float16, np.float32), (np.uint32, np.int64)  # and as they serve
 
 
 class Given(str):
@@ -90,8 +94,8 @@ class Latents:
 
 
 def draw_latents(kept: np.ndarray, random: np.random.Generator | None) -> np.ndarray:
-    """Latents (C, h, w) float32 of what is kept of them, (S, C, h, w): a sample, or the mean."""
-    mean, *std = kept.astype(np.float32)
+    """Latents (C, h, w) of what is kept of them, (S, C, h, w): a sample, or the mean."""
+    mean, *std = kept
     if random is None or not std:
         return mean
     return mean + std[0] * random.standard_normal(mean.shape, dtype=np.float32)
@@ -136,7 +140,8 @@ class Corpus:
         self._tokens = _memmap(self.path / "tokens.bin", np.int32, (facts["num_tokens"],))
         self.latents = Latents(**facts.get("latents", {}))
         shape = facts["num_images"], *self.latents.shape, *(self.image_shape or ())
-        self._latents = _memmap(self.path / "latents.bin", np.float16, shape)
+        stored, self._dtype = STORED_CODES if facts.get("num_codes") else STORED_LATENTS
+        self._latents = _memmap(self.path / "latents.bin", stored, shape)
         self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))
         self._documents = np.asarray(np.load(self.path / "documents.npy", mmap_mode="r"))
         _check_index(self._parts, self._documents)
@@ -151,7 +156,7 @@ class Corpus:
 
     @refuse_damage
     def document(self, index: int, random: np.random.Generator | None = None) -> Document:
-        """Texts (L,) int64 and latents (C, h, w) float32, in order.
+        """Texts (L,) int64 and latents (C, h, w) float32, or codes (1, h, w) int64, in order.
 
         Args:
             index: its number.
@@ -162,11 +167,15 @@ class Corpus:
         _check_parts(parts, len(self._tokens), len(self._latents))
         mirrored = int(random is not None and self.latents.mirrored and random.random() < 0.5)
         return [
-            torch.from_numpy(draw_latents(self._latents[start, mirrored], random))
+            self._image(start, mirrored, random)
             if length == IMAGE
             else torch.from_numpy(self._tokens[start : start + length].astype(np.int64))
             for start, length in parts.tolist()
         ]
+
+    def _image(self, number: int, mirrored: int, random: np.random.Generator | None) -> Tensor:
+        kept = self._latents[number, mirrored].astype(self._dtype)
+        return torch.from_numpy(draw_latents(kept, random))
 
     @refuse_damage
     def layout(self, documents: np.ndarray | None = None) -> Layout:

@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tf_lightning.data.corpus import BadSample, Given, Latents, RawDocument, Turn
+from tf_lightning.data.corpus import (
+    STORED_CODES,
+    STORED_LATENTS,
+    BadSample,
+    Given,
+    Latents,
+    RawDocument,
+    Turn,
+)
 from tf_lightning.data.layout import IMAGE
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer
@@ -126,7 +134,8 @@ class CorpusWriter:
             images = pixels.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
             views = [images, images.flip(-1)] if self.latents.mirrored else [images]
             latents = torch.stack([self._encode(view) for view in views], 1)  # (B, V, S, C, h, w)
-            latents.cpu().numpy().astype(np.float16).tofile(self.latents_file)
+            stored, _ = STORED_CODES if self.autoencoder.num_codes else STORED_LATENTS
+            latents.cpu().numpy().astype(stored).tofile(self.latents_file)
             self.waiting.clear()
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -147,6 +156,7 @@ class CorpusWriter:
             "num_tokens": self.num_tokens,
             "num_images": self.num_images,
             "image_shape": self._image_shape(),
+            "num_codes": self.autoencoder and self.autoencoder.num_codes,
             "latents": asdict(self.latents),
         }
         write_facts(self.folder, counts, skipped, origin)
@@ -195,7 +205,7 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
         np.save(folder / "parts.npy", np.empty((0, 2), np.int64))
     counts = {k: total[k] for k in ("num_documents", "num_tokens", "num_images")}
     shape = list(next(iter(shapes))) if shapes else None
-    told = {"image_shape": shape, "latents": facts[0]["latents"]}
+    told = {"image_shape": shape} | {k: facts[0][k] for k in ("num_codes", "latents")}
     write_facts(folder, counts | told, dict(skipped.most_common()), origin)
 
 

@@ -41,7 +41,8 @@ class Mixture(StreamData):
             samples); a text cut into pieces by `row_length` is as many documents.
         tokenizer: a sentencepiece file; None trains one on the sources' text.
         vocab_size: entries of the tokenizer that is trained.
-        autoencoder: "shapes", "pixels", a folder, a file, or a hub name; None: no pictures.
+        autoencoder: "shapes", "shapes_vq", "pixels", a folder, a file, or a hub name; one with a
+            codebook makes pictures tokens; None: no pictures.
         sample_posterior: train on samples of the autoencoder's posterior, another each time, not on
             its mode; twice the room in `cache_dir`.
         mirror: train on half of all documents with their pictures mirrored, another half each time;
@@ -133,6 +134,12 @@ class Mixture(StreamData):
 
     def _open(self) -> None:
         autoencoder = load_autoencoder(self.autoencoder_name) if self.autoencoder_name else None
+        self.num_codes = autoencoder.num_codes if autoencoder else None
+        if self.num_codes and (self.patch_size != 1 or self.clean_copies):
+            raise UserError(
+                f'autoencoder "{self.autoencoder_name}" makes codes, each a token that nothing '
+                "noises; give patch_size: 1 and clean_copies: false"
+            )
         if autoencoder:
             for name, source in self.sources.items():
                 check_image_size(name, source, autoencoder.downsample * self.patch_size)
