@@ -17,6 +17,8 @@ from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
 from tf_lightning.errors import UserError
 from tf_lightning.module import Transfusion
 
+OTHERS = "generate, export, sizes"
+
 
 class Parser(LightningArgumentParser):
     """Says what is wrong on one line instead of printing the whole usage first."""
@@ -82,11 +84,16 @@ class TransfusionCLI(LightningCLI):
         """Refuse a damaged file that `--ckpt_path last` would resume, and a run that cannot be."""
         if isinstance(self.model, AutoencoderModule):
             self.model.before_training(self.trainer, self.datamodule)
-        if self.config.fit.ckpt_path == "last" and self.trainer.checkpoint_callback:
+        resumed = self.config.fit.ckpt_path
+        if resumed == "last" and self.trainer.checkpoint_callback:
             folder = self.trainer.checkpoint_callback.dirpath
             last = Path(folder or f"{self.trainer.log_dir}/checkpoints") / "last.ckpt"
-            if last.is_file():
+            resumed = last.is_file()
+            if resumed:
                 read_checkpoint(last, self.kind("fit"))
+        for callback in self.trainer.callbacks:
+            if not resumed and hasattr(callback, "before_training"):  # StartFrom
+                callback.before_training(self.model, self.datamodule)
 
 
 def check_channels(model: Transfusion, data: L.LightningDataModule) -> None:
@@ -171,7 +178,7 @@ def run_lightning(args: list[str]) -> None:
     """Run fit, validate, test, predict or prepare."""
     verbs = [*TransfusionCLI.subcommands(), "prepare"]
     if args[0] not in verbs and not args[0].startswith("-"):
-        raise UserError(f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, generate")
+        raise UserError(f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, {OTHERS}")
     if args[0] == "prepare":
         data = build(args[1:], run=False).datamodule
         data.prepare_data()
