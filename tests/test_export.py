@@ -25,7 +25,7 @@ def checkpoint_of(folder, **options) -> dict:
         setattr(config, name, value)
     module = Transfusion(config, patch_size=2, latent_channels=3, ema_decay=0.9)
     module.configure_model()
-    for parameter in module.net.parameters():
+    for parameter in module.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
     proto = bytearray(Tokenizer(folder).proto)
     return {
@@ -41,8 +41,9 @@ def checkpoint_of(folder, **options) -> dict:
 def trained(checkpoint: dict, start: str = "net") -> Transformer:
     config = checkpoint["hyper_parameters"]["transformer"]
     transformer = Transformer(config).requires_grad_(False)
-    names = {name.removeprefix(f"{start}.transformer."): w for name, w in
-             checkpoint["state_dict"].items() if name.startswith(f"{start}.transformer.")}  # fmt: skip
+    start = f"{start}.transformer."
+    weights = checkpoint["state_dict"]
+    names = {n.removeprefix(start): w for n, w in weights.items() if n.startswith(start)}
     transformer.load_state_dict({n: w for n, w in names.items() if "image_layers" not in n})
     return transformer
 

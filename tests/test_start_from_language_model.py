@@ -93,6 +93,7 @@ def test_the_perplexity_of_text_is_the_source_models(kind, tmp_path):
     tokenizer = Tokenizer(folder)
     text = torch.tensor(tokenizer.encode("a red circle is not above a blue lobster ."))
     batch = packed([[[text]]])
+    batch.latents = batch.latents.double()
     batch.input_ids[0, 0], batch.labels[0, -2] = tokenizer.bos_id, tokenizer.eos_id
     theirs = tiny(KINDS[kind][0], **KINDS[kind][1]).double()
     ids = torch.tensor([tokenizer.bos_id, *text, tokenizer.eos_id])

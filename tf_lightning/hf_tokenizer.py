@@ -40,19 +40,19 @@ def read(path: str | Path) -> bytes:
             f"{folder} has neither tokenizer.model nor tokenizer.json; put the model's own there"
         )
     content = read_json(folder / "tokenizer.json")
-    ids = _ids(content)
+    ids, marks = _ids(content), {token["id"] for token in content.get("added_tokens", [])}
     _check_size(max(ids.values(), default=-1) + 1, size, folder)
     names = folder / "tokenizer_config.json"
     said = read_json(names) if names.is_file() else {}
-    eos_id = _special(said.get("eos_token"), ids, config.get("eos_token_id"))
-    bos_id = _special(said.get("bos_token"), ids, config.get("bos_token_id"))
+    eos_id = _special(said.get("eos_token"), ids, config.get("eos_token_id"), marks)
+    bos_id = _special(said.get("bos_token"), ids, config.get("bos_token_id"), marks)
     if eos_id is None:
         raise UserError(
             f"{folder} names no end of a text; give eos_token_id in config.json, or eos_token in "
             "tokenizer_config.json"
         )
     bos_id = eos_id if bos_id is None else bos_id  # as Qwen2 separates documents
-    pad_id = _special(said.get("pad_token"), ids, config.get("pad_token_id"))
+    pad_id = _special(said.get("pad_token"), ids, config.get("pad_token_id"), marks)
     return pack_json(content, size, bos_id, eos_id, eos_id if pad_id is None else pad_id)
 
 
@@ -64,12 +64,21 @@ def _ids(content: dict[str, Any]) -> dict[str, int]:
     return vocab | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
 
 
-def _special(token: str | dict | None, ids: dict[str, int], otherwise: int | list[int] | None):
-    """The id of a special token: by its name, or the number of config.json, the first of many."""
+def _special(
+    token: str | dict | None,
+    ids: dict[str, int],
+    otherwise: int | list[int] | None,
+    marks: set[int],
+) -> int | None:
+    """The id of a special token: by its name, or config.json's, the first of many.
+
+    A number that is no mark of the tokenizer is not meant: configs that do not say it hold 1 and 2.
+    """
     name = token.get("content") if isinstance(token, dict) else token
     if name in ids:
         return ids[name]
-    return otherwise[0] if isinstance(otherwise, list) else otherwise
+    otherwise = otherwise[0] if isinstance(otherwise, list) else otherwise
+    return otherwise if otherwise in marks else None
 
 
 def _padded(proto: bytes, size: int, folder: Path) -> bytes:
