@@ -10,6 +10,7 @@ from torch import Tensor
 from callbacks.step_zero import check_text
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.errors import UserError
+from tf_lightning.export import read_weights
 from tf_lightning.hf_folder import is_hub_name
 from tf_lightning.modality import with_image_weights
 from tf_lightning.module import Transfusion
@@ -30,8 +31,8 @@ class StartFrom(L.Callback):
     Its perplexity on the text of the first rows is told, and compared with the grown model's.
 
     Args:
-        checkpoint: a file that `tf-lightning fit` wrote, or a Llama, Mistral or Qwen2: a folder of
-            Hugging Face's layout (safetensors), or its name on the hub.
+        checkpoint: a file that `tf-lightning fit` wrote, a folder of `tf-lightning export`, or a
+            Llama, Mistral or Qwen2: a folder of Hugging Face's layout, or its name on the hub.
     """
 
     def __init__(self, checkpoint: str):
@@ -83,7 +84,7 @@ class StartFrom(L.Callback):
 
     def _of_checkpoint(self, module: Transfusion) -> dict[str, Tensor]:
         """The weights of a `Net` in a checkpoint, averaged where it has an average."""
-        checkpoint = read_checkpoint(self.checkpoint)
+        checkpoint = read_weights(self.checkpoint)
         codec = module.image_codec, module.row_length
         module.on_load_checkpoint(checkpoint)  # refuses another tokenizer
         module.image_codec, module.row_length = codec
@@ -108,7 +109,8 @@ def report(source: LanguageModel, module: Transfusion) -> str:
         n for n in module.net.state_dict() if n.removeprefix("transformer.") not in source.names
     ]
     parts = Counter(".".join(n.split(".")[: 1 + n.startswith("transformer.")]) for n in names)
-    new = [f"{module.config.vocab_size - source.config.vocab_size} rows of the vocabulary"]
+    rows = module.config.vocab_size - source.config.vocab_size
+    new = [f"{rows} rows of the vocabulary, from <boi> on"]
     new += [f"{part} ({count} tensors)" for part, count in parts.items()]
     total = len(source.names)
     return (

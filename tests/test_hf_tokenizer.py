@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from language_models import END, edit_json, tiny, with_json, with_sentencepiece
 from tf_lightning.errors import UserError
+from tf_lightning.hf_tokenizer import write
 from tf_lightning.tokenizer import Tokenizer
 
 TEXT = "a red circle,  naïve 日本語 🙂\n"
@@ -17,7 +18,8 @@ TEXT = "a red circle,  naïve 日本語 🙂\n"
 def make_folder(folder, kind="json", vocab_size=300):
     """A folder with a config and a tokenizer of 290 (json) or 300 pieces."""
     folder.mkdir(exist_ok=True)
-    tiny("Qwen2", vocab_size=vocab_size).config.save_pretrained(folder)
+    architecture = "Qwen2" if kind == "json" else "Llama"  # whose tokenizer `transformers` takes
+    tiny(architecture, vocab_size=vocab_size).config.save_pretrained(folder)
     {"json": with_json, "sentencepiece": with_sentencepiece}[kind](folder)
     return folder
 
@@ -99,6 +101,24 @@ def test_a_sentencepiece_model_is_padded_to_the_rows(tmp_path, rows):
     assert padded.encode(TEXT) == plain.encode(TEXT)
     assert (plain.boi_id, padded.boi_id) == (300, rows)
     assert (plain.proto == padded.proto) == (rows == 300)
+
+
+@pytest.mark.parametrize("text", [TEXT, "a", "  two", "x\x00y", "<s> </s> <unk> <0x41>", ""])
+def test_a_tokenizer_json_made_of_a_sentencepiece_model_is_the_same(tmp_path, text):
+    """As the folders of Llama 2 and Mistral have both."""
+    from transformers import AutoTokenizer
+
+    folder = make_folder(tmp_path, "sentencepiece")
+    pieces = Tokenizer(folder)
+    write(pieces, folder)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    made = Tokenizer(folder)
+    ids = pieces.encode(text)
+    assert made.is_json and made.encode(text) == ids
+    assert made.decode(ids) == pieces.decode(ids) == text
+    assert (made.bos_id, made.eos_id, made.boi_id) == (pieces.bos_id, pieces.eos_id, pieces.boi_id)
+    assert made.byte_counts() == pieces.byte_counts()
 
 
 @pytest.mark.parametrize("kind", ["json", "sentencepiece"])

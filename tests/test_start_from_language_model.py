@@ -8,8 +8,11 @@ import yaml
 
 import runs
 from callbacks.step_zero import text_perplexities
-from language_models import tiny, with_json, with_sentencepiece
+from language_models import LLAMA3_ROPE, tiny, with_json, with_sentencepiece
+from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.cli import main
+from tf_lightning.export import export
+from tf_lightning.model import load
 from tf_lightning.module import Transfusion
 from tf_lightning.tokenizer import Tokenizer
 from tf_lightning.weights import load_llama, open_language_model
@@ -18,6 +21,7 @@ from tiny import packed
 KINDS = {  # what each begins from, and its tokenizer
     "llama": ("Llama", {"vocab_size": 300}, with_sentencepiece),
     "qwen2": ("Qwen2", {"vocab_size": 300, "tie_word_embeddings": True}, with_json),
+    "llama3": ("Llama", {"vocab_size": 300, "rope_parameters": LLAMA3_ROPE}, with_json),
 }
 
 
@@ -76,9 +80,16 @@ def test_a_run_begins_with_its_weights_and_says_what_is_new(kind, tmp_path, caps
     assert torch.equal(ours, source["layers.0.feed_forward.w1.weight"])
     count = len(source)
     assert f"Loaded {count} of {count} tensors" in caplog.text
-    assert "missing: none; unexpected: none; new: 2 rows of the vocabulary, " in caplog.text
+    assert (
+        "missing: none; unexpected: none; new: 2 rows of the vocabulary, from <boi> on"
+        in caplog.text
+    )
     assert "transformer.image_layers (8 tensors), patch_coder (" in caplog.text
     assert "text tokens at step 0: " in caplog.text
+    again = load(tmp_path / "run/checkpoints/last.ckpt").net.transformer
+    assert again.config.rope_scaling == open_language_model(folder).config.rope_scaling
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, checkpoint["state_dict"][f"ema.transformer.{name}"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,6 +171,30 @@ def test_a_checkpoint_of_another_architecture_is_refused(fails, folder):
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"llama"', '"gpt2"'))
     assert "model_type='gpt2' but only 'llama', 'mistral', 'qwen2' are supported" in fails()
+
+
+def test_new_rows_that_take_probability_from_the_text_end_the_run(
+    tmp_path, folder, capsys, monkeypatch
+):
+    config = write_config(tmp_path, folder, sizes_of(folder, capsys))
+    monkeypatch.setattr("tf_lightning.transformer.NEW_ENTRY_LOGIT", 0.0)
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(config)])
+    assert "at step 0 the text's perplexity is " in capsys.readouterr().err
+
+
+def test_an_exported_network_starts_a_run_as_its_checkpoint_does(run, tmp_path):
+    export(read_checkpoint(run / "checkpoints/last.ckpt"), tmp_path / "out", None, {"net"})
+
+    def change(config: dict) -> None:
+        config["data"]["init_args"] |= {"tokenizer": None, "cache_dir": str(run.parent / "data")}
+
+    sizes = runs.config(tmp_path)["model"]["transformer"]
+    main(["fit", "-c", str(write_config(tmp_path, tmp_path / "out", sizes, change))])
+    theirs = read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"]
+    ours = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["state_dict"]
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs["ema." + name.partition(".")[2]])
 
 
 def test_missing_weights_are_refused(fails, folder):
