@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 import runs
+from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.data import Mixture
 from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
 from tf_lightning.errors import UserError
-from tf_lightning.model import Model, load, read_checkpoint, to_picture, to_pixels
+from tf_lightning.model import Model, load, to_picture, to_pixels
 from tf_lightning.module import Transfusion
 from tf_lightning.transformer import TransformerConfig
 

@@ -17,6 +17,8 @@ tf-lightning: one Transformer that writes text and draws images (Transfusion).
   tf-lightning predict  -c CONFIG --ckpt_path CKPT            captions for held-out pictures
   tf-lightning generate CKPT "a red circle" -o out            a picture from words
   tf-lightning generate CKPT --image in.png                   words from a picture
+  tf-lightning export   CKPT -o FOLDER                        weights, and the text as a Llama
+  tf-lightning sizes    FOLDER                                a language model's, as a --model file
 
 CONFIG is the YAML file the run was trained with. Any value in it can be changed on the command
 line, as in --trainer.max_steps 100. `tf-lightning VERB --help` lists what VERB takes;
@@ -43,6 +45,10 @@ def main(args: list[str] | None = None) -> None:
             from tf_lightning.inspect_command import run_inspect
 
             run_inspect(args[1:])
+        elif args[0] in ("export", "sizes"):
+            from tf_lightning import export_command
+
+            getattr(export_command, f"run_{args[0]}")(args[1:])
         else:
             from tf_lightning.lightning_cli import run_lightning
 

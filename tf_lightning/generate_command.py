@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT", help="a file that `tf-lightning fit` wrote")
+    add("checkpoint", metavar="CKPT", help="a file that `fit` wrote, or a folder of `export`")
     part = {"dest": "parts", "action": "append", "default": []}
     add(
         "--text",

@@ -19,6 +19,7 @@ from tf_lightning.errors import UserError
 from tf_lightning.module import Transfusion
 
 LOOP = {"validate": "val", "test": "test", "predict": "predict"}
+OTHERS = "generate, inspect, export, sizes"
 
 
 class Parser(LightningArgumentParser):
@@ -86,11 +87,16 @@ class TransfusionCLI(LightningCLI):
         """Refuse a damaged file that `--ckpt_path last` would resume, and a run that cannot be."""
         if isinstance(self.model, AutoencoderModule):
             self.model.before_training(self.trainer, self.datamodule)
-        if self.config.fit.ckpt_path == "last" and self.trainer.checkpoint_callback:
+        resumed = self.config.fit.ckpt_path
+        if resumed == "last" and self.trainer.checkpoint_callback:
             folder = self.trainer.checkpoint_callback.dirpath
             last = Path(folder or f"{self.trainer.log_dir}/checkpoints") / "last.ckpt"
-            if last.is_file():
+            resumed = last.is_file()
+            if resumed:
                 read_checkpoint(last, self.kind("fit"))
+        for callback in self.trainer.callbacks:
+            if not resumed and hasattr(callback, "before_training"):  # StartFrom
+                callback.before_training(self.model, self.datamodule)
 
 
 def refuse_nothing(verb: str, trainer: Mapping) -> None:
@@ -179,7 +185,5 @@ def run_lightning(args: list[str]) -> None:
     """Run fit, validate, test or predict."""
     verbs = [*TransfusionCLI.subcommands(), "prepare"]
     if args[0] not in verbs and not args[0].startswith("-"):
-        raise UserError(
-            f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, generate, inspect"
-        )
+        raise UserError(f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, {OTHERS}")
     build(args)

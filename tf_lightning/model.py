@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tf_lightning.autoencoder import Autoencoder, load_fitting
 from tf_lightning.batch import Document
-from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.decoding import TextSampling, find_stop, possible_stop
 from tf_lightning.errors import UserError
+from tf_lightning.export import read_weights
 from tf_lightning.generate import generate
 from tf_lightning.guidance import Guidance
 from tf_lightning.module import Transfusion
@@ -317,8 +317,8 @@ class Model:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
-    """The model in a checkpoint, with its averaged weights if it has any."""
-    checkpoint = read_checkpoint(path)
+    """The model in a checkpoint, averaged if it has an average, or in an exported folder."""
+    checkpoint = read_weights(path)
     names = Transfusion.__init__.__annotations__.keys() - {"return"}
     hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if k in names}
     module = Transfusion(**hparams)

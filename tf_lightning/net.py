@@ -89,7 +89,7 @@ class Net(nn.Module):
         x = self.transformer.tok_embeddings(batch.input_ids)  # (B, T, D)
         flat = x.flatten(0, 1).index_copy(0, batch.patch_index, patches.flatten(0, 1).type_as(x))
         hidden = self.transformer(flat.view_as(x), batch.positions, attend).flatten(0, 1)
-        logits = self.transformer.output(hidden[batch.target_index])
+        logits = self.transformer.logits(hidden[batch.target_index])
         hidden_patches = hidden[batch.patch_index].unflatten(0, patches.shape[:2])[: shape[0]]
         skips = [skip[: shape[0]] for skip in skips]  # nobody asks what a clean copy's noise is
         output = self.patch_coder.decode(hidden_patches, noised_latents.shape[-2:], skips)
@@ -98,12 +98,12 @@ class Net(nn.Module):
     def _code_logits(self, batch: Batch, attend: Attention) -> Tensor:
         x = self.transformer.tok_embeddings(batch.input_ids)
         hidden = self.transformer(x, batch.positions, attend).flatten(0, 1)
-        return self.transformer.output(hidden[torch.cat([batch.target_index, batch.code_index])])
+        return self.transformer.logits(hidden[torch.cat([batch.target_index, batch.code_index])])
 
     def next_logits(self, input_ids: Tensor, positions: Tensor, attend: Attention) -> Tensor:
         """Logits (n, L, V) behind ids (n, L) that continue what `attend` has cached."""
         x = self.transformer.tok_embeddings(input_ids)
-        return self.transformer.output(self.transformer(x, positions, attend))
+        return self.transformer.logits(self.transformer(x, positions, attend))
 
     def denoise(
         self, noised_latents: Tensor, t: Tensor, positions: Tensor, attend: Attention

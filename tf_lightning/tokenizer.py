@@ -1,6 +1,6 @@
-"""Text to token ids and back, by sentencepiece; <boi> and <eoi> stand outside its vocabulary.
+"""Text to token ids and back, by sentencepiece or by a language model's tokenizer.json.
 
-User text cannot forge an image: sentencepiece never returns the two ids that follow its own.
+User text cannot forge an image: <boi> and <eoi> are the two ids that follow the vocabulary's own.
 """
 
 import hashlib
@@ -13,38 +13,44 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from tf_lightning import hf_tokenizer
 from tf_lightning.errors import UserError
+from tf_lightning.json_pieces import JsonPieces
 
 NUM_IMAGE_TOKENS = 2  # <boi>, <eoi>
 SPACE = "\u2581"  # sentencepiece's mark of it
 
 
 class Tokenizer:
-    """A sentencepiece model file (a Llama-2 `tokenizer.model` works) and the two image tokens.
+    """A sentencepiece model file, or the tokenizer of a language model, and the two image tokens.
 
     `decode(encode(text)) == text` for models that `train` made, except that U+2581, sentencepiece's
     own mark of a space, reads back as a space.
 
     Attributes:
-        vocab_size: entries the model's embedding must have: sentencepiece's pieces and two.
+        vocab_size: entries the model's embedding must have: the vocabulary's and two.
         bos_id, eos_id: start and end of a document.
         boi_id, eoi_id: start and end of an image.
         pad_id: the file's padding piece, or its unknown piece where it has none.
-        proto: the file's bytes.
+        proto: the file's bytes, or `json_pieces`' object.
+        is_json: whether it is the latter.
     """
 
     def __init__(self, path: str | Path):
-        """Read a file.
+        """Read a sentencepiece file, or a Hugging Face folder or hub name of a language model.
 
         Raises:
             UserError: the file is missing or no sentencepiece model.
         """
+        if hf_tokenizer.is_pretrained(path):
+            self._load(hf_tokenizer.read(path), str(path))
+            return
         try:
             proto = Path(path).read_bytes()
         except OSError as error:
             raise UserError(
                 f"tokenizer {path} cannot be read ({error.strerror}); "
-                "give the path of a sentencepiece .model file"
+                "give the path of a sentencepiece .model file, or a language model's folder"
             ) from error
         self._load(proto, str(path))
 
@@ -56,6 +62,10 @@ class Tokenizer:
         return tokenizer
 
     def _load(self, proto: bytes, name: str) -> None:
+        self.proto, self.is_json = proto, proto[:1] == b"{"
+        if self.is_json:
+            self._load_json(JsonPieces(proto, name))
+            return
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
             num_pieces = self._processor.get_piece_size() if proto else 0
@@ -66,7 +76,6 @@ class Tokenizer:
                 f"tokenizer {name} is not a sentencepiece model; "
                 "give another file, or none to train one on the corpus"
             )
-        self.proto = proto
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(
@@ -74,6 +83,14 @@ class Tokenizer:
             )
         pad_id = self._processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self._processor.unk_id()
+        self._count(num_pieces)
+
+    def _load_json(self, pieces: JsonPieces) -> None:
+        self._processor = pieces
+        self.bos_id, self.eos_id, self.pad_id = pieces.bos_id, pieces.eos_id, pieces.pad_id
+        self._count(pieces.size)
+
+    def _count(self, num_pieces: int) -> None:
         self.boi_id, self.eoi_id = num_pieces, num_pieces + 1
         self.vocab_size = num_pieces + NUM_IMAGE_TOKENS
 
@@ -101,6 +118,10 @@ class Tokenizer:
         Over the ids of a text they sum to `len(decode(ids).encode())`. Specials add none. The two
         differ by the space that sentencepiece puts before a text and takes away when it decodes.
         """
+        if self.is_json:
+            inside, beginning = self._processor.byte_counts()
+            none = [0] * NUM_IMAGE_TOKENS
+            return inside + none, beginning + none
         spec = sentencepiece_model_pb2.ModelProto.FromString(self.proto).normalizer_spec
         dropped = spec.add_dummy_prefix or spec.remove_extra_whitespaces
         inside = [self._num_bytes(i) for i in range(self.boi_id)] + [0] * NUM_IMAGE_TOKENS
@@ -155,18 +176,9 @@ def train(texts: Iterator[str], path: str | Path, vocab_size: int) -> Tokenizer:
         )
     except RuntimeError as error:
         raise UserError(_training_fault(str(error), vocab_size)) from error
-    unfinished.write_bytes(_fill(model.getvalue(), vocab_size - NUM_IMAGE_TOKENS))
+    unfinished.write_bytes(hf_tokenizer.fill(model.getvalue(), vocab_size - NUM_IMAGE_TOKENS))
     os.replace(unfinished, path)
     return Tokenizer(path)
-
-
-def _fill(proto: bytes, num_pieces: int) -> bytes:
-    """A model with as many pieces as asked for; those added are of the type that is never used."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
-    for number in range(len(model.pieces), num_pieces):
-        unused = sentencepiece_model_pb2.ModelProto.SentencePiece.UNUSED
-        model.pieces.add(piece=f"<unused{number}>", score=0.0, type=unused)
-    return model.SerializeToString()
 
 
 def _lines(texts: Iterator[str]) -> Iterator[str]:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from tf_lightning.attention import Attention
 from tf_lightning.errors import UserError
 from tf_lightning.modality import Split
+from tf_lightning.rope_scaling import RopeScaling
+
+NEW_ENTRY_LOGIT = -12.0  # of entries that a pretrained language model did not have
 
 
 @dataclass
@@ -36,6 +39,8 @@ class TransformerConfig:
     """Inner width of SwiGLU."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """How they were stretched for a longer context (Llama 3.1); None: not."""
     norm_eps: float = 1e-5
     """Epsilon of RMSNorm."""
     qk_norm: bool = False
@@ -47,15 +52,31 @@ class TransformerConfig:
     """Where a branch has its norm: x + f(norm(x)), or x + norm(f(x)) (Chameleon-34B, Swin v2)."""
     dropout: float = 0.0
     """Share of the elements dropped behind attention and feed-forward (Chameleon-7B: 0.1)."""
+    attention_bias: bool = False
+    """Biases on queries, keys and values (Qwen2)."""
+    tie_embeddings: bool = False
+    """The vocabulary head is the token embedding (Llama 3.2, small Qwen2)."""
+    pretrained_vocab_size: int | None = None
+    """Entries that a pretrained language model brought along. The logits of those behind them start
+    12 lower, so that its text stays as likely as it was; None: trained from scratch."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, dict):  # a checkpoint written by the command line
+            self.rope_scaling = RopeScaling(**self.rope_scaling)
 
 
-torch.serialization.add_safe_globals([TransformerConfig])  # hparams load with weights_only=True
+torch.serialization.add_safe_globals(
+    [TransformerConfig, RopeScaling]
+)  # hparams load with weights_only=True
 
 
-def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_angles(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and signed sin (..., 1, K) at `positions` (...), in Hugging Face's half-split order."""
     even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies = 1 / theta ** (even / head_dim)  # rounded as Hugging Face rounds them
+    frequencies = scaling(frequencies) if scaling else frequencies
     angles = positions.unsqueeze(-1) * frequencies  # (..., K / 2), fp32
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2)
@@ -73,9 +94,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = config.dim // config.num_heads
         kv_dim = self.head_dim * (config.num_kv_heads or config.num_heads)
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wq = nn.Linear(config.dim, config.dim, bias=config.attention_bias)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=config.attention_bias)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=config.attention_bias)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.q_norm, self.k_norm = (
             nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -200,6 +221,8 @@ class Transformer(nn.Module):
             self.image_layers = nn.ModuleList(ImageWeights(config) for _ in self.layers)
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attention) -> Tensor:
         """Hidden states after the final norm.
@@ -211,7 +234,8 @@ class Transformer(nn.Module):
         """
         config = self.config
         x, positions = attend.enter(x), attend.enter(positions)
-        rope = rope_angles(positions, config.dim // config.num_heads, config.rope_theta)
+        head_dim = config.dim // config.num_heads
+        rope = rope_angles(positions, head_dim, config.rope_theta, config.rope_scaling)
         if config.image_weights == "shared":
             for layer in self.layers:
                 x = layer(x, rope, attend)
@@ -227,6 +251,13 @@ class Transformer(nn.Module):
         for text, image in zip(self.layers, self.image_layers, strict=True):
             parts = modality_block(text, image, parts, ropes, split, attend)
         return split.join(*parts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) -> logits (..., V)."""
+        logits = self.output(hidden)
+        if self.config.pretrained_vocab_size is not None:
+            logits[..., self.config.pretrained_vocab_size :] += NEW_ENTRY_LOGIT
+        return logits
 
     def text_parameters(self) -> list[nn.Parameter]:
         """All but the patches' own."""
@@ -244,5 +275,7 @@ class Transformer(nn.Module):
             if isinstance(part, nn.Linear):
                 scale = depth_scale if name.endswith((".wo", ".w2")) else 1.0
                 nn.init.normal_(part.weight, std=scale * part.in_features**-0.5)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
             elif isinstance(part, nn.RMSNorm):
                 part.reset_parameters()

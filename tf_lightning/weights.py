@@ -1,19 +1,23 @@
-"""Llama checkpoints in Hugging Face's layout: the same tensors under our names.
+"""Pretrained language models: the same tensors under our names, and two rows for <boi>, <eoi>.
 
 `TransformerConfig` describes the same network, and both keep rotary halves apart, so nothing is
-permuted.
+permuted. New rows are the mean of the others (Hewitt 2021): with logits z of the V old entries
+theirs is mean(z), so each has a probability of at most exp(NEW_ENTRY_LOGIT) / V (Jensen), and the
+perplexity of a text grows by a factor of less than 1 + 2 exp(-12) / V, below 1e-6.
 """
 
-import json
 import re
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
 
 from tf_lightning.errors import UserError
-from tf_lightning.transformer import TransformerConfig
+from tf_lightning.hf_config import EXPRESSED, attention_window, from_hf, inexpressible
+from tf_lightning.hf_folder import find_folder, load_tensors, read_json, tensor_shapes
+from tf_lightning.tokenizer import NUM_IMAGE_TOKENS
+from tf_lightning.transformer import Transformer, TransformerConfig
 
 OUR_NAMES = {
     "model.": "",
@@ -29,13 +33,114 @@ OUR_NAMES = {
     "mlp.up_proj": "feed_forward.w3",
     "lm_head": "output",
 }
+THEIR_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items() if ours}
 THEIR_NAME = re.compile("|".join(map(re.escape, OUR_NAMES)))
+OUR_NAME = re.compile("|".join(map(re.escape, THEIR_NAMES)))
+ENTRIES = ("tok_embeddings.weight", "output.weight")  # a row for each entry of the vocabulary
 
-PLAIN = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+@dataclass
+class LanguageModel:
+    """A folder found whole: the heads of its files agree with its config.json."""
+
+    folder: Path
+    config: TransformerConfig
+    """Its sizes, before the vocabulary grows."""
+    window: int | None
+    """Longest document that it reads as a Llama does; None: any."""
+    names: frozenset[str]
+    """Our names of its tensors: those of a plain language model of these sizes, and no others."""
+
+    @property
+    def grown(self) -> TransformerConfig:
+        """The sizes of a network that starts from it."""
+        size = self.config.vocab_size
+        return replace(self.config, vocab_size=size + NUM_IMAGE_TOKENS, pretrained_vocab_size=size)
+
+    def check(self, config: TransformerConfig, row_length: int | None = None) -> None:
+        """Refuse a network of other sizes, or rows longer than the window.
+
+        A vocabulary may grow by more than <boi> and <eoi>, by the codes of pictures.
+        """
+        wanted = self.grown
+        names = [f.name for f in fields(config) if f.name in EXPRESSED | {"pretrained_vocab_size"}]
+        values = {name: (_value(wanted, name), _value(config, name)) for name in names}
+        if config.vocab_size >= wanted.vocab_size:
+            del values["vocab_size"]
+        differ = [f"{k}={w!r} (not {g!r})" for k, (w, g) in values.items() if w != g]
+        differ += [f"no {name}" for name in inexpressible(config)]
+        if differ:
+            raise UserError(
+                f"{self.folder} needs model.transformer to have {', '.join(differ)}; give --model "
+                f"the file that `tf-lightning sizes {self.folder}` prints"
+            )
+        if row_length and self.window and row_length > self.window:
+            raise UserError(
+                f"rows of {row_length} tokens are longer than the {self.window} that {self.folder} "
+                f"attends to; give row_length={self.window} or less"
+            )
+
+    def load(self, vocab_size: int) -> dict[str, Tensor]:
+        """The weights under our names, the vocabulary grown to `vocab_size` entries."""
+        weights = llama_state_dict(load_tensors(self.folder))
+        if self.config.tie_embeddings:
+            weights["output.weight"] = weights["tok_embeddings.weight"]
+        return weights | {name: grow(weights[name], vocab_size) for name in ENTRIES}
 
 
-def llama_state_dict(hf_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a `LlamaForCausalLM` under the names of our `Transformer`."""
+def _value(config: TransformerConfig, name: str):
+    value = getattr(config, name)
+    return config.num_heads if name == "num_kv_heads" and value is None else value
+
+
+def open_language_model(name: str | Path) -> LanguageModel:
+    """The language model in a folder, or of a name on the hub; weights are not read yet.
+
+    Raises:
+        UserError: a file is missing or broken, or the network is not a plain Llama, Mistral or
+            Qwen2.
+    """
+    folder = find_folder(name)
+    hf_config = read_json(folder / "config.json")
+    config = from_hf(hf_config)
+    with torch.device("meta"):
+        plain = {k: tuple(weight.shape) for k, weight in Transformer(config).state_dict().items()}
+    shapes = llama_state_dict(tensor_shapes(folder))
+    if config.tie_embeddings:  # some folders hold the same matrix twice
+        shapes["output.weight"] = plain["output.weight"]
+    wrong = [
+        f"{title} {len(names)} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
+        for title, names in {
+            "missing": plain.keys() - shapes.keys(),
+            "unexpected": shapes.keys() - plain.keys(),
+            "of another shape": {k for k in plain.keys() & shapes.keys() if plain[k] != shapes[k]},
+        }.items()
+        if names
+    ]
+    if wrong:
+        fit = sum(plain[k] == shapes[k] for k in plain.keys() & shapes.keys())
+        raise UserError(
+            f"{folder} holds {fit} of the {len(plain)} tensors of its config.json: "
+            f"{'; '.join(wrong)}; give the folder of a whole, unquantised checkpoint"
+        )
+    return LanguageModel(folder, config, attention_window(hf_config), frozenset(plain))
+
+
+def load_llama(name: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    """Sizes and weights of a language model, its vocabulary as it is.
+
+    Args:
+        name: as `open_language_model` takes.
+
+    Returns:
+        The config and a state dict that `Transformer(config)` loads strictly.
+    """
+    model = open_language_model(name)
+    return model.config, model.load(model.config.vocab_size)
+
+
+def llama_state_dict(hf_state_dict: dict) -> dict:
+    """The tensors, or what else, of a `LlamaForCausalLM` under our `Transformer`'s names."""
     return {
         THEIR_NAME.sub(lambda match: OUR_NAMES[match[0]], name): weight
         for name, weight in hf_state_dict.items()
@@ -43,70 +148,16 @@ def llama_state_dict(hf_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def load_llama(folder: str | Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    """Sizes and weights of a Llama in a local folder.
-
-    Args:
-        folder: holds config.json and model.safetensors, or shards with their index.
-
-    Returns:
-        The config and a state dict that `Transformer(config)` loads strictly.
-
-    Raises:
-        UserError: a file is missing or broken, or the network is not a plain Llama.
-    """
-    folder = Path(folder)
-    config = _read_json(folder / "config.json")
-    sizes = llama_config(config)
-    state_dict: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        try:
-            state_dict |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({error}); download it again") from error
-    if config.get("tie_word_embeddings"):
-        state_dict.setdefault("lm_head.weight", state_dict["model.embed_tokens.weight"])
-    return sizes, llama_state_dict(state_dict)
-
-
-def llama_config(config: dict) -> TransformerConfig:
-    """Our sizes from the fields of a Llama's config.json."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
-    found = {name: config.get(name, plain) for name, plain in PLAIN.items()} | {
-        "rope_type": rope.get("rope_type", rope.get("type", "default")),
-        "head_dim": config.get("head_dim") or head_dim,
+def hf_state_dict(state_dict: dict) -> dict:
+    """The inverse: a `Transformer`'s tensors under a `LlamaForCausalLM`'s names."""
+    renamed = {
+        OUR_NAME.sub(lambda match: THEIR_NAMES[match[0]], name): weight
+        for name, weight in state_dict.items()
     }
-    for name, plain in (PLAIN | {"rope_type": "default", "head_dim": head_dim}).items():
-        if found[name] != plain:
-            raise UserError(
-                f"the checkpoint has {name}={found[name]!r} but only {plain!r} is supported; "
-                "give a plain Llama"
-            )
-    return TransformerConfig(
-        vocab_size=config["vocab_size"],
-        dim=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config.get("num_key_value_heads"),
-        ffn_dim=config["intermediate_size"],
-        rope_theta=rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-    )
+    return {n if n.startswith("lm_head") else f"model.{n}": w for n, w in renamed.items()}
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, one or many."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); give the folder of a Hugging Face Llama checkpoint"
-        ) from error
+def grow(weight: Tensor, num_rows: int) -> Tensor:
+    """A matrix (V, D) with its mean row repeated behind it, (num_rows, D)."""
+    new = weight.float().mean(0, keepdim=True).expand(num_rows - len(weight), -1)
+    return torch.cat([weight, new.type_as(weight)])
