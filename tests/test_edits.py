@@ -122,4 +122,4 @@ def test_edits_are_served_as_rows(folder):
     data.setup()
     batch = next(iter(data.train_dataloader()))
     assert batch.num_images % 2 == 0 and batch.num_images > 2
-    assert data.corpora["train"]["edits"].edits().all()
+    assert data.corpora["train"]["edits"].layout().edits().all()

@@ -4,6 +4,7 @@ A corpus is a directory of
     tokens.bin     uint32, all text ids one after another
     latents.bin    float16 (num_images, V, S, C, h, w), unit variance; V: the picture, its mirror
                    image (if asked); S: the latents, or mean and standard deviation (if asked)
+    pictures.npy   instead, if asked: int64 (num_images, 3), file, first byte, bytes of each picture
     parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
     corpus.json    counts, image shape, and how many samples were skipped for what reason
@@ -66,10 +67,12 @@ class Latents:
     Attributes:
         mirrored: its mirror image too, for training on either.
         moments: mean and standard deviation of its latents, for training on samples.
+        in_place: nothing; it is read where it lies whenever it is trained on.
     """
 
     mirrored: bool = False
     moments: bool = False
+    in_place: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -103,7 +106,13 @@ class Corpus:
         self._tokens = _memmap(self.path / "tokens.bin", np.uint32, (facts["num_tokens"],))
         self.latents = Latents(**facts.get("latents", {}))
         shape = facts["num_images"], *self.latents.shape, *(self.image_shape or ())
-        self._latents = _memmap(self.path / "latents.bin", np.float16, shape)
+        if self.latents.in_place:
+            from tf_lightning.data.in_place import InPlace
+
+            places = np.load(self.path / "pictures.npy", mmap_mode="r")
+            self._pictures = InPlace(facts["files"], places, (self.image_shape or [0])[-1])
+        else:
+            self._latents = _memmap(self.path / "latents.bin", np.float16, shape)
         self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))
         self._documents = np.asarray(np.load(self.path / "documents.npy", mmap_mode="r"))
 
@@ -126,11 +135,20 @@ class Corpus:
         parts = self._parts[self._documents[index] : self._documents[index + 1]]
         mirrored = int(random is not None and self.latents.mirrored and random.random() < 0.5)
         return [
-            torch.from_numpy(draw_latents(self._latents[start, mirrored], random))
+            torch.from_numpy(self._picture(start, mirrored, random))
             if length == IMAGE
             else torch.from_numpy(self._tokens[start : start + length].astype(np.int64))
             for start, length in parts.tolist()
         ]
+
+    def _picture(
+        self, number: int, mirrored: int, random: np.random.Generator | None
+    ) -> np.ndarray:
+        """Latents (C, h, w) float32 of a picture."""
+        if self.latents.in_place:
+            picture = self._pictures[number]
+            return np.ascontiguousarray(picture[..., ::-1]) if mirrored else picture
+        return draw_latents(self._latents[number, mirrored], random)
 
     def layout(self, documents: np.ndarray | None = None) -> Layout:
         """The parts of some documents, by number, or of all."""

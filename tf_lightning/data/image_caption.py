@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tf_lightning.data.corpus import BadSample, RawDocument
 from tf_lightning.data.files import FileSource
-from tf_lightning.data.images import load_picture
+from tf_lightning.data.images import Stored, load_picture
 from tf_lightning.data.mixture import Mixture
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif")
@@ -42,7 +42,7 @@ class CaptionTars(FileSource):
             with tarfile.open(file) as tar:
                 members = (member for member in tar if member.isfile())
                 for key, group in groupby(members, key=lambda member: _split_name(member.name)[0]):
-                    yield key, {_split_name(m.name)[1]: tar.extractfile(m).read() for m in group}
+                    yield key, {_split_name(m.name)[1]: _read(tar, m, file) for m in group}
         except (tarfile.TarError, OSError, EOFError) as error:
             raise BadSample("damaged tar, read as far as it goes") from error
 
@@ -52,6 +52,10 @@ class CaptionTars(FileSource):
         if picture is None:
             raise BadSample("caption without picture")
         return [_caption(sample), load_picture(picture, self.image_size)]
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, file: Path) -> bytes:
+    return Stored(tar.extractfile(member).read(), file, member.offset_data)
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -43,6 +43,8 @@ class Mixture(StreamData):
             its mode; twice the room in `cache_dir`.
         mirror: train on half of all documents with their pictures mirrored, another half each time;
             twice the room. Not where words say what is left and right.
+        in_place: leave pictures in their files and tars and read them there when they are trained
+            on, with autoencoder "pixels"; `cache_dir` then has only where they are.
         patch_size: side of a patch in latent pixels.
         row_length: positions in a row.
         batch_size: rows in a batch of one rank.
@@ -69,6 +71,7 @@ class Mixture(StreamData):
         autoencoder: str | None = None,
         sample_posterior: bool = False,
         mirror: bool = False,
+        in_place: bool = False,
         patch_size: int = 2,
         row_length: int = 512,
         batch_size: int = 8,
@@ -97,7 +100,13 @@ class Mixture(StreamData):
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
-        self.latents = Latents(mirrored=mirror, moments=sample_posterior)
+        if in_place and (autoencoder != "pixels" or sample_posterior):
+            raise UserError(
+                f"in_place=true reads pixels, and autoencoder={autoencoder!r} makes latents of "
+                'them; give autoencoder "pixels" without sample_posterior, or in_place=false'
+            )
+        self.in_place = in_place
+        self.latents = Latents(mirrored=mirror, moments=sample_posterior, in_place=in_place)
         self.row_length = row_length
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
@@ -139,7 +148,7 @@ class Mixture(StreamData):
                     autoencoder=autoencoder,
                     row_length=self.row_length,
                     patch_size=self.patch_size,
-                    latents=self.latents if split == "train" else Latents(),
+                    latents=self.latents if split == "train" else Latents(in_place=self.in_place),
                     **self.how_to_prepare,
                 )
                 for name, source in self.sources.items()
