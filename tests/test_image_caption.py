@@ -116,7 +116,7 @@ def test_the_emoji_are_read_whole(data_dir, tmp_path):
     assert len(train) + len(val) == 1202
     assert 0.03 < len(val) / 1202 < 0.07
     assert train.skipped == val.skipped == {}
-    assert train.pairs().all()
+    assert train.layout().pairs().all()
     caption, latents = train.document(0)
     assert data.tokenizer.decode(caption.tolist()) == "left right arrow"
     with tarfile.open(data_dir / "emoji" / "00000.tar") as tar:

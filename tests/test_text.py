@@ -58,7 +58,7 @@ def test_wikitext_is_prepared_whole(data_dir, tmp_path):
     corpus = data.corpora["val"]["text"]
     ids = [token for n in range(len(corpus)) for token in corpus.document(n)[0].tolist()]
     assert data.tokenizer.decode(ids) == (data_dir / "wikitext-2" / "valid.txt").read_text()
-    assert corpus.lengths(0).max() == 256
+    assert corpus.layout().lengths(0).max() == 256
     batch = next(iter(data.train_dataloader()))
     assert batch.input_ids.shape == (8, 256)
     assert batch.row_tokens.float().mean() > 250

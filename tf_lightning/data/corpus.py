@@ -5,6 +5,7 @@ A corpus is a directory of
     latents.bin    float16 (num_images, V, S, C, h, w), unit variance; V: the picture, its mirror
                    image (if asked); S: the latents, or mean and standard deviation (if asked);
                    codes are uint32, C = 1
+    pictures.npy   instead, if asked: int64 (num_images, 3), file, first byte, bytes of each picture
     parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
     corpus.json    counts, image shape, codes in the codebook if there is one, and how many samples
@@ -27,7 +28,6 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from tf_lightning.batch import Document
 from tf_lightning.data.layout import IMAGE, Layout, select
@@ -82,10 +82,12 @@ class Latents:
     Attributes:
         mirrored: its mirror image too, for training on either.
         moments: mean and standard deviation of its latents, for training on samples.
+        in_place: nothing; it is read where it lies whenever it is trained on.
     """
 
     mirrored: bool = False
     moments: bool = False
+    in_place: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,7 +110,7 @@ def refuse_damage(method: Callable) -> Callable:
     def reading(self, *args):
         try:
             return method(self, *args)
-        except IndexError:  # also how a sequence ends
+        except (IndexError, UserError):  # also how a sequence ends; told already
             raise
         except Exception as error:
             raise UserError(
@@ -137,11 +139,18 @@ class Corpus:
         self.name = self.path.name
         self.image_shape = tuple(facts["image_shape"]) if facts["image_shape"] else None
         self.skipped: dict[str, int] = facts["skipped"]
+        self.num_images = facts["num_images"]
         self._tokens = _memmap(self.path / "tokens.bin", np.int32, (facts["num_tokens"],))
         self.latents = Latents(**facts.get("latents", {}))
         shape = facts["num_images"], *self.latents.shape, *(self.image_shape or ())
         stored, self._dtype = STORED_CODES if facts.get("num_codes") else STORED_LATENTS
-        self._latents = _memmap(self.path / "latents.bin", stored, shape)
+        if self.latents.in_place:
+            from tf_lightning.data.in_place import InPlace
+
+            places = np.load(self.path / "pictures.npy", mmap_mode="r")
+            self._pictures = InPlace(facts["files"], places, (self.image_shape or [0])[-1])
+        else:
+            self._latents = _memmap(self.path / "latents.bin", stored, shape)
         self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))
         self._documents = np.asarray(np.load(self.path / "documents.npy", mmap_mode="r"))
         _check_index(self._parts, self._documents)
@@ -164,18 +173,23 @@ class Corpus:
                 mirrored, where the corpus has what that needs; None: their means, as they are.
         """
         parts = self._parts[self._documents[index] : self._documents[index + 1]]
-        _check_parts(parts, len(self._tokens), len(self._latents))
+        _check_parts(parts, len(self._tokens), self.num_images)
         mirrored = int(random is not None and self.latents.mirrored and random.random() < 0.5)
         return [
-            self._image(start, mirrored, random)
+            torch.from_numpy(self._picture(start, mirrored, random))
             if length == IMAGE
             else torch.from_numpy(self._tokens[start : start + length].astype(np.int64))
             for start, length in parts.tolist()
         ]
 
-    def _image(self, number: int, mirrored: int, random: np.random.Generator | None) -> Tensor:
-        kept = self._latents[number, mirrored].astype(self._dtype)
-        return torch.from_numpy(draw_latents(kept, random))
+    def _picture(
+        self, number: int, mirrored: int, random: np.random.Generator | None
+    ) -> np.ndarray:
+        """Latents (C, h, w) float32 of a picture, or its codes (1, h, w) int64."""
+        if self.latents.in_place:
+            picture = self._pictures[number]
+            return np.ascontiguousarray(picture[..., ::-1]) if mirrored else picture
+        return draw_latents(self._latents[number, mirrored].astype(self._dtype), random)
 
     @refuse_damage
     def layout(self, documents: np.ndarray | None = None) -> Layout:

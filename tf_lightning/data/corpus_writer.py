@@ -62,6 +62,8 @@ class CorpusWriter:
         self.num_tokens = self.num_images = 0
         self.picture_size: tuple[int, int] | None = None  # width, height
         self.waiting: list[Image.Image] = []
+        self.files: dict[str, int] = {}  # numbers of the files that pictures in place lie in
+        self.places = array("q")
         self.tokens_file = (folder / "tokens.bin").open("wb")
         self.latents_file = (folder / "latents.bin").open("wb")
 
@@ -109,6 +111,12 @@ class CorpusWriter:
                 f"pixels; give an image_size that is a multiple of {pixels}"
             )
         self.picture_size = self.picture_size or size
+        if self.latents.in_place and any(
+            getattr(picture, "place", None) is None for picture in pictures
+        ):
+            raise UserError(
+                "in_place needs pictures that lie in files or tars, and these do not; set it false"
+            )
         if any(picture.size != self.picture_size for picture in pictures):
             raise BadSample("picture of another size than the first")
         return (size[0] // pixels) * (size[1] // pixels) + self.time_token
@@ -122,10 +130,18 @@ class CorpusWriter:
             else:
                 self.parts.extend((self.num_images, IMAGE))
                 self.num_images += 1
-                self.waiting.append(part)
+                self._take(part)
         self.documents.append(len(self.parts) // 2)
         if len(self.waiting) >= PICTURES_AT_ONCE:
             self._encode_waiting()
+
+    def _take(self, picture: Image.Image) -> None:
+        if not self.latents.in_place:
+            self.waiting.append(picture)
+            return
+        file, offset, size = picture.place
+        number = self.files.setdefault(file, len(self.files))
+        self.places.extend((number, offset, size))
 
     @torch.no_grad()
     def _encode_waiting(self) -> None:
@@ -158,7 +174,10 @@ class CorpusWriter:
             "image_shape": self._image_shape(),
             "num_codes": self.autoencoder and self.autoencoder.num_codes,
             "latents": asdict(self.latents),
+            "files": list(self.files),
         }
+        if self.latents.in_place:
+            np.save(self.folder / "pictures.npy", np.array(self.places, np.int64).reshape(-1, 3))
         write_facts(self.folder, counts, skipped, origin)
 
     def _image_shape(self) -> tuple[int, int, int] | None:
@@ -205,8 +224,21 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
         np.save(folder / "parts.npy", np.empty((0, 2), np.int64))
     counts = {k: total[k] for k in ("num_documents", "num_tokens", "num_images")}
     shape = list(next(iter(shapes))) if shapes else None
-    told = {"image_shape": shape} | {k: facts[0][k] for k in ("num_codes", "latents")}
+    files = [file for fact in facts for file in fact["files"]]
+    told = {"image_shape": shape, "files": files}
+    told |= {k: facts[0][k] for k in ("num_codes", "latents")}
+    if facts[0]["latents"]["in_place"]:
+        merge_places(shards, facts, folder)
     write_facts(folder, counts | told, dict(skipped.most_common()), origin)
+
+
+def merge_places(shards: list[Path], facts: list[dict], folder: Path) -> None:
+    """Write where the pictures of several corpora are, files numbered one after another."""
+    places, first_file = [np.empty((0, 3), np.int64)], 0
+    for shard, fact in zip(shards, facts, strict=True):
+        places.append(np.load(shard / "pictures.npy") + [first_file, 0, 0])
+        first_file += len(fact["files"])
+    np.save(folder / "pictures.npy", np.concatenate(places))
 
 
 def write_facts(folder: Path, counts: dict, skipped: dict[str, int], origin: list) -> None:

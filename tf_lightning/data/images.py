@@ -10,11 +10,29 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tf_lightning.data.corpus import BadSample
 
 
+class Stored(bytes):
+    """The bytes of a picture's file, and where they lie: at `offset` of `path`."""
+
+    def __new__(cls, content: bytes, path: Path, offset: int) -> "Stored":
+        """Bytes that know their place."""
+        stored = super().__new__(cls, content)
+        stored.path, stored.offset = path, offset
+        return stored
+
+
+def place_of(file: bytes | Path) -> tuple[str, int, int] | None:
+    """File, first byte and number of bytes of a picture; None of bytes that know no place."""
+    if isinstance(file, Path):
+        return str(file.absolute()), 0, file.stat().st_size
+    return (str(file.path.absolute()), file.offset, len(file)) if isinstance(file, Stored) else None
+
+
 def load_picture(file: bytes | Path, image_size: int) -> Image.Image:
     """An RGB picture of image_size x image_size pixels: the middle square, resized bicubically.
 
     Grey, palette and CMYK become RGB, transparency white, an animation its first frame; a camera's
-    orientation is applied. Every picture that a model sees comes through here.
+    orientation is applied. Every picture that a model sees comes through here. Its `place` is what
+    `place_of` says of the file.
 
     Raises:
         BadSample: the file is no picture, is damaged, or is too large to be honest.
@@ -33,7 +51,9 @@ def load_picture(file: bytes | Path, image_size: int) -> Image.Image:
     except Exception as error:  # Pillow's readers raise of many kinds on damaged files
         fault = "truncated" if "truncated" in str(error).lower() else "damaged"
         raise BadSample(f"{fault} picture") from error
-    return ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    picture = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    picture.place = place_of(file)
+    return picture
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

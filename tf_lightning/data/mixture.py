@@ -47,6 +47,8 @@ class Mixture(StreamData):
             its mode; twice the room in `cache_dir`.
         mirror: train on half of all documents with their pictures mirrored, another half each time;
             twice the room. Not where words say what is left and right.
+        in_place: leave pictures in their files and tars and read them there when they are trained
+            on, with autoencoder "pixels"; `cache_dir` then has only where they are.
         patch_size: side of a patch in latent pixels.
         time_token: a position for the noise level before each picture's patches; true where the
             model's `linear.time` is "token".
@@ -76,6 +78,7 @@ class Mixture(StreamData):
         autoencoder: str | None = None,
         sample_posterior: bool = False,
         mirror: bool = False,
+        in_place: bool = False,
         patch_size: int = 2,
         time_token: bool = False,
         row_length: int = 512,
@@ -107,7 +110,13 @@ class Mixture(StreamData):
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
-        self.latents = Latents(mirrored=mirror, moments=sample_posterior)
+        if in_place and (autoencoder != "pixels" or sample_posterior):
+            raise UserError(
+                f"in_place=true reads pixels, and autoencoder={autoencoder!r} makes latents of "
+                'them; give autoencoder "pixels" without sample_posterior, or in_place=false'
+            )
+        self.in_place = in_place
+        self.latents = Latents(mirrored=mirror, moments=sample_posterior, in_place=in_place)
         self.row_length, self.time_token = row_length, time_token
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
@@ -156,7 +165,7 @@ class Mixture(StreamData):
                     row_length=self.row_length,
                     patch_size=self.patch_size,
                     time_token=self.time_token,
-                    latents=self.latents if split == "train" else Latents(),
+                    latents=self.latents if split == "train" else Latents(in_place=self.in_place),
                     **self.how_to_prepare,
                 )
                 for name, source in self.sources.items()

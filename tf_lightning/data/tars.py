@@ -4,6 +4,7 @@ What is no plain file (links, devices, folders) is passed over, and names serve 
 member cannot reach outside.
 """
 
+import io
 import lzma
 import tarfile
 import zlib
@@ -12,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from tf_lightning.data.corpus import BadSample
+from tf_lightning.data.images import Stored
 from tf_lightning.data.records import MAX_BYTES
 
 DAMAGED = "damaged tar, read as far as it goes"
@@ -25,7 +27,7 @@ def read_tar(file: Path) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
     try:
         with tarfile.open(file) as tar:
             for key, group in groupby(_plain_files(tar), key=lambda m: split_name(m.name)[0]):
-                yield key, [(split_name(m.name)[1], tar.extractfile(m).read()) for m in group]
+                yield key, [(split_name(m.name)[1], _read(tar, m, file)) for m in group]
             tar.fileobj.seek(tar.offset)
             # Behind the last member stand blocks of zeros. tarfile takes a torn header, or the end
             # of the file, for them and says nothing.
@@ -48,6 +50,12 @@ def split_name(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     key, _, extension = base.partition(".")
     return f"{folder}/{key}", extension.lower()
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, file: Path) -> bytes:
+    content = tar.extractfile(member).read()
+    packed = not isinstance(tar.fileobj, io.BufferedReader)  # has no place that could be read alone
+    return content if packed else Stored(content, file, member.offset_data)
 
 
 def _plain_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

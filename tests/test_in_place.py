@@ -1,0 +1,104 @@
+"""Pictures read where they lie are the pictures, in tars and in files; nothing is copied."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tf_lightning.data import ImageCaptionData, InterleavedData
+from tf_lightning.data.mixture import Mixture
+from tf_lightning.data.shapes_sources import ShapesCaptions
+from tf_lightning.errors import UserError
+
+SIZES = {"autoencoder": "pixels", "patch_size": 4, "row_length": 64, "vocab_size": 300}
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8))
+
+
+@pytest.fixture
+def tars(tmp_path, monkeypatch):
+    """Three tars of four captioned pictures; two tars a shard."""
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for key in range(4):
+                file = io.BytesIO()
+                noise(4 * number + key).save(file, "PNG")
+                caption = f"a picture of noise {4 * number + key}".encode()
+                for name, content in ((f"{key}.png", file.getvalue()), (f"{key}.txt", caption)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr("tf_lightning.data.files.SHARD_BYTES", 15_000)
+    return tmp_path
+
+
+def read(folder, **options) -> ImageCaptionData:
+    data = ImageCaptionData(
+        f"{folder}/*.tar", val_fraction=0.0, image_size=8, in_place=True,
+        cache_dir=str(folder / "cache"), **SIZES, **options,
+    )  # fmt: skip
+    data.prepare_data()
+    return data
+
+
+def pixels(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def test_pictures_in_tars_keep_their_captions_over_shards(tars):
+    data = read(tars)
+    assert len(data.sources["captions"].shards("train")) == 2
+    corpus = data.corpora["train"]["captions"]
+    assert (corpus.path / "latents.bin").stat().st_size == 0
+    for number in range(12):
+        text, picture = corpus.document(number)
+        assert data.tokenizer.decode(text.tolist()) == f"a picture of noise {number}"
+        assert torch.equal(picture, pixels(noise(number)))
+
+
+def test_mirrored_pictures_in_place_are_mirrored(tars):
+    corpus = read(tars, mirror=True).corpora["train"]["captions"]
+    found = [corpus.document(3, np.random.default_rng(n))[1] for n in range(40)]
+    mirrored = [torch.equal(picture, pixels(noise(3)).flip(-1)) for picture in found]
+    assert 8 < sum(mirrored) < 32
+    plain = [torch.equal(picture, pixels(noise(3))) for picture in found]
+    assert sum(plain) + sum(mirrored) == 40
+
+
+def test_workers_read_them_too(tars):
+    alone, workers = (read(tars, num_workers=n, batch_size=2) for n in (0, 2))
+    loaders = alone.train_dataloader(), workers.train_dataloader()
+    for a, b, _ in zip(*loaders, range(5), strict=False):
+        assert torch.equal(a.latents, b.latents)
+
+
+def test_pictures_in_files_are_read_there(tmp_path):
+    noise(1).save(tmp_path / "one.png")
+    line = {"parts": ["before and after", {"image": "one.png"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
+    data = InterleavedData(
+        f"{tmp_path}/a.jsonl", val_fraction=0.0, image_size=8, in_place=True,
+        cache_dir=str(tmp_path / "cache"), **SIZES,
+    )  # fmt: skip
+    data.prepare_data()
+    corpus = data.corpora["train"]["interleaved"]
+    assert torch.equal(corpus.document(0)[1], pixels(noise(1)))
+    (tmp_path / "one.png").write_bytes(b"another file")
+    with pytest.raises(UserError, match="picture 0 at byte 0 of .*one.png cannot be read any more"):
+        corpus.document(0)
+
+
+def test_what_has_no_place_is_refused(tmp_path):
+    sizes = SIZES | {"row_length": 512, "patch_size": 16}
+    source = {"shapes": ShapesCaptions(4, 2)}
+    data = Mixture(source, in_place=True, cache_dir=str(tmp_path), **sizes)
+    with pytest.raises(UserError, match="in_place needs pictures that lie in files or tars"):
+        data.prepare_data()
+    with pytest.raises(UserError, match='reads pixels, .* give autoencoder "pixels"'):
+        Mixture(source, in_place=True, **(sizes | {"autoencoder": "shapes"}))
