@@ -98,7 +98,8 @@ def test_a_token_that_is_not_learned_is_read_and_no_target():
     learned = [torch.tensor([5, 6, 7, 8]), document("i")[0], torch.tensor([9, 10])]
     given = [torch.tensor([5, ~6, ~7, 8]), learned[1], torch.tensor([~9, 10])]
     one, two = packed([[learned]]), packed([[given]])
-    for name in ("input_ids", "positions", "document_ids", "image_ids", "patch_index", "text_index"):
+    same = ("input_ids", "positions", "document_ids", "image_ids", "patch_index", "text_index")
+    for name in same:
         assert torch.equal(getattr(one, name), getattr(two, name)), name
     differ = (one.labels != two.labels)[0].nonzero().flatten()
     assert one.labels[0, differ].tolist() == [6, 7, 9]
