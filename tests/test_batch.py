@@ -10,10 +10,9 @@ from scipy import stats
 from tf_lightning.batch import (
     IGNORE_INDEX,
     document_length,
-    draw_times,
     max_times,
-    row_generator,
 )
+from tf_lightning.noise_levels import draw_times, row_generator
 from tiny import PATCH_SIZE, document, layout, packed, random_rows
 
 BOS, EOS, BOI, EOI = 1, 2, 18, 19
@@ -98,14 +97,8 @@ def test_a_token_that_is_not_learned_is_read_and_no_target():
     learned = [torch.tensor([5, 6, 7, 8]), document("i")[0], torch.tensor([9, 10])]
     given = [torch.tensor([5, ~6, ~7, 8]), learned[1], torch.tensor([~9, 10])]
     one, two = packed([[learned]]), packed([[given]])
-    for name in (
-        "input_ids",
-        "positions",
-        "document_ids",
-        "image_ids",
-        "patch_index",
-        "text_index",
-    ):
+    same = ("input_ids", "positions", "document_ids", "image_ids", "patch_index", "text_index")
+    for name in same:
         assert torch.equal(getattr(one, name), getattr(two, name)), name
     differ = (one.labels != two.labels)[0].nonzero().flatten()
     assert one.labels[0, differ].tolist() == [6, 7, 9]

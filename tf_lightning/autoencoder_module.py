@@ -26,12 +26,12 @@ from tf_lightning.autoencoder_network import (
     quantize,
     row_noise,
 )
-from tf_lightning.batch import row_generator
 from tf_lightning.checkpoint import misfit
 from tf_lightning.codebook import CodebookUse
 from tf_lightning.data.pictures import PictureBatch
 from tf_lightning.discriminator import PatchDiscriminator
 from tf_lightning.errors import UserError
+from tf_lightning.noise_levels import row_generator
 from tf_lightning.optim import lr_scale, parameter_groups
 from tf_lightning.reconstruction_loss import ReconstructionLoss
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tf_lightning.batch import row_generator
 from tf_lightning.errors import UserError
+from tf_lightning.noise_levels import row_generator
 
 
 @dataclass

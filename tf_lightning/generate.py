@@ -11,7 +11,7 @@ Shapes: n sequences, N patches an image, V vocabulary, C x h x w latents.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from tf_lightning.cache import AppendAttention, KeyValueCache, ReadAttention
 from tf_lightning.code_images import add_code, in_image, leave_image, next_codes, text_logits
 from tf_lightning.decoding import choose, find_stop
 from tf_lightning.errors import UserError, not_a_number
-from tf_lightning.reply import Branch, Event, Reply, by_kind
+from tf_lightning.reply import Branch, Drawing, Event, Reply, by_kind
 from tf_lightning.request import Settings, Speaker, pack_prompts
 from tf_lightning.sampler import Trajectory
 
@@ -53,14 +53,6 @@ def generate(
     """
     if prompts:
         yield from _Engine(speaker, prompts, seeds, settings, batch_size).run(progress)
-
-
-@dataclass
-class Drawing:
-    """Sequences whose images began together."""
-
-    replies: list[Reply]
-    trajectory: Trajectory
 
 
 class _Engine:

@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import SumMetric
 
-from tf_lightning.batch import Batch, Document, row_generator, unpack
+from tf_lightning.batch import Batch, Document, unpack
 from tf_lightning.batch_losses import LossSums, loss_sums
+from tf_lightning.check_data import check_data
 from tf_lightning.checkpoint import misfit
-from tf_lightning.conditioning import LinearConfig, has_time_token
+from tf_lightning.conditioning import LinearConfig
 from tf_lightning.errors import UserError
 from tf_lightning.losses import total_loss
 from tf_lightning.net import Net, check_codes, update_ema
+from tf_lightning.noise_levels import row_generator
 from tf_lightning.objective import Objective
 from tf_lightning.optim import lr_scale, parameter_groups, with_text_lr
 from tf_lightning.sharding import shard
@@ -150,25 +152,8 @@ class Transfusion(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse data that was prepared for another model; remember how to read our outputs."""
-        data, hparams = self.trainer.datamodule, self.hparams
-        pairs = [
-            ("entries in the vocabulary", self.config.vocab_size, data.tokenizer.vocab_size),
-            ("patch_size", hparams.patch_size, data.patch_size),
-            ("time_token", has_time_token(self.linear), data.time_token),
-        ]
-        if data.image_shape:
-            channels = 1 if hparams.num_codes else hparams.latent_channels
-            pairs += [
-                ("num_codes", hparams.num_codes, data.num_codes),
-                ("latent_channels", channels, data.image_shape[0]),
-            ]
-        for name, ours, theirs in pairs:
-            if ours != theirs:
-                raise UserError(
-                    f"the data has {name} = {theirs} but the model has {ours}; give both the same "
-                    "value (tokenizer, vocab_size, patch_size, latent_channels, num_codes, "
-                    "time_token with linear.time)"
-                )
+        data = self.trainer.datamodule
+        check_data(data, self.config, self.linear, self.hparams)
         self.tokenizer_proto, self.row_length = data.tokenizer.proto, data.row_length
         self.image_codec = {
             "autoencoder": data.autoencoder_name,

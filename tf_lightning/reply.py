@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from tf_lightning.batch import Document
+from tf_lightning.sampler import Trajectory
 
 # Number of the prompt, and what it is answered with: a token, an image (C, h, w), or None: the end.
 Event = tuple[int, int | Tensor | None]
@@ -88,3 +89,11 @@ def to_document(parts: list[int | Tensor]) -> Document:
         members = list(group)
         document += [torch.tensor(members)] if is_token else [image.clone() for image in members]
     return document
+
+
+@dataclass
+class Drawing:
+    """Sequences whose images began together."""
+
+    replies: list[Reply]
+    trajectory: Trajectory
