@@ -18,7 +18,7 @@ from tf_lightning.check_data import check_data
 from tf_lightning.checkpoint import misfit
 from tf_lightning.conditioning import LinearConfig
 from tf_lightning.errors import UserError
-from tf_lightning.losses import total_loss
+from tf_lightning.losses import total_loss, weight_at
 from tf_lightning.net import Net, check_codes, update_ema
 from tf_lightning.noise_levels import row_generator
 from tf_lightning.objective import Objective
@@ -32,8 +32,8 @@ from tf_lightning.unet import check as check_unet
 class Transfusion(L.LightningModule):
     """One Transformer that predicts the next text token and denoises images.
 
-    With `num_codes` images are tokens too, and the loss is the language model's alone (Chameleon):
-    then patch_size is 1, and what is of latents and diffusion has no meaning.
+    With `num_codes` images are tokens, and the loss is the language model's alone (Chameleon): then
+    patch_size is 1, and what is of latents and diffusion has no meaning.
 
     Args:
         transformer: sizes of the shared Transformer.
@@ -49,6 +49,8 @@ class Transfusion(L.LightningModule):
         min_snr_gamma: weight images by min(SNR, gamma) (Min-SNR: 5); null: all alike.
         causal_images: patches see only earlier patches (the paper's ablation).
         diffusion_weight: lambda of L = L_LM + lambda * L_DDPM.
+        first_diffusion_weight: lambda at the first step, from where it goes to `diffusion_weight`
+            in a straight line: words first, then pictures; null: it is the same all the way.
         num_codes: of the VQ autoencoder that makes images tokens, behind the vocabulary of the
             text; null: images are latents.
         z_loss_weight: of log^2 Z at every target, which keeps logits small (Chameleon: 1e-5).
@@ -77,6 +79,7 @@ class Transfusion(L.LightningModule):
         min_snr_gamma: float | None = None,
         causal_images: bool = False,
         diffusion_weight: float = 5.0,
+        first_diffusion_weight: float | None = None,
         num_codes: int | None = None,
         z_loss_weight: float = 0.0,
         lr: float = 3e-4,
@@ -167,12 +170,7 @@ class Transfusion(L.LightningModule):
         if 0 < hparams.text_lr_ratio < 1:
             text = self.net.transformer.text_parameters()
             groups = with_text_lr(groups, text, hparams.text_lr_ratio * hparams.lr)
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=hparams.lr,
-            betas=hparams.betas,
-            fused=True,
-        )
+        optimizer = torch.optim.AdamW(groups, lr=hparams.lr, betas=hparams.betas, fused=True)
         max_steps = self.trainer.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
@@ -202,7 +200,9 @@ class Transfusion(L.LightningModule):
             loss = self.global_mean(sums.nll.sum() + sums.code_nll.sum(), texts + codes)
         else:
             values["loss_diffusion"] = self.global_mean(sums.diffusion, batch.latents.numel())
-            loss = total_loss(*values.values(), self.hparams.diffusion_weight)
+            ends = self.hparams.first_diffusion_weight, self.hparams.diffusion_weight
+            now = weight_at(self.global_step, self.trainer.max_steps, *ends)
+            loss = total_loss(*values.values(), now)
         if weight:
             values["loss_z"] = self.global_mean(sums.z, texts + codes)
             loss = loss + weight * values["loss_z"]
