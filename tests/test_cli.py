@@ -39,7 +39,7 @@ def test_a_run_logs_losses_speed_and_shares_under_their_documented_names(events)
     tags = {
         *(f"train/{name}" for name in ("loss", "loss_lm", "loss_diffusion", "grad_norm")),
         *("train/tokens_per_sec", "train/padding_share", "train/tflops_per_sec"),
-        *("train/flops_per_token", "train/flops_per_token_6n"),
+        *("train/flops_per_token", "train/flops_per_token_6n", "train/images_per_token"),
         *("train/mixture/captions", "train/mixture/text"),
         *("train/epochs/captions", "train/epochs/text"),
         *(f"val/{source}/loss_lm" for source in ("captions", "text")),

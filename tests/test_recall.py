@@ -72,7 +72,7 @@ def test_recall_is_the_share_of_prompts_drawn_nearest_to_their_own(
         precision_plugin=Precision(),
     )
     module = torch.nn.Linear(1, 1)
-    module.hparams = {"prediction_type": "epsilon"}
+    module.hparams = {"prediction_type": "epsilon", "num_codes": None}
     module.device_mesh = None  # not sharded
     callback = Recall("captions", num_prompts=5, seed=4)
     callback.setup(trainer, module, "fit")

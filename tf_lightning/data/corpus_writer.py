@@ -225,8 +225,8 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
     counts = {k: total[k] for k in ("num_documents", "num_tokens", "num_images")}
     shape = list(next(iter(shapes))) if shapes else None
     files = [file for fact in facts for file in fact["files"]]
-    told = {"image_shape": shape, "files": files}
-    told |= {k: facts[0][k] for k in ("num_codes", "latents")}
+    told = {"image_shape": shape} | {k: facts[0][k] for k in ("num_codes", "latents")}
+    told["files"] = files
     if facts[0]["latents"]["in_place"]:
         merge_places(shards, facts, folder)
     write_facts(folder, counts | told, dict(skipped.most_common()), origin)
