@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tf_lightning.losses import diffusion_loss_sum, lm_loss, total_loss, weight_at, z_loss
+from tf_lightning.losses import diffusion_loss_sum, lm_loss, total_loss, z_loss
 
 
 def test_lm_loss_is_the_negative_log_probability_of_each_target():
@@ -53,9 +53,3 @@ def test_losses_are_computed_in_fp32():
 
 def test_the_total_is_weighted_by_lambda():
     assert total_loss(torch.tensor(2.0), torch.tensor(0.5), 5.0) == 4.5
-
-
-def test_the_weight_of_the_diffusion_loss_goes_from_first_to_last_in_a_line():
-    at = lambda step: weight_at(step, 100, 2.0, 8.0)  # noqa: E731
-    assert [at(step) for step in (0, 50, 100, 150)] == [2.0, 5.0, 8.0, 8.0]
-    assert {weight_at(step, 100, None, 5.0) for step in (0, 50, 100)} == {5.0}

@@ -30,16 +30,6 @@ def diffusion_loss_sum(output: Tensor, target: Tensor, weight: Tensor | None = N
     return (weight * (output.float() - target.float()).square()).sum()
 
 
-def weight_at(step: int, max_steps: int, first: float | None, last: float) -> float:
-    """lambda at an optimizer step: a line from `first` at step 0 to `last` at max_steps.
-
-    None for `first`: `last` all the way, as in the paper.
-    """
-    if first is None:
-        return last
-    return first + (last - first) * min(1.0, step / max(1, max_steps))
-
-
 def total_loss(loss_lm: Tensor, loss_diffusion: Tensor, diffusion_weight: float) -> Tensor:
     """L = L_LM + lambda * L_DDPM (Transfusion Eq. 4), of the two means."""
     return loss_lm + diffusion_weight * loss_diffusion

@@ -18,7 +18,7 @@ from tf_lightning.check_data import check_data
 from tf_lightning.checkpoint import misfit
 from tf_lightning.conditioning import LinearConfig
 from tf_lightning.errors import UserError
-from tf_lightning.losses import total_loss, weight_at
+from tf_lightning.losses import total_loss
 from tf_lightning.net import Net, check_codes, update_ema
 from tf_lightning.noise_levels import row_generator
 from tf_lightning.objective import Objective
@@ -49,8 +49,6 @@ class Transfusion(L.LightningModule):
         min_snr_gamma: weight images by min(SNR, gamma) (Min-SNR: 5); null: all alike.
         causal_images: patches see only earlier patches (the paper's ablation).
         diffusion_weight: lambda of L = L_LM + lambda * L_DDPM.
-        first_diffusion_weight: lambda at the first step, from where it goes to `diffusion_weight`
-            in a straight line: words first, then pictures; null: it is the same all the way.
         num_codes: of the VQ autoencoder that makes images tokens, behind the vocabulary of the
             text; null: images are latents.
         z_loss_weight: of log^2 Z at every target, which keeps logits small (Chameleon: 1e-5).
@@ -79,7 +77,6 @@ class Transfusion(L.LightningModule):
         min_snr_gamma: float | None = None,
         causal_images: bool = False,
         diffusion_weight: float = 5.0,
-        first_diffusion_weight: float | None = None,
         num_codes: int | None = None,
         z_loss_weight: float = 0.0,
         lr: float = 3e-4,
@@ -200,9 +197,7 @@ class Transfusion(L.LightningModule):
             loss = self.global_mean(sums.nll.sum() + sums.code_nll.sum(), texts + codes)
         else:
             values["loss_diffusion"] = self.global_mean(sums.diffusion, batch.latents.numel())
-            ends = self.hparams.first_diffusion_weight, self.hparams.diffusion_weight
-            now = weight_at(self.global_step, self.trainer.max_steps, *ends)
-            loss = total_loss(*values.values(), now)
+            loss = total_loss(*values.values(), self.hparams.diffusion_weight)
         if weight:
             values["loss_z"] = self.global_mean(sums.z, texts + codes)
             loss = loss + weight * values["loss_z"]

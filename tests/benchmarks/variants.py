@@ -1,6 +1,6 @@
 """Train the variants of configs/experiments on the embedded world and put them in one table.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/variants.py --steps 930
+    OMP_NUM_THREADS=1 python tests/benchmarks/variants.py --steps 900
 
 One row a variant; its run is in `--out`/NAME. Interrupted, the same command goes on where it was: a
 variant with a report of its last step is left alone, one without resumes from its last checkpoint.
@@ -133,7 +133,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument(
         "--variants", nargs="+", default=DEFAULT, choices=known, metavar="NAME", help=names
     )
-    parser.add_argument("--steps", type=int, default=930, help="optimizer steps a variant")
+    parser.add_argument("--steps", type=int, default=900, help="optimizer steps a variant")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/variants"), help="folder of the runs"
     )
