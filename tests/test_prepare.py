@@ -122,6 +122,17 @@ def test_a_prepared_corpus_is_used_again(run):
     assert source.reads == 1
 
 
+def test_two_at_once_make_one_corpus(run, tmp_path):
+    class Overtaken(Given):
+        def documents(self, split):  # another process makes the same from its start to its end
+            run(Given(["red", picture()]))
+            yield from super().documents(split)
+
+    corpus = run(Overtaken(["red", picture()]))
+    assert len(corpus) == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [corpus.path.name]
+
+
 @pytest.mark.parametrize("changed", ["source", "split", "tokenizer", "row_length", "patch_size"])
 def test_another_origin_is_another_corpus(run, changed, tmp_path):
     first = run(Given(["red"]))

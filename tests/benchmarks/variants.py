@@ -25,7 +25,7 @@ from tf_lightning.cli import main as tf_lightning
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "configs" / "experiments"
 BEGINNINGS = {"monoformer": ROOT / "configs" / "shapes_text.yaml"}
-DEFAULT = ["linear", "epsilon", "flow", "causal", "unet", "unet_patch8", "patch8", "mot"]
+DEFAULT = ["linear", "epsilon", "flow", "causal", "unet", "unet_patch4", "patch4", "mot"]
 DEFAULT += ["monoformer", "chameleon"]
 COLUMNS = {
     "one object": ("one_object", "{:.1%}"),

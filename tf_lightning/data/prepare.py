@@ -117,6 +117,9 @@ def prepare(
             rank_zero_info(f"{name} {split}: {done} are prepared; the others are other parts'")
             return None
         _finish(job, path, name, split, len(shards))
+    except FileNotFoundError:  # another process was quicker, and has tidied up
+        if not path.is_dir():
+            raise
     finally:
         with suppress(OSError):  # it is not empty: finished shards are kept
             folder.rmdir()
@@ -202,9 +205,6 @@ def _finish(job: Job, path: Path, name: str, split: Split, num_shards: int) -> N
         check_result(name, split, facts["num_documents"], facts["skipped"])
         if not path.is_dir():
             os.rename(whole, path)
-    except FileNotFoundError:  # another process was as quick, and has tidied up
-        if not path.is_dir():
-            raise
     except UserError:
         shutil.rmtree(job.folder)  # the same again would not help
         raise
