@@ -57,12 +57,13 @@ def steps_done(folder: Path) -> int:
 
 def train(name: str, base: Path, out: Path, steps: int, more: list[str]) -> None:
     """Train a variant from where it is; examine it if it was only not examined yet."""
-    arguments = ["-c", str(base), "-c", str(EXPERIMENTS / f"{name}.yaml"), *more]
+    arguments = ["-c", str(base), "-c", str(EXPERIMENTS / f"{name}.yaml")]
     arguments += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
     arguments += [f"--trainer.logger.init_args.save_dir={out}"]
     if name in BEGINNINGS:
         start = train_beginning(BEGINNINGS[name], out, more)
         arguments += [f"--trainer.callbacks.checkpoint={start}"]  # of StartFrom, the last of them
+    arguments += more
     if steps_done(out / name) < steps:
         tf_lightning(["fit", *arguments, "--ckpt_path=last"])
     else:
