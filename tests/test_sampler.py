@@ -68,9 +68,10 @@ def diffusers_own_loop(sampler: str, kind: str, noise: Tensor, steps: int) -> Te
         scheduler = getattr(schedulers, sampler)()
     else:
         clip = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
-        scheduler = getattr(schedulers, sampler)(
+        form = {"algorithm_type": "sde-dpmsolver++"} if sampler.endswith("-SDE") else {}
+        scheduler = getattr(schedulers, sampler.removesuffix("-SDE"))(
             1000, beta_schedule="squaredcos_cap_v2", prediction_type=kind,
-            timestep_spacing="trailing", **clip,
+            timestep_spacing="trailing", **clip, **form,
         )  # fmt: skip
     if sampler == "FlowMatchEulerDiscreteScheduler":  # Stable Diffusion 3's and Flux's pipelines
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
@@ -78,7 +79,8 @@ def diffusers_own_loop(sampler: str, kind: str, noise: Tensor, steps: int) -> Te
         scheduler.set_timesteps(steps)
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     generators = [torch.Generator().manual_seed(i) for i in range(len(noise))]
-    random = {"generator": generators} if sampler == "DDPMScheduler" else {}
+    draws = sampler == "DDPMScheduler" or sampler.endswith("-SDE")
+    random = {"generator": generators} if draws else {}
     for timestep in scheduler.timesteps:
         scaled = latents
         if hasattr(scheduler, "scale_model_input"):

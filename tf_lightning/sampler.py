@@ -12,10 +12,12 @@ from torch import Tensor
 
 from tf_lightning.errors import UserError
 
+SDE = "-SDE"  # behind the name: that solver of the diffusion SDE, which draws noise each step
 NOISE_SAMPLERS = (
     "DDPMScheduler",
     "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepScheduler",  # DPM-Solver++(2M)
+    "DPMSolverMultistepScheduler" + SDE,  # SDE-DPM-Solver++(2M)
     "UniPCMultistepScheduler",
 )
 FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
@@ -82,12 +84,14 @@ def build_scheduler(
     sampler = fitting_sampler(sampler, prediction_type)
     import diffusers.schedulers as schedulers  # 2.5 s: only when sampling
 
-    build = getattr(schedulers, sampler)
+    build = getattr(schedulers, sampler.removesuffix(SDE))
     if prediction_type == "flow":
         return build(num_train_timesteps=num_train_timesteps)
     own = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
     if learned_sigma and sampler == "DDPMScheduler":
         own["variance_type"] = "learned_range"
+    if sampler.endswith(SDE):
+        own["algorithm_type"] = "sde-dpmsolver++"
     return build(
         num_train_timesteps=num_train_timesteps,
         beta_schedule=BETA_SCHEDULES[noise_schedule],
@@ -141,7 +145,8 @@ class Trajectory:
         self.scheduler = deepcopy(scheduler)
         set_timesteps(self.scheduler, num_inference_steps)
         self.timesteps = self.scheduler.timesteps.tolist()
-        draws = type(scheduler).__name__ == "DDPMScheduler"  # the others are deterministic
+        algorithm = scheduler.config.get("algorithm_type", "")
+        draws = type(scheduler).__name__ == "DDPMScheduler" or algorithm.startswith("sde")
         self.randomness = {"generator": list(generators)} if draws else {}
         self.done = 0
         self.x_t = noise

@@ -33,6 +33,7 @@ NOISE_ROWS = [
     ("DDIMScheduler", 250),
     ("DDIMScheduler", 50),
     ("DDIMScheduler", 25),
+    ("DPMSolverMultistepScheduler-SDE", 25),
     ("DPMSolverMultistepScheduler", 25),
     ("DPMSolverMultistepScheduler", 10),
     ("UniPCMultistepScheduler", 25),
