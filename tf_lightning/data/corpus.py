@@ -123,23 +123,28 @@ def refuse_damage(method: Callable) -> Callable:
 class Corpus:
     """A prepared corpus.
 
+    Args:
+        path: its directory.
+        sample_posterior: whether `document` samples latents whose spread is kept too.
+
     Attributes:
         name: the directory's name.
         image_shape: (C, h, w) of its latents, None where it has none.
         skipped: how many samples were left out, by reason.
+        origin: what it was made of, as `shards.plan_corpus` lists it.
 
     Raises:
         UserError: the files are not what they were written as.
     """
 
     @refuse_damage
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, sample_posterior: bool = True):
+        self.path, self.sample_posterior = Path(path), sample_posterior
         facts = json.loads((self.path / "corpus.json").read_text())
         self.name = self.path.name
         self.image_shape = tuple(facts["image_shape"]) if facts["image_shape"] else None
         self.skipped: dict[str, int] = facts["skipped"]
-        self.num_images = facts["num_images"]
+        self.num_images, self.origin = facts["num_images"], facts["made_from"]
         self._tokens = _memmap(self.path / "tokens.bin", np.int32, (facts["num_tokens"],))
         self.latents = Latents(**facts.get("latents", {}))
         shape = facts["num_images"], *self.latents.shape, *(self.image_shape or ())
@@ -157,7 +162,7 @@ class Corpus:
 
     def __reduce__(self):
         """Travels to DataLoader workers as its path, not its content."""
-        return Corpus, (self.path,)
+        return Corpus, (self.path, self.sample_posterior)
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -189,7 +194,8 @@ class Corpus:
         if self.latents.in_place:
             picture = self._pictures[number]
             return np.ascontiguousarray(picture[..., ::-1]) if mirrored else picture
-        return draw_latents(self._latents[number, mirrored].astype(self._dtype), random)
+        kept = self._latents[number, mirrored].astype(self._dtype)
+        return draw_latents(kept, random if self.sample_posterior else None)
 
     @refuse_damage
     def layout(self, documents: np.ndarray | None = None) -> Layout:
