@@ -16,6 +16,7 @@ from tf_lightning.cli import main
 from tf_lightning.data.corpus import Corpus
 from tf_lightning.data.encode import Pieces
 from tf_lightning.errors import UserError
+from tf_lightning.tokenizer import train
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +106,6 @@ def test_an_error_of_a_source_arrives_in_its_one_sentence(tmp_path, capsys, monk
 
     monkeypatch.setattr(Sharded, "documents", documents)
     vocabulary = tmp_path / "a.model"
-    from tf_lightning.tokenizer import train
-
     train(iter(["noise 0 1 2 3 4 5 6 7 8 9"]), vocabulary, runs.VOCAB_SIZE)
     with pytest.raises(SystemExit):
         encode(tmp_path, f"--data.tokenizer={vocabulary}", "--data.num_workers=1")
@@ -125,12 +124,13 @@ def test_two_ranks_with_workers_write_the_files_of_one(encoded, tmp_path):
 
 @pytest.mark.slow
 def test_killed_half_way_it_goes_on_and_keeps_what_was_finished(encoded, tmp_path):
-    ended = encode_apart(tmp_path / "one", "--data.mirror=true", KILL="train 9")
+    more = ["--data.mirror=true", f"--data.tokenizer={encoded}/tokenizer.model"]  # reads no text
+    ended = encode_apart(tmp_path / "one", *more, KILL="train 9")
     assert ended.returncode == -signal.SIGKILL
     folder = tmp_path / "one" / "data" / "encoded"
     (shards,) = folder.glob(".noise-train-*-shards")
     finished = {path: path.stat().st_ino for path in shards.glob("[0-9]*/latents.bin")}
     assert {path.parent.name for path in finished} == {"000000", "000001"}
-    again = encode_apart(tmp_path / "one", "--data.mirror=true", KILL="train 2")  # read no more
+    again = encode_apart(tmp_path / "one", *more, KILL="train 2")  # which is read no more
     assert again.returncode == 0, again.stderr
     assert content(folder) == content(encoded)

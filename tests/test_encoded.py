@@ -1,8 +1,11 @@
 """An encoded folder is read as it is, or refused in one sentence."""
 
 import json
+import pickle
 import shutil
+from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,18 +48,15 @@ def test_it_gives_what_encoding_in_place_of_it_gives(build, tmp_path):
     """The same corpus made by `prepare`: the same batches to the last bit."""
     read, made = build(), build(encoded=None)
     assert read.tokenizer.proto == made.tokenizer.proto
-    for a, b in zip(read.train_dataloader(), made.train_dataloader(), strict=False):
+    batches = zip(read.train_dataloader(), made.train_dataloader(), strict=False)
+    for a, b in islice(batches, 6):
         assert torch.equal(a.latents, b.latents) and torch.equal(a.input_ids, b.input_ids)
-        assert torch.equal(a.noise, b.noise)
-        if int(b.row_tokens.sum()) and read.rows.epochs(100)[0] > 1:
-            break
+        assert a.num_images and torch.equal(a.noise, b.noise)
     (a,), (b,) = (list(data.val_dataloader()[0]) for data in (read, made))
     assert torch.equal(a.latents, b.latents) and a.num_images == 3
 
 
 def test_training_samples_the_posterior_where_asked_and_takes_the_mode_where_not(build):
-    import numpy as np
-
     plain, sampled = build(), build(sample_posterior=True)
     images = torch.from_numpy(np.array(Sharded().picture("train", 5))).permute(2, 0, 1)
     mean, std = load_autoencoder("shapes").moments(images[None].float() / 127.5 - 1)[0]
@@ -71,8 +71,6 @@ def test_training_samples_the_posterior_where_asked_and_takes_the_mode_where_not
 
 
 def test_it_travels_to_workers_with_its_choice(build):
-    import pickle
-
     for choice in (False, True):
         corpus = build(sample_posterior=choice).corpora["train"]["noise"]
         assert pickle.loads(pickle.dumps(corpus)).sample_posterior is choice

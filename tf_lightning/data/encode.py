@@ -108,6 +108,10 @@ class EncodeData(L.LightningDataModule):
         workers = self.data.num_workers
         return DataLoader(pieces, batch_size=None, num_workers=workers, collate_fn=as_it_is)
 
+    def transfer_batch_to_device(self, batch: Piece, device, dataloader_idx: int) -> Piece:
+        """Nothing to do: pictures go where the autoencoder is when there are enough of them."""
+        return batch
+
     def finish(self) -> None:
         """Join the shards of each corpus, when all ranks are done."""
         for job in self.jobs:
@@ -143,12 +147,8 @@ class Encoder(L.LightningModule):
         self.bar = tqdm(total=mine, desc=told, unit=" shards", delay=2, disable=silent)
         self.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if ranks > 1 else None
 
-    def transfer_batch_to_device(self, batch, device, dataloader_idx: int):
-        """Nothing to do: the autoencoder is where pictures go."""
-        return batch
-
-    def predict_step(self, piece: Piece | UserError, batch_index: int) -> None:
-        """Write a piece."""
+    def predict_step(self, piece: Piece | UserError, batch_index: int) -> int:
+        """Write a piece; how many documents it has."""
         if isinstance(piece, UserError):
             raise piece
         if piece.place not in self.opened:
@@ -160,6 +160,7 @@ class Encoder(L.LightningModule):
             with self.opened.pop(piece.place):
                 self.bar.update()
         self.bar.set_postfix(documents=f"{self.num_documents:,}", refresh=False)
+        return len(piece.documents)
 
     def on_predict_end(self) -> None:
         """Wait for the others."""
