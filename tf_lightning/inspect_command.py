@@ -46,13 +46,11 @@ def run_inspect(args: list[str]) -> None:
     data.setup()
     folder = options.out or data.cache_dir / "inspect"
     folder.mkdir(parents=True, exist_ok=True)
-    _, height, width = data.image_shape or (0, 0, 0)
-    patches = (height // data.patch_size) * (width // data.patch_size)
     report = "\n".join(
         line
         for split, corpora in data.corpora.items()
         for name, corpus in corpora.items()
-        for line in describe(f"{name} {split}", corpus, patches, data.row_length)
+        for line in describe(f"{name} {split}", corpus, data.num_patches(corpus), data.row_length)
     )
     rows, padding = _rows(data, options.rows)
     report += f"\npadding of the first {options.rows} rows of training: {padding:.1%}\n"

@@ -147,7 +147,8 @@ class Mixture(StreamData):
         if any(corpus is None for split in self.corpora.values() for corpus in split.values()):
             self.corpora = {}  # another job prepares the rest
             return
-        self.image_shape = self._image_shape()
+        self.image_shapes = self._image_shapes()
+        self.image_shape = self.image_shapes[-1] if self.image_shapes else None
 
     def jobs(self, directory: Path, latents: Latents) -> dict[Split, dict[str, Job]]:
         """How each source's corpora in `directory` are made, the tokenizer first.
@@ -209,15 +210,11 @@ class Mixture(StreamData):
                 check_image_size(name, source, autoencoder.downsample * self.patch_size)
         return autoencoder
 
-    def _image_shape(self) -> tuple[int, int, int] | None:
-        """The one (C, h, w) of all latents; None without pictures."""
+    def _image_shapes(self) -> list[tuple[int, int, int]]:
+        """The (C, h, w) of latents, the largest last: it is what is drawn."""
         opened = [corpus for split in self.corpora.values() for corpus in split.values()]
-        shapes = {corpus.image_shape: corpus.name for corpus in opened if corpus.image_shape}
-        if len(shapes) > 1:
-            raise UserError(
-                f"the sources' latents differ in size ({shapes}); give all the same image_size"
-            )
-        return next(iter(shapes), None)
+        shapes = {corpus.image_shape for corpus in opened if corpus.image_shape}
+        return sorted(shapes, key=lambda shape: (shape[1] * shape[2], shape))
 
     # Serving
 
@@ -287,7 +284,7 @@ class Mixture(StreamData):
         return CorpusRows(
             corpus,
             row_length=self.row_length,
-            num_patches=self._num_patches,
+            num_patches=self.num_patches(corpus),
             clean_copies=self.clean_copies,
             **order,
         )
@@ -313,11 +310,11 @@ class Mixture(StreamData):
             pin_memory=torch.cuda.is_available(),
         )
 
-    @property
-    def _num_patches(self) -> int:
-        if self.image_shape is None:
+    def num_patches(self, corpus: Corpus) -> int:
+        """Positions of a picture of a corpus, the time token's too; 0 where there are none."""
+        if corpus.image_shape is None:
             return 0
-        _, height, width = self.image_shape
+        _, height, width = corpus.image_shape
         return (height // self.patch_size) * (width // self.patch_size) + self.time_token
 
 
