@@ -20,8 +20,9 @@ samples; it refuses an autoencoder, picture size, mirror or patches that are not
   --trainer.devices 8 --trainer.num_nodes 4   ranks; each encodes shards (64 MB of files) of its own
   --data.num_workers 8                        processes of each rank that read pictures
 
-What was killed goes on where it stopped; finished shards are kept. Any other value of the
-configuration can be changed behind the command:
+DIR is on a disk that all ranks share. What was killed goes on where it stopped; finished shards are
+kept. Callbacks that show held-out pictures still read these from their files. Any other value of
+the configuration can be changed behind the command:
 """
 
 

@@ -30,7 +30,7 @@ class Mixture(StreamData):
     and the validation loaders count.
 
     Args:
-        sources: a source of documents under each name.
+        sources: a source of documents under each name; they may differ in image_size.
         weights: share of the tokens each source is to have, patches counted as tokens; None: as
             many as it has, so that every document is seen equally often. A source with 0 is only
             validated on.
