@@ -33,7 +33,8 @@ from tf_lightning.sizes import Size, renumber, sizes_of, stack
 
 IGNORE_INDEX = -100
 
-# Text (L,) int64, ~id where it is not learned; latents (C, h, w) float32; or codes (1, h, w) int64.
+# Text (L,) int64, ~id where it is not learned; latents (C, h, w) float32, or the pixels that they
+# are, (3, H, W) uint8; or codes (1, h, w) int64.
 Part = Tensor
 Document = list[Part]
 Row = list[Document]
@@ -91,7 +92,12 @@ def is_image(part: Part) -> bool:
 
 def is_codes(part: Part) -> bool:
     """Whether an image is made of codes."""
-    return is_image(part) and not part.is_floating_point()
+    return is_image(part) and part.dtype == torch.long
+
+
+def as_latents(image: Part) -> Part:
+    """Pixels in [-1, 1]; latents and codes as they are."""
+    return image.float().div_(127.5).sub_(1) if image.dtype == torch.uint8 else image
 
 
 def plain_ids(text: Tensor) -> Tensor:
@@ -265,7 +271,7 @@ def pack(
             writer.write(document, document_id, len(latents), first_copy)
             if clean_copies:
                 copied += [len(latents) + i for i, read in enumerate(are_read(document)) if read]
-            latents += [part for part in document if is_image(part)]
+            latents += [as_latents(part) for part in document if is_image(part)]
             if not any(is_codes(part) for part in document):
                 limits += max_times(document, 1.0 if clean_copies else max_caption_t)
         generator = row_generator(seed, row_id)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from tf_lightning.autoencoder import load_autoencoder
-from tf_lightning.batch import Document, document_length, is_image
+from tf_lightning.batch import Document, as_latents, document_length, is_image
 from tf_lightning.data.corpus import Corpus
 from tf_lightning.data.drawings import Shown, draw_documents, draw_rows
 from tf_lightning.data.mixture import Mixture
@@ -156,7 +156,7 @@ def pick_documents(data: Mixture, count: int, seed: int = 0) -> list[Shown]:
         (
             f"{name}, {document_length(document, data.patch_size)} tokens",
             [
-                to_picture(autoencoder.decode(part[None])[0])
+                to_picture(autoencoder.decode(as_latents(part)[None])[0])
                 if is_image(part)
                 else data.tokenizer.decode(part.tolist())
                 for part in document

@@ -172,25 +172,27 @@ class Corpus:
     def document(self, index: int, random: np.random.Generator | None = None) -> Document:
         """Texts (L,) int64 and latents (C, h, w) float32, or codes (1, h, w) int64, in order.
 
+        Pictures in place are pixels, uint8 (3, H, W).
+
         Args:
             index: its number.
             random: draws latents from their posterior, and all pictures of the document or none
                 mirrored, where the corpus has what that needs; None: their means, as they are.
         """
-        parts = self._parts[self._documents[index] : self._documents[index + 1]]
+        parts = self._parts[self._documents[index] : self._documents[index + 1]].tolist()
         _check_parts(parts, len(self._tokens), self.num_images)
         mirrored = int(random is not None and self.latents.mirrored and random.random() < 0.5)
         return [
             torch.from_numpy(self._picture(start, mirrored, random))
             if length == IMAGE
             else torch.from_numpy(self._tokens[start : start + length].astype(np.int64))
-            for start, length in parts.tolist()
+            for start, length in parts
         ]
 
     def _picture(
         self, number: int, mirrored: int, random: np.random.Generator | None
     ) -> np.ndarray:
-        """Latents (C, h, w) float32 of a picture, or its codes (1, h, w) int64."""
+        """Of a picture, latents (C, h, w) float32, codes (1, h, w) int64 or pixels uint8."""
         if self.latents.in_place:
             picture = self._pictures[number]
             return np.ascontiguousarray(picture[..., ::-1]) if mirrored else picture
@@ -244,11 +246,9 @@ def _check_index(parts: np.ndarray, documents: np.ndarray) -> None:
             raise ValueError("documents out of order")
 
 
-def _check_parts(parts: np.ndarray, num_tokens: int, num_images: int) -> None:
+def _check_parts(parts: list[list[int]], num_tokens: int, num_images: int) -> None:
     """ValueError unless texts and images are where they are said to be."""
-    start, length = parts.T
-    image = length == IMAGE
-    end = np.where(image, start + 1, start + length)
-    limit = np.where(image, num_images, num_tokens)
-    if ((start < 0) | (length < IMAGE) | (end > limit)).any():
-        raise ValueError("part outside of its file")
+    for start, length in parts:
+        end, limit = (start + 1, num_images) if length == IMAGE else (start + length, num_tokens)
+        if start < 0 or length < IMAGE or end > limit:
+            raise ValueError("part outside of its file")
