@@ -58,13 +58,13 @@ class Throughput(L.Callback):
         sources = len(trainer.datamodule.source_names)
         self.tokens = torch.zeros(sources, dtype=torch.float64, device=pl_module.device)
         self.squares = torch.zeros((), dtype=torch.float64, device=pl_module.device)
-        self.positions, self.size = 0, None
+        self.positions = 0
         if self.peak_flops is None:
             low = "bf16" in str(trainer.precision)
             dtype = torch.bfloat16 if low else torch.float32
             self.peak_flops = get_available_flops(trainer.strategy.root_device, dtype)
         self.started = time.perf_counter()
-        self.window, self.window_start = Work(), self.started
+        self.window, self.images, self.window_start = Work(), {}, self.started
         self.tokens_before = self.squares_before = 0.0
 
     def on_train_batch_end(
@@ -80,10 +80,10 @@ class Throughput(L.Callback):
         self.squares += squared_lengths(batch)
         self.positions += batch.input_ids.numel()
         self.window.targets += len(batch.target_index) + len(batch.code_index)
-        self.window.images += batch.num_images
-        self.window.copies += len(batch.copied)
-        if batch.num_images:
-            self.size = tuple(batch.latents.shape[-2:])
+        for images, copies, *size in batch.sizes:
+            work = self.images.setdefault(tuple(size), Work())
+            work.images += images
+            work.copies += copies
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self.log_window(trainer, pl_module)
 
@@ -97,13 +97,15 @@ class Throughput(L.Callback):
             squares - self.squares_before,
         )
         seconds = max(now - self.window_start, 1e-9) / trainer.world_size
-        flops = training_flops(pl_module.net, work, self.size)
+        num_images = sum(images.images for images in self.images.values())
+        flops = training_flops(pl_module.net, work, None)
+        flops += sum(training_flops(pl_module.net, w, size) for size, w in self.images.items())
         values = {
             "train/tokens_per_sec": work.tokens / seconds,
             "train/padding_share": 1 - total / self.positions,
             "train/flops_per_token": flops / max(work.tokens, 1),
             "train/flops_per_token_6n": flops_6nd(pl_module.net, 1),
-            "train/images_per_token": work.images / max(work.tokens, 1),
+            "train/images_per_token": num_images / max(work.tokens, 1),
             "train/tflops_per_sec": flops / seconds / 1e12,
         }
         if self.peak_flops:
@@ -113,7 +115,7 @@ class Throughput(L.Callback):
         for name, epochs in trainer.datamodule.epochs().items():
             values[f"train/epochs/{name}"] = epochs
         pl_module.log_dict(values, batch_size=1)
-        self.window, self.window_start = Work(), now
+        self.window, self.images, self.window_start = Work(), {}, now
         self.tokens_before, self.squares_before = total, squares
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,5 +1,9 @@
 """Small corpora that tests make up: no files."""
 
+import os
+import signal
+
+import numpy as np
 from PIL import Image
 
 
@@ -41,3 +45,33 @@ class Stories(Pictures):
         for number in range(self.num[split]):
             shape = "iiii" if number % 10 == 9 else shapes[number % 10]
             yield [picture if part == "i" else "a word" for part in shape.replace("{}", "t")]
+
+
+class Sharded:
+    """Captioned noise in shards of 4 documents; where KILL says, `kill -9` comes between two."""
+
+    def __init__(self, num_documents: int = 14, num_val: int = 3, image_size: int = 64):
+        self.num, self.image_size = {"train": num_documents, "val": num_val}, image_size
+        self.first, self.end = 0, None
+
+    def documents(self, split: str):
+        for number in range(self.num[split])[self.first : self.end]:
+            if os.environ.get("KILL") == f"{split} {number}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield [f"noise {number}", self.picture(split, number)]
+
+    def picture(self, split: str, number: int) -> Image.Image:
+        random = np.random.default_rng((number, split == "val"))
+        size = self.image_size // 8
+        colours = random.integers(0, 256, (size, size, 3), np.uint8)
+        return Image.fromarray(colours).resize((self.image_size, self.image_size))
+
+    def shards(self, split: str) -> list["Sharded"]:
+        found = []
+        for first in range(0, self.num[split], 4):
+            found.append(Sharded(*self.num.values(), self.image_size))
+            found[-1].first, found[-1].end = first, first + 4
+        return found
+
+    def fingerprint(self, split: str) -> str:
+        return repr((split, vars(self)))

@@ -47,13 +47,13 @@ class StopAt(L.Callback):
 
 
 class KillAt(L.Callback):
-    """Ends a run after some optimizer steps, as `kill -9` does: nothing can be put in order."""
+    """Ends a rank, or all, after some optimizer steps, as `kill -9` does: nothing in order."""
 
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int, rank: int | None = None):
+        self.step, self.rank = step, rank
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -16,7 +16,7 @@ from tf_lightning.attention import DenseAttention
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.autoencoder_network import AutoencoderConfig, build_network
 from tf_lightning.autoencoder_save import save_network
-from tf_lightning.batch import IGNORE_INDEX, pack, unpack
+from tf_lightning.batch import IGNORE_INDEX, pack
 from tf_lightning.cli import main
 from tf_lightning.data import Mixture
 from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
@@ -25,6 +25,7 @@ from tf_lightning.model import load
 from tf_lightning.module import Transfusion
 from tf_lightning.pixels import to_pixels
 from tf_lightning.transformer import TransformerConfig
+from tf_lightning.unpack import unpack
 from tiny import PICTURE_OF_CODES as PICTURE
 from tiny import SIZES, TOKENIZER, code_batch
 

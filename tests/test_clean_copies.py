@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tf_lightning.attention import DenseAttention, DocumentAttention, dense_mask, hidden_places
-from tf_lightning.batch import Batch, unpack
+from tf_lightning.batch import Batch
 from tf_lightning.flops import Work, forward_flops, squared_lengths
 from tf_lightning.net import Net
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
+from tf_lightning.unpack import unpack
 from tiny import LATENT_SHAPE, TOKENIZER, VOCAB_SIZE, all_outputs, document, packed, random_rows
 
 SHAPES = ["i3", "2i3", "i2i", "ii1i2", "0i"]  # those of images that are read, and of some not

@@ -11,6 +11,7 @@ from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.batch import document_length
 from tf_lightning.data.corpus import Corpus, Source
 from tf_lightning.data.prepare import prepare
+from tf_lightning.data.shards import plan_corpus
 from tf_lightning.tokenizer import Tokenizer, train
 
 
@@ -50,7 +51,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, tokenizer) -> Corpus:
-    return prepare(
+    job = plan_corpus(
         Given(DOCUMENTS),
         "train",
         name="given",
@@ -60,6 +61,7 @@ def corpus(tmp_path_factory, tokenizer) -> Corpus:
         row_length=64,
         patch_size=4,
     )
+    return prepare(job)
 
 
 def test_documents_read_back_in_order(corpus, tokenizer):

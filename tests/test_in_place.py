@@ -48,7 +48,7 @@ def read(folder, **options) -> ImageCaptionData:
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def test_pictures_in_tars_keep_their_captions_over_shards(tars):
@@ -69,6 +69,16 @@ def test_mirrored_pictures_in_place_are_mirrored(tars):
     assert 8 < sum(mirrored) < 32
     plain = [torch.equal(picture, pixels(noise(3))) for picture in found]
     assert sum(plain) + sum(mirrored) == 40
+
+
+def test_a_batch_has_them_in_minus_one_to_one(tars):
+    data = read(tars)
+    (_, documents, _), *_ = rows = [data.train_dataloader().dataset[0]]
+    latents = data.train_dataloader().collate_fn(rows).latents
+    shown = [part for document in documents for part in document if part.ndim == 3]
+    assert latents.dtype == torch.float32
+    assert latents.min() == -1 and latents.max() == 1
+    assert torch.equal(latents, torch.stack(shown).float() / 127.5 - 1)
 
 
 def test_workers_read_them_too(tars):

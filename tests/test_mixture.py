@@ -258,10 +258,31 @@ def test_probabilities_outside_0_and_1_are_a_user_error(mixture, name):
         mixture(**{name: 1.5})
 
 
-def test_pictures_of_two_sizes_are_a_user_error(mixture):
-    data = mixture({"small": Pictures(8), "large": Pictures(12)})
-    with pytest.raises(UserError, match="differ in size .* give all the same image_size"):
-        data.prepare_data()
+def test_sources_may_have_pictures_of_different_sizes(mixture):
+    """Each source's rows are those of a mixture of it alone."""
+    sources = {"small": Pictures(8), "large": Pictures(16, 200)}
+    data = mixture(sources, {"small": 1, "large": 1}, batch_size=8)
+    data.setup()
+    assert data.image_shapes == [(3, 8, 8), (3, 16, 16)] and data.image_shape == (3, 16, 16)
+    for number, name in enumerate(sources):
+        alone = mixture({name: sources[name]}, tokenizer=tokenizer_of(data))
+        alone.setup()
+        stream = data._rows(data.corpora["train"][name])
+        expected = alone._rows(alone.corpora["train"][name])
+        assert stream.rows_per_epoch == expected.rows_per_epoch
+        assert stream.num_tokens == expected.num_tokens
+        assert data.num_patches(stream.corpus) == [4, 16][number]
+    batch = next(iter(data.train_dataloader()))
+    assert [size[2:] for size in batch.sizes] == [(8, 8), (16, 16)]
+    per_image = batch.image_ids[batch.image_ids >= 0].bincount().tolist()
+    assert per_image == [4] * batch.sizes[0].images + [16] * batch.sizes[1].images
+
+
+def tokenizer_of(data) -> str:
+    """The file of a mixture's tokenizer."""
+    path = data.cache_dir / "given.model"
+    path.write_bytes(data.tokenizer.proto)
+    return str(path)
 
 
 def test_a_config_builds_it(tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.data.corpus import Skipped
 from tf_lightning.data.prepare import prepare, summary
+from tf_lightning.data.shards import plan_corpus
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer, train
 
@@ -53,7 +54,7 @@ def run(tmp_path, tokenizer):
             "row_length": 16,
             "patch_size": 4,
         }
-        return prepare(source, split, **(arguments | changed))
+        return prepare(plan_corpus(source, split, **(arguments | changed)))
 
     return prepare_here
 

@@ -12,6 +12,7 @@ from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.cli import main
 from tf_lightning.data.files import FileSource
 from tf_lightning.data.prepare import prepare
+from tf_lightning.data.shards import plan_corpus
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import train
 
@@ -22,16 +23,16 @@ def run(tmp_path):
     words = iter(["a red circle only text and so on 0 1 2 3 4 5 6"])
     tokenizer = train(words, tmp_path / "a.model", vocab_size=300)
 
-    def prepare_here(source, split="train", **changed):
+    def prepare_here(source, split="train", directory=None, **how):
         arguments = {
             "name": "given",
-            "directory": tmp_path / "cache",
+            "directory": directory or tmp_path / "cache",
             "tokenizer": tokenizer,
             "autoencoder": load_autoencoder("pixels"),
             "row_length": 16,
             "patch_size": 4,
         }
-        return prepare(source, split, **(arguments | changed))
+        return prepare(plan_corpus(source, split, **arguments), **how)
 
     return prepare_here
 

@@ -15,21 +15,26 @@ generation, too, the clean image takes the noised one's place.
 A text's token that is read and not learned (a question of a chat) stands in its document as ~id,
 which is negative: it is no target.
 
-Shapes: B rows, T places a row, M images in the batch, M' clean copies, N patches an image (and its
-time token), C x h x w latents.
+Images may differ in size: those of a size stand together, and latents are padded to the largest.
+
+Shapes: B rows, T places a row, M images in the batch, M' clean copies, P patches (and time tokens)
+of all of these, C x h x w latents.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tf_lightning.noise_levels import draw_times, row_generator
+from tf_lightning.sizes import Size, renumber, sizes_of, stack
 
 IGNORE_INDEX = -100
 
-# Text (L,) int64, ~id where it is not learned; latents (C, h, w) float32; or codes (1, h, w) int64.
+# Text (L,) int64, ~id where it is not learned; latents (C, h, w) float32, or the pixels that they
+# are, (3, H, W) uint8; or codes (1, h, w) int64.
 Part = Tensor
 Document = list[Part]
 Row = list[Document]
@@ -44,8 +49,8 @@ class Batch:
     positions: Tensor  # (B, T) place in the document, from 0
     document_ids: Tensor  # (B, T) from 0 in each row, -1 at padding
     image_ids: Tensor  # (B, T) index into `latents`, then clean copies from M on; -1 off patches
-    patch_index: Tensor  # ((M + M') * N,) flat places (b * T + t) of the patches, image by image
-    text_index: Tensor  # (B * T - (M + M') * N,) and of all other positions, padding too
+    patch_index: Tensor  # (P,) flat places (b * T + t) of patches: by size, images before copies
+    text_index: Tensor  # (B * T - P,) and of all other positions, padding too
     target_index: Tensor  # (K,) flat places whose label is of text
     code_index: Tensor  # (K',) flat places whose label is of an image: a code, or the <eoi> behind
     latents: Tensor  # (M, C, h, w) clean, unit variance; or codes (M, 1, h, w) int64
@@ -54,25 +59,30 @@ class Batch:
     copied: Tensor  # (M',) images that a clean copy follows
     source_ids: Tensor  # (B,) which corpus a row came from
     row_tokens: Tensor  # (B,) positions that are not padding
+    sizes: list[Size] = field(default_factory=list)  # of images, in their order
 
     @property
     def num_images(self) -> int:
         """M, without asking the device."""
         return len(self.latents)
 
+    @property
+    def num_noised(self) -> int:
+        """Elements of latents that are noised, padding left out; without asking the device."""
+        pixels = sum(size.images * size.height * size.width for size in self.sizes)
+        return pixels * self.noise.shape[1] if len(self.noise) else 0
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
-            for field in dataclasses.fields(self)
-        }
-        return Batch(**moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in pinned memory; called by DataLoader."""
-        return Batch(
-            **{f.name: getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)}
-        )
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **{name: change(x) for name, x in tensors.items()})
 
 
 def is_image(part: Part) -> bool:
@@ -82,7 +92,12 @@ def is_image(part: Part) -> bool:
 
 def is_codes(part: Part) -> bool:
     """Whether an image is made of codes."""
-    return is_image(part) and not part.is_floating_point()
+    return is_image(part) and part.dtype == torch.long
+
+
+def as_latents(image: Part) -> Part:
+    """Pixels in [-1, 1]; latents and codes as they are."""
+    return image.float().div_(127.5).sub_(1) if image.dtype == torch.uint8 else image
 
 
 def plain_ids(text: Tensor) -> Tensor:
@@ -196,8 +211,10 @@ def flatten(
     ids, image_ids = map(torch.cat, zip(*pieces, strict=True))
     positions = torch.arange(len(ids))
     if first_copy != first:  # each copy goes back to where its image began
-        copies = (image_ids - first + 1).clamp(min=0).cummax(0).values  # begun up to here
-        positions -= length * copies
+        is_copy = image_ids >= first
+        begins = is_copy & (image_ids != image_ids.roll(1))
+        lengths = image_ids[is_copy].unique_consecutive(return_counts=True)[1]
+        positions -= torch.zeros_like(ids).masked_scatter(begins, lengths).cumsum(0)
     return ids, image_ids, positions
 
 
@@ -254,7 +271,7 @@ def pack(
             writer.write(document, document_id, len(latents), first_copy)
             if clean_copies:
                 copied += [len(latents) + i for i, read in enumerate(are_read(document)) if read]
-            latents += [part for part in document if is_image(part)]
+            latents += [as_latents(part) for part in document if is_image(part)]
             if not any(is_codes(part) for part in document):
                 limits += max_times(document, 1.0 if clean_copies else max_caption_t)
         generator = row_generator(seed, row_id)
@@ -262,54 +279,30 @@ def pack(
         drawn = [x for x in latents[len(noise) :] if not is_codes(x)]
         noise += [torch.randn(x.shape, generator=generator) for x in drawn]
         writers.append(writer)
-    stack = lambda name: torch.stack([getattr(writer, name) for writer in writers])  # noqa: E731
+    of_rows = lambda name: torch.stack([getattr(writer, name) for writer in writers])  # noqa: E731
     places = lambda where: where.flatten().nonzero().flatten()  # noqa: E731
-    input_ids, labels, image_ids = stack("input_ids"), stack("labels"), stack("image_ids")
+    input_ids, labels, image_ids = map(of_rows, ("input_ids", "labels", "image_ids"))
+    sizes, order, ranks = sizes_of(latents, copied)
+    image_ids = renumber(image_ids, order)
     is_label, is_text = labels != IGNORE_INDEX, of_text(input_ids, image_ids, tokenizer.boi_id)
-    is_copy = image_ids >= num_images
+    patches = places(image_ids >= 0)
+    by_rank = ranks[image_ids.flatten()[patches]].argsort(stable=True)
+    images, copies = order[:num_images], order[num_images:] - num_images
     return Batch(
         input_ids=input_ids,
         labels=labels,
-        positions=stack("positions"),
-        document_ids=stack("document_ids"),
+        positions=of_rows("positions"),
+        document_ids=of_rows("document_ids"),
         image_ids=image_ids,
-        patch_index=torch.cat([places((image_ids >= 0) & ~is_copy), places(is_copy)]),
+        patch_index=patches[by_rank],
         text_index=places(image_ids < 0),
         target_index=places(is_label & is_text),
         code_index=places(is_label & ~is_text),
-        latents=torch.stack(latents) if latents else torch.empty(0, 1, 1, 1),
-        noise=torch.stack(noise) if noise else torch.empty(0, 1, 1, 1),
-        t=torch.cat(times),
-        copied=torch.tensor(copied, dtype=torch.long),
+        latents=stack(latents, images),
+        noise=stack(noise, images),
+        t=torch.cat(times)[images] if noise else torch.cat(times),
+        copied=renumber(torch.tensor(copied, dtype=torch.long)[copies], order),
         source_ids=torch.tensor(source_ids or [0] * len(rows)),
         row_tokens=torch.tensor([writer.end for writer in writers]),
+        sizes=sizes,
     )
-
-
-def unpack(batch: Batch, tokenizer) -> list[Document]:
-    """The documents of a batch, row by row: the inverse of `pack`."""
-    documents = []
-    for ids, document_ids, image_ids in zip(
-        batch.input_ids, batch.document_ids, batch.image_ids, strict=True
-    ):
-        for number in range(int(document_ids.max()) + 1):
-            mine = document_ids == number
-            documents.append(_parts(ids[mine], image_ids[mine], batch.latents, tokenizer))
-    return documents
-
-
-def _parts(ids: Tensor, image_ids: Tensor, latents: Tensor, tokenizer) -> Document:
-    """Text and images of one document, without the ids that pack added."""
-    document: Document = []
-    text: list[int] = []
-    specials = {tokenizer.boi_id, tokenizer.eoi_id}
-    last_image = -1
-    for token, image in zip(ids[1:-1].tolist(), image_ids[1:-1].tolist(), strict=True):
-        if image < 0 and token not in specials:
-            text.append(token)
-        elif last_image < image < len(latents):  # not the clean copies
-            if text:
-                document.append(torch.tensor(text))
-            text, last_image = [], image
-            document.append(latents[image])
-    return document + ([torch.tensor(text)] if text else [])

@@ -13,6 +13,7 @@ from tf_lightning.batch import Batch
 from tf_lightning.losses import lm_loss, z_loss
 from tf_lightning.net import Net
 from tf_lightning.objective import Objective
+from tf_lightning.sizes import by_size, split
 
 
 class LossSums(NamedTuple):
@@ -43,7 +44,9 @@ def loss_sums(
     else:
         noised = objective.add_noise(batch.latents, batch.noise, batch.t)
         logits, output = net(batch, noised, objective.network_times(batch.t), attend)
-        diffusion = objective.loss_sum(output, batch.latents, batch.noise, batch.t)
+        images = (by_size(x, batch.sizes) for x in (output, batch.latents, batch.noise))
+        parts = zip(*images, split(batch.t, batch.sizes), strict=True)
+        diffusion = torch.stack([objective.loss_sum(*part) for part in parts]).sum()
     targets = batch.labels.flatten()[torch.cat([batch.target_index, batch.code_index])]
     counts = [len(batch.target_index), len(batch.code_index)]
     nll, code_nll = lm_loss(logits, targets).split(counts)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from tf_lightning.autoencoder import load_autoencoder
-from tf_lightning.batch import Document, document_length, is_image
+from tf_lightning.batch import Document, as_latents, document_length, is_image
 from tf_lightning.data.corpus import Corpus
 from tf_lightning.data.drawings import Shown, draw_documents, draw_rows
 from tf_lightning.data.mixture import Mixture
@@ -46,13 +46,11 @@ def run_inspect(args: list[str]) -> None:
     data.setup()
     folder = options.out or data.cache_dir / "inspect"
     folder.mkdir(parents=True, exist_ok=True)
-    _, height, width = data.image_shape or (0, 0, 0)
-    patches = (height // data.patch_size) * (width // data.patch_size)
     report = "\n".join(
         line
         for split, corpora in data.corpora.items()
         for name, corpus in corpora.items()
-        for line in describe(f"{name} {split}", corpus, patches, data.row_length)
+        for line in describe(f"{name} {split}", corpus, data.num_patches(corpus), data.row_length)
     )
     rows, padding = _rows(data, options.rows)
     report += f"\npadding of the first {options.rows} rows of training: {padding:.1%}\n"
@@ -158,7 +156,7 @@ def pick_documents(data: Mixture, count: int, seed: int = 0) -> list[Shown]:
         (
             f"{name}, {document_length(document, data.patch_size)} tokens",
             [
-                to_picture(autoencoder.decode(part[None])[0])
+                to_picture(autoencoder.decode(as_latents(part)[None])[0])
                 if is_image(part)
                 else data.tokenizer.decode(part.tolist())
                 for part in document

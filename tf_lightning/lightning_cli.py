@@ -19,7 +19,7 @@ from tf_lightning.errors import UserError
 from tf_lightning.module import Transfusion
 
 LOOP = {"validate": "val", "test": "test", "predict": "predict"}
-OTHERS = "generate, inspect, export, sizes"
+OTHERS = "encode, generate, inspect, export, sizes"
 
 
 class Parser(LightningArgumentParser):

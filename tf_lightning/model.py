@@ -39,6 +39,8 @@ class Model:
     latent_shape: tuple[int, int, int] | None
     hparams: dict
     max_length: int | None = None
+    other_shapes: tuple[tuple[int, int, int], ...] = ()
+    """Smaller ones that it reads too, of a mixture of several sizes."""
 
     @classmethod
     def of(cls, module: Transfusion) -> "Model":
@@ -52,6 +54,7 @@ class Model:
             latent_shape=tuple(shape) if shape else None,
             hparams=dict(module.hparams),
             max_length=module.row_length,
+            other_shapes=tuple(map(tuple, module.image_codec.get("other_shapes", ()))),
         )
 
     @property
@@ -279,11 +282,10 @@ class Model:
     @torch.no_grad()
     def _encode_part(self, part: str | Image.Image | Tensor) -> Tensor:
         if isinstance(part, Tensor):
-            if part.ndim == 3 and tuple(part.shape) != self.latent_shape:
-                raise UserError(
-                    f"latents of a prompt are {tuple(part.shape)}, this model reads "
-                    f"{self.latent_shape}; encode a picture of its size"
-                )
+            shape = tuple(part.shape)
+            if part.ndim == 3 and shape not in (self.latent_shape, *self.other_shapes):
+                told = f"latents of a prompt are {shape}, this model reads {self.latent_shape}"
+                raise UserError(f"{told}; encode a picture of its size")
             return part
         if isinstance(part, str):
             return torch.tensor(self.tokenizer.encode(part), dtype=torch.long)

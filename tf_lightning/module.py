@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import SumMetric
 
-from tf_lightning.batch import Batch, Document, unpack
+from tf_lightning.batch import Batch, Document
 from tf_lightning.batch_losses import LossSums, loss_sums
 from tf_lightning.check_data import check_data
 from tf_lightning.checkpoint import misfit
@@ -27,6 +27,7 @@ from tf_lightning.sharding import shard
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
 from tf_lightning.unet import check as check_unet
+from tf_lightning.unpack import unpack
 
 
 class Transfusion(L.LightningModule):
@@ -159,6 +160,8 @@ class Transfusion(L.LightningModule):
             "autoencoder": data.autoencoder_name,
             "latent_shape": data.image_shape and list(data.image_shape),
         }
+        if len(shapes := getattr(data, "image_shapes", ())) > 1:  # of sources of several sizes
+            self.image_codec["other_shapes"] = [list(s) for s in shapes if s != data.image_shape]
 
     def configure_optimizers(self) -> dict:
         """AdamW with linear warm-up and cosine decay."""
@@ -196,7 +199,7 @@ class Transfusion(L.LightningModule):
             values["loss_codes"] = self.global_mean(sums.code_nll.sum(), codes)
             loss = self.global_mean(sums.nll.sum() + sums.code_nll.sum(), texts + codes)
         else:
-            values["loss_diffusion"] = self.global_mean(sums.diffusion, batch.latents.numel())
+            values["loss_diffusion"] = self.global_mean(sums.diffusion, batch.num_noised)
             loss = total_loss(*values.values(), self.hparams.diffusion_weight)
         if weight:
             values["loss_z"] = self.global_mean(sums.z, texts + codes)
@@ -268,7 +271,7 @@ class Transfusion(L.LightningModule):
         for name, total, count in (
             ("loss_lm", nll.sum(), len(nll)),
             ("loss_codes", code_nll.sum(), len(code_nll)),
-            ("loss_diffusion", sums.diffusion, batch.noise.numel()),  # no code has noise
+            ("loss_diffusion", sums.diffusion, batch.num_noised),
         ):
             for sums, value in zip(self.val_sums[source, name], (total, count), strict=True):
                 sums.update(value)

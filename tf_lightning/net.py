@@ -5,8 +5,8 @@ the text, which needs none (Chameleon).
 
 This is what is trained, averaged (EMA), sharded and exported; it knows no loss and no trainer.
 
-Shapes: B rows, T positions, M images, N patches an image, K targets of text and K' of
-codes, D dim, V vocabulary, of which the last are codes.
+Shapes: B rows, T positions, M images, m of one size, N patches an image of it, P of all, K targets
+of text and K' of codes, D dim, V vocabulary, of which the last are codes.
 """
 
 from dataclasses import replace
@@ -19,6 +19,7 @@ from tf_lightning.batch import Batch
 from tf_lightning.conditioning import LinearConfig, has_time_token
 from tf_lightning.errors import UserError
 from tf_lightning.patches import LinearPatchCoder
+from tf_lightning.sizes import by_size, pad, split
 from tf_lightning.transformer import Transformer, TransformerConfig
 from tf_lightning.unet import UNetConfig, UNetPatchCoder
 
@@ -75,25 +76,45 @@ class Net(nn.Module):
         """
         if self.num_codes:
             return self._code_logits(batch, attend), noised_latents.new_empty(0, dtype=torch.float)
-        shape = noised_latents.shape
-        if len(noised_latents) == 0:  # data without images does not know their shape
-            coder = self.patch_coder
-            noised_latents = noised_latents.new_empty(
-                0, coder.latent_channels, coder.patch_size, coder.patch_size
-            )
-        if len(batch.copied):
-            clean = batch.latents[batch.copied]
-            noised_latents = torch.cat([noised_latents, clean.type_as(noised_latents)])
-            t = torch.cat([t, t.new_zeros(len(clean))])
-        patches, skips = self.patch_coder.encode(noised_latents, t)  # (M + M', N, D)
+        parts = self._encode(batch, noised_latents, t)
+        patches = torch.cat([part.flatten(0, 1) for part, *_ in parts])
         x = self.transformer.tok_embeddings(batch.input_ids)  # (B, T, D)
-        flat = x.flatten(0, 1).index_copy(0, batch.patch_index, patches.flatten(0, 1).type_as(x))
+        flat = x.flatten(0, 1).index_copy(0, batch.patch_index, patches.type_as(x))
         hidden = self.transformer(flat.view_as(x), batch.positions, attend).flatten(0, 1)
         logits = self.transformer.logits(hidden[batch.target_index])
-        hidden_patches = hidden[batch.patch_index].unflatten(0, patches.shape[:2])[: shape[0]]
-        skips = [skip[: shape[0]] for skip in skips]  # nobody asks what a clean copy's noise is
-        output = self.patch_coder.decode(hidden_patches, noised_latents.shape[-2:], skips)
-        return logits, output.view(shape[0], self.outputs * shape[1], *shape[2:])
+        return logits, self._decode(hidden[batch.patch_index], parts, noised_latents.shape)
+
+    def _encode(self, batch: Batch, noised_latents: Tensor, t: Tensor) -> list[tuple]:
+        """Of the images of each size, then their clean copies: patches (m + m', N, D) and skips.
+
+        Behind these m, which is only of the noised images, and h, w.
+        """
+        sizes, coder = batch.sizes, self.patch_coder
+        if not sizes:  # data without images does not know their shape; the coder has a gradient
+            empty = noised_latents.new_empty(0, coder.latent_channels, *[coder.patch_size] * 2)
+            return [(*coder.encode(empty, t), 0, empty.shape[-2:])]
+        copied = batch.copied.split([size.copies for size in sizes])
+        found, images = [], by_size(noised_latents, sizes)
+        for noised, times, copies in zip(images, split(t, sizes), copied, strict=True):
+            size = noised.shape[-2:]
+            if len(copies):
+                clean = batch.latents[copies][..., : size[0], : size[1]]
+                both = torch.cat([noised, clean.type_as(noised)])
+                encoded = coder.encode(both, torch.cat([times, times.new_zeros(len(copies))]))
+            else:
+                encoded = coder.encode(noised, times)
+            found.append((*encoded, len(noised), size))
+        return found
+
+    def _decode(self, hidden: Tensor, parts: list[tuple], shape: torch.Size) -> Tensor:
+        """Hidden states of all patches, (P, D) -> output (M, C or 2 C, H, W), as `shape` has it."""
+        outputs = []
+        lengths = [patches.shape[0] * patches.shape[1] for patches, *_ in parts]
+        for mine, (patches, skips, count, size) in zip(hidden.split(lengths), parts, strict=True):
+            mine = mine.unflatten(0, patches.shape[:2])[:count]
+            skips = [skip[:count] for skip in skips]  # nobody asks what a copy's noise is
+            outputs.append(pad(self.patch_coder.decode(mine, size, skips), *shape[-2:]))
+        return torch.cat(outputs).view(shape[0], self.outputs * shape[1], *shape[2:])
 
     def _code_logits(self, batch: Batch, attend: Attention) -> Tensor:
         x = self.transformer.tok_embeddings(batch.input_ids)

@@ -5,9 +5,9 @@
 Captioned 256x256 JPEGs are generated into tars in a temporary folder; `--emoji` names a folder of
 tars to read too. Pillow: open, decode, to RGB, of bytes in memory, in the same order. Ours: the
 rows of training with 0 workers, which read from the tars, decode, resize and crop, find the
-captions, and make float tensors; and the packed batches, with their noise. The two take turns in
-one process and CPU time is compared, so that other work on the machine weighs on both. The bar is
-90% for the rows.
+captions, and make tensors of bytes; and the packed batches, of floats, with their noise. The two
+take turns in one process and CPU time is compared, so that other work on the machine weighs on
+both. The bar is 90% for the rows.
 """
 
 import argparse

@@ -31,3 +31,13 @@ def check_probability(name: str, value: float) -> None:
     """UserError unless a value is in [0, 1]."""
     if not 0 <= value <= 1:
         raise UserError(f"{name}={value} is not a probability; give a number from 0 to 1")
+
+
+def check_times(time_shift: float, time_distribution: str) -> None:
+    """UserError where noise levels cannot be drawn so."""
+    if time_shift <= 0:
+        raise UserError(f"time_shift={time_shift} must be above 0; 1 leaves noise levels alone")
+    if time_distribution not in ("uniform", "logit_normal"):
+        raise UserError(
+            f"time_distribution={time_distribution!r} must be 'uniform' or 'logit_normal'"
+        )

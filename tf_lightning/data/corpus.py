@@ -123,23 +123,28 @@ def refuse_damage(method: Callable) -> Callable:
 class Corpus:
     """A prepared corpus.
 
+    Args:
+        path: its directory.
+        sample_posterior: whether `document` samples latents whose spread is kept too.
+
     Attributes:
         name: the directory's name.
         image_shape: (C, h, w) of its latents, None where it has none.
         skipped: how many samples were left out, by reason.
+        origin: what it was made of, as `shards.plan_corpus` lists it.
 
     Raises:
         UserError: the files are not what they were written as.
     """
 
     @refuse_damage
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, sample_posterior: bool = True):
+        self.path, self.sample_posterior = Path(path), sample_posterior
         facts = json.loads((self.path / "corpus.json").read_text())
         self.name = self.path.name
         self.image_shape = tuple(facts["image_shape"]) if facts["image_shape"] else None
         self.skipped: dict[str, int] = facts["skipped"]
-        self.num_images = facts["num_images"]
+        self.num_images, self.origin = facts["num_images"], facts["made_from"]
         self._tokens = _memmap(self.path / "tokens.bin", np.int32, (facts["num_tokens"],))
         self.latents = Latents(**facts.get("latents", {}))
         shape = facts["num_images"], *self.latents.shape, *(self.image_shape or ())
@@ -157,7 +162,7 @@ class Corpus:
 
     def __reduce__(self):
         """Travels to DataLoader workers as its path, not its content."""
-        return Corpus, (self.path,)
+        return Corpus, (self.path, self.sample_posterior)
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -167,29 +172,32 @@ class Corpus:
     def document(self, index: int, random: np.random.Generator | None = None) -> Document:
         """Texts (L,) int64 and latents (C, h, w) float32, or codes (1, h, w) int64, in order.
 
+        Pictures in place are pixels, uint8 (3, H, W).
+
         Args:
             index: its number.
             random: draws latents from their posterior, and all pictures of the document or none
                 mirrored, where the corpus has what that needs; None: their means, as they are.
         """
-        parts = self._parts[self._documents[index] : self._documents[index + 1]]
+        parts = self._parts[self._documents[index] : self._documents[index + 1]].tolist()
         _check_parts(parts, len(self._tokens), self.num_images)
         mirrored = int(random is not None and self.latents.mirrored and random.random() < 0.5)
         return [
             torch.from_numpy(self._picture(start, mirrored, random))
             if length == IMAGE
             else torch.from_numpy(self._tokens[start : start + length].astype(np.int64))
-            for start, length in parts.tolist()
+            for start, length in parts
         ]
 
     def _picture(
         self, number: int, mirrored: int, random: np.random.Generator | None
     ) -> np.ndarray:
-        """Latents (C, h, w) float32 of a picture, or its codes (1, h, w) int64."""
+        """Of a picture, latents (C, h, w) float32, codes (1, h, w) int64 or pixels uint8."""
         if self.latents.in_place:
             picture = self._pictures[number]
             return np.ascontiguousarray(picture[..., ::-1]) if mirrored else picture
-        return draw_latents(self._latents[number, mirrored].astype(self._dtype), random)
+        kept = self._latents[number, mirrored].astype(self._dtype)
+        return draw_latents(kept, random if self.sample_posterior else None)
 
     @refuse_damage
     def layout(self, documents: np.ndarray | None = None) -> Layout:
@@ -238,11 +246,9 @@ def _check_index(parts: np.ndarray, documents: np.ndarray) -> None:
             raise ValueError("documents out of order")
 
 
-def _check_parts(parts: np.ndarray, num_tokens: int, num_images: int) -> None:
+def _check_parts(parts: list[list[int]], num_tokens: int, num_images: int) -> None:
     """ValueError unless texts and images are where they are said to be."""
-    start, length = parts.T
-    image = length == IMAGE
-    end = np.where(image, start + 1, start + length)
-    limit = np.where(image, num_images, num_tokens)
-    if ((start < 0) | (length < IMAGE) | (end > limit)).any():
-        raise ValueError("part outside of its file")
+    for start, length in parts:
+        end, limit = (start + 1, num_images) if length == IMAGE else (start + length, num_tokens)
+        if start < 0 or length < IMAGE or end > limit:
+            raise ValueError("part outside of its file")

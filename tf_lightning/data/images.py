@@ -43,7 +43,8 @@ def load_picture(file: bytes | Path, image_size: int) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(BytesIO(file) if isinstance(file, bytes) else file)
-        image = to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        image = to_rgb(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadSample(f"picture of more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
@@ -51,9 +52,11 @@ def load_picture(file: bytes | Path, image_size: int) -> Image.Image:
     except Exception as error:  # Pillow's readers raise of many kinds on damaged files
         fault = "truncated" if "truncated" in str(error).lower() else "damaged"
         raise BadSample(f"{fault} picture") from error
-    picture = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-    picture.place = place_of(file)
-    return picture
+    size = image_size, image_size
+    if image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+    image.place = place_of(file)
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -65,4 +68,5 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -27,7 +27,7 @@ class InPlace:
         self._opened: OrderedDict[int, int] = OrderedDict()  # descriptors, by number of the file
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """Picture `number`, float32 (3, H, W) in [-1, 1].
+        """Picture `number`, uint8 (3, H, W).
 
         Raises:
             UserError: its file is gone, or is no longer the one that was prepared.
@@ -41,7 +41,7 @@ class InPlace:
                 f"picture {number:,} at byte {offset:,} of {self.files[file]} cannot be read any "
                 "more; bring the file back as it was, or run `tf-lightning prepare` again"
             ) from error
-        return np.asarray(picture).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+        return np.array(picture).transpose(2, 0, 1)
 
     def _open(self, file: int) -> int:
         if file not in self._opened:

@@ -1,10 +1,7 @@
 """Several corpora trained on together, their shares given in tokens."""
 
-import hashlib
-from collections import Counter
-from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -14,17 +11,16 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from tf_lightning.autoencoder import load_autoencoder
 from tf_lightning.batch import Batch, pack
-from tf_lightning.data.checks import check_image_size, check_probability, check_weights
-from tf_lightning.data.corpus import Corpus, Latents, Skipped, Source
-from tf_lightning.data.prepare import check_result, prepare
+from tf_lightning.data.checks import check_image_size, check_probability, check_times, check_weights
+from tf_lightning.data.corpus import Corpus, Latents, Source, Split
+from tf_lightning.data.encoded import Needed, encoded_tokenizer, open_encoded
+from tf_lightning.data.prepare import prepare
 from tf_lightning.data.rows import CorpusRows, Rows, RowSampler, StreamRow, ValidationRows
+from tf_lightning.data.shards import Job, plan_corpus
 from tf_lightning.data.stream import StreamData
+from tf_lightning.data.vocabulary import open_tokenizer
 from tf_lightning.errors import UserError
-from tf_lightning.tokenizer import Tokenizer, train
-
-# What a tokenizer is trained on: the first of each source, up to these.
-TOKENIZER_DOCUMENTS = 20_000
-TOKENIZER_CHARACTERS = 20_000_000
+from tf_lightning.tokenizer import Tokenizer
 
 
 class Mixture(StreamData):
@@ -34,7 +30,7 @@ class Mixture(StreamData):
     and the validation loaders count.
 
     Args:
-        sources: a source of documents under each name.
+        sources: a source of documents under each name; they may differ in image_size.
         weights: share of the tokens each source is to have, patches counted as tokens; None: as
             many as it has, so that every document is seen equally often. A source with 0 is only
             validated on.
@@ -50,6 +46,8 @@ class Mixture(StreamData):
             twice the room. Not where words say what is left and right.
         in_place: leave pictures in their files and tars and read them there when they are trained
             on, with autoencoder "pixels"; `cache_dir` then has only where they are.
+        encoded: folder that `tf-lightning encode` wrote, and what is read then in place of the
+            sources' files; None: sources are prepared in `cache_dir`.
         patch_size: side of a patch in latent pixels.
         time_token: a position for the noise level before each picture's patches; true where the
             model's `linear.time` is "token".
@@ -80,6 +78,7 @@ class Mixture(StreamData):
         sample_posterior: bool = False,
         mirror: bool = False,
         in_place: bool = False,
+        encoded: str | None = None,
         patch_size: int = 2,
         time_token: bool = False,
         row_length: int = 512,
@@ -99,12 +98,7 @@ class Mixture(StreamData):
         check_probability("image_first_prob", image_first_prob)
         check_probability("caption_drop_prob", caption_drop_prob)
         check_probability("max_caption_t", max_caption_t)
-        if time_shift <= 0:
-            raise UserError(f"time_shift={time_shift} must be above 0; 1 leaves noise levels alone")
-        if time_distribution not in ("uniform", "logit_normal"):
-            raise UserError(
-                f"time_distribution={time_distribution!r} must be 'uniform' or 'logit_normal'"
-            )
+        check_times(time_shift, time_distribution)
         if weights_count not in ("tokens", "documents"):
             raise UserError(f"weights_count={weights_count!r} must be 'tokens' or 'documents'")
         self.sources, self.weights, self.weights_count = sources, weights, weights_count
@@ -116,7 +110,7 @@ class Mixture(StreamData):
                 f"in_place=true reads pixels, and autoencoder={autoencoder!r} makes latents of "
                 'them; give autoencoder "pixels" without sample_posterior, or in_place=false'
             )
-        self.in_place = in_place
+        self.in_place, self.encoded = in_place, encoded and Path(encoded)
         self.latents = Latents(mirrored=mirror, moments=sample_posterior, in_place=in_place)
         self.row_length, self.time_token = row_length, time_token
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
@@ -143,60 +137,84 @@ class Mixture(StreamData):
             self._open()
 
     def _open(self) -> None:
-        autoencoder = load_autoencoder(self.autoencoder_name) if self.autoencoder_name else None
-        self.num_codes = autoencoder.num_codes if autoencoder else None
-        if self.num_codes and (self.patch_size != 1 or self.clean_copies):
-            raise UserError(
-                f'autoencoder "{self.autoencoder_name}" makes codes, each a token that nothing '
-                "noises; give patch_size: 1 and clean_copies: false"
-            )
-        if autoencoder:
-            for name, source in self.sources.items():
-                check_image_size(name, source, autoencoder.downsample * self.patch_size)
-        self.tokenizer = self._open_tokenizer()
-        self.corpora = {
+        if self.encoded:
+            self.corpora = self._open_encoded()
+        else:
+            self.corpora = {
+                split: {name: prepare(job, **self.how_to_prepare) for name, job in jobs.items()}
+                for split, jobs in self.jobs(self.cache_dir, self.latents).items()
+            }
+        if any(corpus is None for split in self.corpora.values() for corpus in split.values()):
+            self.corpora = {}  # another job prepares the rest
+            return
+        self.image_shapes = self._image_shapes()
+        self.image_shape = self.image_shapes[-1] if self.image_shapes else None
+
+    def jobs(self, directory: Path, latents: Latents) -> dict[Split, dict[str, Job]]:
+        """How each source's corpora in `directory` are made, the tokenizer first.
+
+        Args:
+            directory: where they will be.
+            latents: what is kept of training's pictures; of codes, no moments.
+        """
+        autoencoder = self._open_autoencoder()
+        latents = replace(latents, moments=latents.moments and not self.num_codes)
+        sources, file = self.sources, self.tokenizer_file
+        self.tokenizer = open_tokenizer(file, sources, self.vocab_size, self.cache_dir)
+        plan = partial(
+            plan_corpus,
+            directory=directory,
+            tokenizer=self.tokenizer,
+            autoencoder=autoencoder,
+            row_length=self.row_length,
+            patch_size=self.patch_size,
+            time_token=self.time_token,
+        )
+        kept = {"train": latents, "val": Latents(in_place=self.in_place)}
+        return {
+            split: {n: plan(s, split, name=n, latents=kept[split]) for n, s in sources.items()}
+            for split in kept
+        }
+
+    def _open_encoded(self) -> dict[Split, dict[str, Corpus]]:
+        autoencoder, file = self._open_autoencoder(), self.tokenizer_file
+        self.tokenizer = Tokenizer(file) if file else encoded_tokenizer(self.encoded)
+        needed = Needed(
+            tokenizer=self.tokenizer.fingerprint,
+            autoencoder=autoencoder and autoencoder.fingerprint,
+            downsample=autoencoder.downsample if autoencoder else 1,
+            patch_size=self.patch_size,
+            time_token=self.time_token,
+            row_length=self.row_length,
+            mirror=self.latents.mirrored,
+            sample_posterior=self.latents.moments,
+        )
+        return {
             split: {
-                name: prepare(
-                    source,
-                    split,
-                    name=name,
-                    directory=self.cache_dir,
-                    tokenizer=self.tokenizer,
-                    autoencoder=autoencoder,
-                    row_length=self.row_length,
-                    patch_size=self.patch_size,
-                    time_token=self.time_token,
-                    latents=self.latents if split == "train" else Latents(in_place=self.in_place),
-                    **self.how_to_prepare,
-                )
+                name: open_encoded(self.encoded, name, split, source, needed)
                 for name, source in self.sources.items()
             }
             for split in ("train", "val")
         }
-        if any(corpus is None for split in self.corpora.values() for corpus in split.values()):
-            self.corpora = {}  # another job prepares the rest
-            return
-        self.image_shape = self._image_shape()
 
-    def _open_tokenizer(self) -> Tokenizer:
-        if self.tokenizer_file:
-            return Tokenizer(self.tokenizer_file)
-        origin = [source.fingerprint("train") for source in self.sources.values()]
-        digest = hashlib.sha256(repr((origin, self.vocab_size)).encode()).hexdigest()[:12]
-        path = self.cache_dir / f"tokenizer-{digest}.model"
-        if path.exists():
-            return Tokenizer(path)
-        return train(texts(self.sources), path, self.vocab_size)
-
-    def _image_shape(self) -> tuple[int, int, int] | None:
-        """The one (C, h, w) of all latents; None without pictures."""
-        opened = [corpus for split in self.corpora.values() for corpus in split.values()]
-        shapes = {corpus.image_shape: corpus.name for corpus in opened if corpus.image_shape}
-        if len(shapes) > 1:
+    def _open_autoencoder(self):
+        autoencoder = load_autoencoder(self.autoencoder_name) if self.autoencoder_name else None
+        self.num_codes = autoencoder.num_codes if autoencoder else None
+        if self.num_codes and (self.patch_size != 1 or self.clean_copies or self.latents.moments):
             raise UserError(
-                f"the sources' latents differ in size ({shapes}); give all the same image_size"
+                f'autoencoder "{self.autoencoder_name}" makes codes, each a token that nothing '
+                "noises; give patch_size: 1, clean_copies: false and sample_posterior: false"
             )
-        return next(iter(shapes), None)
+        if autoencoder:
+            for name, source in self.sources.items():
+                check_image_size(name, source, autoencoder.downsample * self.patch_size)
+        return autoencoder
+
+    def _image_shapes(self) -> list[tuple[int, int, int]]:
+        """The (C, h, w) of latents, the largest last: it is what is drawn."""
+        opened = [corpus for split in self.corpora.values() for corpus in split.values()]
+        shapes = {corpus.image_shape for corpus in opened if corpus.image_shape}
+        return sorted(shapes, key=lambda shape: (shape[1] * shape[2], shape))
 
     # Serving
 
@@ -266,7 +284,7 @@ class Mixture(StreamData):
         return CorpusRows(
             corpus,
             row_length=self.row_length,
-            num_patches=self._num_patches,
+            num_patches=self.num_patches(corpus),
             clean_copies=self.clean_copies,
             **order,
         )
@@ -292,11 +310,11 @@ class Mixture(StreamData):
             pin_memory=torch.cuda.is_available(),
         )
 
-    @property
-    def _num_patches(self) -> int:
-        if self.image_shape is None:
+    def num_patches(self, corpus: Corpus) -> int:
+        """Positions of a picture of a corpus, the time token's too; 0 where there are none."""
+        if corpus.image_shape is None:
             return 0
-        _, height, width = self.image_shape
+        _, height, width = corpus.image_shape
         return (height // self.patch_size) * (width // self.patch_size) + self.time_token
 
 
@@ -304,24 +322,3 @@ def pack_rows(rows: list[StreamRow], **arguments) -> Batch:
     """A DataLoader's rows as one Batch."""
     row_ids, documents, source_ids = zip(*rows, strict=True)
     return pack(list(documents), list(row_ids), source_ids=list(source_ids), **arguments)
-
-
-def texts(sources: dict[str, Source]) -> Iterator[str]:
-    """The training text of sources, of each only as much as a tokenizer needs.
-
-    Raises:
-        UserError: nothing of a source can be used.
-    """
-    for name, source in sources.items():
-        characters, documents, skipped = 0, 0, Counter()
-        for document in islice(source.documents("train"), TOKENIZER_DOCUMENTS):
-            if isinstance(document, Skipped):
-                skipped[document.reason] += 1
-                continue
-            documents += 1
-            for text in (part for part in document if isinstance(part, str)):
-                yield text
-                characters += len(text)
-            if characters > TOKENIZER_CHARACTERS:
-                break
-        check_result(name, "train", documents, dict(skipped.most_common()))
