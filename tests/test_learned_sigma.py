@@ -118,8 +118,8 @@ def sampled(learned_sigma: bool, steps: int = 10) -> Tensor:
     generators = [torch.Generator().manual_seed(i) for i in range(64)]
     trajectory = Trajectory(noise, scheduler, steps, generators)
     while not trajectory.finished:
-        t = trajectory.timesteps[trajectory.done]
-        trajectory.step(exact_step(trajectory.x_t, t, t - 1000 // steps))
+        t, following = (trajectory.timesteps + [-1])[trajectory.done :][:2]
+        trajectory.step(exact_step(trajectory.x_t, t, following))
     return trajectory.x_t
 
 
@@ -134,13 +134,14 @@ def test_a_perfect_variance_makes_few_steps_exact():
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_step_has_the_mean_and_the_variance_that_training_scores(kind, schedule):
-    """One of the 1,000 steps, against the tables of the loss."""
+    """One of all steps, against the tables of the loss."""
     betas = {"cosine": cosine_betas, "linear": linear_betas}[schedule]()
     scheduler = build_scheduler("DDPMScheduler", 1000, kind, schedule, learned_sigma=True)
     x_t, output = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
     v = torch.rand(1, 3, 4, 4) * 2 - 1
-    trajectory = Trajectory(x_t, scheduler, 1000, [torch.Generator().manual_seed(5)])
-    trajectory.done = 999 - T
+    steps = scheduler.config.num_train_timesteps
+    trajectory = Trajectory(x_t, scheduler, steps, [torch.Generator().manual_seed(5)])
+    trajectory.done = steps - 1 - T
     trajectory.step(torch.cat([output, v], 1))
     posterior = Posterior(*(table[T] for table in posterior_tables(betas)))
     alpha_bar = alphas_cumprod(betas)[T]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tf_lightning.diffusion import cosine_alphas_cumprod
+from tf_lightning.diffusion import cosine_alphas_cumprod, cosine_betas
 from tf_lightning.errors import UserError
 from tf_lightning.sampler import (
     FLOW_SAMPLERS,
@@ -67,12 +67,17 @@ def diffusers_own_loop(sampler: str, kind: str, noise: Tensor, steps: int) -> Te
     if kind == "flow":
         scheduler = getattr(schedulers, sampler)()
     else:
-        clip = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
-        form = {"algorithm_type": "sde-dpmsolver++"} if sampler.endswith("-SDE") else {}
+        more = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
+        more |= {"algorithm_type": "sde-dpmsolver++"} if sampler.endswith("-SDE") else {}
+        more |= {"num_train_timesteps": 1000, "timestep_spacing": "trailing"}
+        if kind == "epsilon" and sampler == "DDIMScheduler":
+            more["timestep_spacing"] = "leading"
+        elif kind == "epsilon":
+            betas = cosine_betas()[:990].tolist()  # the last alpha is 0.0155
+            more |= {"num_train_timesteps": 990, "trained_betas": betas}
         scheduler = getattr(schedulers, sampler.removesuffix("-SDE"))(
-            1000, beta_schedule="squaredcos_cap_v2", prediction_type=kind,
-            timestep_spacing="trailing", **clip, **form,
-        )  # fmt: skip
+            beta_schedule="squaredcos_cap_v2", prediction_type=kind, **more
+        )
     if sampler == "FlowMatchEulerDiscreteScheduler":  # Stable Diffusion 3's and Flux's pipelines
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
     else:
@@ -100,17 +105,39 @@ def test_the_steps_are_those_of_diffusers_own_loop(sampler, kind, steps):
 
 @pytest.mark.parametrize("sampler", NOISE_SAMPLERS)
 def test_schedulers_use_the_schedule_of_training_and_start_at_its_last_step(sampler):
-    scheduler = build_scheduler(sampler, 1000, "epsilon")
+    scheduler = build_scheduler(sampler, 1000, "v_prediction")
     torch.testing.assert_close(scheduler.alphas_cumprod, ALPHAS_CUMPROD, atol=2e-6, rtol=1e-3)
     scheduler.set_timesteps(20)
     assert scheduler.timesteps[0] == 999
     assert len(scheduler.timesteps) == 20
 
 
+@pytest.mark.parametrize("sampler", NOISE_SAMPLERS)
+def test_an_error_in_the_noise_is_not_blown_up_where_no_image_is_left(sampler):
+    """From the end on, latents with a standard deviation over 100 of the same error."""
+    noise = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    error = 0.02 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
+    model = lambda x, t: exact_output(x, t, "epsilon") + error  # noqa: E731
+    latents = denoised(sampler, "epsilon", model, noise, 50)
+    assert latents.mean().item() == pytest.approx(MEAN, abs=0.1)
+    assert latents.std().item() < 2 * STD
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule", "first"),
+    [("v_prediction", "cosine", 999), ("epsilon", "linear", 999), ("epsilon", "cosine", 989)],
+)
+def test_only_noise_of_the_cosine_schedule_is_not_asked_for_at_its_end(kind, schedule, first):
+    scheduler = build_scheduler("DDPMScheduler", 1000, kind, schedule)
+    scheduler.set_timesteps(250)
+    assert scheduler.timesteps[0] == first
+
+
 @pytest.mark.parametrize(
     ("sampler", "kind", "levels"),
     [
-        ("DDIMScheduler", "epsilon", [0.999, 0.799, 0.599, 0.399, 0.199]),
+        ("DDIMScheduler", "v_prediction", [0.999, 0.799, 0.599, 0.399, 0.199]),
+        ("DDIMScheduler", "epsilon", [0.8, 0.6, 0.4, 0.2, 0.0]),
         ("FlowMatchEulerDiscreteScheduler", "flow", [1.0, 0.8, 0.6, 0.4, 0.2]),
     ],
 )

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tf_lightning.diffusion import alphas_cumprod, cosine_betas
 from tf_lightning.errors import UserError
+
+SMALLEST_ALPHA = 0.015  # the error of predicted noise is divided by it
 
 SDE = "-SDE"  # behind the name: that solver of the diffusion SDE, which draws noise each step
 NOISE_SAMPLERS = (
@@ -75,8 +78,9 @@ def build_scheduler(
 
     For "epsilon" and "v_prediction", training's noise schedule without clipping (latents are not
     in [-1, 1]) and with trailing spacing (the first step starts at pure noise): diffusers' defaults
-    bias both. For "flow", x_t = (1 - t) x_0 + t eps and the velocity eps - x_0. A learned variance
-    is that of DDPM's steps (iDDPM Eq. 15); the other samplers have none.
+    bias both. Only "epsilon" of the cosine schedule starts where some of the image is left, says
+    `above_pure_noise`. For "flow", x_t = (1 - t) x_0 + t eps and the velocity eps - x_0. A learned
+    variance is that of DDPM's steps (iDDPM Eq. 15); the other samplers have none.
 
     Raises:
         UserError: as `fitting_sampler`.
@@ -86,19 +90,37 @@ def build_scheduler(
 
     build = getattr(schedulers, sampler.removesuffix(SDE))
     if prediction_type == "flow":
-        return build(num_train_timesteps=num_train_timesteps)
+        scheduler = build(num_train_timesteps=num_train_timesteps)
+        scheduler.num_levels = num_train_timesteps
+        return scheduler
     own = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
     if learned_sigma and sampler == "DDPMScheduler":
         own["variance_type"] = "learned_range"
     if sampler.endswith(SDE):
         own["algorithm_type"] = "sde-dpmsolver++"
-    return build(
-        num_train_timesteps=num_train_timesteps,
-        beta_schedule=BETA_SCHEDULES[noise_schedule],
-        prediction_type=prediction_type,
-        timestep_spacing="trailing",
-        **own,
+    own |= {"timestep_spacing": "trailing", "num_train_timesteps": num_train_timesteps}
+    if prediction_type == "epsilon" and noise_schedule == "cosine":
+        own |= above_pure_noise(sampler, num_train_timesteps)
+    scheduler = build(
+        beta_schedule=BETA_SCHEDULES[noise_schedule], prediction_type=prediction_type, **own
     )
+    scheduler.num_levels = num_train_timesteps
+    return scheduler
+
+
+def above_pure_noise(sampler: str, num_train_timesteps: int) -> dict:
+    """What makes a scheduler start above the cosine schedule's end, where alpha is 5e-5.
+
+    The noise that is predicted there says nothing of the image, and its error is divided by alpha:
+    a small network's pictures were lost in it. DDIM's steps are all as long in diffusers, so it
+    starts one step below the end; the others where alpha is at least SMALLEST_ALPHA, whatever the
+    number of steps.
+    """
+    if sampler == "DDIMScheduler":
+        return {"timestep_spacing": "leading"}
+    betas = cosine_betas(num_train_timesteps)
+    kept = betas[alphas_cumprod(betas) >= SMALLEST_ALPHA**2]
+    return {"trained_betas": kept.tolist(), "num_train_timesteps": len(kept)}
 
 
 def set_timesteps(scheduler, num_inference_steps: int) -> None:
@@ -138,7 +160,7 @@ class Trajectory:
 
         Args:
             noise: standard normal, (n, C, h, w).
-            scheduler: from `build_scheduler`; it is copied.
+            scheduler: from `build_scheduler`, whose `num_levels` t counts in; it is copied.
             num_inference_steps: network evaluations (Heun's method: two a step, one at the last).
             generators: noise of the stochastic schedulers, one an image.
         """
@@ -154,7 +176,7 @@ class Trajectory:
     @property
     def t(self) -> float:
         """Noise level of x_t, in [0, 1]."""
-        return self.timesteps[self.done] / self.scheduler.config.num_train_timesteps
+        return self.timesteps[self.done] / self.scheduler.num_levels
 
     @property
     def finished(self) -> bool:
