@@ -153,7 +153,7 @@ def test_a_matched_pair_sees_the_same_documents_in_rows_of_the_same_length(tmp_p
 def chameleon(config: dict) -> None:
     """The tests' run in codes, with everything of Chameleon's that may be on."""
     config["model"] |= {"num_codes": 512, "patch_size": 1, "z_loss_weight": 1e-5}
-    own = {"norm_order": "post", "qk_norm": True, "dropout": 0.1}
+    own = {"norm_order": "post", "qk_norm": "layer", "dropout": 0.1}
     config["model"]["transformer"] |= own
     config["data"]["init_args"] |= {"autoencoder": "shapes_vq", "patch_size": 1}
 
