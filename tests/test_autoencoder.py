@@ -47,6 +47,14 @@ def test_shipped_autoencoder_reconstructs_held_out_pictures_as_reported(shapes):
     assert psnr >= 32
 
 
+@pytest.mark.parametrize("name", ["shapes", "shapes_vq"])
+def test_loading_takes_nothing_from_the_runs_own_random_numbers(name):
+    """Otherwise a model's first weights would depend on whether its pictures were encoded."""
+    before = torch.get_rng_state()
+    load_autoencoder(name)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_latents_have_zero_mean_and_unit_variance_in_every_channel(shapes):
     latents = shapes.encode(pictures(range(300), split="val"))
     size = IMAGE_SIZE // shapes.downsample

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ranks
 import runs
 from callbacks.prompts import as_it_is
 from tf_lightning.attention import DenseAttention
@@ -153,7 +154,7 @@ def test_a_matched_pair_sees_the_same_documents_in_rows_of_the_same_length(tmp_p
 def chameleon(config: dict) -> None:
     """The tests' run in codes, with everything of Chameleon's that may be on."""
     config["model"] |= {"num_codes": 512, "patch_size": 1, "z_loss_weight": 1e-5}
-    own = {"norm_order": "post", "qk_norm": True, "dropout": 0.1}
+    own = {"norm_order": "post", "qk_norm": "layer", "dropout": 0.1}
     config["model"]["transformer"] |= own
     config["data"]["init_args"] |= {"autoencoder": "shapes_vq", "patch_size": 1}
 
@@ -192,6 +193,32 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_with_dropout(run,
         for folder in (run, tmp_path / "run")
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """Three steps of one rank, without dropout, whose draws are each rank's own."""
+    folder = tmp_path_factory.mktemp("alone")
+    ranks.fit(runs.write_config(folder, without_dropout), 1, "auto")
+    return folder
+
+
+def without_dropout(config: dict) -> None:
+    ranks.two_rank_config(config)
+    chameleon(config)
+    config["model"]["transformer"]["dropout"] = 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", json.dumps(ranks.SHARDED)], ids=["ddp", "sharded"])
+def test_two_ranks_equal_one_though_some_have_no_codes(alone, tmp_path, strategy):
+    cache = f"--data.init_args.cache_dir={alone}/data"
+    ranks.fit(runs.write_config(tmp_path, without_dropout), 2, strategy, cache)
+    codec = {"autoencoder": "shapes_vq", "patch_size": 1}
+    pictures = ranks.pictures_in_rows(alone / "data", 6, **codec)
+    assert 0 in pictures and max(pictures) > 0
+    losses = ("loss", "loss_lm", "loss_codes", "loss_z")
+    ranks.check_same(alone / "run", tmp_path / "run", losses, 3)
 
 
 def test_its_pictures_are_complete_and_its_captions_are_words(run, tmp_path):

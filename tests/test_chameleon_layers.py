@@ -54,7 +54,7 @@ def randomised(layer: nn.Module) -> nn.Module:
     return layer.eval().requires_grad_(False)
 
 
-def test_the_norm_order_is_chameleon_34bs():
+def test_norm_order_and_qk_norm_are_chameleon_34bs():
     from transformers import ChameleonConfig
     from transformers.models.chameleon.modeling_chameleon import ChameleonSwinDecoderLayer
 
@@ -63,14 +63,19 @@ def test_the_norm_order_is_chameleon_34bs():
         rms_norm_eps=1e-5, swin_norm=True, attn_implementation="eager",
     )  # fmt: skip
     layer = ChameleonSwinDecoderLayer(config, 0)
-    layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()  # theirs is a layer norm
     layer, x = randomised(layer), torch.randn(1, LENGTH, DIM)
-    block = ours(layer.state_dict(), norm_order="post")
+    weights = layer.state_dict()
+    for name in ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"):
+        of_heads = weights[f"self_attn.{name}"]  # (H, K), which theirs repeats for each shard
+        of_heads.copy_(of_heads[0].expand_as(of_heads))
+        weights[f"self_attn.{name}"] = of_heads[0]
+    block = ours(weights, norm_order="post", qk_norm="layer")
     torch.testing.assert_close(run(block, x), theirs(layer, x), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(run(ours(layer.state_dict()), x), theirs(layer, x), atol=0.1)
+    other = ours(weights, qk_norm="layer")
+    assert not torch.allclose(run(other, x), theirs(layer, x), atol=0.1)
 
 
-def test_qk_norm_is_the_one_of_qwen3():
+def test_the_other_qk_norm_is_the_one_of_qwen3():
     from transformers import Qwen3Config
     from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
@@ -115,7 +120,9 @@ def test_patches_with_weights_equal_to_the_texts_follow_the_same_order(order):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_no_order_and_no_share_is_refused():
+def test_what_is_no_order_no_norm_and_no_share_is_refused():
+    with pytest.raises(UserError, match="qk_norm='rms' must be false, true or 'layer'"):
+        Transformer(TransformerConfig(9, DIM, 1, HEADS, qk_norm="rms"))
     with pytest.raises(UserError, match="norm_order='both' must be 'pre' or 'post'"):
         Transformer(TransformerConfig(9, DIM, 1, HEADS, norm_order="both"))
     with pytest.raises(UserError, match="dropout=1.0 must be from 0"):

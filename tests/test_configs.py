@@ -65,8 +65,9 @@ def test_chameleon_keeps_the_trunk_of_every_size(size, parsed):
     command = ["fit", "-c", str(CONFIGS / "quickstart.yaml"), "--model", files[0]]
     own, twin = parsed(*command)["model"], parsed(*command, "--model", files[1])["model"]
     differing = {key for key, value in flat(own).items() if flat(twin)[key] != value}
-    stabilising = {"transformer.norm_order", "z_loss_weight", "lr", "min_lr_ratio"}
-    assert differing == stabilising | {"patch_size"} and twin["transformer"]["qk_norm"]
+    norms = {"transformer.norm_order", "transformer.qk_norm"}
+    stabilising = norms | {"z_loss_weight", "lr", "min_lr_ratio"}
+    assert differing == stabilising | {"patch_size"} and twin["transformer"]["qk_norm"] == "layer"
     assert twin["lr"] * twin["min_lr_ratio"] == pytest.approx(1.5e-5) == 3e-4 * 0.05
     vq = yaml.safe_load((CONFIGS / "autoencoder" / "vq.yaml").read_text())
     assert twin["num_codes"] == vq["model"]["init_args"]["network"]["num_codes"]

@@ -9,11 +9,11 @@ from test_weights import our_logits
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.cli import main
 from tf_lightning.errors import UserError
-from tf_lightning.export import export, read_weights
+from tf_lightning.export import check_text, export, read_weights
 from tf_lightning.model import load
 from tf_lightning.module import Transfusion
 from tf_lightning.tokenizer import Tokenizer
-from tf_lightning.transformer import Transformer
+from tf_lightning.transformer import Transformer, TransformerConfig
 from tf_lightning.weights import load_llama, open_language_model
 
 
@@ -150,6 +150,8 @@ def test_what_a_llama_cannot_express_is_refused_unless_the_net_alone_is_asked_fo
 ):
     with pytest.raises(UserError, match="cannot express qk_norm=True; .* --only net"):
         export(with_qk_norm, tmp_path / "out", None, {"net", "text"})
+    with pytest.raises(UserError, match="cannot express qk_norm='layer'; .* --only net"):
+        check_text(TransformerConfig(qk_norm="layer"))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert export(with_qk_norm, tmp_path / "out", None, {"net"}) == "ema"
     again = read_weights(tmp_path / "out")["state_dict"]

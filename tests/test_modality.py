@@ -38,7 +38,7 @@ def test_image_weights_that_a_checkpoint_has_are_kept_and_others_are_not_made_up
 
 @FORMS
 @KINDS
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True, "layer"])
 def test_tied_weights_equal_the_plain_block(form, kind, qk_norm):
     plain, own = tied(kind, qk_norm=qk_norm)
     batch = mixed_batch()

@@ -30,8 +30,9 @@ def test_a_run_without_warm_up_starts_at_the_peak():
     assert lr_scale(0, 0, 100, 0.05) == 1
 
 
-def test_matrices_decay_and_vectors_and_embeddings_do_not():
-    net = tiny_net(qk_norm=True).requires_grad_(True)
+@pytest.mark.parametrize("qk_norm", [True, "layer"])
+def test_matrices_decay_and_vectors_and_embeddings_do_not(qk_norm):
+    net = tiny_net(qk_norm=qk_norm).requires_grad_(True)
     decay, rest = parameter_groups(net, 0.1)
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     names = {id(parameter): name for name, parameter in net.named_parameters()}

@@ -13,10 +13,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+import ranks
 import runs
 from tf_lightning.cli import main
-from tf_lightning.data import Mixture
-from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
 from tf_lightning.model import load as load_model
 from tf_lightning.tokenizer import Tokenizer
 
@@ -123,50 +122,11 @@ def test_a_resumed_run_goes_on_counting_its_seconds(run, tmp_path):
 # Ranks
 
 
-def two_rank_config(config: dict) -> None:
-    """Three steps; with one row a rank, some rank has no picture and some step has none at all."""
-    data = config["data"]["init_args"]
-    data["weights"] = {"captions": 0.5, "text": 0.5}
-    config["trainer"] |= {"max_steps": 3, "limit_val_batches": 0, "callbacks": []}
-    config["trainer"]["callbacks"] = runs.config(Path())["trainer"]["callbacks"][:1]
-
-
-def pictures_in_rows(cache_dir: Path, count: int) -> list[int]:
-    """How many pictures each of the first rows of `two_rank_config` has."""
-    data = Mixture(
-        {"captions": ShapesCaptions(runs.NUM_CAPTIONS, 6), "text": ShapesTexts(40, 6)},
-        {"captions": 0.5, "text": 0.5},
-        **{"autoencoder": "pixels", "vocab_size": runs.VOCAB_SIZE, "patch_size": 16},
-        **{"row_length": 256, "batch_size": 1, "cache_dir": str(cache_dir)},
-    )
-    data.setup()
-    batches = iter(data.train_dataloader())
-    return [next(batches).num_images for _ in range(count)]
-
-
-def logged_losses(run: Path) -> list[float]:
-    """The losses and the gradient's norm at every step."""
-    events = EventAccumulator(str(run)).Reload()
-    names = ("loss", "loss_lm", "loss_diffusion", "grad_norm")
-    return [event.value for name in names for event in events.Scalars(f"train/{name}")]
-
-
-SHARDED = {
-    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-    "init_args": {
-        "data_parallel_size": 2,
-        "tensor_parallel_size": 1,
-        "save_distributed_checkpoint": False,
-        "process_group_backend": "gloo",
-    },
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("image_weights", ["shared", "all"])
 def test_two_sharded_ranks_equal_one_and_their_file_is_anyones(tmp_path, image_weights):
     """FSDP2 on two CPU processes: losses, weights, average, a resume, a picture."""
-    check_two_ranks(tmp_path, json.dumps(SHARDED), image_weights)
+    check_two_ranks(tmp_path, json.dumps(ranks.SHARDED), image_weights)
     file = str(tmp_path / "ranks2" / "run" / "checkpoints" / "last.ckpt")
     drawn = tmp_path / "drawn"
     main(["generate", file, "a red circle", "--steps", "2", "-n", "1", "-o", str(drawn)])
@@ -191,29 +151,16 @@ def check_two_ranks(
     The second run has two ranks or, `swapped`, two runs change the number of ranks when they
     resume, in opposite ways.
     """
-    weights = {}
+    more = [f"--data.init_args.cache_dir={tmp_path}/data"]
+    more += [f"--model.transformer.image_weights={image_weights}"]
     for first in (1, 2):
         folder = tmp_path / f"ranks{first}"
         folder.mkdir()
-        arguments = ["fit", "-c", str(runs.write_config(folder, two_rank_config))]
-        arguments += [f"--data.init_args.cache_dir={tmp_path}/data"]
-        arguments += [f"--model.transformer.image_weights={image_weights}"]
-        for resume in ([], ["--trainer.max_steps=6", "--ckpt_path=last"]):
-            ranks = 3 - first if swapped and resume else first
-            here = [*arguments, f"--trainer.devices={ranks}"]
-            here += [f"--data.init_args.batch_size={2 // ranks}", *resume]
-            if ranks == 1:
-                main(here)
-                continue
-            command = [sys.executable, "-m", "tf_lightning", *here]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            command.append(f"--trainer.strategy={strategy}")
-            subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=180)
-        weights[first] = load(folder / "run")["state_dict"]
-    one, two = (logged_losses(tmp_path / f"ranks{ranks}" / "run") for ranks in (1, 2))
-    assert len(one) == 24 and one == pytest.approx(two, rel=1e-5)  # Adam would hide a wrong scale
-    pictures = pictures_in_rows(tmp_path / "data", 6)
+        config = runs.write_config(folder, ranks.two_rank_config)
+        ranks.fit(config, first, strategy, *more)
+        then = 3 - first if swapped else first
+        ranks.fit(config, then, strategy, *more, "--trainer.max_steps=6", "--ckpt_path=last")
+    pictures = ranks.pictures_in_rows(tmp_path / "data", 6)
     assert 0 in pictures and max(pictures) > 0
-    assert weights[1].keys() == weights[2].keys()
-    for name, value in weights[1].items():
-        torch.testing.assert_close(value, weights[2][name], atol=2e-6, rtol=1e-5, msg=name)
+    losses = ("loss", "loss_lm", "loss_diffusion")
+    ranks.check_same(*(tmp_path / f"ranks{n}" / "run" for n in (1, 2)), losses, 6)

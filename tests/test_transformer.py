@@ -74,8 +74,9 @@ def test_rotation_is_computed_in_fp32_and_keeps_the_dtype():
     assert torch.equal(low, rotate(x.bfloat16().float(), *rope).bfloat16())
 
 
-def test_every_weight_is_initialised():
-    net = tiny_net(qk_norm=True)
+@pytest.mark.parametrize("qk_norm", [True, "layer"])
+def test_every_weight_is_initialised(qk_norm):
+    net = tiny_net(qk_norm=qk_norm)
     for parameter in net.parameters():
         parameter.fill_(float("nan"))
     net.reset_parameters()
@@ -101,8 +102,9 @@ def test_residual_branches_start_smaller_the_deeper_the_network():
     assert last.std() == pytest.approx((4 * 48) ** -0.5, rel=0.1)  # 2 layers, 4 branches
 
 
-def test_with_qk_norm_the_scale_of_queries_and_keys_does_not_matter():
-    net, batch = tiny_net(qk_norm=True), packed([[document("2i3")]])
+@pytest.mark.parametrize("qk_norm", [True, "layer"])
+def test_with_qk_norm_the_scale_of_queries_and_keys_does_not_matter(qk_norm):
+    net, batch = tiny_net(qk_norm=qk_norm), packed([[document("2i3")]])
     x, attend = torch.randn(*batch.input_ids.shape, 32), build_attention(batch)
     before = net.transformer(x, batch.positions, attend)
     for name in ("wq", "wk"):

@@ -209,6 +209,7 @@ def test_a_name_on_the_hub_is_one_sentence_offline_and_its_copy_here_is_found(
         ({"pretrained_vocab_size": None}, r"pretrained_vocab_size=50 \(not None\)"),
         ({"num_kv_heads": None}, r"num_kv_heads=2 \(not 4\)"),
         ({"qk_norm": True}, "no qk_norm"),
+        ({"qk_norm": "layer"}, "no qk_norm"),
     ],
 )
 def test_each_size_that_differs_is_named(tmp_path, change, message):

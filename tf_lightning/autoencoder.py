@@ -203,10 +203,13 @@ def load_network(name: str) -> nn.Module:
     """
     path = SHIPPED.get(name, Path(name))
     try:
-        if path.exists():
-            return _from_disk(path)
-        if name.count("/") == 1 and path.suffix != ".safetensors" and not path.is_absolute():
-            return _from_hub(name)
+        # A run starts with the same weights whether or not it has pictures to encode: the random
+        # weights that are built to be replaced are not drawn from its own generator.
+        with torch.random.fork_rng(devices=()):
+            if path.exists():
+                return _from_disk(path)
+            if name.count("/") == 1 and path.suffix != ".safetensors" and not path.is_absolute():
+                return _from_hub(name)
     except UserError:
         raise
     except (

@@ -19,6 +19,7 @@ from tf_lightning.modality import Split
 from tf_lightning.rope_scaling import RopeScaling
 
 NEW_ENTRY_LOGIT = -12.0  # of entries that a pretrained language model did not have
+QK_NORMS = {False: nn.Identity, True: nn.RMSNorm, "layer": nn.LayerNorm}
 
 
 @dataclass
@@ -42,9 +43,10 @@ class TransformerConfig:
     rope_scaling: RopeScaling | None = None
     """How they were stretched for a longer context (Llama 3.1); None: not."""
     norm_eps: float = 1e-5
-    """Epsilon of RMSNorm."""
-    qk_norm: bool = False
-    """RMSNorm on queries and keys of each head (Chameleon); off in the paper."""
+    """Epsilon of every norm."""
+    qk_norm: bool | Literal["layer"] = False
+    """Norm of each head's queries and keys, its weights shared by the heads: true is RMSNorm
+    (Qwen3), "layer" a layer norm with weight and bias (Chameleon); off in the paper."""
     image_weights: Literal["shared", "ffn", "all"] = "shared"
     """What patches have of their own in each block: nothing, the feed-forward and its norm, or all
     (Mixture-of-Transformers); attention is joint always, and the FLOPs are the same."""
@@ -98,10 +100,8 @@ class SelfAttention(nn.Module):
         self.wk = nn.Linear(config.dim, kv_dim, bias=config.attention_bias)
         self.wv = nn.Linear(config.dim, kv_dim, bias=config.attention_bias)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-            for _ in range(2)
-        )
+        norm = QK_NORMS[config.qk_norm]
+        self.q_norm, self.k_norm = (norm(self.head_dim, config.norm_eps) for _ in range(2))
 
     def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(..., D) -> q (..., H, K), k and v (..., G, K)."""
@@ -212,6 +212,8 @@ class Transformer(nn.Module):
             )
         if config.norm_order not in ("pre", "post"):
             raise UserError(f"norm_order={config.norm_order!r} must be 'pre' or 'post'")
+        if config.qk_norm not in QK_NORMS:
+            raise UserError(f"qk_norm={config.qk_norm!r} must be false, true or 'layer'")
         if not 0 <= config.dropout < 1:
             raise UserError(f"dropout={config.dropout} must be from 0 (none) to less than 1")
         self.config = config
@@ -277,5 +279,5 @@ class Transformer(nn.Module):
                 nn.init.normal_(part.weight, std=scale * part.in_features**-0.5)
                 if part.bias is not None:
                     nn.init.zeros_(part.bias)
-            elif isinstance(part, nn.RMSNorm):
+            elif isinstance(part, nn.RMSNorm | nn.LayerNorm):
                 part.reset_parameters()
