@@ -67,7 +67,10 @@ def test_pins_hold_on_every_platform():
     "target, command",
     [
         ("quickstart", ".venv/bin/tf-lightning fit -c configs/quickstart.yaml"),
-        ("test", "OMP_NUM_THREADS=1 .venv/bin/python -m pytest"),
+        (
+            "test",
+            "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile",
+        ),
     ],
 )
 def test_the_documented_targets_run_the_documented_commands(target, command):

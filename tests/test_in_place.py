@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from tf_lightning.data import ImageCaptionData, InterleavedData
+from tf_lightning.data.images import load_picture
+from tf_lightning.data.in_place import InPlace, read_alike
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.shapes_sources import ShapesCaptions
 from tf_lightning.errors import UserError
@@ -112,3 +114,53 @@ def test_what_has_no_place_is_refused(tmp_path):
         data.prepare_data()
     with pytest.raises(UserError, match='reads pixels, .* give autoencoder "pixels"'):
         Mixture(source, in_place=True, **(sizes | {"autoencoder": "shapes"}))
+
+
+def transparent() -> Image.Image:
+    picture = noise(1).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize((8, 8)))
+    return picture
+
+
+def turned() -> tuple[Image.Image, Image.Exif]:
+    exif = Image.Exif()
+    exif[274] = 6  # a camera held sideways
+    return noise(1), exif
+
+
+@pytest.mark.parametrize(
+    "save, alike",
+    [
+        (lambda file: noise(1).save(file, "PNG"), True),
+        (lambda file: noise(1).save(file, "JPEG"), True),
+        (lambda file: noise(1).save(file, "JPEG", progressive=True, subsampling=0), True),
+        (lambda file: noise(1).resize((16, 12)).save(file, "PNG"), False),
+        (lambda file: transparent().save(file, "PNG"), False),
+        (lambda file: turned()[0].save(file, "JPEG", exif=turned()[1]), True),
+        (lambda file: noise(1).save(file, "BMP"), False),
+    ],
+    ids=["png", "jpeg", "progressive", "other size", "transparent", "turned", "bmp"],
+)
+def test_only_what_pillow_reads_alike_is_read_by_the_faster_decoder(save, alike, tmp_path):
+    path = tmp_path / "picture"
+    save(path)
+    wanted = load_picture(path, 8)
+    assert read_alike(wanted) == alike
+    place = [[0, 0, path.stat().st_size, alike]]
+    assert np.array_equal(InPlace([str(path)], np.array(place), 8)[0], pixels(wanted))
+
+
+@pytest.mark.parametrize("change", ["cut", "other size", "other kind"])
+def test_a_changed_file_is_refused_whatever_reads_it(change, tmp_path):
+    path = tmp_path / "picture.png"
+    noise(1).save(path)
+    size = path.stat().st_size
+    if change == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif change == "other size":
+        noise(1).resize((16, 16)).save(path)
+        size = path.stat().st_size
+    else:
+        path.write_bytes(b"x" * size)
+    with pytest.raises(UserError, match="picture 0 at byte 0 of .*cannot be read any more"):
+        InPlace([str(path)], np.array([[0, 0, size, 1]]), 8)[0]

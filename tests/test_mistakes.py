@@ -32,7 +32,7 @@ def checkpoint_of(run: Path) -> Path:
 def test_an_unknown_command_is_named_with_the_known_ones(fails):
     code, line = fails("fti")
     assert code == 1
-    assert "'fti'" in line and "fit, validate, test, predict, prepare, generate" in line
+    assert "'fti'" in line and "fit, validate, test, predict, prepare, encode, generate" in line
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])

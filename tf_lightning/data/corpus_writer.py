@@ -139,9 +139,11 @@ class CorpusWriter:
         if not self.latents.in_place:
             self.waiting.append(picture)
             return
+        from tf_lightning.data.in_place import read_alike
+
         file, offset, size = picture.place
         number = self.files.setdefault(file, len(self.files))
-        self.places.extend((number, offset, size))
+        self.places.extend((number, offset, size, read_alike(picture)))
 
     @torch.no_grad()
     def _encode_waiting(self) -> None:
@@ -177,7 +179,7 @@ class CorpusWriter:
             "files": list(self.files),
         }
         if self.latents.in_place:
-            np.save(self.folder / "pictures.npy", np.array(self.places, np.int64).reshape(-1, 3))
+            np.save(self.folder / "pictures.npy", np.array(self.places, np.int64).reshape(-1, 4))
         write_facts(self.folder, counts, skipped, origin)
 
     def _image_shape(self) -> tuple[int, int, int] | None:
@@ -234,9 +236,9 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
 
 def merge_places(shards: list[Path], facts: list[dict], folder: Path) -> None:
     """Write where the pictures of several corpora are, files numbered one after another."""
-    places, first_file = [np.empty((0, 3), np.int64)], 0
+    places, first_file = [np.empty((0, 4), np.int64)], 0
     for shard, fact in zip(shards, facts, strict=True):
-        places.append(np.load(shard / "pictures.npy") + [first_file, 0, 0])
+        places.append(np.load(shard / "pictures.npy") + [first_file, 0, 0, 0])
         first_file += len(fact["files"])
     np.save(folder / "pictures.npy", np.concatenate(places))
 

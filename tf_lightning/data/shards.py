@@ -97,6 +97,8 @@ def plan_corpus(
     ]
     if latents != Latents():  # so that corpora of before there was a choice are found
         origin.append(asdict(latents))
+    if latents.in_place:
+        origin.append("read_alike")  # known of each picture, which it was not at first
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     path = Path(directory) / f"{name}-{split}-{digest}"
     shards = source.shards(split) if hasattr(source, "shards") else [source]
