@@ -63,7 +63,7 @@ def compare(name: str, paths: str, side: int, cache: Path) -> None:
     order = [int(w.documents[p]) for w in [rows._find(0)[0]] for row in w.rows for p in row]
     places = pictures.places[order].tolist()
     files = [Path(file).read_bytes() for file in pictures.files]
-    contents = [files[file][first : first + size] for file, first, size in places]
+    contents = [files[file][first : first + size] for file, first, size, _ in places]
     kilobytes = sum(map(len, contents)) / len(contents) / 1000
 
     def pillow() -> None:

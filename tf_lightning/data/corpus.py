@@ -152,7 +152,7 @@ class Corpus:
         if self.latents.in_place:
             from tf_lightning.data.in_place import InPlace
 
-            places = np.load(self.path / "pictures.npy", mmap_mode="r")
+            places = np.asarray(np.load(self.path / "pictures.npy", mmap_mode="r"))
             self._pictures = InPlace(facts["files"], places, (self.image_shape or [0])[-1])
         else:
             self._latents = _memmap(self.path / "latents.bin", stored, shape)

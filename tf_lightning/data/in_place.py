@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchcodec.decoders import decode_image
+from torchcodec.decoders import decode_jpeg, decode_png
 
 from tf_lightning.data.corpus import BadSample
 from tf_lightning.data.images import load_picture
 from tf_lightning.errors import UserError
 
 OPEN_FILES = 64
+JPEG = 0xFF  # the first byte of its files
 UNREADABLE = RuntimeError, ValueError  # what torchcodec raises of bytes that it makes no picture of
 
 
@@ -70,7 +71,8 @@ class InPlace:
 
 def decoded(content: np.ndarray) -> np.ndarray:
     """A JPEG or PNG as it is, uint8 (3, H, W), of its file's bytes; UNREADABLE if damaged."""
-    return decode_image(torch.from_numpy(content), mode="RGB").numpy()
+    decode = decode_jpeg if content[0] == JPEG else decode_png
+    return decode(torch.from_numpy(content), mode="RGB").numpy()
 
 
 def read_alike(picture: Image.Image) -> bool:
