@@ -1,5 +1,6 @@
 """Pictures read where they lie are the pictures, in tars and in files; nothing is copied."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tf_lightning.data import ImageCaptionData, InterleavedData
+import public_layouts
+from tf_lightning.data import CaptionRows, CaptionTars, ImageCaptionData, InterleavedData
 from tf_lightning.data.images import load_picture
 from tf_lightning.data.in_place import InPlace, read_alike
 from tf_lightning.data.mixture import Mixture
@@ -106,11 +108,58 @@ def test_pictures_in_files_are_read_there(tmp_path):
         corpus.document(0)
 
 
+def coloured_noise(seed: int, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    noise(seed).save(file, kind)
+    return file.getvalue()
+
+
+def write_captions(folder) -> None:
+    """A tar, a packed tar and a parquet file, each of four captioned pictures."""
+    for number, pack in enumerate((lambda content: content, gzip.compress)):
+        files = {}
+        for key in range(4):
+            seed = 4 * number + key
+            files |= {f"{key}.png": coloured_noise(seed), f"{key}.txt": f"noise {seed}".encode()}
+        tar = public_layouts.write_tar(folder / "plain", files)
+        (folder / f"{number}.tar{number * '.gz'}").write_bytes(pack(tar.read_bytes()))
+    rows = [
+        {"image": {"bytes": coloured_noise(seed), "path": None}, "caption": f"noise {seed}"}
+        for seed in range(8, 12)
+    ]
+    public_layouts.write_parquet(folder / "2.parquet", rows)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 1])
+def test_pictures_in_parquet_and_packed_tars_are_kept_as_they_are(
+    shard_bytes, tmp_path, monkeypatch
+):
+    write_captions(tmp_path)
+    monkeypatch.setattr("tf_lightning.data.files.SHARD_BYTES", shard_bytes)
+    tars = CaptionTars([f"{tmp_path}/0.tar", f"{tmp_path}/1.tar.gz"], val_fraction=0, image_size=8)
+    rows = CaptionRows(f"{tmp_path}/2.parquet", val_fraction=0, image_size=8)
+    data = Mixture(
+        {"tars": tars, "rows": rows}, in_place=True, cache_dir=str(tmp_path / "cache"), **SIZES
+    )
+    data.prepare_data()
+    corpora = data.corpora["train"]
+    copied = {"tars": range(4, 8), "rows": range(8, 12)}  # what lies in 0.tar is read there
+    for name, seeds in copied.items():
+        kept = (corpora[name].path / "pictures.bin").read_bytes()
+        assert kept == b"".join(map(coloured_noise, seeds))
+    for name, seeds in {"tars": range(8), "rows": range(8, 12)}.items():
+        assert len(corpora[name]) == len(seeds)
+        for number, seed in enumerate(seeds):
+            text, picture = corpora[name].document(number)
+            assert data.tokenizer.decode(text.tolist()) == f"noise {seed}"
+            assert torch.equal(picture, pixels(noise(seed)))
+
+
 def test_what_has_no_place_is_refused(tmp_path):
     sizes = SIZES | {"row_length": 512, "patch_size": 16}
     source = {"shapes": ShapesCaptions(4, 2)}
     data = Mixture(source, in_place=True, cache_dir=str(tmp_path), **sizes)
-    with pytest.raises(UserError, match="in_place needs pictures that lie in files or tars"):
+    with pytest.raises(UserError, match="in_place needs pictures that are read from files"):
         data.prepare_data()
     with pytest.raises(UserError, match='reads pixels, .* give autoencoder "pixels"'):
         Mixture(source, in_place=True, **(sizes | {"autoencoder": "shapes"}))
@@ -145,9 +194,9 @@ def test_only_what_pillow_reads_alike_is_read_by_the_faster_decoder(save, alike,
     path = tmp_path / "picture"
     save(path)
     wanted = load_picture(path, 8)
-    assert read_alike(wanted) == alike
+    assert read_alike(wanted, path.read_bytes()) == alike
     place = [[0, 0, path.stat().st_size, alike]]
-    assert np.array_equal(InPlace([str(path)], np.array(place), 8)[0], pixels(wanted))
+    assert np.array_equal(InPlace([str(path)], np.array(place), 8, tmp_path)[0], pixels(wanted))
 
 
 @pytest.mark.parametrize("change", ["cut", "other size", "other kind"])
@@ -163,4 +212,4 @@ def test_a_changed_file_is_refused_whatever_reads_it(change, tmp_path):
     else:
         path.write_bytes(b"x" * size)
     with pytest.raises(UserError, match="picture 0 at byte 0 of .*cannot be read any more"):
-        InPlace([str(path)], np.array([[0, 0, size, 1]]), 8)[0]
+        InPlace([str(path)], np.array([[0, 0, size, 1]]), 8, tmp_path)[0]

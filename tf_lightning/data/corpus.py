@@ -5,7 +5,9 @@ A corpus is a directory of
     latents.bin    float16 (num_images, V, S, C, h, w), unit variance; V: the picture, its mirror
                    image (if asked); S: the latents, or mean and standard deviation (if asked);
                    codes are uint32, C = 1
-    pictures.npy   instead, if asked: int64 (num_images, 3), file, first byte, bytes of each picture
+    pictures.npy   instead, if asked: int64 (num_images, 4), file, first byte and bytes of each
+                   picture, and whether it is read_alike (in_place.py)
+    pictures.bin   then too: the files of pictures that lie in parquet and packed tars, as they are
     parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
     corpus.json    counts, image shape, codes in the codebook if there is one, and how many samples
@@ -153,7 +155,8 @@ class Corpus:
             from tf_lightning.data.in_place import InPlace
 
             places = np.asarray(np.load(self.path / "pictures.npy", mmap_mode="r"))
-            self._pictures = InPlace(facts["files"], places, (self.image_shape or [0])[-1])
+            size, own = (self.image_shape or [0])[-1], self.path / "pictures.bin"
+            self._pictures = InPlace(facts["files"], places, size, own)
         else:
             self._latents = _memmap(self.path / "latents.bin", stored, shape)
         self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))

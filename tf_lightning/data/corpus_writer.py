@@ -22,6 +22,7 @@ from tf_lightning.data.corpus import (
     RawDocument,
     Turn,
 )
+from tf_lightning.data.images import place_of
 from tf_lightning.data.layout import IMAGE
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer
@@ -66,6 +67,7 @@ class CorpusWriter:
         self.places = array("q")
         self.tokens_file = (folder / "tokens.bin").open("wb")
         self.latents_file = (folder / "latents.bin").open("wb")
+        self.pictures_file = (folder / "pictures.bin").open("wb") if latents.in_place else None
 
     @property
     def num_documents(self) -> int:
@@ -112,10 +114,10 @@ class CorpusWriter:
             )
         self.picture_size = self.picture_size or size
         if self.latents.in_place and any(
-            getattr(picture, "place", None) is None for picture in pictures
+            getattr(picture, "file", None) is None for picture in pictures
         ):
             raise UserError(
-                "in_place needs pictures that lie in files or tars, and these do not; set it false"
+                "in_place needs pictures that are read from files, and these are not; set it false"
             )
         if any(picture.size != self.picture_size for picture in pictures):
             raise BadSample("picture of another size than the first")
@@ -139,11 +141,17 @@ class CorpusWriter:
         if not self.latents.in_place:
             self.waiting.append(picture)
             return
-        from tf_lightning.data.in_place import read_alike
+        from tf_lightning.data.in_place import OWN, read_alike
 
-        file, offset, size = picture.place
-        number = self.files.setdefault(file, len(self.files))
-        self.places.extend((number, offset, size, read_alike(picture)))
+        file = picture.file
+        content = file.read_bytes() if isinstance(file, Path) else file
+        if place := place_of(file):
+            path, offset, size = place
+            number = self.files.setdefault(path, len(self.files))
+        else:
+            number, offset, size = OWN, self.pictures_file.tell(), len(content)
+            self.pictures_file.write(content)
+        self.places.extend((number, offset, size, read_alike(picture, content)))
 
     @torch.no_grad()
     def _encode_waiting(self) -> None:
@@ -178,7 +186,8 @@ class CorpusWriter:
             "latents": asdict(self.latents),
             "files": list(self.files),
         }
-        if self.latents.in_place:
+        if self.pictures_file:
+            self.pictures_file.close()
             np.save(self.folder / "pictures.npy", np.array(self.places, np.int64).reshape(-1, 4))
         write_facts(self.folder, counts, skipped, origin)
 
@@ -199,7 +208,8 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
     shapes = {tuple(fact["image_shape"]) for fact in facts if fact["image_shape"]}
     if len(shapes) > 1:
         raise UserError(f"pictures have latents of several sizes ({shapes}); give one image_size")
-    for name in ("tokens.bin", "latents.bin"):
+    in_place = facts[0]["latents"]["in_place"]
+    for name in ("tokens.bin", "latents.bin", *(["pictures.bin"] if in_place else [])):
         with (folder / name).open("wb") as whole:
             for shard in shards:
                 with (shard / name).open("rb") as piece:
@@ -229,17 +239,24 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
     files = [file for fact in facts for file in fact["files"]]
     told = {"image_shape": shape} | {k: facts[0][k] for k in ("num_codes", "latents")}
     told["files"] = files
-    if facts[0]["latents"]["in_place"]:
+    if in_place:
         merge_places(shards, facts, folder)
     write_facts(folder, counts | told, dict(skipped.most_common()), origin)
 
 
 def merge_places(shards: list[Path], facts: list[dict], folder: Path) -> None:
     """Write where the pictures of several corpora are, files numbered one after another."""
-    places, first_file = [np.empty((0, 4), np.int64)], 0
+    from tf_lightning.data.in_place import OWN
+
+    places, first_file, first_byte = [np.empty((0, 4), np.int64)], 0, 0
     for shard, fact in zip(shards, facts, strict=True):
-        places.append(np.load(shard / "pictures.npy") + [first_file, 0, 0, 0])
+        piece = np.load(shard / "pictures.npy")
+        own = piece[:, 0] == OWN
+        piece[:, 0] += np.where(own, 0, first_file)
+        piece[:, 1] += np.where(own, first_byte, 0)
+        places.append(piece)
         first_file += len(fact["files"])
+        first_byte += (shard / "pictures.bin").stat().st_size
     np.save(folder / "pictures.npy", np.concatenate(places))
 
 

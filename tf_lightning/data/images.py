@@ -31,8 +31,7 @@ def load_picture(file: bytes | Path, image_size: int) -> Image.Image:
     """An RGB picture of image_size x image_size pixels: the middle square, resized bicubically.
 
     Grey, palette and CMYK become RGB, transparency white, an animation its first frame; a camera's
-    orientation is applied. Every picture that a model sees comes through here. Its `place` is what
-    `place_of` says of the file.
+    orientation is applied. Every picture that a model sees comes through here. Its `file` is kept.
 
     Raises:
         BadSample: the file is no picture, is damaged, or is too large to be honest.
@@ -55,7 +54,7 @@ def load_picture(file: bytes | Path, image_size: int) -> Image.Image:
     size = image_size, image_size
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-    image.place = place_of(file)
+    image.file = file
     return image
 
 

@@ -1,5 +1,6 @@
 """Pictures that stay where they are, in tars and files, and are read by number when trained on.
 
+Those in parquet and packed tars lie nowhere by themselves: the corpus has a copy of their files.
 Pillow, which every picture is prepared with, takes as long again to hand over an array as to decode
 a small picture. Where torchcodec was seen to make the same pixels, it reads them.
 """
@@ -18,6 +19,7 @@ from tf_lightning.data.images import load_picture
 from tf_lightning.errors import UserError
 
 OPEN_FILES = 64
+OWN = -1  # the number of the corpus's own file of pictures
 JPEG = 0xFF  # the first byte of its files
 UNREADABLE = RuntimeError, ValueError  # what torchcodec raises of bytes that it makes no picture of
 
@@ -30,10 +32,15 @@ class InPlace:
         places: of each picture: the number of its file, first byte, bytes, and whether it is
             `read_alike`, (num_images, 4).
         image_size: side of the pictures in pixels.
+        own: the corpus's file of pictures that have no other.
     """
 
-    def __init__(self, files: list[str], places: np.ndarray, image_size: int):
-        self.files, self.places, self.image_size = files, places, image_size
+    def __init__(self, files: list[str], places: np.ndarray, image_size: int, own: Path):
+        self.files, self.places, self.image_size = (
+            [*files, str(own)],
+            places,
+            image_size,
+        )  # OWN is the last
         self._opened: OrderedDict[int, int] = OrderedDict()  # descriptors, by number of the file
 
     def __getitem__(self, number: int) -> np.ndarray:
@@ -75,11 +82,10 @@ def decoded(content: np.ndarray) -> np.ndarray:
     return decode(torch.from_numpy(content), mode="RGB").numpy()
 
 
-def read_alike(picture: Image.Image) -> bool:
-    """Whether `decoded` makes exactly this picture of the bytes at its `place`."""
-    path, offset, size = picture.place
+def read_alike(picture: Image.Image, content: bytes) -> bool:
+    """Whether `decoded` makes exactly this picture of its file."""
     try:
-        pixels = decoded(np.fromfile(path, np.uint8, size, offset=offset))
+        pixels = decoded(np.frombuffer(bytearray(content), np.uint8))
     except UNREADABLE:  # of another kind than JPEG and PNG
         return False
     return np.array_equal(pixels, np.asarray(picture).transpose(2, 0, 1))

@@ -45,7 +45,8 @@ class Mixture(StreamData):
         mirror: train on half of all documents with their pictures mirrored, another half each time;
             twice the room. Not where words say what is left and right.
         in_place: leave pictures in their files and tars and read them there when they are trained
-            on, with autoencoder "pixels"; `cache_dir` then has only where they are.
+            on, with autoencoder "pixels"; `cache_dir` then has only where they are, and copies of
+            those in parquet and packed tars, as they are.
         encoded: folder that `tf-lightning encode` wrote, and what is read then in place of the
             sources' files; None: sources are prepared in `cache_dir`.
         patch_size: side of a patch in latent pixels.
