@@ -1,6 +1,7 @@
 """A prepared corpus gives back the documents it was made of."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tf_lightning.batch import document_length
 from tf_lightning.data.corpus import Corpus, Source
 from tf_lightning.data.prepare import prepare
 from tf_lightning.data.shards import plan_corpus
+from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer, train
 
 
@@ -106,3 +108,42 @@ def test_a_copy_in_another_process_reads_the_same_files(corpus):
 def test_a_source_is_whatever_has_its_two_methods():
     assert issubclass(Given, Source)
     assert not issubclass(Corpus, Source)
+
+
+def another_picture(parts, documents):
+    parts[1, 0] = 7  # document 0 says that it shows the picture of document 6
+
+
+def another_caption(parts, documents):
+    parts[0, 0] = parts[2, 0]  # document 0 says the beginning of what document 1 says
+
+
+def another_border(parts, documents):
+    documents[4] -= 1  # the text behind the second picture of document 3 goes to document 4
+
+
+def pictures_changed_over(parts, documents):
+    parts[[10, 12], 0] = parts[[12, 10], 0]  # document 5 goes from the later to the earlier one
+
+
+@pytest.mark.parametrize(
+    "change, document",
+    [
+        (another_picture, 0),
+        (another_caption, 0),
+        (another_border, 3),
+        (another_border, 4),
+        (pictures_changed_over, 5),
+    ],
+)
+def test_an_index_that_pairs_wrongly_is_refused_though_all_its_numbers_are_good(
+    change, document, corpus, tmp_path
+):
+    folder = shutil.copytree(corpus.path, tmp_path / "damaged")
+    parts, documents = (np.load(folder / f"{name}.npy") for name in ("parts", "documents"))
+    change(parts, documents)
+    np.save(folder / "parts.npy", parts), np.save(folder / "documents.npy", documents)
+    damaged = Corpus(folder)
+    with pytest.raises(UserError, match="is damaged; delete the folder"):
+        damaged.document(document)
+    assert torch.equal(damaged.document(2)[0], corpus.document(2)[0])

@@ -16,11 +16,12 @@ import multiprocessing
 import os
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from tf_lightning.data.corpus import Corpus
+from tf_lightning.data.corpus import Corpus, seed_of
 from tf_lightning.data.corpus_rows import CorpusRows
 from tf_lightning.data.layout import IMAGE
 
@@ -40,10 +41,23 @@ def write_corpus(path: Path, kind: str, documents: int, row_length: int) -> None
         parts = np.stack([images, tokens, images, np.full_like(tokens, IMAGE)], 1).reshape(-1, 2)
     np.save(path / "parts.npy", parts)
     np.save(path / "documents.npy", np.arange(documents + 1) * (len(parts) // documents))
+    np.save(path / "checks.npy", checks_of(parts, 1 if kind == "text" else 2))
     np.zeros(row_length, np.uint32).tofile(path / "tokens.bin")
     np.zeros((1, 1, 16, 16), np.float16).tofile(path / "latents.bin")
     facts = {"num_tokens": row_length, "num_images": 1, "image_shape": [1, 16, 16], "skipped": {}}
     (path / "corpus.json").write_text(json.dumps(facts))
+
+
+def checks_of(parts: np.ndarray, count: int) -> np.ndarray:
+    """The check of each part; tokens and latents are all 0."""
+    image = np.zeros((1, 1, 16, 16), np.float16)
+    longest, checks = int(parts[:, 1].max()), np.empty(len(parts), np.uint32)
+    for place in range(count):
+        seed = seed_of(place, count)
+        known = [zlib.crc32(bytes(4 * n), seed) for n in range(longest + 1)]
+        known.append(zlib.crc32(image, seed))  # found at IMAGE, which is -1
+        checks[place::count] = np.array(known, np.uint32)[parts[place::count, 1]]
+    return checks
 
 
 def measured(path: Path, row_length: int, queue: multiprocessing.Queue) -> None:

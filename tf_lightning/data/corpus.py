@@ -10,6 +10,7 @@ A corpus is a directory of
     pictures.bin   then too: the files of pictures that lie in parquet and packed tars, as they are
     parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
+    checks.npy     uint32 (num_parts,): CRC-32 of what each part is made of, begun with `seed_of`
     corpus.json    counts, image shape, codes in the codebook if there is one, and how many samples
                    were skipped for what reason
     answer-*.json  how many rows it takes, once that was asked
@@ -19,11 +20,12 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Literal
 
@@ -161,7 +163,8 @@ class Corpus:
             self._latents = _memmap(self.path / "latents.bin", stored, shape)
         self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))
         self._documents = np.asarray(np.load(self.path / "documents.npy", mmap_mode="r"))
-        _check_index(self._parts, self._documents)
+        self._checks = np.asarray(np.load(self.path / "checks.npy", mmap_mode="r"))
+        _check_index(self._parts, self._documents, self._checks)
 
     def __reduce__(self):
         """Travels to DataLoader workers as its path, not its content."""
@@ -182,24 +185,29 @@ class Corpus:
             random: draws latents from their posterior, and all pictures of the document or none
                 mirrored, where the corpus has what that needs; None: their means, as they are.
         """
-        parts = self._parts[self._documents[index] : self._documents[index + 1]].tolist()
+        where = slice(self._documents[index], self._documents[index + 1])
+        parts = self._parts[where].tolist()
         _check_parts(parts, len(self._tokens), self.num_images)
         mirrored = int(random is not None and self.latents.mirrored and random.random() < 0.5)
-        return [
-            torch.from_numpy(self._picture(start, mirrored, random))
-            if length == IMAGE
-            else torch.from_numpy(self._tokens[start : start + length].astype(np.int64))
-            for start, length in parts
-        ]
+        document = []
+        for place, check in enumerate(self._checks[where].tolist()):
+            start, length = parts[place]
+            intact = partial(_check_content, seed=seed_of(place, len(parts)), check=check)
+            if length == IMAGE:
+                part = self._picture(start, mirrored, random, intact)
+            else:
+                part = intact(self._tokens[start : start + length]).astype(np.int64)
+            document.append(torch.from_numpy(part))
+        return document
 
     def _picture(
-        self, number: int, mirrored: int, random: np.random.Generator | None
+        self, number: int, mirrored: int, random: np.random.Generator | None, intact: Callable
     ) -> np.ndarray:
         """Of a picture, latents (C, h, w) float32, codes (1, h, w) int64 or pixels uint8."""
         if self.latents.in_place:
-            picture = self._pictures[number]
+            picture = self._pictures.read(number, intact)
             return np.ascontiguousarray(picture[..., ::-1]) if mirrored else picture
-        kept = self._latents[number, mirrored].astype(self._dtype)
+        kept = intact(self._latents[number])[mirrored].astype(self._dtype)
         return draw_latents(kept, random if self.sample_posterior else None)
 
     @refuse_damage
@@ -237,11 +245,25 @@ def _memmap(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, "r", shape=shape))  # plain arrays slice faster
 
 
-def _check_index(parts: np.ndarray, documents: np.ndarray) -> None:
+def seed_of(place: int, count: int) -> int:
+    """What the CRC-32 of part `place` of `count` begins with: among other parts, it is another."""
+    return (place << 16 | count) & 0xFFFFFFFF
+
+
+def _check_content(content: np.ndarray, seed: int, check: int) -> np.ndarray:
+    """What was read; ValueError unless it is what was written there."""
+    if zlib.crc32(content, seed) != check:
+        raise ValueError("part of another content")
+    return content
+
+
+def _check_index(parts: np.ndarray, documents: np.ndarray, checks: np.ndarray) -> None:
     """ValueError unless the documents divide the parts."""
-    kinds = [(array.dtype, array.shape[1:]) for array in (parts, documents)]
-    if kinds != [(np.int64, (2,)), (np.int64, ())] or documents.shape in ((), (0,)):
+    kinds = [(array.dtype, array.shape[1:]) for array in (parts, documents, checks)]
+    if kinds != [(np.int64, (2,)), (np.int64, ()), (np.uint32, ())] or len(documents) == 0:
         raise ValueError("index of another kind")
+    if len(checks) != len(parts):
+        raise ValueError("parts without a check")
     if documents[0] != 0 or documents[-1] != len(parts):
         raise ValueError("documents of more or fewer parts")
     for start in range(0, len(documents), CHUNK):  # never all of a large one in memory

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from array import array
 from collections import Counter
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from tf_lightning.data.corpus import (
     Latents,
     RawDocument,
     Turn,
+    seed_of,
 )
 from tf_lightning.data.images import place_of
 from tf_lightning.data.layout import IMAGE
@@ -62,7 +64,8 @@ class CorpusWriter:
         self.parts, self.documents = array("q"), array("q", [0])
         self.num_tokens = self.num_images = 0
         self.picture_size: tuple[int, int] | None = None  # width, height
-        self.waiting: list[Image.Image] = []
+        self.checks = array("I")  # CRC-32 of each part, or what it begins with
+        self.waiting: list[tuple[Image.Image, int]] = []  # pictures, and which parts they are
         self.files: dict[str, int] = {}  # numbers of the files that pictures in place lie in
         self.places = array("q")
         self.tokens_file = (folder / "tokens.bin").open("wb")
@@ -124,9 +127,12 @@ class CorpusWriter:
         return (size[0] // pixels) * (size[1] // pixels) + self.time_token
 
     def _write(self, parts: list[list[int] | Image.Image]) -> None:
-        for part in parts:
+        for place, part in enumerate(parts):
+            self.checks.append(seed_of(place, len(parts)))
             if isinstance(part, list):
-                np.array(part, np.int32).tofile(self.tokens_file)
+                tokens = np.array(part, np.int32)
+                tokens.tofile(self.tokens_file)
+                self._check(-1, tokens)
                 self.parts.extend((self.num_tokens, len(part)))
                 self.num_tokens += len(part)
             else:
@@ -137,14 +143,18 @@ class CorpusWriter:
         if len(self.waiting) >= PICTURES_AT_ONCE:
             self._encode_waiting()
 
+    def _check(self, part: int, content: bytes | np.ndarray) -> None:
+        self.checks[part] = zlib.crc32(content, self.checks[part])
+
     def _take(self, picture: Image.Image) -> None:
         if not self.latents.in_place:
-            self.waiting.append(picture)
+            self.waiting.append((picture, len(self.checks) - 1))
             return
         from tf_lightning.data.in_place import OWN, read_alike
 
         file = picture.file
         content = file.read_bytes() if isinstance(file, Path) else file
+        self._check(-1, content)
         if place := place_of(file):
             path, offset, size = place
             number = self.files.setdefault(path, len(self.files))
@@ -156,12 +166,17 @@ class CorpusWriter:
     @torch.no_grad()
     def _encode_waiting(self) -> None:
         if self.waiting:
-            pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in self.waiting]))
+            pixels = torch.from_numpy(
+                np.stack([np.asarray(picture) for picture, _ in self.waiting])
+            )
             images = pixels.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
             views = [images, images.flip(-1)] if self.latents.mirrored else [images]
             latents = torch.stack([self._encode(view) for view in views], 1)  # (B, V, S, C, h, w)
             stored, _ = STORED_CODES if self.autoencoder.num_codes else STORED_LATENTS
-            latents.cpu().numpy().astype(stored).tofile(self.latents_file)
+            kept = latents.cpu().numpy().astype(stored)
+            kept.tofile(self.latents_file)
+            for (_, part), content in zip(self.waiting, kept, strict=True):
+                self._check(part, content)
             self.waiting.clear()
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -177,6 +192,7 @@ class CorpusWriter:
         self.latents_file.close()
         np.save(self.folder / "parts.npy", np.array(self.parts, np.int64).reshape(-1, 2))
         np.save(self.folder / "documents.npy", np.array(self.documents, np.int64))
+        np.save(self.folder / "checks.npy", np.array(self.checks, np.uint32))
         counts = {
             "num_documents": self.num_documents,
             "num_tokens": self.num_tokens,
@@ -221,6 +237,8 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
     create = partial(np.lib.format.open_memmap, mode="w+", dtype=np.int64)
     parts = create(folder / "parts.npy", shape=(sum(sizes), 2)) if sum(sizes) else None
     documents = create(folder / "documents.npy", shape=(num_documents + 1,))
+    checks = [np.load(shard / "checks.npy", mmap_mode="r") for shard in shards]
+    np.save(folder / "checks.npy", np.concatenate(checks))
     for shard, fact in zip(shards, facts, strict=True):
         if fact["num_documents"]:
             piece = np.load(shard / "parts.npy")

@@ -7,6 +7,7 @@ a small picture. Where torchcodec was seen to make the same pixels, it reads the
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,29 +44,32 @@ class InPlace:
         )  # OWN is the last
         self._opened: OrderedDict[int, int] = OrderedDict()  # descriptors, by number of the file
 
-    def __getitem__(self, number: int) -> np.ndarray:
+    def read(self, number: int, intact: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Picture `number`, uint8 (3, H, W).
+
+        Args:
+            number: of the picture; ValueError if the index says nonsense of it.
+            intact: given the bytes of its file, gives them back, or raises ValueError.
 
         Raises:
             UserError: its file is gone, or is no longer the one that was prepared.
         """
         file, offset, size, alike = self.places[number].tolist()
+        if not OWN <= file < len(self.files):
+            raise ValueError("picture in a file that is not listed")
         content = np.empty(size, np.uint8)
         try:
             if os.preadv(self._open(file), [content], offset) != size:
                 raise BadSample("truncated file")
-            if not alike:
-                picture = load_picture(content.tobytes(), self.image_size)
-                return np.array(picture).transpose(2, 0, 1)
-            pixels = decoded(content)
-            if pixels.shape != (3, self.image_size, self.image_size):
-                raise BadSample("picture of another size")
+            if alike:
+                return decoded(intact(content))
+            picture = load_picture(intact(content).tobytes(), self.image_size)
         except (OSError, *UNREADABLE, BadSample) as error:
             raise UserError(
                 f"picture {number:,} at byte {offset:,} of {self.files[file]} cannot be read any "
                 "more; bring the file back as it was, or run `tf-lightning prepare` again"
             ) from error
-        return pixels
+        return np.array(picture).transpose(2, 0, 1)
 
     def _open(self, file: int) -> int:
         if file not in self._opened:

@@ -13,7 +13,7 @@ from tf_lightning.data.corpus import BadSample, Latents, RawDocument, Skipped, S
 from tf_lightning.data.corpus_writer import CorpusWriter
 from tf_lightning.tokenizer import Tokenizer
 
-FORMAT = 1  # of the files; a new number has every corpus prepared again
+FORMAT = 2  # of the files; a new number has every corpus prepared again
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,6 @@ def plan_corpus(
     ]
     if latents != Latents():  # so that corpora of before there was a choice are found
         origin.append(asdict(latents))
-    if latents.in_place:
-        origin.append("read_alike")  # known of each picture, which it was not at first
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     path = Path(directory) / f"{name}-{split}-{digest}"
     shards = source.shards(split) if hasattr(source, "shards") else [source]
