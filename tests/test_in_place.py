@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import tarfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,8 +167,8 @@ def test_what_has_no_place_is_refused(tmp_path):
         Mixture(source, in_place=True, **(sizes | {"autoencoder": "shapes"}))
 
 
-def bytes_as_they_are(content):
-    return content
+def check_of(path: Path) -> tuple[int, int]:
+    return 0, zlib.crc32(path.read_bytes())
 
 
 def transparent() -> Image.Image:
@@ -200,10 +202,8 @@ def test_only_what_pillow_reads_alike_is_read_by_the_faster_decoder(save, alike,
     wanted = load_picture(path, 8)
     assert read_alike(wanted, path.read_bytes()) == alike
     place = [[0, 0, path.stat().st_size, alike]]
-    assert np.array_equal(
-        InPlace([str(path)], np.array(place), 8, tmp_path).read(0, bytes_as_they_are),
-        pixels(wanted),
-    )
+    pictures = InPlace([str(path)], np.array(place), 8, tmp_path)
+    assert torch.equal(pictures.read(0, check_of(path)), pixels(wanted))
 
 
 @pytest.mark.parametrize("change", ["cut", "other kind"])
@@ -216,4 +216,15 @@ def test_a_changed_file_is_refused_whatever_reads_it(change, tmp_path):
     else:
         path.write_bytes(b"x" * size)
     with pytest.raises(UserError, match="picture 0 at byte 0 of .*cannot be read any more"):
-        InPlace([str(path)], np.array([[0, 0, size, 1]]), 8, tmp_path).read(0, bytes_as_they_are)
+        InPlace([str(path)], np.array([[0, 0, size, 1]]), 8, tmp_path).read(0, check_of(path))
+
+
+def test_another_picture_in_the_place_of_one_is_refused(tmp_path):
+    path = tmp_path / "picture.bmp"  # all pictures of a size have files of a size
+    noise(1).save(path)
+    check = check_of(path)
+    pictures = InPlace([str(path)], np.array([[0, 0, path.stat().st_size, 0]]), 8, tmp_path)
+    assert torch.equal(pictures.read(0, check), pixels(noise(1)))
+    noise(2).save(path)
+    with pytest.raises(UserError, match="picture 0 at byte 0 of .*cannot be read any more"):
+        pictures.read(0, check)

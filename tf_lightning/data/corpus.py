@@ -25,13 +25,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from tf_lightning.batch import Document
 from tf_lightning.data.layout import IMAGE, Layout, select
@@ -39,6 +40,7 @@ from tf_lightning.errors import UserError
 
 Split = Literal["train", "val"]
 RawDocument = list[str | Image.Image]
+Check = tuple[int, int]  # what a part's CRC-32 begins and ends with
 CHUNK = 1_000_000  # documents checked at once
 STORED_LATENTS, STORED_CODES = (np.float16, np.float32), (np.uint32, np.int64)  # and as they serve
 
@@ -186,29 +188,28 @@ class Corpus:
                 mirrored, where the corpus has what that needs; None: their means, as they are.
         """
         where = slice(self._documents[index], self._documents[index + 1])
-        parts = self._parts[where].tolist()
+        parts, checks = self._parts[where].tolist(), self._checks[where].tolist()
         _check_parts(parts, len(self._tokens), self.num_images)
-        mirrored = int(random is not None and self.latents.mirrored and random.random() < 0.5)
+        mirrored = random is not None and self.latents.mirrored and random.random() < 0.5
         document = []
-        for place, check in enumerate(self._checks[where].tolist()):
-            start, length = parts[place]
-            intact = partial(_check_content, seed=seed_of(place, len(parts)), check=check)
+        for place, ((start, length), end) in enumerate(zip(parts, checks, strict=True)):
+            check = seed_of(place, len(parts)), end
             if length == IMAGE:
-                part = self._picture(start, mirrored, random, intact)
+                document.append(self._picture(start, check, mirrored, random))
             else:
-                part = intact(self._tokens[start : start + length]).astype(np.int64)
-            document.append(torch.from_numpy(part))
+                tokens = intact(self._tokens[start : start + length], check)
+                document.append(torch.from_numpy(tokens.astype(np.int64)))
         return document
 
     def _picture(
-        self, number: int, mirrored: int, random: np.random.Generator | None, intact: Callable
-    ) -> np.ndarray:
+        self, number: int, check: Check, mirrored: bool, random: np.random.Generator | None
+    ) -> Tensor:
         """Of a picture, latents (C, h, w) float32, codes (1, h, w) int64 or pixels uint8."""
         if self.latents.in_place:
-            picture = self._pictures.read(number, intact)
-            return np.ascontiguousarray(picture[..., ::-1]) if mirrored else picture
-        kept = intact(self._latents[number])[mirrored].astype(self._dtype)
-        return draw_latents(kept, random if self.sample_posterior else None)
+            picture = self._pictures.read(number, check)
+            return picture.flip(-1) if mirrored else picture
+        kept = intact(self._latents[number], check)[int(mirrored)].astype(self._dtype)
+        return torch.from_numpy(draw_latents(kept, random if self.sample_posterior else None))
 
     @refuse_damage
     def layout(self, documents: np.ndarray | None = None) -> Layout:
@@ -250,9 +251,10 @@ def seed_of(place: int, count: int) -> int:
     return (place << 16 | count) & 0xFFFFFFFF
 
 
-def _check_content(content: np.ndarray, seed: int, check: int) -> np.ndarray:
+def intact(content: np.ndarray, check: Check) -> np.ndarray:
     """What was read; ValueError unless it is what was written there."""
-    if zlib.crc32(content, seed) != check:
+    seed, end = check
+    if zlib.crc32(content, seed) != end:
         raise ValueError("part of another content")
     return content
 

@@ -7,15 +7,15 @@ a small picture. Where torchcodec was seen to make the same pixels, it reads the
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchcodec.decoders import decode_jpeg, decode_png
 
-from tf_lightning.data.corpus import BadSample
+from tf_lightning.data.corpus import BadSample, Check, intact
 from tf_lightning.data.images import load_picture
 from tf_lightning.errors import UserError
 
@@ -44,12 +44,12 @@ class InPlace:
         )  # OWN is the last
         self._opened: OrderedDict[int, int] = OrderedDict()  # descriptors, by number of the file
 
-    def read(self, number: int, intact: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def read(self, number: int, check: Check) -> Tensor:
         """Picture `number`, uint8 (3, H, W).
 
         Args:
             number: of the picture; ValueError if the index says nonsense of it.
-            intact: given the bytes of its file, gives them back, or raises ValueError.
+            check: of the bytes of its file.
 
         Raises:
             UserError: its file is gone, or is no longer the one that was prepared.
@@ -62,14 +62,14 @@ class InPlace:
             if os.preadv(self._open(file), [content], offset) != size:
                 raise BadSample("truncated file")
             if alike:
-                return decoded(intact(content))
-            picture = load_picture(intact(content).tobytes(), self.image_size)
+                return decoded(intact(content, check))
+            picture = load_picture(intact(content, check).tobytes(), self.image_size)
         except (OSError, *UNREADABLE, BadSample) as error:
             raise UserError(
                 f"picture {number:,} at byte {offset:,} of {self.files[file]} cannot be read any "
                 "more; bring the file back as it was, or run `tf-lightning prepare` again"
             ) from error
-        return np.array(picture).transpose(2, 0, 1)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     def _open(self, file: int) -> int:
         if file not in self._opened:
@@ -80,10 +80,10 @@ class InPlace:
         return self._opened[file]
 
 
-def decoded(content: np.ndarray) -> np.ndarray:
+def decoded(content: np.ndarray) -> Tensor:
     """A JPEG or PNG as it is, uint8 (3, H, W), of its file's bytes; UNREADABLE if damaged."""
     decode = decode_jpeg if content[0] == JPEG else decode_png
-    return decode(torch.from_numpy(content), mode="RGB").numpy()
+    return decode(torch.from_numpy(content), mode="RGB")
 
 
 def read_alike(picture: Image.Image, content: bytes) -> bool:
@@ -92,4 +92,4 @@ def read_alike(picture: Image.Image, content: bytes) -> bool:
         pixels = decoded(np.frombuffer(bytearray(content), np.uint8))
     except UNREADABLE:  # of another kind than JPEG and PNG
         return False
-    return np.array_equal(pixels, np.asarray(picture).transpose(2, 0, 1))
+    return np.array_equal(pixels.numpy(), np.asarray(picture).transpose(2, 0, 1))
