@@ -44,7 +44,8 @@ def write_corpus(path: Path, kind: str, documents: int, row_length: int) -> None
     np.save(path / "checks.npy", checks_of(parts, 1 if kind == "text" else 2))
     np.zeros(row_length, np.uint32).tofile(path / "tokens.bin")
     np.zeros((1, 1, 16, 16), np.float16).tofile(path / "latents.bin")
-    facts = {"num_tokens": row_length, "num_images": 1, "image_shape": [1, 16, 16], "skipped": {}}
+    facts = {"num_tokens": row_length, "num_images": 1, "image_shape": [1, 16, 16]}
+    facts |= {"skipped": {}, "made_from": []}
     (path / "corpus.json").write_text(json.dumps(facts))
 
 
