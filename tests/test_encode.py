@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.data
+from PIL import Image
 
+import public_layouts
 import runs
 from corpora import Sharded
 from encode_runs import content, encodable, encode, encode_apart
@@ -56,6 +58,32 @@ def test_what_is_kept_is_the_posterior_of_each_picture_and_of_its_mirror_image(e
         expected = load_autoencoder("shapes").moments(pixels).numpy()
         assert np.ptp(expected[:, 0]) > 1
         np.testing.assert_allclose(kept[:, view], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_are_kept_too_also_where_workers_read_the_pictures(workers, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 160, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "wide.png")
+    line = {"file_name": "wide.png", "text": "noise"}
+    file = public_layouts.write_lines(tmp_path / "metadata.jsonl", [line])
+
+    def of_files(config: dict) -> None:
+        encodable(config)
+        options = {"paths": str(file), "val_fraction": 0.0, "image_size": 64}
+        source = {"class_path": "tf_lightning.data.CaptionRows", "init_args": options}
+        config["data"]["init_args"] |= {"sources": {"wide": source}, "num_workers": workers}
+
+    config = str(runs.write_config(tmp_path, of_files))
+    main(["encode", "-c", config, "--data.crops=3", "--data.mirror=true"])
+    (path,) = (tmp_path / "data" / "encoded").glob("wide-train-*")
+    kept = np.fromfile(path / "latents.bin", np.float16).reshape(6, 2, 8, 8, 8)
+    squares = np.stack([noise[:, x : x + 64] for x in (48, 0, 96)])
+    images = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 127.5 - 1
+    expected = load_autoencoder("shapes").moments(torch.cat([images, images.flip(-1)]))
+    np.testing.assert_allclose(kept, expected.numpy(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", config, "--data.mirror=true", f"--data.encoded={path.parent}"])
+    assert "encoded with crops 3 and the data has 1" in capsys.readouterr().err
 
 
 def test_training_reads_it_and_nothing_else(encoded, tmp_path, monkeypatch):

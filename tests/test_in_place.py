@@ -161,7 +161,9 @@ def test_what_has_no_place_is_refused(tmp_path):
     sizes = SIZES | {"row_length": 512, "patch_size": 16}
     source = {"shapes": ShapesCaptions(4, 2)}
     data = Mixture(source, in_place=True, cache_dir=str(tmp_path), **sizes)
-    with pytest.raises(UserError, match="in_place needs pictures that are read from files"):
+    with pytest.raises(
+        UserError, match="in_place and crops need pictures that are read from files"
+    ):
         data.prepare_data()
     with pytest.raises(UserError, match='reads pixels, .* give autoencoder "pixels"'):
         Mixture(source, in_place=True, **(sizes | {"autoencoder": "shapes"}))

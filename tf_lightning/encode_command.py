@@ -12,10 +12,12 @@ usage: tf-lightning encode -c CONFIG [--data.encoded DIR]
 
 Tokenises texts and encodes pictures over the trainer's ranks and nodes, once, into DIR (default:
 encoded/ in the data's cache_dir): of each training picture, and of its mirror image with
---data.mirror true, mean and standard deviation of its posterior in fp16. Then
+--data.mirror true and of its ends with --data.crops 3, mean and standard deviation of its
+posterior in fp16. Then
   tf-lightning fit -c CONFIG --data.encoded DIR
 trains on it without the pictures' files, on the mode or with --data.sample_posterior true on
-samples; it refuses an autoencoder, picture size, mirror or patches that are not those of DIR.
+samples; it refuses an autoencoder, picture size, mirror, crops or patches that are not those of
+DIR.
 
   --trainer.devices 8 --trainer.num_nodes 4   ranks; each encodes shards (64 MB of files) of its own
   --data.num_workers 8                        processes of each rank that read pictures

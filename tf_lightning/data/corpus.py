@@ -2,9 +2,9 @@
 
 A corpus is a directory of
     tokens.bin     int32, all text ids one after another, ~id where it is read and not learned
-    latents.bin    float16 (num_images, V, S, C, h, w), unit variance; V: the picture, its mirror
-                   image (if asked); S: the latents, or mean and standard deviation (if asked);
-                   codes are uint32, C = 1
+    latents.bin    float16 (num_images, V, S, C, h, w), unit variance; V: the picture's crops, and
+                   these mirrored (if asked); S: the latents, or mean and standard deviation (if
+                   asked); codes are uint32, C = 1
     pictures.npy   instead, if asked: int64 (num_images, 4), file, first byte and bytes of each
                    picture, and whether it is read_alike (in_place.py)
     pictures.bin   then too: the files of pictures that lie in parquet and packed tars, as they are
@@ -87,6 +87,7 @@ class Latents:
 
     Attributes:
         mirrored: its mirror image too, for training on either.
+        crops: how many squares of it, the middle first and then the ends of the longer side.
         moments: mean and standard deviation of its latents, for training on samples.
         in_place: nothing; it is read where it lies whenever it is trained on.
     """
@@ -94,11 +95,23 @@ class Latents:
     mirrored: bool = False
     moments: bool = False
     in_place: bool = False
+    crops: int = 1
+
+    def __post_init__(self) -> None:
+        if self.crops not in (1, 2, 3):
+            raise UserError(f"crops={self.crops} must be 1 (the middle), 2 or 3 (and both ends)")
 
     @property
     def shape(self) -> tuple[int, int]:
         """V, S."""
-        return 1 + self.mirrored, 1 + self.moments
+        return (1 + self.mirrored) * self.crops, 1 + self.moments
+
+    def draw(self, random: np.random.Generator | None) -> tuple[int, int]:
+        """Which of the kept views a document is read with: mirrored or not, number of the crop."""
+        if random is None:
+            return 0, 0
+        mirrored = int(self.mirrored and random.random() < 0.5)
+        return mirrored, int(random.integers(self.crops)) if self.crops > 1 else 0
 
 
 def draw_latents(kept: np.ndarray, random: np.random.Generator | None) -> np.ndarray:
@@ -184,31 +197,34 @@ class Corpus:
 
         Args:
             index: its number.
-            random: draws latents from their posterior, and all pictures of the document or none
-                mirrored, where the corpus has what that needs; None: their means, as they are.
+            random: draws latents from their posterior, and one crop and all pictures of the
+                document or none mirrored, where the corpus has what that needs; None: the means of
+                the pictures' middles.
         """
         where = slice(self._documents[index], self._documents[index + 1])
         parts, checks = self._parts[where].tolist(), self._checks[where].tolist()
         _check_parts(parts, len(self._tokens), self.num_images)
-        mirrored = random is not None and self.latents.mirrored and random.random() < 0.5
+        view = self.latents.draw(random)
         document = []
         for place, ((start, length), end) in enumerate(zip(parts, checks, strict=True)):
             check = seed_of(place, len(parts)), end
             if length == IMAGE:
-                document.append(self._picture(start, check, mirrored, random))
+                document.append(self._picture(start, check, view, random))
             else:
                 tokens = intact(self._tokens[start : start + length], check)
                 document.append(torch.from_numpy(tokens.astype(np.int64)))
         return document
 
     def _picture(
-        self, number: int, check: Check, mirrored: bool, random: np.random.Generator | None
+        self, number: int, check: Check, view: tuple[int, int], random: np.random.Generator | None
     ) -> Tensor:
         """Of a picture, latents (C, h, w) float32, codes (1, h, w) int64 or pixels uint8."""
+        mirrored, crop = view
         if self.latents.in_place:
-            picture = self._pictures.read(number, check)
+            picture = self._pictures.read(number, check, crop)
             return picture.flip(-1) if mirrored else picture
-        kept = intact(self._latents[number], check)[int(mirrored)].astype(self._dtype)
+        kept = intact(self._latents[number], check)[mirrored * self.latents.crops + crop]
+        kept = kept.astype(self._dtype)
         return torch.from_numpy(draw_latents(kept, random if self.sample_posterior else None))
 
     @refuse_damage

@@ -24,7 +24,7 @@ from tf_lightning.data.corpus import (
     Turn,
     seed_of,
 )
-from tf_lightning.data.images import place_of
+from tf_lightning.data.images import CROPS, MIDDLE, load_picture, place_of
 from tf_lightning.data.layout import IMAGE
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer import Tokenizer
@@ -116,11 +116,11 @@ class CorpusWriter:
                 f"pixels; give an image_size that is a multiple of {pixels}"
             )
         self.picture_size = self.picture_size or size
-        if self.latents.in_place and any(
-            getattr(picture, "file", None) is None for picture in pictures
-        ):
+        kept, drawn = self.latents, any("file" not in picture.info for picture in pictures)
+        if drawn and (kept.in_place or kept.crops > 1):
             raise UserError(
-                "in_place needs pictures that are read from files, and these are not; set it false"
+                "in_place and crops need pictures that are read from files, and these are not; "
+                "give in_place: false and crops: 1"
             )
         if any(picture.size != self.picture_size for picture in pictures):
             raise BadSample("picture of another size than the first")
@@ -152,7 +152,7 @@ class CorpusWriter:
             return
         from tf_lightning.data.in_place import OWN, read_alike
 
-        file = picture.file
+        file = picture.info["file"]
         content = file.read_bytes() if isinstance(file, Path) else file
         self._check(-1, content)
         if place := place_of(file):
@@ -166,11 +166,9 @@ class CorpusWriter:
     @torch.no_grad()
     def _encode_waiting(self) -> None:
         if self.waiting:
-            pixels = torch.from_numpy(
-                np.stack([np.asarray(picture) for picture, _ in self.waiting])
-            )
-            images = pixels.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
-            views = [images, images.flip(-1)] if self.latents.mirrored else [images]
+            views = [self._images(crop) for crop in CROPS[: self.latents.crops]]
+            if self.latents.mirrored:
+                views += [images.flip(-1) for images in views]
             latents = torch.stack([self._encode(view) for view in views], 1)  # (B, V, S, C, h, w)
             stored, _ = STORED_CODES if self.autoencoder.num_codes else STORED_LATENTS
             kept = latents.cpu().numpy().astype(stored)
@@ -178,6 +176,14 @@ class CorpusWriter:
             for (_, part), content in zip(self.waiting, kept, strict=True):
                 self._check(part, content)
             self.waiting.clear()
+
+    def _images(self, crop: float) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1], of those that wait."""
+        pictures = [picture for picture, _ in self.waiting]
+        if crop != MIDDLE:
+            pictures = [load_picture(p.info["file"], self.picture_size[0], crop) for p in pictures]
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        return pixels.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         """(B, S, C, h, w) of pictures (B, 3, H, W)."""

@@ -48,6 +48,7 @@ class Needed:
         time_token: whether each picture takes one position more.
         row_length: positions in a row, of which no document may take more.
         mirror: whether training has mirror images.
+        crops: how many squares of each picture training has.
         sample_posterior: whether training samples the posterior; else it takes the mode.
     """
 
@@ -58,6 +59,7 @@ class Needed:
     time_token: bool
     row_length: int
     mirror: bool
+    crops: int
     sample_posterior: bool
 
 
@@ -105,5 +107,6 @@ def _pairs(corpus: Corpus, split: Split, source: Source, needed: Needed) -> Iter
         yield "row_length", facts["row_length"], needed.row_length
     if split == "train":
         yield "mirror", latents.mirrored, needed.mirror
+        yield "crops", latents.crops, needed.crops
         if needed.sample_posterior:  # a mode is there always
             yield "sample_posterior", latents.moments, True

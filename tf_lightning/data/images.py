@@ -9,6 +9,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tf_lightning.data.corpus import BadSample
 
+MIDDLE = 0.5  # of the longer side
+CROPS = MIDDLE, 0.0, 1.0  # where squares are cut from a picture
+
 
 class Stored(bytes):
     """The bytes of a picture's file, and where they lie: at `offset` of `path`."""
@@ -19,6 +22,10 @@ class Stored(bytes):
         stored.path, stored.offset = path, offset
         return stored
 
+    def __getnewargs__(self) -> tuple[bytes, Path, int]:
+        """For another process."""
+        return bytes(self), self.path, self.offset
+
 
 def place_of(file: bytes | Path) -> tuple[str, int, int] | None:
     """File, first byte and number of bytes of a picture; None of bytes that know no place."""
@@ -27,11 +34,17 @@ def place_of(file: bytes | Path) -> tuple[str, int, int] | None:
     return (str(file.path.absolute()), file.offset, len(file)) if isinstance(file, Stored) else None
 
 
-def load_picture(file: bytes | Path, image_size: int) -> Image.Image:
-    """An RGB picture of image_size x image_size pixels: the middle square, resized bicubically.
+def load_picture(file: bytes | Path, image_size: int, crop: float = MIDDLE) -> Image.Image:
+    """An RGB picture of image_size x image_size pixels: the largest square, resized bicubically.
 
     Grey, palette and CMYK become RGB, transparency white, an animation its first frame; a camera's
-    orientation is applied. Every picture that a model sees comes through here. Its `file` is kept.
+    orientation is applied. Every picture that a model sees comes through here. Its file
+    stays in `info`.
+
+    Args:
+        file: its bytes or its name.
+        image_size: pixels.
+        crop: where along the longer side the square lies, from 0 to 1.
 
     Raises:
         BadSample: the file is no picture, is damaged, or is too large to be honest.
@@ -53,8 +66,8 @@ def load_picture(file: bytes | Path, image_size: int) -> Image.Image:
         raise BadSample(f"{fault} picture") from error
     size = image_size, image_size
     if image.size != size:
-        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-    image.file = file
+        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC, centering=(crop, crop))
+    image.info["file"] = file  # of all attributes, the one that travels to another process
     return image
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchcodec.decoders import decode_jpeg, decode_png
 
 from tf_lightning.data.corpus import BadSample, Check, intact
-from tf_lightning.data.images import load_picture
+from tf_lightning.data.images import CROPS, load_picture
 from tf_lightning.errors import UserError
 
 OPEN_FILES = 64
@@ -44,12 +44,13 @@ class InPlace:
         )  # OWN is the last
         self._opened: OrderedDict[int, int] = OrderedDict()  # descriptors, by number of the file
 
-    def read(self, number: int, check: Check) -> Tensor:
+    def read(self, number: int, check: Check, crop: int = 0) -> Tensor:
         """Picture `number`, uint8 (3, H, W).
 
         Args:
             number: of the picture; ValueError if the index says nonsense of it.
             check: of the bytes of its file.
+            crop: which of CROPS; those of what is `read_alike` are one.
 
         Raises:
             UserError: its file is gone, or is no longer the one that was prepared.
@@ -63,7 +64,7 @@ class InPlace:
                 raise BadSample("truncated file")
             if alike:
                 return decoded(intact(content, check))
-            picture = load_picture(intact(content, check).tobytes(), self.image_size)
+            picture = load_picture(intact(content, check).tobytes(), self.image_size, CROPS[crop])
         except (OSError, *UNREADABLE, BadSample) as error:
             raise UserError(
                 f"picture {number:,} at byte {offset:,} of {self.files[file]} cannot be read any "

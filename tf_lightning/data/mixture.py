@@ -44,6 +44,8 @@ class Mixture(StreamData):
             its mode; twice the room in `cache_dir`.
         mirror: train on half of all documents with their pictures mirrored, another half each time;
             twice the room. Not where words say what is left and right.
+        crops: 1, the middle square of a picture; 2 or 3, in turn also one or both ends of its
+            longer side: two or three times the room.
         in_place: leave pictures in their files and tars and read them there when they are trained
             on, with autoencoder "pixels"; `cache_dir` then has only where they are, and copies of
             those in parquet and packed tars, as they are.
@@ -78,6 +80,7 @@ class Mixture(StreamData):
         autoencoder: str | None = None,
         sample_posterior: bool = False,
         mirror: bool = False,
+        crops: Literal[1, 2, 3] = 1,
         in_place: bool = False,
         encoded: str | None = None,
         patch_size: int = 2,
@@ -112,7 +115,7 @@ class Mixture(StreamData):
                 'them; give autoencoder "pixels" without sample_posterior, or in_place=false'
             )
         self.in_place, self.encoded = in_place, encoded and Path(encoded)
-        self.latents = Latents(mirrored=mirror, moments=sample_posterior, in_place=in_place)
+        self.latents = Latents(mirror, sample_posterior, in_place, crops)
         self.row_length, self.time_token = row_length, time_token
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
@@ -188,6 +191,7 @@ class Mixture(StreamData):
             time_token=self.time_token,
             row_length=self.row_length,
             mirror=self.latents.mirrored,
+            crops=self.latents.crops,
             sample_posterior=self.latents.moments,
         )
         return {
