@@ -7,6 +7,8 @@ import torch
 
 import runs
 from tf_lightning.cli import main
+from tf_lightning.errors import UserError
+from tf_lightning.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -109,6 +111,29 @@ def test_weights_or_a_tokenizer_that_do_not_fit_are_told(
         main(["fit", "-c", str(config)])
     assert stop.value.code == 1 and words in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_other_data_is_trained_on_with_the_tokenizer_of_the_checkpoint(run, tmp_path, checkpoint):
+    def fewer(config: dict) -> None:
+        still(config)
+        config["data"]["init_args"]["sources"].pop("text")
+        config["data"]["init_args"] |= {
+            "tokenizer": checkpoint,
+            "cache_dir": str(tmp_path / "data"),
+        }
+
+    main(["fit", "-c", str(write_config(run, tmp_path, checkpoint, fewer))])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    ours, theirs = Tokenizer(last), Tokenizer(checkpoint)
+    assert ours.proto == theirs.proto
+    assert ours.encode("a red circle") == theirs.encode("a red circle")
+    assert not list((tmp_path / "data").glob("tokenizer-*"))  # none was trained
+
+
+def test_a_checkpoint_that_is_none_has_no_tokenizer(tmp_path):
+    (tmp_path / "bad.ckpt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        Tokenizer(tmp_path / "bad.ckpt")
 
 
 def test_a_missing_checkpoint_is_told(run, tmp_path, capsys):

@@ -108,7 +108,7 @@ def test_a_llama_style_file_works(tmp_path):
 
 
 def test_a_missing_file_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="none.model cannot be read .*; give the path"):
+    with pytest.raises(UserError, match="none.model cannot be read .*; give a sentencepiece"):
         Tokenizer(tmp_path / "none.model")
 
 

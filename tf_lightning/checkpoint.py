@@ -10,12 +10,13 @@ TRANSFUSION, AUTOENCODER = "image_codec", "autoencoder"  # keys that tell checkp
 OTHER = {TRANSFUSION: "an autoencoder's", AUTOENCODER: "a Transfusion model's"}
 
 
-def read_checkpoint(path: str | Path, kind: str = TRANSFUSION) -> dict:
+def read_checkpoint(path: str | Path, kind: str = TRANSFUSION, mmap: bool = False) -> dict:
     """A checkpoint's contents on the CPU, without running anything that it holds.
 
     Args:
         path: the file.
         kind: TRANSFUSION or AUTOENCODER.
+        mmap: leave tensors in the file until they are used, for one that needs few of them.
 
     Raises:
         UserError: there is no such file, or it is not a checkpoint of this project and kind.
@@ -33,7 +34,7 @@ def read_checkpoint(path: str | Path, kind: str = TRANSFUSION) -> dict:
             f"no checkpoint at {path}; train one with `tf-lightning fit` or check the path"
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch's readers raise of many kinds on bytes of other programs
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint; it is damaged "

@@ -310,7 +310,7 @@ class Transfusion(L.LightningModule):
         if self.tokenizer_proto not in (None, proto):
             raise UserError(
                 "the data's tokenizer is not the one this checkpoint was trained with; "
-                "give the training run's tokenizer file or cache_dir"
+                "give the data `tokenizer: CHECKPOINT`, which takes the checkpoint's own"
             )
         self.tokenizer_proto = proto
         self.image_codec = checkpoint["image_codec"]

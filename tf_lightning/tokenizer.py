@@ -14,6 +14,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from tf_lightning import hf_tokenizer
+from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.errors import UserError
 from tf_lightning.json_pieces import JsonPieces
 
@@ -37,11 +38,15 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
-        """Read a sentencepiece file, or a Hugging Face folder or hub name of a language model.
+        """Read a sentencepiece file, a checkpoint (.ckpt), or a language model's folder or name.
 
         Raises:
-            UserError: the file is missing or no sentencepiece model.
+            UserError: the file is missing, or is none of these.
         """
+        if Path(path).suffix == ".ckpt":
+            proto = read_checkpoint(path, mmap=True)["tokenizer"]
+            self._load(bytes(proto.numpy()), str(path))
+            return
         if hf_tokenizer.is_pretrained(path):
             self._load(hf_tokenizer.read(path), str(path))
             return
@@ -50,7 +55,7 @@ class Tokenizer:
         except OSError as error:
             raise UserError(
                 f"tokenizer {path} cannot be read ({error.strerror}); "
-                "give the path of a sentencepiece .model file, or a language model's folder"
+                "give a sentencepiece .model file, a checkpoint, or a language model's folder"
             ) from error
         self._load(proto, str(path))
 

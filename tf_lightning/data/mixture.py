@@ -36,7 +36,8 @@ class Mixture(StreamData):
             validated on.
         weights_count: what `weights` are shares of, "tokens" or "documents" (MonoFormer's 9:1 of
             samples); a text cut into pieces by `row_length` is as many documents.
-        tokenizer: a sentencepiece file; None trains one on the sources' text.
+        tokenizer: a sentencepiece file, or a checkpoint (.ckpt), whose own is then taken; None
+            trains one on the sources' text.
         vocab_size: entries of the tokenizer that is trained.
         autoencoder: "shapes", "shapes_vq", "pixels", a folder, a file, or a hub name; one with a
             codebook makes pictures tokens; None: no pictures.
