@@ -37,23 +37,21 @@ class InPlace:
     """
 
     def __init__(self, files: list[str], places: np.ndarray, image_size: int, own: Path):
-        self.files, self.places, self.image_size = (
-            [*files, str(own)],
-            places,
-            image_size,
-        )  # OWN is the last
+        self.files = [*files, str(own)]  # OWN is the last
+        self.places, self.image_size = places, image_size
         self._opened: OrderedDict[int, int] = OrderedDict()  # descriptors, by number of the file
 
     def read(self, number: int, check: Check, crop: int = 0) -> Tensor:
         """Picture `number`, uint8 (3, H, W).
 
         Args:
-            number: of the picture; ValueError if the index says nonsense of it.
+            number: of the picture.
             check: of the bytes of its file.
             crop: which of CROPS; those of what is `read_alike` are one.
 
         Raises:
             UserError: its file is gone, or is no longer the one that was prepared.
+            ValueError: it is the corpus that is damaged.
         """
         file, offset, size, alike = self.places[number].tolist()
         if not OWN <= file < len(self.files):
@@ -66,6 +64,8 @@ class InPlace:
                 return decoded(intact(content, check))
             picture = load_picture(intact(content, check).tobytes(), self.image_size, CROPS[crop])
         except (OSError, *UNREADABLE, BadSample) as error:
+            if file == OWN:
+                raise ValueError("damaged picture") from error
             raise UserError(
                 f"picture {number:,} at byte {offset:,} of {self.files[file]} cannot be read any "
                 "more; bring the file back as it was, or run `tf-lightning prepare` again"
