@@ -216,7 +216,7 @@ def test_two_ranks_equal_one_with_the_same_pictures(tmp_path):
     assert one.Tags()["scalars"] == two.Tags()["scalars"]
     for tag in one.Tags()["scalars"]:
         a, b = ([event.value for event in events.Scalars(tag)] for events in (one, two))
-        assert a == pytest.approx(b, rel=2e-4), tag
+        assert a == pytest.approx(b, rel=1e-3), tag
     first, second = map(load, values.values())
     for name, weight in first["state_dict"].items():
         if name.startswith("autoencoder."):

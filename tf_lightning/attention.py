@@ -107,6 +107,7 @@ class FlexAttention(DenseAttention):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
+        q, k = q.type_as(v), k.type_as(v)  # autocast leaves norms in fp32, and this call alone
         out = _flex(
             q.transpose(1, 2),
             k.transpose(1, 2),

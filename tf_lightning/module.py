@@ -223,7 +223,7 @@ class Transfusion(L.LightningModule):
         DDP and FSDP average gradients over ranks; the mean of these shares over ranks is the sum of
         totals by the sum of counts, so that 2 ranks equal 1 with the same rows.
         """
-        everyone = torch.tensor(float(count), device=total.device)
+        everyone = total.new_full((), float(count))  # no copy, which the device would wait for
         if self.trainer.world_size > 1:
             everyone = self.trainer.strategy.reduce(everyone, reduce_op="sum")
         return total * self.trainer.world_size / everyone.clamp(min=1)
