@@ -1,0 +1,99 @@
+"""On a CUDA device: what the CPU computes, and no step that makes the host wait for the device."""
+
+import lightning as L
+import pytest
+import torch
+
+import runs
+from by_hand import answer, draw, open_ended_net, settings
+from test_module import tiny_module
+from tf_lightning.attention import FlexAttention, build_attention
+from tf_lightning.data import Mixture
+from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
+from tf_lightning.guidance import Guidance
+from tf_lightning.module import Transfusion
+from tf_lightning.transformer import TransformerConfig
+from tiny import SIZES, document, mixed_batch, packed, tiny_net
+
+pytestmark = pytest.mark.gpu
+PROMPTS = [document("4", 1), document("2i3", 2), document("9", 3)]
+
+
+def losses(module: Transfusion, batch) -> tuple[float, float]:
+    """Both sums; their gradients are left in the module."""
+    sums = module.loss_sums(module.net, batch)
+    (sums.nll.sum() + sums.diffusion).backward()
+    return sums.nll.sum().item(), sums.diffusion.item()
+
+
+@pytest.mark.parametrize("image_weights", ["shared", "all"])
+def test_losses_and_gradients_are_the_cpus(image_weights):
+    sizes = TransformerConfig(vocab_size=20, image_weights=image_weights, **SIZES)
+    modules = [tiny_module() for _ in range(2)]
+    for module in modules:
+        module.config, module.net = sizes, None
+        torch.manual_seed(0)
+        module.configure_model()
+    here, there = modules[0], modules[1].to("cuda")
+    assert isinstance(build_attention(mixed_batch().to("cuda")), FlexAttention)
+    assert losses(there, mixed_batch().to("cuda")) == pytest.approx(
+        losses(here, mixed_batch()), rel=1e-4
+    )
+    for ours, theirs in zip(here.net.parameters(), there.net.parameters(), strict=True):
+        torch.testing.assert_close(theirs.grad.cpu(), ours.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_bf16_autocast_is_the_same_loss_roughly():
+    module, batch = tiny_module().to("cuda"), mixed_batch().to("cuda")
+    exact = losses(module, batch)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert losses(module, batch) == pytest.approx(exact, rel=2e-2)
+
+
+def test_a_compiled_network_has_the_same_losses_for_batches_of_any_shape():
+    plain, compiled = tiny_module().to("cuda"), tiny_module(compile=True).to("cuda")
+    batches = [mixed_batch(), packed([[document("7i2", 1)], [document("i", 2)]], seed=1)]
+    batches.append(packed([[document("9", 1), document("3", 2)]]))
+    for batch in (each.to("cuda") for each in batches):
+        assert losses(compiled, batch) == pytest.approx(losses(plain, batch), rel=1e-3)
+
+
+def test_answers_are_the_cpus():
+    how = settings("image", guidance=Guidance(2.0))
+    drawn = [draw(tiny_net().to(device), PROMPTS, how, 1, 2, 3) for device in ("cpu", "cuda")]
+    torch.testing.assert_close(drawn[1].cpu(), drawn[0], atol=1e-3, rtol=1e-3)
+    here, there = (
+        answer(open_ended_net().to(device), PROMPTS, settings("text")) for device in ("cpu", "cuda")
+    )
+    for ours, theirs in zip(here, there, strict=True):
+        assert [part.tolist() for part in theirs] == [part.tolist() for part in ours]
+
+
+class NoWaiting(L.Callback):
+    """Between a batch's arrival and the end of its step nothing may wait for the device."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx > 1:  # the first ones compile
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_training_step_never_waits_for_the_device(tmp_path):
+    config = TransformerConfig(vocab_size=runs.VOCAB_SIZE, **SIZES)
+    module = Transfusion(config, patch_size=16, latent_channels=3, warmup_steps=1)
+    data = Mixture(
+        {"captions": ShapesCaptions(30, 6), "text": ShapesTexts(30, 6)},
+        **{"autoencoder": "pixels", "vocab_size": runs.VOCAB_SIZE, "patch_size": 16},
+        **{"row_length": 256, "batch_size": 2, "cache_dir": str(tmp_path)},
+    )
+    trainer = L.Trainer(
+        **{"accelerator": "cuda", "devices": 1, "max_steps": 6, "precision": "bf16-mixed"},
+        **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
+        **{"enable_checkpointing": False, "num_sanity_val_steps": 0, "limit_val_batches": 0},
+        **{"use_distributed_sampler": False, "gradient_clip_val": 0.5},
+        callbacks=[NoWaiting()],
+    )
+    trainer.fit(module, data)
+    assert trainer.global_step == 6
