@@ -2,9 +2,16 @@
 
 import hashlib
 import json
+from importlib import metadata
 
 from callbacks.prompts import Prompt
-from callbacks.protocol import Number, print_numbers, prompts_hash, write_numbers
+from callbacks.protocol import (
+    Number,
+    installed_version,
+    print_numbers,
+    prompts_hash,
+    write_numbers,
+)
 
 NUMBERS = [Number("val/fid[shapes]", 1.25, {"guidance_scale": 3.0, "weights": "ema"})]
 
@@ -50,3 +57,8 @@ def test_a_number_that_is_not_finite_is_null_since_json_has_no_nan(tmp_path):
 
     read = json.loads(path.read_text(), parse_constant=refuse)
     assert [number["value"] for number in read["numbers"]] == [None, None, 1.5]
+
+
+def test_what_is_not_installed_has_no_version():
+    assert installed_version("no-such-package") is None
+    assert installed_version("torch") == metadata.version("torch")

@@ -318,8 +318,12 @@ class Model:
         return parts
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
-    """The model in a checkpoint, averaged if it has an average, or in an exported folder."""
+def load(path: str | Path, device: str | torch.device | None = None) -> Model:
+    """The model in a checkpoint, averaged if it has an average, or in an exported folder.
+
+    Without `device` on a GPU if there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = read_weights(path)
     names = Transfusion.__init__.__annotations__.keys() - {"return"}
     hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if k in names}

@@ -4,9 +4,9 @@
     python tests/benchmarks/step_time.py --cuda [--compile]
 
 Forward and backward, fp32, one thread, no optimizer, on the same packed rows. On CUDA: the paper's
-0.76B, rows of 4,096, bf16 autocast, both models compiled or neither, device time. `Net` computes its
-attention by document, its vocabulary head at text targets, and both losses. The plain Llama is what
-one would write for text alone: causal SDPA over the whole row, and the vocabulary head and
+0.76B, rows of 4,096, bf16 autocast, both models compiled or neither, device time. `Net` computes
+its attention by document, its vocabulary head at text targets, and both losses. The plain Llama is
+what one would write for text alone: causal SDPA over the whole row, and the vocabulary head and
 cross-entropy at every position, patches and padding taken for tokens. Each ratio is the median over
 repeats of the two CPU times, taken one after the other in one process, so that other work on the
 machine weighs on both. The bar is 1.15.
@@ -190,11 +190,12 @@ def compare(
 ) -> tuple[float, float, float]:
     """Medians: seconds of the plain step, ratio of ours to it, ratio to the strict one."""
     torch.manual_seed(0)
-    net = Net(config, PATCH_SIZE, LATENT_CHANNELS)
-    net.reset_parameters()
-    llama = PlainLlama(config, batch.input_ids.shape[1])
     device = batch.input_ids.device
-    for model in (net.to(device), llama.to(device)):
+    with device:
+        net = Net(config, PATCH_SIZE, LATENT_CHANNELS)
+        net.reset_parameters()
+        llama = PlainLlama(config, batch.input_ids.shape[1])
+    for model in (net, llama):
         model.compile(disable=not compiled)
     alphas_cumprod = cosine_alphas_cumprod().to(device)
     everywhere = torch.arange(batch.input_ids.numel(), device=device)
