@@ -123,10 +123,12 @@ def test_a_resumed_run_goes_on_counting_its_seconds(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("image_weights", ["shared", "all"])
-def test_two_sharded_ranks_equal_one_and_their_file_is_anyones(tmp_path, image_weights):
+@pytest.mark.parametrize(
+    ("image_weights", "muon"), [("shared", False), ("all", False), ("all", True)]
+)
+def test_two_sharded_ranks_equal_one_and_their_file_is_anyones(tmp_path, image_weights, muon):
     """FSDP2 on two CPU processes: losses, weights, average, a resume, a picture."""
-    check_two_ranks(tmp_path, json.dumps(ranks.SHARDED), image_weights)
+    check_two_ranks(tmp_path, json.dumps(ranks.SHARDED), image_weights, muon=muon)
     file = str(tmp_path / "ranks2" / "run" / "checkpoints" / "last.ckpt")
     drawn = tmp_path / "drawn"
     main(["generate", file, "a red circle", "--steps", "2", "-n", "1", "-o", str(drawn)])
@@ -144,7 +146,11 @@ def test_a_run_goes_on_with_twice_or_half_the_ranks_as_if_nothing_had_happened(t
 
 
 def check_two_ranks(
-    tmp_path: Path, strategy: str, image_weights: str = "shared", swapped: bool = False
+    tmp_path: Path,
+    strategy: str,
+    image_weights: str = "shared",
+    swapped: bool = False,
+    muon: bool = False,
 ) -> None:
     """Losses and weights of three steps, and of three more behind a resume.
 
@@ -153,6 +159,7 @@ def check_two_ranks(
     """
     more = [f"--data.init_args.cache_dir={tmp_path}/data"]
     more += [f"--model.transformer.image_weights={image_weights}"]
+    more += [f"--model.muon={str(muon).lower()}"]
     for first in (1, 2):
         folder = tmp_path / f"ranks{first}"
         folder.mkdir()

@@ -12,7 +12,7 @@ from tiny import SIZES, VOCAB_SIZE, document, mixed_batch, packed
 
 
 def optimizer_of(module: Transfusion) -> torch.optim.Optimizer:
-    module._trainer = SimpleNamespace(max_steps=10)
+    module._trainer = SimpleNamespace(max_steps=10, precision="32-true")
     return module.configure_optimizers()["optimizer"]
 
 

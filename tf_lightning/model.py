@@ -302,8 +302,8 @@ class Model:
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (n, C, h, w) as pictures."""
+        latents = latents.to(next(self.net.parameters()).device)
         with torch.no_grad():
-            latents = latents.to(next(self.net.parameters()).device)
             return [to_picture(pixels) for pixels in self.autoencoder.decode(latents)]
 
     def _decode_parts(self, document: Document, stop: Sequence[str]) -> RawDocument:
@@ -319,12 +319,8 @@ class Model:
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> Model:
-    """The model in a checkpoint, averaged if it has an average, or in an exported folder.
-
-    Without `device` on a GPU if there is one.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = read_weights(path)
+    """The model in a checkpoint (averaged) or exported folder; device None: a GPU, if any."""
+    checkpoint, device = read_weights(path), device or ("cpu", "cuda")[torch.cuda.is_available()]
     names = Transfusion.__init__.__annotations__.keys() - {"return"}
     hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if k in names}
     module = Transfusion(**hparams)

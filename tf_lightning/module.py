@@ -22,7 +22,7 @@ from tf_lightning.losses import total_loss
 from tf_lightning.net import Net, check_codes, update_ema
 from tf_lightning.noise_levels import row_generator
 from tf_lightning.objective import Objective
-from tf_lightning.optim import lr_scale, parameter_groups, with_text_lr
+from tf_lightning.optim import build_optimizer, lr_scale
 from tf_lightning.sharding import shard
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
@@ -57,6 +57,7 @@ class Transfusion(L.LightningModule):
         text_lr_ratio: that of the Transformer as a share of `lr`, in [0, 1]; what patches have of
             their own, and the patch coder, learn at `lr`. 0 freezes it (LMFusion).
         betas: its two decay rates.
+        muon: the blocks' matrices learn by Muon, at the same rate; the rest by AdamW.
         weight_decay: on matrices; norms, biases and embeddings have none.
         warmup_steps: optimizer steps of linear warm-up.
         min_lr_ratio: last learning rate as a share of the peak.
@@ -83,6 +84,7 @@ class Transfusion(L.LightningModule):
         lr: float = 3e-4,
         text_lr_ratio: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.95),
+        muon: bool = False,
         weight_decay: float = 0.1,
         warmup_steps: int = 4000,
         min_lr_ratio: float = 0.05,
@@ -164,13 +166,11 @@ class Transfusion(L.LightningModule):
             self.image_codec["other_shapes"] = [list(s) for s in shapes if s != data.image_shape]
 
     def configure_optimizers(self) -> dict:
-        """AdamW with linear warm-up and cosine decay."""
+        """AdamW, or Muon with it, with linear warm-up and cosine decay."""
         hparams = self.hparams
-        groups = parameter_groups(self.net, hparams.weight_decay)
-        if 0 < hparams.text_lr_ratio < 1:
-            text = self.net.transformer.text_parameters()
-            groups = with_text_lr(groups, text, hparams.text_lr_ratio * hparams.lr)
-        optimizer = torch.optim.AdamW(groups, lr=hparams.lr, betas=hparams.betas, fused=True)
+        names = ("lr", "betas", "weight_decay", "text_lr_ratio", "muon")
+        bf16 = "bf16" in str(self.trainer.precision)
+        optimizer = build_optimizer(self.net, **{n: hparams[n] for n in names}, bf16=bf16)
         max_steps = self.trainer.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,

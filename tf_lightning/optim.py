@@ -2,7 +2,11 @@
 
 import math
 
+import torch
 from torch import nn
+
+from tf_lightning.muon import MuonAdamW
+from tf_lightning.net import Net
 
 
 def lr_scale(step: int, warmup_steps: int, max_steps: int, min_lr_ratio: float) -> float:
@@ -16,15 +20,19 @@ def lr_scale(step: int, warmup_steps: int, max_steps: int, min_lr_ratio: float) 
     return min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; vectors (norms, biases) and embeddings do not."""
+def parameter_groups(net: Net, weight_decay: float, muon: bool = False) -> list[dict]:
+    """Matrices decay; vectors (norms, biases) and embeddings do not.
+
+    With `muon` the blocks' matrices are a group of their own, for `MuonAdamW`.
+    """
     embeddings = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
     decays = lambda p: p.ndim >= 2 and id(p) not in embeddings  # noqa: E731
     parameters = [p for p in net.parameters() if p.requires_grad]
-    return [
+    inner = {id(p) for p in net.transformer.block_matrices()} if muon else set()
+    groups = [
         {
             "name": "decay",
-            "params": [p for p in parameters if decays(p)],
+            "params": [p for p in parameters if decays(p) and id(p) not in inner],
             "weight_decay": weight_decay,
         },
         {
@@ -33,6 +41,12 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
             "weight_decay": 0.0,
         },
     ]
+    if muon:
+        matrices = [p for p in parameters if id(p) in inner]
+        groups.append(
+            {"name": "muon", "params": matrices, "weight_decay": weight_decay, "muon": True}
+        )
+    return groups
 
 
 def with_text_lr(groups: list[dict], text: list[nn.Parameter], lr: float) -> list[dict]:
@@ -48,3 +62,32 @@ def with_text_lr(groups: list[dict], text: list[nn.Parameter], lr: float) -> lis
         for group in groups
     ]
     return image + own
+
+
+def build_optimizer(
+    net: Net,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    text_lr_ratio: float,
+    muon: bool,
+    bf16: bool,
+) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the blocks' matrices with AdamW for the rest.
+
+    Args:
+        net: what learns.
+        lr: peak learning rate.
+        betas: AdamW's.
+        weight_decay: on matrices.
+        text_lr_ratio: learning rate of the text side as a share of `lr`.
+        muon: whether it is used.
+        bf16: whether that is the precision of this run, so that Muon may compute in it.
+    """
+    groups = parameter_groups(net, weight_decay, muon)
+    if 0 < text_lr_ratio < 1:
+        groups = with_text_lr(groups, net.transformer.text_parameters(), text_lr_ratio * lr)
+    if muon:
+        return MuonAdamW(groups, lr, betas, bf16)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)

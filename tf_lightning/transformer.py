@@ -265,6 +265,11 @@ class Transformer(nn.Module):
         """All but the patches' own."""
         return [p for name, p in self.named_parameters() if not name.startswith("image_layers.")]
 
+    def block_matrices(self) -> list[nn.Parameter]:
+        """The matrices of all blocks, the patches' own too."""
+        inner = ("layers.", "image_layers.")
+        return [p for name, p in self.named_parameters() if name.startswith(inner) and p.ndim == 2]
+
     def reset_parameters(self) -> None:
         """Unit-variance outputs at the start: Normal(0, 1 / fan_in), residual ends by depth.
 
