@@ -99,4 +99,4 @@ def test_numbers_that_a_report_lacks_are_dashes():
 def test_steps_that_would_not_be_saved_are_refused(steps, capsys):
     with pytest.raises(SystemExit):
         variants.main(["--steps", steps])
-    assert "must be a multiple of 450" in capsys.readouterr().err
+    assert "must be a multiple of 300" in capsys.readouterr().err
