@@ -88,6 +88,10 @@ def test_the_last_validations_metrics_are_read(tmp_path):
     path = tmp_path / "metrics" / "step0000006-val.json"
     path.write_text(json.dumps({"global_step": 6, "numbers": numbers}))
     assert variants.last_metrics(tmp_path, 6) == {"fid[shapes]": 1.5}
+    (tmp_path / "validate").mkdir()  # of a fit that ended before it was measured
+    path.rename(tmp_path / "validate" / "metrics.json")
+    assert variants.last_metrics(tmp_path, 6) == {"fid[shapes]": 1.5}
+    assert variants.last_metrics(tmp_path, 9) == {}
 
 
 def test_numbers_that_a_report_lacks_are_dashes():

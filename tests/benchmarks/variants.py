@@ -95,10 +95,13 @@ def in_whole_run(folder: Path) -> dict[str, float]:
 
 
 def last_metrics(folder: Path, steps: int) -> dict[str, float]:
-    """What the run's last validation measured, by name."""
-    path = folder / "metrics" / f"step{steps:07d}-val.json"
-    numbers = json.loads(path.read_text())["numbers"] if path.is_file() else []
-    return {number["name"].removeprefix("val/"): number["value"] for number in numbers}
+    """What the last validation measured, by name: that of `fit`, or of `validate` after it."""
+    of_fit = folder / "metrics" / f"step{steps:07d}-val.json"
+    for path in (of_fit, folder / "validate" / "metrics.json"):
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        if content.get("global_step") == steps:
+            return {n["name"].removeprefix("val/"): n["value"] for n in content["numbers"]}
+    return {}
 
 
 def row(folder: Path, report: dict) -> dict:
