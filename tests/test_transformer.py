@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from tf_lightning.attention import build_attention
-from tf_lightning.transformer import Transformer, TransformerConfig, rope_angles, rotate
+from tf_lightning.gradients import rotate
+from tf_lightning.transformer import Transformer, TransformerConfig, rope_angles
 from tiny import document, packed, tiny_net
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "model"

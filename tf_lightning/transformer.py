@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from tf_lightning.attention import Attention
 from tf_lightning.errors import UserError
+from tf_lightning.gradients import RMSNorm, rotate
 from tf_lightning.modality import Split
 from tf_lightning.rope_scaling import RopeScaling
 
 NEW_ENTRY_LOGIT = -12.0  # of entries that a pretrained language model did not have
-QK_NORMS = {False: nn.Identity, True: nn.RMSNorm, "layer": nn.LayerNorm}
+QK_NORMS = {False: nn.Identity, True: RMSNorm, "layer": nn.LayerNorm}
 
 
 @dataclass
@@ -84,11 +85,6 @@ def rope_angles(
     return torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (..., H, K) by cos, sin (..., 1, K) (RoFormer Eq. 34), in fp32."""
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).type_as(x)
-
-
 class SelfAttention(nn.Module):
     """Multi-head or grouped-query attention with rotary positions."""
 
@@ -134,9 +130,9 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = SelfAttention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
         self.pre, self.dropout = config.norm_order == "pre", nn.Dropout(config.dropout)
 
@@ -161,9 +157,9 @@ class ImageWeights(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         if config.image_weights == "all":
-            self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+            self.attention_norm = RMSNorm(config.dim, config.norm_eps)
             self.attention = SelfAttention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
 
 
@@ -221,7 +217,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         if config.image_weights != "shared":
             self.image_layers = nn.ModuleList(ImageWeights(config) for _ in self.layers)
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
