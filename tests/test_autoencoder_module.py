@@ -221,7 +221,8 @@ def test_two_ranks_equal_one_with_the_same_pictures(tmp_path):
     for name, weight in first["state_dict"].items():
         if name.startswith("autoencoder."):
             theirs = second["state_dict"][name]
-            torch.testing.assert_close(weight, theirs, atol=2e-5, rtol=1e-4, msg=name)
+            # Of 4e-3 that four steps can move it; Adam enlarges the rounding of small gradients.
+            torch.testing.assert_close(weight, theirs, atol=2e-4, rtol=1e-4, msg=name)
     # Adam's first step is the gradient's sign, which rounding decides where it is nearly nothing:
     # of the discriminator, which has made one, the gradients are compared.
     states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (first, second)]
