@@ -229,8 +229,8 @@ def test_two_ranks_equal_one_with_the_same_pictures(tmp_path):
     assert states[0].keys() == states[1].keys()
     for number, state in states[0].items():
         ours, theirs = state["exp_avg"], states[1][number]["exp_avg"]
-        torch.testing.assert_close(ours, theirs, atol=1e-5 * float(ours.abs().max()) + 1e-7,
-                                   rtol=1e-3)  # fmt: skip
+        close = 5e-3 * float(ours.abs().max()) + 1e-7
+        torch.testing.assert_close(ours, theirs, atol=close, rtol=0)
 
 
 # Mistakes
