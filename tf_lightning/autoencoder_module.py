@@ -222,7 +222,7 @@ class AutoencoderModule(L.LightningModule):
                 generator = row_generator(self.hparams.seed, self.global_step)
                 self.codebook_use.restart(self.codebook, vectors, generator)
             codes = quantize(self.autoencoder, projected)
-            made = decode(self.autoencoder, codes.latents).float()
+            made = decode(self.autoencoder, codes.latents)
             return Reconstruction(made, codes.loss, projected, codes.ids)
         mean, logvar = posterior = encode_posterior(self.autoencoder, images)
         latents = mean
@@ -231,7 +231,7 @@ class AutoencoderModule(L.LightningModule):
             ramp = min(1.0, 3 * self.global_step / self.trainer.max_steps)
             strength = self.hparams.latent_noise * ramp * share
             latents = blur(mean, posterior.sample(noise), strength, more_noise)
-        made = decode(self.autoencoder, latents).float()
+        made = decode(self.autoencoder, latents)
         kl = losses.kl_loss(mean, logvar, images[0].numel())
         return Reconstruction(made, kl, mean, None)
 

@@ -88,10 +88,15 @@ class Posterior(NamedTuple):
         return self.mean + (0.5 * self.logvar).exp() * noise
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """What losses are computed in: half precision is lifted, double stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def encode_posterior(network: nn.Module, images: Tensor) -> Posterior:
     """The posterior of pictures (B, 3, H, W) in [-1, 1]."""
     posterior = network.encode(images).latent_dist
-    return Posterior(posterior.mean.float(), posterior.logvar.float())
+    return Posterior(at_least_float32(posterior.mean), at_least_float32(posterior.logvar))
 
 
 class Quantized(NamedTuple):
@@ -104,7 +109,7 @@ class Quantized(NamedTuple):
 
 def project(network: nn.Module, images: Tensor) -> Tensor:
     """What a VQ's encoder says of pictures (B, 3, H, W), before quantising: (B, code_dim, h, w)."""
-    return network.encode(images).latents.float()
+    return at_least_float32(network.encode(images).latents)
 
 
 def quantize(network: nn.Module, projected: Tensor) -> Quantized:
@@ -117,9 +122,8 @@ def quantize(network: nn.Module, projected: Tensor) -> Quantized:
 def decode(network: nn.Module, latents: Tensor) -> Tensor:
     """Pictures (B, 3, H, W), not clipped, of latents or of codes' vectors."""
     latents = latents.contiguous(memory_format=torch.channels_last)
-    if hasattr(network, "quantize"):
-        return network.decode(latents, force_not_quantize=True).sample
-    return network.decode(latents).sample
+    known = {"force_not_quantize": True} if hasattr(network, "quantize") else {}
+    return at_least_float32(network.decode(latents, **known).sample)
 
 
 def row_noise(like: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from tf_lightning.autoencoder_network import at_least_float32
+
 
 class PatchDiscriminator(nn.Module):
     """Convolutions that judge overlapping patches, 70 x 70 pixels with three halvings.
@@ -40,4 +42,4 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1, h, w) of pictures (B, 3, H, W) in [-1, 1]; higher = real."""
-        return self.layers(images).float()  # losses in full precision
+        return at_least_float32(self.layers(images))
