@@ -10,12 +10,12 @@ from typing import Literal
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.measures import Measure, PictureScores
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
-from callbacks.protocol import Number, print_numbers, prompts_hash, write_numbers
+from callbacks.protocol import Number, prompts_hash, save_numbers
 from callbacks.sampling import (
     OF_CODES,
     Kind,
@@ -134,23 +134,11 @@ class Evaluate(L.Callback):
         if trainer.sanity_checking:
             return
         folder = run_folder(trainer)  # on every rank
-        if not trainer.is_global_zero:
-            return
-        fit = trainer.state.fn == "fit"
-        step = trainer.global_step or pl_module.loaded_step
-        path = folder / f"metrics/step{step:07d}-{self.tag}.json" if fit else None
-        path = path or folder / (
-            "metrics.json" if self.tag == "val" else f"metrics-{self.tag}.json"
-        )
+        if trainer.is_global_zero and len(self.scales) > 1 and self.numbers:
+            write_picture(folder / "guidance.png", self.plot())
         numbers = [*self.numbers, *text_numbers(trainer)]
         numbers += module_numbers(trainer, pl_module, numbers)
-        checkpoint = None if fit else trainer.ckpt_path
-        write_numbers(path, numbers, checkpoint=checkpoint, global_step=step)
-        if len(self.scales) > 1 and self.numbers:
-            write_picture(folder / "guidance.png", self.plot())
-        if not fit:
-            print_numbers(numbers)
-            rank_zero_info(f"Wrote {path}")
+        save_numbers(trainer, pl_module, numbers, self.tag)
 
     on_test_end = on_validation_end
 

@@ -9,12 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from callbacks.prompts import Prompt
-from callbacks.sheet import write_text
+from callbacks.sheet import run_folder, write_text
 from evaluation.weights import file_hash
 
 PACKAGES = (
@@ -81,6 +83,27 @@ def write_numbers(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def save_numbers(
+    trainer: L.Trainer, module: L.LightningModule, numbers: Sequence[Number], tag: str = "val"
+) -> None:
+    """Write what a validation measured, a file a step while training; else tell it, too.
+
+    To be called on every rank; rank zero writes.
+    """
+    folder = run_folder(trainer)
+    if not trainer.is_global_zero:
+        return
+    step = trainer.global_step or module.loaded_step
+    if trainer.state.fn == "fit":
+        path = folder / f"metrics/step{step:07d}-{tag}.json"
+        write_numbers(path, numbers, checkpoint=None, global_step=step)
+        return
+    path = folder / ("metrics.json" if tag == "val" else f"metrics-{tag}.json")
+    write_numbers(path, numbers, checkpoint=trainer.ckpt_path, global_step=step)
+    print_numbers(numbers)
+    rank_zero_info(f"Wrote {path}")
 
 
 def print_numbers(numbers: Sequence[Number]) -> None:

@@ -8,8 +8,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from torchvision.utils import make_grid
 
 from callbacks.measures import load_extractor
-from callbacks.protocol import Number, print_numbers, write_numbers
-from callbacks.sheet import run_folder
+from callbacks.protocol import Number, save_numbers
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
 from tf_lightning.autoencoder_losses import code_perplexity
@@ -122,18 +121,8 @@ class Reconstruct(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
         """Write the numbers with what they depend on."""
-        if trainer.sanity_checking:
-            return
-        folder = run_folder(trainer)  # on every rank
-        if not trainer.is_global_zero:
-            return
-        fit = trainer.state.fn == "fit"
-        step = trainer.global_step or pl_module.loaded_step
-        path = folder / (f"metrics/step{step:07d}-val.json" if fit else "metrics.json")
-        checkpoint = None if fit else trainer.ckpt_path
-        write_numbers(path, self.numbers, checkpoint=checkpoint, global_step=step)
-        if not fit:
-            print_numbers(self.numbers)
+        if not trainer.sanity_checking:
+            save_numbers(trainer, pl_module, self.numbers)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
