@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 PANEL = (360, 260)  # width, height
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 36, 40  # of the axes in a panel
 COLUMNS = 3
-MOST_LABELS = 6  # below a panel
+LABEL = 50  # width of a number below a panel
 COLOURS = ("steelblue", "darkorange", "seagreen", "crimson")
 
 Line = Sequence[tuple[float, float]]
@@ -49,11 +49,11 @@ def draw_panel(
         for x, y in mine:
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
         draw.text((left + width - RIGHT, top + TOP + 12 * place), name, colour, anchor="ra")
-    marks = dict(sorted(zip(xs, across, strict=True)))
-    every = -(-len(marks) // MOST_LABELS)
-    for number, (value, x) in enumerate(marks.items()):
-        if (len(marks) - 1 - number) % every == 0:  # the last always has its label
+    free = left + width
+    for value, x in sorted(zip(xs, across, strict=True), reverse=True):  # the last has its label
+        if x <= free:
             draw.text((x, top + height - BOTTOM + 10), f"{value:.4g}", "black", anchor="ma")
+            free = x - LABEL
     for value, y in {min(ys): max(up), max(ys): min(up)}.items():
         draw.text((left + LEFT - 12, y), f"{value:.5g}", "black", anchor="rm")
 

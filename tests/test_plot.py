@@ -32,3 +32,13 @@ def test_several_lines_of_a_panel_share_its_axes():
     middle = (TOP + height - BOTTOM) // 2
     assert tuple(pixels[TOP, LEFT]) == tuple(pixels[middle, width - RIGHT]) == blue
     assert tuple(pixels[height - BOTTOM, width - RIGHT]) == orange
+
+
+def test_numbers_below_a_panel_do_not_overlap_and_the_last_is_there():
+    def labels(xs):
+        page = np.asarray(line_plots({"fid": [(x, 0.0) for x in xs]}, ""))
+        return (page[PANEL[1] - BOTTOM + 10 : PANEL[1] - BOTTOM + 22] < 128).all(2).any(0)
+
+    last = labels([1.0, 2.0])
+    assert (labels([1.0, 1.99, 2.0]) == last).all() and last.any()
+    assert labels([1.0, 1.5, 2.0]).sum() > last.sum()
