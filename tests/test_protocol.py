@@ -3,6 +3,10 @@
 import hashlib
 import json
 from importlib import metadata
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.prompts import Prompt
 from callbacks.protocol import (
@@ -10,6 +14,7 @@ from callbacks.protocol import (
     installed_version,
     print_numbers,
     prompts_hash,
+    save_numbers,
     write_numbers,
 )
 
@@ -62,3 +67,35 @@ def test_a_number_that_is_not_finite_is_null_since_json_has_no_nan(tmp_path):
 def test_what_is_not_installed_has_no_version():
     assert installed_version("no-such-package") is None
     assert installed_version("torch") == metadata.version("torch")
+
+
+@pytest.mark.parametrize(
+    ("fn", "tag", "place"),
+    [
+        (TrainerFn.FITTING, "val", "metrics/step0000007-val.json"),
+        (TrainerFn.FITTING, "coco", "metrics/step0000007-coco.json"),
+        (TrainerFn.VALIDATING, "val", "validate/metrics.json"),
+        (TrainerFn.VALIDATING, "coco", "validate/metrics-coco.json"),
+    ],
+)
+def test_training_keeps_a_file_a_step_and_an_evaluation_tells_its_one(
+    fn, tag, place, tmp_path, capsys
+):
+    (tmp_path / "last.ckpt").write_bytes(b"weights")
+    fit = fn == TrainerFn.FITTING
+    trainer = SimpleNamespace(
+        log_dir=str(tmp_path),
+        state=SimpleNamespace(fn=fn),
+        is_global_zero=False,
+        global_step=7 if fit else 0,
+        ckpt_path=str(tmp_path / "last.ckpt"),
+    )
+    module = SimpleNamespace(loaded_step=9)
+    save_numbers(trainer, module, NUMBERS, tag)
+    assert not (tmp_path / place).exists()  # another rank's
+    trainer.is_global_zero = True
+    save_numbers(trainer, module, NUMBERS, tag)
+    content = json.loads((tmp_path / place).read_text())
+    assert content["global_step"] == (7 if fit else 9)
+    assert content["checkpoint"] == (None if fit else "last.ckpt")
+    assert ("fid[shapes]" in capsys.readouterr().out) is not fit
