@@ -8,13 +8,14 @@ Three parts, each printed as a table for the README:
               shows: the share whose picture says what the prompt says. The same prompts and first
               noises for every row. With --guidance G a column for each.
     edits     128 held-out pictures and instructions: the share whose answer shows the asked edit,
-              with the other object where it was
+              with the other object where it was; by the sampler of `generate` and by the paper's
     boi       128 held-out captions, and 128 pictures with instructions, answered with whatever the
               model samples: the share that it answers with exactly one picture, by its own <boi>
 """
 
 import argparse
 import sys
+from itertools import product
 
 import numpy as np
 from PIL import Image
@@ -46,10 +47,22 @@ FLOW_ROWS = [
 ]
 
 
-def sampler_table(model: Model, count: int, scales: list[float], batch_size: int) -> None:
+EDIT_ROWS = [("DDIMScheduler", 50), ("DDPMScheduler", 250)]
+
+Row = tuple[str, int]  # sampler and steps
+
+
+def row(argument: str) -> Row:
+    """Of SAMPLER:STEPS."""
+    sampler, steps = argument.split(":")
+    return sampler, int(steps)
+
+
+def sampler_table(
+    model: Model, rows: list[Row], count: int, scales: list[float], batch_size: int
+) -> None:
     """One row a sampler and number of steps, one column a guidance scale."""
     asked = questions(count // 2, 1, 0) + questions(count - count // 2, 2, 0)
-    rows = FLOW_ROWS if model.hparams["prediction_type"] == "flow" else NOISE_ROWS
     columns = [f"guidance {scale:g}" for scale in scales]
     print(f"| sampler ({count} prompts) | steps | " + " | ".join(columns) + " |")
     print("|---|---|" + "---|" * len(scales))
@@ -86,17 +99,21 @@ def edit_prompts(edits: list[tuple[Scene, str, Scene]]) -> list[list[Image.Image
     return [[Image.fromarray(render(scene)), words] for scene, words, _ in edits]
 
 
-def edit_table(model: Model, count: int, scales: list[float], batch_size: int) -> None:
-    """One row a guidance scale; with the picture's own scale beside it."""
+def edit_table(
+    model: Model, rows: list[Row], count: int, scales: list[float], batch_size: int
+) -> None:
+    """One row a sampler and a guidance scale; with the picture's own scale beside it."""
     edits = draw_edits(count)
-    print(f"| edits ({count} held-out instructions) | carried out | meaning right |")
-    print("|---|---|---|")
+    print(f"| sampler ({count} held-out instructions) | guidance | carried out | meaning right |")
+    print("|---|---|---|---|")
     pairs = [(scale, None) for scale in scales] + [(s, 1.5) for s in scales if s > 1.5]
-    for scale, image_scale in pairs:
+    for (sampler, steps), (scale, image_scale) in product(rows, pairs):
         out = model.generate(
             edit_prompts(edits),
             guidance_scale=scale,
             image_guidance_scale=image_scale,
+            num_inference_steps=steps,
+            sampler=sampler,
             batch_size=batch_size,
         )
         pictures = [np.asarray(picture) for picture in out.images]
@@ -108,8 +125,9 @@ def edit_table(model: Model, count: int, scales: list[float], batch_size: int) -
             read(picture).meaning == after.meaning
             for picture, (_, _, after) in zip(pictures, edits, strict=True)
         ]
-        name = f"guidance {scale:g}" + (f", of the picture {image_scale:g}" if image_scale else "")
-        print(f"| {name} | {np.mean(done):.1%} | {np.mean(meant):.1%} |", flush=True)
+        guided = f"{scale:g}" + (f", of the picture {image_scale:g}" if image_scale else "")
+        shares = f"{np.mean(done):.1%} | {np.mean(meant):.1%}"
+        print(f"| {sampler}, {steps} steps | {guided} | {shares} |", flush=True)
 
 
 def boi_table(model: Model, count: int, batch_size: int) -> None:
@@ -139,15 +157,21 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--only", choices=("samplers", "edits", "boi"), help="one of the tables")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0])
+    parser.add_argument(
+        "--rows", type=row, nargs="+", metavar="SAMPLER:STEPS", help="these rows of the tables"
+    )
     parser.add_argument("--prompts", type=int, default=256, help="of samplers (default: 256)")
     parser.add_argument("--edits", type=int, default=128, help="and of boi (default: 128)")
     parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
     model = load(options.checkpoint)
+    flow = model.hparams["prediction_type"] == "flow"
     if options.only in (None, "samplers"):
-        sampler_table(model, options.prompts, options.guidance, options.batch_size)
+        rows = options.rows or (FLOW_ROWS if flow else NOISE_ROWS)
+        sampler_table(model, rows, options.prompts, options.guidance, options.batch_size)
     if options.only in (None, "edits"):
-        edit_table(model, options.edits, options.guidance, options.batch_size)
+        rows = options.rows or (FLOW_ROWS[:1] if flow else EDIT_ROWS)
+        edit_table(model, rows, options.edits, options.guidance, options.batch_size)
     if options.only in (None, "boi"):
         boi_table(model, options.edits, options.batch_size)
 
