@@ -13,7 +13,8 @@ from tf_lightning.module import Transfusion
 from tf_lightning.sampler import fitting_sampler
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+SMALL = CONFIGS / "small.yaml"  # goes behind a recipe
+RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml") if path != SMALL)
 EXPERIMENTS = sorted(path.name for path in CONFIGS.glob("experiments/*.yaml"))
 EVALUATIONS = sorted(path.name for path in CONFIGS.glob("eval/*.yaml"))
 AUTOENCODERS = sorted(path.name for path in CONFIGS.glob("autoencoder/*.yaml"))
@@ -37,7 +38,7 @@ def test_there_are_recipes_and_nothing_else():
     tested = {CONFIGS / name for name in RECIPES} | {CONFIGS / "model" / name for name in MODELS}
     tested |= {CONFIGS / "experiments" / name for name in EXPERIMENTS}
     tested |= {CONFIGS / "eval" / name for name in EVALUATIONS}
-    tested |= {CONFIGS / "autoencoder" / name for name in AUTOENCODERS}
+    tested |= {CONFIGS / "autoencoder" / name for name in AUTOENCODERS} | {SMALL}
     assert AUTOENCODERS and RECIPES and MODELS and EXPERIMENTS and EVALUATIONS
     assert set(CONFIGS.rglob("*.yaml")) == tested
 
@@ -157,6 +158,16 @@ def test_an_experiment_begins_with_its_command(name):
         (CONFIGS / "experiments" / name).read_text().splitlines(),
     )
     assert any(command in line for line in head)
+
+
+@pytest.mark.parametrize("name", ["unet_patch4.yaml", "monoformer.yaml", "chameleon.yaml"])
+def test_an_experiment_can_be_made_small(name, parsed):
+    files = [CONFIGS / "quickstart.yaml", CONFIGS / "experiments" / name]
+    as_it_is = flat(parsed("fit", *(f"--config={file}" for file in files)))
+    small = flat(parsed("fit", *(f"--config={file}" for file in [*files, SMALL])))
+    changed = {key for key, value in small.items() if as_it_is[key] != value}
+    assert changed == flat(yaml.safe_load(SMALL.read_text())).keys()
+    assert small.keys() == as_it_is.keys()
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
