@@ -14,7 +14,7 @@ quickstart: env  ## train the small model on the CPU and write pictures and capt
 	$(BIN)/tf-lightning fit -c configs/quickstart.yaml
 
 test: env  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: env  ## check style and formatting
 	$(BIN)/ruff check .

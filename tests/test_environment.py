@@ -69,7 +69,8 @@ def test_pins_hold_on_every_platform():
         ("quickstart", ".venv/bin/tf-lightning fit -c configs/quickstart.yaml"),
         (
             "test",
-            "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile",
+            "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "
+            "--no-loadscope-reorder",
         ),
     ],
 )

@@ -85,11 +85,11 @@ def train_to(step: int, start: int, module: Transfusion, documents, optimizer) -
 
 @pytest.fixture(scope="module")
 def drawn(prompts, tmp_path_factory) -> dict[str, list[Image.Image]]:
-    """What a real model draws in the course of its training, a minute long."""
+    """What a real model draws in the course of its training, half a minute long."""
     module, documents = tiny_model(tmp_path_factory.mktemp("tiny"))
     optimizer = torch.optim.AdamW(module.net.parameters(), lr=3e-3, betas=(0.9, 0.99), fused=True)
     asked, found, start = [[prompt.text] for prompt in prompts.prompts()], {}, 0
-    for name, step in (("hardly trained", 25), ("half-trained", 400)):
+    for name, step in (("hardly trained", 25), ("half-trained", 250)):
         train_to(step, start, module, documents, optimizer)
         how = {"num_inference_steps": 12, "guidance_scale": 1.0, "seeds": list(range(COUNT))}
         found[name], start = Model.of(module.eval()).draw(asked, **how), step

@@ -1,4 +1,4 @@
-"""Checkpoints of the LightningModule, exact resume, and ranks."""
+"""Checkpoints of the LightningModule, and exact resume."""
 
 import json
 import math
@@ -13,7 +13,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-import ranks
 import runs
 from tf_lightning.cli import main
 from tf_lightning.model import load as load_model
@@ -117,57 +116,3 @@ def test_a_resumed_run_goes_on_counting_its_seconds(run, tmp_path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert 1000 < report["train_seconds"] < 1100
     assert 100 < report["validation_seconds"] < report["train_seconds"] - 900
-
-
-# Ranks
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("image_weights", "muon"), [("shared", False), ("all", False), ("all", True)]
-)
-def test_two_sharded_ranks_equal_one_and_their_file_is_anyones(tmp_path, image_weights, muon):
-    """FSDP2 on two CPU processes: losses, weights, average, a resume, a picture."""
-    check_two_ranks(tmp_path, json.dumps(ranks.SHARDED), image_weights, muon=muon)
-    file = str(tmp_path / "ranks2" / "run" / "checkpoints" / "last.ckpt")
-    drawn = tmp_path / "drawn"
-    main(["generate", file, "a red circle", "--steps", "2", "-n", "1", "-o", str(drawn)])
-    assert (drawn / "0000.png").is_file()
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one_with_the_same_rows(tmp_path):
-    check_two_ranks(tmp_path, "ddp")
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_twice_or_half_the_ranks_as_if_nothing_had_happened(tmp_path):
-    check_two_ranks(tmp_path, "ddp", swapped=True)
-
-
-def check_two_ranks(
-    tmp_path: Path,
-    strategy: str,
-    image_weights: str = "shared",
-    swapped: bool = False,
-    muon: bool = False,
-) -> None:
-    """Losses and weights of three steps, and of three more behind a resume.
-
-    The second run has two ranks or, `swapped`, two runs change the number of ranks when they
-    resume, in opposite ways.
-    """
-    more = [f"--data.init_args.cache_dir={tmp_path}/data"]
-    more += [f"--model.transformer.image_weights={image_weights}"]
-    more += [f"--model.muon={str(muon).lower()}"]
-    for first in (1, 2):
-        folder = tmp_path / f"ranks{first}"
-        folder.mkdir()
-        config = runs.write_config(folder, ranks.two_rank_config)
-        ranks.fit(config, first, strategy, *more)
-        then = 3 - first if swapped else first
-        ranks.fit(config, then, strategy, *more, "--trainer.max_steps=6", "--ckpt_path=last")
-    pictures = ranks.pictures_in_rows(tmp_path / "data", 6)
-    assert 0 in pictures and max(pictures) > 0
-    losses = ("loss", "loss_lm", "loss_diffusion")
-    ranks.check_same(*(tmp_path / f"ranks{n}" / "run" for n in (1, 2)), losses, 6)
