@@ -67,7 +67,7 @@ def share_read_right(count: int, noise: float) -> float:
 
 
 def test_reconstructions_are_read_right():
-    assert share_read_right(1000, noise=0.0) >= 0.99
+    assert share_read_right(400, noise=0.0) >= 0.99
 
 
 def test_the_decoder_mends_latents_that_are_not_exact():
