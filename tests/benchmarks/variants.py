@@ -1,6 +1,6 @@
 """Train the variants of configs/experiments on the embedded world and put them in one table.
 
-    python tests/benchmarks/variants.py --steps 600 -- -c configs/small.yaml
+    python tests/benchmarks/variants.py --steps 600 --out runs/small -- -c configs/small.yaml
 
 One row a variant; its run is in `--out`/NAME. Interrupted, the same command goes on where it was: a
 variant with a report of its last step is left alone, one without resumes from its last checkpoint.
