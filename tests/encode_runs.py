@@ -31,12 +31,12 @@ def encode(folder: Path, *more: str) -> Path:
     return folder / "data" / "encoded"
 
 
-def encode_apart(folder: Path, *more: str, **environment: str) -> subprocess.CompletedProcess:
+def encode_apart(folder: Path, *more: str) -> subprocess.CompletedProcess:
     """Encode in processes of its own."""
     folder.mkdir(exist_ok=True)
     config = str(runs.write_config(folder, encodable))
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **paths, **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **paths}
     command = [sys.executable, "-m", "tf_lightning", "encode", "-c", config, *more]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -1,12 +1,13 @@
 """The same run by one process and by two, which differ in nothing but who computes what."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import runs
@@ -14,7 +15,37 @@ from tf_lightning.cli import main
 from tf_lightning.data import Mixture
 from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
 
-ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 180  # seconds
+# Ranks begin as copies of a process that has imported all this and computed nothing.
+multiprocessing.set_forkserver_preload(
+    ["tf_lightning.lightning_cli", "callbacks.evaluate", "callbacks.measures", "diffusers"]
+)
+
+
+def together(command: list[str], ranks: int, **environment: str) -> None:
+    """A command by processes of their own, told their ranks as a cluster tells them.
+
+    Raises torch's ProcessExitedException or ProcessRaisedException for the first that fails.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    environment |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    started = torch.multiprocessing.start_processes(
+        be_rank, (command, environment), ranks, join=False, start_method="forkserver"
+    )
+    if not any(started.join(TIMEOUT) for _ in range(ranks)):  # it returns when one has ended
+        for process in started.processes:
+            process.kill()
+        raise TimeoutError(f"a rank has not ended after {TIMEOUT} s")
+
+
+def be_rank(rank: int, command: list[str], environment: dict[str, str]) -> None:
+    """One process of `together`."""
+    os.environ |= environment | {"LOCAL_RANK": str(rank)}
+    rank_zero_only.rank = rank  # read from the environment when it is imported
+    torch.set_num_threads(1)
+    main(command)
 
 
 def two_rank_config(config: dict) -> None:
@@ -62,9 +93,7 @@ def fit(config: Path, ranks: int, strategy: str, *more: str) -> None:
     command += [f"--data.init_args.batch_size={2 // ranks}"]
     if ranks == 1:
         return main(command)
-    command = [sys.executable, "-m", "tf_lightning", *command, f"--trainer.strategy={strategy}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=180)
+    together([*command, f"--trainer.strategy={strategy}"], ranks)
 
 
 def check_same(one: Path, other: Path, losses: tuple[str, ...], num_steps: int) -> None:

@@ -1,9 +1,6 @@
 """Training an autoencoder: which loss moves which network, exact resume, ranks, mistakes."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from torch import nn
 
 import autoencoder_runs as aruns
 import runs
+from ranks import together
 from test_perceptual import cache, squeeze  # noqa: F401 - fixtures
 from test_resume import same
 from tf_lightning import autoencoder_losses as losses
@@ -20,7 +18,6 @@ from tf_lightning.autoencoder_module import AutoencoderModule
 from tf_lightning.autoencoder_network import AutoencoderConfig
 from tf_lightning.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"vae": {}, "vq": aruns.VQ}
 
 
@@ -210,9 +207,7 @@ def test_two_ranks_equal_one_with_the_same_pictures(tmp_path):
         if ranks == 1:
             main(arguments)
         else:
-            command = [sys.executable, "-m", "tf_lightning", *arguments, "--trainer.strategy=ddp"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+            together([*arguments, "--trainer.strategy=ddp"], ranks)
         values[ranks] = folder / "run"
     one, two = (logged(run) for run in values.values())
     assert one.Tags()["scalars"] == two.Tags()["scalars"]

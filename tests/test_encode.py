@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.utils.data
 from PIL import Image
+from torch.multiprocessing import ProcessExitedException
 
 import public_layouts
+import ranks
 import runs
 from corpora import Sharded
 from encode_runs import content, encodable, encode, encode_apart
@@ -153,12 +155,14 @@ def test_two_ranks_with_workers_write_the_files_of_one(encoded, tmp_path):
 @pytest.mark.slow
 def test_killed_half_way_it_goes_on_and_keeps_what_was_finished(encoded, tmp_path):
     more = ["--data.mirror=true", f"--data.tokenizer={encoded}/tokenizer.model"]  # reads no text
-    ended = encode_apart(tmp_path / "one", *more, KILL="train 13")
-    assert ended.returncode == -signal.SIGKILL
+    (tmp_path / "one").mkdir()
+    command = ["encode", "-c", str(runs.write_config(tmp_path / "one", encodable)), *more]
+    with pytest.raises(ProcessExitedException) as ended:
+        ranks.together(command, 1, KILL="train 13")
+    assert ended.value.exit_code == -signal.SIGKILL
     folder = tmp_path / "one" / "data" / "encoded"
     (shards,) = folder.glob(".noise-train-*-shards")
     finished = {path.parent.name for path in shards.glob("[0-9]*/corpus.json")}
     assert {"000000", "000001"} <= finished and "000003" not in finished
-    again = encode_apart(tmp_path / "one", *more, KILL="train 2")  # which is read no more
-    assert again.returncode == 0, again.stderr
+    ranks.together(command, 1, KILL="train 2")  # which is read no more
     assert content(folder) == content(encoded)

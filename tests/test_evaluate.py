@@ -1,10 +1,7 @@
 """One code path for validation in a run and on its checkpoint, on one process and on two."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +10,10 @@ import torch
 import yaml
 from PIL import Image
 
+import ranks
 import runs
 from callbacks.evaluate import Evaluate
 from tf_lightning.cli import main
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def checkpoint_of(run: Path) -> str:
@@ -124,10 +120,8 @@ def test_two_processes_measure_what_one_does(run, tmp_path):
     (tmp_path / "two").mkdir()
     alone = numbers(validate(run, tmp_path))
     config = validate_config(run, tmp_path / "two")
-    command = [sys.executable, "-m", "tf_lightning", "validate", "-c", str(config)]
-    command += ["--ckpt_path", checkpoint_of(run), "--trainer.devices=2", "--trainer.strategy=ddp"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=180)
+    command = ["validate", "-c", str(config), "--ckpt_path", checkpoint_of(run)]
+    ranks.together([*command, "--trainer.devices=2", "--trainer.strategy=ddp"], 2)
     together = numbers(tmp_path / "two" / "run" / "validate" / "metrics.json")
     assert together == pytest.approx(alone, rel=1e-5, abs=1e-9)
 

@@ -113,7 +113,7 @@ def found(tmp_path_factory) -> list[dict]:
     for folder in (alone, shared):
         tiny_clip(folder / "clip")
     keep_reference(alone, range(NUM_ITEMS))
-    multiprocessing.spawn(work, (shared,), nprocs=2)
+    multiprocessing.start_processes(work, (shared,), nprocs=2, start_method="forkserver")
     return [everything(alone, None), *(torch.load(shared / f"{rank}.pt") for rank in (0, 1))]
 
 

@@ -2,23 +2,20 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException
 
+import ranks
 import runs
 from tf_lightning.cli import main
 from tf_lightning.model import load as load_model
 from tf_lightning.tokenizer import Tokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # Checkpoints
 
@@ -94,10 +91,9 @@ def test_a_run_killed_with_its_workers_resumes_to_the_same_bits(run, tmp_path):
     workers = "--data.init_args.num_workers=2"
     config = str(runs.write_config(tmp_path))
     kill = ["--trainer.callbacks+=runs.KillAt", "--trainer.callbacks.step=5"]
-    command = [sys.executable, "-m", "tf_lightning", "fit", "-c", config, workers, *kill]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=180)
-    assert ended.returncode == -signal.SIGKILL
+    with pytest.raises(ProcessExitedException) as ended:
+        ranks.together(["fit", "-c", config, workers, *kill], 1)
+    assert ended.value.exit_code == -signal.SIGKILL
     assert load(tmp_path / "run")["global_step"] == 3
     resumed, whole = load(runs.fit(tmp_path, "--ckpt_path", "last", workers)), load(run)
     for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "Mixture"):

@@ -1,10 +1,6 @@
 """Text is scored as by hand: document by document, and counted on the words themselves."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -13,6 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
+import ranks
 import runs
 from callbacks.text_perplexity import TextPerplexity
 from tf_lightning.attention import build_attention
@@ -23,8 +20,6 @@ from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
 from tf_lightning.module import Transfusion
 from tf_lightning.net import Net
 from tf_lightning.transformer import TransformerConfig
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +159,8 @@ def test_two_processes_log_what_one_does_and_keep_nothing_in_a_checkpoint(run, t
         config["trainer"]["logger"]["init_args"] = {"save_dir": str(folder), "name": "run"}
         config["trainer"] |= {"devices": devices, "strategy": "ddp" if devices == 2 else "auto"}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        command = [sys.executable, "-m", "tf_lightning", "validate", "-c"]
-        command += [str(folder / "config.yaml"), "--ckpt_path", str(run / "checkpoints/last.ckpt")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=180)
+        command = ["validate", "-c", str(folder / "config.yaml")]
+        ranks.together([*command, "--ckpt_path", str(run / "checkpoints/last.ckpt")], devices)
         names, values = next(folder.rglob("metrics.csv")).read_text().splitlines()
         found.append(dict(zip(names.split(","), values.split(","), strict=True)))
     alone, together = ({k: float(v) for k, v in row.items() if v} for row in found)
