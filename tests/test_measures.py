@@ -9,7 +9,7 @@ from callbacks.measures import CaptionScores, PictureScores, PromptFit, load_ext
 from callbacks.prompts import ShapesPrompts
 from callbacks.sampling import Sampled
 from tf_lightning.autoencoder import load_autoencoder
-from tf_lightning.batch import Document, pack
+from tf_lightning.batch import Document, document_length, pack
 from tf_lightning.data.shapes import draw_scene, generator
 from tf_lightning.data.shapes_grammar import caption
 from tf_lightning.data.shapes_sources import picture
@@ -69,13 +69,14 @@ def tiny_model(folder) -> tuple[Transfusion, list[Document]]:
 
 
 def train_to(step: int, start: int, module: Transfusion, documents, optimizer) -> None:
-    """Optimizer steps from `start` on, of 32 documents each."""
+    """Optimizer steps from `start` on, each of a row of 32 documents, filled to its end."""
     tokenizer = Tokenizer.from_proto(module.tokenizer_proto)
-    options = {"tokenizer": tokenizer, "row_length": 64, "patch_size": 4, "time_shift": 2.5}
+    options = {"tokenizer": tokenizer, "patch_size": 4, "time_shift": 2.5}
     for number in range(start, step):
         chosen = torch.randint(256, (32,), generator=torch.Generator().manual_seed(number))
-        rows = [[documents[index]] for index in chosen.tolist()]
-        batch = pack(rows, list(range(32 * number, 32 * number + 32)), **options)
+        row = [documents[index] for index in chosen.tolist()]
+        length = sum(document_length(document, 4) for document in row)
+        batch = pack([row], [number], row_length=length, **options)
         nll, _, squared_error, _ = module.loss_sums(module.net, batch)
         optimizer.zero_grad()
         (nll.mean() + 5 * squared_error / batch.latents.numel()).backward()
