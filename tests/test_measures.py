@@ -53,14 +53,14 @@ def tiny_model(folder) -> tuple[Transfusion, list[Document]]:
         scene = draw_scene(rng, split="train")
         told.append((caption(scene, rng), to_pixels(picture(scene))))
     texts, pixels = zip(*told, strict=True)
-    tokenizer = train(iter(texts), folder / "t.model", 300)
+    tokenizer = train(iter(texts), folder / "t.model", 400)
     latents = load_autoencoder("shapes").encode(torch.stack(pixels))
     documents = [
         [torch.tensor(tokenizer.encode(text)), image]
         for text, image in zip(texts, latents, strict=True)
     ]
     torch.manual_seed(0)
-    config = TransformerConfig(300, dim=128, num_layers=3, num_heads=4, ffn_dim=256, qk_norm=True)
+    config = TransformerConfig(400, dim=128, num_layers=3, num_heads=4, ffn_dim=256, qk_norm=True)
     module = Transfusion(config, 4, prediction_type="v_prediction", ema_decay=0.0)
     module.configure_model()
     module.tokenizer_proto, module.row_length = tokenizer.proto, 256
