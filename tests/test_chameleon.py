@@ -227,7 +227,8 @@ def test_its_pictures_are_complete_and_its_captions_are_words(run, tmp_path):
     assert [picture.size for picture in out.images] == [(64, 64)] * 4
     assert model.generate(["a red circle"], progress=False, seed=1).images[0] == out.images[1]
     assert len(model.write([[picture] for picture in out.images], max_new_tokens=4)) == 4
-    for name, value in {"sampler": "DDIMScheduler", "guidance_rescale": 0.5}.items():
+    foreign = {"sampler": "DDIMScheduler", "time_shift": 2.0, "guidance_rescale": 0.5}
+    for name, value in foreign.items():
         with pytest.raises(UserError, match=f"{name}=.* is of denoising and this model draws"):
             model.generate(["a"], **{name: value})
     checkpoint = str(run / "checkpoints" / "last.ckpt")

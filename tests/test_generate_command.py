@@ -76,6 +76,7 @@ def test_words_are_answered_with_pictures_and_how_they_were_made(checkpoint, tmp
         "guidance_rescale": 0.0,
         "num_inference_steps": 2,
         "sampler": None,
+        "time_shift": 1.0,
         "parts": [["image", "0008.png"]],
     }
     first, second = (np.asarray(Image.open(out / name), int) for name in ("0007.png", "0008.png"))
@@ -90,6 +91,18 @@ def test_a_seed_gives_the_same_picture_alone_and_among_others(checkpoint, tmp_pa
         np.asarray(Image.open(tmp_path / f), int) for f in ("many/0002.png", "one/0002.png")
     )
     assert np.abs(many - one).max() <= 1
+
+
+def test_shifted_steps_draw_another_picture_and_are_told(checkpoint, tmp_path):
+    command = ["generate", checkpoint, "a red circle", "-n", "1", "--steps", "3"]
+    command += ["--sampler", "DPMSolverMultistepScheduler-SDE", "-o"]
+    main([*command, str(tmp_path / "even")])
+    main([*command, str(tmp_path / "shifted"), "--time-shift", "2.5"])
+    even, shifted = (
+        np.asarray(Image.open(tmp_path / name / "0000.png")) for name in ("even", "shifted")
+    )
+    assert (even != shifted).any()
+    assert json.loads((tmp_path / "shifted" / "0000.json").read_text())["time_shift"] == 2.5
 
 
 def test_a_picture_of_any_size_and_mode_is_answered_with_words(checkpoint, picture, capsys):
@@ -123,6 +136,8 @@ def test_a_prompt_is_required(checkpoint, fails):
         (["--temperature", "nan"], 2, "nan is not a number of at least 0"),
         (["--sampler", "Euler"], 2, "DDIMScheduler"),
         (["--sampler", "FlowMatchEulerDiscreteScheduler"], 1, "does not fit a model that predicts"),
+        (["--time-shift", "0"], 1, "time_shift=0.0 must be more than 0"),
+        (["--time-shift", "2.5"], 1, "time_shift=2.5 does not fit DDIMScheduler, whose steps"),
         (["--guidance-interval", "0.5"], 2, "'0.5' must be two numbers such as 0.2,0.8"),
         (["--guidance-interval", "1,0"], 1, "guidance_interval=1.0 0.0 must be two noise levels"),
         (["--guidance-rescale", "2"], 1, "guidance_rescale=2.0 must be from 0"),

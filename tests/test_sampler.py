@@ -8,6 +8,7 @@ from torch import Tensor
 from tf_lightning.diffusion import cosine_alphas_cumprod, cosine_betas
 from tf_lightning.errors import UserError
 from tf_lightning.sampler import (
+    EVEN_SAMPLERS,
     FLOW_SAMPLERS,
     NOISE_SAMPLERS,
     SAMPLERS,
@@ -23,6 +24,7 @@ MEAN, STD = 1.5, 0.6
 ALPHAS_CUMPROD = cosine_alphas_cumprod()
 PAIRS = [(sampler, kind) for sampler in NOISE_SAMPLERS for kind in ("epsilon", "v_prediction")]
 PAIRS += [(sampler, "flow") for sampler in FLOW_SAMPLERS]
+SHIFTED = [(sampler, kind) for sampler, kind in PAIRS if sampler not in EVEN_SAMPLERS]
 
 
 def exact_output(x_t: Tensor, t: float, prediction_type: str) -> Tensor:
@@ -38,19 +40,25 @@ def exact_output(x_t: Tensor, t: float, prediction_type: str) -> Tensor:
     return velocities.get(prediction_type, noise - latents)
 
 
-def denoised(sampler: str, kind: str, model, noise: Tensor, steps: int) -> Tensor:
+def denoised(
+    sampler: str, kind: str, model, noise: Tensor, steps: int, shift: float = 1.0
+) -> Tensor:
     generators = [torch.Generator().manual_seed(i) for i in range(len(noise))]
-    trajectory = Trajectory(noise, build_scheduler(sampler, 1000, kind), steps, generators)
+    scheduler = build_scheduler(sampler, 1000, kind, time_shift=shift)
+    trajectory = Trajectory(noise, scheduler, steps, generators)
     while not trajectory.finished:
         trajectory.step(model(trajectory.x_t, trajectory.t))
     return trajectory.x_t
 
 
-@pytest.mark.parametrize(("sampler", "kind"), PAIRS)
-def test_an_exact_model_gives_its_distribution_back(sampler, kind):
+@pytest.mark.parametrize(
+    ("sampler", "kind", "shift"),
+    [(*pair, 1.0) for pair in PAIRS] + [(*pair, 1.6) for pair in SHIFTED],
+)
+def test_an_exact_model_gives_its_distribution_back(sampler, kind, shift):
     """250 steps, the paper's number; an image's values are independent, so 64 x 256 samples."""
     noise = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    latents = denoised(sampler, kind, lambda x, t: exact_output(x, t, kind), noise, 250)
+    latents = denoised(sampler, kind, lambda x, t: exact_output(x, t, kind), noise, 250, shift)
     assert latents.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert latents.std().item() == pytest.approx(STD, rel=0.02)
 
@@ -145,6 +153,48 @@ def test_the_model_is_asked_once_a_step_at_its_noise_level(sampler, kind, levels
     seen = []
     denoised(sampler, kind, lambda x, t: seen.append(t) or x, torch.randn(2, 1, 2, 2), 5)
     assert seen == pytest.approx(levels)
+
+
+@pytest.mark.parametrize(("sampler", "kind"), SHIFTED)
+@pytest.mark.parametrize("shift", [0.4, 2.5])
+def test_shifted_steps_are_at_stable_diffusion_3s_noise_levels(sampler, kind, shift):
+    seen, steps = [], 20
+    denoised(sampler, kind, lambda x, t: seen.append(t) or x, torch.randn(2, 1, 2, 2), steps, shift)
+    top = {"epsilon": 0.99}.get(kind, 1.0)  # the cosine schedule's noise is not asked for above
+    even = top - top * np.arange(steps) / steps
+    if sampler == "FlowMatchHeunDiscreteScheduler":  # its grid ends a thousandth above 0, shifted
+        last = shift / 1000 / (1 + (shift - 1) / 1000)
+        even, seen = np.linspace(1, last, steps), [seen[0], *seen[1::2]]
+    share = even / top
+    expected = top * shift * share / (1 + (shift - 1) * share)
+    off = 0.001 if kind != "flow" else 0.0  # the first of 1,000 levels is 0
+    assert seen == pytest.approx(expected - off, abs=6e-4 if off else 1e-5)
+
+
+@pytest.mark.parametrize(("sampler", "kind"), SHIFTED)
+@pytest.mark.parametrize("shift", [0.4, 1.0, 2.5])
+def test_all_the_steps_that_a_shift_allows_are_at_different_levels(sampler, kind, shift):
+    scheduler = build_scheduler(sampler, 1000, kind, time_shift=shift)
+    steps = int(
+        scheduler.config.num_train_timesteps * (min(shift, 1 / shift) if kind != "flow" else 1)
+    )
+    set_timesteps(scheduler, steps)
+    levels = scheduler.timesteps[::2] if "Heun" in sampler else scheduler.timesteps
+    assert (levels[1:] < levels[:-1]).all() and levels[-1] >= 0
+    with pytest.raises(UserError, match=f"num_inference_steps={steps + 1} must be from 1 to"):
+        set_timesteps(scheduler, steps + 1)
+
+
+@pytest.mark.parametrize("sampler", EVEN_SAMPLERS)
+def test_a_shift_is_refused_where_diffusers_has_none(sampler):
+    with pytest.raises(UserError, match=f"time_shift=2 does not fit {sampler}.* one of DDPM"):
+        build_scheduler(sampler, 1000, "v_prediction", time_shift=2)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_shift_that_is_none_is_refused(shift):
+    with pytest.raises(UserError, match=f"time_shift={shift} must be more than 0"):
+        build_scheduler("DDPMScheduler", 1000, "v_prediction", time_shift=shift)
 
 
 def test_images_of_one_trajectory_leave_the_scheduler_as_it_was():

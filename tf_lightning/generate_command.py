@@ -131,6 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     pictures("--guidance-rescale", type=float, default=0.0, help="against overexposure, 0 to 1")
     pictures("--steps", type=int, help="denoising steps, 1 to 1000 (default: 50)")
     pictures("--sampler", choices=SAMPLERS, help="(default: DDIM; Euler where the model is a flow)")
+    shift = "more steps near noise if over 1; not of DDIM and UniPC (default: 1)"
+    pictures("--time-shift", type=float, default=1.0, help=shift)
     codes = parser.add_argument_group("pictures of a model of codes (Chameleon)").add_argument
     codes("--code-temperature", type=not_negative, help="0 = most probable (default: 1)")
     codes("--code-top-k", type=positive, help="draw from this many codes")
@@ -211,6 +213,7 @@ def settings_of(options: argparse.Namespace, codes: bool = False) -> dict[str, A
         "guidance_interval": options.guidance_interval,
         "guidance_rescale": options.guidance_rescale,
         "sampler": options.sampler,
+        "time_shift": options.time_shift,
     }
     own = {"code_temperature": 1.0, "code_top_k": None, "code_top_p": 1.0}
     given = {name: getattr(options, name) for name in own if getattr(options, name) is not None}

@@ -84,6 +84,7 @@ class Model:
         guidance_rescale: float = 0.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
+        time_shift: float = 1.0,
         max_images: int = 1,
         **text,
     ) -> Settings:
@@ -98,6 +99,8 @@ class Model:
             num_inference_steps: network evaluations a picture, 1 to 1000; one of codes takes as
                 many as it has codes.
             sampler: a diffusers scheduler, see `sampler.SAMPLERS`; None: DDIM, or Euler for flow.
+            time_shift: of its steps, towards pure noise where it is more than 1 (Stable Diffusion 3
+                Eq. 23); not of DDIM and UniPC, whose steps are even.
             max_images: pictures in an answer of any kind, at most.
             text: fields of `decoding.TextSampling`: max_new_tokens, temperature, top_k, ...; with
                 code_ before them, of a picture's codes (code_temperature: 1 unless given).
@@ -107,7 +110,7 @@ class Model:
         if answer == "image" and self.autoencoder is None:
             raise UserError("this model was trained on text alone; use one trained with pictures")
         if self.net.num_codes:
-            check_not_denoising(sampler, guidance_interval, guidance_rescale)
+            check_not_denoising(sampler, time_shift, guidance_interval, guidance_rescale)
             num_inference_steps = self.speaker.num_patches
         elif answer != "text" and self.autoencoder is not None:
             kind = self.hparams["prediction_type"]
@@ -117,6 +120,7 @@ class Model:
                 kind,
                 self.hparams["noise_schedule"],
                 self.hparams["learned_sigma"],
+                time_shift,
             )
             set_timesteps(scheduler, num_inference_steps)
         return Settings(

@@ -24,6 +24,7 @@ NOISE_SAMPLERS = (
     "UniPCMultistepScheduler",
 )
 FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+EVEN_SAMPLERS = ("DDIMScheduler", "UniPCMultistepScheduler")  # diffusers cannot space their steps
 SAMPLERS = NOISE_SAMPLERS + FLOW_SAMPLERS
 
 
@@ -54,10 +55,13 @@ def fitting_sampler(sampler: str | None, prediction_type: str) -> str | None:
     return sampler
 
 
-def check_not_denoising(sampler: str | None, interval: Sequence[float], rescale: float) -> None:
+def check_not_denoising(
+    sampler: str | None, time_shift: float, interval: Sequence[float], rescale: float
+) -> None:
     """Refuse what only denoising has."""
     for name, given, off in (
         ("sampler", sampler, None),
+        ("time_shift", time_shift, 1.0),
         ("guidance_interval", tuple(interval), (0.0, 1.0)),
         ("guidance_rescale", rescale, 0.0),
     ):
@@ -73,6 +77,7 @@ def build_scheduler(
     prediction_type: str,
     noise_schedule: str = "cosine",
     learned_sigma: bool = False,
+    time_shift: float = 1.0,
 ):
     """A diffusers scheduler for what the network predicts.
 
@@ -80,18 +85,20 @@ def build_scheduler(
     in [-1, 1]) and with trailing spacing (the first step starts at pure noise): diffusers' defaults
     bias both. Only "epsilon" of the cosine schedule starts where some of the image is left, says
     `above_pure_noise`. For "flow", x_t = (1 - t) x_0 + t eps and the velocity eps - x_0. A learned
-    variance is that of DDPM's steps (iDDPM Eq. 15); the other samplers have none.
+    variance is that of DDPM's steps (iDDPM Eq. 15); the other samplers have none. `time_shift` is
+    that of Stable Diffusion 3 (Eq. 23): more of the steps near pure noise if it is more than 1.
 
     Raises:
-        UserError: as `fitting_sampler`.
+        UserError: as `fitting_sampler`; or the steps cannot be shifted so.
     """
     sampler = fitting_sampler(sampler, prediction_type)
+    check_time_shift(sampler, time_shift)
     import diffusers.schedulers as schedulers  # 2.5 s: only when sampling
 
     build = getattr(schedulers, sampler.removesuffix(SDE))
     if prediction_type == "flow":
-        scheduler = build(num_train_timesteps=num_train_timesteps)
-        scheduler.num_levels = num_train_timesteps
+        scheduler = build(num_train_timesteps=num_train_timesteps, shift=time_shift)
+        scheduler.num_levels, scheduler.time_shift = num_train_timesteps, 1.0  # it shifts itself
         return scheduler
     own = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
     if learned_sigma and sampler == "DDPMScheduler":
@@ -104,8 +111,20 @@ def build_scheduler(
     scheduler = build(
         beta_schedule=BETA_SCHEDULES[noise_schedule], prediction_type=prediction_type, **own
     )
-    scheduler.num_levels = num_train_timesteps
+    scheduler.num_levels, scheduler.time_shift = num_train_timesteps, time_shift
     return scheduler
+
+
+def check_time_shift(sampler: str, time_shift: float) -> None:
+    """Refuse a shift that is none, or that the sampler cannot have."""
+    if not 0 < time_shift < float("inf"):
+        raise UserError(f"time_shift={time_shift} must be more than 0; 1 changes nothing")
+    if time_shift != 1 and sampler in EVEN_SAMPLERS:
+        able = ", ".join(name for name in SAMPLERS if name not in EVEN_SAMPLERS)
+        raise UserError(
+            f"time_shift={time_shift} does not fit {sampler}, whose steps are even; use 1, "
+            f"or one of {able}"
+        )
 
 
 def above_pure_noise(sampler: str, num_train_timesteps: int) -> dict:
@@ -129,15 +148,20 @@ def set_timesteps(scheduler, num_inference_steps: int) -> None:
     Raises:
         UserError: there are too few or too many of them.
     """
-    num_train_timesteps = scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= num_train_timesteps:
+    num_train_timesteps, shift = scheduler.config.num_train_timesteps, scheduler.time_shift
+    most = int(num_train_timesteps * min(shift, 1 / shift))  # more would meet a noise level twice
+    if not 1 <= num_inference_steps <= most:
+        shifted = f" with time_shift={shift}" if shift != 1 else ""
         raise UserError(
-            f"num_inference_steps={num_inference_steps} must be from 1 to {num_train_timesteps}"
+            f"num_inference_steps={num_inference_steps} must be from 1 to {most}{shifted}"
         )
+    levels = np.linspace(1, 0, num_inference_steps, endpoint=False)
     if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
         # Equal steps from 1 to 0; the scheduler's own grid spends one on the last thousandth.
-        sigmas = np.linspace(1, 0, num_inference_steps, endpoint=False)
-        scheduler.set_timesteps(sigmas=sigmas)
+        scheduler.set_timesteps(sigmas=levels)
+    elif shift != 1:
+        levels = shift * levels / (1 + (shift - 1) * levels)
+        scheduler.set_timesteps(timesteps=np.round(num_train_timesteps * levels).astype(int) - 1)
     else:
         scheduler.set_timesteps(num_inference_steps)
 

@@ -6,7 +6,7 @@
 Three parts, each printed as a table for the README:
     samplers  256 prompts, half with one object, half with two of meanings that no training picture
               shows: the share whose picture says what the prompt says. The same prompts and first
-              noises for every row. With --guidance G a column for each.
+              noises for every row. With --guidance G a column for each. SHIFT is `time_shift`.
     edits     128 held-out pictures and instructions: the share whose answer shows the asked edit,
               with the other object where it was; by the sampler of `generate` and by the paper's
     boi       128 held-out captions, and 128 pictures with instructions, answered with whatever the
@@ -28,34 +28,45 @@ from tf_lightning.data.shapes import Scene, draw_scene, generator, render
 from tf_lightning.data.shapes_grammar import draw_edit
 from tf_lightning.model import Model, load
 
-NOISE_ROWS = [
+Row = tuple[str, int] | tuple[str, int, float]  # sampler, steps, and their shift where it is not 1
+
+NOISE_ROWS: list[Row] = [
     ("DDPMScheduler", 250),
     ("DDPMScheduler", 100),
     ("DDIMScheduler", 250),
     ("DDIMScheduler", 50),
     ("DDIMScheduler", 25),
     ("DPMSolverMultistepScheduler-SDE", 25),
+    ("DPMSolverMultistepScheduler-SDE", 25, 2.5),
     ("DPMSolverMultistepScheduler", 25),
     ("DPMSolverMultistepScheduler", 10),
     ("UniPCMultistepScheduler", 25),
     ("UniPCMultistepScheduler", 10),
 ]
-FLOW_ROWS = [
+FLOW_ROWS: list[Row] = [
     ("FlowMatchEulerDiscreteScheduler", 50),
     ("FlowMatchEulerDiscreteScheduler", 25),
     ("FlowMatchHeunDiscreteScheduler", 13),  # 25 evaluations
 ]
 
 
-EDIT_ROWS = [("DDIMScheduler", 50), ("DDPMScheduler", 250)]
-
-Row = tuple[str, int]  # sampler and steps
+EDIT_ROWS: list[Row] = [("DDIMScheduler", 50), ("DDPMScheduler", 250)]
 
 
-def row(argument: str) -> Row:
-    """Of SAMPLER:STEPS."""
-    sampler, steps = argument.split(":")
-    return sampler, int(steps)
+def parse_row(argument: str) -> Row:
+    """Of SAMPLER:STEPS or SAMPLER:STEPS:SHIFT."""
+    sampler, steps, *shift = argument.split(":")
+    return sampler, int(steps), *map(float, shift)
+
+
+def how(row: Row) -> dict:
+    """What `generate` takes of a row."""
+    return dict(zip(("sampler", "num_inference_steps", "time_shift"), row, strict=False))
+
+
+def name(row: Row) -> str:
+    """Of a row's sampler, and its shift."""
+    return row[0] + "".join(f", shifted by {shift:g}" for shift in row[2:])
 
 
 def sampler_table(
@@ -66,22 +77,21 @@ def sampler_table(
     columns = [f"guidance {scale:g}" for scale in scales]
     print(f"| sampler ({count} prompts) | steps | " + " | ".join(columns) + " |")
     print("|---|---|" + "---|" * len(scales))
-    for sampler, steps in rows:
+    for row in rows:
         shares = []
         for scale in scales:
             out = model.generate(
                 [question.prompt for question in asked],
                 guidance_scale=scale,
-                num_inference_steps=steps,
-                sampler=sampler,
                 batch_size=batch_size,
+                **how(row),
             )
             right = [
                 read(np.asarray(picture)).meaning == question.meaning
                 for picture, question in zip(out.images, asked, strict=True)
             ]
             shares.append(f"{np.mean(right):.1%}")
-        print(f"| {sampler} | {steps} | " + " | ".join(shares) + " |", flush=True)
+        print(f"| {name(row)} | {row[1]} | " + " | ".join(shares) + " |", flush=True)
 
 
 def draw_edits(count: int) -> list[tuple[Scene, str, Scene]]:
@@ -107,14 +117,13 @@ def edit_table(
     print(f"| sampler ({count} held-out instructions) | guidance | carried out | meaning right |")
     print("|---|---|---|---|")
     pairs = [(scale, None) for scale in scales] + [(s, 1.5) for s in scales if s > 1.5]
-    for (sampler, steps), (scale, image_scale) in product(rows, pairs):
+    for row, (scale, image_scale) in product(rows, pairs):
         out = model.generate(
             edit_prompts(edits),
             guidance_scale=scale,
             image_guidance_scale=image_scale,
-            num_inference_steps=steps,
-            sampler=sampler,
             batch_size=batch_size,
+            **how(row),
         )
         pictures = [np.asarray(picture) for picture in out.images]
         done = [
@@ -127,7 +136,7 @@ def edit_table(
         ]
         guided = f"{scale:g}" + (f", of the picture {image_scale:g}" if image_scale else "")
         shares = f"{np.mean(done):.1%} | {np.mean(meant):.1%}"
-        print(f"| {sampler}, {steps} steps | {guided} | {shares} |", flush=True)
+        print(f"| {name(row)}, {row[1]} steps | {guided} | {shares} |", flush=True)
 
 
 def boi_table(model: Model, count: int, batch_size: int) -> None:
@@ -158,7 +167,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("samplers", "edits", "boi"), help="one of the tables")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0])
     parser.add_argument(
-        "--rows", type=row, nargs="+", metavar="SAMPLER:STEPS", help="these rows of the tables"
+        "--rows", type=parse_row, nargs="+", metavar="SAMPLER:STEPS[:SHIFT]", help="of the tables"
     )
     parser.add_argument("--prompts", type=int, default=256, help="of samplers (default: 256)")
     parser.add_argument("--edits", type=int, default=128, help="and of boi (default: 128)")
