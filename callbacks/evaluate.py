@@ -56,6 +56,7 @@ class Evaluate(L.Callback):
         guidance_scale: 1 = off; several are measured one after another.
         num_inference_steps: network evaluations a picture.
         sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
+        time_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
         code_temperature: where pictures are codes; 0 = the likeliest.
         code_top_k: draw from this many likeliest codes; None: from all.
         code_top_p: draw from the fewest codes that have this probability together.
@@ -77,6 +78,7 @@ class Evaluate(L.Callback):
         guidance_scale: float | list[float] = 3.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
+        time_shift: float = 1.0,
         code_temperature: float = 1.0,
         code_top_k: int | None = None,
         code_top_p: float = 1.0,
@@ -93,7 +95,8 @@ class Evaluate(L.Callback):
         self.scales = guidance_scale if isinstance(guidance_scale, list) else [guidance_scale]
         if not self.scales:
             raise UserError("guidance_scale=[] measures nothing; give one number or more")
-        self.how = {"num_inference_steps": num_inference_steps, "sampler": sampler, "seed": seed}
+        self.how = {"num_inference_steps": num_inference_steps, "sampler": sampler}
+        self.how |= {"time_shift": time_shift, "seed": seed}
         self.how |= dict(zip(OF_CODES, (code_temperature, code_top_k, code_top_p), strict=True))
         self.weights, self.batch_size, self.max_new_tokens = weights, batch_size, max_new_tokens
         self.num_shown, self.texts, self.tag = num_shown, list(texts), tag

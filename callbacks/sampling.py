@@ -16,10 +16,10 @@ from callbacks.prompts import Prompt, square
 from tf_lightning.errors import UserError
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
-from tf_lightning.sampler import fitting_sampler
+from tf_lightning.sampler import check_time_shift, fitting_sampler
 
 Kind = Literal["drawn", "written"]
-DENOISING = ("num_inference_steps", "sampler")
+DENOISING = ("num_inference_steps", "sampler", "time_shift")
 OF_CODES = ("code_temperature", "code_top_k", "code_top_p")
 DRAWING = ("guidance_scale", *DENOISING, *OF_CODES)
 
@@ -70,11 +70,13 @@ def fit_drawing(how: dict, module: Transfusion, default_sampler: str | None = No
         default_sampler: where latents are denoised by DDPM's kind and none is named.
 
     Raises:
-        UserError: the sampler does not fit.
+        UserError: the sampler does not fit, or its steps cannot be shifted so.
     """
     kind = "codes" if module.hparams["num_codes"] else module.hparams["prediction_type"]
     sampler = how.get("sampler") or (None if kind in ("codes", "flow") else default_sampler)
     sampler, foreign = fitting_sampler(sampler, kind), DENOISING if kind == "codes" else OF_CODES
+    if kind != "codes":
+        check_time_shift(sampler, how.get("time_shift", 1.0))
     return {k: v for k, v in (how | {"sampler": sampler}).items() if k not in foreign}
 
 

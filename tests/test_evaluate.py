@@ -76,6 +76,7 @@ def test_every_number_has_its_whole_protocol(run, tmp_path):
     expected = {
         **{"num_prompts": 5, "num_drawn": 5, "num_real": 20, "seed": 0, "weights": "ema"},
         **{"sampler": "DDIMScheduler", "num_inference_steps": 2, "guidance_scale": 2.0},
+        **{"time_shift": 1.0},
         **{"resize": "none (64 x 64)", "extractor": "shapes-clip, length sqrt(F)"},
     }
     assert fid.items() >= expected.items()
@@ -93,6 +94,7 @@ def test_the_command_line_changes_counts_steps_sampler_and_weights(run, tmp_path
         "prompts.init_args.count": 3,
         "num_inference_steps": 3,
         "sampler": "DDPMScheduler",
+        "time_shift": 2.0,
         "weights": "raw",
         "seed": 4,
     }
@@ -101,7 +103,7 @@ def test_the_command_line_changes_counts_steps_sampler_and_weights(run, tmp_path
     protocol = json.loads(file.read_text())["numbers"][2]["protocol"]
     assert protocol["num_prompts"] == 3 and protocol["seed"] == 4
     assert (protocol["num_inference_steps"], protocol["sampler"]) == (3, "DDPMScheduler")
-    assert protocol["weights"] == "raw"
+    assert (protocol["time_shift"], protocol["weights"]) == (2.0, "raw")
     assert numbers(file)["val/fid[shapes]"] != numbers(validate(run, tmp_path))["val/fid[shapes]"]
 
 

@@ -183,16 +183,25 @@ def test_pictures_that_do_not_fit_are_refused_before_anything_is_prepared(tmp_pa
         assert not (tmp_path / "data").exists()
 
 
-def test_a_sampler_that_cannot_serve_the_objective_is_refused_before_training(tmp_path, fails):
-    def flow(config: dict) -> None:
-        config["model"]["prediction_type"] = "flow"
+@pytest.mark.parametrize(
+    ("kind", "setting", "told"),
+    [
+        ("flow", {"sampler": "DDPMScheduler"}, "does not fit a model that predicts 'flow'"),
+        ("v_prediction", {"time_shift": 2.5}, "time_shift=2.5 does not fit DDIMScheduler, whose"),
+    ],
+)
+def test_what_cannot_sample_the_model_is_refused_before_training(
+    kind, setting, told, tmp_path, fails
+):
+    def change(config: dict) -> None:
+        config["model"]["prediction_type"] = kind
         callbacks = {
             call["class_path"]: call["init_args"] for call in config["trainer"]["callbacks"]
         }
-        callbacks["callbacks.evaluate.Evaluate"]["sampler"] = "DDPMScheduler"
+        callbacks["callbacks.evaluate.Evaluate"].update(setting)
 
-    code, line = fails("fit", "-c", runs.write_config(tmp_path, flow))
-    assert code == 1 and "sampler='DDPMScheduler' does not fit a model that predicts 'flow'" in line
+    code, line = fails("fit", "-c", runs.write_config(tmp_path, change))
+    assert code == 1 and told in line
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
