@@ -120,7 +120,7 @@ def check_time_shift(sampler: str, time_shift: float) -> None:
     if not 0 < time_shift < float("inf"):
         raise UserError(f"time_shift={time_shift} must be more than 0; 1 changes nothing")
     if time_shift != 1 and sampler in EVEN_SAMPLERS:
-        able = ", ".join(name for name in SAMPLERS if name not in EVEN_SAMPLERS)
+        able = ", ".join(name for name in NOISE_SAMPLERS if name not in EVEN_SAMPLERS)
         raise UserError(
             f"time_shift={time_shift} does not fit {sampler}, whose steps are even; use 1, "
             f"or one of {able}"
