@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tf_lightning.diffusion import alphas_cumprod, cosine_betas
 from tf_lightning.errors import UserError
+from tf_lightning.noise_levels import shifted
 
 SMALLEST_ALPHA = 0.015  # the error of predicted noise is divided by it
 
@@ -151,17 +152,15 @@ def set_timesteps(scheduler, num_inference_steps: int) -> None:
     num_train_timesteps, shift = scheduler.config.num_train_timesteps, scheduler.time_shift
     most = int(num_train_timesteps * min(shift, 1 / shift))  # more would meet a noise level twice
     if not 1 <= num_inference_steps <= most:
-        shifted = f" with time_shift={shift}" if shift != 1 else ""
-        raise UserError(
-            f"num_inference_steps={num_inference_steps} must be from 1 to {most}{shifted}"
-        )
+        why = f" with time_shift={shift}" if shift != 1 else ""
+        raise UserError(f"num_inference_steps={num_inference_steps} must be from 1 to {most}{why}")
     levels = np.linspace(1, 0, num_inference_steps, endpoint=False)
     if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
         # Equal steps from 1 to 0; the scheduler's own grid spends one on the last thousandth.
         scheduler.set_timesteps(sigmas=levels)
     elif shift != 1:
-        levels = shift * levels / (1 + (shift - 1) * levels)
-        scheduler.set_timesteps(timesteps=np.round(num_train_timesteps * levels).astype(int) - 1)
+        places = num_train_timesteps * shifted(levels, shift)
+        scheduler.set_timesteps(timesteps=np.round(places).astype(int) - 1)
     else:
         scheduler.set_timesteps(num_inference_steps)
 
