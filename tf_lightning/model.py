@@ -113,15 +113,9 @@ class Model:
             check_not_denoising(sampler, time_shift, guidance_interval, guidance_rescale)
             num_inference_steps = self.speaker.num_patches
         elif answer != "text" and self.autoencoder is not None:
-            kind = self.hparams["prediction_type"]
-            scheduler = build_scheduler(
-                sampler,
-                self.hparams["num_train_timesteps"],
-                kind,
-                self.hparams["noise_schedule"],
-                self.hparams["learned_sigma"],
-                time_shift,
-            )
+            names = ("num_train_timesteps", "prediction_type", "noise_schedule", "learned_sigma")
+            trained = {name: self.hparams[name] for name in names}
+            scheduler = build_scheduler(sampler, **trained, time_shift=time_shift)
             set_timesteps(scheduler, num_inference_steps)
         return Settings(
             answer="text" if self.autoencoder is None and answer == "any" else answer,
