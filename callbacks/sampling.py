@@ -16,7 +16,7 @@ from callbacks.prompts import Prompt, square
 from tf_lightning.errors import UserError
 from tf_lightning.model import Model
 from tf_lightning.module import Transfusion
-from tf_lightning.sampler import check_time_shift, fitting_sampler
+from tf_lightning.sampler import fitting_sampler
 
 Kind = Literal["drawn", "written"]
 DENOISING = ("num_inference_steps", "sampler", "time_shift")
@@ -70,13 +70,12 @@ def fit_drawing(how: dict, module: Transfusion, default_sampler: str | None = No
         default_sampler: where latents are denoised by DDPM's kind and none is named.
 
     Raises:
-        UserError: the sampler does not fit, or its steps cannot be shifted so.
+        UserError: the sampler does not fit.
     """
     kind = "codes" if module.hparams["num_codes"] else module.hparams["prediction_type"]
     sampler = how.get("sampler") or (None if kind in ("codes", "flow") else default_sampler)
-    sampler, foreign = fitting_sampler(sampler, kind), DENOISING if kind == "codes" else OF_CODES
-    if kind != "codes":
-        check_time_shift(sampler, how.get("time_shift", 1.0))
+    sampler = fitting_sampler(sampler, kind, how.get("time_shift", 1.0))
+    foreign = DENOISING if kind == "codes" else OF_CODES
     return {k: v for k, v in (how | {"sampler": sampler}).items() if k not in foreign}
 
 

@@ -136,7 +136,7 @@ def test_a_prompt_is_required(checkpoint, fails):
         (["--temperature", "nan"], 2, "nan is not a number of at least 0"),
         (["--sampler", "Euler"], 2, "DDIMScheduler"),
         (["--sampler", "FlowMatchEulerDiscreteScheduler"], 1, "does not fit a model that predicts"),
-        (["--time-shift", "0"], 1, "time_shift=0.0 must be more than 0"),
+        (["--time-shift", "0"], 1, "time_shift=0.0 must be from 0.01 to 100"),
         (["--time-shift", "2.5"], 1, "time_shift=2.5 does not fit DDIMScheduler, whose steps"),
         (["--guidance-interval", "0.5"], 2, "'0.5' must be two numbers such as 0.2,0.8"),
         (["--guidance-interval", "1,0"], 1, "guidance_interval=1.0 0.0 must be two noise levels"),

@@ -14,6 +14,7 @@ from tf_lightning.sampler import (
     SAMPLERS,
     Trajectory,
     build_scheduler,
+    fitting_sampler,
     set_timesteps,
 )
 
@@ -191,9 +192,16 @@ def test_a_shift_is_refused_where_diffusers_has_none(sampler):
         build_scheduler(sampler, 1000, "v_prediction", time_shift=2)
 
 
-@pytest.mark.parametrize("shift", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_shift_that_is_none_is_refused(shift):
-    with pytest.raises(UserError, match=f"time_shift={shift} must be more than 0"):
+@pytest.mark.parametrize("asked", [("DDIMScheduler", "codes"), (None, "codes", 2.0)])
+def test_a_model_of_codes_has_neither_sampler_nor_shift(asked):
+    assert fitting_sampler(None, "codes") is None
+    with pytest.raises(UserError, match="is of denoising and this model draws codes; leave it out"):
+        fitting_sampler(*asked)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, 101.0, float("nan"), float("inf")])
+def test_a_shift_out_of_range_is_refused(shift):
+    with pytest.raises(UserError, match=f"time_shift={shift} must be from 0.01 to 100"):
         build_scheduler("DDPMScheduler", 1000, "v_prediction", time_shift=shift)
 
 

@@ -14,7 +14,8 @@ from callbacks.prompts import Prompt
 from callbacks.sampling import model_of, sample, shares
 from tf_lightning.model import Model
 
-HOW = {"guidance_scale": 2.0, "num_inference_steps": 4, "sampler": "S", "seed": 7}
+DRAWN = {"guidance_scale": 2.0, "num_inference_steps": 4, "sampler": "S", "time_shift": 1.5}
+HOW = DRAWN | {"seed": 7}
 
 
 @given(st.integers(0, 50), st.integers(1, 9), st.integers(1, 5))
@@ -56,7 +57,7 @@ def test_a_prompts_noise_depends_on_its_place_alone():
     )
     ((prompts, seeds, how),) = model.drawn
     assert (prompts, seeds) == ([["p2"], ["p3"]], [9, 10])
-    assert how == {key: HOW[key] for key in ("guidance_scale", "num_inference_steps", "sampler")}
+    assert how == DRAWN
     assert made.numbers == range(2, 4) and made.written is None
     assert made.pixels.shape == (2, 3, 8, 8) and made.pixels.dtype == torch.uint8
 

@@ -32,32 +32,47 @@ SAMPLERS = NOISE_SAMPLERS + FLOW_SAMPLERS
 BETA_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}  # diffusers' names
 
 
-def fitting_sampler(sampler: str | None, prediction_type: str) -> str | None:
+def fitting_sampler(
+    sampler: str | None, prediction_type: str, time_shift: float = 1.0
+) -> str | None:
     """The sampler named, or DDIM, or Euler for flow, where none is; of "codes", none.
 
     Raises:
-        UserError: the sampler is unknown, or does not fit the prediction type.
+        UserError: the sampler is unknown, or does not fit the prediction type or the shift.
     """
     if prediction_type == "codes":
-        if sampler is not None:
-            raise UserError(
-                f"sampler={sampler!r} denoises and this model draws codes; leave it out"
-            )
+        check_not_denoising(sampler, time_shift)
         return None
     fitting = FLOW_SAMPLERS if prediction_type == "flow" else NOISE_SAMPLERS
     if sampler is None:
-        return "FlowMatchEulerDiscreteScheduler" if prediction_type == "flow" else "DDIMScheduler"
+        sampler = FLOW_SAMPLERS[0] if prediction_type == "flow" else "DDIMScheduler"
     if sampler not in fitting:
         known = "does not fit" if sampler in SAMPLERS else "is no sampler for"
         raise UserError(
             f"sampler={sampler!r} {known} a model that predicts {prediction_type!r}; "
             f"it must be one of {', '.join(fitting)}"
         )
+    check_time_shift(sampler, time_shift)
     return sampler
 
 
+def check_time_shift(sampler: str, time_shift: float) -> None:
+    """Refuse a shift that leaves hardly a step, or that the sampler cannot have."""
+    if not 0.01 <= time_shift <= 100:
+        raise UserError(f"time_shift={time_shift} must be from 0.01 to 100; 1 changes nothing")
+    if time_shift != 1 and sampler in EVEN_SAMPLERS:
+        able = ", ".join(name for name in NOISE_SAMPLERS if name not in EVEN_SAMPLERS)
+        raise UserError(
+            f"time_shift={time_shift} does not fit {sampler}, whose steps are even; use 1, "
+            f"or one of {able}"
+        )
+
+
 def check_not_denoising(
-    sampler: str | None, time_shift: float, interval: Sequence[float], rescale: float
+    sampler: str | None,
+    time_shift: float,
+    interval: Sequence[float] = (0.0, 1.0),
+    rescale: float = 0.0,
 ) -> None:
     """Refuse what only denoising has."""
     for name, given, off in (
@@ -90,16 +105,15 @@ def build_scheduler(
     that of Stable Diffusion 3 (Eq. 23): more of the steps near pure noise if it is more than 1.
 
     Raises:
-        UserError: as `fitting_sampler`; or the steps cannot be shifted so.
+        UserError: as `fitting_sampler`.
     """
-    sampler = fitting_sampler(sampler, prediction_type)
-    check_time_shift(sampler, time_shift)
+    sampler = fitting_sampler(sampler, prediction_type, time_shift)
     import diffusers.schedulers as schedulers  # 2.5 s: only when sampling
 
     build = getattr(schedulers, sampler.removesuffix(SDE))
     if prediction_type == "flow":
         scheduler = build(num_train_timesteps=num_train_timesteps, shift=time_shift)
-        scheduler.num_levels, scheduler.time_shift = num_train_timesteps, 1.0  # it shifts itself
+        scheduler.num_levels, scheduler.step_shift = num_train_timesteps, 1.0  # it shifts itself
         return scheduler
     own = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
     if learned_sigma and sampler == "DDPMScheduler":
@@ -112,20 +126,8 @@ def build_scheduler(
     scheduler = build(
         beta_schedule=BETA_SCHEDULES[noise_schedule], prediction_type=prediction_type, **own
     )
-    scheduler.num_levels, scheduler.time_shift = num_train_timesteps, time_shift
+    scheduler.num_levels, scheduler.step_shift = num_train_timesteps, time_shift
     return scheduler
-
-
-def check_time_shift(sampler: str, time_shift: float) -> None:
-    """Refuse a shift that is none, or that the sampler cannot have."""
-    if not 0 < time_shift < float("inf"):
-        raise UserError(f"time_shift={time_shift} must be more than 0; 1 changes nothing")
-    if time_shift != 1 and sampler in EVEN_SAMPLERS:
-        able = ", ".join(name for name in NOISE_SAMPLERS if name not in EVEN_SAMPLERS)
-        raise UserError(
-            f"time_shift={time_shift} does not fit {sampler}, whose steps are even; use 1, "
-            f"or one of {able}"
-        )
 
 
 def above_pure_noise(sampler: str, num_train_timesteps: int) -> dict:
@@ -149,7 +151,7 @@ def set_timesteps(scheduler, num_inference_steps: int) -> None:
     Raises:
         UserError: there are too few or too many of them.
     """
-    num_train_timesteps, shift = scheduler.config.num_train_timesteps, scheduler.time_shift
+    num_train_timesteps, shift = scheduler.config.num_train_timesteps, scheduler.step_shift
     most = int(num_train_timesteps * min(shift, 1 / shift))  # more would meet a noise level twice
     if not 1 <= num_inference_steps <= most:
         why = f" with time_shift={shift}" if shift != 1 else ""
