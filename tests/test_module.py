@@ -145,6 +145,7 @@ def test_a_flows_loss_is_the_one_computed_by_hand():
         ({"prediction_type": "flow", "learned_sigma": True}, "use 'epsilon' or 'v_prediction'"),
         ({"unet": UNetConfig((8, 16, 16))}, "make patches of 4 and patch_size=2"),
         ({"text_lr_ratio": 1.5}, "text_lr_ratio=1.5 must be from 0 .frozen. to 1"),
+        ({"lr_decay": "slow"}, "lr_decay='slow' must be one of .'cosine', 'linear'."),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused_before_anything_is_built(changed, message):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from tf_lightning.optim import lr_scale, parameter_groups
 from tiny import tiny_net
@@ -13,11 +13,16 @@ def test_the_warm_up_is_linear_and_reaches_the_peak():
     assert scales == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
 
 
-def test_the_decay_equals_pytorchs_cosine():
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_the_decay_equals_pytorchs(decay):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    schedule = CosineAnnealingLR(optimizer, T_max=90, eta_min=0.05)
+    schedule = (
+        CosineAnnealingLR(optimizer, T_max=90, eta_min=0.05)
+        if decay == "cosine"
+        else LinearLR(optimizer, start_factor=1.0, end_factor=0.05, total_iters=90)
+    )
     for step in range(10, 101):
-        assert lr_scale(step, 10, 100, 0.05) == pytest.approx(schedule.get_last_lr()[0])
+        assert lr_scale(step, 10, 100, 0.05, decay) == pytest.approx(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
 

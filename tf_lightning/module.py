@@ -22,7 +22,7 @@ from tf_lightning.losses import total_loss
 from tf_lightning.net import Net, check_codes, update_ema
 from tf_lightning.noise_levels import row_generator
 from tf_lightning.objective import Objective
-from tf_lightning.optim import build_optimizer, lr_scale
+from tf_lightning.optim import DECAYS, build_optimizer, lr_scale
 from tf_lightning.sharding import shard
 from tf_lightning.transformer import TransformerConfig
 from tf_lightning.unet import UNetConfig
@@ -60,6 +60,7 @@ class Transfusion(L.LightningModule):
         muon: the blocks' matrices learn by Muon, at the same rate; the rest by AdamW.
         weight_decay: on matrices; norms, biases and embeddings have none.
         warmup_steps: optimizer steps of linear warm-up.
+        lr_decay: from the peak to the last rate, "cosine" (the paper) or "linear".
         min_lr_ratio: last learning rate as a share of the peak.
         ema_decay: decay per optimizer step of the weights' average, 0 to keep none.
         compile: compile the network with torch.compile.
@@ -87,6 +88,7 @@ class Transfusion(L.LightningModule):
         muon: bool = False,
         weight_decay: float = 0.1,
         warmup_steps: int = 4000,
+        lr_decay: str = "cosine",
         min_lr_ratio: float = 0.05,
         ema_decay: float = 0.9999,
         compile: bool = False,
@@ -94,6 +96,8 @@ class Transfusion(L.LightningModule):
         super().__init__()
         if not 0 <= text_lr_ratio <= 1:
             raise UserError(f"text_lr_ratio={text_lr_ratio} must be from 0 (frozen) to 1")
+        if lr_decay not in DECAYS:
+            raise UserError(f"lr_decay={lr_decay!r} must be one of {tuple(DECAYS)}")
         self.save_hyperparameters()
         if isinstance(transformer, dict):  # a checkpoint written by the command line
             transformer = TransformerConfig(**transformer)
@@ -166,15 +170,14 @@ class Transfusion(L.LightningModule):
             self.image_codec["other_shapes"] = [list(s) for s in shapes if s != data.image_shape]
 
     def configure_optimizers(self) -> dict:
-        """AdamW, or Muon with it, with linear warm-up and cosine decay."""
+        """AdamW, or Muon with it; the learning rate warms up and decays."""
         hparams = self.hparams
         names = ("lr", "betas", "weight_decay", "text_lr_ratio", "muon")
         bf16 = "bf16" in str(self.trainer.precision)
         optimizer = build_optimizer(self.net, **{n: hparams[n] for n in names}, bf16=bf16)
-        max_steps = self.trainer.max_steps
+        plan = (hparams.warmup_steps, self.trainer.max_steps, hparams.min_lr_ratio)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: lr_scale(step, hparams.warmup_steps, max_steps, hparams.min_lr_ratio),
+            optimizer, lambda step: lr_scale(step, *plan, hparams.lr_decay)
         )
         return {
             "optimizer": optimizer,
