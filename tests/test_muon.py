@@ -28,10 +28,12 @@ def test_singular_values_a_hundredfold_apart_become_one_within_a_quarter():
     assert (made - 1).abs().max() < 0.27
 
 
-def test_a_matrix_of_one_direction_stays_bounded_in_bf16():
-    column, row = gradients(0, (16, 1), (1, 40))  # its largest singular value is its norm
-    made = orthogonal((column @ row)[None].bfloat16())[0].float()
-    assert torch.linalg.matrix_norm(made, 2) == pytest.approx(1.0, abs=0.3)
+def test_matrices_of_one_direction_stay_bounded_in_bf16():
+    generator = torch.Generator().manual_seed(0)
+    columns, rows = (torch.randn(100, *shape, generator=generator) for shape in ((16, 1), (1, 40)))
+    made = orthogonal((columns @ rows).bfloat16()).float()  # the largest singular value is the norm
+    assert 0.7 < torch.linalg.matrix_norm(made, 2).min()
+    assert torch.linalg.matrix_norm(made, 2).max() < 1.3
 
 
 def gradients(step: int, *shapes: tuple[int, int]) -> list[torch.Tensor]:
