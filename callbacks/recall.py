@@ -30,6 +30,7 @@ class Recall(L.Callback):
         guidance_scale: 1 = off.
         num_inference_steps: network evaluations a picture.
         sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
+        time_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
         seed: the first picture's noise; the next pictures' follow.
     """
 
@@ -40,6 +41,7 @@ class Recall(L.Callback):
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
+        time_shift: float = 1.0,
         seed: int = 0,
     ):
         self.source, self.num_prompts, self.seed = source, num_prompts, seed
@@ -47,6 +49,7 @@ class Recall(L.Callback):
             "guidance_scale": guidance_scale,
             "num_inference_steps": num_inference_steps,
             "sampler": sampler,
+            "time_shift": time_shift,
         }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

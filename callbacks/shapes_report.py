@@ -65,6 +65,7 @@ class ShapesReport(L.Callback):
         num_inference_steps: network evaluations a picture.
         sampler: name of a diffusers scheduler; None: DDPM, the best of the small
             model, or Euler for flow.
+        time_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
         code_temperature: where pictures are codes; 0 = the likeliest.
         code_top_k: draw from this many likeliest codes; None: from all.
         code_top_p: draw from the fewest codes that have this probability together.
@@ -77,6 +78,7 @@ class ShapesReport(L.Callback):
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
+        time_shift: float = 1.0,
         code_temperature: float = 1.0,
         code_top_k: int | None = None,
         code_top_p: float = 1.0,
@@ -87,6 +89,7 @@ class ShapesReport(L.Callback):
             "guidance_scale": guidance_scale,
             "num_inference_steps": num_inference_steps,
             "sampler": sampler,
+            "time_shift": time_shift,
             "code_temperature": code_temperature,
             "code_top_k": code_top_k,
             "code_top_p": code_top_p,

@@ -81,6 +81,24 @@ def test_captions_are_answered_with_pictures(run, folder):
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
 
 
+def test_pictures_follow_the_sampler_and_its_shift(run, tmp_path, capsys):
+    how = {"answer": "image", "num_inference_steps": 3, "sampler": "DDPMScheduler"}
+
+    def pictures(shift: float) -> dict[str, bytes]:
+        out = predict(run, tmp_path, writer=how | {"time_shift": shift})
+        names = [line["answer"] for line in read(out / "image-0.jsonl")]
+        return {name: (out / name).read_bytes() for name in names}
+
+    even, shifted = pictures(1.0), pictures(2.5)
+    assert even.keys() == shifted.keys() and even != shifted
+    new = tmp_path / "new"
+    new.mkdir()
+    with pytest.raises(SystemExit):
+        predict(run, new, writer=how | {"sampler": "DDIMScheduler", "time_shift": 2.0})
+    assert "time_shift=2.0 does not fit DDIMScheduler" in capsys.readouterr().err
+    assert not (new / "run" / "predict").exists()
+
+
 def test_two_ranks_answer_each_document_once(run, tmp_path, folder):
     arguments = ["--trainer.devices", "2", "--trainer.strategy", "ddp_fork"]
     out = predict(run, tmp_path, *arguments)

@@ -49,6 +49,9 @@ class Greys:
         return iter([*pairs[:3], ["text"], Skipped("damaged picture"), *pairs[3:]])
 
 
+SHIFTED = {"sampler": "DPMSolverMultistepScheduler", "time_shift": 2.5}
+
+
 class Memory:
     """Draws what belongs to each caption, or always the first picture."""
 
@@ -56,6 +59,7 @@ class Memory:
         self.remembers = remembers
 
     def draw(self, prompts, *, seeds, **how) -> list[Image.Image]:
+        assert how.items() >= SHIFTED.items()
         return [grey(int(text) if self.remembers else 0) for (text,) in prompts]
 
 
@@ -74,12 +78,12 @@ def test_recall_is_the_share_of_prompts_drawn_nearest_to_their_own(
     module = torch.nn.Linear(1, 1)
     module.hparams = {"prediction_type": "epsilon", "num_codes": None}
     module.device_mesh = None  # not sharded
-    callback = Recall("captions", num_prompts=5, seed=4)
+    callback = Recall("captions", num_prompts=5, seed=4, **SHIFTED)
     callback.setup(trainer, module, "fit")
     callback.examine(trainer, module)
     report = json.loads((tmp_path / "recall.json").read_text())
     assert report == {
         **{"recall": recall, "num_prompts": 5, "num_pictures": 10, "seed": 4, "global_step": 7},
-        **{"guidance_scale": 3.0, "num_inference_steps": 50, "sampler": "DDIMScheduler"},
+        **{"guidance_scale": 3.0, "num_inference_steps": 50, **SHIFTED},
     }
     assert Image.open(tmp_path / "recall.png").width > 500

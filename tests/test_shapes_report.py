@@ -79,7 +79,7 @@ def examined(module, model_class, folder, monkeypatch) -> dict:
         precision="32-true",
         precision_plugin=Precision(),
     )
-    report = ShapesReport(num_prompts=COUNT, seed=SEED, num_inference_steps=2)
+    report = ShapesReport(num_prompts=COUNT, seed=SEED, num_inference_steps=2, time_shift=2.5)
     report.setup(trainer, module, "fit")
     report.examine(trainer, module)
     return json.loads((folder / "report.json").read_text())
@@ -137,6 +137,7 @@ def test_the_report_says_what_was_measured_and_how(module, tmp_path, monkeypatch
         **{"seed": SEED, "global_step": 5, "weights": "ema", "precision": "32-true"},
         **{"train_seconds": 90.0, "validation_seconds": 10.0},
         **{"guidance_scale": 3.0, "num_inference_steps": 2, "sampler": "DDPMScheduler"},
+        "time_shift": 2.5,
     }
     assert report.items() >= expected.items()
     assert report.keys() - expected.keys() == {
