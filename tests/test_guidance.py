@@ -84,6 +84,14 @@ def test_an_interval_that_is_none_is_refused(interval):
         Guidance(2.0, interval=interval)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_an_endless_scale_is_refused(scale):
+    with pytest.raises(UserError, match="^guidance_scale=.* must be finite"):
+        Guidance(scale)
+    with pytest.raises(UserError, match="^image_guidance_scale=.* must be finite"):
+        Guidance(2.0, image_scale=scale)
+
+
 @pytest.mark.parametrize("phi", [-0.1, 1.1, float("nan")])
 def test_a_rescaling_out_of_range_is_refused(phi):
     with pytest.raises(UserError, match="guidance_rescale=.* must be from 0"):

@@ -3,6 +3,7 @@
 Shapes: outputs are (n, C, h, w), or (n, 2 C, h, w) with a learned variance.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,9 @@ class Guidance:
     """phi of `rescale`, in [0, 1]; 0 = off."""
 
     def __post_init__(self) -> None:
+        for name, scale in (("", self.scale), ("image_", self.image_scale)):
+            if scale is not None and not math.isfinite(scale):
+                raise UserError(f"{name}guidance_scale={scale} must be finite; 1 is off")
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise UserError(
