@@ -30,8 +30,8 @@ from callbacks.sheet import run_folder, write_picture
 from callbacks.show import show
 from callbacks.text_perplexity import TextPerplexity
 from tf_lightning.errors import UserError
-from tf_lightning.model import Model
-from tf_lightning.module import Transfusion
+from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.training.module import Transfusion
 
 MODULE_PROTOCOL = {  # of what the module itself logs at validation
     "loss_lm": "mean nll in nats over text targets",
@@ -56,7 +56,7 @@ class Evaluate(L.Callback):
         guidance_scale: 1 = off; several are measured one after another.
         num_inference_steps: network evaluations a picture.
         sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
-        time_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
+        timestep_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
         code_temperature: where pictures are codes; 0 = the likeliest.
         code_top_k: draw from this many likeliest codes; None: from all.
         code_top_p: draw from the fewest codes that have this probability together.
@@ -78,7 +78,7 @@ class Evaluate(L.Callback):
         guidance_scale: float | list[float] = 3.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
-        time_shift: float = 1.0,
+        timestep_shift: float = 1.0,
         code_temperature: float = 1.0,
         code_top_k: int | None = None,
         code_top_p: float = 1.0,
@@ -96,7 +96,7 @@ class Evaluate(L.Callback):
         if not self.scales:
             raise UserError("guidance_scale=[] measures nothing; give one number or more")
         self.how = {"num_inference_steps": num_inference_steps, "sampler": sampler}
-        self.how |= {"time_shift": time_shift, "seed": seed}
+        self.how |= {"timestep_shift": timestep_shift, "seed": seed}
         self.how |= dict(zip(OF_CODES, (code_temperature, code_top_k, code_top_p), strict=True))
         self.weights, self.batch_size, self.max_new_tokens = weights, batch_size, max_new_tokens
         self.num_shown, self.texts, self.tag = num_shown, list(texts), tag
@@ -189,7 +189,7 @@ class Evaluate(L.Callback):
             measure.keep_real()
 
     def measure(
-        self, trainer: L.Trainer, model: Model, prompts: Sequence[Prompt], kind: Kind, suffix: str,
+        self, trainer: L.Trainer, model: TransfusionPipeline, prompts: Sequence[Prompt], kind: Kind, suffix: str,
         facts: dict,
     ) -> list[Number]:  # fmt: skip
         """Make all the samples of one kind, "drawn" pictures or "written" captions; measure them.
@@ -240,7 +240,7 @@ class Evaluate(L.Callback):
         if isinstance(trainer.logger, TensorBoardLogger) and self.num_shown:
             show(trainer, self.prompt_set, sampled.first(self.num_shown), self.tag + suffix)
 
-    def show_texts(self, trainer: L.Trainer, model: Model) -> None:
+    def show_texts(self, trainer: L.Trainer, model: TransfusionPipeline) -> None:
         """Continuations of `texts`, by rank zero, in TensorBoard."""
         if isinstance(trainer.logger, TensorBoardLogger) and self.texts and trainer.is_global_zero:
             begun = [[text] for text in self.texts]

@@ -11,8 +11,8 @@ from PIL import Image
 from callbacks.measures import Measure
 from callbacks.sampling import Kind, Sampled
 from evaluation.composition import Composition, write_samples
-from tf_lightning.data.oracle import read
-from tf_lightning.data.shapes import Meaning
+from tf_lightning.shapes.oracle import read
+from tf_lightning.shapes.world import Meaning
 
 
 class ShapesComposition(Measure):

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from callbacks.sampling import fit_drawing
 from callbacks.sheet import run_folder, write_picture, write_text
 from tf_lightning.batch import Document
-from tf_lightning.model import Model
+from tf_lightning.generation.pipeline import TransfusionPipeline
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -33,7 +33,7 @@ class PredictionWriter(BasePredictionWriter):
         guidance_scale: of pictures, 1 = off.
         num_inference_steps: network evaluations a picture.
         sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
-        time_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
+        timestep_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
         seed: with the document, names a picture's first noise.
     """
 
@@ -44,7 +44,7 @@ class PredictionWriter(BasePredictionWriter):
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
-        time_shift: float = 1.0,
+        timestep_shift: float = 1.0,
         seed: int = 0,
     ):
         super().__init__(write_interval="batch")
@@ -53,7 +53,7 @@ class PredictionWriter(BasePredictionWriter):
             "guidance_scale": guidance_scale,
             "num_inference_steps": num_inference_steps,
             "sampler": sampler,
-            "time_shift": time_shift,
+            "timestep_shift": timestep_shift,
         }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -63,7 +63,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See what is there; leave out of this rank's file what another run wrote."""
-        self.model, self.folder = Model.of(pl_module), run_folder(trainer)
+        self.model, self.folder = TransfusionPipeline.of(pl_module), run_folder(trainer)
         checkpoint = Path(trainer.ckpt_path)
         settings = (str(checkpoint), checkpoint.stat().st_mtime_ns, self.max_new_tokens, self.how)
         self.run = hashlib.sha256(repr((settings, self.seed)).encode()).hexdigest()[:12]

@@ -11,12 +11,12 @@ import lightning as L
 import numpy as np
 from PIL import Image
 
-from tf_lightning.data.corpus import RawDocument, Skipped, Source, Split
-from tf_lightning.data.oracle import read
-from tf_lightning.data.shapes import Meaning, draw_scene, generator, place
-from tf_lightning.data.shapes_grammar import caption, captions, parse
-from tf_lightning.data.shapes_sources import picture
+from tf_lightning.data.documents import RawDocument, Skipped, Source, Split
 from tf_lightning.errors import UserError
+from tf_lightning.shapes.grammar import caption, captions, parse
+from tf_lightning.shapes.oracle import read
+from tf_lightning.shapes.sources import picture
+from tf_lightning.shapes.world import Meaning, draw_scene, generator, place
 
 SEED_OFFSET = 2_000  # these pictures are neither the validation's nor the final report's
 

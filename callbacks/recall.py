@@ -11,9 +11,9 @@ from torch import Tensor
 
 from callbacks.sampling import fit_drawing, refuse_shards
 from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
-from tf_lightning.data.corpus import RawDocument, Skipped, Source, Split
-from tf_lightning.model import Model, to_pixels
-from tf_lightning.module import Transfusion
+from tf_lightning.data.documents import RawDocument, Skipped, Source, Split
+from tf_lightning.generation.pipeline import TransfusionPipeline, to_pixels
+from tf_lightning.training.module import Transfusion
 
 
 class Recall(L.Callback):
@@ -30,7 +30,7 @@ class Recall(L.Callback):
         guidance_scale: 1 = off.
         num_inference_steps: network evaluations a picture.
         sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
-        time_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
+        timestep_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
         seed: the first picture's noise; the next pictures' follow.
     """
 
@@ -41,7 +41,7 @@ class Recall(L.Callback):
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
-        time_shift: float = 1.0,
+        timestep_shift: float = 1.0,
         seed: int = 0,
     ):
         self.source, self.num_prompts, self.seed = source, num_prompts, seed
@@ -49,7 +49,7 @@ class Recall(L.Callback):
             "guidance_scale": guidance_scale,
             "num_inference_steps": num_inference_steps,
             "sampler": sampler,
-            "time_shift": time_shift,
+            "timestep_shift": timestep_shift,
         }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -76,7 +76,7 @@ class Recall(L.Callback):
         if not trainer.is_global_zero:
             return
         module.eval()
-        model = Model.of(module)
+        model = TransfusionPipeline.of(module)
         source = trainer.datamodule.sources[self.source]
         seen, held_out = (captioned(source, split) for split in ("train", "val"))
         count = min(self.num_prompts, len(seen))

@@ -11,10 +11,10 @@ from callbacks.measures import load_extractor
 from callbacks.protocol import Number, save_numbers
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
-from tf_lightning.autoencoder_losses import code_perplexity
-from tf_lightning.autoencoder_module import AutoencoderModule, Reconstruction
+from tf_lightning.autoencoder.losses import code_perplexity
 from tf_lightning.data.pictures import PictureBatch
 from tf_lightning.errors import UserError
+from tf_lightning.training.autoencoder import AutoencoderModule, Reconstruction
 
 DEFINITIONS = {
     "psnr": "dB, mean over pictures, values in [-1, 1] clipped",

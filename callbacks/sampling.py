@@ -13,13 +13,13 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from callbacks.prompts import Prompt, square
+from tf_lightning.diffusion.sampler import fitting_sampler
 from tf_lightning.errors import UserError
-from tf_lightning.model import Model
-from tf_lightning.module import Transfusion
-from tf_lightning.sampler import fitting_sampler
+from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.training.module import Transfusion
 
 Kind = Literal["drawn", "written"]
-DENOISING = ("num_inference_steps", "sampler", "time_shift")
+DENOISING = ("num_inference_steps", "sampler", "timestep_shift")
 OF_CODES = ("code_temperature", "code_top_k", "code_top_p")
 DRAWING = ("guidance_scale", *DENOISING, *OF_CODES)
 
@@ -44,9 +44,9 @@ class Sampled:
         return Sampled(*(part and part[:count] for part in parts))
 
 
-def model_of(module: Transfusion, weights: str) -> tuple[Model, str]:
+def model_of(module: Transfusion, weights: str) -> tuple[TransfusionPipeline, str]:
     """The module's model with the weights asked for, "ema" or "raw", and which they really are."""
-    model = Model.of(module)
+    model = TransfusionPipeline.of(module)
     if weights == "ema" and module.ema is not None:
         return model, "ema"
     return replace(model, net=module.net), "raw"
@@ -65,7 +65,7 @@ def fit_drawing(how: dict, module: Transfusion, default_sampler: str | None = No
     """What of `how` is of this module's kind of pictures, its sampler named.
 
     Args:
-        how: settings of `Model.draw`.
+        how: settings of `TransfusionPipeline.draw`.
         module: what is to draw.
         default_sampler: where latents are denoised by DDPM's kind and none is named.
 
@@ -74,7 +74,7 @@ def fit_drawing(how: dict, module: Transfusion, default_sampler: str | None = No
     """
     kind = "codes" if module.hparams["num_codes"] else module.hparams["prediction_type"]
     sampler = how.get("sampler") or (None if kind in ("codes", "flow") else default_sampler)
-    sampler = fitting_sampler(sampler, kind, how.get("time_shift", 1.0))
+    sampler = fitting_sampler(sampler, kind, how.get("timestep_shift", 1.0))
     foreign = DENOISING if kind == "codes" else OF_CODES
     return {k: v for k, v in (how | {"sampler": sampler}).items() if k not in foreign}
 
@@ -89,7 +89,7 @@ def shares(count: int, batch_size: int, rank: int, world_size: int) -> list[rang
 
 
 def sample(
-    model: Model,
+    model: TransfusionPipeline,
     prompts: Sequence[Prompt],
     batches: Sequence[range],
     how: dict,

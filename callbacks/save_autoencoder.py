@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from callbacks.sheet import run_folder
-from tf_lightning.autoencoder_module import AutoencoderModule
-from tf_lightning.autoencoder_save import measure_latents, save_network
+from tf_lightning.autoencoder.network import measure_latents, save_network
 from tf_lightning.data.pictures import PictureData, ValPictures
+from tf_lightning.training.autoencoder import AutoencoderModule
 
 
 class SaveAutoencoder(L.Callback):

@@ -23,11 +23,11 @@ from callbacks.text_perplexity import TextBytes, add_text
 from callbacks.throughput import Throughput
 from evaluation.perplexity import Perplexity
 from tf_lightning.batch import pack
-from tf_lightning.data.oracle import read
-from tf_lightning.data.shapes import Meaning, draw_scene, generator, render
-from tf_lightning.data.shapes_grammar import caption, draw_text, parse, text_log_prob
-from tf_lightning.model import Model
-from tf_lightning.module import Transfusion
+from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.shapes.grammar import caption, draw_text, parse, text_log_prob
+from tf_lightning.shapes.oracle import read
+from tf_lightning.shapes.world import Meaning, draw_scene, generator, render
+from tf_lightning.training.module import Transfusion
 
 SEED_OFFSET = 1_000  # the examination's pictures are none of the validation's
 
@@ -65,7 +65,7 @@ class ShapesReport(L.Callback):
         num_inference_steps: network evaluations a picture.
         sampler: name of a diffusers scheduler; None: DDPM, the best of the small
             model, or Euler for flow.
-        time_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
+        timestep_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
         code_temperature: where pictures are codes; 0 = the likeliest.
         code_top_k: draw from this many likeliest codes; None: from all.
         code_top_p: draw from the fewest codes that have this probability together.
@@ -78,7 +78,7 @@ class ShapesReport(L.Callback):
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
-        time_shift: float = 1.0,
+        timestep_shift: float = 1.0,
         code_temperature: float = 1.0,
         code_top_k: int | None = None,
         code_top_p: float = 1.0,
@@ -89,7 +89,7 @@ class ShapesReport(L.Callback):
             "guidance_scale": guidance_scale,
             "num_inference_steps": num_inference_steps,
             "sampler": sampler,
-            "time_shift": time_shift,
+            "timestep_shift": timestep_shift,
             "code_temperature": code_temperature,
             "code_top_k": code_top_k,
             "code_top_p": code_top_p,
@@ -120,7 +120,7 @@ class ShapesReport(L.Callback):
             return
         rank_zero_info("Judging pictures and captions ...")
         module.eval()
-        model = Model.of(module)
+        model = TransfusionPipeline.of(module)
         one, two = (questions(self.num_prompts, count, self.seed) for count in (1, 2))
         asked = one + two
         with trainer.precision_plugin.forward_context():
@@ -162,7 +162,7 @@ class ShapesReport(L.Callback):
         last = folder / "checkpoints" / "last.ckpt"
         rank_zero_info(summary(folder, last if last.exists() else trainer.ckpt_path, report))
 
-    def draw(self, model: Model, asked: Sequence[Question]) -> list[Image.Image]:
+    def draw(self, model: TransfusionPipeline, asked: Sequence[Question]) -> list[Image.Image]:
         """One picture a question, 64 at a time."""
         drawn: list[Image.Image] = []
         for start in range(0, len(asked), 64):
@@ -183,7 +183,7 @@ def seconds_of(trainer: L.Trainer) -> dict[str, float]:
 
 @torch.no_grad()
 def text_perplexity(
-    model: Model, module: Transfusion, count: int, seed: int
+    model: TransfusionPipeline, module: Transfusion, count: int, seed: int
 ) -> tuple[float, float]:
     """Perplexity of held-out text, and that of the grammar itself on the same tokens.
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from callbacks.step_zero import check_text
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.errors import UserError
-from tf_lightning.export import read_weights
-from tf_lightning.hf_folder import is_hub_name
-from tf_lightning.modality import with_image_weights
-from tf_lightning.module import Transfusion
-from tf_lightning.tokenizer import Tokenizer
-from tf_lightning.weights import LanguageModel, open_language_model
+from tf_lightning.interop.export import read_weights
+from tf_lightning.interop.hub import is_hub_name
+from tf_lightning.interop.llama import LanguageModel, open_language_model
+from tf_lightning.model.transformer import with_modality_weights
+from tf_lightning.tokenizer.tokenizer import Tokenizer
+from tf_lightning.training.module import Transfusion
 
 
 class StartFrom(L.Callback):
@@ -85,7 +85,7 @@ class StartFrom(L.Callback):
         rank_zero_info(check_text(trainer, pl_module))
 
     def _of_checkpoint(self, module: Transfusion) -> dict[str, Tensor]:
-        """The weights of a `Net` in a checkpoint, averaged where it has an average."""
+        """The weights of a `TransfusionModel` in a checkpoint, averaged where it has an average."""
         checkpoint = read_weights(self.checkpoint)
         codec = module.image_codec, module.row_length
         module.on_load_checkpoint(checkpoint)  # refuses another tokenizer
@@ -98,7 +98,7 @@ class StartFrom(L.Callback):
 
     def _load(self, module: Transfusion, weights: dict[str, Tensor]) -> None:
         """Into the network and its average; what is not taken stays as it is."""
-        weights = with_image_weights(weights, module.net.state_dict())
+        weights = with_modality_weights(weights, module.net.state_dict())
         if self.transformer_only:
             weights = {n: w for n, w in weights.items() if n.startswith("transformer.")}
         if self.is_language_model or self.transformer_only:

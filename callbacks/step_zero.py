@@ -5,11 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tf_lightning.attention import build_attention
-from tf_lightning.batch import Batch, pack
+from tf_lightning.batch import Batch, pack, unpack
 from tf_lightning.errors import UserError
-from tf_lightning.module import Transfusion
-from tf_lightning.unpack import unpack
+from tf_lightning.model.attention import build_attention
+from tf_lightning.training.module import Transfusion
 
 MAX_CHANGE = 1e-6  # of the perplexity, relative
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from callbacks.protocol import Number
 from evaluation.perplexity import Perplexity
 from tf_lightning.batch import Batch
-from tf_lightning.module import Transfusion
-from tf_lightning.tokenizer import Tokenizer
+from tf_lightning.tokenizer.tokenizer import Tokenizer
+from tf_lightning.training.module import Transfusion
 
 DEFINITION = {
     "perplexity": "exp(sum nll / sum tokens)",

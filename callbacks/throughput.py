@@ -8,14 +8,14 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
 from tf_lightning.batch import Batch
-from tf_lightning.flops import Work, flops_6nd, squared_lengths, training_flops
+from tf_lightning.training.flops import Work, flops_6nd, squared_lengths, training_flops
 
 
 class Throughput(L.Callback):
     """Logs `train/tokens_per_sec`, `train/padding_share` and `train/mixture/<source>`.
 
     Also `train/epochs/<source>`, how often the run has read each source so far;
-    `train/flops_per_token`, forward and backward as `tf_lightning.flops` counts them, beside
+    `train/flops_per_token`, forward and backward as `tf_lightning.training.flops` counts them, beside
     `train/flops_per_token_6n`, the papers' 6 N; `train/images_per_token`, since pictures of codes
     take more tokens than those of patches; `train/tflops_per_sec`; and `train/mfu`, its share of
     what the devices can do.

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from tf_lightning.batch import plain_ids
-from tf_lightning.data.corpus import Corpus
+from tf_lightning.data.corpus.reader import Corpus
 
 
 class UnigramBaseline(L.Callback):

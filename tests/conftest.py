@@ -11,7 +11,7 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning's calls of 
 import pytest
 import torch
 
-from corpora import Pictures, Words
+from support.corpora import Pictures, Words
 from tf_lightning.data import Mixture
 
 DATA_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -84,7 +84,7 @@ def is_local(host: str | bytes | None) -> bool:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
     """The folder of a finished run of `runs.config`; tests leave it as it is."""
-    import runs
+    from support import runs
 
     return runs.fit(tmp_path_factory.mktemp("session"))
 

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from scipy import stats
 
+from support.tiny import PATCH_SIZE, document, layout, packed, random_rows
 from tf_lightning.batch import (
     IGNORE_INDEX,
     document_length,
     max_times,
 )
-from tf_lightning.noise_levels import draw_times, row_generator
-from tiny import PATCH_SIZE, document, layout, packed, random_rows
+from tf_lightning.diffusion.timesteps import row_generator, sample_timesteps
 
 BOS, EOS, BOI, EOI = 1, 2, 18, 19
 NONE = IGNORE_INDEX
@@ -129,20 +129,24 @@ def test_only_an_image_before_all_text_is_kept_readable(shape, limits):
 
 def test_times_are_uniform_below_their_limits():
     limits = [1.0, 0.5, 1.0, 0.25]
-    times = torch.stack([draw_times(limits, row_generator(0, row)) for row in range(2000)])
+    times = torch.stack([sample_timesteps(limits, row_generator(0, row)) for row in range(2000)])
     for column, limit in zip(times.T, limits, strict=True):
         assert stats.kstest(column.numpy(), stats.uniform(scale=limit).cdf).pvalue > 1e-3
         assert 0 <= column.min() and column.max() < limit
 
 
 def test_shifted_times_undo_to_uniform_ones():
-    times = torch.stack([draw_times([1.0] * 4, row_generator(0, r), shift=3) for r in range(2000)])
+    times = torch.stack(
+        [sample_timesteps([1.0] * 4, row_generator(0, r), shift=3) for r in range(2000)]
+    )
     uniform = times / (3 - 2 * times)  # the inverse of t = 3 u / (1 + 2 u)
     assert stats.kstest(uniform.flatten().numpy(), stats.uniform().cdf).pvalue > 1e-3
 
 
 def test_logit_normal_times_are_sigmoids_of_normal_numbers_and_may_be_shifted():
-    draw = lambda row, shift: draw_times([1.0] * 4, row_generator(0, row), shift, "logit_normal")  # noqa: E731
+    draw = lambda row, shift: sample_timesteps(
+        [1.0] * 4, row_generator(0, row), shift, "logit_normal"
+    )  # noqa: E731
     times = torch.stack([draw(row, 1.0) for row in range(2000)])
     assert stats.kstest(times.logit().flatten().numpy(), "norm").pvalue > 1e-3
     shifted = torch.stack([draw(row, 3.0) for row in range(20)])
@@ -152,7 +156,8 @@ def test_logit_normal_times_are_sigmoids_of_normal_numbers_and_may_be_shifted():
 def test_both_distributions_are_of_the_same_draws():
     """The order of a row's noise levels, and the noise drawn after them, stay."""
     uniform, other = (
-        packed([[document("iii")]], time_distribution=name) for name in ("uniform", "logit_normal")
+        packed([[document("iii")]], timestep_distribution=name)
+        for name in ("uniform", "logit_normal")
     )
     assert torch.equal(uniform.t.argsort(), other.t.argsort())
     assert torch.equal(uniform.noise, other.noise)
@@ -163,25 +168,25 @@ def test_both_distributions_are_of_the_same_draws():
 def test_the_ends_of_the_logit_normal_are_finite(monkeypatch, largest):
     share = torch.tensor([1 - 2**-24 if largest else 0.0])
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: share)
-    times = draw_times([1.0] * 64, torch.Generator(), distribution="logit_normal")
+    times = sample_timesteps([1.0] * 64, torch.Generator(), distribution="logit_normal")
     assert times.isfinite().all() and 0 <= times.min() and times.max() < 1
 
 
 def test_times_of_a_row_are_spread_evenly():
-    times = draw_times([1.0] * 8, row_generator(3, 5)).sort().values
+    times = sample_timesteps([1.0] * 8, row_generator(3, 5)).sort().values
     assert torch.allclose(times.diff(), torch.full((7,), 1 / 8), atol=1e-6)
 
 
 def test_a_time_never_rounds_up_to_its_limit(monkeypatch):
     largest = torch.tensor([1 - 2**-24])
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: largest)
-    assert draw_times([1.0] * 64, torch.Generator()).max() < 1
-    assert draw_times([1.0] * 64, torch.Generator(), shift=3).max() < 1
+    assert sample_timesteps([1.0] * 64, torch.Generator()).max() < 1
+    assert sample_timesteps([1.0] * 64, torch.Generator(), shift=3).max() < 1
 
 
 def test_pictures_to_be_read_have_uniform_levels_whatever_the_others_have():
     limits = [0.5, 1.0] * 4
-    draw = lambda row: draw_times(limits, row_generator(0, row), 3.0, "logit_normal")  # noqa: E731
+    draw = lambda row: sample_timesteps(limits, row_generator(0, row), 3.0, "logit_normal")  # noqa: E731
     times = torch.stack([draw(row) for row in range(2000)])
     read, drawn = times[:, 0::2], times[:, 1::2]
     assert read.max() <= 0.5

@@ -3,17 +3,17 @@
 import lightning as L
 import pytest
 import torch
-
-import runs
-from by_hand import answer, draw, open_ended_net, settings
 from test_module import tiny_module
-from tf_lightning.attention import FlexAttention, build_attention
+
+from support import runs
+from support.by_hand import answer, draw, open_ended_net, settings
+from support.tiny import SIZES, document, mixed_batch, packed, tiny_net
 from tf_lightning.data import Mixture
-from tf_lightning.data.shapes_sources import ShapesCaptions, ShapesTexts
-from tf_lightning.guidance import Guidance
-from tf_lightning.module import Transfusion
-from tf_lightning.transformer import TransformerConfig
-from tiny import SIZES, document, mixed_batch, packed, tiny_net
+from tf_lightning.diffusion.guidance import Guidance
+from tf_lightning.model.attention import FlexAttention, build_attention
+from tf_lightning.model.transformer import TransformerConfig
+from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
+from tf_lightning.training.module import Transfusion
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [document("4", 1), document("2i3", 2), document("9", 3)]
@@ -26,9 +26,9 @@ def losses(module: Transfusion, batch) -> tuple[float, float]:
     return sums.nll.sum().item(), sums.diffusion.item()
 
 
-@pytest.mark.parametrize("image_weights", ["shared", "all"])
-def test_losses_and_gradients_are_the_cpus(image_weights):
-    sizes = TransformerConfig(vocab_size=20, image_weights=image_weights, **SIZES)
+@pytest.mark.parametrize("modality_weights", ["shared", "all"])
+def test_losses_and_gradients_are_the_cpus(modality_weights):
+    sizes = TransformerConfig(vocab_size=20, modality_weights=modality_weights, **SIZES)
     modules = [tiny_module() for _ in range(2)]
     for module in modules:
         module.config, module.net = sizes, None

@@ -1,5 +1,5 @@
 """`python -m tf_lightning` is `tf-lightning`."""
 
-from tf_lightning.cli import main
+from tf_lightning.cli.main import main
 
 main()

@@ -19,17 +19,91 @@ Images may differ in size: those of a size stand together, and latents are padde
 
 Shapes: B rows, T places a row, M images in the batch, M' clean copies, P patches (and time tokens)
 of all of these, C x h x w latents.
+
+Images of several sizes in one batch: those of a size stand together and are computed together.
+
+Shapes: M images, M' clean copies of some of them, C x h x w latents of an image, C x H x W of all.
+
+A batch read back: the documents that were packed into it.
 """
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tf_lightning.noise_levels import draw_times, row_generator
-from tf_lightning.sizes import Size, renumber, sizes_of, stack
+from tf_lightning.diffusion.timesteps import row_generator, sample_timesteps
+
+
+class Size(NamedTuple):
+    """How many images of a batch have one size, and how many clean copies of these there are."""
+
+    images: int
+    copies: int
+    height: int
+    width: int
+
+
+def sizes_of(images: list[Tensor], copied: list[int]) -> tuple[list[Size], Tensor, Tensor]:
+    """The sizes of a batch's images, and the order in which those of a size stand together.
+
+    Args:
+        images: as they are read, each (C, h, w).
+        copied: which of them a clean copy follows, in that order.
+
+    Returns:
+        The sizes, smallest first; which image, or from M on which copy, comes at each place of that
+        order, (M + M',); and for each place when its patches have their turn, (M + M',): size by
+        size, of each first the images, then the copies.
+    """
+    shapes = [tuple(image.shape[-2:]) for image in images]
+    found = sorted(set(shapes))
+    which = torch.tensor([found.index(shape) for shape in shapes], dtype=torch.long)
+    which_copied = which[torch.tensor(copied, dtype=torch.long)]
+    order = [which.argsort(stable=True), len(images) + which_copied.argsort(stable=True)]
+    turns = torch.cat([2 * which.sort().values, 2 * which_copied.sort().values + 1])
+    counts = [torch.bincount(x, minlength=len(found)).tolist() for x in (which, which_copied)]
+    sizes = [Size(*count, *shape) for *count, shape in zip(*counts, found, strict=True)]
+    return sizes, torch.cat(order), turns
+
+
+def renumber(ids: Tensor, order: Tensor) -> Tensor:
+    """Numbers of images and copies, as places in `order`; -1 stays what it is."""
+    places = torch.cat([order.argsort(), torch.tensor([-1])])  # what stands last is found at -1
+    return places[ids]
+
+
+def stack(images: list[Tensor], order: Tensor) -> Tensor:
+    """Images (C, h, w) in an order, (M, C, H, W), zeros below and to the right of smaller ones."""
+    if not images:
+        return torch.empty(0, 1, 1, 1)
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    return torch.stack([pad(images[place], height, width) for place in order.tolist()])
+
+
+def pad(images: Tensor, height: int, width: int) -> Tensor:
+    """(..., h, w) -> (..., H, W)."""
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
+
+
+def split(values: Tensor, sizes: list[Size]) -> list[Tensor]:
+    """Values of the images, (M, ...), of those of each size; all as one where there are none."""
+    return list(values.split([size.images for size in sizes])) if sizes else [values]
+
+
+def by_size(images: Tensor, sizes: list[Size]) -> list[Tensor]:
+    """Padded images (M, C, H, W) -> those of each size, (m, C, h, w)."""
+    if not sizes:
+        return [images]
+    parts = zip(split(images, sizes), sizes, strict=True)
+    return [part[..., : size.height, : size.width] for part, size in parts]
+
 
 IGNORE_INDEX = -100
 
@@ -238,8 +312,8 @@ def pack(
     seed: int = 0,
     max_caption_t: float = 0.5,
     clean_copies: bool = False,
-    time_shift: float = 1.0,
-    time_distribution: str = "uniform",
+    timestep_shift: float = 1.0,
+    timestep_distribution: str = "uniform",
     source_ids: list[int] | None = None,
 ) -> Batch:
     """Pack rows of documents and draw their noise, a function of (seed, row id) alone.
@@ -256,8 +330,8 @@ def pack(
         seed: the run's seed.
         max_caption_t: noise limit of images that precede their text, in (0, 1].
         clean_copies: later parts read a clean copy of each image, which then has no limit.
-        time_shift: of the noise levels, see `draw_times`.
-        time_distribution: of the noise levels, "uniform" or "logit_normal".
+        timestep_shift: of the noise levels, see `sample_timesteps`.
+        timestep_distribution: of the noise levels, "uniform" or "logit_normal".
         source_ids: which corpus each row came from.
     """
     writers, latents, noise, times = [], [], [], []
@@ -275,7 +349,7 @@ def pack(
             if not any(is_codes(part) for part in document):
                 limits += max_times(document, 1.0 if clean_copies else max_caption_t)
         generator = row_generator(seed, row_id)
-        times.append(draw_times(limits, generator, time_shift, time_distribution))
+        times.append(sample_timesteps(limits, generator, timestep_shift, timestep_distribution))
         drawn = [x for x in latents[len(noise) :] if not is_codes(x)]
         noise += [torch.randn(x.shape, generator=generator) for x in drawn]
         writers.append(writer)
@@ -306,3 +380,33 @@ def pack(
         row_tokens=torch.tensor([writer.end for writer in writers]),
         sizes=sizes,
     )
+
+
+def unpack(batch: Batch, tokenizer) -> list[Document]:
+    """The documents of a batch, row by row: the inverse of `pack`."""
+    documents = []
+    images = [image for part in by_size(batch.latents, batch.sizes) for image in part]
+    for ids, document_ids, image_ids in zip(
+        batch.input_ids, batch.document_ids, batch.image_ids, strict=True
+    ):
+        for number in range(int(document_ids.max()) + 1):
+            mine = document_ids == number
+            documents.append(_parts(ids[mine], image_ids[mine], images, tokenizer))
+    return documents
+
+
+def _parts(ids: Tensor, image_ids: Tensor, latents: list[Tensor], tokenizer) -> Document:
+    """Text and images of one document, without the ids that pack added."""
+    document: Document = []
+    text: list[int] = []
+    specials = {tokenizer.boi_id, tokenizer.eoi_id}
+    last_image = -1
+    for token, image in zip(ids[1:-1].tolist(), image_ids[1:-1].tolist(), strict=True):
+        if image < 0 and token not in specials:
+            text.append(token)
+        elif 0 <= image < len(latents) and image != last_image:  # not the clean copies
+            if text:
+                document.append(torch.tensor(text))
+            text, last_image = [], image
+            document.append(latents[image])
+    return document + ([torch.tensor(text)] if text else [])

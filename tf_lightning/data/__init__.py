@@ -1,18 +1,22 @@
 """Corpora, and the packed rows made of them."""
 
-from tf_lightning.data.caption_json import CaptionJson
-from tf_lightning.data.caption_rows import CaptionRows
-from tf_lightning.data.chat import ChatFiles
-from tf_lightning.data.class_folders import ClassFolders
-from tf_lightning.data.corpus import Corpus, Skipped, Source
-from tf_lightning.data.edits import EditData, EditFiles
-from tf_lightning.data.image_caption import CaptionTars, ImageCaptionData
-from tf_lightning.data.image_folder import ImageFiles
-from tf_lightning.data.interleaved import InterleavedData, InterleavedFiles
+from tf_lightning.data.corpus.prepare import prepare
+from tf_lightning.data.corpus.reader import Corpus
+from tf_lightning.data.documents import Skipped, Source
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.pictures import PictureData
-from tf_lightning.data.prepare import prepare
-from tf_lightning.data.text import TextData, TextFiles
+from tf_lightning.data.readers.captions import (
+    CaptionJson,
+    CaptionRows,
+    CaptionTars,
+    ImageCaptionData,
+    ImageFiles,
+)
+from tf_lightning.data.readers.chat import ChatFiles
+from tf_lightning.data.readers.edits import EditData, EditFiles
+from tf_lightning.data.readers.folders import ClassFolders
+from tf_lightning.data.readers.interleaved import InterleavedData, InterleavedFiles
+from tf_lightning.data.readers.text import TextData, TextFiles
 
 __all__ = [
     "CaptionJson",

@@ -16,11 +16,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from tf_lightning.data.corpus import RawDocument, Skipped
-from tf_lightning.data.encoded import VOCABULARY, corpora_of
+from tf_lightning.data.corpus.prepare import VOCABULARY, Job, ShardWriter, corpora_of, prepare
+from tf_lightning.data.documents import RawDocument, Skipped
 from tf_lightning.data.mixture import Mixture
-from tf_lightning.data.prepare import prepare
-from tf_lightning.data.shards import Job, ShardWriter
 from tf_lightning.errors import UserError
 
 DOCUMENTS_AT_ONCE = 64

@@ -1,13 +1,20 @@
-"""A picture file of any kind made into an RGB picture of the model's size (Transfusion 4.1)."""
+"""A picture file of any kind made into an RGB picture of the model's size (Transfusion 4.1).
+
+Pictures as the model sees them, and back.
+
+Shapes: H x W pixels.
+"""
 
 import warnings
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
-from tf_lightning.data.corpus import BadSample
+from tf_lightning.data.documents import BadSample
 
 MIDDLE = 0.5  # of the longer side
 CROPS = MIDDLE, 0.0, 1.0  # where squares are cut from a picture
@@ -82,3 +89,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(white, image)
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """A picture as (3, H, W) in [-1, 1]."""
+    array = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] as a picture."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())

@@ -1,7 +1,16 @@
-"""Several corpora trained on together, their shares given in tokens."""
+"""Several corpora trained on together, their shares given in tokens.
 
+Arguments of the data that no run can have.
+
+The tokenizer of some sources: a file, or one trained on their text, once.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -9,18 +18,114 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from tf_lightning.autoencoder import load_autoencoder
+from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Batch, pack
-from tf_lightning.data.checks import check_image_size, check_probability, check_times, check_weights
-from tf_lightning.data.corpus import Corpus, Latents, Source, Split
-from tf_lightning.data.encoded import Needed, encoded_tokenizer, open_encoded
-from tf_lightning.data.prepare import prepare
-from tf_lightning.data.rows import CorpusRows, Rows, RowSampler, StreamRow, ValidationRows
-from tf_lightning.data.shards import Job, plan_corpus
-from tf_lightning.data.stream import StreamData
-from tf_lightning.data.vocabulary import open_tokenizer
+from tf_lightning.data.corpus.prepare import (
+    Job,
+    Needed,
+    check_result,
+    encoded_tokenizer,
+    open_encoded,
+    plan_corpus,
+    prepare,
+)
+from tf_lightning.data.corpus.reader import Corpus, Latents
+from tf_lightning.data.documents import Skipped, Source, Split
+from tf_lightning.data.stream import (
+    CorpusRows,
+    Rows,
+    RowSampler,
+    StreamData,
+    StreamRow,
+    ValidationRows,
+)
 from tf_lightning.errors import UserError
-from tf_lightning.tokenizer import Tokenizer
+from tf_lightning.tokenizer.tokenizer import Tokenizer, train
+
+
+def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) -> None:
+    """UserError unless each source has a weight >= 0 and one is positive."""
+    if weights is None:
+        return
+    if set(weights) != set(sources):
+        raise UserError(
+            f"weights are given for {sorted(weights)} but the sources are {sorted(sources)}; "
+            "give one for each"
+        )
+    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise UserError(f"weights are {weights}; give numbers >= 0, one of them positive")
+
+
+def check_image_size(name: str, source: Source, pixels: int) -> None:
+    """UserError where a source says how large its pictures are and patches do not divide them."""
+    side = getattr(source, "image_size", 0)
+    if side % pixels:
+        raise UserError(
+            f"{name}: image_size={side} does not divide into patches of {pixels} pixels; give a "
+            f"multiple of {pixels}"
+        )
+
+
+def check_probability(name: str, value: float) -> None:
+    """UserError unless a value is in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{name}={value} is not a probability; give a number from 0 to 1")
+
+
+def check_timesteps(timestep_shift: float, timestep_distribution: str) -> None:
+    """UserError where noise levels cannot be drawn so."""
+    if timestep_shift <= 0:
+        raise UserError(
+            f"timestep_shift={timestep_shift} must be above 0; 1 leaves noise levels alone"
+        )
+    if timestep_distribution not in ("uniform", "logit_normal"):
+        raise UserError(
+            f"timestep_distribution={timestep_distribution!r} must be 'uniform' or 'logit_normal'"
+        )
+
+
+# What a tokenizer is trained on: the first of each source, up to these.
+TOKENIZER_DOCUMENTS = 20_000
+TOKENIZER_CHARACTERS = 20_000_000
+
+
+def open_tokenizer(
+    file: str | Path | None, sources: dict[str, Source], vocab_size: int, cache_dir: Path
+) -> Tokenizer:
+    """The tokenizer of a file, or else the one that was, or now is, trained on the sources.
+
+    Raises:
+        UserError: the file is none, or nothing of a source can be used.
+    """
+    if file:
+        return Tokenizer(file)
+    origin = [source.fingerprint("train") for source in sources.values()]
+    digest = hashlib.sha256(repr((origin, vocab_size)).encode()).hexdigest()[:12]
+    path = cache_dir / f"tokenizer-{digest}.model"
+    if path.exists():
+        return Tokenizer(path)
+    return train(texts(sources), path, vocab_size)
+
+
+def texts(sources: dict[str, Source]) -> Iterator[str]:
+    """The training text of sources, of each only as much as a tokenizer needs.
+
+    Raises:
+        UserError: nothing of a source can be used.
+    """
+    for name, source in sources.items():
+        characters, documents, skipped = 0, 0, Counter()
+        for document in islice(source.documents("train"), TOKENIZER_DOCUMENTS):
+            if isinstance(document, Skipped):
+                skipped[document.reason] += 1
+                continue
+            documents += 1
+            for text in (part for part in document if isinstance(part, str)):
+                yield text
+                characters += len(text)
+            if characters > TOKENIZER_CHARACTERS:
+                break
+        check_result(name, "train", documents, dict(skipped.most_common()))
 
 
 class Mixture(StreamData):
@@ -63,8 +168,8 @@ class Mixture(StreamData):
         max_caption_t: noise limit of pictures that precede their text, in (0, 1] (paper: 0.5).
         clean_copies: text and pictures that follow a picture read a clean copy of it, which takes
             as much room again, in place of that limit (BAGEL).
-        time_shift: > 1 draws noise levels nearer to pure noise, 1 = as they are (paper).
-        time_distribution: of noise levels, "uniform" (paper) or "logit_normal" (usual with flows).
+        timestep_shift: > 1 draws noise levels nearer to pure noise, 1 = as they are (paper).
+        timestep_distribution: of noise levels, "uniform" (paper) or "logit_normal" (usual with flows).
         num_workers: processes that load rows; 0 loads in the training process.
         seed: of order and noise, >= 0.
         cache_dir: where tokenizer and prepared corpora are kept.
@@ -92,8 +197,8 @@ class Mixture(StreamData):
         caption_drop_prob: float = 0.1,
         max_caption_t: float = 0.5,
         clean_copies: bool = False,
-        time_shift: float = 1.0,
-        time_distribution: Literal["uniform", "logit_normal"] = "uniform",
+        timestep_shift: float = 1.0,
+        timestep_distribution: Literal["uniform", "logit_normal"] = "uniform",
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str = "data",
@@ -103,7 +208,7 @@ class Mixture(StreamData):
         check_probability("image_first_prob", image_first_prob)
         check_probability("caption_drop_prob", caption_drop_prob)
         check_probability("max_caption_t", max_caption_t)
-        check_times(time_shift, time_distribution)
+        check_timesteps(timestep_shift, timestep_distribution)
         if weights_count not in ("tokens", "documents"):
             raise UserError(f"weights_count={weights_count!r} must be 'tokens' or 'documents'")
         self.sources, self.weights, self.weights_count = sources, weights, weights_count
@@ -120,8 +225,8 @@ class Mixture(StreamData):
         self.row_length, self.time_token = row_length, time_token
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
-        self.time_shift = time_shift
-        self.time_distribution = time_distribution
+        self.timestep_shift = timestep_shift
+        self.timestep_distribution = timestep_distribution
         self.num_workers = num_workers
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.tokenizer: Tokenizer | None = None
@@ -235,7 +340,10 @@ class Mixture(StreamData):
             rank=self.rank,
             world_size=self.world_size,
         )
-        times = {"time_shift": self.time_shift, "time_distribution": self.time_distribution}
+        times = {
+            "timestep_shift": self.timestep_shift,
+            "timestep_distribution": self.timestep_distribution,
+        }
         return self._loader(rows, sampler, **times)
 
     def epochs(self) -> dict[str, float]:

@@ -1,0 +1,284 @@
+"""How much one denoising step and one token cost, and what deciding together saves.
+
+    OMP_NUM_THREADS=1 python benchmarks/generation.py
+    OMP_NUM_THREADS=2 python benchmarks/generation.py --threads 2
+
+Beside ours are timed, in turns in one process:
+    plain  a Llama with a preallocated cache, plain_cache.py: it writes keys and values in place and
+           attends to a slice, and has neither patches nor sampler
+    peer   lucidrains' transfusion-pytorch at the same sizes, `sample_one(cache_kv=True)` without
+           guidance, and `generate_text_only`, which caches. It is no dependency of ours; the
+           figures in the README are of 0.19.4, for which an environment of its own is made by
+               python -m venv /tmp/peer
+               cd /tmp/peer/lib/python3*/site-packages
+               echo CHECKOUT CHECKOUT/.venv/lib/python3.11/site-packages | tr ' ' '\n' > a.pth
+               /tmp/peer/bin/pip install transfusion-pytorch==0.19.4
+           and /tmp/peer/bin/python runs this file. Without it, its columns are left out.
+
+Our step's time is the slope between two numbers of network evaluations, so prompts and starts do
+not count; the peer's is the median time between two calls of its Transformer. With one thread CPU
+time is measured, which other work on the machine weighs on least, with more the wall time. Values
+are medians over repeats.
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from plain_cache import plain_image, plain_text
+from step_time import CONFIG, PlainLlama
+from tf_lightning.batch import Document
+from tf_lightning.diffusion.guidance import Guidance
+from tf_lightning.diffusion.sampler import build_scheduler
+from tf_lightning.generation.engine import generate
+from tf_lightning.generation.requests import Settings, Speaker
+from tf_lightning.generation.token_sampling import TextSampling
+from tf_lightning.model.transformer import TransformerConfig
+from tf_lightning.model.transfusion import TransfusionModel
+
+try:
+    from transfusion_pytorch import Transfusion as Peer
+except ImportError:
+    Peer = None
+
+TOKENIZER = SimpleNamespace(bos_id=1, eos_id=2, boi_id=4094, eoi_id=4095)
+LATENT_SHAPE, PATCH_SIZE, NUM_PATCHES = (8, 32, 32), 2, 256
+FEW, MANY = 3, 9  # network evaluations
+PREFIXES = {0: 2.5, 256: 5.0, 1024: 12.0}  # how many times faster than the peer it has to be
+QUICKSTART = TransformerConfig(
+    vocab_size=512, dim=256, num_layers=6, num_heads=8, ffn_dim=704, qk_norm=True
+)
+
+
+# ---------------------------------------------------------------- ours
+
+
+def build_net(config: TransformerConfig = CONFIG, latent_channels: int = 8) -> TransfusionModel:
+    """Random weights that never write <eos> or <boi>."""
+    torch.manual_seed(0)
+    net = TransfusionModel(config, PATCH_SIZE, latent_channels).requires_grad_(False)
+    net.reset_parameters()
+    net.transformer.output.weight[[TOKENIZER.eos_id, config.vocab_size - 2]] = 0
+    return net
+
+
+def speaker(net: TransfusionModel, latent_shape: tuple[int, int, int] = LATENT_SHAPE) -> Speaker:
+    """With <boi> and <eoi> at the end of the vocabulary."""
+    size = net.transformer.config.vocab_size
+    tokenizer = SimpleNamespace(bos_id=1, eos_id=2, boi_id=size - 2, eoi_id=size - 1)
+    return Speaker(net, tokenizer, PATCH_SIZE, latent_shape)
+
+
+def text(length: int, vocab_size: int = 4096) -> Tensor:
+    """Any token ids that are no specials."""
+    return torch.randint(3, vocab_size - 2, (length,))
+
+
+def answer(who: Speaker, prompts: list[Document], how: Settings, batch_size: int = 64) -> None:
+    """Generate and forget."""
+    for _ in generate(who, prompts, list(range(len(prompts))), how, batch_size=batch_size):
+        pass
+
+
+def pictures(steps: int, guidance_scale: float = 1.0) -> Settings:
+    """One image, DDIM."""
+    return Settings(
+        "image",
+        guidance=Guidance(guidance_scale),
+        scheduler=build_scheduler("DDIMScheduler", 1000, "epsilon"),
+        num_inference_steps=steps,
+    )
+
+
+def words(count: int) -> Settings:
+    """Greedy text."""
+    return Settings("text", text=TextSampling(max_new_tokens=count))
+
+
+# ---------------------------------------------------------------- the peer
+
+
+def build_peer() -> nn.Module:
+    """The same width, depth, heads, vocabulary and latent channels of a patch."""
+    torch.manual_seed(0)
+    return Peer(
+        num_text_tokens=CONFIG.vocab_size,
+        dim_latent=8 * PATCH_SIZE**2,
+        modality_default_shape=(NUM_PATCHES,),
+        transformer={
+            "dim": CONFIG.dim,
+            "depth": CONFIG.num_layers,
+            "heads": CONFIG.num_heads,
+            "dim_head": CONFIG.dim // CONFIG.num_heads,
+        },
+    ).eval()
+
+
+class Enough(Exception):
+    """Ends the peer's sampling once the evaluations are timed."""
+
+
+@torch.no_grad()
+def peer_step(peer: nn.Module, prompt: Tensor, threads: int) -> float:
+    """Median seconds from one evaluation of its Transformer to the next, of an image now.
+
+    It would go on with text after the image, as long as it likes, so a slope would time that too.
+    """
+    starts: list[float] = []
+
+    def note(*_) -> None:
+        starts.append(clock(threads)())
+        if len(starts) > MANY - FEW:
+            raise Enough
+
+    hook = peer.transformer.register_forward_pre_hook(note)
+    try:
+        peer.sample_one(
+            prompt if len(prompt) else None,
+            cache_kv=True,
+            force_modality_at_start=(0, (NUM_PATCHES,)),
+            modality_steps=MANY,
+            cfg_scale=1.0,
+        )
+    except Enough:
+        pass
+    finally:
+        hook.remove()
+    return statistics.median(b - a for a, b in itertools.pairwise(starts))
+
+
+@torch.no_grad()
+def peer_text(peer: nn.Module, prompt: Tensor, count: int) -> None:
+    """Greedy text."""
+    peer.generate_text_only(prompt.unsqueeze(0), len(prompt) + count, temperature=0.0)
+
+
+# ---------------------------------------------------------------- timing
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """Of the CPU for one thread, of the wall for several."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def seconds(run: Callable[[], None], threads: int) -> float:
+    """CPU time on one thread, wall time on several."""
+    now = clock(threads)
+    start = now()
+    run()
+    return now() - start
+
+
+def medians(runs: dict[str, Callable[[], None]], threads: int, repeats: int) -> dict[str, float]:
+    """Seconds of each, taken in turns; the first turn warms all up."""
+    times = [
+        {name: seconds(run, threads) for name, run in runs.items()} for _ in range(repeats + 1)
+    ]
+    return {name: statistics.median(each[name] for each in times[1:]) for name in runs}
+
+
+def per_evaluation(found: dict[str, float], who: str) -> float:
+    """Slope between two numbers of evaluations."""
+    return (found[f"{who} many"] - found[f"{who} few"]) / (MANY - FEW)
+
+
+def time_steps(
+    net: TransfusionModel, llama: PlainLlama, peer: nn.Module | None, options
+) -> list[bool]:
+    """One denoising step of a 256-token image behind prefixes; whether each bar is met."""
+    met = []
+    for prefix, bar in PREFIXES.items():
+        prompt = text(prefix)
+        runs = {}
+        for name, count in (("few", FEW), ("many", MANY)):
+            runs[f"ours {name}"] = partial(answer, speaker(net), [[prompt]], pictures(count))
+            runs[f"plain {name}"] = partial(plain_image, llama, prefix, NUM_PATCHES, count)
+        found = medians(runs, options.threads, options.repeats)
+        ours, plain = per_evaluation(found, "ours"), per_evaluation(found, "plain")
+        line = f"step, prefix {prefix}: {1e3 * ours:.0f} ms, {ours / plain:.2f} x plain (bar 1.2)"
+        met.append(ours <= 1.2 * plain)
+        if peer is not None:
+            theirs = peer_step(peer, prompt, options.threads)
+            line += f", {theirs / ours:.1f} x faster than the peer (bar {bar})"
+            met.append(theirs >= bar * ours)
+        print(line, flush=True)
+    return met
+
+
+def time_text(
+    net: TransfusionModel, llama: PlainLlama, peer: nn.Module | None, options
+) -> list[bool]:
+    """128 tokens after 16."""
+    prompt, count = text(16), 128
+    runs = {
+        "ours": lambda: answer(speaker(net), [[prompt]], words(count)),
+        "plain": lambda: plain_text(llama, prompt, count),
+    }
+    if peer is not None:
+        runs["peer"] = lambda: peer_text(peer, prompt, count)
+    found = medians(runs, options.threads, options.repeats)
+    line = f"text, 16 + 128: {count / found['ours']:.0f} tokens/s, "
+    line += f"{found['ours'] / found['plain']:.2f} x the time of plain"
+    met = []
+    if peer is not None:
+        ratio = found["peer"] / found["ours"]
+        line += f", {ratio:.2f} x faster than the peer (bar 2)"
+        met.append(ratio >= 2)
+    print(line, flush=True)
+    return met
+
+
+def time_batches(options) -> list[bool]:
+    """16 answers of the quickstart's network together, and one at a time."""
+    net, shape = build_net(QUICKSTART), (8, 8, 8)
+    who = speaker(net, shape)
+    captions = [[torch.randn(shape), text(1 + n, 512)] for n in range(16)]
+    prompts = [[text(5 + n % 4, 512)] for n in range(16)]
+    met = []
+    for name, asked, how, bar in (
+        ("16 captions of 20 tokens after unequal prompts", captions, words(20), 4.0),
+        ("16 guided quickstart pictures of 10 steps", prompts, pictures(10, 3.0), 2.0),
+    ):
+        runs = {
+            size: lambda n=n, asked=asked, how=how: answer(who, asked, how, batch_size=n)
+            for size, n in (("together", 16), ("alone", 1))
+        }
+        found = medians(runs, options.threads, options.repeats)
+        ratio = found["alone"] / found["together"]
+        met.append(ratio >= bar)
+        print(f"{name}: {ratio:.1f} x as many together as one at a time (bar {bar})", flush=True)
+    return met
+
+
+def main() -> None:
+    """Print one line a case; exit with 1 if one misses its bar."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns a case (default: 5)")
+    parser.add_argument("--only", choices=("steps", "text", "batches"), help="one of the parts")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    net, llama = build_net(), PlainLlama(CONFIG, 2048).requires_grad_(False)
+    peer = build_peer() if Peer else None
+    if peer is None:
+        print("transfusion-pytorch is not installed here; this file's head says how")
+    met = []
+    if options.only in (None, "steps"):
+        met += time_steps(net, llama, peer, options)
+    if options.only in (None, "text"):
+        met += time_text(net, llama, peer, options)
+    if options.only in (None, "batches"):
+        met += time_batches(options)
+    raise SystemExit(math.prod(met) == 0)
+
+
+if __name__ == "__main__":
+    main()

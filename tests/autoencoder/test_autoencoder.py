@@ -1,0 +1,159 @@
+"""The frozen autoencoder: round trips, scaling, and the ways a name can be wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from support.shape_pictures import pictures
+from tf_lightning.autoencoder.frozen import SHAPES, Autoencoder, load_autoencoder
+from tf_lightning.errors import UserError
+from tf_lightning.shapes.world import IMAGE_SIZE
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Autoencoder:
+    return load_autoencoder("shapes")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return shutil.copytree(SHAPES, tmp_path / "autoencoder")
+
+
+def tiny(**config) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2, **config)
+
+
+def test_shipped_weights_are_small_and_say_how_they_were_made():
+    assert sum(file.stat().st_size for file in SHAPES.iterdir()) <= 4_000_000
+    report = json.loads((SHAPES / "report.json").read_text())
+    assert report["command"] and report["held_out"]["num_images"] == 2000
+
+
+def test_shipped_autoencoder_reconstructs_held_out_pictures_as_reported(shapes):
+    images = pictures(range(200), split="val")
+    errors = (shapes.decode(shapes.encode(images)) - images).div(2).square().mean((1, 2, 3))
+    psnr = (-10 * errors.log10()).mean().item()
+    reported = json.loads((SHAPES / "report.json").read_text())["held_out"]["psnr_db"]
+    assert psnr == pytest.approx(reported, abs=0.5)
+    assert psnr >= 32
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes_vq"])
+def test_loading_takes_nothing_from_the_runs_own_random_numbers(name):
+    """Otherwise a model's first weights would depend on whether its pictures were encoded."""
+    before = torch.get_rng_state()
+    load_autoencoder(name)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_latents_have_zero_mean_and_unit_variance_in_every_channel(shapes):
+    latents = shapes.encode(pictures(range(300), split="val"))
+    size = IMAGE_SIZE // shapes.downsample
+    assert latents.shape == (300, shapes.latent_channels, size, size)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(8), atol=0.1, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(8), atol=0.1, rtol=0)
+
+
+def test_single_scaling_and_shift_factors_are_used_where_channels_have_none():
+    model = tiny(scaling_factor=0.5, shift_factor=2.0)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    expected = (model.encode(images).latent_dist.mode() - 2.0) * 0.5
+    torch.testing.assert_close(Autoencoder(model).encode(images), expected.detach())
+
+
+def test_decoding_undoes_the_scaling_and_clips():
+    model = tiny(latents_mean=[1.0, -1.0], latents_std=[2.0, 0.5])
+    latents = torch.randn(2, 2, 8, 8)
+    raw = latents * torch.tensor([2.0, 0.5]).view(1, 2, 1, 1) + torch.tensor([1.0, -1.0]).view(
+        1, 2, 1, 1
+    )
+    expected = model.decode(raw).sample.clamp(-1, 1).detach()
+    torch.testing.assert_close(Autoencoder(model).decode(latents), expected)
+
+
+def test_autocast_does_not_change_latents(shapes):
+    images = pictures(range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = shapes.encode(images)
+    assert torch.equal(under_autocast, shapes.encode(images))
+
+
+def test_pixels_are_their_own_latents_and_are_clipped():
+    pixels = load_autoencoder("pixels")
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert torch.equal(pixels.decode(pixels.encode(images)), images)
+    assert pixels.decode(3 * images).abs().max() == 1
+
+
+def test_folder_and_single_file_load_as_the_same_autoencoder(shapes, folder):
+    from_folder = load_autoencoder(str(folder))
+    from_file = load_autoencoder(str(folder / WEIGHTS))
+    assert from_folder.fingerprint == from_file.fingerprint == shapes.fingerprint
+    images = pictures(range(2))
+    assert torch.equal(from_file.encode(images), shapes.encode(images))
+
+
+def test_fingerprint_changes_with_the_weights_and_with_the_scaling(shapes, folder):
+    weights = load_file(folder / WEIGHTS)
+    weights["encoder.conv_in.bias"] += 1
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    changed = load_autoencoder(str(folder)).fingerprint
+    config = json.loads((folder / "config.json").read_text())
+    config["latents_mean"][0] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert len({changed, shapes.fingerprint, load_autoencoder(str(folder)).fingerprint}) == 3
+
+
+def one_sentence(name: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_autoencoder(name)
+    assert "\n" not in str(caught.value) and ". " not in str(caught.value)
+    return str(caught.value)
+
+
+def test_unknown_name_says_what_may_be_given():
+    assert '"shapes", "shapes_vq", "pixels"' in one_sentence("shape")
+
+
+def test_missing_file_is_not_looked_for_on_the_hub(tmp_path):
+    assert "there is no autoencoder" in one_sentence(str(tmp_path / "gone.safetensors"))
+
+
+def test_hub_name_offline_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "owner/absent" in one_sentence("owner/absent")
+
+
+def test_folder_without_config_is_one_sentence(folder):
+    (folder / "config.json").unlink()
+    assert "config.json" in one_sentence(str(folder))
+
+
+def test_truncated_weights_are_one_sentence(folder):
+    weights = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(weights[: len(weights) // 2])
+    assert str(folder) in one_sentence(str(folder))
+    assert "does not load" in one_sentence(str(folder / WEIGHTS))
+
+
+def test_weights_that_lack_a_tensor_are_refused(folder):
+    weights = load_file(folder / WEIGHTS)
+    del weights["encoder.conv_in.bias"]
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    assert "not those of its config.json" in one_sentence(str(folder))
+    assert "not those of its config.json" in one_sentence(str(folder / WEIGHTS))
+
+
+def test_picture_of_an_odd_size_is_one_sentence(shapes):
+    with pytest.raises(UserError, match="multiple of 8"):
+        shapes.encode(torch.zeros(1, 3, 60, 64))

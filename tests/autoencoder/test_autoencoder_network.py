@@ -1,0 +1,106 @@
+"""The networks: the paper's size, a VQ's losses in closed form, and noise that belongs to rows."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from tf_lightning.autoencoder.network import (
+    AutoencoderConfig,
+    blur,
+    build_network,
+    decode,
+    encode_posterior,
+    project,
+    quantize,
+    row_noise,
+)
+from tf_lightning.errors import UserError
+
+SMALL = {"channels": (4, 8), "layers_per_block": 1, "norm_groups": 2, "mid_attention": False}
+
+
+def small_vq(**config):
+    torch.manual_seed(0)
+    return build_network(AutoencoderConfig(**SMALL, num_codes=11, code_dim=3, **config))
+
+
+@pytest.mark.parametrize("codes", [{}, {"latent_channels": 256, "num_codes": 16_384}])
+def test_defaults_are_of_the_papers_86_million(codes):
+    config = AutoencoderConfig(**codes)
+    with torch.device("meta"):
+        network = build_network(config)
+    count = sum(weight.numel() for weight in network.parameters())
+    assert config.downsample == 8
+    assert 83e6 < count < 88e6
+
+
+def test_the_posterior_is_diffusers():
+    network = build_network(AutoencoderConfig(**SMALL))
+    assert isinstance(network, AutoencoderKL)
+    images = torch.randn(2, 3, 8, 8)
+    posterior, theirs = encode_posterior(network, images), network.encode(images).latent_dist
+    noise = torch.randn_like(theirs.mean)
+    torch.testing.assert_close(posterior.mean, theirs.mean)
+    torch.testing.assert_close(posterior.sample(noise), theirs.mean + theirs.std * noise)
+
+
+def test_codes_are_the_nearest_and_both_losses_have_their_weights():
+    network = small_vq()
+    with torch.no_grad():
+        network.quantize.embedding.weight.normal_()
+    projected = torch.randn(2, 3, 4, 4, requires_grad=True)
+    codes = quantize(network, projected)
+    rows = projected.permute(0, 2, 3, 1).reshape(-1, 3)
+    codebook = network.quantize.embedding.weight
+    nearest = (rows[:, None] - codebook).square().sum(-1).argmin(1)
+    assert torch.equal(codes.ids.flatten(), nearest) and codes.ids.shape == (2, 4, 4)
+    picked = codebook[nearest]
+    torch.testing.assert_close(codes.loss, 1.25 * (rows - picked).square().mean())
+    codes.loss.backward()
+    # d/dz of 0.25 |z - sg(e)|^2, and d/de of 1.0 |sg(z) - e|^2, means over N elements.
+    difference = (rows - picked).detach()
+    commitment = 0.25 * 2 * difference / difference.numel()
+    torch.testing.assert_close(projected.grad.permute(0, 2, 3, 1).reshape(-1, 3), commitment)
+    moved = torch.zeros_like(codebook).index_add(0, nearest, -2 * difference / difference.numel())
+    torch.testing.assert_close(codebook.grad, moved)
+
+
+def test_gradients_pass_the_quantiser_as_if_it_were_not_there():
+    network = small_vq()
+    projected = torch.randn(1, 3, 2, 2, requires_grad=True)
+    direction = torch.randn(1, 3, 2, 2)
+    (quantize(network, projected).latents * direction).sum().backward()
+    torch.testing.assert_close(projected.grad, direction)
+
+
+def test_decoding_codes_is_diffusers_own_way():
+    network = small_vq()
+    images = torch.randn(2, 3, 8, 8)
+    ours = decode(network, quantize(network, project(network, images)).latents)
+    torch.testing.assert_close(ours, network(images).sample)
+
+
+def test_latents_are_blurred_by_their_channels_spread():
+    mean = torch.randn(2, 2, 64, 64) * torch.tensor([1.0, 5.0]).view(1, 2, 1, 1)
+    blurred = blur(mean, mean, torch.tensor([0.0, 2.0]), torch.randn_like(mean))
+    added = (blurred - mean).std((2, 3))
+    torch.testing.assert_close(added, torch.tensor([[0.0, 0.0], [2.0, 10.0]]), rtol=0.05, atol=0)
+
+
+def test_noise_belongs_to_the_row_whatever_the_batch():
+    like = torch.zeros(3, 2, 4, 4)
+    whole = row_noise(like, torch.tensor([5, 6, 7]), seed=1)
+    part = row_noise(like[:1], torch.tensor([6]), seed=1)
+    for a, b in zip(whole, part, strict=True):
+        assert torch.equal(a[1], b[0])
+    noise, more, share = row_noise(torch.zeros(200, 2, 8, 8), torch.arange(200), seed=1)
+    assert abs(torch.corrcoef(torch.stack([noise.flatten(), more.flatten()]))[0, 1]) < 0.02
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert share.mean().item() == pytest.approx(0.5, abs=0.06)
+
+
+def test_sizes_that_do_not_go_together_are_one_sentence():
+    with pytest.raises(UserError, match="norm_groups=32"):
+        AutoencoderConfig(channels=(48, 64))
+    with pytest.raises(UserError, match="num_codes=1"):
+        AutoencoderConfig(num_codes=1)

@@ -1,0 +1,165 @@
+"""Public autoencoders: their real configs and layouts of files, made narrow, with random weights.
+
+A file's layout is written here from the original one: no name comes from diffusers' converter.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tf_lightning.autoencoder.frozen import load_autoencoder
+from tf_lightning.errors import UserError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# The keys of their config.json, but for the widths, which are 128, 256, 512, 512 in 32 groups.
+SHARED = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [8, 8, 16, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 4,
+    "out_channels": 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+CONFIGS = {
+    "sd-vae-ft-mse": {"_diffusers_version": "0.4.2", "sample_size": 256},
+    "sdxl": {
+        "_diffusers_version": "0.20.0.dev0",
+        "force_upcast": True,
+        "sample_size": 1024,
+        "scaling_factor": 0.13025,
+    },
+    "flux": {
+        "_diffusers_version": "0.30.0.dev0",
+        "force_upcast": True,
+        "latent_channels": 16,
+        "latents_mean": None,
+        "latents_std": None,
+        "mid_block_add_attention": True,
+        "sample_size": 1024,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
+    },
+}
+SCALING = {"sd-vae-ft-mse": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "flux": (0.3611, 0.1159)}
+ORIGINAL = (  # diffusers' names and the original ones
+    (r"coder\.conv_norm_out", "coder.norm_out"),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d)\.resnets", r"up.\1.block"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", r"up.\1.upsample"),
+    (r"conv_shortcut", "nin_shortcut"),
+)
+
+
+def original(weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """As CompVis' code names them: up blocks from the last, attention as 1 x 1 convolutions."""
+    renamed = {}
+    for name, value in weights.items():
+        for ours, theirs in ORIGINAL:
+            name = re.sub(ours, theirs, name)
+        name = re.sub(r"\bup\.(\d)", lambda found: f"up.{3 - int(found[1])}", name)
+        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):
+            value = value[..., None, None]
+        renamed[prefix + name] = value.contiguous()
+    return renamed
+
+
+def deprecated(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As sd-vae-ft-mse's own file names its attention."""
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    return {
+        re.sub(r"to_q|to_k|to_v|to_out\.0", lambda found: names[found[0]], name): value
+        for name, value in weights.items()
+    }
+
+
+def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint of Stable Diffusion, which has more in it, in half precision."""
+    others = {f"model.diffusion_model.{n}.weight": torch.zeros(2) for n in range(500)}
+    halves = {name: value.half() for name, value in original(weights).items()}
+    return others | {f"first_stage_model.{name}": value for name, value in halves.items()}
+
+
+@pytest.fixture(params=CONFIGS)
+def saved(request, tmp_path: Path) -> tuple[Path, AutoencoderKL]:
+    """A folder as on the hub, and the network in it."""
+    config = SHARED | CONFIGS[request.param]
+    torch.manual_seed(0)
+    model = AutoencoderKL.from_config(config).eval()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / WEIGHTS, metadata={"format": "pt"})
+    return tmp_path, model
+
+
+def pictures() -> Tensor:
+    return torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_latents_are_scaled_and_shifted_as_published(saved, request):
+    """(z - shift) * scale of the posterior's mode, and back: as diffusers' pipelines do."""
+    folder, model = saved
+    scale, shift = SCALING[request.node.callspec.params["saved"]]
+    loaded = load_autoencoder(str(folder))
+    assert (loaded.latent_channels, loaded.downsample) == (model.config.latent_channels, 8)
+    with torch.no_grad():
+        latents = (model.encode(pictures()).latent_dist.mode() - shift) * scale
+        images = model.decode(latents / scale + shift).sample.clamp(-1, 1)
+    torch.testing.assert_close(loaded.encode(pictures()), latents, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loaded.decode(latents), images, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["ours", "ae", "whole", "old"])
+def test_a_single_file_is_the_folders_autoencoder(saved, layout):
+    folder, _ = saved
+    weights = load_file(folder / WEIGHTS)
+    make = {"ours": dict, "ae": original, "whole": whole, "old": lambda w: original(w, "vae.")}
+    save_file(make[layout](weights), folder / "ae.safetensors")
+    loaded = load_autoencoder(str(folder / "ae.safetensors")).model.state_dict()
+    tolerance = 1e-3 if layout == "whole" else 0.0  # half precision
+    for name, value in weights.items():
+        torch.testing.assert_close(loaded[name], value, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("file", ["", WEIGHTS])
+def test_attention_under_its_old_names_loads(saved, file):
+    folder, _ = saved
+    weights = load_file(folder / WEIGHTS)
+    save_file(deprecated(weights), folder / WEIGHTS, metadata={"format": "pt"})
+    loaded = load_autoencoder(str(folder / file)).model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("fault", ["lacks one", "another shape", "of another program"])
+def test_a_file_that_is_not_the_configs_is_one_sentence(saved, fault):
+    """Also in a checkpoint with many other tensors; none is left random."""
+    folder, _ = saved
+    weights = whole(load_file(folder / WEIGHTS))
+    name = "first_stage_model.decoder.up.3.block.0.norm1.weight"
+    if fault == "lacks one":
+        del weights[name]
+    elif fault == "another shape":
+        weights[name] = torch.ones(3)
+    else:
+        weights = {"a": torch.zeros(1)}
+    save_file(weights, folder / "whole.safetensors")
+    with pytest.raises(UserError) as caught:
+        load_autoencoder(str(folder / "whole.safetensors"))
+    assert "weights are not those of its config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)

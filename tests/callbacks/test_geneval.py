@@ -1,0 +1,78 @@
+"""Each task asks for its own part of a meaning; GenEval's folder is complete or not begun."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from callbacks.geneval import GenEvalFolder, ShapesComposition, verdicts
+from callbacks.prompts import Prompt, ShapesPrompts
+from callbacks.sampling import Sampled
+from tf_lightning.shapes.sources import picture
+from tf_lightning.shapes.world import Object, Scene
+
+
+def scene(first: str, second: str, swapped: bool = False) -> Scene:
+    """Two objects such as "red circle", the first left of the second, or the other way round."""
+    places = (45.0, 18.0) if swapped else (18.0, 45.0)
+    things = [
+        (*reversed(words.split()), x) for words, x in zip((first, second), places, strict=True)
+    ]
+    return Scene(tuple(Object(shape, colour, x, 32.0, 10.0) for shape, colour, x in things))
+
+
+ASKED = scene("red circle", "blue square").meaning
+CASES = {  # what is drawn: whether the objects, their colours, all and the relation are right
+    ("red circle", "blue square", False): (True, True, True),
+    ("red circle", "blue square", True): (True, True, False),
+    ("blue circle", "red square", False): (True, False, False),
+    ("red circle", "blue triangle", False): (False, False, False),
+}
+
+
+@pytest.mark.parametrize("drawn", CASES)
+def test_two_objects_are_judged_by_shape_colour_and_place(drawn):
+    found = verdicts(ASKED, picture(scene(*drawn)))
+    assert (found["two_object"], found["color_attr"], found["position"]) == CASES[drawn]
+
+
+@pytest.mark.parametrize(
+    ("colour", "shape", "right"),
+    [("red", "circle", (True, True)), ("blue", "circle", (True, False)),
+     ("red", "square", (False, False))],
+)  # fmt: skip
+def test_one_object_is_judged_by_shape_and_colour(colour, shape, right):
+    asked = Scene((Object("circle", "red", 30.0, 30.0, 10.0),)).meaning
+    found = verdicts(asked, picture(Scene((Object(shape, colour, 20.0, 30.0, 10.0),))))
+    assert (found["single_object"], found["colors"]) == right
+
+
+def test_true_pictures_score_one_and_blank_ones_nothing():
+    asked, score = ShapesPrompts(30).prompts(), ShapesComposition()
+    score.update(Sampled(asked, range(30), [prompt.picture() for prompt in asked]))
+    values = score.compute()
+    assert set(values.values()) == {1.0} and "composition[shapes]/overall" in values
+    assert set(score.protocol) == set(values)
+    score.reset()
+    score.update(Sampled(asked, range(30), [Image.new("RGB", (64, 64))] * 30))
+    assert set(score.compute().values()) == {0.0}
+
+
+def test_the_folder_has_a_prompts_metadata_and_pictures(tmp_path):
+    metadata = {"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}
+    asked = [Prompt("a dog", about=(n, 2), metadata=metadata) for n in (0, 0, 1, 1)]
+    pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue", "white")]
+    GenEvalFolder(str(tmp_path)).update(Sampled(asked, range(4), pictures))
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+    each = ("metadata.jsonl", "samples/0000.png", "samples/0001.png")
+    assert files == [f"{n:05d}/{name}" for n in (0, 1) for name in each]
+    assert json.loads((tmp_path / "00001" / "metadata.jsonl").read_text()) == metadata
+    assert Image.open(tmp_path / "00001" / "samples" / "0000.png").getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_a_prompt_whose_pictures_are_in_two_batches_is_refused(tmp_path):
+    asked = [Prompt("a dog", about=(0, 4))] * 3
+    made = Sampled(asked, range(3), [Image.new("RGB", (8, 8))] * 3)
+    with pytest.raises(ValueError, match="a multiple of 4"):
+        GenEvalFolder(str(tmp_path)).update(made)
+    assert not list(tmp_path.iterdir())

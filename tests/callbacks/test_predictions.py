@@ -1,0 +1,129 @@
+"""What `predict` writes, and that it goes on where it was."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from callbacks.predictions import PredictionWriter, key_of, lines_of
+from support import runs
+from tf_lightning.cli.main import main
+from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.shapes.sources import ShapesCaptions
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory) -> Path:
+    """A folder for the predictions of the session's run, which stays as it is."""
+    return tmp_path_factory.mktemp("predict")
+
+
+def predict(run: Path, folder: Path, *arguments: str, writer: dict | None = None) -> Path:
+    """Run the command on the session's checkpoint; the folder that it writes to."""
+
+    def change(config: dict) -> None:
+        config["data"]["init_args"]["cache_dir"] = str(run.parent / "data")
+        name = "callbacks.predictions.PredictionWriter"
+        config["trainer"]["callbacks"] = [{"class_path": name, "init_args": writer or {}}]
+
+    config = runs.write_config(folder, change)
+    checkpoint = str(run / "checkpoints" / "last.ckpt")
+    main(["predict", "-c", str(config), "--ckpt_path", checkpoint, *arguments])
+    return folder / "run" / "predict"
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def own_captions() -> list[str]:
+    source = ShapesCaptions(runs.NUM_CAPTIONS, runs.NUM_VAL)
+    return sorted(caption for caption, _ in source.documents("val"))
+
+
+def test_each_held_out_picture_gets_a_caption_beside_its_own(run, folder):
+    lines = read(predict(run, folder) / "text-0.jsonl")
+    assert sorted(line["caption"] for line in lines) == own_captions()
+    assert all(isinstance(line["answer"], str) for line in lines)
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(run, folder, monkeypatch):
+    file = predict(run, folder) / "text-0.jsonl"
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    # The first line is another rank's, the second whole, the third torn; the rest never written.
+    (file.parent / "text-7.jsonl").write_text(lines[0])
+    file.write_text(lines[1] + lines[2][:20])
+    asked, write = [], TransfusionPipeline.write
+    monkeypatch.setattr(
+        TransfusionPipeline,
+        "write",
+        lambda self, p, **how: asked.extend(p) or write(self, p, **how),
+    )
+    predict(run, folder)
+    assert len(asked) == len(lines) - 2
+    ours = file.read_text().splitlines(keepends=True)
+    assert ours[0] == lines[1] and sorted([lines[0], *ours]) == sorted(lines)
+    (file.parent / "text-7.jsonl").unlink()
+    asked.clear()
+    predict(run, folder, writer={"max_new_tokens": 3})  # other settings: everything again
+    assert len(asked) == len(read(file)) == len(lines)
+
+
+def test_captions_are_answered_with_pictures(run, folder):
+    how = {"answer": "image", "num_inference_steps": 2}
+    out = predict(run, folder, writer=how)
+    lines = read(out / "image-0.jsonl")
+    assert sorted(line["caption"] for line in lines) == own_captions()
+    pictures = [np.asarray(Image.open(out / line["answer"])) for line in lines]
+    assert all(picture.shape == (64, 64, 3) for picture in pictures)
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+def test_pictures_follow_the_sampler_and_its_shift(run, tmp_path, capsys):
+    how = {"answer": "image", "num_inference_steps": 3, "sampler": "DDPMScheduler"}
+
+    def pictures(shift: float) -> dict[str, bytes]:
+        out = predict(run, tmp_path, writer=how | {"timestep_shift": shift})
+        names = [line["answer"] for line in read(out / "image-0.jsonl")]
+        return {name: (out / name).read_bytes() for name in names}
+
+    even, shifted = pictures(1.0), pictures(2.5)
+    assert even.keys() == shifted.keys() and even != shifted
+    new = tmp_path / "new"
+    new.mkdir()
+    with pytest.raises(SystemExit):
+        predict(run, new, writer=how | {"sampler": "DDIMScheduler", "timestep_shift": 2.0})
+    assert "timestep_shift=2.0 does not fit DDIMScheduler" in capsys.readouterr().err
+    assert not (new / "run" / "predict").exists()
+
+
+def test_two_ranks_answer_each_document_once(run, tmp_path, folder):
+    arguments = ["--trainer.devices", "2", "--trainer.strategy", "ddp_fork"]
+    out = predict(run, tmp_path, *arguments)
+    ranks = [read(out / f"text-{rank}.jsonl") for rank in (0, 1)]
+    assert all(ranks)
+    assert sorted(line["caption"] for lines in ranks for line in lines) == own_captions()
+    alone = read(predict(run, folder) / "text-0.jsonl")
+    told = lambda lines: sorted((line["caption"], line["answer"]) for line in lines)  # noqa: E731
+    assert told(ranks[0] + ranks[1]) == told(alone)
+
+
+def test_a_document_is_named_by_its_content():
+    text, image = torch.tensor([3, 4]), torch.randn(3, 4, 4)
+    assert key_of([text, image]) == key_of([text.clone(), image.clone()])
+    others = [[text + 1, image], [text, image + 1], [text]]
+    assert len({key_of(d) for d in [[text, image], *others]}) == 4
+
+
+def test_lines_of_another_run_and_torn_ones_are_left_out(tmp_path):
+    file = tmp_path / "text-0.jsonl"
+    file.write_text('{"run": "a", "key": "1"}\n{"run": "b", "key": "2"}\n{"run": "a", "k')
+    assert lines_of(file, "a") == [{"run": "a", "key": "1"}]
+
+
+def test_answers_are_written_batch_by_batch():
+    assert PredictionWriter().interval.on_batch and not PredictionWriter().interval.on_epoch

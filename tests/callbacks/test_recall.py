@@ -1,0 +1,89 @@
+"""Recall: the nearest picture, and what it says of a model that remembers or does not."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.plugins import Precision
+from PIL import Image
+
+from callbacks.recall import Recall, nearest_pictures
+from tf_lightning.data.documents import Skipped
+from tf_lightning.generation.pipeline import TransfusionPipeline, to_picture
+
+
+def test_the_nearest_picture_is_the_one_of_least_squared_distance():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(40, 3, 8, 8, generator=generator) * 2 - 1
+    pictures = torch.rand(70, 3, 8, 8, generator=generator) * 2 - 1
+    expected = [
+        min(range(70), key=lambda index: ((picture - pictures[index]) ** 2).mean().item())
+        for picture in drawn
+    ]
+    assert nearest_pictures(drawn, pictures).tolist() == expected
+
+
+def test_a_picture_with_little_noise_is_nearest_to_itself():
+    pictures = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy = pictures + 0.01 * torch.randn(pictures.shape, generator=torch.Generator())
+    assert nearest_pictures(noisy, pictures).tolist() == list(range(300))
+
+
+def grey(number: int) -> Image.Image:
+    return to_picture(torch.full((3, 8, 8), number / 5 - 1))
+
+
+class Greys:
+    """Ten captioned pictures of one grey each, two of them held out; and what is no pair."""
+
+    def documents(self, split):
+        if split == "val":
+            return iter([["8", grey(8)], [grey(9), "9"]])
+        pairs = [
+            ["0", grey(0)],
+            ["1", grey(1)],
+            [grey(2), "2"],
+            *([str(n), grey(n)] for n in (3, 4, 5, 6, 7)),
+        ]
+        return iter([*pairs[:3], ["text"], Skipped("damaged picture"), *pairs[3:]])
+
+
+SHIFTED = {"sampler": "DPMSolverMultistepScheduler", "timestep_shift": 2.5}
+
+
+class Memory:
+    """Draws what belongs to each caption, or always the first picture."""
+
+    def __init__(self, remembers: bool):
+        self.remembers = remembers
+
+    def draw(self, prompts, *, seeds, **how) -> list[Image.Image]:
+        assert how.items() >= SHIFTED.items()
+        return [grey(int(text) if self.remembers else 0) for (text,) in prompts]
+
+
+@pytest.mark.parametrize(("remembers", "recall"), [(True, 1.0), (False, 0.2)])
+def test_recall_is_the_share_of_prompts_drawn_nearest_to_their_own(
+    remembers, recall, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(TransfusionPipeline, "of", lambda module: Memory(remembers))
+    trainer = SimpleNamespace(
+        **{"is_global_zero": True, "log_dir": str(tmp_path), "global_step": 7},
+        datamodule=SimpleNamespace(sources={"captions": Greys()}),
+        state=SimpleNamespace(fn="fit"),
+        precision="32-true",
+        precision_plugin=Precision(),
+    )
+    module = torch.nn.Linear(1, 1)
+    module.hparams = {"prediction_type": "epsilon", "num_codes": None}
+    module.device_mesh = None  # not sharded
+    callback = Recall("captions", num_prompts=5, seed=4, **SHIFTED)
+    callback.setup(trainer, module, "fit")
+    callback.examine(trainer, module)
+    report = json.loads((tmp_path / "recall.json").read_text())
+    assert report == {
+        **{"recall": recall, "num_prompts": 5, "num_pictures": 10, "seed": 4, "global_step": 7},
+        **{"guidance_scale": 3.0, "num_inference_steps": 50, **SHIFTED},
+    }
+    assert Image.open(tmp_path / "recall.png").width > 500

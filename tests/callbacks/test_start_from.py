@@ -1,0 +1,143 @@
+"""Fine-tuning begins with the weights of another run, and nothing else of it."""
+
+import shutil
+
+import pytest
+import torch
+
+from support import runs
+from tf_lightning.cli.main import main
+from tf_lightning.errors import UserError
+from tf_lightning.tokenizer.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def checkpoint(run) -> str:
+    return str(run / "checkpoints" / "last.ckpt")
+
+
+def write_config(run, folder, checkpoint, change=lambda config: None):
+    """A run that begins with a checkpoint, on the same data without preparing it again."""
+
+    def edit(config: dict) -> None:
+        config["data"]["init_args"]["cache_dir"] = str(run.parent / "data")
+        start = {
+            "class_path": "callbacks.start_from.StartFrom",
+            "init_args": {"checkpoint": checkpoint},
+        }
+        kept = config["trainer"]["callbacks"][:1]  # ModelCheckpoint
+        config["trainer"]["callbacks"] = [*kept, start]
+        config["trainer"]["limit_val_batches"] = 0
+        change(config)
+
+    return runs.write_config(folder, edit)
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def still(config: dict) -> None:
+    """A learning rate that changes nothing."""
+    config["model"]["lr"] = 0.0
+
+
+def test_a_run_begins_with_the_averaged_weights_of_another(run, tmp_path, checkpoint):
+    main(["fit", "-c", str(write_config(run, tmp_path, checkpoint, still))])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == runs.MAX_STEPS
+    theirs, ours = weights(checkpoint), weights(last)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs["ema." + name.partition(".")[2]])
+    name = "transformer.layers.0.attention.wq.weight"
+    assert not torch.equal(theirs[f"net.{name}"], theirs[f"ema.{name}"])
+
+
+def test_the_transformer_alone_may_be_taken(run, tmp_path, checkpoint):
+    """As MonoFormer begins with a language model: the image side is another, and new."""
+
+    def monoformer(config: dict) -> None:
+        still(config)
+        linear = {"time": "adaln", "place": "sincos", "zero_init": "input"}
+        config["model"] |= {"linear": linear, "learned_sigma": True, "noise_schedule": "linear"}
+        config["trainer"]["callbacks"][-1]["init_args"]["transformer_only"] = True
+
+    main(["fit", "-c", str(write_config(run, tmp_path, checkpoint, monoformer))])
+    theirs, ours = weights(checkpoint), weights(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for name, value in ours.items():
+        if ".transformer." in name:
+            torch.testing.assert_close(value, theirs["ema." + name.partition(".")[2]])
+    assert not ours["net.patch_coder.patch_encoder.weight"].any()
+    assert ours["net.patch_coder.patch_decoder.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_image_weights_start_as_copies_beside_a_frozen_text_side(run, tmp_path, checkpoint):
+    def own(config: dict) -> None:
+        config["model"] |= {"text_lr_ratio": 0.0, "ema_decay": 0.0}
+        config["model"]["transformer"]["modality_weights"] = "all"
+
+    main(["fit", "-c", str(write_config(run, tmp_path, checkpoint, own))])
+    theirs, ours = weights(checkpoint), weights(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for name, value in ours.items():
+        start = theirs["ema." + name.removeprefix("net.").replace("image_layers.", "layers.")]
+        trained = "image_layers" in name or "patch_coder" in name
+        assert torch.equal(value, start) != trained, name
+        assert (value - start).abs().max() < 0.05, name  # six steps from it
+
+
+def test_a_resumed_run_goes_on_from_its_own_checkpoint(run, tmp_path, checkpoint):
+    copy = tmp_path / "start.ckpt"
+    shutil.copy(checkpoint, copy)
+    config = str(write_config(run, tmp_path, str(copy)))
+    main(["fit", "-c", config, "--trainer.max_steps", "3"])
+    copy.unlink()  # so that reading it again would end the run
+    main(["fit", "-c", config, "--ckpt_path", "last"])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == runs.MAX_STEPS
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["model"]["transformer"].update(ffn_dim=40), "do not fit this model"),
+        (lambda c: c["data"]["init_args"]["sources"].pop("text"), "tokenizer is not the one"),
+    ],
+)
+def test_weights_or_a_tokenizer_that_do_not_fit_are_told(
+    change, words, run, tmp_path, checkpoint, capsys
+):
+    config = write_config(run, tmp_path, checkpoint, change)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", str(config)])
+    assert stop.value.code == 1 and words in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_other_data_is_trained_on_with_the_tokenizer_of_the_checkpoint(run, tmp_path, checkpoint):
+    def fewer(config: dict) -> None:
+        still(config)
+        config["data"]["init_args"]["sources"].pop("text")
+        config["data"]["init_args"] |= {
+            "tokenizer": checkpoint,
+            "cache_dir": str(tmp_path / "data"),
+        }
+
+    main(["fit", "-c", str(write_config(run, tmp_path, checkpoint, fewer))])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    ours, theirs = Tokenizer(last), Tokenizer(checkpoint)
+    assert ours.proto == theirs.proto
+    assert ours.encode("a red circle") == theirs.encode("a red circle")
+    assert not list((tmp_path / "data").glob("tokenizer-*"))  # none was trained
+
+
+def test_a_checkpoint_that_is_none_has_no_tokenizer(tmp_path):
+    (tmp_path / "bad.ckpt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        Tokenizer(tmp_path / "bad.ckpt")
+
+
+def test_a_missing_checkpoint_is_told(run, tmp_path, capsys):
+    config = write_config(run, tmp_path, str(tmp_path / "none.ckpt"))
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(config)])
+    assert "no checkpoint at" in capsys.readouterr().err

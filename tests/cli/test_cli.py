@@ -1,0 +1,159 @@
+"""The command line: a whole life of a run, and each mistake answered with one sentence."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from support import runs
+from tf_lightning.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def events(run) -> EventAccumulator:
+    """What the run wrote for TensorBoard."""
+    accumulator = EventAccumulator(str(run), {"images": 0, "scalars": 0, "tensors": 0})
+    return accumulator.Reload()
+
+
+def checkpoint_of(run: Path) -> Path:
+    return run / "checkpoints" / "last.ckpt"
+
+
+def scalars(events: EventAccumulator, tag: str) -> list[float]:
+    return [event.value for event in events.Scalars(tag)]
+
+
+# A run's life
+
+
+def test_a_run_logs_losses_speed_and_shares_under_their_documented_names(events):
+    tags = {
+        *(f"train/{name}" for name in ("loss", "loss_lm", "loss_diffusion", "grad_norm")),
+        *("train/tokens_per_sec", "train/padding_share", "train/tflops_per_sec"),
+        *("train/flops_per_token", "train/flops_per_token_6n", "train/images_per_token"),
+        *("train/mixture/captions", "train/mixture/text"),
+        *("train/epochs/captions", "train/epochs/text"),
+        *(f"val/{source}/loss_lm" for source in ("captions", "text")),
+        *(f"val/{source}/perplexity" for source in ("captions", "text")),
+        *(f"val/{source}/bits_per_byte" for source in ("captions", "text")),
+        "val/captions/loss_diffusion",
+        *("lr-AdamW/decay", "lr-AdamW/no_decay"),
+        *(f"val/{name}[shapes]" for name in ("fid", "clip_score", "cider", "bleu4")),
+        *(f"val/composition[shapes]/{name}" for name in ("two_object", "color_attr", "position")),
+        *("val/composition[shapes]/overall", "val/seconds", "val/time_share"),
+    }
+    logged = set(events.Tags()["scalars"])
+    assert tags <= logged
+    assert logged - tags == {"epoch"}
+    for tag in tags:
+        steps = 2 if tag.startswith("val/") else runs.MAX_STEPS
+        assert len(scalars(events, tag)) == steps, tag
+        assert all(map(math.isfinite, scalars(events, tag)))
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_the_two(events):
+    total, lm, diffusion = (
+        torch.tensor(scalars(events, f"train/{name}"))
+        for name in ("loss", "loss_lm", "loss_diffusion")
+    )
+    torch.testing.assert_close(total, lm + 5 * diffusion)
+    assert lm[0] == pytest.approx(math.log(runs.VOCAB_SIZE), rel=0.25)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine(events):
+    floor, span = runs.MIN_LR_RATIO, runs.MAX_STEPS - runs.WARMUP_STEPS
+    cosine = [
+        floor + (1 - floor) * (1 + math.cos(math.pi * step / span)) / 2 for step in range(span)
+    ]
+    expected = [runs.PEAK_LR * scale for scale in [0.5, 1.0, *cosine]]
+    assert scalars(events, "lr-AdamW/decay") == pytest.approx(expected)
+
+
+def test_validation_shows_pictures_captions_and_text(events):
+    assert set(events.Tags()["images"]) == {"drawn/val", "written/val"}
+    for name in ("drawn/val", "written/val"):
+        assert [image.step for image in events.Images(name)] == [3, 6]
+        image = events.Images(name)[0]
+        assert (image.width, image.height) == (2 * 250, 60 + 252)  # two tiles under a title
+    tables = events.Tensors("captions/val/text_summary")
+    assert [table.step for table in tables] == [3, 6]
+    assert tables[0].tensor_proto.string_val[0].decode().count("\n| ") == 2
+    (text, _) = events.Tensors("text/val/text_summary")
+    assert text.tensor_proto.string_val[0].decode().startswith("imagine ")
+
+
+def test_a_run_leaves_checkpoints_config_report_and_samples(run):
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step0000003.ckpt", "step0000006.ckpt"]
+    assert checkpoint_of(run).resolve().name == "step0000006.ckpt"
+    files = {"config.yaml", "report.json", "sheet.png", "recall.json", "recall.png"}
+    assert files <= {path.name for path in run.iterdir()}
+    assert not list(run.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_an_evaluation_of_the_checkpoint_agrees_with_the_run_and_leaves_it_alone(
+    run, events, verb, capsys
+):
+    files = [path for path in run.iterdir() if path.is_file() and "tfevents" not in path.name]
+    before = {path: path.read_bytes() for path in files}
+    main([verb, "-c", str(run / "config.yaml"), "--ckpt_path", str(checkpoint_of(run))])
+    assert {path: path.read_bytes() for path in before} == before
+    found = json.loads((run / verb / "report.json").read_text())
+    at_the_end = json.loads((run / "report.json").read_text())
+    seconds = {name: found[name] for name in ("train_seconds", "validation_seconds")}
+    assert found == at_the_end | seconds  # those of the checkpoint, made before its validation
+    assert all(0 < seconds[name] <= at_the_end[name] for name in seconds)
+    table = capsys.readouterr().out
+    assert "val/text/perplexity" in table
+    assert f"{scalars(events, 'val/text/perplexity')[-1]:.4f}"[:7] in table
+
+
+def test_help_names_every_command(capsys):
+    for args in ([], ["-h"], ["--help"]):
+        main(args)
+        text = capsys.readouterr().out
+        for verb in ("fit", "validate", "test", "predict", "generate", "inspect", "encode"):
+            assert f"tf-lightning {verb}" in text
+
+
+@pytest.mark.parametrize(
+    "verb", ["fit", "validate", "test", "predict", "generate", "inspect", "encode"]
+)
+def test_each_command_has_help_under_the_programs_name(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert text.startswith("usage: tf-lightning ") and verb in text.splitlines()[0]
+
+
+def test_a_run_says_nothing_that_a_user_cannot_act_on(tmp_path):
+    config = runs.write_config(tmp_path, lambda c: c["trainer"].update(max_steps=1, callbacks=[]))
+    command = [sys.executable, "-m", "tf_lightning", "fit", "-c", str(config)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert ended.returncode == 0, ended.stderr
+    for noise in ("Tip", "LeafSpec", "TPU", "many workers", "Warning", "args parameter"):
+        assert noise not in ended.stderr + ended.stdout
+    assert "captions train: prepared 40 documents" in ended.stderr
+
+
+def test_prepare_makes_the_corpora_that_fit_then_finds(tmp_path, capsys):
+    config = runs.write_config(tmp_path)
+    main(["prepare", "-c", str(config)])
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("corpus.json")}
+    assert made and "tf-lightning fit" in capsys.readouterr().out
+    main(["fit", "-c", str(config), "--trainer.max_steps", "1"])
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("corpus.json")} == made
+
+
+# Mistakes

@@ -1,0 +1,328 @@
+"""`tf-lightning generate`: prompts in order, files written, mistakes told."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from support import runs
+from tf_lightning.cli.generate import build_parser, name_texts
+from tf_lightning.cli.main import main
+
+
+@pytest.fixture(scope="session")
+def checkpoint(run) -> str:
+    return str(run / "checkpoints" / "last.ckpt")
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    """A picture that is neither square nor RGB nor of the model's size."""
+    path = tmp_path / "in.png"
+    Image.new("RGBA", (100, 80), (255, 0, 0, 128)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that has to fail: its exit code and its one line on standard error."""
+
+    def command(*args: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(["generate", *args])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tf-")]
+        assert len(lines) == 1
+        return stop.value.code, lines[0]
+
+    return command
+
+
+def prompt_of(*args: str) -> list[tuple[str, str]]:
+    options = build_parser().parse_args(name_texts(["CKPT", *args]))
+    assert options.checkpoint == "CKPT"
+    return options.parts
+
+
+def test_text_and_pictures_keep_the_order_they_were_typed_in():
+    assert prompt_of("a", "b") == [("text", "a"), ("text", "b")]
+    assert prompt_of("a", "--image", "x") == [("text", "a"), ("image", "x")]
+    assert prompt_of("--image", "x", "a") == [("image", "x"), ("text", "a")]
+    assert prompt_of("--image=x", "a", "-n", "2", "-o", "b", "--image", "y", "c", "-n3") == [
+        *(("image", "x"), ("text", "a"), ("image", "y"), ("text", "c"))
+    ]
+    assert prompt_of("--text=-a", "--seed", "-1", "") == [("text", "-a"), ("text", "")]
+
+
+def test_words_are_answered_with_pictures_and_how_they_were_made(checkpoint, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    command = ["generate", checkpoint, "a red circle", "-o", str(out), "-n", "2", "--steps", "2"]
+    main([*command, "--seed", "7"])
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("0007.json", "0007.png", "0008.json", "0008.png", "sheet.html")
+    ]
+    assert str(out) in capsys.readouterr().out
+    record = json.loads((out / "0008.json").read_text())
+    assert record.pop("checkpoint_modified") and record.pop("prompt_digest")
+    assert record == {
+        "prompt": [["text", "a red circle"]],
+        "seed": 8,
+        "answer": "image",
+        "checkpoint": checkpoint,
+        "guidance_scale": 3.0,
+        "image_guidance_scale": None,
+        "guidance_interval": [0.0, 1.0],
+        "guidance_rescale": 0.0,
+        "num_inference_steps": 2,
+        "sampler": None,
+        "timestep_shift": 1.0,
+        "parts": [["image", "0008.png"]],
+    }
+    first, second = (np.asarray(Image.open(out / name), int) for name in ("0007.png", "0008.png"))
+    assert first.shape == (64, 64, 3) and (first != second).any()
+
+
+def test_a_seed_gives_the_same_picture_alone_and_among_others(checkpoint, tmp_path):
+    command = ["generate", checkpoint, "a red circle", "--steps", "2"]
+    main([*command, "-o", str(tmp_path / "many"), "-n", "3"])
+    main([*command, "-o", str(tmp_path / "one"), "-n", "1", "--seed", "2"])
+    many, one = (
+        np.asarray(Image.open(tmp_path / f), int) for f in ("many/0002.png", "one/0002.png")
+    )
+    assert np.abs(many - one).max() <= 1
+
+
+def test_shifted_steps_draw_another_picture_and_are_told(checkpoint, tmp_path):
+    command = ["generate", checkpoint, "a red circle", "-n", "1", "--steps", "3"]
+    command += ["--sampler", "DPMSolverMultistepScheduler-SDE", "-o"]
+    main([*command, str(tmp_path / "even")])
+    main([*command, str(tmp_path / "shifted"), "--timestep-shift", "2.5"])
+    even, shifted = (
+        np.asarray(Image.open(tmp_path / name / "0000.png")) for name in ("even", "shifted")
+    )
+    assert (even != shifted).any()
+    assert json.loads((tmp_path / "shifted" / "0000.json").read_text())["timestep_shift"] == 2.5
+
+
+def test_a_picture_of_any_size_and_mode_is_answered_with_words(checkpoint, picture, capsys):
+    main(["generate", checkpoint, "--image", picture, "--max-new-tokens", "3"])
+    words = capsys.readouterr().out
+    assert words.endswith("\n") and len(words) > 1
+
+
+def test_the_answer_can_be_asked_for(checkpoint, picture, tmp_path, capsys):
+    main(["generate", checkpoint, "imagine", "--answer", "text", "--max-new-tokens", "3"])
+    assert "Wrote" not in capsys.readouterr().out
+    out = str(tmp_path / "out")
+    arguments = ["--answer", "image", "-n", "1", "--steps", "2", "-o", out]
+    main(["generate", checkpoint, "--image", picture, *arguments])
+    assert (tmp_path / "out" / "0000.png").exists()
+
+
+def test_a_prompt_is_required(checkpoint, fails):
+    code, line = fails(checkpoint)
+    assert code == 1 and "there is no prompt" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--steps", "0"], 1, "num_inference_steps=0 must be from 1 to 1000"),
+        (["--steps", "many"], 2, "--steps"),
+        (["-n", "0"], 2, "0 is not a number of at least 1"),
+        (["--max-new-tokens", "-1"], 2, "-1 is not a number of at least 1"),
+        (["--temperature", "-1"], 2, "-1 is not a number of at least 0"),
+        (["--temperature", "nan"], 2, "nan is not a number of at least 0"),
+        (["--sampler", "Euler"], 2, "DDIMScheduler"),
+        (["--sampler", "FlowMatchEulerDiscreteScheduler"], 1, "does not fit a model that predicts"),
+        (["--timestep-shift", "0"], 1, "timestep_shift=0.0 must be from 0.01 to 100"),
+        (
+            ["--timestep-shift", "2.5"],
+            1,
+            "timestep_shift=2.5 does not fit DDIMScheduler, whose steps",
+        ),
+        (["--guidance-interval", "0.5"], 2, "'0.5' must be two numbers such as 0.2,0.8"),
+        (["--guidance-interval", "1,0"], 1, "guidance_interval=1.0 0.0 must be two noise levels"),
+        (["--guidance-rescale", "2"], 1, "guidance_rescale=2.0 must be from 0"),
+        (["--answer", "text", "--top-k", "0"], 2, "0 is not a number of at least 1"),
+        (["--answer", "text", "--top-p", "0"], 1, "top_p=0.0 must be more than 0"),
+        (["--answer", "any", "--max-images", "0"], 2, "0 is not a number of at least 1"),
+        (["--colour", "red"], 2, "--colour"),
+    ],
+)
+def test_an_option_out_of_range_is_told_with_its_limit(
+    arguments, code, words, checkpoint, tmp_path, fails
+):
+    told = fails(checkpoint, "a red circle", "-o", str(tmp_path / "out"), *arguments)
+    assert told[0] == code and words in told[1]
+    assert not (tmp_path / "out" / "0000.png").exists()
+
+
+def test_an_empty_prompt_is_told(checkpoint, fails, tmp_path):
+    code, line = fails(checkpoint, "", "-o", str(tmp_path / "out"))
+    assert code == 1 and "a prompt is empty; give text or a picture" in line
+
+
+def test_a_prompt_longer_than_the_models_documents_is_told(checkpoint, fails, tmp_path):
+    code, line = fails(checkpoint, "a red circle " * 99, "-o", str(tmp_path / "out"))
+    assert code == 1 and "this model was trained on 256; shorten the prompt" in line
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.fixture
+def prompts(tmp_path, picture) -> Path:
+    """A file of interleaved prompts beside the picture that it names."""
+    lines = [
+        {"parts": [{"image": "in.png"}, {"text": "make it red"}]},
+        ["a red circle"],
+        ["one blue square"],
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def drawn(folder: Path) -> dict[str, float]:
+    """When each picture of a folder was written."""
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("*.png")}
+
+
+def test_interleaved_prompts_of_a_file_are_answered_as_those_typed(checkpoint, prompts, tmp_path):
+    how = ["--steps", "2", "-n", "2"]
+    main(["generate", checkpoint, "--prompts", str(prompts), "-o", str(tmp_path / "file"), *how])
+    assert sorted(drawn(tmp_path / "file")) == [f"000{n}.png" for n in range(6)]
+    typed = ["--image", str(tmp_path / "in.png"), "make it red"]
+    main(["generate", checkpoint, *typed, "-o", str(tmp_path / "typed"), *how])
+    for name in ("0000.png", "0001.png"):
+        one, other = (np.asarray(Image.open(tmp_path / f / name), int) for f in ("file", "typed"))
+        assert np.abs(one - other).max() <= 1
+    sheet = (tmp_path / "file" / "sheet.html").read_text()
+    assert sheet.count("<img") == 6 and "one blue square" in sheet
+
+
+def test_a_text_file_is_a_prompt_a_line(checkpoint, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\none blue square\n")
+    arguments = ["--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "out")]
+    main(["generate", checkpoint, *arguments, "--answer", "text", "--max-new-tokens", "3"])
+    records = [json.loads((tmp_path / "out" / f"000{n}.json").read_text()) for n in (0, 1)]
+    assert [r["prompt"] for r in records] == [
+        [["text", "a red circle"]],
+        [["text", "one blue square"]],
+    ]
+    assert all(kind == "text" for r in records for kind, _ in r["parts"])
+
+
+def test_what_is_written_is_not_made_again_unless_something_changed(
+    checkpoint, prompts, tmp_path, capsys
+):
+    command = ["generate", checkpoint, "--prompts", str(prompts), "-o", str(tmp_path / "out")]
+    main([*command, "--steps", "2"])
+    before = drawn(tmp_path / "out")
+    (tmp_path / "out" / "0001.json").unlink()
+    main([*command, "--steps", "2"])
+    assert "Wrote 1 answers" in capsys.readouterr().out.splitlines()[-1]
+    changed = [name for name, when in drawn(tmp_path / "out").items() if before[name] != when]
+    assert changed == ["0001.png"]
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "in.png")  # same name, another picture
+    main([*command, "--steps", "2"])
+    assert "Wrote 1 answers" in capsys.readouterr().out.splitlines()[-1]
+    main([*command, "--steps", "3"])
+    assert "Wrote 3 answers" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_interrupt_keeps_what_is_written_and_the_same_command_goes_on(
+    checkpoint, prompts, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    command = ["generate", checkpoint, "--prompts", str(prompts), "-o", str(out), "--steps", "2"]
+    command += ["--batch-size", "1"]
+    from tf_lightning.cli import generate as generate_command
+
+    write, count = generate_command.write_answer, []
+
+    def write_two(*args):
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        count.append(write(*args))
+
+    monkeypatch.setattr(generate_command, "write_answer", write_two)
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 130
+    assert f"Kept 2 answers in {out}; the same command makes the rest." in capsys.readouterr().err
+    names = sorted(file.name for file in out.iterdir())
+    assert names == ["0000.json", "0000.png", "0001.json", "0001.png", "sheet.html"]
+    monkeypatch.undo()
+    before = drawn(out)
+    main(command)
+    assert "Wrote 1 answers" in capsys.readouterr().out.splitlines()[-1]
+    assert drawn(out).items() > before.items()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "has no prompts; give one a line"),
+        ("{", "has a line that is not JSON"),
+        ("[3]", "has a part that is neither text nor image"),
+        ("[]", "has a line without parts"),
+        ('[{"image": "nowhere.png"}]', "nowhere.png: missing picture"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_used_is_told(content, words, checkpoint, tmp_path, fails):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    code, line = fails(checkpoint, "--prompts", str(file), "-o", str(tmp_path / "out"))
+    assert code == 1 and words in line
+
+
+def test_prompts_of_a_file_and_a_typed_one_are_one_too_many(checkpoint, prompts, fails):
+    code, line = fails(checkpoint, "a red circle", "--prompts", str(prompts))
+    assert code == 1 and "leave out --prompts" in line
+
+
+def test_a_file_that_is_no_picture_is_told(checkpoint, tmp_path, fails):
+    text = tmp_path / "in.png"
+    text.write_text("not a picture")
+    assert fails(checkpoint, "--image", str(text)) == (
+        *(1, f"tf-lightning: error: {text}: undecodable picture; give a PNG or JPEG file"),
+    )
+    missing = str(tmp_path / "nowhere.png")
+    code, line = fails(checkpoint, "--image", missing)
+    assert code == 1 and f"{missing}: missing picture" in line
+
+
+def test_a_truncated_picture_is_told(checkpoint, run, tmp_path, fails):
+    path = tmp_path / "cut.png"
+    path.write_bytes((run / "samples" / "0000.png").read_bytes()[:-200])
+    code, line = fails(checkpoint, "--image", str(path))
+    assert code == 1 and "truncated picture" in line
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_drawn(
+    checkpoint, tmp_path, fails, monkeypatch
+):
+    monkeypatch.setattr(
+        "tf_lightning.generation.pipeline.TransfusionPipeline.answer_each",
+        lambda *args, **kwargs: 1 / 0,
+    )
+    (tmp_path / "file").write_text("")
+    code, line = fails(checkpoint, "a red circle", "-o", str(tmp_path / "file"))
+    assert code == 1 and str(tmp_path / "file") in line
+
+
+def test_a_model_of_text_alone_refuses_pictures(tmp_path, picture, fails):
+    def only_text(config: dict) -> None:
+        data = config["data"]["init_args"]
+        del data["sources"]["captions"]
+        data["autoencoder"] = None
+        config["trainer"]["max_steps"] = 3
+        config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
+
+    main(["fit", "-c", str(runs.write_config(tmp_path, only_text))])
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for prompt in (["a red circle"], ["--image", picture]):
+        code, line = fails(checkpoint, *prompt, "-o", str(tmp_path / "out"))
+        assert code == 1 and "trained on text alone" in line
+    main(["generate", checkpoint, "imagine", "--answer", "text", "--max-new-tokens", "2"])

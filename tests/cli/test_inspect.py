@@ -1,0 +1,144 @@
+"""`inspect` counts what is there and draws what stands where."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from support import runs
+from support.corpora import Pictures, Stories, Words
+from support.public_layouts import picture, write_tar
+from tf_lightning.batch import pack
+from tf_lightning.cli.inspect import (
+    COPY,
+    IMAGE,
+    PAD,
+    SPECIAL,
+    TEXT,
+    TONES,
+    describe,
+    draw_rows,
+    histogram,
+    kinds,
+    pick_documents,
+)
+from tf_lightning.cli.main import main
+
+
+class Specials:
+    bos_id, eos_id, boi_id, eoi_id = 1, 2, 8, 9
+
+
+WORDS, LATENTS = torch.tensor([5, 6]), torch.zeros(1, 2, 1)  # two patches
+
+
+def packed(rows, **options):
+    options = {"tokenizer": Specials, "row_length": 16, "patch_size": 1} | options
+    return pack(rows, list(range(len(rows))), **options)
+
+
+def test_every_position_is_of_the_kind_that_packing_put_there():
+    batch = packed([[[WORDS, LATENTS], [WORDS]], [[LATENTS, WORDS]]], clean_copies=True)
+    b, t, i, c = SPECIAL, TEXT, IMAGE, COPY
+    expected = [
+        [b, t, t, b, i, i, b, b, b, t, t, b, *[PAD] * 4],
+        [b, b, i, i, c, c, b, t, t, b, *[PAD] * 6],
+    ]
+    assert kinds(batch, Specials).tolist() == expected
+
+
+@pytest.mark.parametrize("row_length", [16, 1500])
+def test_a_drawn_row_has_each_positions_colour_in_its_place(row_length):
+    batch = packed([[[WORDS, LATENTS]] * 2], row_length=row_length)
+    drawn = np.asarray(draw_rows(batch, Specials, ["a row"]))
+    (held,) = kinds(batch, Specials)
+    width = max(1, 1024 // row_length)
+    line = drawn[34 + 22 + 18 + 11, 10 : 10 + 1024]  # the middle of the first strip
+    for place in range(min(row_length, 1024)):
+        pixel = line[place * width + width // 2].tolist()
+        assert pixel in TONES[held[place]].tolist(), place
+
+
+def test_counts_are_those_of_the_documents(mixture):
+    data = mixture({"pictures": Pictures(num_documents=30), "words": Words("red", 5)})
+    data.setup()
+    corpus = data.corpora["train"]["pictures"]
+    tokens = sum(len(data.tokenizer.encode(f"grey {n}")) for n in range(30))
+    first, *bars = describe("pictures train", corpus, 4, 64)
+    assert first == (
+        f"pictures train: 30 documents, {tokens} text tokens, 30 pictures of 4 patches, "
+        f"{tokens + 30 * (4 + 4)} positions"
+    )
+    assert sum(int(bar.split("tokens")[1].split()[0]) for bar in bars) == 30
+
+
+def test_a_histogram_counts_every_length_once():
+    lengths = np.array([1, 2, 3, 3, 4, 7, 8, 100, 100])
+    lines = [line.split() for line in histogram(lengths, 100)]
+    assert [(a, c, n) for a, _, c, _, n, *_ in lines] == [
+        ("1", "1", "1"), ("2", "3", "3"), ("4", "7", "2"), ("8", "15", "1"), ("16", "31", "0"),
+        ("32", "63", "0"), ("64", "100", "2"),
+    ]  # fmt: skip
+    assert [line[-1] for line in lines] == [
+        "#" * n if n else "0" for n in (14, 40, 27, 14, 0, 0, 27)
+    ]
+
+
+def test_documents_are_picked_of_every_source_with_their_parts_in_order(mixture):
+    sources = {"words": Words("red", 5), "stories": Stories(), "pictures": Pictures()}
+    data = mixture(sources, caption_drop_prob=0.0, image_first_prob=0.0)
+    data.setup()
+    shown = pick_documents(data, 9)
+    assert [title.split(",")[0] for title, _ in shown] == [n for n in sources for _ in range(3)]
+    for title, parts in shown[-3:]:
+        text, image = parts
+        assert text == f"grey {np.asarray(image)[0, 0, 0]}", title
+    assert [parts for _, parts in pick_documents(data, 9)][0] == shown[0][1]
+    assert [parts for _, parts in pick_documents(data, 9, seed=1)][0] != shown[0][1]
+
+
+def test_the_command_writes_what_it_says(tmp_path, capsys):
+    config = runs.write_config(tmp_path)
+    main(["inspect", "-c", str(config), "-o", str(tmp_path / "look"), "--documents", "6"])
+    out = capsys.readouterr().out
+    report = (tmp_path / "look" / "report.txt").read_text()
+    assert out.startswith(report)
+    assert "captions train: 40 documents" in report and "text val: 6 documents" in report
+    assert out.splitlines()[-1].endswith("(6 documents), rows.png and report.txt.")
+    assert sorted(p.name for p in (tmp_path / "look").iterdir()) == [
+        "documents.png", "report.txt", "rows.png"
+    ]  # fmt: skip
+    for name in ("rows", "documents"):
+        assert Image.open(tmp_path / "look" / f"{name}.png").width > 1000
+
+
+def test_what_was_skipped_is_told_by_reason(tmp_path, capsys):
+    files = {"0.png": picture("red"), "0.txt": b"red", "1.png": b"bad", "1.txt": b"bad"}
+    tar = write_tar(tmp_path / "a.tar", files)
+
+    def change(config: dict) -> None:
+        sources = config["data"]["init_args"]["sources"]
+        arguments = {"paths": str(tar), "val_fraction": 0, "image_size": 64}
+        sources["captions"] = {
+            "class_path": "tf_lightning.data.CaptionTars", "init_args": arguments
+        }  # fmt: skip
+
+    main(["inspect", "-c", str(runs.write_config(tmp_path, change))])
+    assert "  skipped 1: undecodable picture\n" in capsys.readouterr().out
+    assert (tmp_path / "data" / "inspect" / "rows.png").is_file()
+
+
+@pytest.mark.parametrize("arguments", [["--documents", "0"], ["-c", "none.yaml"], []])
+def test_mistakes_are_told_without_traceback(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", *arguments])
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_pictures_without_words_are_not_inspected(tmp_path, capsys):
+    config = "configs/autoencoder/shapes.yaml"
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "-c", config, f"--data.init_args.cache_dir={tmp_path}"])
+    assert stop.value.code == 1
+    assert "PictureData has no documents to inspect; give" in capsys.readouterr().err

@@ -1,0 +1,241 @@
+"""The command line: each mistake is answered with one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import runs
+from tf_lightning.cli.main import main
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that has to fail: its exit code and its one line on standard error."""
+
+    def command(*args) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tf-")]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("tf-lightning: error: ") and len(lines[0]) < 400
+        return stop.value.code, lines[0]
+
+    return command
+
+
+def checkpoint_of(run: Path) -> Path:
+    return run / "checkpoints" / "last.ckpt"
+
+
+def test_an_unknown_command_is_named_with_the_known_ones(fails):
+    code, line = fails("fti")
+    assert code == 1
+    assert "'fti'" in line and "fit, validate, test, predict, prepare, encode, generate" in line
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_an_unknown_key_is_named(verb, tmp_path, fails):
+    config = runs.write_config(tmp_path)
+    code, line = fails(verb, "-c", config, "--model.patchsize", "3")
+    assert code == 2 and "--model.patchsize" in line
+
+
+@pytest.mark.parametrize("section", ["trainer", "model", "data"])
+def test_an_unknown_key_in_the_file_is_named(section, tmp_path, fails):
+    def misspell(config: dict) -> None:
+        part = config[section]
+        part.get("init_args", part)["mispelt"] = 3
+
+    code, line = fails("fit", "-c", runs.write_config(tmp_path, misspell))
+    assert code == 2 and "mispelt" in line
+
+
+@pytest.mark.parametrize(
+    "verb,limit",
+    [
+        ("fit", "max_steps"),
+        ("fit", "max_epochs"),
+        ("validate", "limit_val_batches"),
+        ("test", "limit_test_batches"),
+        ("predict", "limit_predict_batches"),
+    ],
+)
+def test_a_limit_that_leaves_nothing_to_do_is_named(verb, limit, tmp_path, fails):
+    more = [] if verb == "fit" else ["--ckpt_path", tmp_path / "any.ckpt"]
+    config = runs.write_config(tmp_path)
+    code, line = fails(verb, "-c", config, f"--trainer.{limit}=0", *more)
+    assert code == 1 and f"{limit}=0" in line
+
+
+@pytest.mark.parametrize("file", ["nowhere.yaml", ""])
+def test_a_missing_config_file_is_named(file, tmp_path, fails):
+    code, line = fails("fit", "-c", tmp_path / file)
+    assert code == 2 and str(tmp_path / file) in line
+
+
+def test_a_config_file_that_is_no_yaml_is_refused(tmp_path, fails):
+    (tmp_path / "bad.yaml").write_text("trainer: [1\nmodel: 2")
+    assert fails("fit", "-c", tmp_path / "bad.yaml")[0] == 2
+
+
+@pytest.fixture
+def bad_checkpoint(run, tmp_path):
+    """A file by the name of what is wrong with it."""
+
+    def make(fault: str) -> Path:
+        path = tmp_path / f"{fault}.ckpt"
+        if fault == "cut":
+            content = checkpoint_of(run).read_bytes()
+            path.write_bytes(content[: len(content) // 2])
+        elif fault == "text":
+            path.write_text("hello world, not a checkpoint")
+        elif fault == "foreign":
+            torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
+        elif fault == "pickle":
+            torch.save({"state_dict": {}, "image_codec": Path}, path)  # a class: refused unread
+        elif fault == "folder":
+            path.mkdir()
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut", "text", "foreign", "pickle", "folder"])
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict", "generate"])
+def test_a_bad_checkpoint_is_refused_by_name_before_anything_is_written(
+    verb, fault, bad_checkpoint, tmp_path, fails
+):
+    path = bad_checkpoint(fault)
+    config = runs.write_config(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    if verb == "generate":
+        code, line = fails(verb, path, "a red circle", "-o", tmp_path / "out")
+    else:
+        code, line = fails(verb, "-c", config, "--ckpt_path", path)
+    assert code == 1 and str(path) in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("given", [[], ["--ckpt_path", "last"]])
+def test_an_evaluation_without_a_checkpoint_file_is_refused(given, tmp_path, fails):
+    code, _ = fails("validate", "-c", runs.write_config(tmp_path), *given)
+    assert code == 1
+
+
+def test_a_damaged_last_checkpoint_is_refused_when_resuming(tmp_path, run, fails):
+    config = runs.write_config(tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(checkpoint_of(run).read_bytes()[:10_000])
+    code, line = fails("fit", "-c", config, "--ckpt_path", "last")
+    assert code == 1 and "last.ckpt (10,000 bytes) cannot be read" in line
+
+
+def test_another_models_checkpoint_does_not_resume(tmp_path, run, fails):
+    config = runs.write_config(tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(checkpoint_of(run).read_bytes())
+    wider = ["--model.transformer.dim", "64"]
+    code, line = fails("fit", "-c", config, "--ckpt_path", "last", *wider)
+    assert code == 1 and "[300, 32]" in line and "[300, 64]" in line
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+MISTAKES = {
+    "--data.init_args.vocab_size=310": "300",
+    "--data.init_args.vocab_size=20": "vocab_size=20 is too small",
+    "--data.init_args.patch_size=8": "patch_size = 8 but the model has 16",
+    "--model.latent_channels=4": "has 3 channels but the model has latent_channels=4",
+    "--model.prediction_type=x0": "x0",
+    "--data.init_args.autoencoder=none/": '"none/"',
+    "--data.init_args.autoencoder=null": "the data has pictures",
+    "--data.init_args.image_first_prob=2": "image_first_prob=2.0 is not a probability",
+    "--data.init_args.weights={captions: 1}": "weights are given for ['captions']",
+    "--data.init_args.row_length=20": "longer than a row of 20 tokens",
+    "--data.init_args.tokenizer=nowhere.model": "nowhere.model",
+    "--data.init_args.sources.text.init_args.num_documents=0": "num_documents=0",
+    "--trainer.accelerator=nonsense": "nonsense",
+    "--trainer.devices=0": "devices",
+}
+
+
+@pytest.mark.parametrize("argument", MISTAKES)
+def test_a_value_that_does_not_fit_is_told_in_one_sentence(argument, tmp_path, fails):
+    code, line = fails("fit", "-c", runs.write_config(tmp_path), argument)
+    assert code == 1 and MISTAKES[argument] in line
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_pictures_that_do_not_fit_are_refused_before_anything_is_prepared(tmp_path, fails):
+    config = runs.write_config(tmp_path)
+    pictures = {"class_path": "tf_lightning.data.CaptionTars"}
+    pictures["init_args"] = {"paths": "none.tar", "image_size": 40}
+    change = f"--data.init_args.sources.captions={json.dumps(pictures)}"
+    for argument, told in {
+        "--model.latent_channels=4": 'autoencoder "pixels" has 3 channels',
+        change: "captions: image_size=40 does not divide into patches of 16 pixels",
+    }.items():
+        code, line = fails("fit", "-c", config, argument)
+        assert code == 1 and told in line
+        assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "told"),
+    [
+        ("flow", {"sampler": "DDPMScheduler"}, "does not fit a model that predicts 'flow'"),
+        (
+            "v_prediction",
+            {"timestep_shift": 2.5},
+            "timestep_shift=2.5 does not fit DDIMScheduler, whose",
+        ),
+    ],
+)
+def test_what_cannot_sample_the_model_is_refused_before_training(
+    kind, setting, told, tmp_path, fails
+):
+    def change(config: dict) -> None:
+        config["model"]["prediction_type"] = kind
+        callbacks = {
+            call["class_path"]: call["init_args"] for call in config["trainer"]["callbacks"]
+        }
+        callbacks["callbacks.evaluate.Evaluate"].update(setting)
+
+    code, line = fails("fit", "-c", runs.write_config(tmp_path, change))
+    assert code == 1 and told in line
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(None, "no file matches"), ("", "unusable"), ("{}\n", "unusable")]
+)
+def test_a_corpus_of_nothing_is_told_and_leaves_nothing_half_written(
+    content, sentence, tmp_path, fails
+):
+    files = tmp_path / "corpus.jsonl"
+    if content is not None:
+        files.write_text("not json\n" + content)
+
+    def read_files(config: dict) -> None:
+        config["data"] = {
+            "class_path": "tf_lightning.data.TextData",
+            "init_args": {
+                **{"paths": str(files), "cache_dir": str(tmp_path / "data")},
+                **{"vocab_size": runs.VOCAB_SIZE, "patch_size": runs.PATCH_SIZE},
+            },
+        }
+
+    code, line = fails("fit", "-c", runs.write_config(tmp_path, read_files))
+    assert code == 1 and (sentence in line or "no text" in line)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+
+
+def test_a_tokenizer_other_than_the_checkpoints_is_refused(run, tmp_path, fails):
+    other_words = "--data.init_args.sources.text.init_args.seed=9"
+    config = runs.write_config(tmp_path)
+    code, line = fails("validate", "-c", config, "--ckpt_path", checkpoint_of(run), other_words)
+    assert code == 1 and "tokenizer is not the one this checkpoint was trained with" in line

@@ -1,0 +1,161 @@
+"""Captioned pictures of public layouts: each picture with its own words."""
+
+import json
+
+import pytest
+
+from support import public_layouts
+from support.public_layouts import COLOURS, picture, shown, write_lines, write_parquet, write_tar
+from tf_lightning.data import CaptionJson, CaptionRows, CaptionTars, ImageCaptionData
+from tf_lightning.data.documents import Skipped
+
+PAIRS = [[colour, f"<{colour}>"] for colour in COLOURS]
+
+
+def read(source, split="train") -> list:
+    documents = source.documents(split)
+    return [found if isinstance(found, Skipped) else shown(found) for found in documents]
+
+
+def rows(file, images=None) -> list:
+    return read(CaptionRows(str(file), val_fraction=0, image_size=16, images=images))
+
+
+def from_json(file, images=None, **options) -> CaptionJson:
+    return CaptionJson(str(file), images=images, image_size=16, **{"val_fraction": 0} | options)
+
+
+def test_img2dataset_tars(tmp_path):
+    file = public_layouts.img2dataset(tmp_path)
+    assert read(CaptionTars(str(file), val_fraction=0, image_size=16)) == PAIRS
+
+
+@pytest.mark.parametrize("caption", ["txt", "text", "caption", "json"])
+@pytest.mark.parametrize("image", ["jpg", "jpeg", "png", "webp", "image"])
+def test_every_alias_of_a_tars_keys(image, caption, tmp_path):
+    words = json.dumps({"caption": "blue"}) if caption == "json" else "blue"
+    files = {f"0.{image}": picture("blue"), f"0.{caption}": words.encode()}
+    source = CaptionTars(str(write_tar(tmp_path / "a.tar", files)), val_fraction=0, image_size=16)
+    assert read(source) == [["blue", "<blue>"]]
+
+
+def test_two_files_of_one_name_are_no_pair(tmp_path):
+    files = {"0.png": picture("blue"), "0.PNG": picture("red"), "0.txt": b"blue"}
+    source = CaptionTars(str(write_tar(tmp_path / "a.tar", files)), val_fraction=0)
+    assert read(source) == [Skipped("two files of one name")]
+
+
+def test_a_folder_with_its_metadata(tmp_path):
+    public_layouts.pictures(tmp_path / "train")
+    named = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS]
+    lines = "".join(f"{row['file_name']},{row['text']}\n" for row in named)
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\n" + lines)
+    write_lines(tmp_path / "train" / "metadata.jsonl", named)
+    write_parquet(tmp_path / "train" / "metadata.parquet", named)
+    for kind in ("csv", "jsonl", "parquet"):
+        assert rows(tmp_path / "train" / f"metadata.{kind}") == PAIRS
+
+
+@pytest.mark.parametrize(
+    "keys", [("path", "prompt"), ("img_path", "prompt"), ("image", "caption")]
+)  # Show-o2, JourneyDB, others
+def test_json_lines_that_name_pictures_elsewhere(keys, tmp_path):
+    images = public_layouts.pictures(tmp_path / "elsewhere")
+    lines = [dict(zip(keys, (f"{colour}.png", colour), strict=True)) for colour in COLOURS]
+    assert rows(write_lines(tmp_path / "a.jsonl", lines), str(images)) == PAIRS
+
+
+def test_parquet_of_the_hub_and_of_img2dataset(tmp_path):
+    hub = [{"image": {"bytes": picture(c), "path": f"{c}.png"}, "text": c} for c in COLOURS]
+    assert rows(write_parquet(tmp_path / "hub.parquet", hub)) == PAIRS
+    own = [{"key": c, "jpg": picture(c, "JPEG"), "txt": c, "status": "success"} for c in COLOURS]
+    own.append({"key": "x", "jpg": None, "txt": "gone", "status": "failed_to_download"})
+    found = rows(write_parquet(tmp_path / "own.parquet", own))
+    assert found == [*PAIRS, Skipped("caption without picture")]
+
+
+def test_bagel_captions_take_one_of_several_always_the_same(tmp_path):
+    file = public_layouts.bagel_captions(tmp_path)
+    found = rows(file)
+    assert [image for _, image in found] == [image for _, image in PAIRS]
+    assert [words.rstrip("!") for words, _ in found] == list(COLOURS)
+    assert {words[-1] == "!" for words, _ in found} == {True, False}  # not always the first
+    assert rows(file) == found
+
+
+def test_bad_rows_are_skipped_with_their_reason(tmp_path):
+    public_layouts.pictures(tmp_path)
+    lines = [{"file_name": "red.png", "text": "red"}, {"file_name": "none.png", "text": "x"},
+             {"text": "alone"}, {"file_name": "red.png"}, {"file_name": "red.png", "text": 3},
+             ["red.png"], {"path": ".", "text": "a folder"}]  # fmt: skip
+    reasons = ["missing picture", "caption without picture", *["picture without caption"] * 2,
+               "line that is not a JSON object", "missing picture"]  # fmt: skip
+    found = rows(write_lines(tmp_path / "a.jsonl", lines))
+    assert found == [["red", "<red>"], *map(Skipped, reasons)]
+
+
+def test_coco_captions_each_with_its_picture_held_out_together(tmp_path):
+    file, images = public_layouts.coco(tmp_path)
+    assert read(from_json(file, str(images))) == PAIRS + PAIRS
+    source = from_json(file, str(images), val_fraction=0.5)
+    train, val = ({words for words, _ in read(source, split)} for split in ("train", "val"))
+    assert train and val and not train & val and train | val == set(COLOURS)
+
+
+def test_karpathys_file_says_what_is_held_out(tmp_path):
+    source = from_json(public_layouts.karpathy(tmp_path), val_fraction=0.9)
+    splits = {0: "train", 1: "train", 2: "val", 3: "test"}
+    for split in ("train", "val"):
+        expected = [pair for n, pair in enumerate(PAIRS) if splits[n % 4] == split]
+        assert read(source, split) == expected
+
+
+def test_a_split_that_karpathy_does_not_have_is_counted(tmp_path):
+    file = public_layouts.karpathy(tmp_path)
+    file.write_text(file.read_text().replace("restval", "restvai"))
+    found = [document for split in ("train", "val") for document in read(from_json(file), split)]
+    assert found.count(Skipped("picture of an unknown split")) == 2
+
+
+def test_llava_conversations_have_their_pictures_where_they_say_so(tmp_path):
+    public_layouts.pictures(tmp_path / "train2017")
+    talk = lambda *said: [  # noqa: E731
+        {"from": who, "value": words}
+        for who, words in zip(["human", "gpt"] * 2, said, strict=False)
+    ]
+    records = [
+        {"id": "1", "image": "train2017/red.png",
+         "conversations": talk("<image>\nWhich colour?", "Red.", "Sure?", "Yes.")},
+        {"id": "2", "image": ["train2017/red.png", "train2017/blue.png"],
+         "conversations": talk("Compare <image> and <image>", "Red and blue.")},
+        {"id": "3", "conversations": talk("Hello", "Hi")},
+        {"id": "4", "image": "train2017/red.png", "conversations": talk("No mark", "?")},
+        {"id": "5", "image": "train2017/red.png"},
+    ]  # fmt: skip
+    (tmp_path / "llava_v1_5_mix665k.json").write_text(json.dumps(records))
+    assert read(from_json(tmp_path / "llava_v1_5_mix665k.json")) == [
+        ["USER: ", "<red>", "Which colour? ASSISTANT: Red. USER: Sure? ASSISTANT: Yes."],
+        ["USER: Compare ", "<red>", " and ", "<blue>", " ASSISTANT: Red and blue."],
+        ["USER: Hello ASSISTANT: Hi"],
+        Skipped("conversation of more or fewer pictures than it marks"),
+        Skipped("conversation of another layout than LLaVA's"),
+    ]
+
+
+@pytest.mark.parametrize("content", ["{", "3", '{"annotations": []}', '{"images": [{}]}'])
+def test_json_of_another_layout_is_skipped(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    (found,) = read(from_json(tmp_path / "a.json"))
+    assert isinstance(found, Skipped)
+
+
+def test_the_data_module_chooses_by_suffix(tmp_path):
+    for name, kind in {
+        "a.tar": CaptionTars,
+        "a.jsonl.gz": CaptionRows,
+        "a.json": CaptionJson,
+    }.items():
+        (source,) = ImageCaptionData(
+            [str(tmp_path / name)], cache_dir=str(tmp_path)
+        ).sources.values()
+        assert type(source) is kind

@@ -1,0 +1,110 @@
+"""ImageNet's folders become prompts and pictures."""
+
+import pytest
+
+from support.miniatures import make_imagenet, picture
+from tf_lightning.batch import IGNORE_INDEX, pack
+from tf_lightning.data import ClassFolders, Mixture
+from tf_lightning.data.documents import Given, Skipped
+from tf_lightning.errors import UserError
+
+TRAIN = "ILSVRC/Data/CLS-LOC/train"
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    return make_imagenet(tmp_path / "imagenet")
+
+
+def source(root, **options) -> ClassFolders:
+    options = {"names": f"{root}/LOC_synset_mapping.txt", "val_fraction": 0} | options
+    return ClassFolders(f"{root}/{TRAIN}/*/*.JPEG", image_size=16, **options)
+
+
+def test_a_picture_is_asked_for_by_its_classs_first_name(imagenet):
+    found = list(source(imagenet).documents("train"))
+    prompts = [prompt for prompt, _ in found]
+    assert (
+        prompts
+        == ["Please generate an image of tench"] * 2 + ["Please generate an image of goldfish"] * 2
+    )
+    assert all(type(prompt) is Given for prompt in prompts)
+    assert all(image.size == (16, 16) for _, image in found)
+
+
+def test_without_names_the_folders_are_the_names(tmp_path):
+    picture(tmp_path / "tree_frog" / "a.png")
+    made = ClassFolders(
+        f"{tmp_path}/*/*.png", prompt="a {} here", learn_prompts=True, val_fraction=0, image_size=16
+    )
+    ((prompt, _),) = made.documents("train")
+    assert prompt == "a tree frog here" and type(prompt) is str
+
+
+def test_unreadable_pictures_and_unnamed_classes_are_skipped_for_their_reason(imagenet):
+    folder = imagenet / TRAIN / "n01440764"
+    (folder / "n01440764_0.JPEG").write_bytes(b"no picture")
+    whole = (folder / "n01440764_1.JPEG").read_bytes()
+    (folder / "n01440764_1.JPEG").write_bytes(whole[: len(whole) // 2])
+    picture(imagenet / TRAIN / "n99" / "n99_0.JPEG")
+    found = [x for x in source(imagenet).documents("train") if isinstance(x, Skipped)]
+    assert [x.reason for x in found] == [
+        "undecodable picture",
+        "truncated picture",
+        "picture of a class that has no name",
+    ]
+
+
+def mixture(root, cache, **options) -> Mixture:
+    arguments = {"autoencoder": "pixels", "patch_size": 4, "row_length": 64, "vocab_size": 300}
+    sources = {"imagenet": source(root, **options)}
+    return Mixture(sources, **arguments, batch_size=2, caption_drop_prob=0.0, image_first_prob=0.0,
+                   cache_dir=str(cache))  # fmt: skip
+
+
+def test_skipped_files_are_counted_in_the_corpus(imagenet, tmp_path):
+    (imagenet / TRAIN / "n01440764" / "n01440764_0.JPEG").write_bytes(b"no picture")
+    made = mixture(imagenet, tmp_path)
+    made.setup()
+    corpus = made.corpora["train"]["imagenet"]
+    assert len(corpus) == 3 and corpus.skipped == {"undecodable picture": 1}
+
+
+def test_all_unreadable_is_one_sentence(imagenet, tmp_path):
+    for file in (imagenet / TRAIN).rglob("*.JPEG"):
+        file.write_bytes(b"no picture")
+    with pytest.raises(UserError) as error:
+        mixture(imagenet, tmp_path).setup()
+    assert str(error.value) == (
+        "imagenet: all 4 documents of the train split are unusable (4 undecodable picture); "
+        "mend them or change the data's arguments"
+    )
+
+
+@pytest.mark.parametrize("learn_prompts", [False, True])
+def test_a_prompt_is_learned_only_where_asked_and_the_image_token_always(
+    imagenet, tmp_path, learn_prompts
+):
+    made = mixture(imagenet, tmp_path, learn_prompts=learn_prompts)
+    made.setup()
+    document = made.corpora["train"]["imagenet"].document(0)
+    tokenizer = made.tokenizer
+    batch = pack([[document]], [0], tokenizer=tokenizer, row_length=64, patch_size=4)
+    words = tokenizer.encode("Please generate an image of tench") if learn_prompts else []
+    targets = [x for x in batch.labels[0].tolist() if x != IGNORE_INDEX]
+    assert targets == [*words, tokenizer.boi_id, tokenizer.eos_id]
+
+
+def test_mistakes_are_told(imagenet):
+    with pytest.raises(UserError, match="no place for the class's name"):
+        source(imagenet, prompt="an image")
+    for names, words in (("none.txt", "cannot be read"), ("empty.txt", "names no class")):
+        (imagenet / "empty.txt").write_text("\n")
+        with pytest.raises(UserError, match=words):
+            source(imagenet, names=f"{imagenet}/{names}").fingerprint("train")
+
+
+def test_another_file_of_names_is_another_corpus(imagenet):
+    before = source(imagenet).fingerprint("train")
+    (imagenet / "other.txt").write_text("n01440764 fish\n")
+    assert source(imagenet, names=f"{imagenet}/other.txt").fingerprint("train") != before

@@ -1,0 +1,149 @@
+"""A prepared corpus gives back the documents it was made of."""
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tf_lightning.autoencoder.frozen import load_autoencoder
+from tf_lightning.batch import document_length
+from tf_lightning.data.corpus.prepare import plan_corpus, prepare
+from tf_lightning.data.corpus.reader import Corpus
+from tf_lightning.data.documents import Source
+from tf_lightning.errors import UserError
+from tf_lightning.tokenizer.tokenizer import Tokenizer, train
+
+
+class Given:
+    """A source of the documents it is given; not a subclass of Source."""
+
+    def __init__(self, documents: list):
+        self.given = documents
+
+    def documents(self, split):
+        yield from self.given
+
+    def fingerprint(self, split):
+        return repr((split, self.given))
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 12, 3), np.uint8))
+
+
+DOCUMENTS = [
+    ["a red circle", noise(0)],
+    ["only text"],
+    [noise(1)],
+    [noise(2), "now blue", noise(3), "and so on"],
+    [noise(4), "a caption"],
+    [noise(5), "now blue", noise(6)],
+    ["a red", noise(7), "circle"],
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "a.model"
+    return train(iter(["a red circle only text and so on"]), path, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, tokenizer) -> Corpus:
+    job = plan_corpus(
+        Given(DOCUMENTS),
+        "train",
+        name="given",
+        directory=tmp_path_factory.mktemp("cache"),
+        tokenizer=tokenizer,
+        autoencoder=load_autoencoder("pixels"),
+        row_length=64,
+        patch_size=4,
+    )
+    return prepare(job)
+
+
+def test_documents_read_back_in_order(corpus, tokenizer):
+    assert len(corpus) == len(DOCUMENTS)
+    assert corpus.image_shape == (3, 8, 12)
+    for index, raw in enumerate(DOCUMENTS):
+        document = corpus.document(index)
+        assert len(document) == len(raw)
+        for part, original in zip(document, raw, strict=True):
+            if isinstance(original, str):
+                assert part.dtype == torch.int64
+                assert tokenizer.decode(part.tolist()) == original
+            else:
+                assert part.dtype == torch.float32
+                pixels = (part.permute(1, 2, 0).numpy() + 1) * 127.5
+                assert np.abs(pixels - np.asarray(original)).max() < 0.1
+
+
+def test_lengths_are_those_of_packing(corpus):
+    expected = [document_length(corpus.document(n), patch_size=4) for n in range(len(corpus))]
+    assert corpus.layout().lengths(num_patches=6).tolist() == expected
+
+
+def test_pairs_are_one_text_and_one_image(corpus):
+    assert corpus.layout().pairs().tolist() == [True, False, False, False, True, False, False]
+
+
+def test_edits_are_a_picture_an_instruction_and_a_picture(corpus):
+    assert corpus.layout().edits().nonzero()[0].tolist() == [5]
+
+
+def test_images_with_a_part_after_them_are_read(corpus):
+    assert corpus.layout().read_images().tolist() == [0, 0, 0, 2, 1, 1, 1]
+
+
+def test_a_copy_in_another_process_reads_the_same_files(corpus):
+    pickled = pickle.dumps(corpus)
+    assert len(pickled) < 1000
+    assert torch.equal(pickle.loads(pickled).document(0)[1], corpus.document(0)[1])
+
+
+def test_a_source_is_whatever_has_its_two_methods():
+    assert issubclass(Given, Source)
+    assert not issubclass(Corpus, Source)
+
+
+def another_picture(parts, documents):
+    parts[1, 0] = 7  # document 0 says that it shows the picture of document 6
+
+
+def another_caption(parts, documents):
+    parts[0, 0] = parts[2, 0]  # document 0 says the beginning of what document 1 says
+
+
+def another_border(parts, documents):
+    documents[4] -= 1  # the text behind the second picture of document 3 goes to document 4
+
+
+def pictures_changed_over(parts, documents):
+    parts[[10, 12], 0] = parts[[12, 10], 0]  # document 5 goes from the later to the earlier one
+
+
+@pytest.mark.parametrize(
+    "change, document",
+    [
+        (another_picture, 0),
+        (another_caption, 0),
+        (another_border, 3),
+        (another_border, 4),
+        (pictures_changed_over, 5),
+    ],
+)
+def test_an_index_that_pairs_wrongly_is_refused_though_all_its_numbers_are_good(
+    change, document, corpus, tmp_path
+):
+    folder = shutil.copytree(corpus.path, tmp_path / "damaged")
+    parts, documents = (np.load(folder / f"{name}.npy") for name in ("parts", "documents"))
+    change(parts, documents)
+    np.save(folder / "parts.npy", parts), np.save(folder / "documents.npy", documents)
+    damaged = Corpus(folder)
+    with pytest.raises(UserError, match="is damaged; delete the folder"):
+        damaged.document(document)
+    assert torch.equal(damaged.document(2)[0], corpus.document(2)[0])

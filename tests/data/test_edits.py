@@ -1,0 +1,114 @@
+"""MagicBrush's layouts become documents of picture, instruction, picture."""
+
+import json
+from io import BytesIO
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+from PIL import Image
+
+from tf_lightning.data.documents import Skipped
+from tf_lightning.data.readers.edits import EditData, EditFiles
+
+COLOURS = ["red", "blue", "green"]
+
+
+def png(colour: str) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (20, 16), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def turn(image: int, number: int, instruction: str) -> dict:
+    """A turn as the release has it: the first edits the input, a later one the last output."""
+    before = f"{image}-output{number - 1}.png" if number > 1 else f"{image}-input.png"
+    mask = f"{image}-mask{number}.png"
+    output = f"{image}-output{number}.png"
+    return {"input": before, "mask": mask, "output": output, "instruction": instruction}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images" / "7").mkdir(parents=True)
+    for name, colour in zip(("input", "output1", "output2"), COLOURS, strict=True):
+        (tmp_path / "images" / "7" / f"7-{name}.png").write_bytes(png(colour))
+    return tmp_path
+
+
+def read(folder, turns, **options) -> list:
+    (folder / "edit_turns.json").write_text(turns if isinstance(turns, str) else json.dumps(turns))
+    source = EditFiles(
+        f"{folder}/edit_turns.json", **{"val_fraction": 0, "image_size": 16} | options
+    )
+    return list(source.documents("train"))
+
+
+def colours(document) -> list:
+    """Words as they are; a picture's colour."""
+    names = {Image.new("RGB", (1, 1), name).tobytes(): name for name in COLOURS}
+    return [p if isinstance(p, str) else names[np.asarray(p)[3, 3].tobytes()] for p in document]
+
+
+def test_turns_of_a_folder_are_documents_in_order(folder):
+    found = read(folder, [turn(7, 1, "make it blue "), turn(7, 2, "now green")])
+    expected = [["red", "make it blue", "blue"], ["blue", "now green", "green"]]
+    assert [colours(document) for document in found] == expected
+    assert found[0][0].size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([turn(7, 1, " ")], "edit without instruction"),
+        ([turn(7, 3, "away with it")], "missing picture"),
+        ([{"input": "7-input.png", "instruction": "make it blue"}], "edit without picture"),
+        (["not a turn"], "edit without instruction"),
+        ("{", "line that is not JSON"),
+    ],
+)
+def test_a_bad_turn_is_skipped_for_its_reason(folder, turns, reason):
+    assert read(folder, turns) == [Skipped(reason)]
+
+
+def test_turns_of_one_picture_are_held_out_together(folder):
+    turns = [turn(image, number, "edit") for image in range(200) for number in (1, 2, 3)]
+    (folder / "edit_turns.json").write_text(json.dumps(turns))
+    source = EditFiles(f"{folder}/edit_turns.json", val_fraction=0.3)
+    source.document = lambda sample: [sample[0].parent.name]  # which picture
+    held, seen = ([image for (image,) in source.documents(split)] for split in ("val", "train"))
+    assert len(held) + len(seen) == 600 and not set(held) & set(seen)
+    assert 0.2 < len(held) / 600 < 0.4
+
+
+def test_turns_of_a_parquet_file_are_the_same_documents(folder, tmp_path):
+    picture = lambda colour: {"bytes": png(colour), "path": f"{colour}.png"}  # noqa: E731
+    rows = [
+        {"img_id": "7", "turn_index": 1, "source_img": picture("red"), "mask_img": picture("red"),
+         "instruction": "make it blue", "target_img": picture("blue")},
+        {"img_id": "8", "turn_index": 1, "source_img": picture("red"), "mask_img": None,
+         "instruction": "and away", "target_img": None},
+    ]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = EditFiles(f"{tmp_path}/a.parquet", val_fraction=0, image_size=16)
+    document, bad = source.documents("train")
+    assert colours(document) == ["red", "make it blue", "blue"]
+    assert bad == Skipped("edit without picture")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    (bad,) = EditFiles(f"{tmp_path}/b.parquet", val_fraction=0).documents("train")
+    assert bad == Skipped("damaged file, read as far as it goes")
+
+
+def test_edits_are_served_as_rows(folder):
+    (folder / "edit_turns.json").write_text(json.dumps([turn(7, 1, "make it blue")] * 8))
+    data = EditData(
+        f"{folder}/edit_turns.json", val_fraction=0, image_size=16, autoencoder="pixels",
+        vocab_size=300, patch_size=8, row_length=64, batch_size=2, cache_dir=str(folder / "data"),
+        caption_drop_prob=0.0,
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    assert batch.num_images % 2 == 0 and batch.num_images > 2
+    assert data.corpora["train"]["edits"].layout().edits().all()

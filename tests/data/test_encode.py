@@ -1,0 +1,166 @@
+"""Encoding over ranks: every shard once, the same files by any number, nothing lost by a kill."""
+
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.utils.data
+from PIL import Image
+from torch.multiprocessing import ProcessExitedException
+
+from support import public_layouts, ranks, runs
+from support.corpora import Sharded
+from support.encode_runs import content, encodable, encode, encode_apart
+from tf_lightning.autoencoder.frozen import load_autoencoder
+from tf_lightning.cli.main import main
+from tf_lightning.data.corpus.reader import Corpus
+from tf_lightning.data.encode import Pieces
+from tf_lightning.errors import UserError
+from tf_lightning.tokenizer.tokenizer import train
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A folder encoded by one rank, with mirror images."""
+    return encode(tmp_path_factory.mktemp("encoded") / "one", "--data.mirror=true")
+
+
+@pytest.mark.parametrize("world_size, workers", [(1, 1), (2, 1), (3, 2), (8, 3)])
+def test_ranks_and_their_workers_read_each_shard_once_and_in_order(
+    tmp_path, monkeypatch, world_size, workers
+):
+    shards = Sharded(22).shards("train")
+    job = SimpleNamespace(shards=shards, split="train", shard=lambda n: tmp_path / str(n))
+    (tmp_path / "1").mkdir()  # finished before
+    found: dict[int, list] = {}
+    for rank in range(world_size):
+        for worker in range(workers):
+            told = SimpleNamespace(id=worker, num_workers=workers)
+            monkeypatch.setattr("tf_lightning.data.encode.get_worker_info", lambda told=told: told)
+            monkeypatch.setattr("tf_lightning.data.encode.DOCUMENTS_AT_ONCE", 3)
+            for piece in Pieces([(job, n) for n in range(6)], rank, world_size):
+                found.setdefault(piece.place, []).append(piece)
+    assert sorted(found) == [0, 2, 3, 4, 5]
+    for place, pieces in found.items():
+        captions = [caption for piece in pieces for caption, _ in piece.documents]
+        assert captions == [f"noise {n}" for n in range(4 * place, min(4 * place + 4, 22))]
+        assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_what_is_kept_is_the_posterior_of_each_picture_and_of_its_mirror_image(encoded):
+    (path,) = encoded.glob("noise-train-*")
+    kept = np.fromfile(path / "latents.bin", np.float16).reshape(14, 2, 2, 8, 8, 8)
+    pictures = np.stack([np.asarray(Sharded().picture("train", n)) for n in range(14)])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for view, pixels in enumerate((images, images.flip(-1))):
+        expected = load_autoencoder("shapes").moments(pixels).numpy()
+        assert np.ptp(expected[:, 0]) > 1
+        np.testing.assert_allclose(kept[:, view], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_are_kept_too_also_where_workers_read_the_pictures(workers, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 160, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "wide.png")
+    line = {"file_name": "wide.png", "text": "noise"}
+    file = public_layouts.write_lines(tmp_path / "metadata.jsonl", [line])
+
+    def of_files(config: dict) -> None:
+        encodable(config)
+        options = {"paths": str(file), "val_fraction": 0.0, "image_size": 64}
+        source = {"class_path": "tf_lightning.data.CaptionRows", "init_args": options}
+        config["data"]["init_args"] |= {"sources": {"wide": source}, "num_workers": workers}
+
+    config = str(runs.write_config(tmp_path, of_files))
+    main(["encode", "-c", config, "--data.crops=3", "--data.mirror=true"])
+    (path,) = (tmp_path / "data" / "encoded").glob("wide-train-*")
+    kept = np.fromfile(path / "latents.bin", np.float16).reshape(6, 2, 8, 8, 8)
+    squares = np.stack([noise[:, x : x + 64] for x in (48, 0, 96)])
+    images = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 127.5 - 1
+    expected = load_autoencoder("shapes").moments(torch.cat([images, images.flip(-1)]))
+    np.testing.assert_allclose(kept, expected.numpy(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", config, "--data.mirror=true", f"--data.encoded={path.parent}"])
+    assert "encoded with crops 3 and the data has 1" in capsys.readouterr().err
+
+
+def test_training_reads_it_and_nothing_else(encoded, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sharded, "documents", None)
+    monkeypatch.setattr(Sharded, "fingerprint", None)
+    config = str(runs.write_config(tmp_path, encodable))
+    main(["fit", "-c", config, f"--data.encoded={encoded}", "--data.mirror=true"])
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_command_says_what_to_type_next_and_does_nothing_twice(encoded, capsys):
+    before = {path: path.stat().st_mtime_ns for path in encoded.rglob("*.bin")}
+    encode(encoded.parents[1], "--data.mirror=true")
+    assert f"with `tf-lightning fit -c CONFIG --data.encoded {encoded}`" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in encoded.rglob("*.bin")} == before
+
+
+def test_a_folder_of_something_else_is_refused(encoded, capsys):
+    before = content(encoded)
+    with pytest.raises(SystemExit):
+        encode(encoded.parents[1], "--data.mirror=false")
+    assert "was encoded from other files or with other settings; delete" in capsys.readouterr().err
+    assert content(encoded) == before
+
+
+@pytest.mark.parametrize("autoencoder", ["pixels", "null"])
+def test_where_there_is_nothing_to_encode_the_command_says_so(tmp_path, capsys, autoencoder):
+    with pytest.raises(SystemExit):
+        encode(tmp_path, f"--data.autoencoder={autoencoder}", "--model.latent_channels=3")
+    assert "has nothing to encode; give another --data.autoencoder" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_codes_are_encoded_without_moments(tmp_path):
+    given = ["--data.autoencoder=shapes_vq", "--data.patch_size=1", "--data.row_length=128"]
+    folder = encode(tmp_path, *given, "--model.num_codes=512", "--model.patch_size=1")
+    (path,) = folder.glob("noise-train-*")
+    codes = Corpus(path).document(3)[1]
+    picture = torch.from_numpy(np.array(Sharded().picture("train", 3))).permute(2, 0, 1)
+    expected = load_autoencoder("shapes_vq").encode(picture[None].float() / 127.5 - 1)[0]
+    assert torch.equal(codes, expected)
+
+
+def test_an_error_of_a_source_arrives_in_its_one_sentence(tmp_path, capsys, monkeypatch):
+    def documents(self, split):
+        raise UserError("there is a hole in it; mend it")
+
+    monkeypatch.setattr(Sharded, "documents", documents)
+    vocabulary = tmp_path / "a.model"
+    train(iter(["noise 0 1 2 3 4 5 6 7 8 9"]), vocabulary, runs.VOCAB_SIZE)
+    with pytest.raises(SystemExit):
+        encode(tmp_path, f"--data.tokenizer={vocabulary}", "--data.num_workers=1")
+    error = capsys.readouterr().err
+    assert "tf-lightning: error: there is a hole in it; mend it\n" in error
+    assert not list((tmp_path / "data" / "encoded").rglob("*.bin"))
+
+
+@pytest.mark.slow
+def test_two_ranks_with_workers_write_the_files_of_one(encoded, tmp_path):
+    more = ["--data.mirror=true", "--data.num_workers=2", "--trainer.devices=2"]
+    ended = encode_apart(tmp_path / "two", *more)
+    assert ended.returncode == 0, ended.stderr
+    assert content(tmp_path / "two" / "data" / "encoded") == content(encoded)
+
+
+@pytest.mark.slow
+def test_killed_half_way_it_goes_on_and_keeps_what_was_finished(encoded, tmp_path):
+    more = ["--data.mirror=true", f"--data.tokenizer={encoded}/tokenizer.model"]  # reads no text
+    (tmp_path / "one").mkdir()
+    command = ["encode", "-c", str(runs.write_config(tmp_path / "one", encodable)), *more]
+    with pytest.raises(ProcessExitedException) as ended:
+        ranks.together(command, 1, KILL="train 13")
+    assert ended.value.exit_code == -signal.SIGKILL
+    folder = tmp_path / "one" / "data" / "encoded"
+    (shards,) = folder.glob(".noise-train-*-shards")
+    finished = {path.parent.name for path in shards.glob("[0-9]*/corpus.json")}
+    assert {"000000", "000001"} <= finished and "000003" not in finished
+    ranks.together(command, 1, KILL="train 2")  # which is read no more
+    assert content(folder) == content(encoded)

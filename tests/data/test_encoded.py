@@ -1,0 +1,131 @@
+"""An encoded folder is read as it is, or refused in one sentence."""
+
+import json
+import pickle
+import shutil
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from support.corpora import Sharded
+from support.encode_runs import encode
+from tf_lightning.autoencoder.frozen import SHAPES, load_autoencoder
+from tf_lightning.data import Mixture
+from tf_lightning.errors import UserError
+from tf_lightning.tokenizer.tokenizer import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return encode(tmp_path_factory.mktemp("encoded") / "run")
+
+
+@pytest.fixture
+def build(folder, tmp_path):
+    """A Mixture that reads the folder, set up."""
+
+    def build_here(image_size: int = 64, **changed) -> Mixture:
+        arguments = {
+            "autoencoder": "shapes",
+            "patch_size": 2,
+            "row_length": 64,
+            "vocab_size": 300,
+            "encoded": str(folder),
+            "cache_dir": str(tmp_path / "cache"),
+            "caption_drop_prob": 0.0,
+            "image_first_prob": 0.0,
+        }
+        data = Mixture({"noise": Sharded(image_size=image_size)}, **(arguments | changed))
+        data.setup()
+        return data
+
+    return build_here
+
+
+def test_it_gives_what_encoding_in_place_of_it_gives(build, tmp_path):
+    """The same corpus made by `prepare`: the same batches to the last bit."""
+    read, made = build(), build(encoded=None)
+    assert read.tokenizer.proto == made.tokenizer.proto
+    batches = zip(read.train_dataloader(), made.train_dataloader(), strict=False)
+    for a, b in islice(batches, 6):
+        assert torch.equal(a.latents, b.latents) and torch.equal(a.input_ids, b.input_ids)
+        assert a.num_images and torch.equal(a.noise, b.noise)
+    (a,), (b,) = (list(data.val_dataloader()[0]) for data in (read, made))
+    assert torch.equal(a.latents, b.latents) and a.num_images == 3
+
+
+def test_training_samples_the_posterior_where_asked_and_takes_the_mode_where_not(build):
+    plain, sampled = build(), build(sample_posterior=True)
+    images = torch.from_numpy(np.array(Sharded().picture("train", 5))).permute(2, 0, 1)
+    mean, std = load_autoencoder("shapes").moments(images[None].float() / 127.5 - 1)[0]
+    document = lambda data, n: data.corpora["train"]["noise"].document(  # noqa: E731
+        5, np.random.default_rng(n)
+    )[1]
+    torch.testing.assert_close(document(plain, 0), mean, rtol=1e-3, atol=1e-4)
+    draws = torch.stack([document(sampled, n) for n in range(400)])
+    assert not torch.equal(draws[0], draws[1])
+    torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=float(std.max()) * 0.3 + 1e-3)
+    torch.testing.assert_close(draws.std(0), std, rtol=0.25, atol=2e-3)
+
+
+def test_it_travels_to_workers_with_its_choice(build):
+    for choice in (False, True):
+        corpus = build(sample_posterior=choice).corpora["train"]["noise"]
+        assert pickle.loads(pickle.dumps(corpus)).sample_posterior is choice
+
+
+def other_scaling(tmp_path) -> str:
+    """The same weights, other scaling."""
+    copy = tmp_path / "other"
+    shutil.copytree(SHAPES, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["latents_std"][3] *= 1.01
+    (copy / "config.json").write_text(json.dumps(config))
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    "changed, sentence",
+    [
+        ({"autoencoder": other_scaling}, "an autoencoder of fingerprint [0-9a-f]+ and the data"),
+        ({"image_size": 128}, "image_size 64 and the data has 128; give the data what it was"),
+        ({"mirror": True}, "mirror False and the data has True; .* or encode into another folder"),
+        ({"patch_size": 4}, "patch_size 2 and the data has 4"),
+        ({"row_length": 48}, "row_length 64 and the data has 48"),
+        ({"time_token": True}, "time_token False and the data has True"),
+        ({"tokenizer": "other.model"}, "a tokenizer of fingerprint .* and the data has"),
+        ({"encoded": "nowhere"}, "nothing is encoded in nowhere; run `tf-lightning encode -c"),
+    ],
+)
+def test_what_was_encoded_otherwise_is_refused(build, tmp_path, changed, sentence):
+    if "tokenizer" in changed:
+        path = tmp_path / "other.model"
+        train(iter(["quite other words"]), path, 300)
+        changed = {"tokenizer": str(path)}
+    changed = {key: v(tmp_path) if callable(v) else v for key, v in changed.items()}
+    with pytest.raises(UserError, match=sentence) as error:
+        build(**changed)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "cache").exists()  # nothing is prepared in its place
+
+
+def test_longer_rows_hold_what_was_encoded_for_shorter_ones(build):
+    assert build(row_length=128).corpora["train"]["noise"].num_images == 14
+
+
+def test_samples_need_moments_and_a_corpus_prepared_without_them_has_none(build, tmp_path):
+    build(encoded=None)
+    cache = tmp_path / "cache"
+    next(cache.glob("tokenizer-*.model")).rename(cache / "tokenizer.model")
+    with pytest.raises(UserError, match="sample_posterior False and the data has True"):
+        build(encoded=str(cache), sample_posterior=True)
+
+
+def test_a_folder_that_is_not_whole_is_refused(build, folder, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(folder, part)
+    next(part.glob("noise-val-*")).rename(part / "x")
+    with pytest.raises(UserError, match="holds 0 corpora of noise val and not one; run"):
+        build(encoded=str(part))

@@ -1,0 +1,89 @@
+"""Finding files and holding out documents."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tf_lightning.data.documents import BadSample, RawDocument, Skipped
+from tf_lightning.data.readers.files import FileSource, find_files, held_out
+from tf_lightning.errors import UserError
+
+
+class Lines(FileSource):
+    """One document a line; a line "!" is bad, a line "!!" ends the file."""
+
+    def samples(self, file: Path) -> Iterator[tuple[str, str]]:
+        for number, line in enumerate(file.read_text().splitlines()):
+            if line == "!!":
+                raise BadSample("torn file")
+            yield str(number), line
+
+    def document(self, sample: str) -> RawDocument:
+        if sample == "!":
+            raise BadSample("bad line")
+        return [sample]
+
+
+def test_globs_are_sorted_and_reach_subfolders(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("z.txt", "a.txt", "b/c.txt", "b/d.md"):
+        (tmp_path / name).touch()
+    found = find_files([f"{tmp_path}/**/*.txt"])
+    assert [file.name for file in found] == ["a.txt", "c.txt", "z.txt"]
+    assert find_files(f"{tmp_path}/a.txt") == [tmp_path / "a.txt"]
+
+
+def test_a_path_that_names_no_file_is_a_user_error(tmp_path):
+    for path in (f"{tmp_path}/*.tar", str(tmp_path)):
+        with pytest.raises(UserError, match="no file matches .*; give files or globs"):
+            find_files([path])
+
+
+def test_held_out_share_is_as_asked():
+    share = sum(held_out(f"00000.tar/{n:09}", 0.1) for n in range(20_000)) / 20_000
+    assert share == pytest.approx(0.1, abs=0.01)
+    assert not any(held_out(str(n), 0.0) for n in range(1000))
+
+
+def test_the_splits_divide_the_documents_wherever_the_file_lies(tmp_path):
+    lines = [f"document {n}" for n in range(200)]
+    splits = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.lines").write_text("\n".join(lines))
+        source = Lines(f"{tmp_path}/{folder}/a.lines", val_fraction=0.2)
+        splits.append([[d for (d,) in source.documents(split)] for split in ("train", "val")])
+    assert splits[0] == splits[1]
+    train, val = splits[0]
+    assert sorted(train + val) == sorted(lines)
+    assert 20 < len(val) < 60
+
+
+def test_val_paths_hold_nothing_out(tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / name).write_text("\n".join(f"{name} {n}" for n in range(50)))
+    source = Lines([f"{tmp_path}/train"], [f"{tmp_path}/val"], val_fraction=0.5)
+    for split in ("train", "val"):
+        assert list(source.documents(split)) == [[f"{split} {n}"] for n in range(50)]
+
+
+def test_bad_samples_are_yielded_as_skipped_and_a_torn_file_ends(tmp_path):
+    (tmp_path / "a").write_text("one\n!\ntwo\n!!\nthree")
+    (tmp_path / "b").write_text("four")
+    source = Lines([f"{tmp_path}/a", f"{tmp_path}/b"], val_fraction=0)
+    expected = [["one"], Skipped("bad line"), ["two"], Skipped("torn file"), ["four"]]
+    assert list(source.documents("train")) == expected
+
+
+def test_fingerprint_tells_content_arguments_and_split_apart(tmp_path):
+    file = tmp_path / "a"
+    file.write_text("one")
+    source = Lines([str(file)])
+    before = source.fingerprint("train")
+    assert Lines([str(file)]).fingerprint("train") == before
+    assert source.fingerprint("val") != before
+    assert Lines([str(file)], val_fraction=0.5).fingerprint("train") != before
+    os.utime(file, (1, 1))
+    assert source.fingerprint("train") != before

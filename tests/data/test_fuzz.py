@@ -1,0 +1,287 @@
+"""Damaged files: every sample is read right, skipped and counted, or refused in one sentence.
+
+Each file has bytes flipped at random, or its end torn off, with a fixed seed. What is read
+afterwards may be less than there was, but no picture stands beside the words of another.
+
+    FUZZ_ROUNDS=1000 python -m pytest tests/test_fuzz.py        # more of it, some minutes
+"""
+
+import gzip
+import io
+import os
+import random
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from support import public_layouts
+from support.corpora import Pictures
+from support.public_layouts import COLOURS, colour_of, write_lines
+from tf_lightning.data import (
+    CaptionJson,
+    CaptionRows,
+    CaptionTars,
+    EditFiles,
+    InterleavedFiles,
+    TextFiles,
+)
+from tf_lightning.data.corpus.reader import Corpus
+from tf_lightning.data.documents import Skipped
+from tf_lightning.data.pictures import PictureStore, store_pictures
+from tf_lightning.errors import UserError
+
+ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 60))
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """Some bytes flipped, or the end torn off, or both."""
+    content = bytearray(content)
+    what = rng.randrange(3)
+    if what != 0:
+        for _ in range(rng.choice([1, 1, 2, 8, 64])):
+            content[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+    if what != 1:
+        del content[rng.randrange(len(content)) :]
+    return bytes(content)
+
+
+def images(folder: Path) -> str:
+    return str(public_layouts.pictures(folder / "images"))
+
+
+def metadata(folder: Path) -> Path:
+    public_layouts.pictures(folder)
+    rows = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS]
+    return write_lines(folder / "metadata.jsonl", rows)
+
+
+def metadata_csv(folder: Path) -> Path:
+    public_layouts.pictures(folder)
+    lines = "".join(f"{colour}.png,{colour}\n" for colour in COLOURS)
+    (folder / "metadata.csv").write_text("file_name,text\n" + lines)
+    return folder / "metadata.csv"
+
+
+def packed_tar(folder: Path) -> Path:
+    content = public_layouts.img2dataset(folder).read_bytes()
+    (folder / "a.tar.gz").write_bytes(gzip.compress(content, 1))
+    return folder / "a.tar.gz"
+
+
+def long_names(folder: Path) -> Path:
+    """Names that need pax headers, which carry no checksum of their own."""
+    tar = folder / "long.tar"
+    with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as file:
+        for number, colour in enumerate(COLOURS):
+            for kind, content in ("png", public_layouts.picture(colour)), ("txt", colour.encode()):
+                member = tarfile.TarInfo(f"{'a' * 120}{number}.{kind}")
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+    return tar
+
+
+def magicbrush(folder: Path) -> Path:
+    names, rows = list(COLOURS), []
+    for before, after in zip(names, names[1:], strict=False):
+        pictures = [{"bytes": public_layouts.picture(c), "path": None} for c in (before, after)]
+        rows.append({"img_id": before, "source_img": pictures[0], "instruction": after,
+                     "target_img": pictures[1]})  # fmt: skip
+    return public_layouts.write_parquet(folder / "a.parquet", rows)
+
+
+CAPTIONS = {
+    "tar": (public_layouts.img2dataset, CaptionTars),
+    "tar.gz": (packed_tar, CaptionTars),
+    "pax tar": (long_names, CaptionTars),
+    "metadata.jsonl": (metadata, CaptionRows),
+    "metadata.csv": (metadata_csv, CaptionRows),
+    "BAGEL parquet": (public_layouts.bagel_captions, CaptionRows),
+    "Karpathy": (public_layouts.karpathy, CaptionJson),
+    "MagicBrush parquet": (magicbrush, EditFiles),
+    "MMC4": (public_layouts.mmc4, InterleavedFiles),
+    "OBELICS": (lambda folder: public_layouts.obelics(folder)[0], InterleavedFiles),
+    "MINT-1T": (public_layouts.mint, InterleavedFiles),
+}
+FOLDERS = {"MMC4": images, "OBELICS": lambda folder: str(folder / "downloaded")}
+
+
+def wrong_pairs(document: list) -> list[tuple[str, str]]:
+    """A picture's colour with the colour that the words at its side name, where they differ.
+
+    Damage may change words or pixels; only what is still a known colour is judged. MINT-1T's and
+    an edit's words stand behind and before the picture that they name.
+    """
+    marks = [
+        re.sub(r"[ !]", "", part) if isinstance(part, str) else (colour_of(part),)
+        for part in document
+    ]
+    words = [mark for mark in marks if isinstance(mark, str) and mark in COLOURS]
+    shown = [mark[0] for mark in marks if isinstance(mark, tuple) and mark[0]]
+    if len(document) == 3 and not isinstance(document[0], str):  # an edit
+        shown = shown[1:]
+    if len(words) != len(shown):
+        return []
+    return [pair for pair in zip(words, shown, strict=True) if pair[0] != pair[1]]
+
+
+def whole_or_counted(file: Path, good: int, found: int, all_of_them: int) -> bool:
+    """Whether what is missing was counted. Plain lines torn off at a line's end leave no trace."""
+    return good == all_of_them or good < found or file.suffix in (".csv", ".jsonl")
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_damage_leaves_no_wrong_pair_and_stops_nothing(name, tmp_path):
+    write, kind = CAPTIONS[name]
+    file = write(tmp_path)
+    options = {"images": FOLDERS[name](tmp_path)} if name in FOLDERS else {}
+    source = kind(str(file), val_fraction=0, image_size=16, **options)
+    whole, clean = file.read_bytes(), list(source.documents("train"))
+    assert not any(isinstance(d, Skipped) or wrong_pairs(d) for d in clean)
+    rng, skipped, kept = random.Random(name), 0, 0
+    for _ in range(ROUNDS):
+        file.write_bytes(damaged(whole, rng))
+        found = list(source.documents("train"))
+        good = [document for document in found if not isinstance(document, Skipped)]
+        assert [pair for document in good for pair in wrong_pairs(document)] == []
+        skipped += len(found) - len(good)
+        kept += len(good)
+        assert whole_or_counted(file, len(good), len(found), len(clean))
+    assert skipped and kept
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst", ".parquet"])
+def test_damaged_text_is_read_or_skipped(packed, tmp_path):
+    texts = [f"text {n} of many" for n in range(50)]
+    if packed == ".parquet":
+        file = public_layouts.fineweb(tmp_path, texts)
+    else:
+        file = public_layouts.dolma(tmp_path, texts, packed)
+    source = TextFiles(str(file), val_fraction=0)
+    whole, rng = file.read_bytes(), random.Random(packed)
+    for _ in range(ROUNDS):
+        file.write_bytes(damaged(whole, rng))
+        found = list(source.documents("train"))
+        good = [document for document in found if not isinstance(document, Skipped)]
+        assert len(good) <= len(texts)
+        assert whole_or_counted(file, len(good), len(found), len(texts))
+
+
+def damage_one_file(folder: Path, rng: random.Random) -> tuple[Path, bytes]:
+    """Damage any file of a folder; which, and what it held."""
+    path = rng.choice(sorted(path for path in folder.iterdir() if path.stat().st_size))
+    whole = path.read_bytes()
+    path.write_bytes(damaged(whole, rng))
+    return path, whole
+
+
+def test_a_damaged_store_of_pictures_is_read_or_refused(tmp_path):
+    store = store_pictures(Pictures(num_documents=20), "train", tmp_path)
+    rng, refused = random.Random(0), 0
+    for _ in range(ROUNDS):
+        path, whole = damage_one_file(store.path, rng)
+        try:
+            opened = PictureStore(store.path)
+            assert opened.pictures.shape[1:] == (8, 8, 3)
+            assert np.asarray(opened.pictures).dtype == np.uint8
+        except UserError as error:
+            assert "delete the folder" in str(error) and "\n" not in str(error)
+            refused += 1
+        path.write_bytes(whole)
+    assert refused
+
+
+KINDS = {"latents": {}, "moments": {"sample_posterior": True, "mirror": True}, "in place": {}}
+
+
+def a_corpus(kind: str, mixture, folder: Path) -> Corpus:
+    """20 captioned pictures; in place, those of a parquet file."""
+    source = Pictures(num_documents=20)
+    if kind == "in place":
+        pictures = [pixels for _, pixels in source.documents("train")]
+        rows = [{"image": {"bytes": as_png(p)}, "caption": f"{n}"} for n, p in enumerate(pictures)]
+        file = public_layouts.write_parquet(folder / "a.parquet", rows)
+        source = CaptionRows(str(file), val_fraction=0, image_size=8)
+    data = mixture({"pictures": source}, in_place=kind == "in place", **KINDS[kind])
+    data.setup()
+    return data.corpora["train"]["pictures"]
+
+
+def as_png(picture) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_corpus_is_read_as_it_was_or_refused(kind, tmp_path, mixture):
+    corpus = a_corpus(kind, mixture, tmp_path)
+    clean = [corpus.document(number) for number in range(20)]
+    rng, refused, read = random.Random(0), 0, 0
+    for _ in range(2 * ROUNDS):
+        path, whole = damage_one_file(corpus.path, rng)
+        try:
+            opened = Corpus(corpus.path)
+            found = opened.layout()
+            found.lengths(4), found.pairs(), found.edits(), found.read_images()
+            for number, parts in enumerate(map(opened.document, range(len(opened)))):
+                assert all(map(torch.equal, parts, clean[number]))
+                read += 1
+        except UserError as error:
+            told = "delete the folder" in str(error) or path.name == "pictures.npy"
+            assert told and "\n" not in str(error)
+            refused += 1
+        path.write_bytes(whole)
+    assert refused and read
+
+
+def test_links_and_paths_in_tars_are_never_followed(tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "secret.png").write_bytes(public_layouts.picture("red"))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind, target in (
+            ("0.txt", tarfile.SYMTYPE, str(tmp_path / "secret.txt")),
+            ("0.png", tarfile.SYMTYPE, "../secret.png"),
+            ("1.txt", tarfile.LNKTYPE, "../secret.txt"),
+            ("1.png", tarfile.LNKTYPE, str(tmp_path / "secret.png")),
+            ("2.png", tarfile.FIFOTYPE, ""),
+            ("3.png", tarfile.CHRTYPE, ""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+        for name in ("../../up", str(tmp_path / "absolute")):
+            for suffix, content in ("png", public_layouts.picture("blue")), ("txt", b"blue"):
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    before = sorted(path for path in tmp_path.rglob("*"))
+    source = CaptionTars(str(tmp_path / "a.tar"), val_fraction=0, image_size=16)
+    found = [public_layouts.shown(document) for document in source.documents("train")]
+    assert found == [["blue", "<blue>"]] * 2  # the links are not there, the content is
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert not (tmp_path.parent.parent / "up.png").exists()
+
+
+def test_a_negative_size_in_a_tar_ends_it(tmp_path):
+    """Read as it says, it would lead tarfile back to where it stands (CVE-2025-8194)."""
+    file = public_layouts.img2dataset(tmp_path)
+    whole = bytearray(file.read_bytes())
+    whole[124:136] = b"\xff" * 10 + b"\xfc\x00"  # -1024, in base 256
+    whole[148:156] = b" " * 8
+    whole[148:156] = b"%06o\0 " % sum(whole[:512])
+    file.write_bytes(whole)
+    found = list(CaptionTars(str(file), val_fraction=0).documents("train"))
+    assert found == [Skipped("damaged tar, read as far as it goes")]
+
+
+def test_a_tar_without_its_end_is_counted(tmp_path):
+    file = public_layouts.img2dataset(tmp_path)
+    with tarfile.open(file) as tar:
+        start = tar.getmembers()[9].offset  # between two samples, where tarfile sees no fault
+    os.truncate(file, start)
+    *found, last = CaptionTars(str(file), val_fraction=0, image_size=16).documents("train")
+    assert len(found) == 3 and last == Skipped("damaged tar, read as far as it goes")

@@ -1,0 +1,127 @@
+"""WebDataset tars become captioned pictures; damaged members are skipped, the rest is kept."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tf_lightning.data.documents import Skipped
+from tf_lightning.data.readers.captions import CaptionTars, ImageCaptionData
+
+
+def png(colour="red", size=(20, 16), mode="RGB") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, files: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def read(path, **arguments):
+    return list(CaptionTars(path, val_fraction=0, image_size=16, **arguments).documents("train"))
+
+
+def test_caption_comes_from_txt_or_json(tmp_path):
+    files = {
+        "0/a.b.png": b"",  # webdataset's key ends at the first dot: "0/a", extension "b.png"
+        "0/000.png": png("red"),
+        "0/000.txt": b" red \n",
+        "0/000.json": json.dumps({"caption": "not this"}).encode(),
+        "0/001.json": json.dumps({"caption": "blue"}).encode(),
+        "0/001.PNG": png("blue"),
+    }
+    skipped, red, blue = read(write_tar(tmp_path / "a.tar", files))
+    assert skipped == Skipped("caption without picture")
+    assert (red[0], blue[0]) == ("red", "blue")
+    assert red[1].size == blue[1].size == (16, 16)
+    assert np.asarray(blue[1])[0, 0].tolist() == [0, 0, 255]
+
+
+def test_bad_samples_are_skipped_with_their_reasons(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    file = io.BytesIO()
+    noise.save(file, "PNG")
+    files = {
+        "0.png": file.getvalue()[:4000],
+        "0.txt": b"torn",
+        "1.png": png(),
+        "2.txt": b"alone",
+        "3.png": png(),
+        "3.txt": b"  ",
+        "4.png": png(),
+        "4.json": b"{}",
+        "5.png": png(),
+        "5.txt": b"\xff",
+        "6.png": png(),
+        "6.txt": b"good",
+    }
+    found = read(write_tar(tmp_path / "a.tar", files))
+    reasons = Counter(document.reason for document in found[:-1])
+    assert reasons == {
+        "truncated picture": 1,
+        "picture without caption": 4,
+        "caption without picture": 1,
+    }
+    assert found[-1][0] == "good"
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_pictures_of_every_mode_are_read(tmp_path, mode):
+    files = {"0.png": png("white", mode=mode), "0.txt": b"white"}
+    ((_, picture),) = read(write_tar(tmp_path / "a.tar", files))
+    assert (picture.mode, picture.size) == ("RGB", (16, 16))
+    assert np.asarray(picture).min() == 255
+
+
+def test_a_torn_tar_is_read_as_far_as_it_goes(tmp_path):
+    path = tmp_path / "a.tar"
+    write_tar(path, {"0.png": png(), "0.txt": b"red", "1.png": png()})
+    path.write_bytes(path.read_bytes()[: 5 * 512 + 20])  # ends inside 1.png
+    found = read(str(path))
+    assert [document[0] for document in found if not isinstance(document, Skipped)] == ["red"]
+    assert Skipped("damaged tar, read as far as it goes") in found
+
+
+def test_what_is_no_tar_is_skipped(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"not a tar" * 200)
+    found = read(str(tmp_path / "a.tar"))
+    assert found == [Skipped("damaged tar, read as far as it goes")]
+
+
+def test_the_emoji_are_read_whole(data_dir, tmp_path):
+    data = ImageCaptionData(
+        str(data_dir / "emoji" / "*.tar"),
+        val_fraction=0.05,
+        image_size=64,
+        autoencoder="pixels",
+        patch_size=8,
+        row_length=256,
+        vocab_size=1000,
+        cache_dir=str(tmp_path),
+    )
+    data.prepare_data()
+    data.setup()
+    train, val = (data.corpora[split]["captions"] for split in ("train", "val"))
+    assert len(train) + len(val) == 1202
+    assert 0.03 < len(val) / 1202 < 0.07
+    assert train.skipped == val.skipped == {}
+    assert train.layout().pairs().all()
+    caption, latents = train.document(0)
+    assert data.tokenizer.decode(caption.tolist()) == "left right arrow"
+    with tarfile.open(data_dir / "emoji" / "00000.tar") as tar:
+        pixels = np.asarray(Image.open(tar.extractfile("000000000.png")))
+    assert np.abs((latents.permute(1, 2, 0).numpy() + 1) * 127.5 - pixels).max() < 0.1
+    batch = next(iter(data.train_dataloader()))
+    assert batch.latents.shape[1:] == (3, 64, 64)
+    assert batch.latents.shape[0] == (batch.image_ids >= 0).sum() / 64

@@ -1,0 +1,193 @@
+"""Every kind of picture file becomes one RGB picture; damaged ones are told apart."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tf_lightning.data import ImageFiles
+from tf_lightning.data.documents import BadSample, Skipped
+from tf_lightning.data.images import load_picture, to_rgb
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_a_picture_of_the_right_kind_is_unchanged():
+    image = noise(32, 32)
+    assert np.array_equal(load_picture(saved(image), 32), image)
+
+
+def test_a_path_reads_as_its_bytes(tmp_path):
+    (tmp_path / "a.png").write_bytes(saved(noise(40, 32)))
+    from_path = load_picture(tmp_path / "a.png", 32)
+    assert np.array_equal(from_path, load_picture((tmp_path / "a.png").read_bytes(), 32))
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "expected"),
+    [
+        (Image.new("L", (8, 8), 90), "PNG", (90, 90, 90)),
+        (Image.new("1", (8, 8), 1), "PNG", (255, 255, 255)),
+        (Image.new("LA", (8, 8), (90, 0)), "PNG", (255, 255, 255)),
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 255)), "WEBP", (255, 0, 0)),
+        (Image.new("RGBA", (8, 8), (0, 0, 0, 128)), "PNG", (127, 127, 127)),
+        (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF", (255, 0, 0)),
+        (Image.new("RGB", (8, 8), (0, 0, 255)).convert("P"), "PNG", (0, 0, 255)),
+        (Image.fromarray(np.full((8, 8), 0x8000, np.uint16)), "PNG", (128, 128, 128)),
+    ],
+    ids=["L", "1", "LA", "clear", "opaque", "half clear", "CMYK", "P", "16-bit"],
+)
+def test_every_mode_becomes_rgb(image, kind, expected):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    picture = load_picture(saved(image, kind, **options), 8)
+    assert picture.mode == "RGB"
+    assert np.asarray(picture).reshape(-1, 3) == pytest.approx(np.array([expected] * 64), abs=1)
+
+
+def test_cmyk_jpeg_becomes_rgb():
+    red = Image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK")
+    picture = np.asarray(load_picture(saved(red, "JPEG", quality=95), 16))
+    assert picture.shape == (16, 16, 3)
+    assert np.abs(picture.astype(int) - (255, 0, 0)).max() < 12
+
+
+def test_palette_transparency_becomes_white():
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([0, 0, 0] * 256)
+    file = saved(image, "PNG", transparency=0)
+    assert np.asarray(load_picture(file, 8)).min() == 255
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animation_is_its_first_frame(kind):
+    red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    file = saved(red, kind, save_all=True, append_images=[blue])
+    assert Image.open(io.BytesIO(file)).n_frames == 2
+    assert np.asarray(load_picture(file, 8)).reshape(-1, 3)[0].tolist() == pytest.approx(
+        [255, 0, 0], abs=4
+    )
+
+
+def test_a_wide_picture_is_centre_cropped():
+    stripes = np.zeros((10, 30, 3), np.uint8)
+    stripes[:, :10], stripes[:, 10:20], stripes[:, 20:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    picture = np.asarray(load_picture(saved(Image.fromarray(stripes)), 10))
+    assert (picture == (0, 255, 0)).all()
+
+
+@pytest.mark.parametrize("size", [(7, 300), (300, 7), (1, 1), (64, 64), (65, 64)])
+def test_every_size_becomes_the_asked_one(size):
+    assert load_picture(saved(noise(*size)), 32).size == (32, 32)
+
+
+def test_a_cameras_orientation_is_applied():
+    image = Image.new("RGB", (8, 8), "white")
+    image.paste("black", (0, 0, 8, 4))  # black above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    picture = np.asarray(load_picture(saved(image, "PNG", exif=exif), 8))
+    assert picture[:4].min() == 255
+    assert picture[4:].max() == 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_truncated_picture_is_a_bad_sample(kind, share):
+    file = saved(noise(64, 64), kind)
+    with pytest.raises(BadSample, match="(truncated|damaged|undecodable) picture"):
+        load_picture(file[: int(len(file) * share)], 32)
+
+
+def test_a_truncated_png_is_named_so():
+    file = saved(noise(64, 64))
+    with pytest.raises(BadSample, match="truncated picture"):
+        load_picture(file[: len(file) // 2], 32)
+
+
+@pytest.mark.parametrize("file", [b"", b"<html>not found</html>"])
+def test_what_is_no_picture_is_a_bad_sample(file):
+    with pytest.raises(BadSample, match="undecodable picture"):
+        load_picture(file, 32)
+
+
+def test_a_missing_picture_is_a_bad_sample(tmp_path):
+    with pytest.raises(BadSample, match="missing picture"):
+        load_picture(tmp_path / "none.png", 32)
+
+
+def test_a_decompression_bomb_is_a_bad_sample(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for side in (40, 64):  # above the limit, above twice the limit
+        with pytest.raises(BadSample, match="picture of more than 1,000 pixels"):
+            load_picture(saved(noise(side, side)), 32)
+
+
+def test_rgb_pictures_pass_through():
+    image = noise(4, 4)
+    assert np.array_equal(to_rgb(image), image)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_of_the_eight_orientations_shows_the_same_picture(orientation):
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8, :8], upright[:8, 8:], upright[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    # How each orientation's sensor sees it: EXIF 2.32, "Orientation", undone.
+    seen = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = saved(Image.fromarray(np.ascontiguousarray(seen)), "JPEG", quality=95, exif=exif)
+    found = np.asarray(load_picture(file, 16)).astype(int)
+    for place in ((3, 3), (3, 12), (12, 3), (12, 12)):
+        assert np.abs(found[place] - upright[place]).max() < 30
+
+
+def test_sixteen_bits_of_colour_become_eight():
+    # Pillow writes no 16-bit RGB: IHDR, IDAT, IEND by hand.
+    chunk = lambda name, data: (  # noqa: E731
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    )
+    pixels = b"".join(b"\0" + struct.pack(">3H", 0xFFFF, 0x8000, 0) * 8 for _ in range(8))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    picture = np.asarray(load_picture(b"\x89PNG\r\n\x1a\n" + chunks, 8))
+    assert picture.reshape(-1, 3).tolist() == [[255, 128, 0]] * 64
+
+
+def test_the_resampler_is_bicubic_with_antialiasing():
+    image = noise(60, 40)
+    expected = image.resize((16, 16), Image.Resampling.BICUBIC, box=(10, 0, 50, 40))
+    assert np.array_equal(load_picture(saved(image), 16), expected)
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "pipe.png"):
+        with pytest.raises(BadSample, match="missing picture"):
+            load_picture(path, 32)
+
+
+def test_truncated_pictures_are_skipped_and_counted(tmp_path):
+    for number, share in enumerate((1.0, 0.5, 0.4)):
+        file = saved(noise(64, 64))
+        (tmp_path / f"{number}.png").write_bytes(file[: int(len(file) * share)])
+    source = ImageFiles(str(tmp_path / "*.png"), val_fraction=0, image_size=32)
+    found = list(source.documents("train"))
+    assert found[1:] == [Skipped("truncated picture")] * 2 and found[0][0].size == (32, 32)

@@ -1,0 +1,232 @@
+"""Pictures read where they lie are the pictures, in tars and in files; nothing is copied."""
+
+import gzip
+import io
+import json
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from support import public_layouts
+from tf_lightning.data import CaptionRows, CaptionTars, ImageCaptionData, InterleavedData
+from tf_lightning.data.corpus.reader import InPlace, read_alike
+from tf_lightning.data.images import load_picture
+from tf_lightning.data.mixture import Mixture
+from tf_lightning.errors import UserError
+from tf_lightning.shapes.sources import ShapesCaptions
+
+SIZES = {"autoencoder": "pixels", "patch_size": 4, "row_length": 64, "vocab_size": 300}
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8))
+
+
+@pytest.fixture
+def tars(tmp_path, monkeypatch):
+    """Three tars of four captioned pictures; two tars a shard."""
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for key in range(4):
+                file = io.BytesIO()
+                noise(4 * number + key).save(file, "PNG")
+                caption = f"a picture of noise {4 * number + key}".encode()
+                for name, content in ((f"{key}.png", file.getvalue()), (f"{key}.txt", caption)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr("tf_lightning.data.readers.files.SHARD_BYTES", 15_000)
+    return tmp_path
+
+
+def read(folder, **options) -> ImageCaptionData:
+    data = ImageCaptionData(
+        f"{folder}/*.tar", val_fraction=0.0, image_size=8, in_place=True,
+        cache_dir=str(folder / "cache"), **SIZES, **options,
+    )  # fmt: skip
+    data.prepare_data()
+    return data
+
+
+def pixels(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def test_pictures_in_tars_keep_their_captions_over_shards(tars):
+    data = read(tars)
+    assert len(data.sources["captions"].shards("train")) == 2
+    corpus = data.corpora["train"]["captions"]
+    assert (corpus.path / "latents.bin").stat().st_size == 0
+    for number in range(12):
+        text, picture = corpus.document(number)
+        assert data.tokenizer.decode(text.tolist()) == f"a picture of noise {number}"
+        assert torch.equal(picture, pixels(noise(number)))
+
+
+def test_mirrored_pictures_in_place_are_mirrored(tars):
+    corpus = read(tars, mirror=True).corpora["train"]["captions"]
+    found = [corpus.document(3, np.random.default_rng(n))[1] for n in range(40)]
+    mirrored = [torch.equal(picture, pixels(noise(3)).flip(-1)) for picture in found]
+    assert 8 < sum(mirrored) < 32
+    plain = [torch.equal(picture, pixels(noise(3))) for picture in found]
+    assert sum(plain) + sum(mirrored) == 40
+
+
+def test_a_batch_has_them_in_minus_one_to_one(tars):
+    data = read(tars)
+    (_, documents, _), *_ = rows = [data.train_dataloader().dataset[0]]
+    latents = data.train_dataloader().collate_fn(rows).latents
+    shown = [part for document in documents for part in document if part.ndim == 3]
+    assert latents.dtype == torch.float32
+    assert latents.min() == -1 and latents.max() == 1
+    assert torch.equal(latents, torch.stack(shown).float() / 127.5 - 1)
+
+
+def test_workers_read_them_too(tars):
+    alone, workers = (read(tars, num_workers=n, batch_size=2) for n in (0, 2))
+    loaders = alone.train_dataloader(), workers.train_dataloader()
+    for a, b, _ in zip(*loaders, range(5), strict=False):
+        assert torch.equal(a.latents, b.latents)
+
+
+def test_pictures_in_files_are_read_there(tmp_path):
+    noise(1).save(tmp_path / "one.png")
+    line = {"parts": ["before and after", {"image": "one.png"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
+    data = InterleavedData(
+        f"{tmp_path}/a.jsonl", val_fraction=0.0, image_size=8, in_place=True,
+        cache_dir=str(tmp_path / "cache"), **SIZES,
+    )  # fmt: skip
+    data.prepare_data()
+    corpus = data.corpora["train"]["interleaved"]
+    assert torch.equal(corpus.document(0)[1], pixels(noise(1)))
+    (tmp_path / "one.png").write_bytes(b"another file")
+    with pytest.raises(UserError, match="picture 0 at byte 0 of .*one.png cannot be read any more"):
+        corpus.document(0)
+
+
+def coloured_noise(seed: int, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    noise(seed).save(file, kind)
+    return file.getvalue()
+
+
+def write_captions(folder) -> None:
+    """A tar, a packed tar and a parquet file, each of four captioned pictures."""
+    for number, pack in enumerate((lambda content: content, gzip.compress)):
+        files = {}
+        for key in range(4):
+            seed = 4 * number + key
+            files |= {f"{key}.png": coloured_noise(seed), f"{key}.txt": f"noise {seed}".encode()}
+        tar = public_layouts.write_tar(folder / "plain", files)
+        (folder / f"{number}.tar{number * '.gz'}").write_bytes(pack(tar.read_bytes()))
+    rows = [
+        {"image": {"bytes": coloured_noise(seed), "path": None}, "caption": f"noise {seed}"}
+        for seed in range(8, 12)
+    ]
+    public_layouts.write_parquet(folder / "2.parquet", rows)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 1])
+def test_pictures_in_parquet_and_packed_tars_are_kept_as_they_are(
+    shard_bytes, tmp_path, monkeypatch
+):
+    write_captions(tmp_path)
+    monkeypatch.setattr("tf_lightning.data.readers.files.SHARD_BYTES", shard_bytes)
+    tars = CaptionTars([f"{tmp_path}/0.tar", f"{tmp_path}/1.tar.gz"], val_fraction=0, image_size=8)
+    rows = CaptionRows(f"{tmp_path}/2.parquet", val_fraction=0, image_size=8)
+    data = Mixture(
+        {"tars": tars, "rows": rows}, in_place=True, cache_dir=str(tmp_path / "cache"), **SIZES
+    )
+    data.prepare_data()
+    corpora = data.corpora["train"]
+    copied = {"tars": range(4, 8), "rows": range(8, 12)}  # what lies in 0.tar is read there
+    for name, seeds in copied.items():
+        kept = (corpora[name].path / "pictures.bin").read_bytes()
+        assert kept == b"".join(map(coloured_noise, seeds))
+    for name, seeds in {"tars": range(8), "rows": range(8, 12)}.items():
+        assert len(corpora[name]) == len(seeds)
+        for number, seed in enumerate(seeds):
+            text, picture = corpora[name].document(number)
+            assert data.tokenizer.decode(text.tolist()) == f"noise {seed}"
+            assert torch.equal(picture, pixels(noise(seed)))
+
+
+def test_what_has_no_place_is_refused(tmp_path):
+    sizes = SIZES | {"row_length": 512, "patch_size": 16}
+    source = {"shapes": ShapesCaptions(4, 2)}
+    data = Mixture(source, in_place=True, cache_dir=str(tmp_path), **sizes)
+    with pytest.raises(
+        UserError, match="in_place and crops need pictures that are read from files"
+    ):
+        data.prepare_data()
+    with pytest.raises(UserError, match='reads pixels, .* give autoencoder "pixels"'):
+        Mixture(source, in_place=True, **(sizes | {"autoencoder": "shapes"}))
+
+
+def check_of(path: Path) -> tuple[int, int]:
+    return 0, zlib.crc32(path.read_bytes())
+
+
+def transparent() -> Image.Image:
+    picture = noise(1).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize((8, 8)))
+    return picture
+
+
+def turned() -> tuple[Image.Image, Image.Exif]:
+    exif = Image.Exif()
+    exif[274] = 6  # a camera held sideways
+    return noise(1), exif
+
+
+@pytest.mark.parametrize(
+    "save, alike",
+    [
+        (lambda file: noise(1).save(file, "PNG"), True),
+        (lambda file: noise(1).save(file, "JPEG"), True),
+        (lambda file: noise(1).save(file, "JPEG", progressive=True, subsampling=0), True),
+        (lambda file: noise(1).resize((16, 12)).save(file, "PNG"), False),
+        (lambda file: transparent().save(file, "PNG"), False),
+        (lambda file: turned()[0].save(file, "JPEG", exif=turned()[1]), True),
+        (lambda file: noise(1).save(file, "BMP"), False),
+    ],
+    ids=["png", "jpeg", "progressive", "other size", "transparent", "turned", "bmp"],
+)
+def test_only_what_pillow_reads_alike_is_read_by_the_faster_decoder(save, alike, tmp_path):
+    path = tmp_path / "picture"
+    save(path)
+    wanted = load_picture(path, 8)
+    assert read_alike(wanted, path.read_bytes()) == alike
+    place = [[0, 0, path.stat().st_size, alike]]
+    pictures = InPlace([str(path)], np.array(place), 8, tmp_path)
+    assert torch.equal(pictures.read(0, check_of(path)), pixels(wanted))
+
+
+@pytest.mark.parametrize("change", ["cut", "other kind"])
+def test_a_changed_file_is_refused_whatever_reads_it(change, tmp_path):
+    path = tmp_path / "picture.png"
+    noise(1).save(path)
+    size = path.stat().st_size
+    if change == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        path.write_bytes(b"x" * size)
+    with pytest.raises(UserError, match="picture 0 at byte 0 of .*cannot be read any more"):
+        InPlace([str(path)], np.array([[0, 0, size, 1]]), 8, tmp_path).read(0, check_of(path))
+
+
+def test_another_picture_in_the_place_of_one_is_refused(tmp_path):
+    path = tmp_path / "picture.bmp"  # all pictures of a size have files of a size
+    noise(1).save(path)
+    check = check_of(path)
+    pictures = InPlace([str(path)], np.array([[0, 0, path.stat().st_size, 0]]), 8, tmp_path)
+    assert torch.equal(pictures.read(0, check), pixels(noise(1)))
+    noise(2).save(path)
+    with pytest.raises(UserError, match="picture 0 at byte 0 of .*cannot be read any more"):
+        pictures.read(0, check)

@@ -1,0 +1,228 @@
+"""Pictures alone: stored once, in an order of (seed, row), changed or as they are."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_image_caption import png, write_tar
+
+from tf_lightning.data import CaptionTars, ImageFiles, PictureData
+from tf_lightning.data.pictures import (
+    NOTHING,
+    Augment,
+    PictureStore,
+    TrainPictures,
+    ValPictures,
+    first_picture,
+    store_pictures,
+    zoomed,
+)
+from tf_lightning.errors import UserError
+from tf_lightning.shapes.sources import ShapesCaptions, ShapesEdits, ShapesTexts
+
+COLOURS = [(i, 255 - i, 7) for i in range(40)]
+AS_IT_IS = Augment(flip=False)
+
+
+@pytest.fixture
+def tar(tmp_path) -> str:
+    files = {}
+    for number, colour in enumerate(COLOURS):
+        files |= {f"{number:03d}.png": png(colour), f"{number:03d}.txt": b"a colour"}
+    return write_tar(tmp_path / "colours.tar", files)
+
+
+def source(tar, **arguments) -> CaptionTars:
+    return CaptionTars(tar, **{"val_fraction": 0.3, "image_size": 16} | arguments)
+
+
+def colours(batches) -> list[tuple[int, ...]]:
+    images = torch.cat([batch.images for batch in batches])
+    return [tuple(c) for c in ((images[:, :, 8, 8] + 1) * 127.5).round().int().tolist()]
+
+
+# The store
+
+
+def test_store_holds_every_usable_picture_and_counts_the_others(tmp_path):
+    tar = write_tar(
+        tmp_path / "some.tar",
+        {"0.png": png((1, 2, 3)), "0.txt": b"good", "1.png": b"\x89PNG bad", "1.txt": b"bad"},
+    )
+    store = store_pictures(source(tar, val_fraction=0), "train", tmp_path / "cache")
+    assert store.pictures.shape == (1, 16, 16, 3) and store.pictures[0, 0, 0].tolist() == [1, 2, 3]
+    assert store.skipped == {"undecodable picture": 1}
+
+
+def test_store_is_made_once_and_again_when_its_files_change(tmp_path, tar):
+    first = store_pictures(source(tar), "train", tmp_path / "cache")
+    assert store_pictures(source(tar), "train", tmp_path / "cache").path == first.path
+    with tarfile.open(tar, "a"):
+        pass
+    write_tar(tmp_path / "colours.tar", {"0.png": png((1, 2, 3)), "0.txt": b"other"})
+    other = store_pictures(source(tar, val_fraction=0), "train", tmp_path / "cache")
+    assert other.path != first.path and len(other) == 1
+
+
+def test_interrupted_store_leaves_nothing(tmp_path, tar):
+    class Interrupted(CaptionTars):
+        def documents(self, split):
+            for number, document in enumerate(super().documents(split)):
+                if number == 5:
+                    raise KeyboardInterrupt
+                yield document
+
+    with pytest.raises(KeyboardInterrupt):
+        store_pictures(Interrupted(tar, image_size=16), "train", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_pictures_of_all_kinds_of_documents_are_taken(tmp_path):
+    edits = store_pictures(ShapesEdits(3, 1), "train", tmp_path)
+    assert len(edits) == 6
+    before, _, after = next(ShapesEdits(3, 1).documents("train"))
+    assert np.array_equal(edits.pictures[0], np.asarray(before))
+    assert np.array_equal(edits.pictures[1], np.asarray(after))
+
+
+def test_sources_without_pictures_and_of_several_sizes_are_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no usable picture"):
+        first_picture(ShapesTexts(3, 1))
+    with pytest.raises(UserError, match=r"undecodable picture"):
+        bad = write_tar(tmp_path / "bad.tar", {"0.png": b"bad", "0.txt": b"bad"})
+        first_picture(source(bad, val_fraction=0))
+
+    class Two(ShapesTexts):
+        def documents(self, split):
+            yield [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16))]
+
+    with pytest.raises(UserError, match="8x8 and of 8x16"):
+        store_pictures(Two(3, 1), "train", tmp_path)
+
+
+def test_damaged_store_is_not_read_silently(tmp_path, tar):
+    store = store_pictures(source(tar), "train", tmp_path / "cache")
+    file = store.path / "pictures.bin"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(UserError, match="damaged"):
+        PictureStore(store.path)
+
+
+def test_image_files_are_documents_of_one_picture(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png((9, 8, 7)))
+    (tmp_path / "b/2.png").write_bytes(b"bad")
+    store = store_pictures(
+        ImageFiles(str(tmp_path / "**/*.png"), val_fraction=0, image_size=16), "train", tmp_path
+    )
+    assert len(store) == 3 and store.skipped == {"undecodable picture": 1}
+
+
+# The order
+
+
+def test_an_epoch_shows_each_picture_once_in_an_order_of_its_own(tmp_path, tar):
+    store = store_pictures(source(tar), "train", tmp_path)
+    pictures, count = TrainPictures(store, AS_IT_IS, seed=3), len(store)
+    seen = [
+        tuple(((pictures[r].images[:, 0, 0] + 1) * 127.5).round().int().tolist()) for r in range(80)
+    ]
+    first, second = seen[:count], seen[count : 2 * count]
+    assert sorted(first) == sorted(second) and first != second
+    assert len(set(first)) == count and set(first) <= set(COLOURS)
+
+
+def test_a_row_is_the_same_whoever_asks_and_changes_from_row_to_row(tmp_path, tar):
+    store = store_pictures(source(tar), "train", tmp_path)
+    augment = Augment(rotate=True, zoom=1.5, shuffle_colours=True)
+    one, two = (TrainPictures(store, augment, seed=3) for _ in range(2))
+    assert torch.equal(one[77].images, two[77].images)
+    place = [tuple(one[row].images[:, 8, 8].tolist()) for row in range(6 * len(store))]
+    assert len(set(place)) > len(store)  # colours in other orders too
+
+
+def test_validation_shows_every_picture_once_and_fills_up_for_ranks(tmp_path, tar):
+    store = store_pictures(source(tar), "val", tmp_path)
+    assert len(store) % 3
+    pictures = ValPictures(store, world_size=3)
+    rows = [int(pictures[row].rows) for row in range(len(pictures))]
+    assert len(rows) % 3 == 0
+    assert rows == [*range(len(store)), *[NOTHING] * (-len(store) % 3)]
+    values = pictures[3].images
+    np.testing.assert_array_equal(
+        ((values + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), store.pictures[3]
+    )
+
+
+def test_data_module_goes_on_where_a_run_was(tmp_path, tar):
+    def data():
+        made = PictureData(source(tar), batch_size=4, augment=AS_IT_IS, cache_dir=str(tmp_path))
+        made.prepare_data()
+        made.setup()
+        return made
+
+    assert data().image_size == (16, 16)
+    batches = iter(data().train_dataloader())
+    seen = colours([next(batches) for _ in range(5)])
+    later = data()
+    later.load_state_dict({"next_row": 12, "global_step": 3})
+    assert later.state_dict() == {"next_row": 12, "global_step": 3}
+    batches = iter(later.train_dataloader())
+    assert colours([next(batches) for _ in range(2)]) == seen[12:]
+
+
+def test_nothing_to_validate_on_is_one_sentence(tmp_path, tar):
+    data = PictureData(source(tar, val_fraction=0), cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match="val_fraction"):
+        data.prepare_data()
+    facts = json.loads(next(tmp_path.glob("pictures-train-*/store.json")).read_text())
+    assert facts["shape"] == [40, 16, 16, 3]
+
+
+# Changes
+
+
+def test_what_is_switched_off_changes_nothing():
+    picture = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    random = np.random.default_rng(0)
+    assert np.array_equal(AS_IT_IS(picture, random), picture)
+    mirrored = {Augment()(picture, random).tobytes() for _ in range(20)}
+    assert mirrored == {picture.tobytes(), np.ascontiguousarray(picture[:, ::-1]).tobytes()}
+    turned = {Augment(flip=False, rotate=True)(picture, random).tobytes() for _ in range(50)}
+    assert turned == {np.ascontiguousarray(np.rot90(picture, k)).tobytes() for k in range(4)}
+    mixed = {
+        Augment(flip=False, shuffle_colours=True)(picture, random).tobytes() for _ in range(99)
+    }
+    assert len(mixed) == 6
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7, 1.0, 1.3, 2.0])
+@pytest.mark.parametrize("place", [(0.0, 1.0), (0.5, 0.5)])
+def test_zooming_keeps_the_size_and_moves_a_square_as_it_says(scale, place):
+    picture = np.full((40, 40, 3), 255, np.uint8)
+    picture[12:28, 12:28] = 0
+    out = zoomed(picture, scale, np.array(place))
+    assert out.shape == (40, 40, 3)
+    dark = np.argwhere(out[..., 0] < 128)
+    first = 12 * scale + (40 - 40 * scale) * np.array(place)  # where the window puts the corner
+    wanted = np.clip([first, first + 16 * scale], 0, 40)
+    np.testing.assert_allclose([dark.min(0), dark.max(0) + 1], wanted, atol=1)
+
+
+def test_zoom_below_one_is_one_sentence():
+    with pytest.raises(UserError, match="zoom=0.5"):
+        Augment(zoom=0.5)
+
+
+def test_shapes_of_a_split_are_those_of_the_world(tmp_path):
+    data = PictureData(ShapesCaptions(5, 3), batch_size=2, cache_dir=str(tmp_path))
+    data.setup()
+    (_, picture), *_ = ShapesCaptions(5, 3).documents("val")
+    image = next(iter(data.val_dataloader())).images[0]
+    np.testing.assert_array_equal(
+        ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), np.asarray(picture)
+    )

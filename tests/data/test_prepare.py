@@ -1,0 +1,202 @@
+"""Preparing: what cannot be used is counted, nothing is half-written, nothing is done twice."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tf_lightning.autoencoder.frozen import load_autoencoder
+from tf_lightning.data.corpus.prepare import plan_corpus, prepare, summary
+from tf_lightning.data.documents import Skipped
+from tf_lightning.errors import UserError
+from tf_lightning.tokenizer.tokenizer import Tokenizer, train
+
+
+class Given:
+    """A source of the documents it is given, which counts how often it is read."""
+
+    def __init__(self, *documents, fingerprint: str = "given"):
+        self.given, self.name, self.reads = documents, fingerprint, 0
+
+    def documents(self, split):
+        self.reads += 1
+        for document in self.given:
+            if isinstance(document, Exception):
+                raise document
+            yield document
+
+    def fingerprint(self, split):
+        return self.name
+
+
+def picture(side: int = 8) -> Image.Image:
+    return Image.new("RGB", (side, side), "red")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "a.model"
+    return train(iter(["a red circle only text and so on"]), path, vocab_size=300)
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer):
+    """`prepare` with arguments that suit most tests."""
+
+    def prepare_here(source, split="train", **changed):
+        arguments = {
+            "name": "given",
+            "directory": tmp_path / "cache",
+            "tokenizer": tokenizer,
+            "autoencoder": load_autoencoder("pixels"),
+            "row_length": 16,
+            "patch_size": 4,
+        }
+        return prepare(plan_corpus(source, split, **(arguments | changed)))
+
+    return prepare_here
+
+
+def test_bad_samples_are_counted_by_reason(run):
+    source = Given(
+        ["red", picture()],
+        Skipped("truncated picture"),
+        Skipped("truncated picture"),
+        [],
+        ["", ""],
+        ["half a \ud800 pair"],
+        ["red", picture(12)],
+        ["a caption of many, many words, longer than a row", picture()],
+        [picture()],
+    )
+    corpus = run(source)
+    assert len(corpus) == 2
+    assert corpus.skipped == {
+        "truncated picture": 2,
+        "empty document": 2,
+        "text is not Unicode": 1,
+        "picture of another size than the first": 1,
+        "longer than a row of 16 tokens": 1,
+    }
+
+
+def test_the_report_is_one_line():
+    line = summary("emoji", "train", 1200, {"truncated picture": 2, "missing picture": 1})
+    assert line == (
+        "emoji train: prepared 1,200 documents, skipped 3: 2 truncated picture, 1 missing picture"
+    )
+    assert summary("emoji", "val", 3, {}) == "emoji val: prepared 3 documents"
+
+
+def test_a_document_that_fills_its_row_exactly_is_kept(run, tokenizer):
+    # <bos> <boi> 4 patches <eoi> <eos> leave 8 of 16.
+    words = "aaaaaaaaaaaaaaaa"
+    texts = [words[:n] for n in range(1, len(words))]
+    lengths = [len(tokenizer.encode(text)) for text in texts]
+    corpus = run(Given(*([text, picture()] for text in texts)))
+    assert len(corpus) == sum(length <= 8 for length in lengths)
+    assert corpus.layout().lengths(4).max() == 16
+
+
+def test_long_text_is_cut_into_rows_and_loses_nothing(run, tokenizer):
+    text = "only text and so on " * 20
+    corpus = run(Given([text[:100], text[100:]], ["red"]))
+    ids = [corpus.document(n)[0].tolist() for n in range(len(corpus))]
+    assert {len(piece) for piece in ids[:-2]} == {14}
+    assert sum(ids[:-1], []) == tokenizer.encode(text[:100]) + tokenizer.encode(text[100:])
+    assert tokenizer.decode(ids[-1]) == "red"
+
+
+def test_pictures_are_encoded_in_order_over_many_batches(run):
+    greys = [Image.new("RGB", (8, 8), (n, n, n)) for n in range(200)]
+    corpus = run(Given(*([grey] for grey in greys)))
+    values = [corpus.document(n)[0].mean().item() * 127.5 + 127.5 for n in range(200)]
+    assert np.rint(values).tolist() == list(range(200))
+
+
+def test_a_prepared_corpus_is_used_again(run):
+    source = Given(["red"])
+    first = run(source)
+    assert run(source).path == first.path
+    assert source.reads == 1
+
+
+def test_two_at_once_make_one_corpus(run, tmp_path):
+    class Overtaken(Given):
+        def documents(self, split):  # another process makes the same from its start to its end
+            run(Given(["red", picture()]))
+            yield from super().documents(split)
+
+    corpus = run(Overtaken(["red", picture()]))
+    assert len(corpus) == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [corpus.path.name]
+
+
+@pytest.mark.parametrize("changed", ["source", "split", "tokenizer", "row_length", "patch_size"])
+def test_another_origin_is_another_corpus(run, changed, tmp_path):
+    first = run(Given(["red"]))
+    others = {
+        "source": {},
+        "split": {"split": "val"},
+        "tokenizer": {"tokenizer": train(iter(["other text"]), tmp_path / "b.model", 290)},
+        "row_length": {"row_length": 32},
+        "patch_size": {"patch_size": 2},
+    }
+    source = Given(["red"], fingerprint="other" if changed == "source" else "given")
+    assert run(source, **others[changed]).path != first.path
+
+
+def test_another_autoencoder_is_another_corpus(run):
+    first = run(Given(["red"]))
+    assert run(Given(["red"]), autoencoder=None).path != first.path
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("disk"), KeyboardInterrupt()])
+def test_an_interruption_leaves_nothing_behind(run, tmp_path, fault):
+    class Interrupted(Given):
+        def documents(self, split):
+            yield ["red", picture()]
+            raise fault
+
+    with pytest.raises(type(fault)):
+        run(Interrupted())
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(run(Given(["red"]))) == 1
+
+
+def test_an_empty_corpus_is_a_user_error(run, tmp_path):
+    with pytest.raises(UserError, match="given: there are no documents to train on; check"):
+        run(Given())
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_empty_validation_split_is_an_empty_corpus(run):
+    corpus = run(Given(), "val")
+    assert len(corpus) == 0
+    assert corpus.layout().lengths(4).tolist() == corpus.layout().pairs().tolist() == []
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_wholly_bad_corpus_is_a_user_error(run, split):
+    source = Given(Skipped("truncated picture"), Skipped("truncated picture"), [])
+    with pytest.raises(UserError, match=rf"all 3 documents of the {split} split .*2 truncated"):
+        run(source, split)
+
+
+def test_pictures_without_an_autoencoder_are_a_user_error(run):
+    with pytest.raises(UserError, match="the data has pictures; name an autoencoder"):
+        run(Given(["red", picture()]), autoencoder=None)
+
+
+def test_pictures_that_do_not_divide_into_patches_are_a_user_error(run):
+    with pytest.raises(UserError, match="10x10 pixels do not divide .* multiple of 4"):
+        run(Given(["red", picture(10)]))
+
+
+def test_the_facts_are_readable(run):
+    corpus = run(Given(["red", picture()], Skipped("missing picture")))
+    facts = json.loads((corpus.path / "corpus.json").read_text())
+    assert (facts["num_documents"], facts["num_images"]) == (1, 1)
+    assert facts["image_shape"] == [3, 8, 8]
+    assert facts["skipped"] == {"missing picture": 1}

@@ -1,0 +1,155 @@
+"""Preparing shard by shard: by processes, by jobs, and behind a kill, always the same corpus."""
+
+import glob
+import json
+import os
+import signal
+
+import pytest
+from PIL import Image
+
+from tf_lightning.autoencoder.frozen import load_autoencoder
+from tf_lightning.cli.main import main
+from tf_lightning.data.corpus.prepare import plan_corpus, prepare
+from tf_lightning.data.readers.files import FileSource
+from tf_lightning.errors import UserError
+from tf_lightning.tokenizer.tokenizer import train
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`prepare` with arguments that suit the tests."""
+    words = iter(["a red circle only text and so on 0 1 2 3 4 5 6"])
+    tokenizer = train(words, tmp_path / "a.model", vocab_size=300)
+
+    def prepare_here(source, split="train", directory=None, **how):
+        arguments = {
+            "name": "given",
+            "directory": directory or tmp_path / "cache",
+            "tokenizer": tokenizer,
+            "autoencoder": load_autoencoder("pixels"),
+            "row_length": 16,
+            "patch_size": 4,
+        }
+        return prepare(plan_corpus(source, split, **arguments), **how)
+
+    return prepare_here
+
+
+class Texts(FileSource):
+    """Every file is one text; a file is a shard. Processes import this module."""
+
+    def samples(self, file):
+        yield "", file
+
+    def document(self, sample):
+        if sample.read_text() == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [sample.read_text(), Image.new("RGB", (8, 8), "red")]
+
+
+def write_texts(folder, count: int = 7) -> Texts:
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number} [a].txt").write_text(f"red {number}")
+    (folder / "3 [a].txt").write_text("a caption of many, many words, longer than a row")
+    return Texts(f"{glob.escape(str(folder))}/*.txt", val_fraction=0.0)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr("tf_lightning.data.readers.files.SHARD_BYTES", 10)  # two files
+
+
+def content(corpus) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in corpus.path.iterdir()}
+
+
+@pytest.mark.slow  # for each process imports torch
+def test_shards_make_the_same_corpus_by_one_process_or_several(run, tmp_path, monkeypatch):
+    source = write_texts(tmp_path / "texts")
+    whole = content(run(source))
+    monkeypatch.setattr("tf_lightning.data.readers.files.SHARD_BYTES", 10)
+    assert len(source.shards("train")) == 4
+    for number, processes in enumerate((1, 2)):
+        corpus = run(source, directory=tmp_path / str(number), processes=processes)
+        assert content(corpus) == whole
+        assert [path.name for path in corpus.path.parent.iterdir()] == [corpus.path.name]
+    assert json.loads(whole["corpus.json"])["skipped"] == {"longer than a row of 16 tokens": 1}
+    assert (len(corpus), corpus.document(6 - 1)[0].tolist()) == (6, corpus_ids(run, source, 6))
+
+
+def corpus_ids(run, source, number: int) -> list[int]:
+    """The ids of text `number` alone."""
+    alone = Texts(glob.escape(str(source.files("train")[number])), val_fraction=0.0)
+    return run(alone).document(0)[0].tolist()
+
+
+def test_jobs_prepare_their_parts_and_the_last_joins_them(run, tmp_path, small_shards):
+    source = write_texts(tmp_path / "texts")
+    assert run(source, part=(0, 2)) is None
+    assert run(source, part=(0, 2)) is None  # again: nothing left to do for it
+    assert len(run(source, part=(1, 2))) == 6
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_after_a_kill_finished_shards_are_kept(run, tmp_path, small_shards, monkeypatch):
+    source = write_texts(tmp_path / "texts")
+    last = tmp_path / "texts" / "6 [a].txt"
+    times = os.stat(last).st_atime_ns, os.stat(last).st_mtime_ns
+    last.write_text("kill ")  # as long as before, and as old: the corpus is the same
+    os.utime(last, ns=times)
+    read = []
+    monkeypatch.setattr(Texts, "document", lambda self, file: read.append(file.name) or ["red"])
+    whole = Texts.samples
+
+    def samples(self, file):
+        if file == last and file.read_text() == "kill ":
+            raise KeyboardInterrupt
+        return whole(self, file)
+
+    monkeypatch.setattr(Texts, "samples", samples)
+    with pytest.raises(KeyboardInterrupt):
+        run(source)
+    assert len(read) == 6
+    last.write_text("red 6")
+    os.utime(last, ns=times)
+    assert len(run(source)) == 7
+    assert read[6:] == ["6 [a].txt"]
+
+
+@pytest.mark.slow
+def test_a_process_killed_half_way_leaves_only_finished_shards(run, tmp_path, small_shards):
+    source = write_texts(tmp_path / "texts")
+    last = tmp_path / "texts" / "6 [a].txt"
+    last.write_text("kill")
+    with pytest.raises(UserError, match="one of 2 processes was killed, .* fewer --processes"):
+        run(source, processes=2)
+    (folder,) = (tmp_path / "cache").iterdir()
+    finished = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert "000003" not in finished
+    assert all((folder / name / "corpus.json").is_file() for name in finished)
+
+
+def test_the_command_prepares_a_jobs_part_and_joins_them(tmp_path, small_shards, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(f"a text {number} " * 20)
+    texts = {"paths": f"{folder}/*.txt", "vocab_size": 280, "cache_dir": str(tmp_path / "cache")}
+    data = {"class_path": "tf_lightning.data.TextData", "init_args": texts}
+    sizes = {"vocab_size": 280, "dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 32}
+    (tmp_path / "a.yaml").write_text(json.dumps({"data": data, "model": {"transformer": sizes}}))
+    arguments = ["prepare", "-c", str(tmp_path / "a.yaml"), "--processes", "1"]
+    main([*arguments, "--shard", "0/2"])
+    assert "This part is done; when all are, `tf-lightning prepare`" in capsys.readouterr().out
+    main([*arguments, "--shard=1/2"])
+    assert "The corpora are in" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").glob("text-train-*/answer-*.json"))) == 1
+
+
+@pytest.mark.parametrize("given", ["2/2", "1", "a/b", "-1/2"])
+def test_a_part_that_is_none_is_refused(given, capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "-c", "a.yaml", f"--shard={given}"])
+    assert "is not I/N with 0 <= I < N; give 0/8 to 7/8 for 8 jobs" in capsys.readouterr().err

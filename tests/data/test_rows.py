@@ -1,0 +1,265 @@
+"""The stream of rows: complete epochs, full rows, token shares as asked, and no memory."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from tf_lightning.batch import document_length
+from tf_lightning.data import packing as corpus_rows
+from tf_lightning.data.corpus.reader import IMAGE, select
+from tf_lightning.data.packing import CorpusRows
+from tf_lightning.data.stream import Rows, RowSampler, ValidationRows
+
+N = 4  # patches of a 2 x 2 image at patch size 1
+
+
+class Documents:
+    """A corpus in memory: text n is `lengths[n]` times the token n; images where asked."""
+
+    name = "documents"
+
+    def __init__(self, lengths: list[int], images: bool = False):
+        self.texts, self.images = lengths, images
+
+    def __len__(self):
+        return len(self.texts)
+
+    def document(self, index, random=None):
+        text = torch.full((self.texts[index],), index)
+        return [text, torch.zeros(1, 2, 2)] if self.images else [text]
+
+    def parts(self, length):
+        return [length, IMAGE] if self.images else [length]
+
+    def layout(self, documents):
+        parts = [part for length in self.texts for part in self.parts(length)]
+        starts = np.arange(len(self) + 1) * len(self.parts(0))
+        return select(np.stack([np.zeros(len(parts), int), parts], 1), starts, documents)
+
+    def remembered(self, question, answer):
+        return answer()
+
+
+class Edits(Documents):
+    """Picture n, text n, picture -n."""
+
+    def document(self, index, random=None):
+        images = (torch.full((1, 2, 2), float(sign * index)) for sign in (1, -1))
+        return [next(images), torch.full((self.texts[index],), index), next(images)]
+
+    def parts(self, length):
+        return [IMAGE, length, IMAGE]
+
+
+def numbers(row) -> list[int]:
+    """Which documents a row has."""
+    return [int(part[0]) for document in row for part in document if part.ndim == 1]
+
+
+def stream(lengths, images=False, row_length=32, seed=(0, 0), **probabilities) -> CorpusRows:
+    corpus = Documents(lengths, images)
+    return CorpusRows(corpus, row_length=row_length, num_patches=N, seed=seed, **probabilities)
+
+
+def test_each_epoch_has_each_document_once_in_another_order():
+    rows = stream(list(range(1, 31)))
+    epochs, index = [], 0
+    for _ in range(3):
+        found = []
+        while len(found) < 30:
+            found += numbers(rows.row(index))
+            index += 1
+        epochs.append(found)
+    assert all(sorted(found) == list(range(30)) for found in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_row_is_the_same_whatever_was_read_before():
+    lengths = np.random.default_rng(0).integers(1, 30, 40).tolist()
+    in_order = [numbers(stream(lengths).row(0))]
+    reader = stream(lengths)
+    in_order = [numbers(reader.row(index)) for index in range(100)]
+    reader = stream(lengths)
+    places = np.random.default_rng(1).permutation(100).tolist()
+    assert {place: numbers(reader.row(place)) for place in places} == dict(enumerate(in_order))
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_rows_over_many_windows_are_complete_epochs_found_at_once(monkeypatch, copies):
+    monkeypatch.setattr(corpus_rows, "WINDOW", 16)
+    lengths = np.random.default_rng(0).integers(1, 15, 101).tolist()
+    options = {"images": True, "image_first_prob": 0.3, "caption_drop_prob": 0.2}
+    rows = stream(lengths, row_length=48, clean_copies=copies, **options)
+    assert rows.num_windows == 7
+    per_epoch, counts = rows.rows_per_epoch, Counter()
+    for index in range(4 * per_epoch):
+        row = rows.row(index)
+        assert 0 < sum(document_length(d, 1) for d in row) <= 48
+        counts[index // per_epoch] += len(row)
+    assert set(counts.values()) == {101}  # each epoch is complete (its texts: the next test)
+    far = stream(lengths, row_length=48, clean_copies=copies, **options)
+    assert numbers(far.row(3 * per_epoch + 5)) == numbers(rows.row(3 * per_epoch + 5))
+
+
+def test_windows_hold_each_document_once_and_change_from_epoch_to_epoch(monkeypatch):
+    monkeypatch.setattr(corpus_rows, "WINDOW", 16)
+    rows = stream(list(np.random.default_rng(0).integers(1, 15, 101)))
+    size = rows.rows_per_epoch
+    epochs = [[numbers(rows.row(e * size + n)) for n in range(size)] for e in range(3)]
+    assert all(sorted(sum(epoch, [])) == list(range(101)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    first = epochs[0][: size // 7]  # a window holds documents of everywhere
+    assert max(sum(first, [])) - min(sum(first, [])) > 50
+
+
+def test_another_seed_is_another_order():
+    assert numbers(stream([1] * 50, seed=(0, 0)).row(0)) != numbers(
+        stream([1] * 50, seed=(0, 1)).row(0)
+    )
+
+
+def test_captions_are_turned_and_dropped_as_often_as_asked():
+    rows = stream([5] * 5000, images=True, image_first_prob=0.2, caption_drop_prob=0.1)
+    kinds = Counter()
+    for index in range(rows.rows_per_epoch):
+        for document in rows.row(index):
+            kinds["".join("TI"[part.ndim == 3] for part in document)] += 1
+    total = kinds.total()
+    assert total == 5000
+    assert kinds["IT"] / total == pytest.approx(0.2, abs=0.02)
+    assert kinds["I"] / total == pytest.approx(0.8 * 0.1, abs=0.015)
+    assert kinds["TI"] / total == pytest.approx(0.8 * 0.9, abs=0.02)
+
+
+def test_edits_lose_their_instruction_and_half_of_these_their_first_picture():
+    corpus, kinds = Edits([5] * 5000), Counter()
+    rows = CorpusRows(
+        corpus, row_length=32, num_patches=N, seed=(0, 0), caption_drop_prob=0.2, image_first_prob=1
+    )
+    lengths = []
+    for index in range(rows.rows_per_epoch):
+        row = rows.row(index)
+        lengths.append(sum(document_length(document, 1) for document in row))
+        for document in row:
+            images = [part[0, 0, 0].item() for part in document if part.ndim == 3]
+            assert images[-1] <= 0 and all(image == -images[-1] for image in images[:-1])
+            kinds["".join("TI"[part.ndim == 3] for part in document)] += 1
+    assert max(lengths) <= 32
+    assert rows.fill == pytest.approx(sum(lengths) / (32 * len(lengths)))
+    assert kinds.total() == 5000
+    for kind, share in {"ITI": 0.8, "II": 0.1, "I": 0.1}.items():
+        assert kinds[kind] / 5000 == pytest.approx(share, abs=0.02)
+
+
+def test_planned_lengths_are_the_rows_own_also_with_dropped_captions():
+    rows = stream([3, 9, 14] * 50, images=True, image_first_prob=0.5, caption_drop_prob=0.5)
+    lengths = [
+        sum(document_length(document, 1) for document in rows.row(index))
+        for index in range(rows.rows_per_epoch)
+    ]
+    assert max(lengths) <= 32
+    assert rows.fill == pytest.approx(sum(lengths) / (32 * len(lengths)))
+
+
+def test_a_document_drawn_twice_is_turned_differently():
+    rows = stream([5], images=True, image_first_prob=0.5)
+    firsts = {rows.row(epoch)[0][0].ndim for epoch in range(20)}
+    assert firsts == {1, 3}
+
+
+def test_token_shares_are_the_weights_whatever_the_fill():
+    full, half, ragged = [28] * 300, [15] * 300, list(range(1, 29)) * 10
+    sources = [stream(full, row_length=30), stream(half, row_length=30)]
+    sources.append(stream(ragged, row_length=30))
+    assert sources[0].fill == 1
+    assert sources[1].fill == pytest.approx(17 / 30)
+    weights = [0.5, 0.2, 0.3]
+    rows, tokens = Rows(sources, weights), np.zeros(3)
+    for index in range(2000):
+        _, row, source = rows[index]
+        tokens[source] += sum(document_length(document, 1) for document in row)
+    assert tokens / tokens.sum() == pytest.approx(weights, abs=0.01)
+
+
+def test_rows_of_a_source_come_in_its_order_and_none_is_left_out():
+    rows = Rows([stream([28] * 7), stream([3] * 9)], [1.0, 3.0])
+    found = {0: [], 1: []}
+    for index in range(25_000):  # over several cycles
+        row_id, row, source = rows[index]
+        assert row_id == index
+        if len(found[source]) < 40:
+            found[source].append(numbers(row))
+    for source, corpus in enumerate(rows.corpora):
+        assert found[source] == [numbers(corpus.row(n)) for n in range(40)]
+
+
+def test_epochs_are_counted_by_source():
+    rows = Rows([stream([28] * 7), stream([3] * 9)], [1.0, 3.0])
+    sizes = [corpus.rows_per_epoch for corpus in rows.corpora]
+    assert sizes == [7, 2]
+    seen = [sum(rows[n][2] == source for n in range(12_345)) for source in (0, 1)]
+    assert rows.epochs(12_345) == [seen[0] / 7, seen[1] / 2]
+
+
+def test_the_stream_does_not_jump_between_cycles():
+    rows = Rows([stream([28] * 7), stream([3] * 9)], [1.0, 3.0])
+    places = range(9_900, 10_100)
+    of_first = [index for index in places if rows[index][2] == 0]
+    expected = len([p for p in rows.cycle[:9_900] if p == 0])
+    for number, index in enumerate(of_first[:20]):
+        assert numbers(rows[index][1]) == numbers(rows.corpora[0].row(expected + number))
+
+
+def test_validation_reads_each_document_once_caption_first():
+    rows = CorpusRows(Documents([3, 9, 14] * 7, True), row_length=32, num_patches=N)
+    found = [ValidationRows(rows, 2)[index] for index in range(rows.rows_per_epoch)]
+    assert sorted(n for _, row, _ in found for n in numbers(row)) == list(range(21))
+    assert {source for _, _, source in found} == {2}
+    assert all(
+        [part.ndim for part in document] == [1, 3] for _, row, _ in found for document in row
+    )
+
+
+def test_validation_gives_every_rank_as_many_rows():
+    rows = CorpusRows(Documents([28] * 7), row_length=30, num_patches=N)
+    padded = ValidationRows(rows, 0, world_size=4)
+    assert len(padded) == 8
+    assert numbers(padded[6][1]) == [6]
+    assert padded[7] == (7, [], 0)
+
+
+def test_an_empty_corpus_validates_on_nothing():
+    rows = CorpusRows(Documents([]), row_length=30, num_patches=N)
+    assert len(ValidationRows(rows, 0, world_size=2)) == 0
+
+
+def sampled(start=0, num_batches=6, **arguments) -> list[int]:
+    rows = Rows([stream([28] * 7)], [1.0])
+    return list(RowSampler(rows, lambda: start, num_batches=num_batches, **arguments))
+
+
+def test_two_ranks_read_what_one_rank_reads():
+    one = sampled(start=10, batch_size=6)
+    two = [sampled(start=10, batch_size=3, rank=rank, world_size=2) for rank in range(2)]
+    assert one == list(range(10, 46))
+    for step in range(6):
+        both = two[0][3 * step : 3 * step + 3] + two[1][3 * step : 3 * step + 3]
+        assert both == one[6 * step : 6 * step + 6]
+
+
+def test_a_resumed_sampler_goes_on_and_keeps_the_total():
+    rows, start = Rows([stream([28] * 7)], [1.0]), 0
+    sampler = RowSampler(rows, lambda: start, batch_size=4, num_batches=3)
+    assert list(sampler) == list(range(12))
+    start = 8
+    assert list(sampler)[:4] == [8, 9, 10, 11]
+    assert len(sampler) == 12
+
+
+def test_rows_are_the_same_in_another_process():
+    rows = Rows([stream([28] * 7), stream([3] * 9)], [1.0, 3.0])
+    copy = pickle.loads(pickle.dumps(rows))
+    assert [numbers(copy[n][1]) for n in range(50)] == [numbers(rows[n][1]) for n in range(50)]

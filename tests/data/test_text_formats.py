@@ -1,0 +1,92 @@
+"""Text of public corpora, packed and in tables, read as a stream."""
+
+import gzip
+import tracemalloc
+
+import pyarrow
+import pytest
+
+from support import public_layouts
+from tf_lightning.data import TextFiles
+from tf_lightning.data.documents import Skipped
+from tf_lightning.data.readers.formats import read_lines
+
+TEXTS = [f"text {n}, with a\nline end and 三" for n in range(200)]
+
+
+def read(file) -> list:
+    return list(TextFiles(str(file), val_fraction=0).documents("train"))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        public_layouts.c4,
+        public_layouts.dolma,
+        lambda folder, texts: public_layouts.dolma(folder, texts, ".zst"),
+        lambda folder, texts: public_layouts.dolma(folder, texts, ""),
+        public_layouts.fineweb,
+    ],
+    ids=["C4", "Dolma gz", "Dolma zst", "jsonl", "FineWeb"],
+)
+def test_every_document_comes_in_order(write, tmp_path):
+    file = write(tmp_path, TEXTS)
+    assert read(file) == [[text] for text in TEXTS]
+    held = TextFiles(str(file), val_fraction=0.2)
+    both = [document for split in ("train", "val") for document in held.documents(split)]
+    assert sorted(both) == sorted([text] for text in TEXTS)
+
+
+def test_a_packed_txt_is_one_document(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\ntwo"))
+    assert read(tmp_path / "a.txt.gz") == [["one\ntwo"]]
+
+
+def test_gzip_of_several_members_is_read_to_its_end(tmp_path):
+    parts = [gzip.compress(b'{"text": "%d"}\n' % n) for n in range(5)]
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(parts))
+    assert read(tmp_path / "a.jsonl.gz") == [[str(n)] for n in range(5)]
+
+
+@pytest.mark.parametrize("size", [0, 3, 8])
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_a_packed_file_torn_off_in_its_head_is_counted(packed, size, tmp_path):
+    file = public_layouts.dolma(tmp_path, TEXTS, packed)
+    file.write_bytes(file.read_bytes()[:size])
+    assert read(file) == [Skipped("damaged file, read as far as it goes")]
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_a_torn_file_is_read_as_far_as_it_goes(packed, tmp_path):
+    texts = [f"{n * 7919 % 10007} {n * 104729 % 99991}" for n in range(20_000)]
+    file = public_layouts.dolma(tmp_path, texts, packed)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    found = read(file)
+    assert found[-1] == Skipped("damaged file, read as far as it goes")
+    assert len(found) > 1000 and found[:-1] == [[text] for text in texts[: len(found) - 1]]
+
+
+def test_a_parquet_file_without_text_is_skipped(tmp_path):
+    public_layouts.write_parquet(tmp_path / "a.parquet", [{"content": "x"}])
+    assert read(tmp_path / "a.parquet") == [Skipped("parquet file of other columns")]
+    public_layouts.write_parquet(tmp_path / "b.parquet", [{"text": None}, {"text": "good"}])
+    bad, good = read(tmp_path / "b.parquet")
+    assert isinstance(bad, Skipped) and good == ["good"]
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst", ""])
+def test_lines_are_read_as_a_stream(packed, tmp_path):
+    """Eleven million bytes, of which no more than a buffer is ever held."""
+    file = public_layouts.dolma(tmp_path, ["0123456789" * 10] * 50_000, packed)
+    held = pyarrow.total_allocated_bytes()
+    tracemalloc.start()
+    count = sum(pyarrow.total_allocated_bytes() - held < 2_000_000 for _ in read_lines(file))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 50_000 and peak < 1_000_000
+
+
+def test_a_line_without_end_is_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr("tf_lightning.data.readers.formats.MAX_BYTES", 100)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + b"x" * 1000 + b"\n")
+    assert read(tmp_path / "a.jsonl") == [["a"], Skipped("line of more than 100 bytes")]

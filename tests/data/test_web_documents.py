@@ -1,0 +1,122 @@
+"""Interleaved documents and edits of public layouts: every part in its place."""
+
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from support import public_layouts
+from support.public_layouts import COLOURS, picture, shown, write_lines, write_parquet, write_tar
+from tf_lightning.data import EditFiles, InterleavedFiles
+from tf_lightning.data.documents import Skipped
+
+DOCUMENTS = [["See:", f"<{colour}>", colour] for colour in COLOURS]
+
+
+def read(file, images=None, kind=InterleavedFiles) -> list:
+    source = kind(str(file), val_fraction=0, image_size=16, images=images and str(images))
+    found = source.documents("train")
+    return [part if isinstance(part, Skipped) else shown(part) for part in found]
+
+
+def test_obelics_pictures_are_found_by_their_urls(tmp_path):
+    assert read(*public_layouts.obelics(tmp_path)) == DOCUMENTS
+
+
+def test_obelics_pictures_in_the_file_itself(tmp_path):
+    images = {colour: {"bytes": picture(colour), "path": None} for colour in COLOURS}
+    file = write_parquet(tmp_path / "a.parquet", public_layouts.obelics_rows(images))
+    assert read(file) == DOCUMENTS
+
+
+def test_a_web_document_does_without_a_missing_picture_which_is_counted(tmp_path):
+    file, images = public_layouts.obelics(tmp_path)
+    next(images.iterdir()).unlink()
+    found = read(file, images)
+    assert len(found) == len(COLOURS) + 1
+    assert found.count(Skipped("missing picture")) == 1
+    (text,) = [part for part in found if part not in DOCUMENTS and isinstance(part, list)]
+    assert text[0] == "See:" and text[1] in COLOURS and len(text) == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "texts"), [(["a.png"], ["both"]), ([None], [None]), ([None, None], ["one"])]
+)
+def test_lists_that_do_not_fit_each_other_are_skipped(images, texts, tmp_path):
+    lines = [{"images": images, "texts": texts}, {"images": [None], "texts": ["good"]}]
+    bad, good = read(write_lines(tmp_path / "a.jsonl", lines))
+    assert isinstance(bad, Skipped) and good == ["good"]
+
+
+def test_mmc4_pictures_stand_before_their_sentence(tmp_path):
+    images = public_layouts.pictures(tmp_path / "images")
+    expected = [["See: ", f"<{colour}>", f"{colour} "] for colour in COLOURS]
+    assert read(public_layouts.mmc4(tmp_path), images) == expected
+
+
+def test_mint_pages_are_the_pictures_in_order(tmp_path):
+    names = list(COLOURS)
+    pairs = zip(names, names[1:] + names[:1], strict=True)
+    expected = [[f"<{one}>", one, f"<{two}>", two] for one, two in pairs]
+    assert read(public_layouts.mint(tmp_path)) == expected
+
+
+def test_a_mint_document_of_other_pages_than_it_names_is_skipped(tmp_path):
+    record = json.dumps({"images": ["page_0_image_1", "page_0_image_2"], "texts": [None, None]})
+    files = {"a.json": record.encode(), "a.tiff": picture("red", "TIFF"), "b.json": b"{"}
+    found = read(write_tar(tmp_path / "a.tar", files))
+    assert found == [
+        Skipped("document of other pictures than it names"),
+        Skipped("line that is not JSON"),
+    ]
+
+
+def test_pages_of_every_mode_are_read_and_bombs_refused(tmp_path, monkeypatch):
+    pages = [Image.new("CMYK", (16, 16), (0, 255, 255, 0)), Image.new("L", (40, 40), 255)]
+    file = io.BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    record = json.dumps({"images": ["a", "b", None], "texts": [None, None, "end"]}).encode()
+    tar = write_tar(tmp_path / "a.tar", {"a.json": record, "a.tiff": file.getvalue()})
+    assert read(tar) == [["<red>", "<None>", "end"]]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert read(tar) == [Skipped("picture of more than 1,000 pixels")]
+
+
+def edits(file, images=None) -> list:
+    return read(file, images, EditFiles)
+
+
+def test_omnigen_and_omnigen2_edits(tmp_path):
+    public_layouts.pictures(tmp_path / "images")
+    lines = [
+        {"task_type": "edit", "instruction": "make it blue", "input_images": ["red.png"],
+         "output_image": "blue.png"},
+        {"instruction": "Put <img><|image_2|></img> before <img><|image_1|></img>",
+         "input_images": ["red.png", "lime.png"], "output_images": ["cyan.png"]},
+        {"task_type": "t2i", "instruction": "a red one", "input_images": None,
+         "output_image": "red.png"},
+        {"instruction": "and <|image_3|>", "input_images": ["red.png"], "output_image": "red.png"},
+        {"instruction": "nothing comes", "input_images": ["red.png"]},
+        {"instruction": None, "input_images": ["red.png"], "output_image": "red.png"},
+    ]  # fmt: skip
+    assert edits(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "images") == [
+        ["<red>", "make it blue", "<blue>"],
+        ["Put", "<lime>", "before", "<red>", "<cyan>"],
+        ["a red one", "<red>"],
+        Skipped("instruction of other pictures than it is given"),
+        Skipped("edit without picture"),
+        Skipped("edit without instruction"),
+    ]
+
+
+def test_bagel_chains_of_edits(tmp_path):
+    images = [picture(colour) for colour in ("red", "lime", "blue")]
+    said = [["make it lime", "lime, please"], ["make it blue"]]
+    rows = [{"image_list": images, "instruction_list": said}] * 8
+    rows += [{"image_list": images[:1], "instruction_list": said}]
+    *found, bad = edits(write_parquet(tmp_path / "a.parquet", rows))
+    assert isinstance(bad, Skipped)
+    assert {document[1] for document in found} == set(said[0])  # any of the wordings
+    rest = {(a, b, c, d) for a, _, b, c, d in found}
+    assert rest == {("<red>", "<lime>", "make it blue", "<blue>")}

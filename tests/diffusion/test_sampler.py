@@ -1,0 +1,243 @@
+"""Denoising: exact models give their distribution back, and diffusers' own loop agrees."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tf_lightning.diffusion.process import cosine_alphas_cumprod, cosine_betas
+from tf_lightning.diffusion.sampler import (
+    EVEN_SAMPLERS,
+    FLOW_SAMPLERS,
+    NOISE_SAMPLERS,
+    SAMPLERS,
+    Trajectory,
+    build_scheduler,
+    fitting_sampler,
+    set_timesteps,
+)
+from tf_lightning.errors import UserError
+
+# diffusers 0.42 on numpy 2: its own affair
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+MEAN, STD = 1.5, 0.6
+ALPHAS_CUMPROD = cosine_alphas_cumprod()
+PAIRS = [(sampler, kind) for sampler in NOISE_SAMPLERS for kind in ("epsilon", "v_prediction")]
+PAIRS += [(sampler, "flow") for sampler in FLOW_SAMPLERS]
+SHIFTED = [(sampler, kind) for sampler, kind in PAIRS if sampler not in EVEN_SAMPLERS]
+
+
+def exact_output(x_t: Tensor, t: float, prediction_type: str) -> Tensor:
+    """The best prediction for latents of Normal(MEAN, STD), in closed form."""
+    if prediction_type == "flow":
+        a, b = torch.tensor(1 - t), torch.tensor(t)
+    else:
+        alpha_bar = ALPHAS_CUMPROD[round(1000 * t)]
+        a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    gain = (x_t - a * MEAN) / (a**2 * STD**2 + b**2)
+    noise, latents = b * gain, MEAN + a * STD**2 * gain
+    velocities = {"epsilon": noise, "v_prediction": a * noise - b * latents}
+    return velocities.get(prediction_type, noise - latents)
+
+
+def denoised(
+    sampler: str, kind: str, model, noise: Tensor, steps: int, shift: float = 1.0
+) -> Tensor:
+    generators = [torch.Generator().manual_seed(i) for i in range(len(noise))]
+    scheduler = build_scheduler(sampler, 1000, kind, timestep_shift=shift)
+    trajectory = Trajectory(noise, scheduler, steps, generators)
+    while not trajectory.finished:
+        trajectory.step(model(trajectory.x_t, trajectory.t))
+    return trajectory.x_t
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kind", "shift"),
+    [(*pair, 1.0) for pair in PAIRS] + [(*pair, 1.6) for pair in SHIFTED],
+)
+def test_an_exact_model_gives_its_distribution_back(sampler, kind, shift):
+    """250 steps, the paper's number; an image's values are independent, so 64 x 256 samples."""
+    noise = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = denoised(sampler, kind, lambda x, t: exact_output(x, t, kind), noise, 250, shift)
+    assert latents.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert latents.std().item() == pytest.approx(STD, rel=0.02)
+
+
+def model(x_t: Tensor, t: float) -> Tensor:
+    """Any smooth function of both."""
+    return torch.tanh(x_t + 0.3) * (1 + t)
+
+
+def diffusers_own_loop(sampler: str, kind: str, noise: Tensor, steps: int) -> Tensor:
+    """As diffusers' pipelines write it, on their scheduler with the settings that its docs give."""
+    import diffusers.schedulers as schedulers
+
+    if kind == "flow":
+        scheduler = getattr(schedulers, sampler)()
+    else:
+        more = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
+        more |= {"algorithm_type": "sde-dpmsolver++"} if sampler.endswith("-SDE") else {}
+        more |= {"num_train_timesteps": 1000, "timestep_spacing": "trailing"}
+        if kind == "epsilon" and sampler == "DDIMScheduler":
+            more["timestep_spacing"] = "leading"
+        elif kind == "epsilon":
+            betas = cosine_betas()[:990].tolist()  # the last alpha is 0.0155
+            more |= {"num_train_timesteps": 990, "trained_betas": betas}
+        scheduler = getattr(schedulers, sampler.removesuffix("-SDE"))(
+            beta_schedule="squaredcos_cap_v2", prediction_type=kind, **more
+        )
+    if sampler == "FlowMatchEulerDiscreteScheduler":  # Stable Diffusion 3's and Flux's pipelines
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    else:
+        scheduler.set_timesteps(steps)
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(noise))]
+    draws = sampler == "DDPMScheduler" or sampler.endswith("-SDE")
+    random = {"generator": generators} if draws else {}
+    for timestep in scheduler.timesteps:
+        scaled = latents
+        if hasattr(scheduler, "scale_model_input"):
+            scaled = scheduler.scale_model_input(latents, timestep)
+        output = model(scaled, timestep.item() / 1000)
+        latents = scheduler.step(output, timestep, latents, **random, return_dict=False)[0]
+    return latents
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize(("sampler", "kind"), PAIRS)
+def test_the_steps_are_those_of_diffusers_own_loop(sampler, kind, steps):
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    ours = denoised(sampler, kind, model, noise, steps)
+    torch.testing.assert_close(ours, diffusers_own_loop(sampler, kind, noise, steps))
+
+
+@pytest.mark.parametrize("sampler", NOISE_SAMPLERS)
+def test_schedulers_use_the_schedule_of_training_and_start_at_its_last_step(sampler):
+    scheduler = build_scheduler(sampler, 1000, "v_prediction")
+    torch.testing.assert_close(scheduler.alphas_cumprod, ALPHAS_CUMPROD, atol=2e-6, rtol=1e-3)
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps[0] == 999
+    assert len(scheduler.timesteps) == 20
+
+
+@pytest.mark.parametrize("sampler", NOISE_SAMPLERS)
+def test_an_error_in_the_noise_is_not_blown_up_where_no_image_is_left(sampler):
+    """From the end on, latents with a standard deviation over 100 of the same error."""
+    noise = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    error = 0.02 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
+    model = lambda x, t: exact_output(x, t, "epsilon") + error  # noqa: E731
+    latents = denoised(sampler, "epsilon", model, noise, 50)
+    assert latents.mean().item() == pytest.approx(MEAN, abs=0.1)
+    assert latents.std().item() < 2 * STD
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule", "first"),
+    [("v_prediction", "cosine", 999), ("epsilon", "linear", 999), ("epsilon", "cosine", 989)],
+)
+def test_only_noise_of_the_cosine_schedule_is_not_asked_for_at_its_end(kind, schedule, first):
+    scheduler = build_scheduler("DDPMScheduler", 1000, kind, schedule)
+    scheduler.set_timesteps(250)
+    assert scheduler.timesteps[0] == first
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kind", "levels"),
+    [
+        ("DDIMScheduler", "v_prediction", [0.999, 0.799, 0.599, 0.399, 0.199]),
+        ("DDIMScheduler", "epsilon", [0.8, 0.6, 0.4, 0.2, 0.0]),
+        ("FlowMatchEulerDiscreteScheduler", "flow", [1.0, 0.8, 0.6, 0.4, 0.2]),
+    ],
+)
+def test_the_model_is_asked_once_a_step_at_its_noise_level(sampler, kind, levels):
+    seen = []
+    denoised(sampler, kind, lambda x, t: seen.append(t) or x, torch.randn(2, 1, 2, 2), 5)
+    assert seen == pytest.approx(levels)
+
+
+@pytest.mark.parametrize(("sampler", "kind"), SHIFTED)
+@pytest.mark.parametrize("shift", [0.4, 2.5])
+def test_shifted_steps_are_at_stable_diffusion_3s_noise_levels(sampler, kind, shift):
+    seen, steps = [], 20
+    denoised(sampler, kind, lambda x, t: seen.append(t) or x, torch.randn(2, 1, 2, 2), steps, shift)
+    top = {"epsilon": 0.99}.get(kind, 1.0)  # the cosine schedule's noise is not asked for above
+    even = top - top * np.arange(steps) / steps
+    if sampler == "FlowMatchHeunDiscreteScheduler":  # its grid ends a thousandth above 0, shifted
+        last = shift / 1000 / (1 + (shift - 1) / 1000)
+        even, seen = np.linspace(1, last, steps), [seen[0], *seen[1::2]]
+    share = even / top
+    expected = top * shift * share / (1 + (shift - 1) * share)
+    off = 0.001 if kind != "flow" else 0.0  # the first of 1,000 levels is 0
+    assert seen == pytest.approx(expected - off, abs=6e-4 if off else 1e-5)
+
+
+@pytest.mark.parametrize(("sampler", "kind"), SHIFTED)
+@pytest.mark.parametrize("shift", [0.4, 1.0, 2.5])
+def test_all_the_steps_that_a_shift_allows_are_at_different_levels(sampler, kind, shift):
+    scheduler = build_scheduler(sampler, 1000, kind, timestep_shift=shift)
+    steps = int(
+        scheduler.config.num_train_timesteps * (min(shift, 1 / shift) if kind != "flow" else 1)
+    )
+    set_timesteps(scheduler, steps)
+    levels = scheduler.timesteps[::2] if "Heun" in sampler else scheduler.timesteps
+    assert (levels[1:] < levels[:-1]).all() and levels[-1] >= 0
+    with pytest.raises(UserError, match=f"num_inference_steps={steps + 1} must be from 1 to"):
+        set_timesteps(scheduler, steps + 1)
+
+
+@pytest.mark.parametrize("sampler", EVEN_SAMPLERS)
+def test_a_shift_is_refused_where_diffusers_has_none(sampler):
+    with pytest.raises(UserError, match=f"timestep_shift=2 does not fit {sampler}.* one of DDPM"):
+        build_scheduler(sampler, 1000, "v_prediction", timestep_shift=2)
+
+
+@pytest.mark.parametrize("asked", [("DDIMScheduler", "codes"), (None, "codes", 2.0)])
+def test_a_model_of_codes_has_neither_sampler_nor_shift(asked):
+    assert fitting_sampler(None, "codes") is None
+    with pytest.raises(UserError, match="is of denoising and this model draws codes; leave it out"):
+        fitting_sampler(*asked)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, 101.0, float("nan"), float("inf")])
+def test_a_shift_out_of_range_is_refused(shift):
+    with pytest.raises(UserError, match=f"timestep_shift={shift} must be from 0.01 to 100"):
+        build_scheduler("DDPMScheduler", 1000, "v_prediction", timestep_shift=shift)
+
+
+def test_images_of_one_trajectory_leave_the_scheduler_as_it_was():
+    scheduler = build_scheduler("UniPCMultistepScheduler", 1000, "epsilon")
+    noise = torch.randn(2, 1, 4, 4)
+    first, second = (Trajectory(part, scheduler, 5, []) for part in noise.split(1))
+    while not first.finished:  # in turn, as sequences that began at different times
+        first.step(model(first.x_t, first.t))
+        second.step(model(second.x_t, second.t))
+    together = denoised("UniPCMultistepScheduler", "epsilon", model, noise, 5)
+    torch.testing.assert_close(torch.cat([first.x_t, second.x_t]), together)
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_a_number_of_steps_out_of_range_is_refused(steps):
+    scheduler = build_scheduler("DDIMScheduler", 1000, "epsilon")
+    with pytest.raises(UserError, match=f"num_inference_steps={steps} must be from 1 to 1000"):
+        set_timesteps(scheduler, steps)
+
+
+def test_an_unknown_sampler_is_refused():
+    with pytest.raises(UserError, match="sampler='Euler' is no sampler for .* one of DDPM"):
+        build_scheduler("Euler", 1000, "epsilon")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_a_sampler_that_does_not_fit_the_objective_is_refused(sampler, kind):
+    if (sampler, kind) in PAIRS:
+        assert build_scheduler(sampler, 1000, kind)
+        return
+    with pytest.raises(UserError, match=f"'{sampler}' does not fit a model that predicts '{kind}'"):
+        build_scheduler(sampler, 1000, kind)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_the_default_sampler_fits(kind):
+    assert build_scheduler(None, 1000, kind)

@@ -1,0 +1,218 @@
+"""Images of codes: the grammar, guided logits, and the cache, against full forwards by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from support.tiny import SIZES, TOKENIZER, document
+from tf_lightning.batch import Document
+from tf_lightning.diffusion.guidance import Guidance
+from tf_lightning.errors import UserError
+from tf_lightning.generation.engine import generate
+from tf_lightning.generation.requests import Settings, Speaker, collect
+from tf_lightning.generation.token_sampling import TextSampling, choose
+from tf_lightning.model.attention import DenseAttention
+from tf_lightning.model.transformer import TransformerConfig
+from tf_lightning.model.transfusion import TransfusionModel
+
+BOS, EOS, BOI, EOI, TEXT, CODES, SIDE = 1, 2, 18, 19, 20, 11, 2
+GREEDY, DRAWN = TextSampling(temperature=0.0), TextSampling(temperature=1.0, top_k=6, top_p=0.95)
+
+
+def code_net(**sizes) -> TransfusionModel:
+    """Random weights that never end a text; bigger logits vary more."""
+    torch.manual_seed(0)
+    net = TransfusionModel(
+        TransformerConfig(TEXT, **SIZES | sizes), 1, 1, num_codes=CODES
+    ).requires_grad_(False)
+    net.transformer.output.weight *= 20
+    net.transformer.output.weight[[EOS, BOI]] = 0
+    return net
+
+
+def picture(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(CODES, (1, SIDE, SIDE), generator=generator)
+
+
+PROMPTS = [
+    document("3", 1),
+    [picture(2)],
+    [*document("2", 3), picture(4), *document("1", 5), picture(6)],
+    [],
+]
+NAMES = ["text", "image", "mixed", "nothing"]
+GUIDANCES = {
+    "none": Guidance(),
+    "guided": Guidance(3.0),
+    "editing": Guidance(2.0, image_scale=1.5),
+}
+
+
+def ids_of(parts: Document) -> list[int]:
+    """<bos> and the parts, laid out by hand."""
+    ids = [BOS]
+    for part in parts:
+        own = part.flatten().tolist()
+        ids += own if part.ndim == 1 else [BOI, *(TEXT + code for code in own), EOI]
+    return ids
+
+
+def logits_by_hand(net: TransfusionModel, ids: list[int]) -> Tensor:
+    """What follows the ids, by a full causal forward."""
+    layout = SimpleNamespace(
+        document_ids=torch.zeros(1, len(ids), dtype=torch.long),
+        image_ids=torch.full((1, len(ids)), -1),
+        copied=torch.empty(0),
+    )
+    x = net.transformer.tok_embeddings(torch.tensor([ids]))
+    positions = torch.arange(len(ids)).unsqueeze(0)
+    hidden = net.transformer(x, positions, DenseAttention(layout, True))
+    return net.transformer.output(hidden[0, -1])
+
+
+def image_by_hand(
+    net: TransfusionModel, prompt: Document, generator: torch.Generator, how: Settings
+) -> Tensor:
+    """N codes behind <boi>, every branch a full forward, guidance by its formula."""
+    scale, image_scale = how.guidance.scale, how.guidance.image_scale
+    images, codes = [part for part in prompt if part.ndim == 3], []
+    for _ in range(SIDE**2):
+        behind = [BOI, *(TEXT + code for code in codes)]
+        read = lambda parts: logits_by_hand(net, ids_of(parts) + behind)[TEXT:]  # noqa: B023, E731
+        cond, uncond = read(prompt), read([])
+        if image_scale is not None:
+            seen = read(images)
+            guided = uncond + image_scale * (seen - uncond) + scale * (cond - seen)
+        else:
+            guided = (1 - scale) * uncond + scale * cond
+        codes += choose(guided.unsqueeze(0), how.codes, [generator])
+    return torch.tensor(codes).view(1, SIDE, SIDE)
+
+
+def text_logits_by_hand(net: TransfusionModel, ids: list[int]) -> Tensor:
+    logits = logits_by_hand(net, ids)[:TEXT]
+    logits[EOI] = -torch.inf
+    return logits
+
+
+def settings(answer: str, guidance: Guidance = GUIDANCES["none"], **options) -> Settings:
+    text = TextSampling(**{"max_new_tokens": 6} | options.pop("text", {}))
+    options = {"num_inference_steps": SIDE**2, "codes": DRAWN} | options
+    return Settings(answer, text, guidance, **options)
+
+
+def answer(
+    net: TransfusionModel, prompts: list[Document], how: Settings, **options
+) -> list[Document]:
+    seeds = options.pop("seeds", range(1, len(prompts) + 1))
+    speaker = Speaker(net, TOKENIZER, 1, (1, SIDE, SIDE))
+    events = generate(speaker, prompts, list(seeds), how, **options)
+    return collect(events, len(prompts))
+
+
+def same(given: Document, other: Document) -> bool:
+    return len(given) == len(other) and all(map(torch.equal, given, other))
+
+
+@pytest.mark.parametrize("codes", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+def test_an_image_is_what_full_forwards_by_hand_draw(guidance, codes):
+    net, how = code_net(), settings("image", guidance, codes=codes)
+    drawn = [image for (image,) in answer(net, PROMPTS, how)]
+    for number, (prompt, image) in enumerate(zip(PROMPTS, drawn, strict=True), 1):
+        expected = image_by_hand(net, prompt, torch.Generator().manual_seed(number), how)
+        assert torch.equal(image, expected)
+    assert len({tuple(image.flatten().tolist()) for image in drawn}) > 1
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=NAMES)
+def test_a_caption_is_the_chain_of_likeliest_text_behind_codes(prompt):
+    net, ids = code_net(), ids_of(prompt)
+    chain = []
+    for _ in range(6):
+        chain.append(text_logits_by_hand(net, ids + chain).argmax().item())
+    ((text,),) = answer(net, [prompt], settings("text"))
+    assert text.tolist() == chain
+
+
+def talkative_net() -> TransfusionModel:
+    """A net that writes, draws, writes again, and would draw once more."""
+    net, chain = code_net(), []
+    while len(chain) < 3:
+        logits = text_logits_by_hand(net, ids_of([*PROMPTS[0], torch.tensor(chain).long()]))
+        chain.append(logits.argmax().item())
+    net.transformer.output.weight[BOI] = 1.01 * net.transformer.output.weight[chain[-1]]
+    return net
+
+
+def answered_by_hand(net: TransfusionModel, prompt: Document, seed: int, how: Settings) -> Document:
+    """Text until <boi>, an image, text again, all by full forwards."""
+    generator, count, given = torch.Generator().manual_seed(seed), 0, []
+    while count < how.text.max_new_tokens:
+        token = text_logits_by_hand(net, ids_of([*prompt, *given])).argmax().item()
+        images = sum(part.ndim == 3 for part in given)
+        if token == BOI and images < how.max_images:
+            given.append(image_by_hand(net, [*prompt, *given], generator, how))
+        elif token in (BOI, EOS):
+            break
+        else:
+            before = [given.pop()] if given and given[-1].ndim == 1 else []
+            given.append(torch.cat([*before, torch.tensor([token])]))
+            count += 1
+    return given
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+def test_text_and_images_in_turn_are_those_of_full_forwards(guidance):
+    net = talkative_net()
+    how = settings("any", guidance, max_images=2, text={"max_new_tokens": 10})
+    given = answer(net, PROMPTS, how)
+    for number, (prompt, parts) in enumerate(zip(PROMPTS, given, strict=True), 1):
+        assert same(parts, answered_by_hand(net, prompt, number, how))
+    kinds = {"".join("ti"[part.ndim == 3] for part in parts) for parts in given}
+    assert any("ti" in kind for kind in kinds)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_sequences_in_any_phase_advance_together_as_if_alone(batch_size):
+    net, prompts = talkative_net(), PROMPTS * 2
+    how = settings("any", Guidance(2.0), max_images=2)
+    enough = answer(net, prompts, how)
+    waiting = answer(net, prompts, how, batch_size=batch_size)
+    alone = [answer(net, [p], how, seeds=[n])[0] for n, p in enumerate(prompts, 1)]
+    assert all(map(same, waiting, enough)) and all(map(same, alone, enough))
+
+
+def test_every_image_is_complete_whatever_the_network_wants():
+    """Its weights want <eoi>, <eos> and words inside, and codes and <eoi> outside."""
+    net = code_net()
+    rows = net.transformer.output.weight
+    rows[[EOI, EOS]] = 9 * rows[TEXT:].abs().max()
+    drawn = answer(net, [document("2", n) for n in range(50)], settings("image", Guidance(3.0)))
+    for (image,) in drawn:
+        assert image.shape == (1, SIDE, SIDE) and 0 <= image.min() <= image.max() < CODES
+    rows[TEXT:] *= 50
+    for parts in answer(net, PROMPTS, settings("text", text={"temperature": 2.0})):
+        for part in parts:
+            assert part.ndim == 1 and part.max() < EOI
+
+
+def test_conditional_and_unconditional_are_one_forward_and_nothing_is_read_twice(monkeypatch):
+    net, shapes, read = code_net(), [], TransfusionModel.next_logits
+    monkeypatch.setattr(
+        TransfusionModel,
+        "next_logits",
+        lambda self, ids, *a: (shapes.append(ids.shape), read(self, ids, *a))[1],
+    )
+    answer(net, PROMPTS, settings("image", Guidance(3.0)))
+    assert shapes == [(8, 1)] * SIDE**2  # <boi>, then all codes but the last
+
+
+def test_a_network_that_diverged_is_told():
+    net = code_net()
+    net.transformer.norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match="for a picture's code is not a number"):
+        answer(net, PROMPTS[:1], settings("image"))

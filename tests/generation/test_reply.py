@@ -1,0 +1,46 @@
+"""Events become documents, and answers become lists of pictures and words."""
+
+import torch
+from PIL import Image
+
+from support.tiny import LATENT_SHAPE
+from tf_lightning.generation.requests import Answers, Branch, Reply, by_kind, collect, to_document
+
+
+def test_tokens_in_a_row_are_one_text_and_images_stand_apart():
+    first, second = torch.randn(2, *LATENT_SHAPE)
+    document = to_document([3, 4, first, second, 5])
+    assert [part.tolist() for part in (document[0], document[3])] == [[3, 4], [5]]
+    assert torch.equal(document[1], first) and torch.equal(document[2], second)
+    assert to_document([]) == []
+
+
+def test_events_of_several_prompts_are_sorted_apart():
+    events = [(1, 7), (0, 3), (1, 8), (0, None), (1, None)]
+    documents = collect(iter(events), 3)
+    assert [[part.tolist() for part in d] for d in documents] == [[[3]], [[7, 8]], []]
+
+
+def test_images_of_an_answer_can_be_trained_on():
+    with torch.inference_mode():
+        image = torch.randn(LATENT_SHAPE)
+    (kept,) = to_document([image])
+    weight = torch.ones(1, requires_grad=True)
+    (weight * kept).sum().backward()
+    torch.testing.assert_close(weight.grad, image.sum().view(1))
+
+
+def test_branches_of_a_kind_stand_together():
+    generator = torch.Generator()
+    replies = [
+        Reply(n, [Branch(n, True, True), Branch(n + 2, False, False)], generator, 1)
+        for n in range(2)
+    ]
+    assert [branch.row for branch in by_kind(replies)] == [0, 1, 2, 3]
+
+
+def test_answers_tell_their_pictures_and_their_words():
+    picture = Image.new("RGB", (4, 4))
+    answers = Answers([["a", picture, "b"], [picture], ["c"]], [0, 1, 2])
+    assert answers.images == [picture, picture]
+    assert answers.texts == ["a b", "", "c"]

@@ -1,0 +1,258 @@
+"""Hugging Face's Llamas become ours by renaming: same logits, and clear words when not."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from support.language_models import LLAMA3_ROPE, edit_json, tiny
+from tf_lightning.batch import Batch
+from tf_lightning.errors import UserError
+from tf_lightning.interop.llama import (
+    grow,
+    hf_state_dict,
+    llama_state_dict,
+    load_llama,
+    open_language_model,
+)
+from tf_lightning.model.attention import DocumentAttention
+from tf_lightning.model.transformer import Transformer, TransformerConfig
+
+
+def our_logits(transformer: Transformer, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (B, T, V) of one document a row."""
+    rows, length = ids.shape
+    empty = torch.empty(0)
+    batch = Batch(
+        input_ids=ids,
+        labels=ids,
+        positions=torch.arange(length).expand(rows, length),
+        document_ids=torch.zeros_like(ids),
+        image_ids=torch.full_like(ids, -1),
+        **dict.fromkeys(
+            (
+                "patch_index",
+                "text_index",
+                "target_index",
+                "code_index",
+                "latents",
+                "noise",
+                "t",
+                "copied",
+                "source_ids",
+                "row_tokens",
+            ),
+            empty,
+        ),
+    )
+    x = transformer.tok_embeddings(ids)
+    return transformer.output(transformer(x, batch.positions, DocumentAttention(batch)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("Llama", {"num_key_value_heads": 4}),
+        ("Llama", {}),
+        ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+        ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}),
+        ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+        ("Mistral", {"sliding_window": 16}),
+        ("Mistral", {"sliding_window": None}),
+        ("Qwen2", {}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+    ],
+)
+def test_a_loaded_model_gives_hugging_faces_logits(tmp_path, kind, sizes):
+    theirs = tiny(kind, **sizes)
+    theirs.save_pretrained(tmp_path)
+    config, state_dict = load_llama(tmp_path)
+    transformer = Transformer(config).requires_grad_(False)
+    transformer.load_state_dict(state_dict)
+    ids = torch.randint(50, (2, 16))
+    logits = theirs(ids).logits
+    assert logits.std() > 1  # so that 1e-5 says something
+    torch.testing.assert_close(our_logits(transformer, ids), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_longer_document_than_the_window_is_another_function():
+    theirs = tiny("Mistral", sliding_window=4)
+    ids = torch.randint(50, (1, 9))
+    wide = tiny("Mistral", sliding_window=9)(ids).logits
+    narrow = theirs(ids).logits
+    torch.testing.assert_close(narrow[:, :4], wide[:, :4], atol=1e-5, rtol=1e-5)
+    assert (narrow - wide).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "window"),
+    [
+        ("Mistral", {"sliding_window": 16}, 16),
+        ("Mistral", {"sliding_window": None}, None),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 8}, 8),
+        ("Qwen2", {"sliding_window": 8}, None),
+        ("Llama", {}, None),
+    ],
+)
+def test_a_window_is_found_in_the_config(tmp_path, kind, sizes, window):
+    tiny(kind, **sizes).save_pretrained(tmp_path)
+    assert open_language_model(tmp_path).window == window
+
+
+def test_a_sharded_llama_loads_like_a_single_file(tmp_path):
+    llama = tiny()
+    llama.save_pretrained(tmp_path / "one")
+    llama.save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = load_llama(tmp_path / "one"), load_llama(tmp_path / "many")
+    assert one[0] == many[0]
+    assert one[1].keys() == many[1].keys()
+    assert all(torch.equal(weight, many[1][name]) for name, weight in one[1].items())
+
+
+def test_weights_are_renamed_and_nothing_else():
+    names = {
+        "model.layers.0.self_attn.q_proj.weight": "layers.0.attention.wq.weight",
+        "model.layers.11.mlp.down_proj.weight": "layers.11.feed_forward.w2.weight",
+        "model.layers.3.post_attention_layernorm.weight": "layers.3.ffn_norm.weight",
+        "model.embed_tokens.weight": "tok_embeddings.weight",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    weights = {name: torch.randn(2) for name in names}
+    constant = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.randn(2)}
+    renamed = llama_state_dict(weights | constant)
+    assert {ours: weights[theirs] for theirs, ours in names.items()} == renamed
+    assert hf_state_dict(renamed) == weights
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "gemma"}, "model_type='gemma' but only 'llama', 'mistral', 'qwen2' are"),
+        ({"attention_bias": True}, "attention_bias=True but only False is supported"),
+        ({"head_dim": 16}, "head_dim=16 but only 8 is supported"),
+        (
+            {"rope_parameters": {"rope_type": "llama3"}},
+            "rope_scaling lacks factor, low_freq_factor",
+        ),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type='linear'"),
+        ({"hidden_size": None}, "config.json lacks hidden_size"),
+    ],
+)
+def test_a_network_that_is_no_plain_llama_is_refused(tmp_path, change, message):
+    tiny().save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", change)
+    with pytest.raises(UserError, match=message):
+        load_llama(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3}, "holds 21 of the 30 tensors .*: missing 9 .layers.2.attention"),
+        ({"num_hidden_layers": 1}, "unexpected 9 .layers.1.attention.wk.weight, .*, ..."),
+        ({"intermediate_size": 64}, "of another shape 6 .layers.0.feed_forward.w1.weight"),
+        ({"model_type": "qwen2"}, "missing 6 .layers.0.attention.wk.bias, "),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path, change, message):
+    tiny().save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", change)
+    with pytest.raises(UserError, match=message):
+        open_language_model(tmp_path)
+
+
+def test_a_missing_shard_is_named_before_any_weight_is_read(tmp_path, monkeypatch):
+    tiny().save_pretrained(tmp_path, max_shard_size="10KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    monkeypatch.setattr("tf_lightning.interop.hub.load_file", None)
+    with pytest.raises(UserError, match=f"{shard.name} cannot be read"):
+        open_language_model(tmp_path)
+
+
+def test_a_shard_that_lacks_what_its_index_names_is_refused(tmp_path):
+    tiny().save_pretrained(tmp_path, max_shard_size="10KB")
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(UserError, match=f"{second.name} lacks .* tensors that its index names"):
+        open_language_model(tmp_path)
+
+
+def test_new_rows_are_the_mean_of_the_others():
+    weight = torch.randn(5, 3)
+    grown = grow(weight, 7)
+    assert torch.equal(grown[:5], weight)
+    torch.testing.assert_close(grown[5:], weight.mean(0).expand(2, 3))
+
+
+def test_a_name_on_the_hub_is_one_sentence_offline_and_its_copy_here_is_found(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="no folder owner/tiny, and the hub gives no model"):
+        open_language_model("owner/tiny")
+    copy = tmp_path / "models--owner--tiny"
+    tiny().save_pretrained(copy / "snapshots" / "abc")
+    (copy / "refs").mkdir()
+    (copy / "refs" / "main").write_text("abc")
+    assert open_language_model("owner/tiny").config.dim == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 64, "num_layers": 4}, r"dim=32 \(not 64\), num_layers=2 \(not 4\); give --model"),
+        ({"vocab_size": 51}, r"vocab_size=52 \(not 51\)"),
+        ({"pretrained_vocab_size": None}, r"pretrained_vocab_size=50 \(not None\)"),
+        ({"num_kv_heads": None}, r"num_kv_heads=2 \(not 4\)"),
+        ({"qk_norm": True}, "no qk_norm"),
+        ({"qk_norm": "layer"}, "no qk_norm"),
+    ],
+)
+def test_each_size_that_differs_is_named(tmp_path, change, message):
+    tiny().save_pretrained(tmp_path)
+    model = open_language_model(tmp_path)
+    model.check(model.grown)
+    model.check(TransformerConfig(**asdict(model.grown) | {"modality_weights": "all"}))
+    with pytest.raises(UserError, match=message):
+        model.check(TransformerConfig(**asdict(model.grown) | change))
+
+
+def test_rows_longer_than_the_window_are_refused(tmp_path):
+    tiny("Mistral", sliding_window=16).save_pretrained(tmp_path)
+    model = open_language_model(tmp_path)
+    model.check(model.grown, row_length=16)
+    with pytest.raises(UserError, match="rows of 17 tokens are longer than the 16 that"):
+        model.check(model.grown, row_length=17)
+
+
+def test_configs_of_before_transformers_5_are_read(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["rope_parameters"]
+    file.write_text(json.dumps(config | {"rope_theta": 123.0, "rope_scaling": None}))
+    assert load_llama(tmp_path)[0].rope_theta == 123.0
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere/config.json cannot be read"):
+        load_llama(tmp_path / "nowhere")
+
+
+def test_missing_weights_are_named(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors cannot be read"):
+        load_llama(tmp_path)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="download it again"):
+        load_llama(tmp_path)

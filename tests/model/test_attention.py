@@ -1,0 +1,146 @@
+"""The mask rule against its definition, and every form of attention against the dense one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from support.tiny import document, layout, packed, random_rows, tiny_net
+from tf_lightning.model import attention
+from tf_lightning.model.attention import (
+    DenseAttention,
+    DocumentAttention,
+    FlexAttention,
+    build_attention,
+    dense_mask,
+)
+from tf_lightning.model.transformer import Transformer
+
+VARIANTS = pytest.mark.parametrize(
+    "causal, copies, sizes",
+    [
+        (False, False, {"num_kv_heads": None}),
+        (False, False, {"num_kv_heads": 2}),
+        (False, False, {"num_kv_heads": 1, "qk_norm": True}),
+        (True, False, {"num_kv_heads": 2}),
+        (False, True, {"num_kv_heads": 2}),
+        (True, True, {"num_kv_heads": 2}),
+    ],
+)
+
+
+def ragged_batch(copies: bool = False) -> SimpleNamespace:
+    """Documents of equal and unequal length, with and without images, of one position; padding."""
+    batch = packed(
+        [
+            [document("9"), document("3i"), document("i2"), document("3i", 1), document("")],
+            [document("5"), document("0ii1"), document("5", 2)],
+            [],
+        ],
+        row_length=64,
+        clean_copies=copies,
+    )
+    batch.document_ids[1, -9:-7] = torch.tensor([7, 8])  # two documents of one position
+    return batch
+
+
+def run(
+    transformer: Transformer, batch, attend, weights: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Outputs at real positions, and gradients of their weighted sum."""
+    transformer.requires_grad_(True).zero_grad()
+    x = transformer.tok_embeddings(batch.input_ids) + weights
+    out = transformer(x, batch.positions, attend)[batch.document_ids >= 0]
+    (out * weights[batch.document_ids >= 0]).sum().backward()
+    grads = {name: p.grad for name, p in transformer.named_parameters() if p.grad is not None}
+    return out.detach(), grads
+
+
+@given(rows=random_rows(), causal=st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_the_mask_is_the_rule_applied_to_every_pair(rows, causal):
+    length = 1 + max(len(layout(row)) for row in rows)
+    batch = packed(rows, row_length=length)
+    mask = dense_mask(batch.document_ids, batch.image_ids, causal)
+    for b, row in enumerate(rows):
+        places = layout(row)
+        expected = torch.zeros(length, length, dtype=torch.bool)
+        for q, (query_document, query_image) in enumerate(places):
+            for k, (key_document, key_image) in enumerate(places):
+                same_image = query_image is not None and query_image == key_image
+                seen = k <= q or (same_image and not causal)
+                expected[q, k] = query_document == key_document and seen
+        real = len(places)
+        assert torch.equal(mask[b, :real], expected[:real])
+        assert not mask[b, real:, :real].any()
+
+
+@VARIANTS
+def test_attention_by_document_equals_dense_attention(causal, copies, sizes):
+    batch = ragged_batch(copies)
+    transformer = tiny_net(**sizes).transformer
+    weights = torch.randn(*batch.input_ids.shape, 32)
+    dense, dense_grads = run(transformer, batch, DenseAttention(batch, causal), weights)
+    ours, our_grads = run(transformer, batch, DocumentAttention(batch, causal), weights)
+    torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
+    assert dense_grads.keys() == our_grads.keys() and "layers.0.attention.wk.weight" in our_grads
+    for name, grad in dense_grads.items():
+        torch.testing.assert_close(our_grads[name], grad, atol=1e-4, rtol=1e-4)
+
+
+@given(rows=random_rows(), causal=st.booleans(), copies=st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_attention_by_document_equals_dense_attention_on_any_rows(rows, causal, copies):
+    rows = [*rows, [document("1")]]
+    batch = packed(rows, row_length=130, clean_copies=copies)
+    q, k, v = torch.randn(3, *batch.input_ids.shape, 2, 4)
+    dense = DenseAttention(batch, causal)(q, k, v)
+    attend = DocumentAttention(batch, causal)
+    ours = attend.leave(attend(attend.enter(q), attend.enter(k), attend.enter(v)))
+    real = batch.document_ids >= 0
+    torch.testing.assert_close(ours[real], dense[real], atol=1e-5, rtol=1e-5)
+    assert (ours[~real] == 0).all()
+
+
+def test_attention_by_document_computes_no_padding():
+    batch = ragged_batch()
+    attend = DocumentAttention(batch)
+    entered = attend.enter(torch.ones(*batch.input_ids.shape, 1))
+    assert len(entered) == (batch.document_ids >= 0).sum()
+    assert sum(attend.tokens) == len(entered)
+
+
+def test_the_cpu_gets_attention_by_document():
+    assert isinstance(build_attention(ragged_batch()), DocumentAttention)
+
+
+@VARIANTS
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_equals_dense_attention_forward(monkeypatch, causal, copies, sizes):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention, "_compiled_flex", flex_attention)  # compiling takes 20 s
+    batch, transformer = ragged_batch(copies), tiny_net(**sizes).transformer
+    x = torch.randn(*batch.input_ids.shape, 32)
+    with torch.no_grad():
+        flex = transformer(x, batch.positions, FlexAttention(batch, causal))
+        dense = transformer(x, batch.positions, DenseAttention(batch, causal))
+    real = batch.document_ids >= 0
+    torch.testing.assert_close(flex[real], dense[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@VARIANTS
+def test_compiled_flex_attention_equals_dense_attention_with_gradients(causal, copies, sizes):
+    batch = ragged_batch(copies).to("cuda")
+    transformer = tiny_net(num_heads=2, **(sizes | {"num_kv_heads": 1})).transformer.cuda()
+    weights = torch.randn(*batch.input_ids.shape, 32, device="cuda")
+    assert isinstance(build_attention(batch), FlexAttention)
+    dense, dense_grads = run(transformer, batch, DenseAttention(batch, causal), weights)
+    ours, our_grads = run(transformer, batch, FlexAttention(batch, causal), weights)
+    torch.testing.assert_close(ours, dense, atol=1e-3, rtol=1e-3)
+    for name, grad in dense_grads.items():
+        torch.testing.assert_close(our_grads[name], grad, atol=1e-2, rtol=1e-2)

@@ -1,0 +1,275 @@
+"""Other ways to tell the linear coder noise level and place, against the papers' own formulas."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from support.by_hand import KIND, STEPS, settings, speaker
+from support.tiny import LATENT_SHAPE, PATCH_SIZE, SIZES, TOKENIZER, VOCAB_SIZE, document
+from tf_lightning.batch import document_length, pack
+from tf_lightning.diffusion.guidance import Guidance
+from tf_lightning.diffusion.sampler import build_scheduler
+from tf_lightning.errors import UserError
+from tf_lightning.generation.engine import generate
+from tf_lightning.generation.requests import Settings, collect
+from tf_lightning.model.attention import DenseAttention, DocumentAttention
+from tf_lightning.model.patches import (
+    AdaptiveNorm,
+    LinearConfig,
+    LinearPatchCoder,
+    check,
+    patchify,
+    sincos_place,
+    timestep_embedding,
+)
+from tf_lightning.model.transformer import TransformerConfig
+from tf_lightning.model.transfusion import TransfusionModel
+from tf_lightning.model.unet import UNetConfig
+from tf_lightning.training.module import Transfusion
+
+TIMES = pytest.mark.parametrize("time", ["added", "token", "adaln"])
+PLACES = pytest.mark.parametrize("place", ["learned", "sincos"])
+
+
+def made_net(learned_sigma: bool = False, **linear) -> TransfusionModel:
+    """With PyTorch's own random weights, so that nothing is zero."""
+    torch.manual_seed(0)
+    config = TransformerConfig(VOCAB_SIZE, 32, 2, 4, 2, ffn_dim=48)
+    net = TransfusionModel(
+        config, PATCH_SIZE, 3, learned_sigma=learned_sigma, linear=LinearConfig(**linear)
+    )
+    return net.requires_grad_(False)
+
+
+def coder(**linear) -> LinearPatchCoder:
+    torch.manual_seed(0)
+    return LinearPatchCoder(3, 2, 32, config=LinearConfig(**linear)).requires_grad_(False)
+
+
+def packed(parts, net: TransfusionModel):
+    length = document_length(parts, PATCH_SIZE, net.time_token)
+    return pack([[parts]], [0], tokenizer=TOKENIZER, row_length=length, patch_size=PATCH_SIZE,
+                time_token=net.time_token)  # fmt: skip
+
+
+# Formulas
+
+
+@pytest.mark.parametrize("grid, dim", [((4, 4), 32), ((2, 3), 8)])
+def test_sinusoidal_places_are_those_of_masked_autoencoders(grid, dim):
+    """MAE's formula: columns in the first half, rows in the second, sines before cosines."""
+
+    def one(positions: np.ndarray) -> np.ndarray:
+        omega = 1 / 10_000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+        out = np.einsum("m,d->md", positions, omega)
+        return np.concatenate([np.sin(out), np.cos(out)], axis=1)
+
+    columns, rows = np.meshgrid(np.arange(grid[1]), np.arange(grid[0]))
+    expected = np.concatenate([one(columns.reshape(-1)), one(rows.reshape(-1))], axis=1)
+    np.testing.assert_allclose(sincos_place(*grid, dim).numpy(), expected, atol=1e-6)
+
+
+def test_sinusoidal_places_are_diffusers():
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    expected = get_2d_sincos_pos_embed(64, 8, base_size=8, output_type="pt").float()
+    torch.testing.assert_close(sincos_place(8, 8, 64), expected, atol=1e-5, rtol=0)
+
+
+def test_the_adaptive_norm_is_dits_final_layer():
+    torch.manual_seed(0)
+    norm = AdaptiveNorm(16).requires_grad_(False)
+    x, time = torch.randn(2, 5, 16), torch.randn(2, 16)
+    weight, bias = norm.modulation[1].weight, norm.modulation[1].bias
+    shift, scale = (F.silu(time) @ weight.T + bias).split(16, dim=1)
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    for image in range(2):
+        expected = normed[image] * (1 + scale[image]) + shift[image]
+        torch.testing.assert_close(norm(x, time)[image], expected, atol=1e-5, rtol=1e-5)
+
+
+@PLACES
+def test_each_conditioning_is_the_one_it_says(place):
+    latents, t = torch.randn(2, 3, 4, 6), torch.tensor([0.1, 0.7])
+    for time in ("added", "token", "adaln"):
+        made = coder(time=time, place=place)
+        if place == "sincos":
+            where = sincos_place(2, 3, 32)
+        else:
+            where = made.row_embedding.weight[:2].repeat_interleave(3, 0)
+            where = where + made.column_embedding.weight[:3].repeat(2, 1)
+        patches = made.patch_encoder(patchify(latents, 2)) + where
+        embedded = made.time_embedder(timestep_embedding(t))
+        encoded, skips = made.encode(latents, t)
+        expected = {
+            "added": lambda p=patches, e=embedded: p + e[:, None],
+            "token": lambda p=patches, e=embedded: torch.cat([e[:, None], p], 1),
+            "adaln": lambda p=patches, e=embedded, m=made: m.input_norm(p, e),
+        }[time]()
+        torch.testing.assert_close(encoded, expected)
+        output = made.decode(encoded, (4, 6), skips)
+        assert output.shape == latents.shape
+        if time == "token":  # what comes out at the token's place is nobody's
+            encoded[:, 0] = 7
+            assert torch.equal(made.decode(encoded, (4, 6), skips), output)
+
+
+def test_adaln_with_zero_weights_is_no_conditioning():
+    """The output is then that of plain layer norms, and no noise level changes it."""
+    net = made_net(time="adaln")
+    for norm in (net.patch_coder.input_norm, net.patch_coder.output_norm):
+        norm.modulation[1].weight.zero_()
+        norm.modulation[1].bias.zero_()
+    batch = packed(document("2i1"), net)
+    attend = DocumentAttention(batch)
+    low, high = (net(batch, batch.latents, torch.tensor([t]), attend) for t in (0.0, 0.9))
+    assert torch.equal(low[0], high[0]) and torch.equal(low[1], high[1])
+
+    made = net.patch_coder
+    plain, skips = made.encode(batch.latents, torch.tensor([0.9]))
+    content = made.patch_encoder(patchify(batch.latents, 2)) + made._place(batch.latents)
+    torch.testing.assert_close(plain, F.layer_norm(content, (32,), eps=1e-6))
+    hidden = torch.randn(1, 4, 32)
+    expected = made.patch_decoder(F.layer_norm(hidden, (32,), eps=1e-6))
+    torch.testing.assert_close(patchify(made.decode(hidden, (4, 4), skips), 2), expected)
+
+
+@TIMES
+def test_the_noise_level_changes_the_image_and_what_reads_it_and_no_text_before(time):
+    net = made_net(time=time)
+    batch = packed(document("3i2"), net)
+    at = torch.arange(batch.input_ids.numel())
+    batch.target_index = at
+    low, high = (
+        net(batch, batch.latents, torch.tensor([t]), DenseAttention(batch)) for t in (0.0, 0.9)
+    )
+    first = batch.image_ids[0].tolist().index(0)
+    assert torch.equal(low[0][:first], high[0][:first])
+    assert ((low[0] - high[0])[-3:].abs().amax(1) > 1e-4).all()
+    assert not torch.isclose(low[1], high[1], atol=1e-4).all()
+
+
+# Starting values
+
+
+@TIMES
+@PLACES
+@pytest.mark.parametrize("zero_init", ["output", "input"])
+def test_one_end_of_the_image_side_is_silent_at_the_start(time, place, zero_init):
+    made = coder(time=time, place=place, zero_init=zero_init)
+    for parameter in made.parameters():
+        parameter.fill_(float("nan"))
+    made.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in made.parameters())
+    latents, other = torch.randn(2, 1, 3, 4, 4).unbind(0)
+    (one, skips), (two, _) = (
+        made.encode(latents, torch.tensor([0.1])),
+        made.encode(other, torch.tensor([0.9])),
+    )
+    hidden = torch.randn(1, 4 + made.config.time.count("token"), 32)
+    output = made.decode(hidden, (4, 4), skips)
+    assert torch.equal(one, two) == (zero_init == "input")
+    assert output.any() == (zero_init == "input")
+
+
+@TIMES
+def test_a_silent_input_learns(time):
+    """No gradient of the parts that are zero is zero: nothing stays silent."""
+    torch.manual_seed(0)
+    config = TransformerConfig(VOCAB_SIZE, 32, 2, 4, 2, ffn_dim=48)
+    linear = LinearConfig(time=time, place="sincos", zero_init="input")
+    net = TransfusionModel(config, PATCH_SIZE, 3, linear=linear, learned_sigma=True)
+    net.reset_parameters()
+    batch = packed(document("2i1"), net)
+    net(batch, batch.latents, batch.t, DocumentAttention(batch))[1].square().sum().backward()
+    coder = net.patch_coder
+    assert coder.patch_encoder.weight.grad.any() and coder.time_embedder[2].weight.grad.any()
+
+
+# Generation
+
+
+def draw(net: TransfusionModel, parts, how: Settings) -> torch.Tensor:
+    (answer,) = collect(generate(speaker(net), [parts], [7], how), 1)
+    return answer[0]
+
+
+@TIMES
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_an_image_from_the_cache_is_that_of_full_forwards(time, scale):
+    """Behind a clean image of the prompt, which is at t = 0."""
+    net, prompt = made_net(time=time, place="sincos", learned_sigma=True), document("2i1", 3)
+    drawn = draw(net, prompt, settings("image", guidance=Guidance(scale)))
+    scheduler = build_scheduler("DDIMScheduler", 1000, KIND)
+    scheduler.set_timesteps(STEPS)
+    x_t = torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(7))
+    for timestep in scheduler.timesteps:
+        outputs = []
+        for parts in ([*prompt, x_t], [x_t]):
+            batch = packed(parts, net)
+            t = torch.zeros(batch.num_images)
+            t[-1] = timestep.item() / 1000
+            outputs.append(net(batch, batch.latents, t, DenseAttention(batch))[1][-1, :3])
+        output = outputs[1] + scale * (outputs[0] - outputs[1])
+        x_t = scheduler.step(output, timestep, x_t).prev_sample
+    torch.testing.assert_close(drawn, x_t, atol=1e-3, rtol=1e-3)
+
+
+class Chooser:
+    """The vocabulary head with <boi> first, then never again, so that text follows an image."""
+
+    def __init__(self, head: torch.nn.Linear):
+        self.head, self.seen = head, []
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.head(hidden)
+        self.seen.append(logits.flatten())
+        chosen = logits.clone()
+        chosen[..., [TOKENIZER.boi_id, TOKENIZER.eos_id]] = -1e4
+        chosen[..., TOKENIZER.boi_id] *= -1 if len(self.seen) == 1 else 1
+        return chosen
+
+
+@TIMES
+def test_text_behind_a_drawn_image_reads_it_clean(time):
+    """The logits behind it are those of a full forward with it at t = 0, and at no other t."""
+    net, prompt = made_net(time=time), document("3", 1)
+    net.patch_coder.time_embedder[2].weight *= 10  # so that t is heard
+    head = net.transformer.output
+    chooser = net.transformer._modules["output"] = Chooser(head)
+    how = settings("any", text={"max_new_tokens": 2})
+    (answer,) = collect(generate(speaker(net), [prompt], [7], how), 1)
+    image, text = answer
+    net.transformer._modules["output"] = head
+    batch = packed([*prompt, image, text], net)
+    batch.target_index = torch.tensor([len(batch.input_ids[0]) - 4, len(batch.input_ids[0]) - 3])
+    clean, noised = (
+        net(batch, batch.latents, torch.tensor([t]), DenseAttention(batch))[0] for t in (0.0, 0.5)
+    )
+    _, _, *seen = chooser.seen  # behind the prompt and <boi>; then behind <eoi> and a token
+    torch.testing.assert_close(torch.stack(seen), clean, atol=1e-5, rtol=1e-4)
+    assert (noised - clean).abs().max() > 1e-2
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "linear, words",
+    [
+        ({"time": "film"}, "linear.time='film' must be one of added, token, adaln"),
+        ({"place": "rope"}, "linear.place='rope' must be one of learned, sincos"),
+        ({"zero_init": "all"}, "linear.zero_init='all' must be one of output, input"),
+        ({"place": "sincos"}, "needs a width that 4 divides and transformer.dim=30 is none"),
+    ],
+)
+def test_what_there_is_not_is_refused(linear, words):
+    with pytest.raises(UserError, match=words):
+        check(LinearConfig(**linear), 30)
+
+
+def test_a_unet_has_ways_of_its_own():
+    config = TransformerConfig(VOCAB_SIZE, **SIZES)
+    with pytest.raises(UserError, match="unet and linear are both given"):
+        Transfusion(config, unet=UNetConfig((8, 16), 1, 8), linear=LinearConfig())

@@ -1,0 +1,190 @@
+"""The oracle reads true pictures right and passes nothing that is not one."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from support.shape_pictures import pictures
+from tf_lightning.autoencoder.frozen import load_autoencoder
+from tf_lightning.shapes.oracle import Reading, carried_out, read
+from tf_lightning.shapes.world import (
+    BACKGROUND,
+    COLOURS,
+    SHAPES,
+    Meaning,
+    Object,
+    Scene,
+    coverage,
+    render,
+    scene,
+)
+
+BLANK = np.full((64, 64, 3), BACKGROUND, np.uint8)
+RED_ABOVE_BLUE = Scene((Object("circle", "red", 30, 14, 10), Object("square", "blue", 34, 46, 9)))
+
+
+def paint(image: np.ndarray, covered: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    blended = image + covered[..., None] * (np.float32(colour) - image)
+    return np.rint(blended).astype(np.uint8)
+
+
+def test_2000_true_pictures_are_read_right():
+    scenes = [scene(7, index, split=split) for index in range(1000) for split in ("train", "val")]
+    right = [read(render(s)).meaning == s.meaning for s in scenes]
+    assert np.mean(right) >= 0.999
+
+
+def test_places_and_sizes_are_read_to_a_fraction_of_a_pixel():
+    for index in range(100):
+        true = scene(8, index)
+        for found in read(render(true)).objects:
+            (same,) = [
+                t for t in true.objects if (t.shape, t.colour) == (found.shape, found.colour)
+            ]
+            errors = np.subtract((found.x, found.y, found.radius), (same.x, same.y, same.radius))
+            assert abs(errors).max() < 0.3
+
+
+def share_read_right(count: int, noise: float) -> float:
+    """Of held-out pictures, decoded from latents (of unit variance) with that much noise."""
+    autoencoder = load_autoencoder("shapes")
+    generator = torch.Generator().manual_seed(0)
+    right = []
+    for start in range(0, count, 50):
+        indices = range(start, start + 50)
+        latents = autoencoder.encode(pictures(indices, split="val", seed=3))
+        latents += noise * torch.randn(latents.shape, generator=generator)
+        images = autoencoder.decode(latents)
+        images = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        right += [
+            read(image).meaning == scene(3, index, split="val").meaning
+            for index, image in zip(indices, images, strict=True)
+        ]
+    return float(np.mean(right))
+
+
+def test_reconstructions_are_read_right():
+    assert share_read_right(400, noise=0.0) >= 0.99
+
+
+def test_the_decoder_mends_latents_that_are_not_exact():
+    """A decoder that was trained on exact latents alone has 0.59 here."""
+    assert share_read_right(200, noise=0.5) >= 0.95
+
+
+def test_reading_says_what_it_saw():
+    assert str(read(render(RED_ABOVE_BLUE))) == "red circle above blue square"
+    assert str(read(BLANK)) == "nothing"
+    assert str(Reading(RED_ABOVE_BLUE.objects[:1], 1)) == "red circle, 1 unreadable"
+
+
+def test_other_colours_shapes_or_order_are_other_meanings():
+    meaning = RED_ABOVE_BLUE.meaning
+    first, second = meaning.objects
+    others = [
+        Meaning((second, first), "above"),
+        Meaning((first, second), "left of"),
+        Meaning((("circle", "blue"), ("square", "red")), "above"),
+        Meaning((("square", "red"), ("circle", "blue")), "above"),
+    ]
+    assert read(render(RED_ABOVE_BLUE)).meaning == meaning
+    assert meaning not in others
+
+
+def test_blank_and_noise_have_no_meaning():
+    rng = np.random.default_rng(0)
+    assert read(BLANK).meaning is None
+    for _ in range(50):
+        noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        assert read(noise).meaning is None
+        blobs = ndimage.gaussian_filter(noise.astype(float), (4, 4, 0))
+        blobs = (blobs - blobs.min()) / np.ptp(blobs) * 255
+        assert read(blobs.astype(np.uint8)).meaning is None
+
+
+def test_extra_blob_spoils_the_picture_and_dust_does_not():
+    picture = render(RED_ABOVE_BLUE)
+    for colour in COLOURS.values():
+        assert read(paint(picture, coverage("circle", 55, 30, 3), colour)).meaning is None
+        assert (
+            read(paint(picture, coverage("circle", 55, 30, 1), colour)).meaning
+            == RED_ABOVE_BLUE.meaning
+        )
+
+
+def test_three_objects_or_twice_the_same_have_no_meaning():
+    third = Object("triangle", "green", 54, 30, 7)
+    assert read(render(Scene((*RED_ABOVE_BLUE.objects, third)))).meaning is None
+    twice = Scene((Object("circle", "red", 20, 20, 8), Object("circle", "red", 45, 45, 8)))
+    assert read(render(twice)).meaning is None
+
+
+@pytest.mark.parametrize(
+    "colour", [(0, 0, 0), (128, 128, 128), (0, 255, 255), (255, 160, 200), (120, 70, 20)]
+)
+def test_colour_outside_the_palette_is_not_taken_for_the_nearest(colour):
+    assert read(paint(BLANK, coverage("circle", 30, 30, 10), colour)).meaning is None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_object_of_two_colours_has_no_meaning(shape):
+    left = coverage(shape, 32, 32, 10) * (np.arange(64) < 32)
+    right = coverage(shape, 32, 32, 10) * (np.arange(64) >= 32)
+    picture = paint(paint(BLANK, left, COLOURS["red"]), right, COLOURS["blue"])
+    assert read(picture).meaning is None
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_malformed_shapes_have_no_meaning(colour):
+    circle, square = coverage("circle", 32, 32, 10), coverage("square", 32, 32, 10)
+    across, down = np.meshgrid(np.arange(64), np.arange(64))
+    malformed = {
+        "half a circle": circle * (across < 32),
+        "ring": circle - coverage("circle", 32, 32, 6),
+        "circle with a bite": circle * (1 - coverage("circle", 40, 26, 6)),
+        "bar": square * (abs(down - 31.5) < 4),
+        "cross": np.maximum(square * (abs(down - 31.5) < 3), square * (abs(across - 31.5) < 3)),
+        "triangle upside down": coverage("triangle", 32, 31, 10)[::-1],
+        "arch": np.maximum(circle * (down < 32), square * (down >= 32)),
+        "two touching circles": np.maximum(
+            coverage("circle", 24, 32, 8), coverage("circle", 40, 32, 8)
+        ),
+        "too large": coverage("circle", 32, 32, 20),
+        "too small": coverage("circle", 32, 32, 4),
+    }
+    passed = [
+        name
+        for name, covered in malformed.items()
+        if read(paint(BLANK, covered, COLOURS[colour])).meaning
+    ]
+    assert not passed
+
+
+BEFORE = Scene((Object("circle", "red", 16, 20, 8), Object("square", "blue", 46, 22, 9)))
+
+
+def with_first(**changes) -> Scene:
+    """BEFORE with its circle changed."""
+    return Scene((dataclasses.replace(BEFORE.objects[0], **changes), BEFORE.objects[1]))
+
+
+def test_an_edit_is_carried_out_where_it_was_asked_and_nowhere_else():
+    after = with_first(colour="green")
+    assert carried_out(render(after), BEFORE, after)
+    assert not carried_out(render(BEFORE), BEFORE, after)  # nothing done
+    assert not carried_out(render(with_first(colour="yellow")), BEFORE, after)
+    moved = Scene((after.objects[0], dataclasses.replace(BEFORE.objects[1], y=34)))
+    assert read(render(moved)).meaning == after.meaning
+    assert not carried_out(render(moved), BEFORE, after)  # the other object went elsewhere
+    grown = Scene((after.objects[0], dataclasses.replace(BEFORE.objects[1], radius=13)))
+    assert not carried_out(render(grown), BEFORE, after)
+
+
+def test_an_object_that_was_to_go_has_to_be_gone():
+    after = Scene(BEFORE.objects[1:])
+    assert carried_out(render(after), BEFORE, after)
+    assert not carried_out(render(BEFORE), BEFORE, after)
+    assert not carried_out(render(Scene(BEFORE.objects[:1])), BEFORE, after)

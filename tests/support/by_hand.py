@@ -1,0 +1,188 @@
+"""Generation written out by hand, every step a full forward, nothing cached; and ours beside it."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from support.tiny import LATENT_SHAPE, PATCH_SIZE, TOKENIZER, document, tiny_net
+from tf_lightning.batch import Document, num_patches
+from tf_lightning.diffusion.guidance import Guidance
+from tf_lightning.diffusion.sampler import build_scheduler
+from tf_lightning.generation.engine import generate
+from tf_lightning.generation.requests import Settings, Speaker, collect
+from tf_lightning.generation.token_sampling import TextSampling
+from tf_lightning.model.attention import DenseAttention
+from tf_lightning.model.transfusion import TransfusionModel
+
+BOS, EOS, BOI, EOI = 1, 2, 18, 19
+STEPS, KIND = 5, "v_prediction"  # epsilon of random weights makes images of 30,000
+
+
+def open_ended_net(**sizes) -> TransfusionModel:
+    """A net that never writes <eos> or <boi>, so that chains are long; bigger logits vary more."""
+    net = tiny_net(**sizes)
+    net.transformer.output.weight *= 20
+    net.transformer.output.weight[[EOS, BOI]] = 0
+    return net
+
+
+def hidden_states(
+    net: TransfusionModel,
+    parts: Document,
+    times: dict[int, float] | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Trunk outputs (T, D) of <bos> and the parts; part i is at noise level times[i], or clean.
+
+    Laid out here part by part, under the dense mask: nothing of `pack` or of a cache is used.
+    """
+    vectors, image_ids = [], []
+
+    def tokens(*ids: int) -> None:
+        vectors.append(net.transformer.tok_embeddings(torch.tensor(ids, dtype=torch.long)))
+        image_ids.extend([-1] * len(ids))
+
+    tokens(BOS)
+    for number, part in enumerate(parts):
+        if part.ndim == 1:
+            tokens(*part.tolist())
+            continue
+        tokens(BOI)
+        t = torch.tensor([(times or {}).get(number, 0.0)])
+        vectors.append(net.patch_coder.encode(part.unsqueeze(0), t)[0][0])
+        image_ids += [number] * num_patches(part, PATCH_SIZE)
+        tokens(EOI)
+    x = torch.cat(vectors).unsqueeze(0)
+    layout = SimpleNamespace(
+        document_ids=torch.zeros(1, x.shape[1], dtype=torch.long),
+        image_ids=torch.tensor([image_ids]),
+        copied=torch.empty(0),
+    )
+    positions = torch.arange(x.shape[1]).unsqueeze(0)
+    return net.transformer(x, positions, DenseAttention(layout, causal))[0]
+
+
+def next_token(net: TransfusionModel, parts: Document, causal: bool = False) -> int:
+    """The most likely token, by a full forward."""
+    return net.transformer.output(hidden_states(net, parts, causal=causal)[-1]).argmax().item()
+
+
+def greedy_chain(net: TransfusionModel, prompt: Document, count: int) -> list[int]:
+    """The most likely tokens, one full forward each."""
+    ids: list[int] = []
+    while len(ids) < count:
+        ids.append(next_token(net, [*prompt, torch.tensor(ids, dtype=torch.long)]))
+    return ids
+
+
+def drawn_by_hand(
+    net: TransfusionModel,
+    prompt: Document,
+    generator: torch.Generator,
+    settings: Settings,
+    causal: bool = False,
+) -> Tensor:
+    """The image after a prompt, each branch of each step as its own full forward."""
+    guidance, scheduler = settings.guidance, build_scheduler("DDIMScheduler", 1000, KIND)
+    scheduler.set_timesteps(STEPS)
+    x_t = torch.randn(LATENT_SHAPE, generator=generator)
+
+    def output(parts: Document, t: float) -> Tensor:
+        hidden = hidden_states(net, [*parts, x_t], {len(parts): t}, causal)
+        patches = hidden[-5:-1].unsqueeze(0)  # then <eoi>
+        return net.patch_coder.decode(patches, LATENT_SHAPE[1:])
+
+    images = [part for part in prompt if part.ndim == 3]
+    for timestep in scheduler.timesteps:
+        t = timestep.item() / 1000
+        noise = cond = output(prompt, t)
+        low, high = guidance.interval
+        if guidance.image_scale is not None:
+            seen, unseen = output(images, t), output([], t)
+            noise = unseen + guidance.image_scale * (seen - unseen) + guidance.scale * (cond - seen)
+        elif low <= t <= high:
+            uncond = output([], t)
+            noise = uncond + guidance.scale * (cond - uncond)
+        x_t = scheduler.step(noise, timestep, x_t.unsqueeze(0)).prev_sample[0]
+    return x_t
+
+
+def answered_by_hand(
+    net: TransfusionModel, prompt: Document, seed: int, settings: Settings, causal: bool = False
+) -> Document:
+    """The whole state machine with full forwards: text until <boi>, an image, text again."""
+    generator = torch.Generator().manual_seed(seed)
+    answer: Document = []
+    count = images = 0
+    while count < settings.text.max_new_tokens:
+        token = next_token(net, [*prompt, *answer], causal)
+        if token == BOI and images < settings.max_images:
+            seen = [*prompt, *answer]
+            answer.append(drawn_by_hand(net, seen, generator, settings, causal))
+            images += 1
+        elif token in (EOS, BOI):
+            break
+        else:
+            text = [answer.pop()] if answer and answer[-1].ndim == 1 else []
+            answer.append(torch.cat([*text, torch.tensor([token])]))
+            count += 1
+    return answer
+
+
+def speaker(net: TransfusionModel, **facts) -> Speaker:
+    return Speaker(net, TOKENIZER, PATCH_SIZE, LATENT_SHAPE, **facts)
+
+
+def settings(answer: str, sampler: str = "DDIMScheduler", **options) -> Settings:
+    scheduler = build_scheduler(sampler, 1000, KIND)
+    text = TextSampling(**{"max_new_tokens": 6} | options.pop("text", {}))
+    options = {"text": text, "num_inference_steps": STEPS, "scheduler": scheduler} | options
+    return Settings(answer, **options)
+
+
+def answer(
+    net: TransfusionModel,
+    prompts: list[Document],
+    how: Settings,
+    seeds: list[int] | None = None,
+    **options,
+) -> list[Document]:
+    facts = {name: options.pop(name) for name in ("causal_images", "max_length") if name in options}
+    seeds = seeds or list(range(1, len(prompts) + 1))
+    return collect(generate(speaker(net, **facts), prompts, seeds, how, **options), len(prompts))
+
+
+def write(
+    net: TransfusionModel, prompts: list[Document], how: Settings | None = None
+) -> list[list[int]]:
+    """Text answers as ids."""
+    answers = answer(net, prompts, how or settings("text"))
+    return [[token for part in parts for token in part.tolist()] for parts in answers]
+
+
+def draw(
+    net: TransfusionModel, prompts: list[Document], how: Settings, *seeds, **options
+) -> Tensor:
+    """Image answers (n, C, h, w)."""
+    answers = answer(net, prompts, how, list(seeds), **options)
+    return torch.stack([image for (image,) in answers])
+
+
+def assert_same(document: Document, other: Document) -> None:
+    """Equal texts, and images to 1e-4."""
+    assert [part.ndim for part in document] == [part.ndim for part in other]
+    for part, same in zip(document, other, strict=True):
+        torch.testing.assert_close(part, same, atol=1e-4, rtol=1e-4)
+
+
+PROMPTS = [document("3", 1), document("i", 2), document("2i1i3", 3), document("", 4)]
+NAMES = ["text", "image", "mixed", "nothing"]
+
+
+GUIDANCES = {
+    "none": Guidance(),
+    "guided": Guidance(3.0),
+    "interval": Guidance(3.0, interval=(0.3, 0.7)),
+    "editing": Guidance(3.0, image_scale=1.5),
+}

@@ -1,0 +1,47 @@
+"""`tf-lightning encode` of a small configuration, in this process or in several."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support import runs
+from tf_lightning.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def encodable(config: dict) -> None:
+    """Captioned noise in shards of 4, the autoencoder of the embedded world."""
+    config["model"] |= {"patch_size": 2, "latent_channels": 8}
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
+    config["trainer"]["limit_val_batches"] = 0
+    config["data"]["init_args"] |= {
+        "sources": {"noise": {"class_path": "corpora.Sharded"}},
+        "autoencoder": "shapes",
+        "patch_size": 2,
+        "row_length": 64,
+    }
+
+
+def encode(folder: Path, *more: str) -> Path:
+    """Encode in this process; the folder with the corpora."""
+    folder.mkdir(exist_ok=True)
+    main(["encode", "-c", str(runs.write_config(folder, encodable)), *more])
+    return folder / "data" / "encoded"
+
+
+def encode_apart(folder: Path, *more: str) -> subprocess.CompletedProcess:
+    """Encode in processes of its own."""
+    folder.mkdir(exist_ok=True)
+    config = str(runs.write_config(folder, encodable))
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **paths}
+    command = [sys.executable, "-m", "tf_lightning", "encode", "-c", config, *more]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files of a folder, by their names in it."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -1,0 +1,72 @@
+"""Tiny random language models of `transformers`, in folders with their tokenizers."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from tf_lightning.tokenizer.tokenizer import train
+
+TEXTS = ["a red circle above a blue square", "the lobster is blue , and the circle is not ."] * 20
+END = "<|endoftext|>"
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def tiny(kind: str = "Llama", **sizes):
+    """A random model "for causal LM" of `transformers`; its norms are not all ones."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    } | sizes
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
+    return model
+
+
+def with_sentencepiece(folder: Path, vocab_size: int = 300) -> None:
+    """A tokenizer.model of `vocab_size` pieces."""
+    made = train(iter(TEXTS), folder / "made.model", vocab_size + 2)
+    (folder / "made.model").unlink()
+    (folder / "tokenizer.model").write_bytes(made.proto)
+
+
+def with_json(folder: Path, vocab_size: int = 290) -> None:
+    """A tokenizer.json as Qwen2's: byte-level pairs, one special token, no start of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    assert tokenizer.get_vocab_size() == vocab_size
+    tokenizer.save(str(folder / "tokenizer.json"))
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+
+
+def edit_json(file: Path, change: dict) -> None:
+    """Change values of a file's JSON object; None takes one out."""
+    content = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))

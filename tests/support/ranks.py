@@ -1,0 +1,111 @@
+"""The same run by one process and by two, which differ in nothing but who computes what."""
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from support import runs
+from tf_lightning.cli.main import main
+from tf_lightning.data import Mixture
+from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
+
+TIMEOUT = 180  # seconds
+# Ranks begin as copies of a process that has imported all this and computed nothing.
+multiprocessing.set_forkserver_preload(
+    ["tf_lightning.cli.lightning", "callbacks.evaluate", "callbacks.measures", "diffusers"]
+)
+
+
+def together(command: list[str], ranks: int, **environment: str) -> None:
+    """A command by processes of their own, told their ranks as a cluster tells them.
+
+    Raises torch's ProcessExitedException or ProcessRaisedException for the first that fails.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    environment |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    started = torch.multiprocessing.start_processes(
+        be_rank, (command, environment), ranks, join=False, start_method="forkserver"
+    )
+    if not any(started.join(TIMEOUT) for _ in range(ranks)):  # it returns when one has ended
+        for process in started.processes:
+            process.kill()
+        raise TimeoutError(f"a rank has not ended after {TIMEOUT} s")
+
+
+def be_rank(rank: int, command: list[str], environment: dict[str, str]) -> None:
+    """One process of `together`."""
+    os.environ |= environment | {"LOCAL_RANK": str(rank)}
+    rank_zero_only.rank = rank  # read from the environment when it is imported
+    torch.set_num_threads(1)
+    main(command)
+
+
+def two_rank_config(config: dict) -> None:
+    """Three steps; with one row a rank, some rank has no picture and some step has none at all."""
+    data = config["data"]["init_args"]
+    data["weights"] = {"captions": 0.5, "text": 0.5}
+    config["trainer"] |= {"max_steps": 3, "limit_val_batches": 0, "callbacks": []}
+    config["trainer"]["callbacks"] = runs.config(Path())["trainer"]["callbacks"][:1]
+
+
+def pictures_in_rows(cache_dir: Path, count: int, **codec) -> list[int]:
+    """How many pictures each of the first rows of `two_rank_config` has."""
+    codec = {"autoencoder": "pixels", "patch_size": 16} | codec
+    data = Mixture(
+        {"captions": ShapesCaptions(runs.NUM_CAPTIONS, 6), "text": ShapesTexts(40, 6)},
+        {"captions": 0.5, "text": 0.5},
+        **{"vocab_size": runs.VOCAB_SIZE, "row_length": 256, "batch_size": 1},
+        **{"cache_dir": str(cache_dir), **codec},
+    )
+    data.setup()
+    batches = iter(data.train_dataloader())
+    return [next(batches).num_images for _ in range(count)]
+
+
+def logged(run: Path, names: tuple[str, ...]) -> list[float]:
+    """Numbers of every step."""
+    events = EventAccumulator(str(run)).Reload()
+    return [event.value for name in names for event in events.Scalars(f"train/{name}")]
+
+
+SHARDED = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {
+        "data_parallel_size": 2,
+        "tensor_parallel_size": 1,
+        "save_distributed_checkpoint": False,
+        "process_group_backend": "gloo",
+    },
+}
+
+
+def fit(config: Path, ranks: int, strategy: str, *more: str) -> None:
+    """Two rows a step by one rank, in this process, or by two in their own."""
+    command = ["fit", "-c", str(config), f"--trainer.devices={ranks}", *more]
+    command += [f"--data.init_args.batch_size={2 // ranks}"]
+    if ranks == 1:
+        return main(command)
+    together([*command, f"--trainer.strategy={strategy}"], ranks)
+
+
+def check_same(one: Path, other: Path, losses: tuple[str, ...], num_steps: int) -> None:
+    """Two runs have the same losses and gradient norms, and end with the same weights."""
+    names = (*losses, "grad_norm")
+    first, second = (logged(run, names) for run in (one, other))
+    assert len(first) == len(names) * num_steps
+    assert first == pytest.approx(second, rel=1e-5)  # Adam would hide a wrong scale
+    first, second = (
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in (one, other)
+    )
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], atol=2e-6, rtol=1e-5, msg=name)

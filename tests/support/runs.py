@@ -1,0 +1,156 @@
+"""A run of the command line in seconds: 64 x 64 shapes in 16 patches, two narrow layers."""
+
+import copy
+import os
+import signal
+from pathlib import Path
+
+import lightning as L
+import yaml
+
+from tf_lightning.cli.main import main
+
+PATCH_SIZE, VOCAB_SIZE, MAX_STEPS = 16, 300, 6
+PEAK_LR, WARMUP_STEPS, MIN_LR_RATIO, EMA_DECAY = 1e-3, 2, 0.1, 0.3
+NUM_CAPTIONS, NUM_VAL = 40, 6
+EVALUATE = {
+    "prompts": {
+        "class_path": "callbacks.prompts.ShapesPrompts",
+        "init_args": {"count": 5, "real_per_prompt": 4},
+    },
+    "measures": [
+        {"class_path": "callbacks.measures.PictureScores"},
+        {"class_path": "callbacks.measures.PromptFit"},
+        {"class_path": "callbacks.measures.CaptionScores"},
+        {"class_path": "callbacks.geneval.ShapesComposition"},
+    ],
+    "batch_size": 2,
+    "num_shown": 2,
+    "max_new_tokens": 8,
+    "texts": ["imagine"],
+}
+
+
+class Killed(Exception):
+    """What ends a run that `StopAt` stops."""
+
+
+class StopAt(L.Callback):
+    """Ends a run after some optimizer steps, as a crash would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+class KillAt(L.Callback):
+    """Ends a rank, or all, after some optimizer steps, as `kill -9` does: nothing in order."""
+
+    def __init__(self, step: int, rank: int | None = None):
+        self.step, self.rank = step, rank
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def shapes(kind: str, num_documents: int, **arguments) -> dict:
+    """The config of one of the embedded world's sources."""
+    arguments = {"num_documents": num_documents, "num_val": NUM_VAL} | arguments
+    return {
+        "class_path": f"tf_lightning.shapes.sources.Shapes{kind}",
+        "init_args": arguments,
+    }
+
+
+def config(folder: Path) -> dict:
+    """The whole configuration of a run in `folder`/run."""
+    few = {"guidance_scale": 2.0, "num_inference_steps": 2}
+    callbacks = {
+        "lightning.pytorch.callbacks.ModelCheckpoint": {
+            "every_n_train_steps": 3,
+            "save_top_k": -1,
+            "save_last": "link",
+            "filename": "step{step:07d}",
+            "auto_insert_metric_name": False,
+            "save_on_train_epoch_end": False,
+            "enable_version_counter": False,
+        },
+        "lightning.pytorch.callbacks.LearningRateMonitor": {"logging_interval": "step"},
+        "callbacks.throughput.Throughput": {},
+        "callbacks.text_perplexity.TextPerplexity": {},
+        "callbacks.evaluate.Evaluate": {**EVALUATE, **few},
+        "callbacks.shapes_report.ShapesReport": {"num_prompts": 4, **few},
+        "callbacks.recall.Recall": {"source": "captions", "num_prompts": 4, **few},
+        "callbacks.predictions.PredictionWriter": {},
+    }
+    logger = {"save_dir": str(folder), "name": "run", "version": "", "default_hp_metric": False}
+    return {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu",
+            "precision": "32-true",  # the same numbers on every CPU
+            "devices": 1,
+            "max_steps": MAX_STEPS,
+            "gradient_clip_val": 1.0,
+            "use_distributed_sampler": False,
+            "val_check_interval": 3,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": logger,
+            },
+            "callbacks": [{"class_path": k, "init_args": v} for k, v in callbacks.items()],
+        },
+        "model": {
+            "transformer": {
+                "vocab_size": VOCAB_SIZE,
+                "dim": 32,
+                "num_layers": 2,
+                "num_heads": 2,
+                "ffn_dim": 48,
+            },
+            "patch_size": PATCH_SIZE,
+            "latent_channels": 3,
+            "lr": PEAK_LR,
+            "warmup_steps": WARMUP_STEPS,
+            "min_lr_ratio": MIN_LR_RATIO,
+            "ema_decay": EMA_DECAY,
+        },
+        "data": {
+            "class_path": "tf_lightning.data.Mixture",
+            "init_args": {
+                "sources": {
+                    "captions": shapes("Captions", NUM_CAPTIONS),
+                    "text": shapes("Texts", 40),
+                },
+                "autoencoder": "pixels",
+                "vocab_size": VOCAB_SIZE,
+                "patch_size": PATCH_SIZE,
+                "row_length": 256,
+                "batch_size": 2,
+                "cache_dir": str(folder / "data"),
+            },
+        },
+    }
+
+
+def write_config(folder: Path, change=lambda config: None) -> Path:
+    """The configuration as a file, after `change` has edited it."""
+    values = copy.deepcopy(config(folder))
+    change(values)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def fit(folder: Path, *arguments: str) -> Path:
+    """Train; the run's folder."""
+    main(["fit", "-c", str(write_config(folder)), *arguments])
+    return folder / "run"

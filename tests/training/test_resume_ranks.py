@@ -1,0 +1,55 @@
+"""Two ranks compute what one does, before and behind a resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from support import ranks, runs
+from tf_lightning.cli.main import main
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_equal_one_and_their_file_is_anyones(tmp_path):
+    """FSDP2 on two CPU processes: losses, weights, average, a resume, a picture.
+
+    With weights of the pictures' own and Muon; test_chameleon.py has it without either.
+    """
+    check_two_ranks(tmp_path, json.dumps(ranks.SHARDED), "all", muon=True)
+    file = str(tmp_path / "ranks2" / "run" / "checkpoints" / "last.ckpt")
+    drawn = tmp_path / "drawn"
+    main(["generate", file, "a red circle", "--steps", "2", "-n", "1", "-o", str(drawn)])
+    assert (drawn / "0000.png").is_file()
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_and_a_run_goes_on_with_twice_or_half_of_them(tmp_path):
+    check_two_ranks(tmp_path, "ddp", swapped=True)
+
+
+def check_two_ranks(
+    tmp_path: Path,
+    strategy: str,
+    modality_weights: str = "shared",
+    swapped: bool = False,
+    muon: bool = False,
+) -> None:
+    """Losses and weights of three steps, and of three more behind a resume.
+
+    The second run has two ranks or, `swapped`, two runs change the number of ranks when they
+    resume, in opposite ways.
+    """
+    more = [f"--data.init_args.cache_dir={tmp_path}/data"]
+    more += [f"--model.transformer.modality_weights={modality_weights}"]
+    more += [f"--model.muon={str(muon).lower()}"]
+    for first in (1, 2):
+        folder = tmp_path / f"ranks{first}"
+        folder.mkdir()
+        config = runs.write_config(folder, ranks.two_rank_config)
+        ranks.fit(config, first, strategy, *more)
+        then = 3 - first if swapped else first
+        ranks.fit(config, then, strategy, *more, "--trainer.max_steps=6", "--ckpt_path=last")
+    pictures = ranks.pictures_in_rows(tmp_path / "data", 6)
+    assert 0 in pictures and max(pictures) > 0
+    losses = ("loss", "loss_lm", "loss_diffusion")
+    ranks.check_same(*(tmp_path / f"ranks{n}" / "run" for n in (1, 2)), losses, 6)

@@ -1,0 +1,1 @@
+"""The command line: LightningCLI's verbs and our own."""

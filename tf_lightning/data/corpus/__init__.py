@@ -1,0 +1,1 @@
+"""The prepared corpus on disk: format, writer, and how it is prepared."""

@@ -1,0 +1,1 @@
+"""Readers of public file formats, one file for each kind of source."""

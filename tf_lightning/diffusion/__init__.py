@@ -1,0 +1,1 @@
+"""Noise processes, timesteps, guidance and samplers: pure mathematics, no network."""

@@ -1,0 +1,1 @@
+"""Text and images from a trained model: the pipeline and the engine below it."""

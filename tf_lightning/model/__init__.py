@@ -1,0 +1,1 @@
+"""The network: a Llama-style Transformer shared by text and image patches."""

@@ -1,0 +1,185 @@
+"""The U-Net patch coder: its down half before the Transformer, its up half after it.
+
+The U-Net of Nichol & Dhariwal (2021), on diffusers' blocks, with the Transformer in place of its
+middle (Transfusion Sec. 4.1; LMFusion Sec. 3.1: h_in = UNetDown(x_t, t), eps = UNetUp(h_out, t,
+h_in)). The noise level is added inside every residual block and each normalisation is a plain layer
+norm, where the original scales and shifts by t (Transfusion footnote 7). Attention within the
+image, at the patches' resolution, sees both ways whatever the Transformer's mask.
+
+Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches, D model dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tf_lightning.errors import UserError
+from tf_lightning.model.patches import MAX_GRID, TIMESTEP_DIM, place_embedding, timestep_embedding
+
+
+@dataclass
+class UNetConfig:
+    """Sizes of the U-Net patch coder; the defaults have the paper's 0.27B parameters at patch 2."""
+
+    channels: tuple[int, ...] = (512, 960)
+    """Channels at each resolution, from the latents' to the patches'; each next has half the side,
+    so that the patch size is 1, 2, 4 or 8 for 1, 2, 3 or 4 entries."""
+    num_blocks: int = 3
+    """Residual blocks at each resolution of the down half; the up half has one more."""
+    head_dim: int = 64
+    """Width of an attention head; divides the last of the channels."""
+
+
+torch.serialization.add_safe_globals([UNetConfig])  # hparams load with weights_only=True
+
+
+def check(config: UNetConfig, patch_size: int) -> None:
+    """Refuse sizes that do not make a U-Net of that patch size."""
+    if not config.channels or config.num_blocks < 1:
+        raise UserError(
+            f"unet.channels={list(config.channels)} and unet.num_blocks={config.num_blocks} need "
+            "at least one entry and one block"
+        )
+    side = 2 ** (len(config.channels) - 1)
+    if side != patch_size:
+        raise UserError(
+            f"unet.channels={list(config.channels)} make patches of {side} and "
+            f"patch_size={patch_size} is asked for; give 1, 2, 3 or 4 entries for 1, 2, 4 or 8"
+        )
+    if config.channels[-1] % config.head_dim:
+        raise UserError(
+            f"unet.head_dim={config.head_dim} must divide the last of "
+            f"unet.channels={list(config.channels)}"
+        )
+
+
+def at_least_one(x: Tensor) -> Tensor:
+    """x (M, ...), or one blank if M is 0: diffusers' attention refuses an empty batch."""
+    return x if len(x) else x.new_zeros(1, *x.shape[1:])
+
+
+def down_blocks(config: UNetConfig, time_dim: int) -> nn.ModuleList:
+    """Residual blocks at each resolution and the halving after it; attention at the last."""
+    from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, DownBlock2D  # 2.5 s
+
+    shared = {"temb_channels": time_dim, "num_layers": config.num_blocks, "resnet_groups": 1}
+    entries = (config.channels[0], *config.channels[:-1])
+    pairs = list(zip(entries, config.channels, strict=True))
+    blocks: list[nn.Module] = [DownBlock2D(*pair, **shared) for pair in pairs[:-1]]
+    attention = {"attention_head_dim": config.head_dim, "downsample_type": None}
+    return nn.ModuleList([*blocks, AttnDownBlock2D(*pairs[-1], **shared, **attention)])
+
+
+def up_blocks(config: UNetConfig, time_dim: int) -> nn.ModuleList:
+    """The mirror image of `down_blocks`; each residual block also reads one skip."""
+    from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
+
+    shared = {"temb_channels": time_dim, "num_layers": config.num_blocks + 1, "resnet_groups": 1}
+    channels, last = config.channels, len(config.channels) - 1
+    blocks: list[nn.Module] = []
+    for level in range(last, -1, -1):
+        sizes = {
+            "in_channels": channels[max(level - 1, 0)],  # of the last skip it reads
+            "prev_output_channel": channels[min(level + 1, last)],
+            "out_channels": channels[level],
+        }
+        if level == last:
+            upsample = {"upsample_type": "conv" if level else None}
+            head = {"attention_head_dim": config.head_dim}
+            blocks.append(AttnUpBlock2D(**sizes, **shared, **head, **upsample))
+        else:
+            blocks.append(UpBlock2D(**sizes, **shared, add_upsample=level > 0))
+    return nn.ModuleList(blocks)
+
+
+class UNetPatchCoder(nn.Module):
+    """Convolutions and attention within an image, down to its patches and up again.
+
+    The learned row and column embedding of a patch is that of the linear coder.
+
+    Args:
+        config: sizes.
+        latent_channels: C.
+        patch_size: P, a power of two.
+        dim: D.
+        out_channels: of the output; None: C.
+
+    Raises:
+        UserError: the sizes do not make that patch size.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        latent_channels: int,
+        patch_size: int,
+        dim: int,
+        out_channels: int | None = None,
+    ):
+        super().__init__()
+        check(config, patch_size)
+        self.patch_size, self.latent_channels = patch_size, latent_channels
+        first, last = config.channels[0], config.channels[-1]
+        time_dim = 4 * first
+        self.time_embedder = nn.Sequential(
+            nn.Linear(TIMESTEP_DIM, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
+        self.conv_in = nn.Conv2d(latent_channels, first, 3, padding=1)
+        self.down_blocks = down_blocks(config, time_dim)
+        self.patch_encoder = nn.Linear(last, dim)
+        self.row_embedding = nn.Embedding(MAX_GRID, dim)
+        self.column_embedding = nn.Embedding(MAX_GRID, dim)
+        self.patch_decoder = nn.Linear(dim, last)
+        self.up_blocks = up_blocks(config, time_dim)
+        self.norm_out = nn.GroupNorm(1, first, eps=1e-6)
+        self.conv_out = nn.Conv2d(first, out_channels or latent_channels, 3, padding=1)
+
+    def encode(self, latents: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Latents (M, C, h, w) at noise levels t (M,) -> patch vectors (M, N, D), and skips.
+
+        Skips are the embedding of t, then the states that the up half reads, last first read.
+        """
+        count, latents, t = len(latents), at_least_one(latents), at_least_one(t)
+        time = self.time_embedder(timestep_embedding(t).type_as(latents))
+        x = self.conv_in(latents)
+        skips = [time, x]
+        for block in self.down_blocks:
+            x, states = block(x, time)
+            skips += states
+        place = place_embedding(self.row_embedding, self.column_embedding, *x.shape[-2:])
+        patches = self.patch_encoder(x.flatten(2).transpose(1, 2)) + place  # (M, N, D)
+        return patches[:count], [skip[:count] for skip in skips]
+
+    def decode(self, hidden: Tensor, size: tuple[int, int], skips: Sequence[Tensor]) -> Tensor:
+        """Hidden states (M, N, D) -> the network's output (M, C, h, w), `size` = (h, w).
+
+        Args:
+            hidden: the Transformer's.
+            size: of the latents.
+            skips: of the same images, from `encode`.
+        """
+        time, *states = map(at_least_one, skips)
+        grid = [side // self.patch_size for side in size]
+        x = self.patch_decoder(at_least_one(hidden)).transpose(1, 2).unflatten(2, grid)
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            states, read = states[:-count], states[-count:]
+            x = block(x, tuple(read), time)
+        return self.conv_out(F.silu(self.norm_out(x)))[: len(hidden)]
+
+    def reset_parameters(self) -> None:
+        """Unit-variance activations; each residual branch and the output start at zero."""
+        for part in self.modules():
+            if isinstance(part, (nn.Linear, nn.Conv2d)):
+                nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5)
+                nn.init.zeros_(part.bias)
+            elif isinstance(part, nn.Embedding):
+                nn.init.normal_(part.weight, std=0.02)
+            elif isinstance(part, nn.GroupNorm):
+                part.reset_parameters()
+        for name, part in self.named_modules():
+            if name.endswith((".conv2", ".to_out.0")) or part is self.conv_out:
+                nn.init.zeros_(part.weight)

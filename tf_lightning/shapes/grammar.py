@@ -1,0 +1,189 @@
+"""The sentences of the embedded world: captions, instructions, and texts of known probability.
+
+Lower case, words parted by single spaces. A text begins with "imagine", a caption never does.
+"""
+
+import math
+from functools import cache
+
+import numpy as np
+
+from tf_lightning.shapes.world import (
+    COLOURS,
+    SHAPES,
+    Meaning,
+    Object,
+    Scene,
+    Split,
+    held_out,
+    meanings,
+)
+
+INVERSE = {"above": "below", "left of": "right of"}
+TEXTS_WITH_TWO_OBJECTS = 0.75
+MAX_FACTS = 3
+
+Kind = tuple[str, str]  # (shape, colour)
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One of the captions of a scene, each as probable as the others."""
+    choices = captions(scene.meaning)
+    return choices[rng.integers(len(choices))]
+
+
+def captions(meaning: Meaning) -> tuple[str, ...]:
+    """Every wording of a meaning: 4 for one object, 6 for two."""
+    if meaning.relation is None:
+        (kind,) = meaning.objects
+        noun = _indefinite(kind)
+        return noun, f"there is {noun}", f"this is {noun}", f"one {_words(kind)}"
+    return tuple(
+        f"{opening}{_indefinite(subject)} {verb}{relation} {_indefinite(other)}"
+        for subject, relation, other in _directions(meaning)
+        for opening, verb in (("", ""), ("there is ", ""), ("", "is "))
+    )
+
+
+def parse(caption: str) -> Meaning | None:
+    """The meaning of a caption of this grammar; None for any other text."""
+    return _meanings_of_captions().get(caption)
+
+
+@cache
+def _meanings_of_captions() -> dict[str, Meaning]:
+    return {
+        text: m for num_objects in (1, 2) for m in meanings(num_objects) for text in captions(m)
+    }
+
+
+def draw_edit(
+    scene: Scene, rng: np.random.Generator, *, split: Split = "train"
+) -> tuple[str, Scene]:
+    """An instruction for a scene, and the scene with it carried out.
+
+    Nothing else changes. Edits that would give two equal objects, or in "train" a held-out meaning,
+    are not drawn.
+    """
+    choices = [
+        (instruction, edited)
+        for instruction, edited in edits(scene)
+        if len({(thing.shape, thing.colour) for thing in edited.objects}) == len(edited.objects)
+        and (split == "val" or not held_out(edited.meaning))
+    ]
+    return choices[rng.integers(len(choices))]
+
+
+def edits(scene: Scene) -> list[tuple[str, Scene]]:
+    """Every instruction for a scene and its outcome, also those that leave two equal objects."""
+    found = []
+    for i, thing in enumerate(scene.objects):
+        before, after = scene.objects[:i], scene.objects[i + 1 :]
+        full = _words((thing.shape, thing.colour))
+        alone = all(other.shape != thing.shape for other in before + after)
+        short = thing.shape if alone else full
+        outcomes = [
+            (f"make the {short} {colour}", (_changed(thing, thing.shape, colour),))
+            for colour in COLOURS
+            if colour != thing.colour
+        ]
+        outcomes += [
+            (f"make the {full} a {shape}", (_changed(thing, shape, thing.colour),))
+            for shape in SHAPES
+            if shape != thing.shape
+        ]
+        if before or after:
+            outcomes.append((f"remove the {full}", ()))
+        found += [(words, Scene(before + outcome + after)) for words, outcome in outcomes]
+    return found
+
+
+def draw_text(rng: np.random.Generator) -> str:
+    """A document of text: one statement after "imagine", then 1 to 3 facts that follow from it."""
+    num_objects = 1 + int(rng.random() < TEXTS_WITH_TWO_OBJECTS)
+    choices = meanings(num_objects)
+    meaning = choices[rng.integers(len(choices))]
+    openings = statements(meaning)
+    known = facts(meaning)
+    sentences = [f"imagine {openings[rng.integers(len(openings))]}"]
+    sentences += [known[i] for i in rng.integers(len(known), size=rng.integers(1, MAX_FACTS + 1))]
+    return " . ".join(sentences) + " ."
+
+
+def text_log_prob(document: str) -> float:
+    """Natural logarithm of the probability that `draw_text` gives exactly this document.
+
+    -inf for one that it never gives.
+    """
+    if not document.endswith(" ."):
+        return -math.inf
+    statement, *told = document.removesuffix(" .").split(" . ")
+    meaning, log_prob = _statements_with_log_probs().get(statement, (None, -math.inf))
+    if meaning is None or not 1 <= len(told) <= MAX_FACTS:
+        return -math.inf
+    known = facts(meaning)
+    if not all(fact in known for fact in told):
+        return -math.inf
+    return log_prob - math.log(MAX_FACTS) - len(told) * math.log(len(known))
+
+
+def text_entropy() -> float:
+    """Entropy of `draw_text` in nats a document, the least loss that a language model can have."""
+    facts_in_a_document = (1 + MAX_FACTS) / 2
+    statement = -sum(math.exp(lp) * lp for _, lp in _statements_with_log_probs().values())
+    return statement + math.log(MAX_FACTS) + facts_in_a_document * math.log(2)
+
+
+def statements(meaning: Meaning) -> tuple[str, ...]:
+    """The equally probable ways in which a document of text states its meaning."""
+    if meaning.relation is None:
+        return (_indefinite(meaning.objects[0]),)
+    return tuple(
+        f"{_indefinite(subject)} {relation} {_indefinite(other)}"
+        for subject, relation, other in _directions(meaning)
+    )
+
+
+def facts(meaning: Meaning) -> tuple[str, str]:
+    """The two equally probable sentences that follow from a meaning."""
+    if meaning.relation is None:
+        ((shape, colour),) = meaning.objects
+        return f"the {shape} is {colour}", f"the {colour} thing is a {shape}"
+    forth, back = (
+        f"the {_words(subject)} is {relation} the {_words(other)}"
+        for subject, relation, other in _directions(meaning)
+    )
+    return forth, back
+
+
+@cache
+def _statements_with_log_probs() -> dict[str, tuple[Meaning, float]]:
+    share = {1: 1 - TEXTS_WITH_TWO_OBJECTS, 2: TEXTS_WITH_TWO_OBJECTS}
+    return {
+        f"imagine {statement}": (
+            meaning,
+            math.log(share[n] / len(meanings(n)) / len(statements(meaning))),
+        )
+        for n in share
+        for meaning in meanings(n)
+        for statement in statements(meaning)
+    }
+
+
+def _directions(meaning: Meaning) -> tuple[tuple[Kind, str, Kind], tuple[Kind, str, Kind]]:
+    first, second = meaning.objects
+    return (first, meaning.relation, second), (second, INVERSE[meaning.relation], first)
+
+
+def _words(kind: Kind) -> str:
+    shape, colour = kind
+    return f"{colour} {shape}"
+
+
+def _indefinite(kind: Kind) -> str:
+    words = _words(kind)
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _changed(thing: Object, shape: str, colour: str) -> Object:
+    return Object(shape, colour, thing.x, thing.y, thing.radius)

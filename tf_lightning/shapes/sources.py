@@ -1,0 +1,129 @@
+"""The embedded world as three sources of documents: captioned pictures, text, and edits.
+
+Their default seeds differ, so that document i of one has nothing to do with document i of another.
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from tf_lightning.data.documents import RawDocument
+from tf_lightning.errors import UserError
+from tf_lightning.shapes import grammar, world
+from tf_lightning.shapes.grammar import caption, draw_edit, draw_text
+from tf_lightning.shapes.world import Scene, Split, draw_scene, generator, render
+
+
+@dataclass(frozen=True)
+class ShapesCaptions:
+    """Documents [caption, picture].
+
+    Args:
+        num_documents: documents for training.
+        num_val: documents for evaluation; two objects show a meaning that no training picture has.
+        two_objects: share of pictures with two objects, in [0, 1].
+        seed: names the pictures.
+    """
+
+    num_documents: int = 30_000
+    num_val: int = 1_000
+    two_objects: float = 0.75
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.num_documents, self.num_val, self.two_objects)
+
+    def documents(self, split: Split) -> Iterator[RawDocument]:
+        """The documents of a split, in order."""
+        for index in range(_count(self, split)):
+            rng = generator(self.seed, index, split)
+            scene = draw_scene(rng, split=split, two_objects=self.two_objects)
+            yield [caption(scene, rng), picture(scene)]
+
+    def fingerprint(self, split: Split) -> str:
+        """Differs where the documents of the split differ."""
+        return _fingerprint(self, split, self.two_objects)
+
+
+@dataclass(frozen=True)
+class ShapesTexts:
+    """Documents [text] of known probability, `text_log_prob`; training states every meaning."""
+
+    num_documents: int = 30_000
+    num_val: int = 1_000
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.num_documents, self.num_val)
+
+    def documents(self, split: Split) -> Iterator[RawDocument]:
+        """The documents of a split, in order."""
+        for index in range(_count(self, split)):
+            yield [draw_text(generator(self.seed, index, split))]
+
+    def fingerprint(self, split: Split) -> str:
+        """Differs where the documents of the split differ."""
+        return _fingerprint(self, split)
+
+
+@dataclass(frozen=True)
+class ShapesEdits:
+    """Documents [picture, instruction, picture]; training shows no held-out meaning."""
+
+    num_documents: int = 10_000
+    num_val: int = 1_000
+    two_objects: float = 0.75
+    seed: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self.num_documents, self.num_val, self.two_objects)
+
+    def documents(self, split: Split) -> Iterator[RawDocument]:
+        """The documents of a split, in order."""
+        for index in range(_count(self, split)):
+            rng = generator(self.seed, index, split)
+            scene = draw_scene(rng, split=split, two_objects=self.two_objects)
+            instruction, edited = draw_edit(scene, rng, split=split)
+            yield [picture(scene), instruction, picture(edited)]
+
+    def fingerprint(self, split: Split) -> str:
+        """Differs where the documents of the split differ."""
+        return _fingerprint(self, split, self.two_objects)
+
+
+def picture(scene: Scene) -> Image.Image:
+    """The picture of a scene, RGB, 64 x 64."""
+    return Image.fromarray(render(scene))
+
+
+def _count(source: ShapesCaptions | ShapesTexts | ShapesEdits, split: Split) -> int:
+    return source.num_documents if split == "train" else source.num_val
+
+
+def _check(num_documents: int, num_val: int, two_objects: float = 0.0) -> None:
+    if num_documents < 1 or num_val < 0:
+        raise UserError(
+            f"num_documents={num_documents} and num_val={num_val} leave nothing to train on; "
+            "give num_documents >= 1 and num_val >= 0"
+        )
+    if not 0 <= two_objects <= 1:
+        raise UserError(f"two_objects={two_objects} is not a share; give a number from 0 to 1")
+
+
+def _fingerprint(
+    source: ShapesCaptions | ShapesTexts | ShapesEdits, split: Split, *more: float
+) -> str:
+    # The world's own code is part of what its documents are.
+    code = b"".join(Path(module.__file__).read_bytes() for module in (world, grammar))
+    parts = (
+        type(source).__name__,
+        split,
+        _count(source, split),
+        source.seed,
+        *more,
+        zlib.crc32(code),
+    )
+    return " ".join(map(str, parts))

@@ -1,0 +1,1 @@
+"""Text to token ids: sentencepiece models and Hugging Face tokenizer files."""

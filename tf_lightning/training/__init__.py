@@ -1,0 +1,1 @@
+"""The LightningModules, their losses and optimizers."""
