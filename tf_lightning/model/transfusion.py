@@ -9,7 +9,9 @@ Shapes: B rows, T positions, M images, m of one size, N patches an image of it, 
 of text and K' of codes, D dim, V vocabulary, of which the last are codes.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +139,29 @@ class TransfusionModel(nn.Module):
         self.transformer.reset_parameters()
         if self.patch_coder is not None:
             self.patch_coder.reset_parameters()
+
+
+def build_network(hparams: Mapping[str, Any]) -> TransfusionModel:
+    """Build the network that a run's hyper-parameters describe; its weights are not initialised.
+
+    Args:
+        hparams: arguments of `tf_lightning.training.module.Transfusion`, as a checkpoint keeps
+            them; each config is a dataclass or a plain dict.
+    """
+
+    def config(name: str, kind: type) -> Any:
+        value = hparams.get(name)
+        return kind(**value) if isinstance(value, dict) else value
+
+    return TransfusionModel(
+        config("transformer", TransformerConfig),
+        hparams["patch_size"],
+        hparams["latent_channels"],
+        unet=config("unet", UNetConfig),
+        learned_sigma=hparams["learned_sigma"],
+        linear=config("linear", LinearConfig),
+        num_codes=hparams["num_codes"] or 0,
+    )
 
 
 @torch.no_grad()

@@ -22,7 +22,12 @@ from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
 from tf_lightning.model.patches import LinearConfig, has_time_token
 from tf_lightning.model.transformer import TransformerConfig
-from tf_lightning.model.transfusion import TransfusionModel, check_codes, update_ema
+from tf_lightning.model.transfusion import (
+    TransfusionModel,
+    build_network,
+    check_codes,
+    update_ema,
+)
 from tf_lightning.model.unet import UNetConfig
 from tf_lightning.model.unet import check as check_unet
 from tf_lightning.training.fsdp import shard
@@ -168,15 +173,7 @@ class Transfusion(L.LightningModule):
         if self.net is not None:
             return
         hparams = self.hparams
-        self.net = TransfusionModel(
-            self.config,
-            hparams.patch_size,
-            hparams.latent_channels,
-            unet=self.unet,
-            learned_sigma=hparams.learned_sigma,
-            linear=self.linear,
-            num_codes=hparams.num_codes or 0,
-        )
+        self.net = build_network(hparams)
         self.net.reset_parameters()
         if hparams.text_lr_ratio == 0:
             for parameter in self.net.transformer.text_parameters():
