@@ -1,14 +1,12 @@
 """`tf-lightning export`: weights out of a checkpoint; `sizes`: a language model's as a config."""
 
-import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 import yaml
 
 from tf_lightning.checkpoint import read_checkpoint
+from tf_lightning.cli.parser import Parser
 from tf_lightning.interop.export import export
 from tf_lightning.interop.llama import open_language_model
 from tf_lightning.model.transformer import TransformerConfig
@@ -27,22 +25,6 @@ To start from a Llama, Mistral or Qwen2:
     --trainer.callbacks+=callbacks.start_from.StartFrom --trainer.callbacks.checkpoint=FOLDER
 FOLDER holds config.json, safetensors and tokenizer, or is a name on the Hugging Face hub.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong on one line instead of printing the whole usage first."""
-
-    def __init__(self, verb: str, about: str, epilog: str):
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            f"tf-lightning {verb}", description=about, epilog=epilog, formatter_class=form
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
-        print(f"tf-lightning: error: {message}", file=sys.stderr)
-        print(f"`{self.prog} --help` lists the options.", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def run_export(args: list[str]) -> None:

@@ -5,7 +5,6 @@ What a model is trained on, drawn: documents with their pictures in place, and p
 Shapes: B rows, T places a row.
 """
 
-import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Batch, Document, as_latents, document_length, is_image
 from tf_lightning.cli.generate import write_picture, write_text
+from tf_lightning.cli.parser import Parser, positive_int
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.images import to_picture
 from tf_lightning.data.mixture import Mixture
@@ -205,12 +205,11 @@ def run_inspect(args: list[str]) -> None:
     print(f"Wrote {folder}/documents.png ({len(shown)} documents), rows.png and report.txt.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tf-lightning inspect",
-        description="Count a configuration's data and draw it as the model sees it.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> Parser:
+    parser = Parser(
+        "inspect",
+        "Count a configuration's data and draw it as the model sees it.",
+        EPILOG,
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", required=True, help="YAML file of a run")
@@ -222,16 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         told = f"{what}, the same number of each source as far as it goes (default: {default})"
         told = told if name == "documents" else f"{what}, from the first on (default: {default})"
-        parser.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=told)
+        parser.add_argument(f"--{name}", type=positive_int, default=default, metavar="N", help=told)
     told = "of the choice of documents (default: 0)"
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=told)
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
 
 
 def describe(title: str, corpus: Corpus, num_patches: int, row_length: int) -> list[str]:

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import lightning as L
 import torch
@@ -14,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from tf_lightning.autoencoder.frozen import load_fitting
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
+from tf_lightning.cli.parser import stop
 from tf_lightning.errors import UserError
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.module import Transfusion
@@ -22,15 +24,12 @@ LOOP = {"validate": "val", "test": "test", "predict": "predict"}
 OTHERS = "encode, generate, inspect, export, sizes"
 
 
-class Parser(LightningArgumentParser):
-    """Says what is wrong on one line instead of printing the whole usage first."""
+class ConfigParser(LightningArgumentParser):
+    """Parses a run's configuration; a mistake is reported in one line and exits with code 2."""
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        """Exit with code 2."""
-        lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-        print(f"tf-lightning: error: {' '.join(lines)}", file=sys.stderr)
-        print("`tf-lightning VERB --help` lists the keys.", file=sys.stderr)
-        raise SystemExit(2)
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Report a mistake and exit with code 2."""
+        stop(message, code=2, hint="`tf-lightning VERB --help` lists the keys.")
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -174,7 +173,7 @@ def build(args: list[str], run: bool = True, prog: str = "prepare") -> Transfusi
         seed_everything_default=0,
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
-        parser_class=Parser,
+        parser_class=ConfigParser,
         parser_kwargs={"prog": "tf-lightning" if run else f"tf-lightning {prog}"},
         args=None if args == sys.argv[1:] else args,  # it warns when both are given
         run=run,

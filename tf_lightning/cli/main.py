@@ -1,8 +1,8 @@
 """The command line: LightningCLI's fit, validate, test and predict, and the verbs beside them."""
 
 import sys
-from typing import NoReturn
 
+from tf_lightning.cli.parser import stop
 from tf_lightning.errors import UserError
 
 HELP = """\
@@ -66,9 +66,3 @@ def main(args: list[str] | None = None) -> None:
         stop(f"{error.filename}: {error.strerror}", code=1)
     except KeyboardInterrupt:
         stop("interrupted", code=130)
-
-
-def stop(message: str, code: int) -> NoReturn:
-    """End with one line on standard error."""
-    print(f"tf-lightning: error: {message}", file=sys.stderr)
-    raise SystemExit(code)

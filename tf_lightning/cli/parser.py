@@ -1,0 +1,55 @@
+"""Argument parsing that every verb shares: help with line breaks, errors of one line.
+
+This file imports nothing heavy, so that `--help` and a mistake are answered at once.
+"""
+
+import argparse
+import sys
+from typing import NoReturn
+
+
+def stop(message: str, code: int, hint: str = "") -> NoReturn:
+    """Print one line that begins with "tf-lightning: error:" on standard error, and exit.
+
+    Args:
+        message: what is wrong; line breaks become spaces.
+        code: exit code; 1 for a mistake found later, 2 for a command line that does not parse.
+        hint: a second line that says where help is.
+    """
+    print(f"tf-lightning: error: {' '.join(message.split())}", file=sys.stderr)
+    if hint:
+        print(hint, file=sys.stderr)
+    raise SystemExit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses the options of one verb; a mistake is reported in one line and exits with code 2."""
+
+    def __init__(self, verb: str, description: str, epilog: str = "", **options) -> None:
+        """Create the parser of `tf-lightning VERB`.
+
+        Args:
+            verb: the command's name.
+            description: one sentence that says what the command does.
+            epilog: examples and notes, printed as they are written.
+            options: further arguments of argparse.ArgumentParser, such as `usage`; give
+                `allow_abbrev=False` where other options are passed on to the configuration.
+        """
+        super().__init__(
+            f"tf-lightning {verb}",
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Report a mistake and exit with code 2."""
+        stop(message, code=2, hint=f"`{self.prog} --help` lists the options.")
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
