@@ -16,7 +16,7 @@ from tf_lightning.interop.llama import (
     load_llama,
     open_language_model,
 )
-from tf_lightning.model.attention import DocumentAttention
+from tf_lightning.model.attention import VarlenAttention
 from tf_lightning.model.transformer import Transformer, TransformerConfig
 
 
@@ -47,7 +47,7 @@ def our_logits(transformer: Transformer, ids: torch.Tensor) -> torch.Tensor:
         ),
     )
     x = transformer.tok_embeddings(ids)
-    return transformer.output(transformer(x, batch.positions, DocumentAttention(batch)))
+    return transformer.output(transformer(x, batch.positions, VarlenAttention(batch)))
 
 
 @pytest.mark.parametrize(

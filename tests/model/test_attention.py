@@ -12,8 +12,8 @@ from support.tiny import document, layout, packed, random_rows, tiny_net
 from tf_lightning.model import attention
 from tf_lightning.model.attention import (
     DenseAttention,
-    DocumentAttention,
     FlexAttention,
+    VarlenAttention,
     build_attention,
     dense_mask,
 )
@@ -84,7 +84,7 @@ def test_attention_by_document_equals_dense_attention(causal, copies, sizes):
     transformer = tiny_net(**sizes).transformer
     weights = torch.randn(*batch.input_ids.shape, 32)
     dense, dense_grads = run(transformer, batch, DenseAttention(batch, causal), weights)
-    ours, our_grads = run(transformer, batch, DocumentAttention(batch, causal), weights)
+    ours, our_grads = run(transformer, batch, VarlenAttention(batch, causal), weights)
     torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
     assert dense_grads.keys() == our_grads.keys() and "layers.0.attention.wk.weight" in our_grads
     for name, grad in dense_grads.items():
@@ -98,8 +98,8 @@ def test_attention_by_document_equals_dense_attention_on_any_rows(rows, causal, 
     batch = packed(rows, row_length=130, clean_copies=copies)
     q, k, v = torch.randn(3, *batch.input_ids.shape, 2, 4)
     dense = DenseAttention(batch, causal)(q, k, v)
-    attend = DocumentAttention(batch, causal)
-    ours = attend.leave(attend(attend.enter(q), attend.enter(k), attend.enter(v)))
+    attend = VarlenAttention(batch, causal)
+    ours = attend.scatter(attend(attend.gather(q), attend.gather(k), attend.gather(v)))
     real = batch.document_ids >= 0
     torch.testing.assert_close(ours[real], dense[real], atol=1e-5, rtol=1e-5)
     assert (ours[~real] == 0).all()
@@ -107,14 +107,14 @@ def test_attention_by_document_equals_dense_attention_on_any_rows(rows, causal, 
 
 def test_attention_by_document_computes_no_padding():
     batch = ragged_batch()
-    attend = DocumentAttention(batch)
-    entered = attend.enter(torch.ones(*batch.input_ids.shape, 1))
+    attend = VarlenAttention(batch)
+    entered = attend.gather(torch.ones(*batch.input_ids.shape, 1))
     assert len(entered) == (batch.document_ids >= 0).sum()
     assert sum(attend.tokens) == len(entered)
 
 
 def test_the_cpu_gets_attention_by_document():
-    assert isinstance(build_attention(ragged_batch()), DocumentAttention)
+    assert isinstance(build_attention(ragged_batch()), VarlenAttention)
 
 
 @VARIANTS

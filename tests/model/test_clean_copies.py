@@ -21,9 +21,9 @@ from support.tiny import (
 from tf_lightning.batch import Batch, unpack
 from tf_lightning.model.attention import (
     DenseAttention,
-    DocumentAttention,
+    VarlenAttention,
     dense_mask,
-    hidden_places,
+    hidden_positions,
 )
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
@@ -54,9 +54,7 @@ def noised(batch: Batch) -> Tensor:
     return (1 - t) * batch.latents + t * batch.noise
 
 
-def outputs(
-    made: TransfusionModel, batch: Batch, x_t: Tensor, form=DocumentAttention, causal=False
-):
+def outputs(made: TransfusionModel, batch: Batch, x_t: Tensor, form=VarlenAttention, causal=False):
     """Logits at every place, and the denoiser's output of `x_t` at the batch's noise levels."""
     everywhere = replace(batch, target_index=torch.arange(batch.input_ids.numel()))
     return made(everywhere, x_t, batch.t, form(batch, causal))
@@ -81,7 +79,7 @@ def test_a_row_is_laid_out_as_written_by_hand():
 @settings(deadline=None, max_examples=50)
 def test_a_noised_image_is_read_by_itself_alone_if_a_copy_follows(rows, causal):
     batch = packed(rows, row_length=130, clean_copies=True)
-    hidden = hidden_places(batch)
+    hidden = hidden_positions(batch)
     mask = dense_mask(batch.document_ids, batch.image_ids, causal, hidden)
     for b, row in enumerate(mask.tolist()):
         real, images = int(batch.row_tokens[b]), batch.image_ids[b].tolist()
@@ -95,7 +93,7 @@ def test_a_noised_image_is_read_by_itself_alone_if_a_copy_follows(rows, causal):
 
 
 def test_without_images_to_copy_nothing_is_hidden():
-    assert hidden_places(copies_of(["3i", "i", "5"])) is None
+    assert hidden_positions(copies_of(["3i", "i", "5"])) is None
 
 
 @CAUSAL
@@ -195,5 +193,5 @@ def test_flops_of_copies_are_those_counted(unet):
         copies=len(batch.copied),
     )
     with FlopCounterMode(display=False) as counter:
-        made(batch, batch.latents, batch.t, DocumentAttention(batch))
+        made(batch, batch.latents, batch.t, VarlenAttention(batch))
     assert forward_flops(made, work, LATENT_SHAPE[1:]) == counter.get_total_flops()

@@ -13,14 +13,14 @@ from tf_lightning.diffusion.sampler import build_scheduler
 from tf_lightning.errors import UserError
 from tf_lightning.generation.engine import generate
 from tf_lightning.generation.requests import Settings, collect
-from tf_lightning.model.attention import DenseAttention, DocumentAttention
+from tf_lightning.model.attention import DenseAttention, VarlenAttention
 from tf_lightning.model.patches import (
     AdaptiveNorm,
     LinearConfig,
     LinearPatchCoder,
-    check,
+    check_linear_config,
     patchify,
-    sincos_place,
+    sincos_pos_embed,
     timestep_embedding,
 )
 from tf_lightning.model.transformer import TransformerConfig
@@ -29,7 +29,7 @@ from tf_lightning.model.unet import UNetConfig
 from tf_lightning.training.module import Transfusion
 
 TIMES = pytest.mark.parametrize("time", ["added", "token", "adaln"])
-PLACES = pytest.mark.parametrize("place", ["learned", "sincos"])
+POS_EMBEDS = pytest.mark.parametrize("pos_embed", ["learned", "sincos"])
 
 
 def made_net(learned_sigma: bool = False, **linear) -> TransfusionModel:
@@ -67,14 +67,14 @@ def test_sinusoidal_places_are_those_of_masked_autoencoders(grid, dim):
 
     columns, rows = np.meshgrid(np.arange(grid[1]), np.arange(grid[0]))
     expected = np.concatenate([one(columns.reshape(-1)), one(rows.reshape(-1))], axis=1)
-    np.testing.assert_allclose(sincos_place(*grid, dim).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(sincos_pos_embed(*grid, dim).numpy(), expected, atol=1e-6)
 
 
 def test_sinusoidal_places_are_diffusers():
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
     expected = get_2d_sincos_pos_embed(64, 8, base_size=8, output_type="pt").float()
-    torch.testing.assert_close(sincos_place(8, 8, 64), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sincos_pos_embed(8, 8, 64), expected, atol=1e-5, rtol=0)
 
 
 def test_the_adaptive_norm_is_dits_final_layer():
@@ -89,13 +89,13 @@ def test_the_adaptive_norm_is_dits_final_layer():
         torch.testing.assert_close(norm(x, time)[image], expected, atol=1e-5, rtol=1e-5)
 
 
-@PLACES
-def test_each_conditioning_is_the_one_it_says(place):
+@POS_EMBEDS
+def test_each_conditioning_is_the_one_it_says(pos_embed):
     latents, t = torch.randn(2, 3, 4, 6), torch.tensor([0.1, 0.7])
     for time in ("added", "token", "adaln"):
-        made = coder(time=time, place=place)
-        if place == "sincos":
-            where = sincos_place(2, 3, 32)
+        made = coder(time=time, pos_embed=pos_embed)
+        if pos_embed == "sincos":
+            where = sincos_pos_embed(2, 3, 32)
         else:
             where = made.row_embedding.weight[:2].repeat_interleave(3, 0)
             where = where + made.column_embedding.weight[:3].repeat(2, 1)
@@ -122,13 +122,13 @@ def test_adaln_with_zero_weights_is_no_conditioning():
         norm.modulation[1].weight.zero_()
         norm.modulation[1].bias.zero_()
     batch = packed(document("2i1"), net)
-    attend = DocumentAttention(batch)
+    attend = VarlenAttention(batch)
     low, high = (net(batch, batch.latents, torch.tensor([t]), attend) for t in (0.0, 0.9))
     assert torch.equal(low[0], high[0]) and torch.equal(low[1], high[1])
 
     made = net.patch_coder
     plain, skips = made.encode(batch.latents, torch.tensor([0.9]))
-    content = made.patch_encoder(patchify(batch.latents, 2)) + made._place(batch.latents)
+    content = made.patch_encoder(patchify(batch.latents, 2)) + made._pos_embed(batch.latents)
     torch.testing.assert_close(plain, F.layer_norm(content, (32,), eps=1e-6))
     hidden = torch.randn(1, 4, 32)
     expected = made.patch_decoder(F.layer_norm(hidden, (32,), eps=1e-6))
@@ -154,10 +154,10 @@ def test_the_noise_level_changes_the_image_and_what_reads_it_and_no_text_before(
 
 
 @TIMES
-@PLACES
+@POS_EMBEDS
 @pytest.mark.parametrize("zero_init", ["output", "input"])
-def test_one_end_of_the_image_side_is_silent_at_the_start(time, place, zero_init):
-    made = coder(time=time, place=place, zero_init=zero_init)
+def test_one_end_of_the_image_side_is_silent_at_the_start(time, pos_embed, zero_init):
+    made = coder(time=time, pos_embed=pos_embed, zero_init=zero_init)
     for parameter in made.parameters():
         parameter.fill_(float("nan"))
     made.reset_parameters()
@@ -178,11 +178,11 @@ def test_a_silent_input_learns(time):
     """No gradient of the parts that are zero is zero: nothing stays silent."""
     torch.manual_seed(0)
     config = TransformerConfig(VOCAB_SIZE, 32, 2, 4, 2, ffn_dim=48)
-    linear = LinearConfig(time=time, place="sincos", zero_init="input")
+    linear = LinearConfig(time=time, pos_embed="sincos", zero_init="input")
     net = TransfusionModel(config, PATCH_SIZE, 3, linear=linear, learned_sigma=True)
     net.reset_parameters()
     batch = packed(document("2i1"), net)
-    net(batch, batch.latents, batch.t, DocumentAttention(batch))[1].square().sum().backward()
+    net(batch, batch.latents, batch.t, VarlenAttention(batch))[1].square().sum().backward()
     coder = net.patch_coder
     assert coder.patch_encoder.weight.grad.any() and coder.time_embedder[2].weight.grad.any()
 
@@ -199,7 +199,7 @@ def draw(net: TransfusionModel, parts, how: Settings) -> torch.Tensor:
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_an_image_from_the_cache_is_that_of_full_forwards(time, scale):
     """Behind a clean image of the prompt, which is at t = 0."""
-    net, prompt = made_net(time=time, place="sincos", learned_sigma=True), document("2i1", 3)
+    net, prompt = made_net(time=time, pos_embed="sincos", learned_sigma=True), document("2i1", 3)
     drawn = draw(net, prompt, settings("image", guidance=Guidance(scale)))
     scheduler = build_scheduler("DDIMScheduler", 1000, KIND)
     scheduler.set_timesteps(STEPS)
@@ -259,14 +259,14 @@ def test_text_behind_a_drawn_image_reads_it_clean(time):
     "linear, words",
     [
         ({"time": "film"}, "linear.time='film' must be one of added, token, adaln"),
-        ({"place": "rope"}, "linear.place='rope' must be one of learned, sincos"),
+        ({"pos_embed": "rope"}, "linear.pos_embed='rope' must be one of learned, sincos"),
         ({"zero_init": "all"}, "linear.zero_init='all' must be one of output, input"),
-        ({"place": "sincos"}, "needs a width that 4 divides and transformer.dim=30 is none"),
+        ({"pos_embed": "sincos"}, "needs a width that 4 divides and transformer.dim=30 is none"),
     ],
 )
 def test_what_there_is_not_is_refused(linear, words):
     with pytest.raises(UserError, match=words):
-        check(LinearConfig(**linear), 30)
+        check_linear_config(LinearConfig(**linear), 30)
 
 
 def test_a_unet_has_ways_of_its_own():

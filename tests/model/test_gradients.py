@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tf_lightning.model.layers import RMSNorm, rotate
+from tf_lightning.model.layers import RMSNorm, apply_rotary_emb
 from tf_lightning.model.transformer import rope_angles
 
 PRECISIONS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
@@ -56,7 +56,7 @@ def test_a_rotation_and_its_gradient_are_those_of_its_formula(dtype):
         return torch.cat([turned.real, turned.imag], -1)
 
     rope = rope_angles(torch.arange(5), 8, 10_000.0)
-    found, expected = outcome(lambda x: rotate(x, *rope), x), outcome(by_formula, x)
+    found, expected = outcome(lambda x: apply_rotary_emb(x, *rope), x), outcome(by_formula, x)
     close = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype

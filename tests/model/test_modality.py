@@ -6,16 +6,21 @@ from torch import Tensor, nn
 
 from support.tiny import all_outputs, document, packed, tiny_net
 from tf_lightning.batch import Batch
-from tf_lightning.model.attention import DenseAttention, DocumentAttention
-from tf_lightning.model.transformer import FeedForward, Split, rope_angles, with_modality_weights
+from tf_lightning.model.attention import DenseAttention, VarlenAttention
+from tf_lightning.model.transformer import (
+    FeedForward,
+    ModalitySplit,
+    rope_angles,
+    with_modality_weights,
+)
 from tf_lightning.model.transfusion import TransfusionModel
 
-FORMS = pytest.mark.parametrize("form", [DenseAttention, DocumentAttention])
+FORMS = pytest.mark.parametrize("form", [DenseAttention, VarlenAttention])
 KINDS = pytest.mark.parametrize("kind", ["ffn", "all"])
 
 
 def mixed_batch() -> Batch:
-    """Long and short documents, so that `enter` reorders them, and padding."""
+    """Long and short documents, so that `gather` reorders them, and padding."""
     return packed([[document("2i3i1", 1), document("2", 2)], [document("i2", 3), document("7", 4)]])
 
 
@@ -90,12 +95,12 @@ def test_split_weights_equal_a_computation_of_both_at_every_position(form, kind)
 def test_each_modality_teaches_its_own_weights_only(kind):
     net = tiny_net(modality_weights=kind).requires_grad_(True)
     batch = packed([[document("5")]])
-    logits, _ = net(batch, batch.latents, batch.t, DocumentAttention(batch))
+    logits, _ = net(batch, batch.latents, batch.t, VarlenAttention(batch))
     logits.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in own_weights(net))
     net.zero_grad()
     batch = packed([[document("i")]])
-    _, output = net(batch, batch.latents, batch.t, DocumentAttention(batch))
+    _, output = net(batch, batch.latents, batch.t, VarlenAttention(batch))
     output.square().sum().backward()
     assert all(p.grad.any() for p in own_weights(net))
 
@@ -106,10 +111,10 @@ def own_weights(net: TransfusionModel) -> list[nn.Parameter]:
 
 def test_text_before_any_image_does_not_depend_on_image_weights():
     net, batch = tiny_net(modality_weights="all"), packed([[document("3i2")]])
-    before, _ = all_outputs(net, batch, DocumentAttention(batch))
+    before, _ = all_outputs(net, batch, VarlenAttention(batch))
     for parameter in own_weights(net):
         parameter.add_(0.1)
-    after, _ = all_outputs(net, batch, DocumentAttention(batch))
+    after, _ = all_outputs(net, batch, VarlenAttention(batch))
     same = (before - after).abs().amax(-1)[0] == 0
     first = batch.image_ids[0].tolist().index(0)
     assert same.tolist() == [True] * first + [False] * (len(same) - first)
@@ -119,9 +124,9 @@ def test_text_before_any_image_does_not_depend_on_image_weights():
 def test_a_split_joined_is_in_its_old_order(form):
     batch = mixed_batch()
     attend = form(batch)
-    x = attend.enter(torch.arange(batch.input_ids.numel()).view(2, -1, 1).double())
-    image_ids = attend.enter(batch.image_ids)
-    split = Split(*attend.modalities(), x.shape[:-1])
+    x = attend.gather(torch.arange(batch.input_ids.numel()).view(2, -1, 1).double())
+    image_ids = attend.gather(batch.image_ids)
+    split = ModalitySplit(*attend.modality_indices(), x.shape[:-1])
     text, patches = split(x)
     assert torch.equal(split.join(text, patches), x)
     assert torch.equal(text, x[image_ids < 0]) and torch.equal(patches, x[image_ids >= 0])
@@ -137,7 +142,7 @@ def test_the_batch_counts_both_kinds_of_places():
 def test_padding_alone_and_text_alone_run():
     net = tiny_net(modality_weights="all")
     for batch in (packed([[]], row_length=4), packed([[document("3")]])):
-        for form in (DenseAttention, DocumentAttention):
+        for form in (DenseAttention, VarlenAttention):
             logits, output = all_outputs(net, batch, form(batch))
             assert logits.shape[:2] == batch.input_ids.shape and len(output) == 0
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from support.tiny import PATCH_SIZE, VOCAB_SIZE, all_outputs, document, packed, tiny_net
 from tf_lightning.batch import Batch
 from tf_lightning.diffusion.process import diffusion_loss_sum
-from tf_lightning.model.attention import DenseAttention, DocumentAttention
+from tf_lightning.model.attention import DenseAttention, VarlenAttention
 from tf_lightning.model.transfusion import update_ema
 from tf_lightning.training.losses import lm_loss
 
-FORMS = pytest.mark.parametrize("form", [DenseAttention, DocumentAttention])
+FORMS = pytest.mark.parametrize("form", [DenseAttention, VarlenAttention])
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
 
 
@@ -83,7 +83,7 @@ def test_a_patch_changes_its_image_and_what_follows_and_nothing_else(form, causa
 
 def test_with_causal_images_a_patch_leaves_the_earlier_patches_alone():
     net, batch = tiny_net(), two_rows()
-    attend = DocumentAttention(batch, causal=True)
+    attend = VarlenAttention(batch, causal=True)
     latents = batch.latents.clone()
     latents[0, :, 2:, 2:] += 1  # the last patch
     before, after = (
@@ -95,7 +95,7 @@ def test_with_causal_images_a_patch_leaves_the_earlier_patches_alone():
 
 def test_the_noise_level_of_an_image_changes_it_and_what_follows_and_nothing_else():
     net, batch = tiny_net(), two_rows()
-    attend = DocumentAttention(batch)
+    attend = VarlenAttention(batch)
     before, _ = all_outputs(net, batch, attend)
     for image in range(batch.num_images):
         t = batch.t.clone()
@@ -109,14 +109,14 @@ def test_a_document_gives_the_same_outputs_alone_and_packed():
     net = tiny_net()
     documents = [document("2i3i1", 1), document("2i", 2), document("5", 3)]
     batch = packed([documents])
-    together, images = all_outputs(net, batch, DocumentAttention(batch))
+    together, images = all_outputs(net, batch, VarlenAttention(batch))
     logits, outputs, first = [], [], 0
     for parts in documents:
         alone = packed([[parts]])
         count = alone.num_images
         alone = replace(alone, t=batch.t[first : first + count])
         first += count
-        alone_logits, alone_images = all_outputs(net, alone, DocumentAttention(alone))
+        alone_logits, alone_images = all_outputs(net, alone, VarlenAttention(alone))
         logits.append(alone_logits)
         outputs += [alone_images] if count else []
     torch.testing.assert_close(together, torch.cat(logits, 1), atol=1e-5, rtol=1e-5)
@@ -125,7 +125,7 @@ def test_a_document_gives_the_same_outputs_alone_and_packed():
 
 def test_logits_are_computed_at_targets_only():
     net, batch = tiny_net(), two_rows()
-    attend = DocumentAttention(batch)
+    attend = VarlenAttention(batch)
     logits, output = net(batch, batch.latents, batch.t, attend)
     everywhere, same_output = all_outputs(net, batch, attend)
     torch.testing.assert_close(logits, everywhere.flatten(0, 1)[batch.target_index])
@@ -137,7 +137,7 @@ def test_a_batch_without_images_and_one_without_text_run_and_teach_every_weight(
     for shape in ("5", "i"):
         batch = packed([[document(shape)]])  # all that text data knows
         net.zero_grad()
-        logits, output = net(batch, batch.latents, batch.t, DocumentAttention(batch))
+        logits, output = net(batch, batch.latents, batch.t, VarlenAttention(batch))
         assert output.shape == batch.latents.shape
         (logits.sum() + output.sum()).backward()
         # DDP waits for every weight, so none may be left without a gradient
@@ -146,7 +146,7 @@ def test_a_batch_without_images_and_one_without_text_run_and_teach_every_weight(
 
 def test_a_batch_of_padding_alone_has_nothing_to_say():
     net, batch = tiny_net(), packed([[]], row_length=4)
-    logits, output = net(batch, batch.latents, batch.t, DocumentAttention(batch))
+    logits, output = net(batch, batch.latents, batch.t, VarlenAttention(batch))
     assert logits.shape == (0, VOCAB_SIZE) and output.shape == batch.latents.shape
 
 
@@ -157,7 +157,7 @@ def hidden_gradient(batch: Batch, loss_of) -> tuple[Tensor, dict[str, Tensor]]:
     net.transformer.register_forward_hook(
         lambda module, args, output: (output.retain_grad(), kept.append(output)) and None
     )
-    loss_of(*net(batch, batch.latents, batch.t, DocumentAttention(batch))).backward()
+    loss_of(*net(batch, batch.latents, batch.t, VarlenAttention(batch))).backward()
     return kept[0].grad, {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
 
 

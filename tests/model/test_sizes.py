@@ -23,7 +23,7 @@ LARGE, SMALL, WIDE = (8, 8), (4, 4), (4, 8)
 CODERS = {
     "linear": {},
     "adaln": {"linear": LinearConfig(time="adaln")},
-    "token": {"linear": LinearConfig(time="token", place="sincos")},
+    "token": {"linear": LinearConfig(time="token", pos_embed="sincos")},
     "unet": {"unet": UNetConfig((8, 16), head_dim=8)},
     "sigma": {"learned_sigma": True},
 }

@@ -9,7 +9,7 @@ import yaml
 
 from support.tiny import document, packed, tiny_net
 from tf_lightning.model.attention import build_attention
-from tf_lightning.model.layers import rotate
+from tf_lightning.model.layers import apply_rotary_emb
 from tf_lightning.model.transformer import Transformer, TransformerConfig, rope_angles
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model"
@@ -53,15 +53,17 @@ def test_rotary_positions_equal_hugging_faces():
         q.transpose(1, 2), k.transpose(1, 2), *LlamaRotaryEmbedding(config)(q, positions)
     )
     rope = rope_angles(positions, 16, 5000.0)
-    for ours, theirs in zip((rotate(q, *rope), rotate(k, *rope)), expected, strict=True):
+    for ours, theirs in zip(
+        (apply_rotary_emb(q, *rope), apply_rotary_emb(k, *rope)), expected, strict=True
+    ):
         torch.testing.assert_close(ours, theirs.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_rotary_scores_depend_on_the_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 16)
     scores = [
-        (rotate(q, *rope_angles(torch.tensor([[a]]), 16, 1e4))
-         * rotate(k, *rope_angles(torch.tensor([[b]]), 16, 1e4))).sum()
+        (apply_rotary_emb(q, *rope_angles(torch.tensor([[a]]), 16, 1e4))
+         * apply_rotary_emb(k, *rope_angles(torch.tensor([[b]]), 16, 1e4))).sum()
         for a, b in ((3, 1), (103, 101))
     ]  # fmt: skip
     torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
@@ -70,9 +72,9 @@ def test_rotary_scores_depend_on_the_distance_only():
 def test_rotation_is_computed_in_fp32_and_keeps_the_dtype():
     x = torch.randn(1, 4, 2, 16)
     rope = rope_angles(torch.tensor([[0, 1, 500, 4095]]), 16, 1e4)
-    low = rotate(x.bfloat16(), *rope)
+    low = apply_rotary_emb(x.bfloat16(), *rope)
     assert low.dtype == torch.bfloat16
-    assert torch.equal(low, rotate(x.bfloat16().float(), *rope).bfloat16())
+    assert torch.equal(low, apply_rotary_emb(x.bfloat16().float(), *rope).bfloat16())
 
 
 @pytest.mark.parametrize("qk_norm", [True, "layer"])

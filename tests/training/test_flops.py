@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from support.tiny import TOKENIZER, VOCAB_SIZE, code_batch, document, packed
 from tf_lightning.batch import Batch, document_length, pack
-from tf_lightning.model.attention import DocumentAttention
+from tf_lightning.model.attention import VarlenAttention
 from tf_lightning.model.patches import LinearConfig
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
@@ -25,7 +25,7 @@ NETS = {
     "grouped queries": {"num_kv_heads": 2},
     "feed-forward of their own": {"modality_weights": "ffn"},
     "all of their own": {"modality_weights": "all"},
-    "AdaLN": {"linear": LinearConfig(time="adaln", place="sincos"), "learned_sigma": True},
+    "AdaLN": {"linear": LinearConfig(time="adaln", pos_embed="sincos"), "learned_sigma": True},
 }
 UNETS = {1: (8,), 2: (8, 16), 4: (8, 12, 16)}
 
@@ -53,7 +53,7 @@ def work_of(batch: Batch, patch_size: int = 2) -> Work:
 def counted(net: TransfusionModel, batch: Batch, backward: bool = False) -> int:
     """What PyTorch's counter sees."""
     with FlopCounterMode(display=False) as counter:
-        logits, output = net(batch, batch.latents, batch.t, DocumentAttention(batch))
+        logits, output = net(batch, batch.latents, batch.t, VarlenAttention(batch))
         if backward:
             (logits.sum() + output.sum()).backward()
     return counter.get_total_flops()

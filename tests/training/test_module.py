@@ -108,7 +108,7 @@ VARIANTS = {
     "U-Net": {"unet": UNetConfig((8, 16), num_blocks=1, head_dim=8)},
     "U-Net, learned sigma": {"unet": UNetConfig((8, 16), 1, 8), "learned_sigma": True},
     "MonoFormer": {
-        "linear": LinearConfig(time="adaln", place="sincos", zero_init="input"),
+        "linear": LinearConfig(time="adaln", pos_embed="sincos", zero_init="input"),
         "noise_schedule": "linear",
         "learned_sigma": True,
     },

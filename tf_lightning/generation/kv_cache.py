@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tf_lightning.batch import Batch
-from tf_lightning.model.attention import DocumentAttention, sdpa
+from tf_lightning.model.attention import VarlenAttention, sdpa
 from tf_lightning.model.transformer import TransformerConfig
 
 SIMILAR = 1.25  # prefixes share an attention call up to this ratio of longest to shortest
@@ -41,7 +41,7 @@ class KeyValueCache:
         return self.layers[layer]
 
 
-class ReadAttention(DocumentAttention):
+class ReadAttention(VarlenAttention):
     """One document a row, from its first position on; its keys and values are kept.
 
     Args:
@@ -115,16 +115,16 @@ class AppendAttention:
             mask = (torch.arange(end, device=device) <= seen.unsqueeze(-1)).unsqueeze(1)
         return index(members, device), index([rows[i] for i in members], device), end, mask
 
-    def modalities(self) -> tuple[Tensor, Tensor]:
+    def modality_indices(self) -> tuple[Tensor, Tensor]:
         """Places of text and of patches among the n * L new positions: all are of one kind."""
         everyone = torch.arange(self.positions.numel(), device=self.cache.device)
         return (everyone[:0], everyone) if self.image else (everyone, everyone[:0])
 
-    def enter(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """(n, L, ...) unchanged."""
         return x
 
-    def leave(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor) -> Tensor:
         """(n, L, ...) unchanged."""
         return x
 

@@ -6,7 +6,7 @@ Noised images that a clean copy follows are hidden: all but their own patches re
 
 Each form is built once per batch and is called by every layer as `attend(q, k, v)`:
     FlexAttention      CUDA: compiled kernel, skips blocks that the rule leaves empty
-    DocumentAttention  CPU: documents of one length are one SDPA call; padding is not computed
+    VarlenAttention  CPU: documents of one length are one SDPA call; padding is not computed
     DenseAttention     any device: the whole (T, T) mask; the reference in tests
 
 Shapes: B rows, T positions, H query heads, G key/value heads, K head dim, S = real positions.
@@ -21,7 +21,7 @@ from torch import Tensor
 from tf_lightning.batch import Batch
 
 
-def hidden_places(batch: Batch) -> Tensor | None:
+def hidden_positions(batch: Batch) -> Tensor | None:
     """Patches that only their own image reads, (B, T) bool; None where there are no copies."""
     if len(batch.copied) == 0:
         return None
@@ -72,18 +72,18 @@ class DenseAttention:
 
     def __init__(self, batch: Batch, causal: bool = False):
         self.batch = batch
-        hidden = hidden_places(batch)
+        hidden = hidden_positions(batch)
         self.mask = dense_mask(batch.document_ids, batch.image_ids, causal, hidden).unsqueeze(1)
 
-    def modalities(self) -> tuple[Tensor, Tensor]:
+    def modality_indices(self) -> tuple[Tensor, Tensor]:
         """Places of text (padding too) and of patches among B * T positions."""
         return self.batch.text_index, self.batch.patch_index
 
-    def enter(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """(B, T, ...) unchanged."""
         return x
 
-    def leave(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor) -> Tensor:
         """(B, T, ...) unchanged."""
         return x
 
@@ -99,7 +99,7 @@ class FlexAttention(DenseAttention):
         from torch.nn.attention.flex_attention import create_block_mask
 
         self.batch = batch
-        rule = mask_mod(batch.document_ids, batch.image_ids, causal, hidden_places(batch))
+        rule = mask_mod(batch.document_ids, batch.image_ids, causal, hidden_positions(batch))
         rows, length = batch.document_ids.shape
         self.mask = create_block_mask(
             rule, rows, None, length, length, device=batch.document_ids.device
@@ -130,10 +130,10 @@ def _flex(*args, **kwargs) -> Tensor:
 _compiled_flex: Callable | None = None
 
 
-class DocumentAttention:
+class VarlenAttention:
     """CPU: the trunk runs on real positions only, documents of one length side by side.
 
-    `enter` gathers (B, T, ...) into (S, ...), ordered by document length, so that documents of one
+    `gather` gathers (B, T, ...) into (S, ...), ordered by document length, so that documents of one
     length are a view (count, length, ...): one exact SDPA call for all of them, without padding.
     """
 
@@ -149,7 +149,7 @@ class DocumentAttention:
         sizes, counts = lengths.unique(return_counts=True)
         self.groups = [(int(c), int(s)) for c, s in zip(counts, sizes, strict=True)]
         self.tokens = [count * size for count, size in self.groups]
-        hidden = hidden_places(batch)
+        hidden = hidden_positions(batch)
         hidden = image_ids.new_zeros(len(real)) if hidden is None else hidden.flatten()[self.index]
         parts = (x.split(self.tokens) for x in (image_ids, hidden.bool()))
         self.masks = [
@@ -166,15 +166,15 @@ class DocumentAttention:
         same_document = torch.zeros_like(image_ids)
         return dense_mask(same_document, image_ids, causal, hidden if hides else None).unsqueeze(1)
 
-    def modalities(self) -> tuple[Tensor, Tensor]:
+    def modality_indices(self) -> tuple[Tensor, Tensor]:
         """Places of text and of patches among the S positions."""
         return (self.image_ids < 0).nonzero().flatten(), (self.image_ids >= 0).nonzero().flatten()
 
-    def enter(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (S, ...)."""
         return x.flatten(0, 1).index_select(0, self.index)
 
-    def leave(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor) -> Tensor:
         """(S, ...) -> (B, T, ...), zero at padding."""
         out = x.new_zeros(self.rows * self.length, *x.shape[1:])
         return out.index_copy(0, self.index, x).unflatten(0, (self.rows, self.length))
@@ -193,10 +193,10 @@ class DocumentAttention:
         return torch.cat(outputs).type_as(q)
 
 
-Attention = DenseAttention | FlexAttention | DocumentAttention
+Attention = DenseAttention | FlexAttention | VarlenAttention
 
 
 def build_attention(batch: Batch, causal: bool = False) -> Attention:
     """The fast form for the batch's device."""
-    form = FlexAttention if batch.document_ids.is_cuda else DocumentAttention
+    form = FlexAttention if batch.document_ids.is_cuda else VarlenAttention
     return form(batch, causal)

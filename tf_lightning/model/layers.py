@@ -70,7 +70,7 @@ class RotateFunction(torch.autograd.Function):
         return turn(grad, *ctx.saved_tensors, sign=-1), None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (..., H, K) by cos, sin (..., 1, K) (RoFormer Eq. 34), in fp32."""
     return turn(x, cos, sin) if x.is_cuda else RotateFunction.apply(x, cos, sin)
 

@@ -37,7 +37,7 @@ class LinearConfig:
     """The noise level is added to every patch vector; or it is a vector of its own before the
     patches (MonoFormer's code; the data's time_token must be true); or it scales and shifts the
     patch vectors before the Transformer and after it, each behind a layer norm (MonoFormer)."""
-    place: Literal["learned", "sincos"] = "learned"
+    pos_embed: Literal["learned", "sincos"] = "learned"
     """A learned row and column embedding, or fixed 2-D sinusoids (MonoFormer, DiT)."""
     zero_init: Literal["output", "input"] = "output"
     """Which end of the image side is silent at the start: its output and every scale and shift
@@ -52,20 +52,20 @@ def has_time_token(config: LinearConfig | None) -> bool:
     return config is not None and config.time == "token"
 
 
-def check(config: LinearConfig, dim: int) -> None:
+def check_linear_config(config: LinearConfig, dim: int) -> None:
     """Refuse what a linear patch coder has not."""
     choices = {
         "time": ("added", "token", "adaln"),
-        "place": ("learned", "sincos"),
+        "pos_embed": ("learned", "sincos"),
         "zero_init": ("output", "input"),
     }
     for name, known in choices.items():
         value = getattr(config, name)
         if value not in known:
             raise UserError(f"linear.{name}={value!r} must be one of {', '.join(known)}")
-    if config.place == "sincos" and dim % 4:
+    if config.pos_embed == "sincos" and dim % 4:
         raise UserError(
-            f"linear.place='sincos' needs a width that 4 divides and transformer.dim={dim} is "
+            f"linear.pos_embed='sincos' needs a width that 4 divides and transformer.dim={dim} is "
             "none; change it, or use 'learned'"
         )
 
@@ -77,7 +77,9 @@ def sinusoids(places: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def sincos_place(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
+def sincos_pos_embed(
+    height: int, width: int, dim: int, device: torch.device | None = None
+) -> Tensor:
     """2-D sinusoids of each patch of a grid, (N, D): half for its column, half for its row (MAE).
 
     Args:
@@ -123,7 +125,7 @@ def patchify(latents: Tensor, patch_size: int) -> Tensor:
     return F.unfold(latents, patch_size, stride=patch_size).transpose(1, 2)
 
 
-def place_embedding(rows: nn.Embedding, columns: nn.Embedding, height: int, width: int) -> Tensor:
+def learned_pos_embed(rows: nn.Embedding, columns: nn.Embedding, height: int, width: int) -> Tensor:
     """The learned place of each patch of a grid, (N, D)."""
     return (rows.weight[:height].unsqueeze(1) + columns.weight[:width]).flatten(0, 1)
 
@@ -172,14 +174,14 @@ class LinearPatchCoder(nn.Module):
     ):
         super().__init__()
         self.config = config or LinearConfig()
-        check(self.config, dim)
+        check_linear_config(self.config, dim)
         self.patch_size, self.latent_channels = patch_size, latent_channels
         self.patch_encoder = nn.Linear(latent_channels * patch_size**2, dim)
         self.patch_decoder = nn.Linear(dim, (out_channels or latent_channels) * patch_size**2)
         self.time_embedder = nn.Sequential(
             nn.Linear(TIMESTEP_DIM, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
-        if self.config.place == "learned":
+        if self.config.pos_embed == "learned":
             self.row_embedding = nn.Embedding(MAX_GRID, dim)
             self.column_embedding = nn.Embedding(MAX_GRID, dim)
         if self.config.time == "adaln":
@@ -187,7 +189,7 @@ class LinearPatchCoder(nn.Module):
 
     def encode(self, latents: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Latents (M, C, h, w) at noise levels t (M,) -> patch vectors (M, N, D), and skips."""
-        patches = self.patch_encoder(patchify(latents, self.patch_size)) + self._place(latents)
+        patches = self.patch_encoder(patchify(latents, self.patch_size)) + self._pos_embed(latents)
         time = self.time_embedder(timestep_embedding(t).type_as(latents))
         if self.config.time == "token":
             return torch.cat([time.unsqueeze(1), patches], dim=1), []
@@ -195,12 +197,12 @@ class LinearPatchCoder(nn.Module):
             return self.input_norm(patches, time), [time]
         return patches + time.unsqueeze(1), []
 
-    def _place(self, latents: Tensor) -> Tensor:
+    def _pos_embed(self, latents: Tensor) -> Tensor:
         height, width = (side // self.patch_size for side in latents.shape[-2:])
-        if self.config.place == "sincos":
+        if self.config.pos_embed == "sincos":
             dim = self.patch_encoder.out_features
-            return sincos_place(height, width, dim, latents.device).type_as(latents)
-        return place_embedding(self.row_embedding, self.column_embedding, height, width)
+            return sincos_pos_embed(height, width, dim, latents.device).type_as(latents)
+        return learned_pos_embed(self.row_embedding, self.column_embedding, height, width)
 
     def decode(self, hidden: Tensor, size: tuple[int, int], skips: Sequence[Tensor] = ()) -> Tensor:
         """Hidden states (M, N, D) -> the network's output (M, C, h, w), `size` = (h, w)."""

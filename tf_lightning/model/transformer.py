@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tf_lightning.errors import UserError
 from tf_lightning.model.attention import Attention
-from tf_lightning.model.layers import RMSNorm, RopeScaling, rotate
+from tf_lightning.model.layers import RMSNorm, RopeScaling, apply_rotary_emb
 
 
 def with_modality_weights(state_dict: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def with_modality_weights(state_dict: dict[str, Tensor], names: Iterable[str]) -
     return state_dict | {name: copies[name] for name in copies.keys() - state_dict.keys()}
 
 
-class Split:
+class ModalitySplit:
     """The positions (...) of an attention form as text (L, ...) and patches (N, ...).
 
     Both are known by index, counted on the CPU, so that no device is asked how many there are.
@@ -146,8 +146,8 @@ class SelfAttention(nn.Module):
     def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(..., D) -> q (..., H, K), k and v (..., G, K)."""
         heads = (-1, self.head_dim)
-        q = rotate(self.q_norm(self.wq(x).unflatten(-1, heads)), *rope)
-        k = rotate(self.k_norm(self.wk(x).unflatten(-1, heads)), *rope)
+        q = apply_rotary_emb(self.q_norm(self.wq(x).unflatten(-1, heads)), *rope)
+        k = apply_rotary_emb(self.k_norm(self.wk(x).unflatten(-1, heads)), *rope)
         return q, k, self.wv(x).unflatten(-1, heads)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
@@ -182,15 +182,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """(..., D) -> (..., D)."""
-        out = self.attention(self.enter(self.attention_norm, x), rope, attend)
-        x = x + self.leave(self.attention_norm, out)
-        return x + self.leave(self.ffn_norm, self.feed_forward(self.enter(self.ffn_norm, x)))
+        out = self.attention(self.branch_input(self.attention_norm, x), rope, attend)
+        x = x + self.branch_output(self.attention_norm, out)
+        return x + self.branch_output(
+            self.ffn_norm, self.feed_forward(self.branch_input(self.ffn_norm, x))
+        )
 
-    def enter(self, norm: nn.Module, x: Tensor) -> Tensor:
+    def branch_input(self, norm: nn.Module, x: Tensor) -> Tensor:
         """What a branch reads of x."""
         return norm(x) if self.pre else x
 
-    def leave(self, norm: nn.Module, out: Tensor) -> Tensor:
+    def branch_output(self, norm: nn.Module, out: Tensor) -> Tensor:
         """What a branch adds to x."""
         return self.dropout(out if self.pre else norm(out))
 
@@ -212,7 +214,7 @@ def modality_block(
     image: ImageWeights,
     parts: list[Tensor],
     ropes: list[tuple[Tensor, Tensor]],
-    split: Split,
+    split: ModalitySplit,
     attend: Attention,
 ) -> list[Tensor]:
     """A block on text and patches apart, each with its own weights, which meet in attention.
@@ -227,16 +229,16 @@ def modality_block(
     """
     attends = [text, image if hasattr(image, "attention") else text]
     qkvs = [
-        own.attention.qkv(text.enter(own.attention_norm, x), rope)
+        own.attention.qkv(text.branch_input(own.attention_norm, x), rope)
         for own, x, rope in zip(attends, parts, ropes, strict=True)
     ]
     mixed = split(attend(*(split.join(*pair) for pair in zip(*qkvs, strict=True))).flatten(-2))
     parts = [
-        x + text.leave(own.attention_norm, own.attention.wo(y))
+        x + text.branch_output(own.attention_norm, own.attention.wo(y))
         for own, x, y in zip(attends, parts, mixed, strict=True)
     ]
     return [
-        x + text.leave(own.ffn_norm, own.feed_forward(text.enter(own.ffn_norm, x)))
+        x + text.branch_output(own.ffn_norm, own.feed_forward(text.branch_input(own.ffn_norm, x)))
         for own, x in zip([text, image], parts, strict=True)
     ]
 
@@ -275,7 +277,7 @@ class Transformer(nn.Module):
             attend: attention built for this batch by `attention.build_attention`.
         """
         config = self.config
-        x, positions = attend.enter(x), attend.enter(positions)
+        x, positions = attend.gather(x), attend.gather(positions)
         head_dim = config.dim // config.num_heads
         rope = rope_angles(positions, head_dim, config.rope_theta, config.rope_scaling)
         if config.modality_weights == "shared":
@@ -283,12 +285,12 @@ class Transformer(nn.Module):
                 x = layer(x, rope, attend)
         else:
             x = self._forward_by_modality(x, rope, attend)
-        return attend.leave(self.norm(x))
+        return attend.scatter(self.norm(x))
 
     def _forward_by_modality(
         self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention
     ) -> Tensor:
-        split = Split(*attend.modalities(), x.shape[:-1])
+        split = ModalitySplit(*attend.modality_indices(), x.shape[:-1])
         parts, ropes = split(x), list(zip(*map(split, rope), strict=True))
         for text, image in zip(self.layers, self.image_layers, strict=True):
             parts = modality_block(text, image, parts, ropes, split, attend)

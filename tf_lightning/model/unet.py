@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tf_lightning.errors import UserError
-from tf_lightning.model.patches import MAX_GRID, TIMESTEP_DIM, place_embedding, timestep_embedding
+from tf_lightning.model.patches import MAX_GRID, TIMESTEP_DIM, learned_pos_embed, timestep_embedding
 
 
 @dataclass
@@ -36,7 +36,7 @@ class UNetConfig:
 torch.serialization.add_safe_globals([UNetConfig])  # hparams load with weights_only=True
 
 
-def check(config: UNetConfig, patch_size: int) -> None:
+def check_unet_config(config: UNetConfig, patch_size: int) -> None:
     """Refuse sizes that do not make a U-Net of that patch size."""
     if not config.channels or config.num_blocks < 1:
         raise UserError(
@@ -120,7 +120,7 @@ class UNetPatchCoder(nn.Module):
         out_channels: int | None = None,
     ):
         super().__init__()
-        check(config, patch_size)
+        check_unet_config(config, patch_size)
         self.patch_size, self.latent_channels = patch_size, latent_channels
         first, last = config.channels[0], config.channels[-1]
         time_dim = 4 * first
@@ -149,7 +149,7 @@ class UNetPatchCoder(nn.Module):
         for block in self.down_blocks:
             x, states = block(x, time)
             skips += states
-        place = place_embedding(self.row_embedding, self.column_embedding, *x.shape[-2:])
+        place = learned_pos_embed(self.row_embedding, self.column_embedding, *x.shape[-2:])
         patches = self.patch_encoder(x.flatten(2).transpose(1, 2)) + place  # (M, N, D)
         return patches[:count], [skip[:count] for skip in skips]
 

@@ -28,8 +28,7 @@ from tf_lightning.model.transfusion import (
     check_codes,
     update_ema,
 )
-from tf_lightning.model.unet import UNetConfig
-from tf_lightning.model.unet import check as check_unet
+from tf_lightning.model.unet import UNetConfig, check_unet_config
 from tf_lightning.training.fsdp import shard
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
 from tf_lightning.training.optim import DECAYS, build_optimizer, lr_scale
@@ -148,7 +147,7 @@ class Transfusion(L.LightningModule):
         if num_codes is not None:
             check_codes(num_codes, patch_size, unet, transformer)
         elif unet is not None:
-            check_unet(unet, patch_size)
+            check_unet_config(unet, patch_size)
         if isinstance(linear, dict):
             linear = LinearConfig(**linear)
         if unet is not None and linear is not None:
