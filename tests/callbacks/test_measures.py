@@ -10,7 +10,7 @@ from callbacks.prompts import ShapesPrompts
 from callbacks.sampling import Sampled
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Document, document_length, pack
-from tf_lightning.generation.pipeline import TransfusionPipeline, to_picture, to_pixels
+from tf_lightning.generation.pipeline import TransfusionPipeline, to_image, to_pixels
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.shapes.grammar import caption
 from tf_lightning.shapes.sources import picture
@@ -36,8 +36,8 @@ def pictures(prompts) -> dict[str, list[Image.Image]]:
     noise = torch.randn(pixels.shape, generator=noises)
     return {
         "true": true,
-        "reconstructed": [*map(to_picture, autoencoder.decode(latents))],
-        "noise": [*map(to_picture, noise)],
+        "reconstructed": [*map(to_image, autoencoder.decode(latents))],
+        "noise": [*map(to_image, noise)],
     }
 
 

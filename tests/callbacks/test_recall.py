@@ -10,7 +10,7 @@ from PIL import Image
 
 from callbacks.recall import Recall, nearest_pictures
 from tf_lightning.data.documents import Skipped
-from tf_lightning.generation.pipeline import TransfusionPipeline, to_picture
+from tf_lightning.generation.pipeline import TransfusionPipeline, to_image
 
 
 def test_the_nearest_picture_is_the_one_of_least_squared_distance():
@@ -31,7 +31,7 @@ def test_a_picture_with_little_noise_is_nearest_to_itself():
 
 
 def grey(number: int) -> Image.Image:
-    return to_picture(torch.full((3, 8, 8), number / 5 - 1))
+    return to_image(torch.full((3, 8, 8), number / 5 - 1))
 
 
 class Greys:
@@ -46,7 +46,7 @@ class Greys:
             [grey(2), "2"],
             *([str(n), grey(n)] for n in (3, 4, 5, 6, 7)),
         ]
-        return iter([*pairs[:3], ["text"], Skipped("damaged picture"), *pairs[3:]])
+        return iter([*pairs[:3], ["text"], Skipped("damaged image"), *pairs[3:]])
 
 
 SHIFTED = {"sampler": "DPMSolverMultistepScheduler", "timestep_shift": 2.5}

@@ -267,7 +267,7 @@ def test_an_interrupt_keeps_what_is_written_and_the_same_command_goes_on(
         ("{", "has a line that is not JSON"),
         ("[3]", "has a part that is neither text nor image"),
         ("[]", "has a line without parts"),
-        ('[{"image": "nowhere.png"}]', "nowhere.png: missing picture"),
+        ('[{"image": "nowhere.png"}]', "nowhere.png: missing image"),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_used_is_told(content, words, checkpoint, tmp_path, fails):
@@ -286,18 +286,18 @@ def test_a_file_that_is_no_picture_is_told(checkpoint, tmp_path, fails):
     text = tmp_path / "in.png"
     text.write_text("not a picture")
     assert fails(checkpoint, "--image", str(text)) == (
-        *(1, f"tf-lightning: error: {text}: undecodable picture; give a PNG or JPEG file"),
+        *(1, f"tf-lightning: error: {text}: undecodable image; give a PNG or JPEG file"),
     )
     missing = str(tmp_path / "nowhere.png")
     code, line = fails(checkpoint, "--image", missing)
-    assert code == 1 and f"{missing}: missing picture" in line
+    assert code == 1 and f"{missing}: missing image" in line
 
 
 def test_a_truncated_picture_is_told(checkpoint, run, tmp_path, fails):
     path = tmp_path / "cut.png"
     path.write_bytes((run / "samples" / "0000.png").read_bytes()[:-200])
     code, line = fails(checkpoint, "--image", str(path))
-    assert code == 1 and "truncated picture" in line
+    assert code == 1 and "truncated image" in line
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_anything_is_drawn(

@@ -124,7 +124,7 @@ def test_what_was_skipped_is_told_by_reason(tmp_path, capsys):
         }  # fmt: skip
 
     main(["inspect", "-c", str(runs.write_config(tmp_path, change))])
-    assert "  skipped 1: undecodable picture\n" in capsys.readouterr().out
+    assert "  skipped 1: undecodable image\n" in capsys.readouterr().out
     assert (tmp_path / "data" / "inspect" / "rows.png").is_file()
 
 

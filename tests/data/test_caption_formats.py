@@ -88,8 +88,8 @@ def test_bad_rows_are_skipped_with_their_reason(tmp_path):
     lines = [{"file_name": "red.png", "text": "red"}, {"file_name": "none.png", "text": "x"},
              {"text": "alone"}, {"file_name": "red.png"}, {"file_name": "red.png", "text": 3},
              ["red.png"], {"path": ".", "text": "a folder"}]  # fmt: skip
-    reasons = ["missing picture", "caption without picture", *["picture without caption"] * 2,
-               "line that is not a JSON object", "missing picture"]  # fmt: skip
+    reasons = ["missing image", "caption without picture", *["picture without caption"] * 2,
+               "line that is not a JSON object", "missing image"]  # fmt: skip
     found = rows(write_lines(tmp_path / "a.jsonl", lines))
     assert found == [["red", "<red>"], *map(Skipped, reasons)]
 

@@ -11,7 +11,7 @@ from callbacks.unigram import token_counts
 from support.tiny import SIZES, all_outputs
 from tf_lightning.batch import IGNORE_INDEX, pack
 from tf_lightning.data import ChatFiles, Mixture
-from tf_lightning.data.documents import Given, Skipped, Turn
+from tf_lightning.data.documents import ContextText, Skipped, TurnText
 from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.training.module import Transfusion
@@ -37,7 +37,7 @@ def test_both_layouts_are_questions_and_answers_in_turn(tmp_path):
         "a shape",
     ]
     assert found == [expected, expected]
-    assert [type(part) for part in found[0]] == [Given, Turn, Given, str]
+    assert [type(part) for part in found[0]] == [ContextText, TurnText, ContextText, str]
 
 
 def test_a_system_message_is_given_and_a_last_question_is_left_out(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from support.miniatures import make_imagenet, picture
 from tf_lightning.batch import IGNORE_INDEX, pack
 from tf_lightning.data import ClassFolders, Mixture
-from tf_lightning.data.documents import Given, Skipped
+from tf_lightning.data.documents import ContextText, Skipped
 from tf_lightning.errors import UserError
 
 TRAIN = "ILSVRC/Data/CLS-LOC/train"
@@ -28,7 +28,7 @@ def test_a_picture_is_asked_for_by_its_classs_first_name(imagenet):
         prompts
         == ["Please generate an image of tench"] * 2 + ["Please generate an image of goldfish"] * 2
     )
-    assert all(type(prompt) is Given for prompt in prompts)
+    assert all(type(prompt) is ContextText for prompt in prompts)
     assert all(image.size == (16, 16) for _, image in found)
 
 
@@ -49,8 +49,8 @@ def test_unreadable_pictures_and_unnamed_classes_are_skipped_for_their_reason(im
     picture(imagenet / TRAIN / "n99" / "n99_0.JPEG")
     found = [x for x in source(imagenet).documents("train") if isinstance(x, Skipped)]
     assert [x.reason for x in found] == [
-        "undecodable picture",
-        "truncated picture",
+        "undecodable image",
+        "truncated image",
         "picture of a class that has no name",
     ]
 
@@ -67,7 +67,7 @@ def test_skipped_files_are_counted_in_the_corpus(imagenet, tmp_path):
     made = mixture(imagenet, tmp_path)
     made.setup()
     corpus = made.corpora["train"]["imagenet"]
-    assert len(corpus) == 3 and corpus.skipped == {"undecodable picture": 1}
+    assert len(corpus) == 3 and corpus.skipped == {"undecodable image": 1}
 
 
 def test_all_unreadable_is_one_sentence(imagenet, tmp_path):
@@ -76,7 +76,7 @@ def test_all_unreadable_is_one_sentence(imagenet, tmp_path):
     with pytest.raises(UserError) as error:
         mixture(imagenet, tmp_path).setup()
     assert str(error.value) == (
-        "imagenet: all 4 documents of the train split are unusable (4 undecodable picture); "
+        "imagenet: all 4 documents of the train split are unusable (4 undecodable image); "
         "mend them or change the data's arguments"
     )
 

@@ -62,7 +62,7 @@ def test_turns_of_a_folder_are_documents_in_order(folder):
     ("turns", "reason"),
     [
         ([turn(7, 1, " ")], "edit without instruction"),
-        ([turn(7, 3, "away with it")], "missing picture"),
+        ([turn(7, 3, "away with it")], "missing image"),
         ([{"input": "7-input.png", "instruction": "make it blue"}], "edit without picture"),
         (["not a turn"], "edit without instruction"),
         ("{", "line that is not JSON"),

@@ -69,7 +69,7 @@ def test_bad_samples_are_skipped_with_their_reasons(tmp_path):
     found = read(write_tar(tmp_path / "a.tar", files))
     reasons = Counter(document.reason for document in found[:-1])
     assert reasons == {
-        "truncated picture": 1,
+        "truncated image": 1,
         "picture without caption": 4,
         "caption without picture": 1,
     }

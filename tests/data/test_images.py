@@ -11,7 +11,7 @@ from PIL import Image
 
 from tf_lightning.data import ImageFiles
 from tf_lightning.data.documents import BadSample, Skipped
-from tf_lightning.data.images import load_picture, to_rgb
+from tf_lightning.data.images import load_image, to_rgb
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -27,13 +27,13 @@ def noise(width: int, height: int) -> Image.Image:
 
 def test_a_picture_of_the_right_kind_is_unchanged():
     image = noise(32, 32)
-    assert np.array_equal(load_picture(saved(image), 32), image)
+    assert np.array_equal(load_image(saved(image), 32), image)
 
 
 def test_a_path_reads_as_its_bytes(tmp_path):
     (tmp_path / "a.png").write_bytes(saved(noise(40, 32)))
-    from_path = load_picture(tmp_path / "a.png", 32)
-    assert np.array_equal(from_path, load_picture((tmp_path / "a.png").read_bytes(), 32))
+    from_path = load_image(tmp_path / "a.png", 32)
+    assert np.array_equal(from_path, load_image((tmp_path / "a.png").read_bytes(), 32))
 
 
 @pytest.mark.parametrize(
@@ -53,14 +53,14 @@ def test_a_path_reads_as_its_bytes(tmp_path):
 )
 def test_every_mode_becomes_rgb(image, kind, expected):
     options = {"lossless": True} if kind == "WEBP" else {}
-    picture = load_picture(saved(image, kind, **options), 8)
+    picture = load_image(saved(image, kind, **options), 8)
     assert picture.mode == "RGB"
     assert np.asarray(picture).reshape(-1, 3) == pytest.approx(np.array([expected] * 64), abs=1)
 
 
 def test_cmyk_jpeg_becomes_rgb():
     red = Image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK")
-    picture = np.asarray(load_picture(saved(red, "JPEG", quality=95), 16))
+    picture = np.asarray(load_image(saved(red, "JPEG", quality=95), 16))
     assert picture.shape == (16, 16, 3)
     assert np.abs(picture.astype(int) - (255, 0, 0)).max() < 12
 
@@ -69,7 +69,7 @@ def test_palette_transparency_becomes_white():
     image = Image.new("P", (8, 8), 0)
     image.putpalette([0, 0, 0] * 256)
     file = saved(image, "PNG", transparency=0)
-    assert np.asarray(load_picture(file, 8)).min() == 255
+    assert np.asarray(load_image(file, 8)).min() == 255
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
@@ -77,7 +77,7 @@ def test_an_animation_is_its_first_frame(kind):
     red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
     file = saved(red, kind, save_all=True, append_images=[blue])
     assert Image.open(io.BytesIO(file)).n_frames == 2
-    assert np.asarray(load_picture(file, 8)).reshape(-1, 3)[0].tolist() == pytest.approx(
+    assert np.asarray(load_image(file, 8)).reshape(-1, 3)[0].tolist() == pytest.approx(
         [255, 0, 0], abs=4
     )
 
@@ -85,13 +85,13 @@ def test_an_animation_is_its_first_frame(kind):
 def test_a_wide_picture_is_centre_cropped():
     stripes = np.zeros((10, 30, 3), np.uint8)
     stripes[:, :10], stripes[:, 10:20], stripes[:, 20:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    picture = np.asarray(load_picture(saved(Image.fromarray(stripes)), 10))
+    picture = np.asarray(load_image(saved(Image.fromarray(stripes)), 10))
     assert (picture == (0, 255, 0)).all()
 
 
 @pytest.mark.parametrize("size", [(7, 300), (300, 7), (1, 1), (64, 64), (65, 64)])
 def test_every_size_becomes_the_asked_one(size):
-    assert load_picture(saved(noise(*size)), 32).size == (32, 32)
+    assert load_image(saved(noise(*size)), 32).size == (32, 32)
 
 
 def test_a_cameras_orientation_is_applied():
@@ -99,7 +99,7 @@ def test_a_cameras_orientation_is_applied():
     image.paste("black", (0, 0, 8, 4))  # black above
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by 180 degrees
-    picture = np.asarray(load_picture(saved(image, "PNG", exif=exif), 8))
+    picture = np.asarray(load_image(saved(image, "PNG", exif=exif), 8))
     assert picture[:4].min() == 255
     assert picture[4:].max() == 0
 
@@ -108,32 +108,32 @@ def test_a_cameras_orientation_is_applied():
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_a_truncated_picture_is_a_bad_sample(kind, share):
     file = saved(noise(64, 64), kind)
-    with pytest.raises(BadSample, match="(truncated|damaged|undecodable) picture"):
-        load_picture(file[: int(len(file) * share)], 32)
+    with pytest.raises(BadSample, match="(truncated|damaged|undecodable) image"):
+        load_image(file[: int(len(file) * share)], 32)
 
 
 def test_a_truncated_png_is_named_so():
     file = saved(noise(64, 64))
-    with pytest.raises(BadSample, match="truncated picture"):
-        load_picture(file[: len(file) // 2], 32)
+    with pytest.raises(BadSample, match="truncated image"):
+        load_image(file[: len(file) // 2], 32)
 
 
 @pytest.mark.parametrize("file", [b"", b"<html>not found</html>"])
 def test_what_is_no_picture_is_a_bad_sample(file):
-    with pytest.raises(BadSample, match="undecodable picture"):
-        load_picture(file, 32)
+    with pytest.raises(BadSample, match="undecodable image"):
+        load_image(file, 32)
 
 
 def test_a_missing_picture_is_a_bad_sample(tmp_path):
-    with pytest.raises(BadSample, match="missing picture"):
-        load_picture(tmp_path / "none.png", 32)
+    with pytest.raises(BadSample, match="missing image"):
+        load_image(tmp_path / "none.png", 32)
 
 
 def test_a_decompression_bomb_is_a_bad_sample(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for side in (40, 64):  # above the limit, above twice the limit
-        with pytest.raises(BadSample, match="picture of more than 1,000 pixels"):
-            load_picture(saved(noise(side, side)), 32)
+        with pytest.raises(BadSample, match="image of more than 1,000 pixels"):
+            load_image(saved(noise(side, side)), 32)
 
 
 def test_rgb_pictures_pass_through():
@@ -154,7 +154,7 @@ def test_each_of_the_eight_orientations_shows_the_same_picture(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = saved(Image.fromarray(np.ascontiguousarray(seen)), "JPEG", quality=95, exif=exif)
-    found = np.asarray(load_picture(file, 16)).astype(int)
+    found = np.asarray(load_image(file, 16)).astype(int)
     for place in ((3, 3), (3, 12), (12, 3), (12, 12)):
         assert np.abs(found[place] - upright[place]).max() < 30
 
@@ -167,21 +167,21 @@ def test_sixteen_bits_of_colour_become_eight():
     pixels = b"".join(b"\0" + struct.pack(">3H", 0xFFFF, 0x8000, 0) * 8 for _ in range(8))
     header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
-    picture = np.asarray(load_picture(b"\x89PNG\r\n\x1a\n" + chunks, 8))
+    picture = np.asarray(load_image(b"\x89PNG\r\n\x1a\n" + chunks, 8))
     assert picture.reshape(-1, 3).tolist() == [[255, 128, 0]] * 64
 
 
 def test_the_resampler_is_bicubic_with_antialiasing():
     image = noise(60, 40)
     expected = image.resize((16, 16), Image.Resampling.BICUBIC, box=(10, 0, 50, 40))
-    assert np.array_equal(load_picture(saved(image), 16), expected)
+    assert np.array_equal(load_image(saved(image), 16), expected)
 
 
 def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path, tmp_path / "pipe.png"):
-        with pytest.raises(BadSample, match="missing picture"):
-            load_picture(path, 32)
+        with pytest.raises(BadSample, match="missing image"):
+            load_image(path, 32)
 
 
 def test_truncated_pictures_are_skipped_and_counted(tmp_path):
@@ -190,4 +190,4 @@ def test_truncated_pictures_are_skipped_and_counted(tmp_path):
         (tmp_path / f"{number}.png").write_bytes(file[: int(len(file) * share)])
     source = ImageFiles(str(tmp_path / "*.png"), val_fraction=0, image_size=32)
     found = list(source.documents("train"))
-    assert found[1:] == [Skipped("truncated picture")] * 2 and found[0][0].size == (32, 32)
+    assert found[1:] == [Skipped("truncated image")] * 2 and found[0][0].size == (32, 32)

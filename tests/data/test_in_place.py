@@ -15,7 +15,7 @@ from PIL import Image
 from support import public_layouts
 from tf_lightning.data import CaptionRows, CaptionTars, ImageCaptionData, InterleavedData
 from tf_lightning.data.corpus.reader import InPlace, read_alike
-from tf_lightning.data.images import load_picture
+from tf_lightning.data.images import load_image
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.sources import ShapesCaptions
@@ -201,7 +201,7 @@ def turned() -> tuple[Image.Image, Image.Exif]:
 def test_only_what_pillow_reads_alike_is_read_by_the_faster_decoder(save, alike, tmp_path):
     path = tmp_path / "picture"
     save(path)
-    wanted = load_picture(path, 8)
+    wanted = load_image(path, 8)
     assert read_alike(wanted, path.read_bytes()) == alike
     place = [[0, 0, path.stat().st_size, alike]]
     pictures = InPlace([str(path)], np.array(place), 8, tmp_path)

@@ -49,8 +49,8 @@ def test_a_bare_list_and_bare_strings_are_accepted(folder):
     [
         ("{", "line that is not JSON"),
         ({"text": "no parts"}, 'line without "parts"'),
-        ([{"image": "pictures/none.png"}], "missing picture"),
-        ([{"image": "pictures/bad.png"}], "undecodable picture"),
+        ([{"image": "pictures/none.png"}], "missing image"),
+        ([{"image": "pictures/bad.png"}], "undecodable image"),
         (["text", 3], "part that is neither text nor image"),
         ([{"audio": "a.wav"}], "part that is neither text nor image"),
     ],

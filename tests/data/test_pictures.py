@@ -54,7 +54,7 @@ def test_store_holds_every_usable_picture_and_counts_the_others(tmp_path):
     )
     store = store_pictures(source(tar, val_fraction=0), "train", tmp_path / "cache")
     assert store.pictures.shape == (1, 16, 16, 3) and store.pictures[0, 0, 0].tolist() == [1, 2, 3]
-    assert store.skipped == {"undecodable picture": 1}
+    assert store.skipped == {"undecodable image": 1}
 
 
 def test_store_is_made_once_and_again_when_its_files_change(tmp_path, tar):
@@ -91,7 +91,7 @@ def test_pictures_of_all_kinds_of_documents_are_taken(tmp_path):
 def test_sources_without_pictures_and_of_several_sizes_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no usable picture"):
         first_picture(ShapesTexts(3, 1))
-    with pytest.raises(UserError, match=r"undecodable picture"):
+    with pytest.raises(UserError, match=r"undecodable image"):
         bad = write_tar(tmp_path / "bad.tar", {"0.png": b"bad", "0.txt": b"bad"})
         first_picture(source(bad, val_fraction=0))
 
@@ -119,7 +119,7 @@ def test_image_files_are_documents_of_one_picture(tmp_path):
     store = store_pictures(
         ImageFiles(str(tmp_path / "**/*.png"), val_fraction=0, image_size=16), "train", tmp_path
     )
-    assert len(store) == 3 and store.skipped == {"undecodable picture": 1}
+    assert len(store) == 3 and store.skipped == {"undecodable image": 1}
 
 
 # The order

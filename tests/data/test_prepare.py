@@ -61,8 +61,8 @@ def run(tmp_path, tokenizer):
 def test_bad_samples_are_counted_by_reason(run):
     source = Given(
         ["red", picture()],
-        Skipped("truncated picture"),
-        Skipped("truncated picture"),
+        Skipped("truncated image"),
+        Skipped("truncated image"),
         [],
         ["", ""],
         ["half a \ud800 pair"],
@@ -73,7 +73,7 @@ def test_bad_samples_are_counted_by_reason(run):
     corpus = run(source)
     assert len(corpus) == 2
     assert corpus.skipped == {
-        "truncated picture": 2,
+        "truncated image": 2,
         "empty document": 2,
         "text is not Unicode": 1,
         "picture of another size than the first": 1,
@@ -82,9 +82,9 @@ def test_bad_samples_are_counted_by_reason(run):
 
 
 def test_the_report_is_one_line():
-    line = summary("emoji", "train", 1200, {"truncated picture": 2, "missing picture": 1})
+    line = summary("emoji", "train", 1200, {"truncated image": 2, "missing image": 1})
     assert line == (
-        "emoji train: prepared 1,200 documents, skipped 3: 2 truncated picture, 1 missing picture"
+        "emoji train: prepared 1,200 documents, skipped 3: 2 truncated image, 1 missing image"
     )
     assert summary("emoji", "val", 3, {}) == "emoji val: prepared 3 documents"
 
@@ -179,7 +179,7 @@ def test_an_empty_validation_split_is_an_empty_corpus(run):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_wholly_bad_corpus_is_a_user_error(run, split):
-    source = Given(Skipped("truncated picture"), Skipped("truncated picture"), [])
+    source = Given(Skipped("truncated image"), Skipped("truncated image"), [])
     with pytest.raises(UserError, match=rf"all 3 documents of the {split} split .*2 truncated"):
         run(source, split)
 
@@ -195,8 +195,8 @@ def test_pictures_that_do_not_divide_into_patches_are_a_user_error(run):
 
 
 def test_the_facts_are_readable(run):
-    corpus = run(Given(["red", picture()], Skipped("missing picture")))
+    corpus = run(Given(["red", picture()], Skipped("missing image")))
     facts = json.loads((corpus.path / "corpus.json").read_text())
     assert (facts["num_documents"], facts["num_images"]) == (1, 1)
     assert facts["image_shape"] == [3, 8, 8]
-    assert facts["skipped"] == {"missing picture": 1}
+    assert facts["skipped"] == {"missing image": 1}

@@ -35,7 +35,7 @@ def test_a_web_document_does_without_a_missing_picture_which_is_counted(tmp_path
     next(images.iterdir()).unlink()
     found = read(file, images)
     assert len(found) == len(COLOURS) + 1
-    assert found.count(Skipped("missing picture")) == 1
+    assert found.count(Skipped("missing image")) == 1
     (text,) = [part for part in found if part not in DOCUMENTS and isinstance(part, list)]
     assert text[0] == "See:" and text[1] in COLOURS and len(text) == 2
 
@@ -80,7 +80,7 @@ def test_pages_of_every_mode_are_read_and_bombs_refused(tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "a.tar", {"a.json": record, "a.tiff": file.getvalue()})
     assert read(tar) == [["<red>", "<None>", "end"]]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert read(tar) == [Skipped("picture of more than 1,000 pixels")]
+    assert read(tar) == [Skipped("image of more than 1,000 pixels")]
 
 
 def edits(file, images=None) -> list:

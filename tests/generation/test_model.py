@@ -10,7 +10,7 @@ from support import runs
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.data import Mixture
 from tf_lightning.errors import UserError
-from tf_lightning.generation.pipeline import TransfusionPipeline, load, to_picture, to_pixels
+from tf_lightning.generation.pipeline import TransfusionPipeline, load, to_image, to_pixels
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
 from tf_lightning.training.module import Transfusion
@@ -222,8 +222,8 @@ def test_pixels_and_pictures_are_the_same_thing():
     pixels = to_pixels(Image.fromarray(values))
     assert pixels.shape == (3, 5, 7) and pixels.min() >= -1 and pixels.max() <= 1
     torch.testing.assert_close(pixels[:, 2, 3], torch.tensor(values[2, 3]) / 127.5 - 1)
-    assert (np.asarray(to_picture(pixels)) == values).all()
-    assert np.asarray(to_picture(torch.full((3, 1, 1), 1.5))).tolist() == [[[255] * 3]]
+    assert (np.asarray(to_image(pixels)) == values).all()
+    assert np.asarray(to_image(torch.full((3, 1, 1), 1.5))).tolist() == [[[255] * 3]]
 
 
 def test_weights_of_another_shape_are_refused_in_one_sentence(folder, live, tmp_path):

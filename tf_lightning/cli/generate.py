@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from tf_lightning.data.documents import BadSample, RawDocument
-from tf_lightning.data.images import load_picture
+from tf_lightning.data.images import load_image
 from tf_lightning.data.readers.formats import parse_json
 from tf_lightning.data.readers.interleaved import parse_parts
 from tf_lightning.diffusion.sampler import SAMPLERS
@@ -349,7 +349,7 @@ def read_part(kind: str, value: str, model: TransfusionPipeline) -> str | Image.
     if model.autoencoder is None:
         raise UserError("this model was trained on text alone; leave --image out")
     try:
-        return load_picture(Path(value), model.image_size)
+        return load_image(Path(value), model.image_size)
     except BadSample as error:
         raise UserError(f"{value}: {error}; give a PNG or JPEG file") from error
 

@@ -17,7 +17,7 @@ from tf_lightning.batch import Batch, Document, as_latents, document_length, is_
 from tf_lightning.cli.generate import write_picture, write_text
 from tf_lightning.cli.parser import Parser, positive_int
 from tf_lightning.data.corpus.reader import Corpus
-from tf_lightning.data.images import to_picture
+from tf_lightning.data.images import to_image
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
 
@@ -292,7 +292,7 @@ def pick_documents(data: Mixture, count: int, seed: int = 0) -> list[Shown]:
         (
             f"{name}, {document_length(document, data.patch_size)} tokens",
             [
-                to_picture(autoencoder.decode(as_latents(part)[None])[0])
+                to_image(autoencoder.decode(as_latents(part)[None])[0])
                 if is_image(part)
                 else data.tokenizer.decode(part.tolist())
                 for part in document

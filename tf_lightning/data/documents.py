@@ -13,11 +13,11 @@ Split = Literal["train", "val"]
 RawDocument = list[str | Image.Image]
 
 
-class Given(str):
+class ContextText(str):
     """Text of a document that is read and not learned: no token of it is a target."""
 
 
-class Turn(str):
+class TurnText(str):
     """Text of a document that <eos> ends, and the document goes on: an answer within a chat."""
 
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from tf_lightning.data.documents import BadSample
 
-MIDDLE = 0.5  # of the longer side
-CROPS = MIDDLE, 0.0, 1.0  # where squares are cut from a picture
+CENTER = 0.5  # of the longer side
+CROP_POSITIONS = CENTER, 0.0, 1.0  # where squares are cut from a picture
 
 
-class Stored(bytes):
+class FileBytes(bytes):
     """The bytes of a picture's file, and where they lie: at `offset` of `path`."""
 
-    def __new__(cls, content: bytes, path: Path, offset: int) -> "Stored":
+    def __new__(cls, content: bytes, path: Path, offset: int) -> "FileBytes":
         """Bytes that know their place."""
         stored = super().__new__(cls, content)
         stored.path, stored.offset = path, offset
@@ -34,14 +34,16 @@ class Stored(bytes):
         return bytes(self), self.path, self.offset
 
 
-def place_of(file: bytes | Path) -> tuple[str, int, int] | None:
+def byte_range(file: bytes | Path) -> tuple[str, int, int] | None:
     """File, first byte and number of bytes of a picture; None of bytes that know no place."""
     if isinstance(file, Path):
         return str(file.absolute()), 0, file.stat().st_size
-    return (str(file.path.absolute()), file.offset, len(file)) if isinstance(file, Stored) else None
+    return (
+        (str(file.path.absolute()), file.offset, len(file)) if isinstance(file, FileBytes) else None
+    )
 
 
-def load_picture(file: bytes | Path, image_size: int, crop: float = MIDDLE) -> Image.Image:
+def load_image(file: bytes | Path, image_size: int, crop: float = CENTER) -> Image.Image:
     """An RGB picture of image_size x image_size pixels: the largest square, resized bicubically.
 
     Grey, palette and CMYK become RGB, transparency white, an animation its first frame; a camera's
@@ -57,7 +59,7 @@ def load_picture(file: bytes | Path, image_size: int, crop: float = MIDDLE) -> I
         BadSample: the file is no picture, is damaged, or is too large to be honest.
     """
     if isinstance(file, Path) and not file.is_file():  # a pipe would be waited for
-        raise BadSample("missing picture")
+        raise BadSample("missing image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -65,12 +67,12 @@ def load_picture(file: bytes | Path, image_size: int, crop: float = MIDDLE) -> I
         ImageOps.exif_transpose(image, in_place=True)
         image = to_rgb(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadSample(f"picture of more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
+        raise BadSample(f"image of more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
-        raise BadSample("undecodable picture") from error
+        raise BadSample("undecodable image") from error
     except Exception as error:  # Pillow's readers raise of many kinds on damaged files
         fault = "truncated" if "truncated" in str(error).lower() else "damaged"
-        raise BadSample(f"{fault} picture") from error
+        raise BadSample(f"{fault} image") from error
     size = image_size, image_size
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.BICUBIC, centering=(crop, crop))
@@ -97,7 +99,7 @@ def to_pixels(picture: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
 
 
-def to_picture(pixels: Tensor) -> Image.Image:
+def to_image(pixels: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] as a picture."""
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())

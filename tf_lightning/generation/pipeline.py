@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tf_lightning.autoencoder.frozen import Autoencoder, load_fitting
 from tf_lightning.batch import Document
-from tf_lightning.data.images import to_picture, to_pixels
+from tf_lightning.data.images import to_image, to_pixels
 from tf_lightning.diffusion.guidance import Guidance
 from tf_lightning.diffusion.sampler import build_scheduler, check_not_denoising, set_timesteps
 from tf_lightning.errors import UserError
@@ -309,7 +309,7 @@ class TransfusionPipeline:
         """Latents (n, C, h, w) as pictures."""
         latents = latents.to(next(self.net.parameters()).device)
         with torch.no_grad():
-            return [to_picture(pixels) for pixels in self.autoencoder.decode(latents)]
+            return [to_image(pixels) for pixels in self.autoencoder.decode(latents)]
 
     def _decode_parts(self, document: Document, stop: Sequence[str]) -> RawDocument:
         """Texts, cut where a stop text begins, and pictures."""

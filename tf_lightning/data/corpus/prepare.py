@@ -284,7 +284,7 @@ def report(name: str, split: Split, facts: dict) -> str:
 def summary(
     name: str, split: Split, num_documents: int, skipped: dict[str, int], holds: str = ""
 ) -> str:
-    """One line, such as "emoji train: prepared 1,200 documents, skipped 1: 1 truncated picture"."""
+    """One line, such as "emoji train: prepared 1,200 documents, skipped 1: 1 truncated image"."""
     line = f"{name} {split}: prepared {num_documents:,} documents{holds}"
     if skipped:
         line += f", skipped {sum(skipped.values()):,}: {_reasons(skipped)}"

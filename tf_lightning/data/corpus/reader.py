@@ -44,7 +44,7 @@ from torchcodec.decoders import decode_jpeg, decode_png
 
 from tf_lightning.batch import Document
 from tf_lightning.data.documents import BadSample
-from tf_lightning.data.images import CROPS, load_picture
+from tf_lightning.data.images import CROP_POSITIONS, load_image
 from tf_lightning.errors import UserError
 
 Check = tuple[int, int]  # what a part's CRC-32 begins and ends with
@@ -139,7 +139,7 @@ class InPlace:
         Args:
             number: of the picture.
             check: of the bytes of its file.
-            crop: which of CROPS; those of what is `read_alike` are one.
+            crop: which of CROP_POSITIONS; those of what is `read_alike` are one.
 
         Raises:
             UserError: its file is gone, or is no longer the one that was prepared.
@@ -154,10 +154,12 @@ class InPlace:
                 raise BadSample("truncated file")
             if alike:
                 return decoded(intact(content, check))
-            picture = load_picture(intact(content, check).tobytes(), self.image_size, CROPS[crop])
+            picture = load_image(
+                intact(content, check).tobytes(), self.image_size, CROP_POSITIONS[crop]
+            )
         except (OSError, *UNREADABLE, BadSample) as error:
             if file == OWN:
-                raise ValueError("damaged picture") from error
+                raise ValueError("damaged image") from error
             raise UserError(
                 f"picture {number:,} at byte {offset:,} of {self.files[file]} cannot be read any "
                 "more; bring the file back as it was, or run `tf-lightning prepare` again"

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from tf_lightning.data.corpus.reader import IMAGE, STORED_CODES, STORED_LATENTS, Latents, seed_of
-from tf_lightning.data.documents import BadSample, Given, RawDocument, Turn
-from tf_lightning.data.images import CROPS, MIDDLE, load_picture, place_of
+from tf_lightning.data.documents import BadSample, ContextText, RawDocument, TurnText
+from tf_lightning.data.images import CENTER, CROP_POSITIONS, byte_range, load_image
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
@@ -91,9 +91,9 @@ class CorpusWriter:
             ids = self.tokenizer.encode(text)
         except (UnicodeError, RuntimeError) as error:  # half of a surrogate pair, from JSON
             raise BadSample("text is not Unicode") from error
-        if isinstance(text, Turn):
+        if isinstance(text, TurnText):
             ids.append(self.tokenizer.eos_id)
-        return [~token for token in ids] if isinstance(text, Given) else ids
+        return [~token for token in ids] if isinstance(text, ContextText) else ids
 
     def _check_pictures(self, pictures: list[Image.Image]) -> int:
         """Positions of one picture; all pictures of a corpus have one size."""
@@ -146,7 +146,7 @@ class CorpusWriter:
         file = picture.info["file"]
         content = file.read_bytes() if isinstance(file, Path) else file
         self._check(-1, content)
-        if place := place_of(file):
+        if place := byte_range(file):
             path, offset, size = place
             number = self.files.setdefault(path, len(self.files))
         else:
@@ -157,7 +157,7 @@ class CorpusWriter:
     @torch.no_grad()
     def _encode_waiting(self) -> None:
         if self.waiting:
-            views = [self._images(crop) for crop in CROPS[: self.latents.crops]]
+            views = [self._images(crop) for crop in CROP_POSITIONS[: self.latents.crops]]
             if self.latents.mirrored:
                 views += [images.flip(-1) for images in views]
             latents = torch.stack([self._encode(view) for view in views], 1)  # (B, V, S, C, h, w)
@@ -171,8 +171,8 @@ class CorpusWriter:
     def _images(self, crop: float) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1], of those that wait."""
         pictures = [picture for picture, _ in self.waiting]
-        if crop != MIDDLE:
-            pictures = [load_picture(p.info["file"], self.picture_size[0], crop) for p in pictures]
+        if crop != CENTER:
+            pictures = [load_image(p.info["file"], self.picture_size[0], crop) for p in pictures]
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
         return pixels.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
 

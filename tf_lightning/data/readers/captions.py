@@ -19,10 +19,10 @@ from typing import Any
 
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.mixture import Mixture
-from tf_lightning.data.readers.files import NamedPictureFiles, PictureFiles
+from tf_lightning.data.readers.files import ImageFileSource, ImagePathSource
 from tf_lightning.data.readers.formats import (
     by_extension,
-    kind,
+    file_format,
     parse_json,
     parse_object,
     read_bytes,
@@ -37,7 +37,7 @@ KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 ROLES = {"human": "USER", "gpt": "ASSISTANT", "system": "SYSTEM"}
 
 
-class CaptionJson(NamedPictureFiles):
+class CaptionJson(ImagePathSource):
     """COCO's captions_*.json, Karpathy's dataset_coco.json, or a LLaVA file of conversations.
 
     Each caption is a document with its picture; those of one picture are held out together.
@@ -128,7 +128,7 @@ PICTURES = ("image", "jpg", "jpeg", "png", "webp", "file_name", "path", "img_pat
 CAPTIONS = ("text", "caption", "prompt", "txt", "captions")
 
 
-class CaptionRows(NamedPictureFiles):
+class CaptionRows(ImagePathSource):
     """A row a picture: .jsonl (also .gz, .zst), .csv or .parquet.
 
     The picture is the first there is of `image`, `jpg`, `jpeg`, `png`, `webp`, `file_name`,
@@ -145,7 +145,7 @@ class CaptionRows(NamedPictureFiles):
 
     def samples(self, file: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         """As `FileSource.samples`: the pictures' folder with each row."""
-        match kind(file):
+        match file_format(file):
             case ".jsonl":
                 rows = read_lines(file)
             case ".csv":
@@ -199,7 +199,7 @@ TAR_PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "image")
 TAR_CAPTIONS = ("txt", "text", "caption")
 
 
-class CaptionTars(PictureFiles):
+class CaptionTars(ImageFileSource):
     """Tars of {key}.jpg|jpeg|png|webp|gif|image with {key}.txt|text|caption, or {key}.json.
 
     Of the JSON "caption" or "text" is read. Files of a key stand one after another.
@@ -257,7 +257,7 @@ class ImageCaptionData(Mixture):
         **kwargs,
     ):
         files = (paths, val_paths, val_fraction, image_size)
-        match kind(Path(paths if isinstance(paths, str) else paths[0])):
+        match file_format(Path(paths if isinstance(paths, str) else paths[0])):
             case ".json":
                 source = CaptionJson(*files, images)
             case ".jsonl" | ".csv" | ".parquet":
@@ -267,7 +267,7 @@ class ImageCaptionData(Mixture):
         super().__init__(sources={"captions": source}, weights=None, **kwargs)
 
 
-class ImageFiles(PictureFiles):
+class ImageFiles(ImageFileSource):
     """Documents [picture], one a file, such as 'photos/**/*.jpg'.
 
     Args:

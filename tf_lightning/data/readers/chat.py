@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tf_lightning.data.documents import BadSample, Given, RawDocument, Turn
+from tf_lightning.data.documents import BadSample, ContextText, RawDocument, TurnText
 from tf_lightning.data.readers.files import FileSource
 
 Message = tuple[str, str]  # role, content
@@ -47,7 +47,7 @@ def conversation(messages: list[Message]) -> RawDocument:
     question = ""
     for role, content in messages:
         if role == "assistant":
-            document += [Given(f"{question}<|assistant|>\n"), Turn(content)]
+            document += [ContextText(f"{question}<|assistant|>\n"), TurnText(content)]
             question = ""
         else:
             question += f"<|{role}|>\n{content}\n"

@@ -9,9 +9,9 @@ from typing import Any
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.readers.captions import as_picture
-from tf_lightning.data.readers.files import NamedPictureFiles
+from tf_lightning.data.readers.files import ImagePathSource
 from tf_lightning.data.readers.formats import (
-    kind,
+    file_format,
     parse_json,
     parse_object,
     read_bytes,
@@ -24,7 +24,7 @@ BAGEL = ("image_list", "instruction_list")
 PLACEHOLDER = re.compile(r"\s*(?:<img>)?<\|image_(\d+)\|>(?:</img>)?\s*")  # OmniGen's
 
 
-class EditFiles(NamedPictureFiles):
+class EditFiles(ImagePathSource):
     """Documents [picture, instruction, picture], and longer ones of the same kinds.
 
     MagicBrush's folder is `edit_turns.json`, a list of {"input": "7-input.png", "output":
@@ -44,7 +44,7 @@ class EditFiles(NamedPictureFiles):
 
     def samples(self, file: Path) -> Iterator[tuple[str, Any]]:
         """As `FileSource.samples`: a list of parts, or a line of JSON with its folder."""
-        match kind(file):
+        match file_format(file):
             case ".parquet":
                 yield from parquet_turns(file)
             case ".jsonl":

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
-from tf_lightning.data.images import load_picture
+from tf_lightning.data.images import load_image
 from tf_lightning.errors import UserError
 
 SHARD_BYTES = 64_000_000  # of files that are prepared together
@@ -105,13 +105,13 @@ class FileSource(Source):
 
 
 @dataclass(frozen=True)
-class Spare:
+class OptionalImage:
     """A picture that its document can do without."""
 
     file: bytes | Path
 
 
-class PictureFiles(FileSource):
+class ImageFileSource(FileSource):
     """Documents with pictures; a reader adds `samples` and, where they are not yet that, `parts`.
 
     Args:
@@ -131,7 +131,7 @@ class PictureFiles(FileSource):
         super().__init__(paths, val_paths, val_fraction)
         self.image_size = image_size
 
-    def parts(self, sample: Any) -> list[str | bytes | Path | Spare]:
+    def parts(self, sample: Any) -> list[str | bytes | Path | OptionalImage]:
         """Texts and picture files of a sample; BadSample if it cannot be used."""
         return sample
 
@@ -139,16 +139,16 @@ class PictureFiles(FileSource):
         """As `FileSource.document`."""
         return [part if isinstance(part, str) else self._load(part) for part in self.parts(sample)]
 
-    def _load(self, file: bytes | Path | Spare) -> Image.Image | Skipped:
-        if not isinstance(file, Spare):
-            return load_picture(file, self.image_size)
+    def _load(self, file: bytes | Path | OptionalImage) -> Image.Image | Skipped:
+        if not isinstance(file, OptionalImage):
+            return load_image(file, self.image_size)
         try:
-            return load_picture(file.file, self.image_size)
+            return load_image(file.file, self.image_size)
         except BadSample as error:
             return Skipped(str(error))
 
 
-class NamedPictureFiles(PictureFiles):
+class ImagePathSource(ImageFileSource):
     """Files that name their pictures.
 
     Args:

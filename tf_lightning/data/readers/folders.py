@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tf_lightning.data.documents import BadSample, Given, RawDocument, Split
-from tf_lightning.data.images import load_picture
+from tf_lightning.data.documents import BadSample, ContextText, RawDocument, Split
+from tf_lightning.data.images import load_image
 from tf_lightning.data.readers.files import FileSource
 from tf_lightning.errors import UserError
 
@@ -49,8 +49,8 @@ class ClassFolders(FileSource):
     def document(self, sample: Path) -> RawDocument:
         """As `FileSource.document`."""
         prompt = self.prompt.replace("{}", self._name(sample.parent.name))
-        kind = str if self.learn_prompts else Given
-        return [kind(prompt), load_picture(sample, self.image_size)]
+        kind = str if self.learn_prompts else ContextText
+        return [kind(prompt), load_image(sample, self.image_size)]
 
     def _name(self, folder: str) -> str:
         if self.names is None:

@@ -23,14 +23,14 @@ from typing import Any
 import pyarrow
 
 from tf_lightning.data.documents import BadSample
-from tf_lightning.data.images import Stored
+from tf_lightning.data.images import FileBytes
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 MAX_BYTES = 2**28  # of one record; more is damage, or a bomb
 ROWS_AT_ONCE = 64
 
 
-def kind(file: Path) -> str:
+def file_format(file: Path) -> str:
     """The suffix under the compression's: ".jsonl" of "a.jsonl.zst"."""
     return (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix.lower()
 
@@ -145,7 +145,7 @@ def split_name(name: str) -> tuple[str, str]:
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, file: Path) -> bytes:
     content = tar.extractfile(member).read()
     packed = not isinstance(tar.fileobj, io.BufferedReader)  # has no place that could be read alone
-    return content if packed else Stored(content, file, member.offset_data)
+    return content if packed else FileBytes(content, file, member.offset_data)
 
 
 def _plain_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

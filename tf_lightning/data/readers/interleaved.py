@@ -18,10 +18,10 @@ from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import to_rgb
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.readers.captions import as_picture
-from tf_lightning.data.readers.files import NamedPictureFiles, Spare
+from tf_lightning.data.readers.files import ImagePathSource, OptionalImage
 from tf_lightning.data.readers.formats import (
     by_extension,
-    kind,
+    file_format,
     parse_json,
     parse_object,
     read_lines,
@@ -30,7 +30,7 @@ from tf_lightning.data.readers.formats import (
 )
 from tf_lightning.errors import UserError
 
-Parts = list[str | Spare]
+Parts = list[str | OptionalImage]
 
 
 def obelics(row: dict[str, Any], folder: Path) -> Parts:
@@ -49,7 +49,7 @@ def obelics(row: dict[str, Any], folder: Path) -> Parts:
         picture = as_picture(image, folder)
         if (picture is None) == (not isinstance(text, str)):
             raise BadSample("place in a document that is not either text or picture")
-        parts.append(text if picture is None else Spare(picture))
+        parts.append(text if picture is None else OptionalImage(picture))
     return parts
 
 
@@ -58,7 +58,7 @@ def mmc4(record: dict[str, Any], folder: Path) -> Parts:
     try:
         before: dict[int, Parts] = {}
         for image in record["image_info"]:
-            picture = Spare(folder / image["image_name"])
+            picture = OptionalImage(folder / image["image_name"])
             before.setdefault(image["matched_text_index"], []).append(picture)
         parts: Parts = []
         for number, sentence in enumerate(record["text_list"]):
@@ -91,23 +91,23 @@ def _pages(tiff: bytes) -> list[bytes]:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(tiff)) as pages:
             for page in ImageSequence.Iterator(pages):
                 if page.width * page.height > Image.MAX_IMAGE_PIXELS:  # Pillow checks the first
-                    raise BadSample(f"picture of more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+                    raise BadSample(f"image of more than {Image.MAX_IMAGE_PIXELS:,} pixels")
                 files.append(io.BytesIO())
                 to_rgb(page).save(files[-1], "PNG", compress_level=1)
     except BadSample:
         raise
     except Exception as error:  # Pillow's readers raise of many kinds on damaged files
-        raise BadSample("damaged picture") from error
+        raise BadSample("damaged image") from error
     return [file.getvalue() for file in files]
 
 
-class InterleavedFiles(NamedPictureFiles):
+class InterleavedFiles(ImagePathSource):
     """A document a line of .jsonl (also .gz, .zst), a row of .parquet, or a key of a .tar.
 
     A line is {"parts": ["a text", {"text": "another"}, {"image": "a/b.png"}]} or that list itself,
     a document of MMC4 (`text_list`, `image_info`), or one of OBELICS (`images`, `texts`). A
     .parquet is OBELICS's, a .tar MINT-1T's (.json with .tiff). A document of these three does
-    without its missing pictures, which are counted.
+    without its missing images, which are counted.
 
     Args:
         paths: files or globs to train on.
@@ -120,7 +120,7 @@ class InterleavedFiles(NamedPictureFiles):
 
     def samples(self, file: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         """As `FileSource.samples`: the pictures' folder with each line, row, or files of a key."""
-        match kind(file):
+        match file_format(file):
             case ".jsonl":
                 records = enumerate(read_lines(file))
             case ".parquet":
@@ -132,7 +132,7 @@ class InterleavedFiles(NamedPictureFiles):
         for key, record in records:
             yield str(key), (self.folder(file), record)
 
-    def parts(self, sample: tuple[Path, Any]) -> list[str | Path | Spare]:
+    def parts(self, sample: tuple[Path, Any]) -> list[str | Path | OptionalImage]:
         """Texts and pictures in order."""
         folder, record = sample
         if isinstance(record, list):

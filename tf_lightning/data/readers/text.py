@@ -7,7 +7,13 @@ from typing import Any
 from tf_lightning.data.documents import BadSample, RawDocument
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.readers.files import FileSource
-from tf_lightning.data.readers.formats import kind, parse_json, read_bytes, read_lines, read_parquet
+from tf_lightning.data.readers.formats import (
+    file_format,
+    parse_json,
+    read_bytes,
+    read_lines,
+    read_parquet,
+)
 from tf_lightning.errors import UserError
 
 NO_TEXT = 'line that is not JSON with a "text"'
@@ -25,8 +31,8 @@ class TextFiles(FileSource):
     """
 
     def samples(self, file: Path) -> Iterator[tuple[str, tuple[str, Any]]]:
-        """As `FileSource.samples`: the kind of file with each document."""
-        match kind(file):
+        """As `FileSource.samples`: the file_format of file with each document."""
+        match file_format(file):
             case ".txt":
                 yield "", (".txt", read_bytes(file))
             case ".jsonl" | ".json":
