@@ -1,4 +1,4 @@
-"""How much one denoising step and one token cost, and what deciding together saves.
+r"""How much one denoising step and one token cost, and what deciding together saves.
 
     OMP_NUM_THREADS=1 python benchmarks/generation.py
     OMP_NUM_THREADS=2 python benchmarks/generation.py --threads 2

@@ -23,7 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import runs  # noqa: E402
+from support import runs  # noqa: E402
 
 PARTS = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "Mixture")
 
@@ -128,7 +128,7 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, bool]:
     whole, killed = folder / "whole", folder / "killed"
     code, _ = train(whole, args)
     assert code == 0, (whole / "log.txt").read_text()
-    kill = ["--trainer.callbacks+=runs.KillAt", f"--trainer.callbacks.step={args.kill_at}"]
+    kill = ["--trainer.callbacks+=support.runs.KillAt", f"--trainer.callbacks.step={args.kill_at}"]
     if args.victim is not None:
         kill.append(f"--trainer.callbacks.rank={args.victim}")
     code, seconds = train(killed, args, *kill)

@@ -4,12 +4,12 @@
     python benchmarks/step_time.py --cuda [--compile]
 
 Forward and backward, fp32, one thread, no optimizer, on the same packed rows. On CUDA: the paper's
-0.76B, rows of 4,096, bf16 autocast, both models compiled or neither, device time. `TransfusionModel` computes
-its attention by document, its vocabulary head at text targets, and both losses. The plain Llama is
-what one would write for text alone: causal SDPA over the whole row, and the vocabulary head and
-cross-entropy at every position, patches and padding taken for tokens. Each ratio is the median over
-repeats of the two CPU times, taken one after the other in one process, so that other work on the
-machine weighs on both. The bar is 1.15.
+0.76B, rows of 4,096, bf16 autocast, both models compiled or neither, device time.
+`TransfusionModel` computes its attention by document, its vocabulary head at text targets, and both
+losses. The plain Llama is what one would write for text alone: causal SDPA over the whole row, and
+the vocabulary head and cross-entropy at every position, patches and padding taken for tokens. Each
+ratio is the median over repeats of the two CPU times, taken one after the other in one process, so
+that other work on the machine weighs on both. The bar is 1.15.
 """
 
 import argparse

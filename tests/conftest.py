@@ -106,3 +106,26 @@ def mixture(tmp_path):
         return Mixture(sources, weights, **(arguments | changed))
 
     return build
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty folder of torchvision's weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    assert folder == tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def squeeze(cache) -> Path:
+    """Random weights where SqueezeNet's are looked for."""
+    from torchvision import models
+
+    from tf_lightning.autoencoder.losses import LPIPS_WEIGHTS
+
+    torch.manual_seed(0)
+    file = cache / LPIPS_WEIGHTS["squeeze"].url.rpartition("/")[2]
+    torch.save(models.squeezenet1_1().state_dict(), file)
+    return file

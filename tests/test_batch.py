@@ -144,9 +144,9 @@ def test_shifted_times_undo_to_uniform_ones():
 
 
 def test_logit_normal_times_are_sigmoids_of_normal_numbers_and_may_be_shifted():
-    draw = lambda row, shift: sample_timesteps(
-        [1.0] * 4, row_generator(0, row), shift, "logit_normal"
-    )  # noqa: E731
+    def draw(row, shift):
+        return sample_timesteps([1.0] * 4, row_generator(0, row), shift, "logit_normal")
+
     times = torch.stack([draw(row, 1.0) for row in range(2000)])
     assert stats.kstest(times.logit().flatten().numpy(), "norm").pvalue > 1e-3
     shifted = torch.stack([draw(row, 3.0) for row in range(20)])

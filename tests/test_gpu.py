@@ -3,11 +3,10 @@
 import lightning as L
 import pytest
 import torch
-from test_module import tiny_module
 
 from support import runs
 from support.by_hand import answer, draw, open_ended_net, settings
-from support.tiny import SIZES, document, mixed_batch, packed, tiny_net
+from support.tiny import SIZES, document, mixed_batch, packed, tiny_module, tiny_net
 from tf_lightning.data import Mixture
 from tf_lightning.diffusion.guidance import Guidance
 from tf_lightning.model.attention import FlexAttention, build_attention

@@ -1,7 +1,5 @@
 """LPIPS and self-supervised features: what they compute, and files that are absent or damaged."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,25 +9,6 @@ from torchvision import models
 
 from tf_lightning.autoencoder.losses import LPIPS, LPIPS_WEIGHTS, FeatureDistance
 from tf_lightning.errors import UserError
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """An empty folder of torchvision's weights."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    folder = Path(torch.hub.get_dir(), "checkpoints")
-    assert folder == tmp_path / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    return folder
-
-
-@pytest.fixture
-def squeeze(cache) -> Path:
-    """Random weights where SqueezeNet's are looked for."""
-    torch.manual_seed(0)
-    file = cache / LPIPS_WEIGHTS["squeeze"].url.rpartition("/")[2]
-    torch.save(models.squeezenet1_1().state_dict(), file)
-    return file
 
 
 def test_lpips_is_torchmetrics_and_takes_what_is_out_of_range(squeeze):

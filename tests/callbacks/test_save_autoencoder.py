@@ -3,11 +3,11 @@
 import json
 import os
 
-import autoencoder_runs as aruns
 import numpy as np
 import pytest
 import torch
 
+from support import autoencoder_runs as aruns
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.autoencoder.network import (
     AutoencoderConfig,

@@ -9,23 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.image_files import png, write_tar
 from tf_lightning.data.documents import Skipped
 from tf_lightning.data.readers.captions import CaptionTars, ImageCaptionData
-
-
-def png(colour="red", size=(20, 16), mode="RGB") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).convert(mode).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(path, files: dict[str, bytes]) -> str:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return str(path)
 
 
 def read(path, **arguments):

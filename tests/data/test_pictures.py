@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_image_caption import png, write_tar
 
+from support.image_files import png, write_tar
 from tf_lightning.data import CaptionTars, ImageFiles, PictureData
 from tf_lightning.data.pictures import (
     NOTHING,

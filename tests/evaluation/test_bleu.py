@@ -3,9 +3,9 @@
 import math
 
 import pytest
-from test_cider import captions
 
 from evaluation.bleu import BLEU4
+from support.caption_pairs import captions
 
 
 def score(written, references) -> float:

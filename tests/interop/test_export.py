@@ -3,9 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_weights import our_logits
 
-from support.language_models import LLAMA3_ROPE, tiny, with_json, with_sentencepiece
+from support.language_models import LLAMA3_ROPE, our_logits, tiny, with_json, with_sentencepiece
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.cli.main import main
 from tf_lightning.errors import UserError

@@ -6,8 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from support.language_models import LLAMA3_ROPE, edit_json, tiny
-from tf_lightning.batch import Batch
+from support.language_models import LLAMA3_ROPE, edit_json, our_logits, tiny
 from tf_lightning.errors import UserError
 from tf_lightning.interop.llama import (
     grow,
@@ -16,38 +15,7 @@ from tf_lightning.interop.llama import (
     load_llama,
     open_language_model,
 )
-from tf_lightning.model.attention import VarlenAttention
 from tf_lightning.model.transformer import Transformer, TransformerConfig
-
-
-def our_logits(transformer: Transformer, ids: torch.Tensor) -> torch.Tensor:
-    """Logits (B, T, V) of one document a row."""
-    rows, length = ids.shape
-    empty = torch.empty(0)
-    batch = Batch(
-        input_ids=ids,
-        labels=ids,
-        positions=torch.arange(length).expand(rows, length),
-        document_ids=torch.zeros_like(ids),
-        image_ids=torch.full_like(ids, -1),
-        **dict.fromkeys(
-            (
-                "patch_index",
-                "text_index",
-                "target_index",
-                "code_index",
-                "latents",
-                "noise",
-                "t",
-                "copied",
-                "source_ids",
-                "row_tokens",
-            ),
-            empty,
-        ),
-    )
-    x = transformer.tok_embeddings(ids)
-    return transformer.output(transformer(x, batch.positions, VarlenAttention(batch)))
 
 
 @pytest.mark.parametrize(

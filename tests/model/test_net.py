@@ -151,7 +151,7 @@ def test_a_batch_of_padding_alone_has_nothing_to_say():
 
 
 def hidden_gradient(batch: Batch, loss_of) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient at the trunk's output (B, T, D), and of the weights, for a loss of TransfusionModel's outputs."""
+    """Gradients of a loss at the Transformer's output (B, T, D) and of the weights, by name."""
     net = tiny_net().requires_grad_(True)
     kept = []
     net.transformer.register_forward_hook(

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_transformer import PAPER_SIZES, paper_config
 from torch import nn
 
+from support.paper_models import PAPER_SIZES, paper_config
 from tf_lightning.model.patches import LinearPatchCoder, patchify, timestep_embedding, unpatchify
 
 PAPER_SHARES = {"0.16b": 0.5, "0.37b": 0.4, "0.76b": 0.4, "1.4b": 0.4, "7b": 0.3}  # percent

@@ -169,7 +169,10 @@ def two_sizes(config: dict) -> None:
         for callback in config["trainer"]["callbacks"]
         if callback["class_path"].split(".")[-1] in NAMED
     ]
-    small = {"class_path": "corpora.Pictures", "init_args": {"side": 32, "num_documents": 30}}
+    small = {
+        "class_path": "support.corpora.Pictures",
+        "init_args": {"side": 32, "num_documents": 30},
+    }
     sources = {"captions": runs.shapes("Captions", 30), "grey": small}
     config["data"]["init_args"] |= {"sources": sources, "weights": {"captions": 1, "grey": 1}}
 

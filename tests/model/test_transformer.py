@@ -1,32 +1,13 @@
 """The Llama: rotary positions, sizes and initialisation. Logits are compared in test_weights.py."""
 
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import torch
-import yaml
 
+from support.paper_models import PAPER_SIZES, paper_config
 from support.tiny import document, packed, tiny_net
 from tf_lightning.model.attention import build_attention
 from tf_lightning.model.layers import apply_rotary_emb
 from tf_lightning.model.transformer import Transformer, TransformerConfig, rope_angles
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model"
-
-PAPER_SIZES = {  # millions of parameters with 32,000 entries in the vocabulary
-    "0.16b": 162.4,
-    "0.37b": 373.9,
-    "0.76b": 777.9,
-    "1.4b": 1364.3,
-    "7b": 6738.4,
-}
-
-
-def paper_config(name: str) -> TransformerConfig:
-    """The sizes of configs/model, with Llama 2's vocabulary."""
-    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    return replace(TransformerConfig(**settings["transformer"]), vocab_size=32_000)
 
 
 @pytest.mark.parametrize("name, millions", PAPER_SIZES.items())

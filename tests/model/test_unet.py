@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_transformer import paper_config
 from torch import nn
 
+from support.paper_models import paper_config
 from tf_lightning.errors import UserError
 from tf_lightning.model.patches import timestep_embedding
 from tf_lightning.model.unet import UNetConfig, UNetPatchCoder

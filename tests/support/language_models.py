@@ -5,6 +5,9 @@ from pathlib import Path
 
 import torch
 
+from tf_lightning.batch import Batch
+from tf_lightning.model.attention import VarlenAttention
+from tf_lightning.model.transformer import Transformer
 from tf_lightning.tokenizer.tokenizer import train
 
 TEXTS = ["a red circle above a blue square", "the lobster is blue , and the circle is not ."] * 20
@@ -70,3 +73,33 @@ def edit_json(file: Path, change: dict) -> None:
     """Change values of a file's JSON object; None takes one out."""
     content = json.loads(file.read_text()) | change
     file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def our_logits(transformer: Transformer, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (B, T, V) of one document a row."""
+    rows, length = ids.shape
+    empty = torch.empty(0)
+    batch = Batch(
+        input_ids=ids,
+        labels=ids,
+        positions=torch.arange(length).expand(rows, length),
+        document_ids=torch.zeros_like(ids),
+        image_ids=torch.full_like(ids, -1),
+        **dict.fromkeys(
+            (
+                "patch_index",
+                "text_index",
+                "target_index",
+                "code_index",
+                "latents",
+                "noise",
+                "t",
+                "copied",
+                "source_ids",
+                "row_tokens",
+            ),
+            empty,
+        ),
+    )
+    x = transformer.tok_embeddings(ids)
+    return transformer.output(transformer(x, batch.positions, VarlenAttention(batch)))

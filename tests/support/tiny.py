@@ -10,6 +10,7 @@ from torch import Tensor
 from tf_lightning.batch import Batch, Document, Row, document_length, pack
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
+from tf_lightning.training.module import Transfusion
 
 TOKENIZER = SimpleNamespace(bos_id=1, eos_id=2, boi_id=18, eoi_id=19, vocab_size=20)
 PICTURE_OF_CODES = torch.tensor([[[3, 0], [10, 3]]])  # four of eleven codes
@@ -23,6 +24,18 @@ def tiny_net(**sizes) -> TransfusionModel:
     sizes = {"num_heads": 4, "num_kv_heads": 2} | sizes
     config = TransformerConfig(vocab_size=VOCAB_SIZE, dim=32, num_layers=2, ffn_dim=48, **sizes)
     return TransfusionModel(config, PATCH_SIZE, LATENT_SHAPE[0]).requires_grad_(False)
+
+
+def tiny_module(**changed) -> Transfusion:
+    """A module for `tiny`'s batches, whose denoiser's output is not zero."""
+    torch.manual_seed(0)
+    arguments = {"patch_size": PATCH_SIZE, "latent_channels": 3, "warmup_steps": 1} | changed
+    module = Transfusion(TransformerConfig(vocab_size=VOCAB_SIZE, **SIZES), **arguments)
+    module.configure_model()
+    coder = module.net.patch_coder
+    last = coder.conv_out if module.unet else coder.patch_decoder
+    torch.nn.init.normal_(last.weight, std=0.2)
+    return module
 
 
 def document(shape: str, seed: int = 0) -> Document:

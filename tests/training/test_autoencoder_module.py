@@ -3,15 +3,14 @@
 import shutil
 from pathlib import Path
 
-import autoencoder_runs as aruns
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_perceptual import cache, squeeze  # noqa: F401 - fixtures
-from test_resume import same
 from torch import nn
 
+from support import autoencoder_runs as aruns
 from support import runs
+from support.compare import same
 from support.ranks import together
 from tf_lightning.autoencoder import losses
 from tf_lightning.autoencoder.network import AutoencoderConfig
@@ -72,7 +71,7 @@ def test_the_logged_loss_is_the_weighted_sum_of_its_terms(trained):
 
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_path):
     kind, run = trained
-    kill = ["--trainer.callbacks+=runs.StopAt", "--trainer.callbacks.step=5"]
+    kill = ["--trainer.callbacks+=support.runs.StopAt", "--trainer.callbacks.step=5"]
     with pytest.raises(runs.Killed):
         aruns.fit(tmp_path, *kill, **KINDS[kind])
     assert load(tmp_path / "run")["global_step"] == 3

@@ -181,7 +181,7 @@ def test_the_same_callbacks_measure_it_and_say_how_codes_were_drawn(run):
 
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_with_dropout(run, tmp_path):
     config = str(runs.write_config(tmp_path, chameleon))
-    kill = ["--trainer.callbacks+=runs.StopAt", "--trainer.callbacks.step=5"]
+    kill = ["--trainer.callbacks+=support.runs.StopAt", "--trainer.callbacks.step=5"]
     with pytest.raises(runs.Killed):
         main(["fit", "-c", config, *kill])
     main(["fit", "-c", config, "--ckpt_path", "last"])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from support import runs
-from support.tiny import PATCH_SIZE, SIZES, VOCAB_SIZE, document, mixed_batch, packed
+from support.tiny import SIZES, VOCAB_SIZE, document, mixed_batch, packed, tiny_module
 from tf_lightning.batch import IGNORE_INDEX, Batch
 from tf_lightning.data import Mixture
 from tf_lightning.diffusion.process import cosine_alphas_cumprod
@@ -19,18 +19,6 @@ from tf_lightning.model.transfusion import TransfusionModel
 from tf_lightning.model.unet import UNetConfig
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
 from tf_lightning.training.module import Transfusion
-
-
-def tiny_module(**changed) -> Transfusion:
-    """A module for `tiny`'s batches, whose denoiser's output is not zero."""
-    torch.manual_seed(0)
-    arguments = {"patch_size": PATCH_SIZE, "latent_channels": 3, "warmup_steps": 1} | changed
-    module = Transfusion(TransformerConfig(vocab_size=VOCAB_SIZE, **SIZES), **arguments)
-    module.configure_model()
-    coder = module.net.patch_coder
-    last = coder.conv_out if module.unet else coder.patch_decoder
-    torch.nn.init.normal_(last.weight, std=0.2)
-    return module
 
 
 def losses_by_hand(

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 from torch.multiprocessing import ProcessExitedException
 
 from support import ranks, runs
+from support.compare import same
 from tf_lightning.cli.main import main
 from tf_lightning.generation.pipeline import load as load_model
 from tf_lightning.tokenizer.tokenizer import Tokenizer
@@ -59,19 +59,8 @@ def test_a_checkpoint_holds_the_two_networks_the_tokenizer_and_the_autoencoders_
     assert Tokenizer.from_proto(proto).vocab_size == runs.VOCAB_SIZE
 
 
-def same(a, b) -> bool:
-    """Equal in every bit, down to the last tensor of nested dicts and lists."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
-    kill = ["--trainer.callbacks+=runs.StopAt", "--trainer.callbacks.step=5"]
+    kill = ["--trainer.callbacks+=support.runs.StopAt", "--trainer.callbacks.step=5"]
     with pytest.raises(runs.Killed):
         runs.fit(tmp_path, *kill)
     assert load(tmp_path / "run")["global_step"] == 3
@@ -89,7 +78,7 @@ def test_a_run_killed_with_its_workers_resumes_to_the_same_bits(run, tmp_path):
     """kill -9 two steps behind a checkpoint; the uninterrupted run had no workers."""
     workers = "--data.init_args.num_workers=2"
     config = str(runs.write_config(tmp_path))
-    kill = ["--trainer.callbacks+=runs.KillAt", "--trainer.callbacks.step=5"]
+    kill = ["--trainer.callbacks+=support.runs.KillAt", "--trainer.callbacks.step=5"]
     with pytest.raises(ProcessExitedException) as ended:
         ranks.together(["fit", "-c", config, workers, *kill], 1)
     assert ended.value.exit_code == -signal.SIGKILL

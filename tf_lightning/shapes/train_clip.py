@@ -1,6 +1,6 @@
 """Trains the embedded world's own CLIP, which judges pictures and captions of that world alone.
 
-    python -m tf_lightning.train_shapes_clip --out DIR
+    python -m tf_lightning.shapes.train_clip --out DIR
 
 The result is an open_clip folder (`local-dir:DIR`) with a `report.json`. It saw every meaning, also
 those held out from generators: a judge has to know what it judges. No picture of its training is
