@@ -62,7 +62,7 @@ def train(name: str, base: Path, out: Path, steps: int, more: list[str]) -> None
     arguments += [f"--trainer.logger.init_args.save_dir={out}"]
     if name in BEGINNINGS:
         start = train_beginning(BEGINNINGS[name], out, more)
-        arguments += [f"--trainer.callbacks.checkpoint={start}"]  # of StartFrom, the last of them
+        arguments += [f"--trainer.callbacks.checkpoint={start}"]  # of InitFrom, the last of them
     arguments += more
     if steps_done(out / name) < steps:
         tf_lightning(["fit", *arguments, "--ckpt_path=last"])

@@ -12,14 +12,14 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from callbacks.measures import Measure, PictureScores
+from callbacks.metrics import ImageQuality, SampleMetric
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
-from callbacks.protocol import Number, prompts_hash, save_numbers
+from callbacks.protocol import MetricRecord, prompts_hash, save_numbers
 from callbacks.sampling import (
     OF_CODES,
     Kind,
-    Sampled,
+    SampleBatch,
     fit_drawing,
     model_of,
     refuse_shards,
@@ -50,9 +50,9 @@ class Evaluate(L.Callback):
 
     Args:
         prompts: what is asked, and the real pictures.
-        measures: what is measured.
-        draw: draw the prompts.
-        write: caption the prompts' pictures.
+        metrics: metrics of the samples.
+        generate_images: generate an image for each prompt.
+        caption_images: generate a caption for each prompt's image.
         guidance_scale: 1 = off; several are measured one after another.
         num_inference_steps: network evaluations a picture.
         sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
@@ -72,9 +72,9 @@ class Evaluate(L.Callback):
     def __init__(
         self,
         prompts: PromptSet,
-        measures: list[Measure] = (),
-        draw: bool = True,
-        write: bool = True,
+        metrics: list[SampleMetric] = (),
+        generate_images: bool = True,
+        caption_images: bool = True,
         guidance_scale: float | list[float] = 3.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
@@ -90,8 +90,8 @@ class Evaluate(L.Callback):
         texts: Sequence[str] = (),
         tag: str = "val",
     ):
-        self.prompt_set, self.measures = prompts, list(measures)
-        self.makes = {"drawn": draw, "written": write}
+        self.prompt_set, self.metrics = prompts, list(metrics)
+        self.makes = {"generated": generate_images, "captioned": caption_images}
         self.scales = guidance_scale if isinstance(guidance_scale, list) else [guidance_scale]
         if not self.scales:
             raise UserError("guidance_scale=[] measures nothing; give one number or more")
@@ -100,18 +100,21 @@ class Evaluate(L.Callback):
         self.how |= dict(zip(OF_CODES, (code_temperature, code_top_k, code_top_p), strict=True))
         self.weights, self.batch_size, self.max_new_tokens = weights, batch_size, max_new_tokens
         self.num_shown, self.texts, self.tag = num_shown, list(texts), tag
-        self.numbers: list[Number] = []
+        self.numbers: list[MetricRecord] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the metrics' networks now: what does not fit is told before hours of training."""
         refuse_shards(pl_module, self)
         self.how = fit_drawing(self.how, pl_module)
         try:
-            for measure in self.measures:
-                if not self.makes[measure.of]:
-                    name = type(measure).__name__
-                    raise UserError(f"{name} measures what is {measure.of}, which is switched off")
-                measure.open(self.prompt_set)
+            for metric in self.metrics:
+                if not self.makes[metric.kind]:
+                    option = "generate_images" if metric.kind == "generated" else "caption_images"
+                    raise UserError(
+                        f"{type(metric).__name__} measures {metric.kind} images, but {option} is "
+                        "false; set it to true or remove the metric"
+                    )
+                metric.open(self.prompt_set)
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -145,7 +148,7 @@ class Evaluate(L.Callback):
 
     on_test_end = on_validation_end
 
-    def evaluate(self, trainer: L.Trainer, module: Transfusion) -> list[Number]:
+    def evaluate(self, trainer: L.Trainer, module: Transfusion) -> list[MetricRecord]:
         """Every number of every guidance scale.
 
         Raises:
@@ -153,12 +156,12 @@ class Evaluate(L.Callback):
                 ranks alike.
         """
         prompts = self.prompt_set.prompts(trainer.datamodule)
-        if self.makes["written"] and not all(prompt.picture for prompt in prompts):
-            raise UserError("these prompts have no pictures to caption; give write: false")
+        if self.makes["captioned"] and not all(prompt.picture for prompt in prompts):
+            raise UserError("these prompts have no pictures to caption; give caption_images: false")
         model, weights = model_of(module, self.weights)
-        for measure in self.measures:
-            measure.to(module.device)
-            measure.reset()
+        for metric in self.metrics:
+            metric.to(module.device)
+            metric.reset()
         self.see_real(trainer)
         self.show_texts(trainer, model)
         facts = {
@@ -170,29 +173,34 @@ class Evaluate(L.Callback):
             "image_size": model.latent_shape and model.image_size,
         }
         written = facts | {"decoding": "greedy", "max_new_tokens": self.max_new_tokens}
-        numbers = self.measure(trainer, model, prompts, "written", "", written)
+        numbers = self.score(trainer, model, prompts, "captioned", "", written)
         for scale in self.scales:
             suffix = f"@{scale:g}" if len(self.scales) > 1 else ""
             drawn = facts | self.how | {"guidance_scale": scale}
-            numbers += self.measure(trainer, model, prompts, "drawn", suffix, drawn)
+            numbers += self.score(trainer, model, prompts, "generated", suffix, drawn)
         return numbers
 
     def see_real(self, trainer: L.Trainer) -> None:
         """Let the measures that compare with real pictures see them, the first time."""
-        lacking = [m for m in self.measures if isinstance(m, PictureScores) and m.needs_real]
+        lacking = [m for m in self.metrics if isinstance(m, ImageQuality) and m.needs_real]
         if not lacking:
             return
         pictures = self.prompt_set.real_pictures(trainer.datamodule)
         share = pictures[trainer.global_rank :: trainer.world_size]
-        together(trainer, lambda: [measure.see_real(share) for measure in lacking])
-        for measure in lacking:
-            measure.keep_real()
+        together(trainer, lambda: [metric.see_real(share) for metric in lacking])
+        for metric in lacking:
+            metric.keep_real()
 
-    def measure(
-        self, trainer: L.Trainer, model: TransfusionPipeline, prompts: Sequence[Prompt], kind: Kind, suffix: str,
+    def score(
+        self,
+        trainer: L.Trainer,
+        model: TransfusionPipeline,
+        prompts: Sequence[Prompt],
+        kind: Kind,
+        suffix: str,
         facts: dict,
-    ) -> list[Number]:  # fmt: skip
-        """Make all the samples of one kind, "drawn" pictures or "written" captions; measure them.
+    ) -> list[MetricRecord]:
+        """Generate the images or the captions of all prompts, and compute the metrics of them.
 
         Args:
             trainer: the run's.
@@ -202,11 +210,11 @@ class Evaluate(L.Callback):
             suffix: of the numbers' names.
             facts: how the samples are made.
         """
-        measures = [measure for measure in self.measures if measure.of == kind]
+        metrics = [metric for metric in self.metrics if metric.kind == kind]
         if not self.makes[kind]:
             return []
-        for measure in measures:
-            measure.reset()
+        for metric in metrics:
+            metric.reset()
         samples = sample(
             model,
             prompts,
@@ -219,23 +227,23 @@ class Evaluate(L.Callback):
 
         def take() -> None:
             for sampled in samples:
-                for measure in measures:
-                    measure.update(sampled)
-                if sampled.numbers.start == 0:
+                for metric in metrics:
+                    metric.update(sampled)
+                if sampled.indices.start == 0:
                     self.show(trainer, sampled, suffix)
 
         together(trainer, take)
         values: dict[str, float] = {}
         protocols: dict[str, dict] = {}
-        for measure in measures:
-            values |= measure.compute()
-            protocols |= measure.protocol
+        for metric in metrics:
+            values |= metric.compute()
+            protocols |= metric.protocol
         return [
-            Number(f"val/{name}{suffix}", value, facts | protocols[name])
+            MetricRecord(f"val/{name}{suffix}", value, facts | protocols[name])
             for name, value in values.items()
         ]
 
-    def show(self, trainer: L.Trainer, sampled: Sampled, suffix: str) -> None:
+    def show(self, trainer: L.Trainer, sampled: SampleBatch, suffix: str) -> None:
         """The first batch, which rank zero has, in TensorBoard."""
         if isinstance(trainer.logger, TensorBoardLogger) and self.num_shown:
             show(trainer, self.prompt_set, sampled.first(self.num_shown), self.tag + suffix)
@@ -278,18 +286,20 @@ def together(trainer: L.Trainer, work: Callable[[], object]) -> None:
         raise UserError(told)
 
 
-def text_numbers(trainer: L.Trainer) -> list[Number]:
+def text_numbers(trainer: L.Trainer) -> list[MetricRecord]:
     """What another callback measured of the text at this validation."""
     callbacks = [c for c in trainer.callbacks if isinstance(c, TextPerplexity)]
     return [number for callback in callbacks for number in callback.numbers]
 
 
-def module_numbers(trainer: L.Trainer, module: Transfusion, ours: Sequence[Number]) -> list[Number]:
+def module_numbers(
+    trainer: L.Trainer, module: Transfusion, ours: Sequence[MetricRecord]
+) -> list[MetricRecord]:
     """What the module logged of its losses at this validation."""
     known = {number.name for number in ours}
     weights = "raw" if module.ema is None else "ema"
     return [
-        Number(
+        MetricRecord(
             name,
             float(value),
             {"definition": MODULE_PROTOCOL[name.rpartition("/")[2]], "weights": weights},

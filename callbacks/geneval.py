@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from callbacks.measures import Measure
-from callbacks.sampling import Kind, Sampled
+from callbacks.metrics import SampleMetric
+from callbacks.sampling import Kind, SampleBatch
 from evaluation.composition import Composition, write_samples
 from tf_lightning.shapes.oracle import read
 from tf_lightning.shapes.world import Meaning
 
 
-class ShapesComposition(Measure):
+class ShapesComposition(SampleMetric):
     """What the embedded world's oracle finds right in drawn pictures, task by task.
 
     `composition[<label>]/<task>` for GenEval's tasks and `overall`, their mean. A picture of one
@@ -26,7 +26,7 @@ class ShapesComposition(Measure):
         label: names the protocol in the brackets.
     """
 
-    of: Kind = "drawn"
+    kind: Kind = "generated"
 
     def __init__(self, label: str = "shapes"):
         self.name = f"composition[{label}]"
@@ -37,9 +37,9 @@ class ShapesComposition(Measure):
         self.score.to(device)
         return self
 
-    def update(self, sampled: Sampled) -> None:
+    def update(self, sampled: SampleBatch) -> None:
         """Judge drawn pictures."""
-        for prompt, drawn in zip(sampled.prompts, sampled.pictures, strict=True):
+        for prompt, drawn in zip(sampled.prompts, sampled.images, strict=True):
             for task, right in verdicts(prompt.about, drawn).items():
                 self.score.update(task, right)
 
@@ -70,16 +70,16 @@ def verdicts(asked: Meaning, picture: Image.Image) -> dict[str, bool]:
     return {"two_object": has_shapes, "color_attr": has_kinds, "position": reading.meaning == asked}
 
 
-class GenEvalFolder(Measure):
+class GenEvalFolder(SampleMetric):
     """Writes drawn pictures where GenEval's own script looks for them; measures nothing itself.
 
-    For `callbacks.benchmarks.GenEvalPrompts`. `folder`/NNNNN/metadata.jsonl and samples/NNNN.png.
+    For `callbacks.published_prompts.GenEvalPrompts`. `folder`/NNNNN/metadata.jsonl and samples/NNNN.png.
 
     Args:
         folder: of all prompts.
     """
 
-    of: Kind = "drawn"
+    kind: Kind = "generated"
     protocol: dict[str, dict] = {}
 
     def __init__(self, folder: str):
@@ -89,13 +89,13 @@ class GenEvalFolder(Measure):
         """Nothing to move."""
         return self
 
-    def update(self, sampled: Sampled) -> None:
+    def update(self, sampled: SampleBatch) -> None:
         """Write pictures; a prompt's have to be in one batch.
 
         Raises:
             ValueError: they are not.
         """
-        pairs = zip(sampled.prompts, sampled.pictures, strict=True)
+        pairs = zip(sampled.prompts, sampled.images, strict=True)
         for (number, copies), group in groupby(pairs, key=lambda pair: pair[0].about):
             together = list(group)
             if len(together) != copies:

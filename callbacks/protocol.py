@@ -33,7 +33,7 @@ TOLD = {  # a table's heading: the key in a protocol
 
 
 @dataclass(frozen=True)
-class Number:
+class MetricRecord:
     """A measured value."""
 
     name: str
@@ -61,7 +61,7 @@ def versions() -> dict[str, str | None]:
 
 
 def write_numbers(
-    path: Path, numbers: Sequence[Number], *, checkpoint: str | None, global_step: int
+    path: Path, numbers: Sequence[MetricRecord], *, checkpoint: str | None, global_step: int
 ) -> None:
     """Writes the file whole or not at all.
 
@@ -86,7 +86,7 @@ def write_numbers(
 
 
 def save_numbers(
-    trainer: L.Trainer, module: L.LightningModule, numbers: Sequence[Number], tag: str = "val"
+    trainer: L.Trainer, module: L.LightningModule, numbers: Sequence[MetricRecord], tag: str = "val"
 ) -> None:
     """Write what a validation measured, a file a step while training; else tell it, too.
 
@@ -106,7 +106,7 @@ def save_numbers(
     rank_zero_info(f"Wrote {path}")
 
 
-def print_numbers(numbers: Sequence[Number]) -> None:
+def print_numbers(numbers: Sequence[MetricRecord]) -> None:
     """One table of names and values; below it how the samples were made, or beside where it varies.
 
     (A sweep varies the guidance. What is the same in every row would leave no room for the names.)

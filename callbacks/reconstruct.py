@@ -7,8 +7,8 @@ from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchvision.utils import make_grid
 
-from callbacks.measures import load_extractor
-from callbacks.protocol import Number, save_numbers
+from callbacks.metrics import load_extractor
+from callbacks.protocol import MetricRecord, save_numbers
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
 from tf_lightning.autoencoder.losses import code_perplexity
@@ -113,7 +113,7 @@ class Reconstruct(L.Callback):
         pictures = torch.tensor(self.num_pictures, device=pl_module.device)
         facts = {"num_pictures": int(pl_module.all_gather(pictures).sum())}
         self.numbers = [
-            Number(f"val/{name}", float(value), facts | said(name, protocol))
+            MetricRecord(f"val/{name}", float(value), facts | said(name, protocol))
             for name, value in values.items()
         ]
         for number in self.numbers:

@@ -18,30 +18,30 @@ from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.training.module import Transfusion
 
-Kind = Literal["drawn", "written"]
+Kind = Literal["generated", "captioned"]
 DENOISING = ("num_inference_steps", "sampler", "timestep_shift")
 OF_CODES = ("code_temperature", "code_top_k", "code_top_p")
 DRAWING = ("guidance_scale", *DENOISING, *OF_CODES)
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampleBatch:
     """Some prompts with what the model made of them; n prompts, H x W pixels."""
 
     prompts: Sequence[Prompt]
-    numbers: range  # places of the prompts in the whole set
-    pictures: Sequence[Image.Image]  # drawn; or, where captions were written, the true ones
-    written: Sequence[str] | None = None
+    indices: range  # of the prompts in the whole set
+    images: Sequence[Image.Image]  # generated images, or the prompts' own when captioned
+    captions: Sequence[str] | None = None  # captions generated for `images`
 
     @cached_property
     def pixels(self) -> Tensor:
         """The pictures, uint8 (n, 3, H, W)."""
-        return torch.stack([pil_to_tensor(picture) for picture in self.pictures])
+        return torch.stack([pil_to_tensor(picture) for picture in self.images])
 
-    def first(self, count: int) -> "Sampled":
+    def first(self, count: int) -> "SampleBatch":
         """At most `count` of them."""
-        parts = (self.prompts, self.numbers, self.pictures, self.written)
-        return Sampled(*(part and part[:count] for part in parts))
+        parts = (self.prompts, self.indices, self.images, self.captions)
+        return SampleBatch(*(part and part[:count] for part in parts))
 
 
 def model_of(module: Transfusion, weights: str) -> tuple[TransfusionPipeline, str]:
@@ -97,8 +97,8 @@ def sample(
     kind: Kind,
     precision: Callable[[], AbstractContextManager],
     progress: bool,
-) -> Iterator[Sampled]:
-    """One Sampled a batch.
+) -> Iterator[SampleBatch]:
+    """One SampleBatch a batch.
 
     Args:
         model: what is asked.
@@ -112,15 +112,15 @@ def sample(
     """
     for places in tqdm(batches, desc=kind.title(), disable=not progress, leave=False):
         asked = [prompts[place] for place in places]
-        if kind == "drawn":
+        if kind == "generated":
             options = {key: how[key] for key in DRAWING if key in how}
             seeds = [how["seed"] + place for place in places]
             with precision():
                 pictures = model.draw([[prompt.text] for prompt in asked], seeds=seeds, **options)
-            yield Sampled(asked, places, pictures)
+            yield SampleBatch(asked, places, pictures)
         else:
             pictures = [square(prompt.picture(), model.image_size) for prompt in asked]
             limit = how["max_new_tokens"]
             with precision():
                 written = model.write([[picture] for picture in pictures], max_new_tokens=limit)
-            yield Sampled(asked, places, pictures, written)
+            yield SampleBatch(asked, places, pictures, written)

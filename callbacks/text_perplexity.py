@@ -4,7 +4,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.protocol import Number
+from callbacks.protocol import MetricRecord
 from evaluation.perplexity import Perplexity
 from tf_lightning.batch import Batch
 from tf_lightning.tokenizer.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ class TextPerplexity(L.Callback):
     """
 
     def __init__(self):
-        self.numbers: list[Number] = []
+        self.numbers: list[MetricRecord] = []
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Start anew."""
@@ -59,7 +59,7 @@ class TextPerplexity(L.Callback):
                 continue
             for name, value in found.items():
                 told = {"definition": DEFINITION[name], "counted": COUNTED, "weights": weights}
-                number = Number(f"val/{source}/{name}", value.item(), told | metric.protocol)
+                number = MetricRecord(f"val/{source}/{name}", value.item(), told | metric.protocol)
                 self.numbers.append(number)
                 pl_module.log(number.name, value, add_dataloader_idx=False)
 

@@ -144,11 +144,11 @@ def test_nothing_is_sampled_in_the_sanity_check():
 # What cannot be measured
 
 
-TOO_FEW = [{"class_path": "callbacks.measures.PictureScores", "init_args": {"scores": ["kid"]}}]
+TOO_FEW = [{"class_path": "callbacks.metrics.ImageQuality", "init_args": {"scores": ["kid"]}}]
 NOTHING = {"class_path": "callbacks.prompts.HeldOut", "init_args": {"source": "text"}}
 UNMEASURABLE = {
-    "kid[shapes] was given 5 drawn": {"measures": TOO_FEW},
-    "source 'text' holds no captioned picture out": {"prompts": NOTHING, "measures": []},
+    "kid[shapes] was given 5 drawn": {"metrics": TOO_FEW},
+    "source 'text' holds no captioned picture out": {"prompts": NOTHING, "metrics": []},
 }
 
 
@@ -215,5 +215,5 @@ def test_an_evaluation_of_an_empty_validation_set_is_refused(run, tmp_path, caps
 
 def test_a_measure_of_what_is_switched_off_is_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        validate(run, tmp_path, "--trainer.callbacks.write=false")
-    assert "CaptionScores measures what is written" in capsys.readouterr().err
+        validate(run, tmp_path, "--trainer.callbacks.caption_images=false")
+    assert "CaptionScores measures captioned images" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from PIL import Image
 
 from callbacks.geneval import GenEvalFolder, ShapesComposition, verdicts
 from callbacks.prompts import Prompt, ShapesPrompts
-from callbacks.sampling import Sampled
+from callbacks.sampling import SampleBatch
 from tf_lightning.shapes.sources import picture
 from tf_lightning.shapes.world import Object, Scene
 
@@ -49,12 +49,12 @@ def test_one_object_is_judged_by_shape_and_colour(colour, shape, right):
 
 def test_true_pictures_score_one_and_blank_ones_nothing():
     asked, score = ShapesPrompts(30).prompts(), ShapesComposition()
-    score.update(Sampled(asked, range(30), [prompt.picture() for prompt in asked]))
+    score.update(SampleBatch(asked, range(30), [prompt.picture() for prompt in asked]))
     values = score.compute()
     assert set(values.values()) == {1.0} and "composition[shapes]/overall" in values
     assert set(score.protocol) == set(values)
     score.reset()
-    score.update(Sampled(asked, range(30), [Image.new("RGB", (64, 64))] * 30))
+    score.update(SampleBatch(asked, range(30), [Image.new("RGB", (64, 64))] * 30))
     assert set(score.compute().values()) == {0.0}
 
 
@@ -62,7 +62,7 @@ def test_the_folder_has_a_prompts_metadata_and_pictures(tmp_path):
     metadata = {"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}
     asked = [Prompt("a dog", about=(n, 2), metadata=metadata) for n in (0, 0, 1, 1)]
     pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue", "white")]
-    GenEvalFolder(str(tmp_path)).update(Sampled(asked, range(4), pictures))
+    GenEvalFolder(str(tmp_path)).update(SampleBatch(asked, range(4), pictures))
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     each = ("metadata.jsonl", "samples/0000.png", "samples/0001.png")
     assert files == [f"{n:05d}/{name}" for n in (0, 1) for name in each]
@@ -72,7 +72,7 @@ def test_the_folder_has_a_prompts_metadata_and_pictures(tmp_path):
 
 def test_a_prompt_whose_pictures_are_in_two_batches_is_refused(tmp_path):
     asked = [Prompt("a dog", about=(0, 4))] * 3
-    made = Sampled(asked, range(3), [Image.new("RGB", (8, 8))] * 3)
+    made = SampleBatch(asked, range(3), [Image.new("RGB", (8, 8))] * 3)
     with pytest.raises(ValueError, match="a multiple of 4"):
         GenEvalFolder(str(tmp_path)).update(made)
     assert not list(tmp_path.iterdir())

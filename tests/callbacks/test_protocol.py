@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.prompts import Prompt
 from callbacks.protocol import (
-    Number,
+    MetricRecord,
     installed_version,
     print_numbers,
     prompts_hash,
@@ -18,7 +18,7 @@ from callbacks.protocol import (
     write_numbers,
 )
 
-NUMBERS = [Number("val/fid[shapes]", 1.25, {"guidance_scale": 3.0, "weights": "ema"})]
+NUMBERS = [MetricRecord("val/fid[shapes]", 1.25, {"guidance_scale": 3.0, "weights": "ema"})]
 
 
 def test_prompts_are_hashed_in_order():
@@ -53,7 +53,11 @@ def test_the_table_keeps_brackets_in_names(capsys):
 
 
 def test_a_number_that_is_not_finite_is_null_since_json_has_no_nan(tmp_path):
-    numbers = [Number("a", float("nan"), {}), Number("b", float("inf"), {}), Number("c", 1.5, {})]
+    numbers = [
+        MetricRecord("a", float("nan"), {}),
+        MetricRecord("b", float("inf"), {}),
+        MetricRecord("c", 1.5, {}),
+    ]
     path = tmp_path / "metrics.json"
     write_numbers(path, numbers, checkpoint=None, global_step=1)
 

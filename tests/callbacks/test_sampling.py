@@ -53,12 +53,12 @@ def test_a_prompts_noise_depends_on_its_place_alone():
     model = Fake()
     batches = shares(5, 2, 1, 2)
     (made,) = sample(
-        model, PROMPTS, batches, HOW, kind="drawn", precision=nullcontext, progress=False
+        model, PROMPTS, batches, HOW, kind="generated", precision=nullcontext, progress=False
     )
     ((prompts, seeds, how),) = model.drawn
     assert (prompts, seeds) == ([["p2"], ["p3"]], [9, 10])
     assert how == DRAWN
-    assert made.numbers == range(2, 4) and made.written is None
+    assert made.indices == range(2, 4) and made.captions is None
     assert made.pixels.shape == (2, 3, 8, 8) and made.pixels.dtype == torch.uint8
 
 
@@ -71,14 +71,14 @@ def test_pictures_are_captioned_at_the_models_size():
             PROMPTS,
             shares(5, 4, 0, 1),
             how,
-            kind="written",
+            kind="captioned",
             precision=nullcontext,
             progress=False,
         )
     )
     assert model.read == [(8, 8)] * 5
-    assert [len(m.written) for m in made] == [4, 1]
-    assert made[0].first(2).written == ["up to 5"] * 2 and len(made[0].first(2).numbers) == 2
+    assert [len(m.captions) for m in made] == [4, 1]
+    assert made[0].first(2).captions == ["up to 5"] * 2 and len(made[0].first(2).indices) == 2
 
 
 @pytest.mark.parametrize("asked", ["ema", "raw"])
@@ -96,7 +96,7 @@ def test_the_weights_are_those_asked_for_and_said(asked, kept, monkeypatch):
 
 def test_the_network_computes_in_the_precision_asked_for():
     low = partial(torch.autocast, "cpu", torch.bfloat16)
-    for kind in ("drawn", "written"):
+    for kind in ("generated", "captioned"):
         model = Fake()
         list(
             sample(

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from callbacks.prompts import ShapesPrompts
-from callbacks.sampling import Sampled
+from callbacks.sampling import SampleBatch
 from callbacks.show import show
 
 
@@ -46,19 +46,19 @@ def red_ink(image) -> int:
 def test_prompts_stand_under_drawn_pictures_and_are_red_when_wrong(shown):
     asked = ShapesPrompts(2).prompts()
     right = [prompt.picture() for prompt in asked]
-    image = shown(Sampled(asked, range(2), right)).images["drawn/val", 9]
+    image = shown(SampleBatch(asked, range(2), right)).images["generated/val", 9]
     assert image.shape[0] == 3 and red_ink(image) == 0
     wrong = [Image.new("RGB", (64, 64))] * 2
-    writer = shown(Sampled(asked, range(2), wrong))
-    assert red_ink(writer.images["drawn/val", 9]) > 50 and not writer.texts
+    writer = shown(SampleBatch(asked, range(2), wrong))
+    assert red_ink(writer.images["generated/val", 9]) > 50 and not writer.texts
 
 
 def test_captions_stand_under_pictures_and_beside_the_true_ones(shown):
     asked = ShapesPrompts(2).prompts()
     pictures = [prompt.picture() for prompt in asked]
     written = [asked[0].references[-1], "wrong words"]
-    writer = shown(Sampled(asked, range(2), pictures, written))
-    assert red_ink(writer.images["written/val", 9]) > 20
+    writer = shown(SampleBatch(asked, range(2), pictures, written))
+    assert red_ink(writer.images["captioned/val", 9]) > 20
     rows = writer.texts["captions/val", 9].splitlines()
     assert rows[2].endswith(f"| {written[0]} |") and asked[0].references[0] in rows[2]
     assert rows[3].endswith("| wrong words |") and len(rows) == 4

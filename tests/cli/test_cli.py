@@ -79,8 +79,8 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine(events):
 
 
 def test_validation_shows_pictures_captions_and_text(events):
-    assert set(events.Tags()["images"]) == {"drawn/val", "written/val"}
-    for name in ("drawn/val", "written/val"):
+    assert set(events.Tags()["images"]) == {"generated/val", "captioned/val"}
+    for name in ("generated/val", "captioned/val"):
         assert [image.step for image in events.Images(name)] == [3, 6]
         image = events.Images(name)[0]
         assert (image.width, image.height) == (2 * 250, 60 + 252)  # two tiles under a title
@@ -95,7 +95,7 @@ def test_a_run_leaves_checkpoints_config_report_and_samples(run):
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["last.ckpt", "step0000003.ckpt", "step0000006.ckpt"]
     assert checkpoint_of(run).resolve().name == "step0000006.ckpt"
-    files = {"config.yaml", "report.json", "sheet.png", "recall.json", "recall.png"}
+    files = {"config.yaml", "report.json", "sheet.png", "retrieval.json", "retrieval.png"}
     assert files <= {path.name for path in run.iterdir()}
     assert not list(run.rglob("*.partial"))
 

@@ -90,8 +90,8 @@ def few(name: str, run: Path, home: Path) -> list[str]:
         evaluate["prompts"]["init_args"] = {"count": 6, "real_per_prompt": 2}
         config["data"] = trained["data"]
         config["trainer"] |= {"accelerator": "cpu", "precision": "32-true"}
-    for measure in evaluate["measures"]:
-        if "PictureScores" in measure["class_path"]:
+    for measure in evaluate["metrics"]:
+        if "ImageQuality" in measure["class_path"]:
             measure["init_args"] |= {"kid_subset_size": 4, "splits": 2}
     config["trainer"]["enable_progress_bar"] = True  # the run's own configuration has none
     (home / f"{name}.yaml").write_text(yaml.safe_dump(config))

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 
-from callbacks.measures import SHAPES_CLIP
+from callbacks.metrics import SHAPES_CLIP
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.grammar import parse
 from tf_lightning.shapes.train_clip import EVERY, different_meanings, main, measure, pairs

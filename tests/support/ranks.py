@@ -18,7 +18,7 @@ from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
 TIMEOUT = 180  # seconds
 # Ranks begin as copies of a process that has imported all this and computed nothing.
 multiprocessing.set_forkserver_preload(
-    ["tf_lightning.cli.lightning", "callbacks.evaluate", "callbacks.measures", "diffusers"]
+    ["tf_lightning.cli.lightning", "callbacks.evaluate", "callbacks.metrics", "diffusers"]
 )
 
 

@@ -18,10 +18,10 @@ EVALUATE = {
         "class_path": "callbacks.prompts.ShapesPrompts",
         "init_args": {"count": 5, "real_per_prompt": 4},
     },
-    "measures": [
-        {"class_path": "callbacks.measures.PictureScores"},
-        {"class_path": "callbacks.measures.PromptFit"},
-        {"class_path": "callbacks.measures.CaptionScores"},
+    "metrics": [
+        {"class_path": "callbacks.metrics.ImageQuality"},
+        {"class_path": "callbacks.metrics.CLIPScore"},
+        {"class_path": "callbacks.metrics.CaptionScores"},
         {"class_path": "callbacks.geneval.ShapesComposition"},
     ],
     "batch_size": 2,
@@ -84,7 +84,7 @@ def config(folder: Path) -> dict:
         "callbacks.text_perplexity.TextPerplexity": {},
         "callbacks.evaluate.Evaluate": {**EVALUATE, **few},
         "callbacks.shapes_report.ShapesReport": {"num_prompts": 4, **few},
-        "callbacks.recall.Recall": {"source": "captions", "num_prompts": 4, **few},
+        "callbacks.retrieval.RetrievalAccuracy": {"source": "captions", "num_prompts": 4, **few},
         "callbacks.predictions.PredictionWriter": {},
     }
     logger = {"save_dir": str(folder), "name": "run", "version": "", "default_hp_metric": False}

@@ -6,7 +6,7 @@ import pytest
 
 from callbacks.evaluate import Evaluate
 from callbacks.prompts import ShapesPrompts
-from callbacks.recall import Recall
+from callbacks.retrieval import RetrievalAccuracy
 from callbacks.sampling import refuse_shards
 from callbacks.shapes_report import ShapesReport
 from tf_lightning.checkpoint import read_checkpoint
@@ -15,8 +15,8 @@ from tf_lightning.errors import UserError
 
 def callbacks() -> list:
     return [
-        Evaluate(prompts=ShapesPrompts(count=2), measures=[]),
-        Recall(source="captions"),
+        Evaluate(prompts=ShapesPrompts(count=2), metrics=[]),
+        RetrievalAccuracy(source="captions"),
         ShapesReport(),
     ]
 

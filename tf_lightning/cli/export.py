@@ -22,7 +22,7 @@ SIZES = """\
 To start from a Llama, Mistral or Qwen2:
   tf-lightning sizes FOLDER > model.yaml
   tf-lightning fit -c CONFIG --model model.yaml --data.init_args.tokenizer FOLDER \\
-    --trainer.callbacks+=callbacks.start_from.StartFrom --trainer.callbacks.checkpoint=FOLDER
+    --trainer.callbacks+=callbacks.init_from.InitFrom --trainer.callbacks.checkpoint=FOLDER
 FOLDER holds config.json, safetensors and tokenizer, or is a name on the Hugging Face hub.
 """
 

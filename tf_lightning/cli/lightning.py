@@ -94,7 +94,7 @@ class TransfusionCLI(LightningCLI):
             if resumed:
                 read_checkpoint(last, self.kind("fit"))
         for callback in self.trainer.callbacks:
-            if not resumed and hasattr(callback, "before_training"):  # StartFrom
+            if not resumed and hasattr(callback, "before_training"):  # InitFrom
                 callback.before_training(self.model, self.datamodule)
 
 

@@ -22,7 +22,7 @@ def write_config(run, folder, checkpoint, change=lambda config: None):
     def edit(config: dict) -> None:
         config["data"]["init_args"]["cache_dir"] = str(run.parent / "data")
         start = {
-            "class_path": "callbacks.start_from.StartFrom",
+            "class_path": "callbacks.init_from.InitFrom",
             "init_args": {"checkpoint": checkpoint},
         }
         kept = config["trainer"]["callbacks"][:1]  # ModelCheckpoint

@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from callbacks.measures import CaptionScores, PictureScores, PromptFit, load_extractor
+from callbacks.metrics import CaptionScores, CLIPScore, ImageQuality, load_extractor
 from callbacks.prompts import ShapesPrompts
-from callbacks.sampling import Sampled
+from callbacks.sampling import SampleBatch
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Document, document_length, pack
 from tf_lightning.generation.pipeline import TransfusionPipeline, to_image, to_pixels
@@ -41,8 +41,8 @@ def pictures(prompts) -> dict[str, list[Image.Image]]:
     }
 
 
-def sampled(prompts, pictures) -> Sampled:
-    return Sampled(prompts.prompts(), range(COUNT), pictures)
+def sampled(prompts, pictures) -> SampleBatch:
+    return SampleBatch(prompts.prompts(), range(COUNT), pictures)
 
 
 def tiny_model(folder) -> tuple[Transfusion, list[Document]]:
@@ -101,7 +101,7 @@ def drawn(prompts, tmp_path_factory) -> dict[str, list[Image.Image]]:
 @pytest.fixture(scope="module")
 def scores(prompts, pictures, drawn) -> dict[str, dict[str, float]]:
     """FID, KID and CLIP score of each kind of pictures."""
-    measures = [PictureScores(scores=["fid", "kid"], kid_subset_size=64), PromptFit()]
+    measures = [ImageQuality(scores=["fid", "kid"], kid_subset_size=64), CLIPScore()]
     for measure in measures:
         measure.open(prompts)
         measure.to(torch.device("cpu"))
@@ -134,7 +134,7 @@ def test_true_pictures_beat_reconstructions_beat_a_half_trained_model_beats_nois
 
 
 def test_a_caption_fits_its_own_picture_better_than_another_of_another_meaning(prompts, pictures):
-    fit = PromptFit()
+    fit = CLIPScore()
     fit.open(prompts)
     asked = prompts.prompts()
     pixels = torch.stack([pil_to_tensor(picture) for picture in pictures["true"]])
@@ -148,7 +148,7 @@ def test_a_caption_fits_its_own_picture_better_than_another_of_another_meaning(p
 
 def test_an_exchanged_relation_or_colour_lowers_the_score(prompts):
     pictures = torch.stack([pil_to_tensor(p.picture()) for p in prompts.prompts()])
-    fit = PromptFit()
+    fit = CLIPScore()
     fit.open(prompts)
     pairs = [(i, p.about) for i, p in enumerate(prompts.prompts()) if p.about.relation == "left of"]
     places = [i for i, _ in pairs]
@@ -168,7 +168,7 @@ def test_features_have_one_length(prompts, pictures):
 
 
 def test_drawn_pictures_are_resized_as_the_real_ones(prompts):
-    scores = PictureScores()
+    scores = ImageQuality()
     scores.open(prompts)
     scores.image_size = 32
     scores.to(torch.device("cpu"))
@@ -176,8 +176,8 @@ def test_drawn_pictures_are_resized_as_the_real_ones(prompts):
 
 
 def test_references_are_kept_and_those_of_another_set_refused(prompts, tmp_path):
-    def opened(some_prompts) -> PictureScores:
-        scores = PictureScores(references=str(tmp_path))
+    def opened(some_prompts) -> ImageQuality:
+        scores = ImageQuality(references=str(tmp_path))
         scores.open(some_prompts)
         return scores.to(torch.device("cpu"))
 
@@ -199,20 +199,20 @@ def test_references_are_kept_and_those_of_another_set_refused(prompts, tmp_path)
 def test_captions_are_scored_against_every_reference(prompts):
     scores = CaptionScores()
     asked = prompts.prompts()
-    scores.update(Sampled(asked, range(COUNT), [], [prompt.references[-1] for prompt in asked]))
+    scores.update(SampleBatch(asked, range(COUNT), [], [prompt.references[-1] for prompt in asked]))
     assert scores.compute()["bleu4[shapes]"] == pytest.approx(1.0)
     best = scores.compute()["cider[shapes]"]
     scores.reset()
-    scores.update(Sampled(asked, range(COUNT), [], ["dogs like sofas"] * COUNT))
+    scores.update(SampleBatch(asked, range(COUNT), [], ["dogs like sofas"] * COUNT))
     assert scores.compute()["cider[shapes]"] == 0.0 < best
 
 
 def test_weights_that_are_absent_are_told_in_one_sentence(prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for measure in (
-        PictureScores(extractor="inception"),
-        PictureScores(extractor="inception", weights=str(tmp_path / "none.pth")),
-        PromptFit(model="ViT-L-14", pretrained="openai"),
+        ImageQuality(extractor="inception"),
+        ImageQuality(extractor="inception", weights=str(tmp_path / "none.pth")),
+        CLIPScore(model="ViT-L-14", pretrained="openai"),
     ):
         with pytest.raises(ValueError) as told:
             measure.open(prompts)

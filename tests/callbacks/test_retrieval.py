@@ -1,4 +1,4 @@
-"""Recall: the nearest picture, and what it says of a model that remembers or does not."""
+"""RetrievalAccuracy: the nearest picture, and what it says of a model that remembers or does not."""
 
 import json
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.plugins import Precision
 from PIL import Image
 
-from callbacks.recall import Recall, nearest_pictures
+from callbacks.retrieval import RetrievalAccuracy, nearest_pictures
 from tf_lightning.data.documents import Skipped
 from tf_lightning.generation.pipeline import TransfusionPipeline, to_image
 
@@ -63,9 +63,9 @@ class Memory:
         return [grey(int(text) if self.remembers else 0) for (text,) in prompts]
 
 
-@pytest.mark.parametrize(("remembers", "recall"), [(True, 1.0), (False, 0.2)])
-def test_recall_is_the_share_of_prompts_drawn_nearest_to_their_own(
-    remembers, recall, tmp_path, monkeypatch
+@pytest.mark.parametrize(("remembers", "accuracy"), [(True, 1.0), (False, 0.2)])
+def test_accuracy_is_the_share_of_prompts_drawn_nearest_to_their_own(
+    remembers, accuracy, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(TransfusionPipeline, "of", lambda module: Memory(remembers))
     trainer = SimpleNamespace(
@@ -78,12 +78,13 @@ def test_recall_is_the_share_of_prompts_drawn_nearest_to_their_own(
     module = torch.nn.Linear(1, 1)
     module.hparams = {"prediction_type": "epsilon", "num_codes": None}
     module.device_mesh = None  # not sharded
-    callback = Recall("captions", num_prompts=5, seed=4, **SHIFTED)
+    callback = RetrievalAccuracy("captions", num_prompts=5, seed=4, **SHIFTED)
     callback.setup(trainer, module, "fit")
     callback.examine(trainer, module)
-    report = json.loads((tmp_path / "recall.json").read_text())
+    report = json.loads((tmp_path / "retrieval.json").read_text())
     assert report == {
-        **{"recall": recall, "num_prompts": 5, "num_pictures": 10, "seed": 4, "global_step": 7},
+        **{"retrieval_accuracy": accuracy, "num_prompts": 5, "num_images": 10},
+        **{"seed": 4, "global_step": 7},
         **{"guidance_scale": 3.0, "num_inference_steps": 50, **SHIFTED},
     }
-    assert Image.open(tmp_path / "recall.png").width > 500
+    assert Image.open(tmp_path / "retrieval.png").width > 500

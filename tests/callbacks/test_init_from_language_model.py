@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from callbacks.step_zero import text_perplexities
+from callbacks.init_from import text_perplexities
 from support import runs
 from support.language_models import LLAMA3_ROPE, tiny, with_json, with_sentencepiece
 from support.tiny import packed
@@ -47,7 +47,7 @@ def write_config(tmp_path, folder, sizes, change=lambda config: None):
     """A run of one step that begins with a folder."""
 
     def edit(config: dict) -> None:
-        start = {"class_path": "callbacks.start_from.StartFrom"}
+        start = {"class_path": "callbacks.init_from.InitFrom"}
         start["init_args"] = {"checkpoint": str(folder)}
         config["trainer"]["callbacks"] = [*config["trainer"]["callbacks"][:1], start]
         config["trainer"] |= {"max_steps": 3, "limit_val_batches": 0}
@@ -156,10 +156,10 @@ def test_other_sizes_are_named(fails, folder):
 
 def test_a_tokenizer_of_the_datas_own_is_refused(fails, tmp_path, folder):
     line = fails(lambda config: config["data"]["init_args"].update(tokenizer=None))
-    assert "the data would train another; give the data tokenizer: " in line
+    assert "the data would train its own tokenizer; give the data tokenizer: " in line
     other = make_folder(tmp_path / "other", "qwen2")
     line = fails(lambda config: config["data"]["init_args"].update(tokenizer=str(other)))
-    assert f"tokenizer {other} is another" in line
+    assert f"the data uses the tokenizer {other}" in line
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(fails, folder):
@@ -180,7 +180,7 @@ def test_new_rows_that_take_probability_from_the_text_end_the_run(
     monkeypatch.setattr("tf_lightning.model.transformer.NEW_ENTRY_LOGIT", 0.0)
     with pytest.raises(SystemExit):
         main(["fit", "-c", str(config)])
-    assert "at step 0 the text's perplexity is " in capsys.readouterr().err
+    assert "the text perplexity at step 0 is " in capsys.readouterr().err
 
 
 def test_an_exported_network_starts_a_run_as_its_checkpoint_does(run, tmp_path):

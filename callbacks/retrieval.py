@@ -16,13 +16,13 @@ from tf_lightning.generation.pipeline import TransfusionPipeline, to_pixels
 from tf_lightning.training.module import Transfusion
 
 
-class Recall(L.Callback):
+class RetrievalAccuracy(L.Callback):
     """Draws captions of training pictures; counts whose nearest training picture is their own.
 
     Nearest by squared pixel distance among all pictures of the source, as they are on disk and
     held-out ones included, so chance is one by their number. Runs when training ends, and on a
-    checkpoint given to `validate` or `test`; writes `recall.json` and the contact sheet
-    `recall.png`.
+    checkpoint given to `validate` or `test`; writes `retrieval.json` and the contact sheet
+    `retrieval.png`.
 
     Args:
         source: name of the corpus in the data's `sources`.
@@ -95,17 +95,17 @@ class Recall(L.Callback):
         title = (
             f"{sum(right)} of {count} drawn pictures are nearest to their own of {len(pictures)}"
         )
-        write_picture(folder / "recall.png", contact_sheet([(title, tiles)]))
+        write_picture(folder / "retrieval.png", contact_sheet([(title, tiles)]))
         report = {
-            "recall": sum(right) / count,
+            "retrieval_accuracy": sum(right) / count,
             "num_prompts": count,
-            "num_pictures": len(pictures),
+            "num_images": len(pictures),
             "seed": self.seed,
             "global_step": trainer.global_step or module.loaded_step,
             **self.how,
         }
-        write_text(folder / "recall.json", json.dumps(report, indent=2) + "\n")
-        rank_zero_info(f"{title}; wrote {folder}/recall.png and recall.json")
+        write_text(folder / "retrieval.json", json.dumps(report, indent=2) + "\n")
+        rank_zero_info(f"{title}; wrote {folder}/retrieval.png and retrieval.json")
 
 
 def captioned(source: Source, split: Split) -> list[tuple[str, Image.Image]]:

@@ -17,10 +17,10 @@ from torchmetrics import Metric
 from torchvision.transforms.functional import pil_to_tensor
 
 from callbacks.prompts import OpenPicture, PromptSet, square
-from callbacks.sampling import Kind, Sampled
+from callbacks.sampling import Kind, SampleBatch
+from evaluation import clip_score
 from evaluation.bleu import BLEU4
 from evaluation.cider import CIDEr
-from evaluation.clip_score import CLIPScore
 from evaluation.features import Extractor, Features, inception, open_clip_features
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
@@ -32,14 +32,14 @@ SHAPES_CLIP = Path(train_clip.__file__).parent / "assets" / "shapes-clip"
 REAL_BATCH = 64
 
 
-class Measure(ABC):
+class SampleMetric(ABC):
     """Something measured of samples; every rank updates it with its own share.
 
     `of` says which samples; `protocol` has what each number depends on beside the samples, by its
     name.
     """
 
-    of: Kind
+    kind: Kind
     protocol: dict[str, dict]
 
     def open(self, prompts: PromptSet) -> None:  # noqa: B027 - most load nothing
@@ -50,11 +50,11 @@ class Measure(ABC):
         """
 
     @abstractmethod
-    def to(self, device: torch.device) -> "Measure":
+    def to(self, device: torch.device) -> "SampleMetric":
         """Move networks and sums."""
 
     @abstractmethod
-    def update(self, sampled: Sampled) -> None:
+    def update(self, sampled: SampleBatch) -> None:
         """Add samples."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class Measure(ABC):
         """Forget the samples."""
 
 
-class PictureScores(Measure):
+class ImageQuality(SampleMetric):
     """FID, KID and Inception Score: one pass of one network over the drawn pictures.
 
     Args:
@@ -83,7 +83,7 @@ class PictureScores(Measure):
         splits: of the Inception Score.
     """
 
-    of: Kind = "drawn"
+    kind: Kind = "generated"
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class PictureScores(Measure):
             return KID(extractor, name, reference, about=about, subset_size=size)
         return FID(extractor, name, reference, about=about)
 
-    def to(self, device: torch.device) -> "PictureScores":
+    def to(self, device: torch.device) -> "ImageQuality":
         """Move the network and the sums."""
         self.device = device
         self.scores.to(device)
@@ -139,9 +139,9 @@ class PictureScores(Measure):
         """They were all, on every rank."""
         self.scores.keep_real()
 
-    def update(self, sampled: Sampled) -> None:
+    def update(self, sampled: SampleBatch) -> None:
         """Add drawn pictures, at the size of the real ones."""
-        self.scores.update(self._tensor(sampled.pictures), real=False)
+        self.scores.update(self._tensor(sampled.images), real=False)
 
     def _tensor(self, pictures: Sequence[Image.Image]) -> Tensor:
         if self.image_size:
@@ -163,7 +163,7 @@ class PictureScores(Measure):
 
 
 def load_extractor(name: str, weights: str | None) -> Extractor:
-    """The network of `PictureScores`."""
+    """The network of `ImageQuality`."""
     if name == "inception":
         return inception(weights)
     if name != "shapes":
@@ -190,7 +190,7 @@ class UnitLength(nn.Module):
         return Features(F.normalize(pooled) * pooled.shape[1] ** 0.5)
 
 
-class PromptFit(Measure):
+class CLIPScore(SampleMetric):
     """CLIP score: how well drawn pictures fit their prompts.
 
     Args:
@@ -201,7 +201,7 @@ class PromptFit(Measure):
         scale: of the cosine.
     """
 
-    of: Kind = "drawn"
+    kind: Kind = "generated"
 
     def __init__(
         self,
@@ -218,15 +218,15 @@ class PromptFit(Measure):
     def open(self, prompts: PromptSet) -> None:
         """Load the model."""
         path = f"local-dir:{SHAPES_CLIP}" if self.model == "shapes" else self.model
-        self.score = CLIPScore(path, name=self.name, **self.arguments)
+        self.score = clip_score.CLIPScore(path, name=self.name, **self.arguments)
         self.score.facts["model"] = "shapes-clip" if self.model == "shapes" else self.model
 
-    def to(self, device: torch.device) -> "PromptFit":
+    def to(self, device: torch.device) -> "CLIPScore":
         """Move the model and the sums."""
         self.score.to(device)
         return self
 
-    def update(self, sampled: Sampled) -> None:
+    def update(self, sampled: SampleBatch) -> None:
         """Add drawn pictures with their prompts."""
         pixels = sampled.pixels.to(self.score.device)
         self.score.update(pixels, [prompt.text for prompt in sampled.prompts])
@@ -245,14 +245,14 @@ class PromptFit(Measure):
         return {self.name: self.score.protocol}
 
 
-class CaptionScores(Measure):
+class CaptionScores(SampleMetric):
     """CIDEr-D and BLEU-4 of the captions written for the prompts' pictures.
 
     Args:
         label: names the protocol in the brackets.
     """
 
-    of: Kind = "written"
+    kind: Kind = "captioned"
 
     def __init__(self, label: str = "shapes"):
         self.scores: list[Metric] = [CIDEr(f"cider[{label}]"), BLEU4(f"bleu4[{label}]")]
@@ -262,10 +262,10 @@ class CaptionScores(Measure):
         self.scores = [score.to(device) for score in self.scores]
         return self
 
-    def update(self, sampled: Sampled) -> None:
+    def update(self, sampled: SampleBatch) -> None:
         """Add written captions with their pictures' own."""
         for score in self.scores:
-            score.update(sampled.written, [prompt.references for prompt in sampled.prompts])
+            score.update(sampled.captions, [prompt.references for prompt in sampled.prompts])
 
     def compute(self) -> dict[str, float]:
         """Two numbers."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from callbacks.benchmarks import (
+from callbacks.published_prompts import (
     CocoPrompts,
     GenEvalPrompts,
     ImageNetPrompts,

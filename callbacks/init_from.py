@@ -1,0 +1,192 @@
+"""Fine-tuning: initialise a run with the weights of another run or of a pretrained language model.
+
+A run that starts from a language model also checks at step 0 that the model's perplexity on text
+is the source model's: the new vocabulary entries must not take probability from the text.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from tf_lightning.batch import Batch, pack, unpack
+from tf_lightning.checkpoint import read_checkpoint
+from tf_lightning.errors import UserError
+from tf_lightning.interop.export import read_weights
+from tf_lightning.interop.hub import is_hub_name
+from tf_lightning.interop.llama import LanguageModel, open_language_model
+from tf_lightning.model.attention import build_attention
+from tf_lightning.model.transformer import with_modality_weights
+from tf_lightning.tokenizer.tokenizer import Tokenizer
+from tf_lightning.training.module import Transfusion
+
+MAX_CHANGE = 1e-6  # largest relative change of the text perplexity at step 0
+
+
+class InitFrom(L.Callback):
+    """Loads weights before the first step; the optimizer, the data order and the steps start anew.
+
+    A checkpoint of this project: its EMA weights, if it has any, initialise both the network and
+    its EMA. If this network has separate image weights and the checkpoint has none, the image
+    weights start as copies of the text weights (LMFusion). The data must use the tokenizer of the
+    run that wrote the checkpoint.
+
+    A language model: it initialises the Transformer. The patch coder and the vocabulary rows of
+    <boi> and <eoi> are new. Give the data `tokenizer: FOLDER`, and pass --model the file that
+    `tf-lightning sizes FOLDER` prints. The callback reports the perplexity on the text of the first
+    batch and compares it with the source model's.
+
+    A resumed run ignores this callback and continues from its own checkpoint.
+
+    Args:
+        checkpoint: a checkpoint of `tf-lightning fit`, a folder of `tf-lightning export`, or a
+            Llama, Mistral or Qwen2 model: a folder in Hugging Face's layout or its hub name.
+        transformer_only: load only the Transformer of one of this project's checkpoints; the image
+            side starts anew, as when a language model is loaded (MonoFormer).
+    """
+
+    def __init__(self, checkpoint: str, transformer_only: bool = False):
+        self.checkpoint, self.transformer_only = checkpoint, transformer_only
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether `checkpoint` is a language model and not one of this project's checkpoints."""
+        return (Path(self.checkpoint) / "config.json").is_file() or is_hub_name(self.checkpoint)
+
+    def before_training(self, model: Transfusion, data: L.LightningDataModule) -> None:
+        """Check that the checkpoint fits this run before any data is prepared.
+
+        Only file headers are read.
+
+        Raises:
+            UserError: the checkpoint does not exist, or the language model's tokenizer or sizes do
+                not fit this run.
+        """
+        if not self.is_language_model:
+            if not Path(self.checkpoint).exists():
+                read_checkpoint(self.checkpoint)  # raises the error for a missing file
+            return
+        source = open_language_model(self.checkpoint)
+        source.check(model.config, getattr(data, "row_length", None))
+        file = getattr(data, "tokenizer_file", None)
+        if not file or Tokenizer(file).proto != Tokenizer(source.folder).proto:
+            current = f"uses the tokenizer {file}" if file else "would train its own tokenizer"
+            raise UserError(
+                f"{self.checkpoint} needs its own tokenizer but the data {current}; give the data "
+                f"tokenizer: {self.checkpoint}"
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
+        """Load the weights, unless the run is resumed.
+
+        Raises:
+            UserError: the checkpoint, its tokenizer or its weights do not fit this run.
+        """
+        if trainer.ckpt_path:
+            return
+        if not self.is_language_model:
+            self._load(pl_module, self._checkpoint_weights(pl_module))
+            rank_zero_info(f"Initialised from {self.checkpoint}")
+            return
+        self.before_training(pl_module, trainer.datamodule)
+        source = open_language_model(self.checkpoint)
+        weights = source.load(pl_module.config.vocab_size)
+        self._load(pl_module, {f"transformer.{name}": w for name, w in weights.items()})
+        rank_zero_info(load_report(source, pl_module))
+        rank_zero_info(check_text(trainer, pl_module))
+
+    def _checkpoint_weights(self, module: Transfusion) -> dict[str, Tensor]:
+        """Return the network's weights in the checkpoint: the EMA weights if it has any."""
+        checkpoint = read_weights(self.checkpoint)
+        codec = module.image_codec, module.row_length
+        module.on_load_checkpoint(checkpoint)  # refuses a checkpoint of another tokenizer
+        module.image_codec, module.row_length = codec
+        module.loaded_step = 0
+        weights = checkpoint["state_dict"]
+        has_ema = any(name.startswith("ema.") for name in weights)
+        prefix = "ema." if has_ema else "net."
+        return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+
+    def _load(self, module: Transfusion, weights: dict[str, Tensor]) -> None:
+        """Load `weights` into the network and its EMA; weights that are not loaded stay."""
+        weights = with_modality_weights(weights, module.net.state_dict())
+        if self.transformer_only:
+            weights = {n: w for n, w in weights.items() if n.startswith("transformer.")}
+        if self.is_language_model or self.transformer_only:
+            weights = module.net.state_dict() | weights
+        prefixes = ["net."] + (["ema."] if module.ema is not None else [])
+        module.load_state_dict({p + name: w for p in prefixes for name, w in weights.items()})
+
+
+def load_report(source: LanguageModel, module: Transfusion) -> str:
+    """Describe the loaded and the new tensors.
+
+    Nothing can be missing or unexpected here: `open_language_model` refuses such a model.
+    """
+    names = [
+        n for n in module.net.state_dict() if n.removeprefix("transformer.") not in source.names
+    ]
+    parts = Counter(".".join(n.split(".")[: 1 + n.startswith("transformer.")]) for n in names)
+    rows = module.config.vocab_size - source.config.vocab_size
+    new = [f"{rows} rows of the vocabulary, from <boi> on"]
+    new += [f"{part} ({count} tensors)" for part, count in parts.items()]
+    total = len(source.names)
+    return (
+        f"Loaded {total} of {total} tensors of {source.folder}; missing: none; unexpected: none; "
+        f"new: {', '.join(new)}"
+    )
+
+
+def check_text(trainer: L.Trainer, module: Transfusion) -> str:
+    """Compare the text perplexity of the first batch with the source model's; return a sentence.
+
+    The source model is the network restricted to the old vocabulary entries: their logits are equal
+    to 1e-5.
+
+    Raises:
+        UserError: the new entries take probability from the text.
+    """
+    batch = text_rows(next(iter(trainer.datamodule.train_dataloader())), trainer.datamodule)
+    if batch is None:
+        return "The first batch has no text, so the perplexity at step 0 was not measured"
+    with trainer.precision_plugin.forward_context():
+        source, grown = text_perplexities(module, batch)
+    if not abs(grown / source - 1) <= MAX_CHANGE:
+        raise UserError(
+            f"the text perplexity at step 0 is {grown:.6f} but the source model's is "
+            f"{source:.6f}; the new vocabulary rows are wrong, so please report this"
+        )
+    return (
+        f"Perplexity of {len(batch.target_index):,} text tokens at step 0: {grown:.4f}; relative "
+        f"to the source model: {grown / source - 1:+.1e}"
+    )
+
+
+def text_rows(batch: Batch, data: L.LightningDataModule) -> Batch | None:
+    """Pack the text of each document of a batch into a row of its own; None without any text."""
+    documents = unpack(batch, data.tokenizer)
+    texts = [[part for part in document if part.ndim == 1] for document in documents]
+    rows = [[[torch.cat(parts)]] for parts in texts if parts]
+    if not rows:
+        return None
+    row_length = 2 + max(len(row[0][0]) for row in rows)  # <bos> and <eos>
+    how = {"row_length": row_length, "patch_size": data.patch_size}
+    return pack(rows, list(range(len(rows))), tokenizer=data.tokenizer, **how)
+
+
+@torch.no_grad()
+def text_perplexities(module: Transfusion, batch: Batch) -> tuple[float, float]:
+    """Perplexity of all text targets over the old vocabulary entries, and over all entries."""
+    batch = batch.to(module.device)
+    logits, _ = module.net(batch, batch.latents, batch.t, build_attention(batch))
+    targets = batch.labels.flatten()[batch.target_index]
+    num_old = module.config.pretrained_vocab_size
+
+    def perplexity(logits: Tensor) -> float:
+        return F.cross_entropy(logits.double(), targets).exp().item()
+
+    return perplexity(logits[:, :num_old]), perplexity(logits)
