@@ -37,6 +37,7 @@ from plain_cache import plain_image, plain_text
 from step_time import CONFIG, PlainLlama
 from tf_lightning.batch import Document
 from tf_lightning.diffusion.guidance import Guidance
+from tf_lightning.diffusion.process import DDPM
 from tf_lightning.diffusion.sampler import build_scheduler
 from tf_lightning.generation.engine import generate
 from tf_lightning.generation.requests import Settings, Speaker
@@ -93,7 +94,7 @@ def pictures(steps: int, guidance_scale: float = 1.0) -> Settings:
     return Settings(
         "image",
         guidance=Guidance(guidance_scale),
-        scheduler=build_scheduler("DDIMScheduler", 1000, "epsilon"),
+        scheduler=build_scheduler(DDPM()),
         num_inference_steps=steps,
     )
 

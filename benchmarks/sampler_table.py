@@ -23,6 +23,7 @@ from PIL import Image
 sys.path.insert(0, "")  # callbacks/ is found from the checkout
 
 from callbacks.shapes_report import SEED_OFFSET, questions
+from tf_lightning.diffusion.process import RectifiedFlow, process_from_hparams
 from tf_lightning.generation.pipeline import TransfusionPipeline, load
 from tf_lightning.shapes.grammar import draw_edit
 from tf_lightning.shapes.oracle import carried_out, read
@@ -174,7 +175,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
     model = load(options.checkpoint)
-    flow = model.hparams["prediction_type"] == "flow"
+    flow = isinstance(process_from_hparams(model.hparams), RectifiedFlow)
     if options.only in (None, "samplers"):
         rows = options.rows or (FLOW_ROWS if flow else NOISE_ROWS)
         sampler_table(model, rows, options.prompts, options.guidance, options.batch_size)

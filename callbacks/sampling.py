@@ -13,7 +13,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from callbacks.prompts import Prompt, square
-from tf_lightning.diffusion.sampler import fitting_sampler
+from tf_lightning.diffusion.process import process_from_hparams
+from tf_lightning.diffusion.sampler import resolve_sampler
 from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.training.module import Transfusion
@@ -72,10 +73,12 @@ def fit_drawing(how: dict, module: Transfusion, default_sampler: str | None = No
     Raises:
         UserError: the sampler does not fit.
     """
-    kind = "codes" if module.hparams["num_codes"] else module.hparams["prediction_type"]
-    sampler = how.get("sampler") or (None if kind in ("codes", "flow") else default_sampler)
-    sampler = fitting_sampler(sampler, kind, how.get("timestep_shift", 1.0))
-    foreign = DENOISING if kind == "codes" else OF_CODES
+    process = process_from_hparams(module.hparams)
+    sampler = how.get("sampler")
+    if sampler is None and process is not None and default_sampler in process.samplers:
+        sampler = default_sampler
+    sampler = resolve_sampler(process, sampler, how.get("timestep_shift", 1.0))
+    foreign = DENOISING if process is None else OF_CODES
     return {k: v for k, v in (how | {"sampler": sampler}).items() if k not in foreign}
 
 

@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from tf_lightning.cli.main import main
-from tf_lightning.diffusion.sampler import fitting_sampler
+from tf_lightning.diffusion.process import build_process
+from tf_lightning.diffusion.sampler import resolve_sampler
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.module import Transfusion
 
@@ -135,7 +136,7 @@ def test_an_experiment_changes_what_it_says_and_makes_a_network(name, parsed):
     assert 8 % model["patch_size"] == 0  # latents of the embedded world have 8 x 8
     for callback in config["trainer"]["callbacks"]:
         sampler = (callback.get("init_args") or {}).get("sampler")
-        fitting_sampler(sampler, model["prediction_type"])
+        resolve_sampler(build_process(model["prediction_type"]), sampler)
     module = Transfusion(**model)
     with torch.device("meta"):
         module.configure_model()

@@ -16,11 +16,10 @@ from tf_lightning.diffusion.learned_variance import (
     vlb_bits,
 )
 from tf_lightning.diffusion.process import (
-    alphas_cumprod,
+    DDPM,
+    NOISE_SCHEDULES,
     cosine_alphas_cumprod,
     cosine_betas,
-    linear_betas,
-    predicted_x_0,
 )
 from tf_lightning.diffusion.sampler import Trajectory, build_scheduler
 
@@ -114,7 +113,7 @@ def exact_step(x_t: Tensor, t: int, previous: int) -> Tensor:
 def sampled(learned_sigma: bool, steps: int = 10) -> Tensor:
     """64 x 256 values, drawn in few steps by a perfect network."""
     noise = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    scheduler = build_scheduler("DDPMScheduler", 1000, "epsilon", learned_sigma=learned_sigma)
+    scheduler = build_scheduler(DDPM(learned_sigma=learned_sigma), "DDPMScheduler")
     generators = [torch.Generator().manual_seed(i) for i in range(64)]
     trajectory = Trajectory(noise, scheduler, steps, generators)
     while not trajectory.finished:
@@ -135,17 +134,17 @@ def test_a_perfect_variance_makes_few_steps_exact():
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_step_has_the_mean_and_the_variance_that_training_scores(kind, schedule):
     """One of all steps, against the tables of the loss."""
-    betas = {"cosine": cosine_betas, "linear": linear_betas}[schedule]()
-    scheduler = build_scheduler("DDPMScheduler", 1000, kind, schedule, learned_sigma=True)
+    process = DDPM(kind, schedule, learned_sigma=True)
+    scheduler = build_scheduler(process, "DDPMScheduler")
     x_t, output = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
     v = torch.rand(1, 3, 4, 4) * 2 - 1
     steps = scheduler.config.num_train_timesteps
     trajectory = Trajectory(x_t, scheduler, steps, [torch.Generator().manual_seed(5)])
     trajectory.done = steps - 1 - T
     trajectory.step(torch.cat([output, v], 1))
+    betas = NOISE_SCHEDULES[schedule]()
     posterior = Posterior(*(table[T] for table in posterior_tables(betas)))
-    alpha_bar = alphas_cumprod(betas)[T]
-    x_0 = predicted_x_0(x_t, output, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), kind)
+    x_0 = process.predicted_x_0(x_t, output, torch.tensor([(T + 0.5) / 1000]))
     mean = posterior.x_0_weight * x_0 + posterior.x_t_weight * x_t
     noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(5))
     expected = mean + (learned_log_variance(v, posterior) / 2).exp() * noise
@@ -157,7 +156,7 @@ def test_samplers_without_a_variance_leave_it_out(sampler):
     x_t, output = torch.randn(2, 3, 4, 4), torch.randn(2, 6, 4, 4)
     drawn = []
     for given in (output, output[:, :3]):
-        scheduler = build_scheduler(sampler, 1000, "epsilon", learned_sigma=True)
+        scheduler = build_scheduler(DDPM(learned_sigma=True), sampler)
         trajectory = Trajectory(x_t, scheduler, 5, [])
         while not trajectory.finished:
             trajectory.step(given)

@@ -5,15 +5,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tf_lightning.diffusion.process import cosine_alphas_cumprod, cosine_betas
+from tf_lightning.diffusion.process import (
+    DDPM,
+    RectifiedFlow,
+    build_process,
+    cosine_alphas_cumprod,
+    cosine_betas,
+)
 from tf_lightning.diffusion.sampler import (
-    EVEN_SAMPLERS,
-    FLOW_SAMPLERS,
-    NOISE_SAMPLERS,
     SAMPLERS,
     Trajectory,
     build_scheduler,
-    fitting_sampler,
+    resolve_sampler,
     set_timesteps,
 )
 from tf_lightning.errors import UserError
@@ -23,9 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 MEAN, STD = 1.5, 0.6
 ALPHAS_CUMPROD = cosine_alphas_cumprod()
-PAIRS = [(sampler, kind) for sampler in NOISE_SAMPLERS for kind in ("epsilon", "v_prediction")]
-PAIRS += [(sampler, "flow") for sampler in FLOW_SAMPLERS]
-SHIFTED = [(sampler, kind) for sampler, kind in PAIRS if sampler not in EVEN_SAMPLERS]
+PAIRS = [(sampler, kind) for sampler in DDPM.samplers for kind in ("epsilon", "v_prediction")]
+PAIRS += [(sampler, "flow") for sampler in RectifiedFlow.samplers]
+SHIFTED = [pair for pair in PAIRS if pair[0] not in DDPM.evenly_spaced_samplers]
 
 
 def exact_output(x_t: Tensor, t: float, prediction_type: str) -> Tensor:
@@ -45,7 +48,7 @@ def denoised(
     sampler: str, kind: str, model, noise: Tensor, steps: int, shift: float = 1.0
 ) -> Tensor:
     generators = [torch.Generator().manual_seed(i) for i in range(len(noise))]
-    scheduler = build_scheduler(sampler, 1000, kind, timestep_shift=shift)
+    scheduler = build_scheduler(build_process(kind), sampler, shift)
     trajectory = Trajectory(noise, scheduler, steps, generators)
     while not trajectory.finished:
         trajectory.step(model(trajectory.x_t, trajectory.t))
@@ -112,16 +115,16 @@ def test_the_steps_are_those_of_diffusers_own_loop(sampler, kind, steps):
     torch.testing.assert_close(ours, diffusers_own_loop(sampler, kind, noise, steps))
 
 
-@pytest.mark.parametrize("sampler", NOISE_SAMPLERS)
+@pytest.mark.parametrize("sampler", DDPM.samplers)
 def test_schedulers_use_the_schedule_of_training_and_start_at_its_last_step(sampler):
-    scheduler = build_scheduler(sampler, 1000, "v_prediction")
+    scheduler = build_scheduler(DDPM("v_prediction"), sampler)
     torch.testing.assert_close(scheduler.alphas_cumprod, ALPHAS_CUMPROD, atol=2e-6, rtol=1e-3)
     scheduler.set_timesteps(20)
     assert scheduler.timesteps[0] == 999
     assert len(scheduler.timesteps) == 20
 
 
-@pytest.mark.parametrize("sampler", NOISE_SAMPLERS)
+@pytest.mark.parametrize("sampler", DDPM.samplers)
 def test_an_error_in_the_noise_is_not_blown_up_where_no_image_is_left(sampler):
     """From the end on, latents with a standard deviation over 100 of the same error."""
     noise = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -137,7 +140,7 @@ def test_an_error_in_the_noise_is_not_blown_up_where_no_image_is_left(sampler):
     [("v_prediction", "cosine", 999), ("epsilon", "linear", 999), ("epsilon", "cosine", 989)],
 )
 def test_only_noise_of_the_cosine_schedule_is_not_asked_for_at_its_end(kind, schedule, first):
-    scheduler = build_scheduler("DDPMScheduler", 1000, kind, schedule)
+    scheduler = build_scheduler(DDPM(kind, schedule), "DDPMScheduler")
     scheduler.set_timesteps(250)
     assert scheduler.timesteps[0] == first
 
@@ -175,7 +178,7 @@ def test_shifted_steps_are_at_stable_diffusion_3s_noise_levels(sampler, kind, sh
 @pytest.mark.parametrize(("sampler", "kind"), SHIFTED)
 @pytest.mark.parametrize("shift", [0.4, 1.0, 2.5])
 def test_all_the_steps_that_a_shift_allows_are_at_different_levels(sampler, kind, shift):
-    scheduler = build_scheduler(sampler, 1000, kind, timestep_shift=shift)
+    scheduler = build_scheduler(build_process(kind), sampler, shift)
     steps = int(
         scheduler.config.num_train_timesteps * (min(shift, 1 / shift) if kind != "flow" else 1)
     )
@@ -186,27 +189,27 @@ def test_all_the_steps_that_a_shift_allows_are_at_different_levels(sampler, kind
         set_timesteps(scheduler, steps + 1)
 
 
-@pytest.mark.parametrize("sampler", EVEN_SAMPLERS)
+@pytest.mark.parametrize("sampler", DDPM.evenly_spaced_samplers)
 def test_a_shift_is_refused_where_diffusers_has_none(sampler):
     with pytest.raises(UserError, match=f"timestep_shift=2 does not fit {sampler}.* one of DDPM"):
-        build_scheduler(sampler, 1000, "v_prediction", timestep_shift=2)
+        build_scheduler(DDPM("v_prediction"), sampler, timestep_shift=2)
 
 
-@pytest.mark.parametrize("asked", [("DDIMScheduler", "codes"), (None, "codes", 2.0)])
+@pytest.mark.parametrize("asked", [("DDIMScheduler",), (None, 2.0)])
 def test_a_model_of_codes_has_neither_sampler_nor_shift(asked):
-    assert fitting_sampler(None, "codes") is None
+    assert resolve_sampler(None) is None
     with pytest.raises(UserError, match="is of denoising and this model draws codes; leave it out"):
-        fitting_sampler(*asked)
+        resolve_sampler(None, *asked)
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, 101.0, float("nan"), float("inf")])
 def test_a_shift_out_of_range_is_refused(shift):
     with pytest.raises(UserError, match=f"timestep_shift={shift} must be from 0.01 to 100"):
-        build_scheduler("DDPMScheduler", 1000, "v_prediction", timestep_shift=shift)
+        build_scheduler(DDPM("v_prediction"), "DDPMScheduler", shift)
 
 
 def test_images_of_one_trajectory_leave_the_scheduler_as_it_was():
-    scheduler = build_scheduler("UniPCMultistepScheduler", 1000, "epsilon")
+    scheduler = build_scheduler(DDPM(), "UniPCMultistepScheduler")
     noise = torch.randn(2, 1, 4, 4)
     first, second = (Trajectory(part, scheduler, 5, []) for part in noise.split(1))
     while not first.finished:  # in turn, as sequences that began at different times
@@ -218,26 +221,26 @@ def test_images_of_one_trajectory_leave_the_scheduler_as_it_was():
 
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_a_number_of_steps_out_of_range_is_refused(steps):
-    scheduler = build_scheduler("DDIMScheduler", 1000, "epsilon")
+    scheduler = build_scheduler(DDPM(), "DDIMScheduler")
     with pytest.raises(UserError, match=f"num_inference_steps={steps} must be from 1 to 1000"):
         set_timesteps(scheduler, steps)
 
 
 def test_an_unknown_sampler_is_refused():
     with pytest.raises(UserError, match="sampler='Euler' is no sampler for .* one of DDPM"):
-        build_scheduler("Euler", 1000, "epsilon")
+        build_scheduler(DDPM(), "Euler")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_a_sampler_that_does_not_fit_the_objective_is_refused(sampler, kind):
+def test_a_sampler_that_does_not_fit_the_process_is_refused(sampler, kind):
     if (sampler, kind) in PAIRS:
-        assert build_scheduler(sampler, 1000, kind)
+        assert build_scheduler(build_process(kind), sampler)
         return
     with pytest.raises(UserError, match=f"'{sampler}' does not fit a model that predicts '{kind}'"):
-        build_scheduler(sampler, 1000, kind)
+        build_scheduler(build_process(kind), sampler)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
 def test_the_default_sampler_fits(kind):
-    assert build_scheduler(None, 1000, kind)
+    assert build_scheduler(build_process(kind))

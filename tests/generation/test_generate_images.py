@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.by_hand import GUIDANCES, KIND, NAMES, PROMPTS, STEPS, draw, drawn_by_hand, settings
+from support.by_hand import GUIDANCES, NAMES, PROCESS, PROMPTS, STEPS, draw, drawn_by_hand, settings
 from support.tiny import LATENT_SHAPE, PATCH_SIZE, document, packed, tiny_net
 from tf_lightning.diffusion.guidance import Guidance
+from tf_lightning.diffusion.process import DDPM
 from tf_lightning.diffusion.sampler import build_scheduler
 from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.transformer import TransformerConfig
@@ -84,7 +85,7 @@ VARIANTS = {
 def test_variants_of_the_network_draw_what_full_forwards_draw(options):
     net, prompt = variant_net(**options), document("2i1", 3)
     drawn = draw(net, [prompt], settings("image", guidance=Guidance(1.0)), 7)
-    scheduler = build_scheduler("DDIMScheduler", 1000, KIND)
+    scheduler = build_scheduler(PROCESS, "DDIMScheduler")
     scheduler.set_timesteps(STEPS)
     x_t = torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(7))
     for timestep in scheduler.timesteps:
@@ -99,7 +100,7 @@ def test_variants_of_the_network_draw_what_full_forwards_draw(options):
 def test_ddpm_draws_with_the_learned_variance_of_the_whole_prompt(scale):
     """Against diffusers' loop over full forwards, the variance guided by nothing (DiT)."""
     net, prompt = variant_net(learned_sigma=True), document("2i1", 3)
-    scheduler = build_scheduler("DDPMScheduler", 1000, KIND, learned_sigma=True)
+    scheduler = build_scheduler(DDPM("v_prediction", learned_sigma=True), "DDPMScheduler")
     how = settings("image", guidance=Guidance(scale), scheduler=scheduler)
     drawn = draw(net, [prompt], how, 7)
     scheduler.set_timesteps(STEPS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.by_hand import KIND, STEPS, settings, speaker
+from support.by_hand import PROCESS, STEPS, settings, speaker
 from support.tiny import LATENT_SHAPE, PATCH_SIZE, SIZES, TOKENIZER, VOCAB_SIZE, document
 from tf_lightning.batch import document_length, pack
 from tf_lightning.diffusion.guidance import Guidance
@@ -201,7 +201,7 @@ def test_an_image_from_the_cache_is_that_of_full_forwards(time, scale):
     """Behind a clean image of the prompt, which is at t = 0."""
     net, prompt = made_net(time=time, pos_embed="sincos", learned_sigma=True), document("2i1", 3)
     drawn = draw(net, prompt, settings("image", guidance=Guidance(scale)))
-    scheduler = build_scheduler("DDIMScheduler", 1000, KIND)
+    scheduler = build_scheduler(PROCESS, "DDIMScheduler")
     scheduler.set_timesteps(STEPS)
     x_t = torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(7))
     for timestep in scheduler.timesteps:

@@ -11,7 +11,7 @@ from support import runs
 from support.tiny import TOKENIZER, VOCAB_SIZE, document
 from tf_lightning.batch import Batch, by_size, pack, unpack
 from tf_lightning.cli.main import main
-from tf_lightning.diffusion.process import Objective
+from tf_lightning.diffusion.process import DDPM
 from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.patches import LinearConfig
 from tf_lightning.model.transformer import TransformerConfig
@@ -65,12 +65,12 @@ def batch_of(numbers: list[int], coder: str = "linear", copies: bool = False) ->
 def test_a_mixed_batch_costs_what_its_rows_cost_alone(coder, copies):
     """Every target's nll, the denoiser's loss, and the gradients of both."""
     made, gamma = net(coder), None if coder == "sigma" else 5.0
-    objective = Objective(learned_sigma=coder == "sigma", min_snr_gamma=gamma)
+    process = DDPM(learned_sigma=coder == "sigma", min_snr_gamma=gamma)
     found, gradients = [], []
     for parts in ([[0, 1, 2, 3]], [[0], [1], [2], [3]]):
         made.zero_grad()
         batches = [batch_of(part, coder, copies) for part in parts]
-        costs = [loss_sums(made, batch, objective, False, False) for batch in batches]
+        costs = [loss_sums(made, batch, process, False, False) for batch in batches]
         nll, diffusion = torch.cat([c.nll for c in costs]), sum(c.diffusion for c in costs)
         (nll.sum() + diffusion).backward()
         gradients.append([p.grad.clone() for p in made.parameters() if p.grad is not None])
@@ -113,8 +113,8 @@ def test_each_image_is_where_its_document_has_it_whatever_its_size(coder):
 
 def test_what_is_padded_around_small_images_is_never_read():
     made, batch = net("linear").requires_grad_(False), batch_of([0, 1, 2, 3], copies=True)
-    objective = Objective()
-    clean = loss_sums(made, batch, objective, False, False)
+    process = DDPM()
+    clean = loss_sums(made, batch, process, False, False)
     for name in ("latents", "noise"):
         padded = getattr(batch, name)
         whole = torch.full_like(padded, 1e6)
@@ -123,7 +123,7 @@ def test_what_is_padded_around_small_images_is_never_read():
         ):
             there.copy_(part)
         setattr(batch, name, whole)
-    dirty = loss_sums(made, batch, objective, False, False)
+    dirty = loss_sums(made, batch, process, False, False)
     assert torch.equal(clean.diffusion, dirty.diffusion) and torch.equal(clean.nll, dirty.nll)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from support.tiny import LATENT_SHAPE, PATCH_SIZE, TOKENIZER, document, tiny_net
 from tf_lightning.batch import Document, num_patches
 from tf_lightning.diffusion.guidance import Guidance
+from tf_lightning.diffusion.process import DDPM
 from tf_lightning.diffusion.sampler import build_scheduler
 from tf_lightning.generation.engine import generate
 from tf_lightning.generation.requests import Settings, Speaker, collect
@@ -16,7 +17,8 @@ from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.transfusion import TransfusionModel
 
 BOS, EOS, BOI, EOI = 1, 2, 18, 19
-STEPS, KIND = 5, "v_prediction"  # epsilon of random weights makes images of 30,000
+STEPS = 5
+PROCESS = DDPM("v_prediction")  # epsilon of random weights makes latents of 30,000
 
 
 def open_ended_net(**sizes) -> TransfusionModel:
@@ -84,7 +86,7 @@ def drawn_by_hand(
     causal: bool = False,
 ) -> Tensor:
     """The image after a prompt, each branch of each step as its own full forward."""
-    guidance, scheduler = settings.guidance, build_scheduler("DDIMScheduler", 1000, KIND)
+    guidance, scheduler = settings.guidance, build_scheduler(PROCESS, "DDIMScheduler")
     scheduler.set_timesteps(STEPS)
     x_t = torch.randn(LATENT_SHAPE, generator=generator)
 
@@ -135,7 +137,7 @@ def speaker(net: TransfusionModel, **facts) -> Speaker:
 
 
 def settings(answer: str, sampler: str = "DDIMScheduler", **options) -> Settings:
-    scheduler = build_scheduler(sampler, 1000, KIND)
+    scheduler = build_scheduler(PROCESS, sampler)
     text = TextSampling(**{"max_new_tokens": 6} | options.pop("text", {}))
     options = {"text": text, "num_inference_steps": STEPS, "scheduler": scheduler} | options
     return Settings(answer, **options)

@@ -1,18 +1,21 @@
-"""Forward processes of the image half, and what a denoiser may predict (Transfusion Sec. 2.2).
+"""The two diffusion processes: DDPM and rectified flow (Transfusion Sec. 2.2).
 
-x_t = alpha_t x_0 + sigma_t eps, at an image's noise level t in [0, 1), 0 = clean:
-    DDPM            alpha_t = sqrt(alpha_bar), sigma_t = sqrt(1 - alpha_bar), alpha_bar of timestep
-                    floor(t * num_train_timesteps)
-    rectified flow  alpha_t = 1 - t, sigma_t = t (Rectified Flow Eq. 1, its time reversed)
+A process adds noise to latents, x_t = alpha_t x_0 + sigma_t eps, defines what the network predicts
+and how the prediction is scored, and builds the diffusers scheduler that samples from it.
 
-Shapes: M images, C x h x w latents; alpha_t and sigma_t are (M, 1, 1, 1).
+    DDPM            alpha_t = sqrt(alpha_bar), sigma_t = sqrt(1 - alpha_bar), with alpha_bar of
+                    timestep floor(t * num_train_timesteps)
+    rectified flow  alpha_t = 1 - t, sigma_t = t (Rectified Flow Eq. 1, with time reversed)
 
-What the denoiser learns: its forward process, its target, and what an image's error weighs.
+The noise level t is in [0, 1), and 0 is clean.
 
-Shapes: M images, C x h x w latents.
+Shapes: M images, C latent channels, h x w latent grid; t is (M,), and alpha_t and sigma_t are
+(M, 1, 1, 1).
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +29,55 @@ from tf_lightning.diffusion.learned_variance import (
 )
 from tf_lightning.errors import UserError
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
-NOISE_SCHEDULES = ("cosine", "linear")
+SDE = "-SDE"  # suffix of a sampler name: the stochastic variant of that solver
+MIN_EPSILON_ALPHA = 0.015  # smallest alpha_t at which predicted noise is converted to x_0
+
+
+class DiffusionProcess(Protocol):
+    """What training and sampling need to know about a diffusion process."""
+
+    prediction_type: str
+    """One of PREDICTION_TYPES."""
+    samplers: tuple[str, ...]
+    """Names of the diffusers schedulers that can sample from it."""
+    evenly_spaced_samplers: tuple[str, ...]
+    """Samplers whose steps diffusers spaces evenly, so that `timestep_shift` must be 1."""
+    default_sampler: str
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha_t and sigma_t, (M, 1, 1, 1), of noise levels t (M,)."""
+
+    def model_timesteps(self, t: Tensor) -> Tensor:
+        """Return the noise level in [0, 1] that the network receives as its input, (M,)."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return x_t of clean `latents` and standard normal `noise`, all (M, C, h, w)."""
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return what the network has to output at x_t, (M, C, h, w)."""
+
+    def predicted_x_0(self, x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """Convert the network's output at x_t to clean latents, all (M, C, h, w)."""
+
+    def loss_sum(self, output: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the fp32 loss of the network's output at x_t, summed over latent elements.
+
+        Args:
+            output: (M, C, h, w), or (M, 2 C, h, w) with a learned variance.
+            latents: clean latents, (M, C, h, w).
+            noise: standard normal, (M, C, h, w).
+            t: noise levels, (M,).
+        """
+
+    def build_scheduler(self, sampler: str, timestep_shift: float) -> Any:
+        """Build the diffusers scheduler `sampler`, one of `samplers`.
+
+        Two attributes are added to it: `num_levels`, the number of timesteps that noise level 1
+        stands for, and `step_shift`, the shift that `sampler.set_timesteps` still has to apply.
+        """
+
+
+# ---------------------------------------------------------------- noise schedules
 
 
 def cosine_betas(num_train_timesteps: int = 1000) -> Tensor:
@@ -58,8 +108,15 @@ def cosine_alphas_cumprod(num_train_timesteps: int = 1000) -> Tensor:
     return alphas_cumprod(cosine_betas(num_train_timesteps))
 
 
+NOISE_SCHEDULES = {"cosine": cosine_betas, "linear": linear_betas}
+DIFFUSERS_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
+
+
+# ---------------------------------------------------------------- formulas
+
+
 def add_noise(latents: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """x_t = alpha_t x_0 + sigma_t eps; latents and noise (M, C, h, w)."""
+    """x_t = alpha_t x_0 + sigma_t eps; latents and noise are (M, C, h, w)."""
     return alpha_t * latents + sigma_t * noise
 
 
@@ -68,85 +125,61 @@ def velocity(latents: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor) -
     return alpha_t * noise - sigma_t * latents
 
 
-def flow_velocity(latents: Tensor, noise: Tensor) -> Tensor:
-    """dx_t / dt = eps - x_0, the same all the way (Rectified Flow Eq. 1)."""
-    return noise - latents
+def min_snr_weight(alpha_t: Tensor, sigma_t: Tensor, gamma: float, x_0_error: Tensor) -> Tensor:
+    """Weight of an image's squared error, shaped like alpha_t (Min-SNR Sec. 3.4).
 
+    The squared error of x_0 has weight min(SNR, gamma), with SNR = alpha_t^2 / sigma_t^2.
 
-def epsilon_from_x_0(x_t: Tensor, x_0: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """Eps = (x_t - alpha_t x_0) / sigma_t, for sigma_t > 0."""
-    return (x_t - alpha_t * x_0) / sigma_t
-
-
-def x_0_from_epsilon(x_t: Tensor, epsilon: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """x_0 = (x_t - sigma_t eps) / alpha_t, for alpha_t > 0."""
-    return (x_t - sigma_t * epsilon) / alpha_t
-
-
-def x_0_from_v(x_t: Tensor, v: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """x_0 = alpha_t x_t - sigma_t v, where alpha_t^2 + sigma_t^2 = 1 (DDPM)."""
-    return alpha_t * x_t - sigma_t * v
-
-
-def x_0_from_flow(x_t: Tensor, flow: Tensor, sigma_t: Tensor) -> Tensor:
-    """x_0 = x_t - sigma_t (eps - x_0), where alpha_t + sigma_t = 1 (rectified flow)."""
-    return x_t - sigma_t * flow
-
-
-def diffusion_target(
-    latents: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor, prediction_type: str
-) -> Tensor:
-    """What the network has to output at x_t, (M, C, h, w)."""
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "v_prediction":
-        return velocity(latents, noise, alpha_t, sigma_t)
-    return flow_velocity(latents, noise)
-
-
-def predicted_x_0(
-    x_t: Tensor, output: Tensor, alpha_t: Tensor, sigma_t: Tensor, prediction_type: str
-) -> Tensor:
-    """The clean latents that a network's output at x_t stands for, (M, C, h, w)."""
-    if prediction_type == "epsilon":
-        return x_0_from_epsilon(x_t, output, alpha_t, sigma_t)
-    if prediction_type == "v_prediction":
-        return x_0_from_v(x_t, output, alpha_t, sigma_t)
-    return x_0_from_flow(x_t, output, sigma_t)
-
-
-def min_snr_weight(alpha_t: Tensor, sigma_t: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Weight of an image's squared error (Min-SNR Sec. 3.4), like alpha_t.
-
-    The error in x_0 counts min(SNR, gamma), SNR = alpha_t^2 / sigma_t^2. One unit of error of the
-    output is sigma_t / alpha_t of x_0 for epsilon, sigma_t for v and for the flow, so the weights
-    are min(SNR, gamma) / SNR, min(SNR, gamma) / (SNR + 1) and min(SNR, gamma) sigma_t^2.
+    Args:
+        alpha_t: (M, 1, 1, 1).
+        sigma_t: (M, 1, 1, 1).
+        gamma: upper limit of the weight.
+        x_0_error: the error of x_0 that one unit of error of the network's output causes:
+            sigma_t / alpha_t for epsilon, sigma_t for v and for the flow's velocity.
     """
-    error = sigma_t / alpha_t if prediction_type == "epsilon" else sigma_t
-    return (alpha_t / sigma_t).square().clamp(max=gamma) * error.square()
+    return (alpha_t / sigma_t).square().clamp(max=gamma) * x_0_error.square()
 
 
 def diffusion_loss_sum(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Squared error summed over latent elements, both (M, C, h, w) (Transfusion Eq. 3); fp32.
 
-    `weight` (M, 1, 1, 1) is that of each image's error; None: 1.
+    `weight` (M, 1, 1, 1) multiplies the error of each image; None means 1.
     """
     if weight is None:
         return F.mse_loss(output.float(), target.float(), reduction="sum")
     return (weight * (output.float() - target.float()).square()).sum()
 
 
-class Objective(nn.Module):
-    """DDPM (epsilon or v) or rectified flow; a module only so that its tables move with the model.
+# ---------------------------------------------------------------- processes
+
+
+class DDPM(nn.Module):
+    """Denoising diffusion in discrete timesteps (Ho et al. 2020); implements `DiffusionProcess`.
+
+    It is a module only so that its tables move to the model's device; it has no parameters and
+    adds nothing to a state dict.
 
     Args:
-        prediction_type: "epsilon", "v_prediction" or "flow".
-        noise_schedule: "cosine" or "linear", of DDPM; a flow has none.
-        num_train_timesteps: steps of that schedule.
-        learned_sigma: the network outputs 2 C channels, of which the second half learn the
-            variance of a DDPM step.
-        min_snr_gamma: weight images by min(SNR, gamma); None: all alike.
+        prediction_type: "epsilon" or "v_prediction".
+        noise_schedule: "cosine" or "linear".
+        num_train_timesteps: number of timesteps of the schedule, at least 2.
+        learned_sigma: the network outputs 2 C channels, and the second half predicts the variance
+            of each denoising step (iDDPM).
+        min_snr_gamma: weight the error of each image by min(SNR, gamma); None: no weighting.
+
+    Raises:
+        UserError: a value is out of range.
     """
+
+    samplers = (
+        "DDPMScheduler",
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",  # DPM-Solver++(2M)
+        "DPMSolverMultistepScheduler" + SDE,  # SDE-DPM-Solver++(2M)
+        "UniPCMultistepScheduler",
+    )
+    evenly_spaced_samplers = ("DDIMScheduler", "UniPCMultistepScheduler")
+    default_sampler = "DDIMScheduler"
 
     def __init__(
         self,
@@ -157,88 +190,252 @@ class Objective(nn.Module):
         min_snr_gamma: float | None = None,
     ):
         super().__init__()
-        check(prediction_type, noise_schedule, num_train_timesteps, learned_sigma, min_snr_gamma)
-        self.prediction_type, self.min_snr_gamma = prediction_type, min_snr_gamma
-        self.learned_sigma = learned_sigma
-        betas = {"cosine": cosine_betas, "linear": linear_betas}[noise_schedule](
-            num_train_timesteps
-        )
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}"
+            )
+        if noise_schedule not in NOISE_SCHEDULES:
+            raise UserError(
+                f"noise_schedule={noise_schedule!r} must be one of {tuple(NOISE_SCHEDULES)}"
+            )
+        check_options(num_train_timesteps, min_snr_gamma)
+        self.prediction_type, self.noise_schedule = prediction_type, noise_schedule
+        self.learned_sigma, self.min_snr_gamma = learned_sigma, min_snr_gamma
+        betas = NOISE_SCHEDULES[noise_schedule](num_train_timesteps)
         self.register_buffer("alphas_cumprod", alphas_cumprod(betas), persistent=False)
         self.register_buffer("posterior", torch.stack(posterior_tables(betas)), persistent=False)
 
+    @property
+    def num_train_timesteps(self) -> int:
+        """Number of timesteps of the noise schedule."""
+        return len(self.alphas_cumprod)
+
     def timesteps(self, t: Tensor) -> Tensor:
-        """DDPM's timesteps (M,) in {0..num_train_timesteps-1} of noise levels (M,) in [0, 1)."""
-        return (t * len(self.alphas_cumprod)).long()
+        """Timesteps (M,) in {0..num_train_timesteps-1} of noise levels (M,) in [0, 1)."""
+        return (t * self.num_train_timesteps).long()
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t, (M, 1, 1, 1)."""
-        if self.prediction_type == "flow":
-            sigma_t = t.view(-1, 1, 1, 1)
-            return 1 - sigma_t, sigma_t
+        """Return alpha_t and sigma_t, (M, 1, 1, 1)."""
         alpha_bar = self.alphas_cumprod[self.timesteps(t)].view(-1, 1, 1, 1)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def model_timesteps(self, t: Tensor) -> Tensor:
-        """What the network is told of t (M,): a flow's t itself, or the share of DDPM's steps."""
-        if self.prediction_type == "flow":
-            return t
-        return self.timesteps(t) / len(self.alphas_cumprod)
+        """Return t rounded down to a timestep, as a share of all timesteps."""
+        return self.timesteps(t) / self.num_train_timesteps
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t, (M, C, h, w)."""
+        """Return x_t (DDPM Eq. 4)."""
         return add_noise(latents, noise, *self.coefficients(t))
 
-    def loss_sum(self, output: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The loss of the network's output at x_t, summed over latent elements; fp32.
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return eps or v."""
+        if self.prediction_type == "epsilon":
+            return noise
+        return velocity(latents, noise, *self.coefficients(t))
 
-        Args:
-            output: (M, C, h, w), or (M, 2 C, h, w) with a learned sigma.
-            latents: x_0, (M, C, h, w).
-            noise: eps, (M, C, h, w).
-            t: noise levels, (M,).
-        """
+    def predicted_x_0(self, x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """(x_t - sigma_t eps) / alpha_t, or alpha_t x_t - sigma_t v."""
         alpha_t, sigma_t = self.coefficients(t)
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma_t * output) / alpha_t
+        return alpha_t * x_t - sigma_t * output
+
+    def loss_sum(self, output: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Squared error, plus the variational term of a learned variance (iDDPM Eq. 16)."""
         prediction, v = output.chunk(2, dim=1) if self.learned_sigma else (output, None)
-        target = diffusion_target(latents, noise, alpha_t, sigma_t, self.prediction_type)
-        weight = None
-        if self.min_snr_gamma is not None:
-            weight = min_snr_weight(alpha_t, sigma_t, self.min_snr_gamma, self.prediction_type)
-        loss = diffusion_loss_sum(prediction, target, weight)
+        loss = diffusion_loss_sum(prediction, self.target(latents, noise, t), self._weight(t))
         if v is None:
             return loss
-        x_t = add_noise(latents, noise, alpha_t, sigma_t)
-        x_0 = predicted_x_0(x_t, prediction.float(), alpha_t, sigma_t, self.prediction_type)
-        return loss + VLB_WEIGHT * len(self.alphas_cumprod) * self._vlb(latents, x_t, x_0, v, t)
+        vlb = self._vlb_sum(latents, noise, prediction, v, t)
+        return loss + VLB_WEIGHT * self.num_train_timesteps * vlb
 
-    def _vlb(self, latents: Tensor, x_t: Tensor, x_0: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    def _weight(self, t: Tensor) -> Tensor | None:
+        if self.min_snr_gamma is None:
+            return None
+        alpha_t, sigma_t = self.coefficients(t)
+        x_0_error = sigma_t / alpha_t if self.prediction_type == "epsilon" else sigma_t
+        return min_snr_weight(alpha_t, sigma_t, self.min_snr_gamma, x_0_error)
+
+    def _vlb_sum(
+        self, latents: Tensor, noise: Tensor, prediction: Tensor, v: Tensor, t: Tensor
+    ) -> Tensor:
+        """Sum of the variational bound's terms at each image's timestep, in bits."""
+        x_t = self.add_noise(latents, noise, t)
+        x_0 = self.predicted_x_0(x_t, prediction.float(), t)
         timesteps = self.timesteps(t)
-        at = Posterior(*self.posterior[:, timesteps].unflatten(1, (-1, 1, 1, 1)))
+        posterior = Posterior(*self.posterior[:, timesteps].unflatten(1, (-1, 1, 1, 1)))
         last = (timesteps == 0).view(-1, 1, 1, 1)
-        return vlb_bits(latents, x_t, x_0, v.float(), at, last).sum()
+        return vlb_bits(latents, x_t, x_0, v.float(), posterior, last).sum()
+
+    def build_scheduler(self, sampler: str, timestep_shift: float = 1.0) -> Any:
+        """Build a diffusers scheduler with the noise schedule of training.
+
+        Two defaults of diffusers are changed because they bias samples of latents: nothing is
+        clipped to [-1, 1], and the first step starts at the last timestep. With "epsilon" and the
+        cosine schedule it starts a little earlier, see `_skip_pure_noise`. Only DDPMScheduler uses
+        a learned variance (iDDPM Eq. 15); the other samplers ignore it.
+        """
+        import diffusers.schedulers as schedulers  # takes 2.5 s, so only for sampling
+
+        options: dict[str, Any] = {
+            "beta_schedule": DIFFUSERS_SCHEDULES[self.noise_schedule],
+            "prediction_type": self.prediction_type,
+            "num_train_timesteps": self.num_train_timesteps,
+            "timestep_spacing": "trailing",
+        }
+        if sampler in ("DDPMScheduler", "DDIMScheduler"):
+            options["clip_sample"] = False
+        if self.learned_sigma and sampler == "DDPMScheduler":
+            options["variance_type"] = "learned_range"
+        if sampler.endswith(SDE):
+            options["algorithm_type"] = "sde-dpmsolver++"
+        if self.prediction_type == "epsilon" and self.noise_schedule == "cosine":
+            options |= self._skip_pure_noise(sampler)
+        scheduler = getattr(schedulers, sampler.removesuffix(SDE))(**options)
+        scheduler.num_levels, scheduler.step_shift = self.num_train_timesteps, timestep_shift
+        return scheduler
+
+    def _skip_pure_noise(self, sampler: str) -> dict[str, Any]:
+        """Return scheduler options that skip the end of the cosine schedule.
+
+        alpha_t is 5e-5 at the last timestep. Noise predicted there holds no information about the
+        image, and converting it to x_0 divides its error by alpha_t, which ruins the samples of a
+        small network. DDIM takes equal steps in diffusers, so it starts one step before the end;
+        the other samplers start where alpha_t is at least MIN_EPSILON_ALPHA.
+        """
+        if sampler == "DDIMScheduler":
+            return {"timestep_spacing": "leading"}
+        betas = cosine_betas(self.num_train_timesteps)
+        kept = betas[alphas_cumprod(betas) >= MIN_EPSILON_ALPHA**2]
+        return {"trained_betas": kept.tolist(), "num_train_timesteps": len(kept)}
 
 
-def check(
-    prediction_type: str,
-    noise_schedule: str,
-    num_train_timesteps: int,
-    learned_sigma: bool,
-    min_snr_gamma: float | None,
-) -> None:
-    """Refuse what there is no such objective of."""
-    if prediction_type not in PREDICTION_TYPES:
-        raise UserError(f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}")
-    if noise_schedule not in NOISE_SCHEDULES:
-        raise UserError(f"noise_schedule={noise_schedule!r} must be one of {NOISE_SCHEDULES}")
+class RectifiedFlow(nn.Module):
+    """Straight paths from latents to noise (Liu et al. 2022); implements `DiffusionProcess`.
+
+    Args:
+        num_train_timesteps: number of timesteps on which diffusers' schedulers count t, at least 2;
+            training does not use it.
+        min_snr_gamma: weight the error of each image by min(SNR, gamma); None: no weighting.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    prediction_type = "flow"
+    samplers = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+    evenly_spaced_samplers = ()
+    default_sampler = "FlowMatchEulerDiscreteScheduler"
+
+    def __init__(self, num_train_timesteps: int = 1000, min_snr_gamma: float | None = None):
+        super().__init__()
+        check_options(num_train_timesteps, min_snr_gamma)
+        self.num_train_timesteps, self.min_snr_gamma = num_train_timesteps, min_snr_gamma
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha_t and sigma_t, (M, 1, 1, 1)."""
+        sigma_t = t.view(-1, 1, 1, 1)
+        return 1 - sigma_t, sigma_t
+
+    def model_timesteps(self, t: Tensor) -> Tensor:
+        """Return t itself."""
+        return t
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return x_t (Rectified Flow Eq. 1)."""
+        return add_noise(latents, noise, *self.coefficients(t))
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """dx_t / dt = eps - x_0, the same at every t (Rectified Flow Eq. 1)."""
+        return noise - latents
+
+    def predicted_x_0(self, x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """x_0 = x_t - sigma_t (eps - x_0)."""
+        return x_t - self.coefficients(t)[1] * output
+
+    def loss_sum(self, output: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Squared error of the velocity."""
+        weight = None
+        if self.min_snr_gamma is not None:
+            alpha_t, sigma_t = self.coefficients(t)
+            weight = min_snr_weight(alpha_t, sigma_t, self.min_snr_gamma, x_0_error=sigma_t)
+        return diffusion_loss_sum(output, self.target(latents, noise, t), weight)
+
+    def build_scheduler(self, sampler: str, timestep_shift: float = 1.0) -> Any:
+        """Build a flow-matching scheduler of diffusers, which applies the shift itself."""
+        import diffusers.schedulers as schedulers  # takes 2.5 s, so only for sampling
+
+        scheduler = getattr(schedulers, sampler)(
+            num_train_timesteps=self.num_train_timesteps, shift=timestep_shift
+        )
+        scheduler.num_levels, scheduler.step_shift = self.num_train_timesteps, 1.0
+        return scheduler
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
+
+
+def build_process(
+    prediction_type: str = "epsilon",
+    noise_schedule: str = "cosine",
+    num_train_timesteps: int = 1000,
+    learned_sigma: bool = False,
+    min_snr_gamma: float | None = None,
+) -> DDPM | RectifiedFlow:
+    """Build RectifiedFlow for `prediction_type` "flow", and DDPM for the other types.
+
+    Args:
+        prediction_type: "epsilon", "v_prediction" or "flow".
+        noise_schedule: see `DDPM`; leave the default for a flow.
+        num_train_timesteps: see `DDPM` and `RectifiedFlow`.
+        learned_sigma: see `DDPM`; leave the default for a flow.
+        min_snr_gamma: see `DDPM` and `RectifiedFlow`.
+
+    Raises:
+        UserError: a value is out of range, or a flow is given an option of DDPM.
+    """
+    if prediction_type != "flow":
+        return DDPM(
+            prediction_type, noise_schedule, num_train_timesteps, learned_sigma, min_snr_gamma
+        )
+    if noise_schedule != "cosine":
+        raise UserError(
+            f"noise_schedule={noise_schedule!r} applies to DDPM only and a flow has none; leave it "
+            "out"
+        )
+    if learned_sigma:
+        raise UserError(
+            "learned_sigma=true applies to DDPM only, not to prediction_type='flow'; set it to "
+            "false, or use 'epsilon' or 'v_prediction'"
+        )
+    return RectifiedFlow(num_train_timesteps, min_snr_gamma)
+
+
+def process_from_hparams(hparams: Mapping[str, Any]) -> DDPM | RectifiedFlow | None:
+    """Build the process that a model's hyper-parameters describe.
+
+    Args:
+        hparams: hyper-parameters of `Transfusion`, for example a checkpoint's; missing ones have
+            their default.
+
+    Returns:
+        The process, or None for a model whose images are discrete tokens.
+    """
+    if hparams.get("num_codes"):
+        return None
+    names = (
+        "prediction_type",
+        "noise_schedule",
+        "num_train_timesteps",
+        "learned_sigma",
+        "min_snr_gamma",
+    )
+    return build_process(**{name: hparams[name] for name in names if name in hparams})
+
+
+def check_options(num_train_timesteps: int, min_snr_gamma: float | None) -> None:
+    """Raise UserError for a value that neither process accepts."""
     if num_train_timesteps < 2:
         raise UserError(f"num_train_timesteps={num_train_timesteps} must be at least 2")
-    if prediction_type == "flow" and noise_schedule != "cosine":
-        raise UserError(
-            f"noise_schedule={noise_schedule!r} is of DDPM and a flow has none; leave it out"
-        )
-    if prediction_type == "flow" and learned_sigma:
-        raise UserError(
-            "learned_sigma=true is of DDPM's steps and prediction_type='flow' has none; "
-            "use 'epsilon' or 'v_prediction'"
-        )
     if min_snr_gamma is not None and min_snr_gamma <= 0:
         raise UserError(f"min_snr_gamma={min_snr_gamma} must be above 0; 5 is usual")

@@ -5,69 +5,55 @@ Shapes: n images, C x h x w latents.
 
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tf_lightning.diffusion.process import alphas_cumprod, cosine_betas
+from tf_lightning.diffusion.process import DDPM, DiffusionProcess, RectifiedFlow
 from tf_lightning.diffusion.timesteps import shifted
 from tf_lightning.errors import UserError
 
-SMALLEST_ALPHA = 0.015  # the error of predicted noise is divided by it
-
-SDE = "-SDE"  # behind the name: that solver of the diffusion SDE, which draws noise each step
-NOISE_SAMPLERS = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",  # DPM-Solver++(2M)
-    "DPMSolverMultistepScheduler" + SDE,  # SDE-DPM-Solver++(2M)
-    "UniPCMultistepScheduler",
-)
-FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-EVEN_SAMPLERS = ("DDIMScheduler", "UniPCMultistepScheduler")  # diffusers cannot space their steps
-SAMPLERS = NOISE_SAMPLERS + FLOW_SAMPLERS
+SAMPLERS = DDPM.samplers + RectifiedFlow.samplers
 
 
-BETA_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}  # diffusers' names
-
-
-def fitting_sampler(
-    sampler: str | None, prediction_type: str, timestep_shift: float = 1.0
+def resolve_sampler(
+    process: DiffusionProcess | None, sampler: str | None = None, timestep_shift: float = 1.0
 ) -> str | None:
-    """The sampler named, or DDIM, or Euler for flow, where none is; of "codes", none.
+    """Return the name of the sampler to use: the given one, or the default of the process.
+
+    Args:
+        process: the model's diffusion process; None: its images are discrete tokens, which need
+            no sampler.
+        sampler: name of a diffusers scheduler; None: the default.
+        timestep_shift: shift of the denoising steps, 1 = none.
 
     Raises:
-        UserError: the sampler is unknown, or does not fit the prediction type or the shift.
+        UserError: the sampler is unknown, or does not fit the process or the shift.
     """
-    if prediction_type == "codes":
+    if process is None:
         check_not_denoising(sampler, timestep_shift)
         return None
-    fitting = FLOW_SAMPLERS if prediction_type == "flow" else NOISE_SAMPLERS
     if sampler is None:
-        sampler = FLOW_SAMPLERS[0] if prediction_type == "flow" else "DDIMScheduler"
-    if sampler not in fitting:
+        sampler = process.default_sampler
+    if sampler not in process.samplers:
         known = "does not fit" if sampler in SAMPLERS else "is no sampler for"
         raise UserError(
-            f"sampler={sampler!r} {known} a model that predicts {prediction_type!r}; "
-            f"it must be one of {', '.join(fitting)}"
+            f"sampler={sampler!r} {known} a model that predicts {process.prediction_type!r}; "
+            f"it must be one of {', '.join(process.samplers)}"
         )
-    check_timestep_shift(sampler, timestep_shift)
-    return sampler
-
-
-def check_timestep_shift(sampler: str, timestep_shift: float) -> None:
-    """Refuse a shift that leaves hardly a step, or that the sampler cannot have."""
     if not 0.01 <= timestep_shift <= 100:
         raise UserError(
             f"timestep_shift={timestep_shift} must be from 0.01 to 100; 1 changes nothing"
         )
-    if timestep_shift != 1 and sampler in EVEN_SAMPLERS:
-        able = ", ".join(name for name in NOISE_SAMPLERS if name not in EVEN_SAMPLERS)
+    if timestep_shift != 1 and sampler in process.evenly_spaced_samplers:
+        able = [name for name in process.samplers if name not in process.evenly_spaced_samplers]
         raise UserError(
             f"timestep_shift={timestep_shift} does not fit {sampler}, whose steps are even; use 1, "
-            f"or one of {able}"
+            f"or one of {', '.join(able)}"
         )
+    return sampler
 
 
 def check_not_denoising(
@@ -90,61 +76,22 @@ def check_not_denoising(
 
 
 def build_scheduler(
-    sampler: str | None,
-    num_train_timesteps: int,
-    prediction_type: str,
-    noise_schedule: str = "cosine",
-    learned_sigma: bool = False,
-    timestep_shift: float = 1.0,
-):
-    """A diffusers scheduler for what the network predicts.
+    process: DiffusionProcess, sampler: str | None = None, timestep_shift: float = 1.0
+) -> Any:
+    """Build a diffusers scheduler that samples from a process.
 
-    For "epsilon" and "v_prediction", training's noise schedule without clipping (latents are not
-    in [-1, 1]) and with trailing spacing (the first step starts at pure noise): diffusers' defaults
-    bias both. Only "epsilon" of the cosine schedule starts where some of the image is left, says
-    `above_pure_noise`. For "flow", x_t = (1 - t) x_0 + t eps and the velocity eps - x_0. A learned
-    variance is that of DDPM's steps (iDDPM Eq. 15); the other samplers have none. `timestep_shift` is
-    that of Stable Diffusion 3 (Eq. 23): more of the steps near pure noise if it is more than 1.
+    Args:
+        process: the model's diffusion process.
+        sampler: one of `process.samplers`; None: `process.default_sampler`.
+        timestep_shift: more than 1 takes more of the steps near pure noise (Stable Diffusion 3
+            Eq. 23).
 
     Raises:
-        UserError: as `fitting_sampler`.
+        UserError: as `resolve_sampler`.
     """
-    sampler = fitting_sampler(sampler, prediction_type, timestep_shift)
-    import diffusers.schedulers as schedulers  # 2.5 s: only when sampling
-
-    build = getattr(schedulers, sampler.removesuffix(SDE))
-    if prediction_type == "flow":
-        scheduler = build(num_train_timesteps=num_train_timesteps, shift=timestep_shift)
-        scheduler.num_levels, scheduler.step_shift = num_train_timesteps, 1.0  # it shifts itself
-        return scheduler
-    own = {"clip_sample": False} if sampler in ("DDPMScheduler", "DDIMScheduler") else {}
-    if learned_sigma and sampler == "DDPMScheduler":
-        own["variance_type"] = "learned_range"
-    if sampler.endswith(SDE):
-        own["algorithm_type"] = "sde-dpmsolver++"
-    own |= {"timestep_spacing": "trailing", "num_train_timesteps": num_train_timesteps}
-    if prediction_type == "epsilon" and noise_schedule == "cosine":
-        own |= above_pure_noise(sampler, num_train_timesteps)
-    scheduler = build(
-        beta_schedule=BETA_SCHEDULES[noise_schedule], prediction_type=prediction_type, **own
+    return process.build_scheduler(
+        resolve_sampler(process, sampler, timestep_shift), timestep_shift
     )
-    scheduler.num_levels, scheduler.step_shift = num_train_timesteps, timestep_shift
-    return scheduler
-
-
-def above_pure_noise(sampler: str, num_train_timesteps: int) -> dict:
-    """What makes a scheduler start above the cosine schedule's end, where alpha is 5e-5.
-
-    The noise that is predicted there says nothing of the image, and its error is divided by alpha:
-    a small network's pictures were lost in it. DDIM's steps are all as long in diffusers, so it
-    starts one step below the end; the others where alpha is at least SMALLEST_ALPHA, whatever the
-    number of steps.
-    """
-    if sampler == "DDIMScheduler":
-        return {"timestep_spacing": "leading"}
-    betas = cosine_betas(num_train_timesteps)
-    kept = betas[alphas_cumprod(betas) >= SMALLEST_ALPHA**2]
-    return {"trained_betas": kept.tolist(), "num_train_timesteps": len(kept)}
 
 
 def set_timesteps(scheduler, num_inference_steps: int) -> None:

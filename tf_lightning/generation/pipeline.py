@@ -17,6 +17,7 @@ from tf_lightning.autoencoder.frozen import Autoencoder, load_fitting
 from tf_lightning.batch import Document
 from tf_lightning.data.images import to_image, to_pixels
 from tf_lightning.diffusion.guidance import Guidance
+from tf_lightning.diffusion.process import process_from_hparams
 from tf_lightning.diffusion.sampler import build_scheduler, check_not_denoising, set_timesteps
 from tf_lightning.errors import UserError
 from tf_lightning.generation.engine import generate
@@ -120,9 +121,8 @@ class TransfusionPipeline:
             check_not_denoising(sampler, timestep_shift, guidance_interval, guidance_rescale)
             num_inference_steps = self.speaker.num_patches
         elif answer != "text" and self.autoencoder is not None:
-            names = ("num_train_timesteps", "prediction_type", "noise_schedule", "learned_sigma")
-            trained = {name: self.hparams[name] for name in names}
-            scheduler = build_scheduler(sampler, **trained, timestep_shift=timestep_shift)
+            process = process_from_hparams(self.hparams)
+            scheduler = build_scheduler(process, sampler, timestep_shift)
             set_timesteps(scheduler, num_inference_steps)
         return Settings(
             answer="text" if self.autoencoder is None and answer == "any" else answer,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tf_lightning.batch import Batch, by_size, split
-from tf_lightning.diffusion.process import Objective
+from tf_lightning.diffusion.process import DiffusionProcess
 from tf_lightning.model.attention import build_attention
 from tf_lightning.model.transfusion import TransfusionModel
 
@@ -47,14 +47,18 @@ class LossSums(NamedTuple):
 
 
 def loss_sums(
-    net: TransfusionModel, batch: Batch, objective: Objective, causal_images: bool, with_z: bool
+    net: TransfusionModel,
+    batch: Batch,
+    process: DiffusionProcess,
+    causal_images: bool,
+    with_z: bool,
 ) -> LossSums:
     """One forward and its losses.
 
     Args:
         net: the network, whose images are the batch's kind.
         batch: packed rows.
-        objective: of the denoiser.
+        process: the diffusion process of the denoiser.
         causal_images: patches see only earlier patches, as codes always do.
         with_z: whether z is asked for.
     """
@@ -63,11 +67,11 @@ def loss_sums(
         logits, _ = net(batch, batch.latents, batch.t, attend)
         diffusion = logits.new_zeros(())
     else:
-        noised = objective.add_noise(batch.latents, batch.noise, batch.t)
-        logits, output = net(batch, noised, objective.model_timesteps(batch.t), attend)
+        noised = process.add_noise(batch.latents, batch.noise, batch.t)
+        logits, output = net(batch, noised, process.model_timesteps(batch.t), attend)
         images = (by_size(x, batch.sizes) for x in (output, batch.latents, batch.noise))
         parts = zip(*images, split(batch.t, batch.sizes), strict=True)
-        diffusion = torch.stack([objective.loss_sum(*part) for part in parts]).sum()
+        diffusion = torch.stack([process.loss_sum(*part) for part in parts]).sum()
     targets = batch.labels.flatten()[torch.cat([batch.target_index, batch.code_index])]
     counts = [len(batch.target_index), len(batch.code_index)]
     nll, code_nll = lm_loss(logits, targets).split(counts)

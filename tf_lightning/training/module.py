@@ -17,7 +17,7 @@ from torchmetrics import SumMetric
 
 from tf_lightning.batch import Batch, Document, unpack
 from tf_lightning.checkpoint import misfit
-from tf_lightning.diffusion.process import Objective
+from tf_lightning.diffusion.process import build_process
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
 from tf_lightning.model.patches import LinearConfig, has_time_token
@@ -155,7 +155,7 @@ class Transfusion(L.LightningModule):
                 "unet and linear are both given and a model has one patch coder; leave one out"
             )
         self.config, self.unet, self.linear = transformer, unet, linear
-        self.objective = Objective(
+        self.process = build_process(
             prediction_type, noise_schedule, num_train_timesteps, learned_sigma, min_snr_gamma
         )
         self.net: TransfusionModel | None = None
@@ -251,7 +251,7 @@ class Transfusion(L.LightningModule):
     def loss_sums(self, net: TransfusionModel, batch: Batch) -> LossSums:
         """What a batch costs, before any mean."""
         causal, with_z = self.hparams.causal_images, bool(self.hparams.z_loss_weight)
-        return loss_sums(net, batch, self.objective, causal, with_z)
+        return loss_sums(net, batch, self.process, causal, with_z)
 
     def global_mean(self, total: Tensor, count: int) -> Tensor:
         """This rank's share of a mean over all ranks.
