@@ -3,7 +3,7 @@
 Each file has bytes flipped at random, or its end torn off, with a fixed seed. What is read
 afterwards may be less than there was, but no picture stands beside the words of another.
 
-    FUZZ_ROUNDS=1000 python -m pytest tests/test_fuzz.py        # more of it, some minutes
+    FUZZ_ROUNDS=1000 python -m pytest tests/data/readers/test_fuzz.py# more of it, some minutes
 """
 
 import gzip
