@@ -80,7 +80,7 @@ class Throughput(L.Callback):
         self.squares += squared_lengths(batch)
         self.positions += batch.input_ids.numel()
         self.window.targets += len(batch.target_index) + len(batch.code_index)
-        for images, copies, *size in batch.sizes:
+        for images, copies, *size in batch.buckets:
             work = self.images.setdefault(tuple(size), Work())
             work.images += images
             work.copies += copies

@@ -4,7 +4,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from tf_lightning.batch import plain_ids
+from tf_lightning.batch import unmasked_ids
 from tf_lightning.data.corpus.reader import Corpus
 
 
@@ -48,7 +48,7 @@ def token_counts(corpus: Corpus, vocab_size: int, eos_id: int, *, first: bool) -
     """How often each token is a document's text or its end, (vocab_size,)."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for index in range(len(corpus)):
-        tokens = plain_ids(torch.cat(corpus.document(index)))
+        tokens = unmasked_ids(torch.cat(corpus.document(index)))
         counts += torch.bincount(tokens if first else tokens[1:], minlength=vocab_size)
     counts[eos_id] += len(corpus)
     return counts.numpy().astype(np.float64)

@@ -11,7 +11,7 @@ from support.tiny import PATCH_SIZE, document, layout, packed, random_rows
 from tf_lightning.batch import (
     IGNORE_INDEX,
     document_length,
-    max_times,
+    max_noise_levels,
 )
 from tf_lightning.diffusion.timesteps import row_generator, sample_timesteps
 
@@ -124,7 +124,7 @@ def test_a_document_without_text_teaches_no_text():
     ],
 )
 def test_only_an_image_before_all_text_is_kept_readable(shape, limits):
-    assert max_times(document(shape), 0.5) == limits
+    assert max_noise_levels(document(shape), 0.5) == limits
 
 
 def test_times_are_uniform_below_their_limits():
@@ -231,7 +231,7 @@ def test_documents_longer_than_the_row_are_refused():
 def test_a_moved_batch_is_the_same_batch():
     batch = packed([[document("2i")]], source_ids=[3])
     moved = batch.to("cpu")
-    assert moved.sizes == batch.sizes == [(1, 0, 4, 4)]
-    tensors = {name: value for name, value in vars(batch).items() if name != "sizes"}
+    assert moved.buckets == batch.buckets == [(1, 0, 4, 4)]
+    tensors = {name: value for name, value in vars(batch).items() if name != "buckets"}
     assert all(torch.equal(getattr(moved, name), value) for name, value in tensors.items())
     assert moved.source_ids.tolist() == [3]

@@ -276,9 +276,9 @@ def test_sources_may_have_pictures_of_different_sizes(mixture):
         assert stream.num_tokens == expected.num_tokens
         assert data.num_patches(stream.corpus) == [4, 16][number]
     batch = next(iter(data.train_dataloader()))
-    assert [size[2:] for size in batch.sizes] == [(8, 8), (16, 16)]
+    assert [bucket[2:] for bucket in batch.buckets] == [(8, 8), (16, 16)]
     per_image = batch.image_ids[batch.image_ids >= 0].bincount().tolist()
-    assert per_image == [4] * batch.sizes[0].images + [16] * batch.sizes[1].images
+    assert per_image == [4] * batch.buckets[0].num_images + [16] * batch.buckets[1].num_images
 
 
 def tokenizer_of(data) -> str:

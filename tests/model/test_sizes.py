@@ -9,7 +9,7 @@ from torch import Tensor
 
 from support import runs
 from support.tiny import TOKENIZER, VOCAB_SIZE, document
-from tf_lightning.batch import Batch, by_size, pack, unpack
+from tf_lightning.batch import Batch, crop_by_bucket, pack, unpack
 from tf_lightning.cli.main import main
 from tf_lightning.diffusion.process import DDPM
 from tf_lightning.model.attention import DenseAttention
@@ -74,7 +74,7 @@ def test_a_mixed_batch_costs_what_its_rows_cost_alone(coder, copies):
         nll, diffusion = torch.cat([c.nll for c in costs]), sum(c.diffusion for c in costs)
         (nll.sum() + diffusion).backward()
         gradients.append([p.grad.clone() for p in made.parameters() if p.grad is not None])
-        found.append((nll, diffusion, sum(batch.num_noised for batch in batches)))
+        found.append((nll, diffusion, sum(batch.num_noised_elements for batch in batches)))
     (nll, diffusion, count), (nll_alone, diffusion_alone, count_alone) = found
     torch.testing.assert_close(nll, nll_alone)
     torch.testing.assert_close(diffusion, diffusion_alone)
@@ -86,7 +86,7 @@ def test_a_mixed_batch_costs_what_its_rows_cost_alone(coder, copies):
 def by_hand(made: TransfusionModel, batch: Batch, x_t: Tensor) -> list[Tensor]:
     """The output for each image, which is coded alone and put where it stands."""
     x = made.transformer.tok_embeddings(batch.input_ids)
-    images = [image for part in by_size(x_t, batch.sizes) for image in part]
+    images = [image for part in crop_by_bucket(x_t, batch.buckets) for image in part]
     coded = [
         made.patch_coder.encode(i[None], t[None]) for i, t in zip(images, batch.t, strict=True)
     ]
@@ -105,7 +105,7 @@ def by_hand(made: TransfusionModel, batch: Batch, x_t: Tensor) -> list[Tensor]:
 def test_each_image_is_where_its_document_has_it_whatever_its_size(coder):
     made, batch = net(coder).requires_grad_(False), batch_of([0, 1, 2, 3], coder)
     _, output = made(batch, batch.latents, batch.t, DenseAttention(batch))
-    found = [image for part in by_size(output, batch.sizes) for image in part]
+    found = [image for part in crop_by_bucket(output, batch.buckets) for image in part]
     assert [tuple(image.shape[1:]) for image in found] == 5 * [SMALL] + [WIDE] + 4 * [LARGE]
     for image, expected in zip(found, by_hand(made, batch, batch.latents), strict=True):
         torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-5)
@@ -119,7 +119,7 @@ def test_what_is_padded_around_small_images_is_never_read():
         padded = getattr(batch, name)
         whole = torch.full_like(padded, 1e6)
         for there, part in zip(
-            by_size(whole, batch.sizes), by_size(padded, batch.sizes), strict=True
+            crop_by_bucket(whole, batch.buckets), crop_by_bucket(padded, batch.buckets), strict=True
         ):
             there.copy_(part)
         setattr(batch, name, whole)
@@ -157,7 +157,7 @@ def test_documents_read_back_with_or_without_copies(data):
 
 def test_images_of_one_size_keep_their_order_and_are_not_padded():
     batch = batch_of([1, 1])
-    assert batch.sizes == [(6, 0, 4, 4)] and batch.latents.shape == (6, 3, 4, 4)
+    assert batch.buckets == [(6, 0, 4, 4)] and batch.latents.shape == (6, 3, 4, 4)
     ids = batch.image_ids[batch.image_ids >= 0]
     assert torch.equal(ids, torch.arange(6).repeat_interleave(4))
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tf_lightning.batch import Batch, by_size, pad, split
+from tf_lightning.batch import Batch, crop_by_bucket, pad_images, split_by_bucket
 from tf_lightning.errors import UserError
 from tf_lightning.model.attention import Attention
 from tf_lightning.model.patches import LinearConfig, LinearPatchCoder, has_time_token
@@ -89,13 +89,13 @@ class TransfusionModel(nn.Module):
 
         Behind these m, which is only of the noised images, and h, w.
         """
-        sizes, coder = batch.sizes, self.patch_coder
-        if not sizes:  # data without images does not know their shape; the coder has a gradient
+        buckets, coder = batch.buckets, self.patch_coder
+        if not buckets:  # data without images does not know their shape; the coder has a gradient
             empty = noised_latents.new_empty(0, coder.latent_channels, *[coder.patch_size] * 2)
             return [(*coder.encode(empty, t), 0, empty.shape[-2:])]
-        copied = batch.copied.split([size.copies for size in sizes])
-        found, images = [], by_size(noised_latents, sizes)
-        for noised, times, copies in zip(images, split(t, sizes), copied, strict=True):
+        copied = batch.copied.split([bucket.num_copies for bucket in buckets])
+        found, images = [], crop_by_bucket(noised_latents, buckets)
+        for noised, times, copies in zip(images, split_by_bucket(t, buckets), copied, strict=True):
             size = noised.shape[-2:]
             if len(copies):
                 clean = batch.latents[copies][..., : size[0], : size[1]]
@@ -113,7 +113,7 @@ class TransfusionModel(nn.Module):
         for mine, (patches, skips, count, size) in zip(hidden.split(lengths), parts, strict=True):
             mine = mine.unflatten(0, patches.shape[:2])[:count]
             skips = [skip[:count] for skip in skips]  # nobody asks what a copy's noise is
-            outputs.append(pad(self.patch_coder.decode(mine, size, skips), *shape[-2:]))
+            outputs.append(pad_images(self.patch_coder.decode(mine, size, skips), *shape[-2:]))
         return torch.cat(outputs).view(shape[0], self.outputs * shape[1], *shape[2:])
 
     def _code_logits(self, batch: Batch, attend: Attention) -> Tensor:

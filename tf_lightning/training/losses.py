@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tf_lightning.batch import Batch, by_size, split
+from tf_lightning.batch import Batch, crop_by_bucket, split_by_bucket
 from tf_lightning.diffusion.process import DiffusionProcess
 from tf_lightning.model.attention import build_attention
 from tf_lightning.model.transfusion import TransfusionModel
@@ -69,8 +69,8 @@ def loss_sums(
     else:
         noised = process.add_noise(batch.latents, batch.noise, batch.t)
         logits, output = net(batch, noised, process.model_timesteps(batch.t), attend)
-        images = (by_size(x, batch.sizes) for x in (output, batch.latents, batch.noise))
-        parts = zip(*images, split(batch.t, batch.sizes), strict=True)
+        images = (crop_by_bucket(x, batch.buckets) for x in (output, batch.latents, batch.noise))
+        parts = zip(*images, split_by_bucket(batch.t, batch.buckets), strict=True)
         diffusion = torch.stack([process.loss_sum(*part) for part in parts]).sum()
     targets = batch.labels.flatten()[torch.cat([batch.target_index, batch.code_index])]
     counts = [len(batch.target_index), len(batch.code_index)]

@@ -235,7 +235,7 @@ class Transfusion(L.LightningModule):
             values["loss_codes"] = self.global_mean(sums.code_nll.sum(), codes)
             loss = self.global_mean(sums.nll.sum() + sums.code_nll.sum(), texts + codes)
         else:
-            values["loss_diffusion"] = self.global_mean(sums.diffusion, batch.num_noised)
+            values["loss_diffusion"] = self.global_mean(sums.diffusion, batch.num_noised_elements)
             loss = total_loss(*values.values(), self.hparams.diffusion_weight)
         if weight:
             values["loss_z"] = self.global_mean(sums.z, texts + codes)
@@ -307,7 +307,7 @@ class Transfusion(L.LightningModule):
         for name, total, count in (
             ("loss_lm", nll.sum(), len(nll)),
             ("loss_codes", code_nll.sum(), len(code_nll)),
-            ("loss_diffusion", sums.diffusion, batch.num_noised),
+            ("loss_diffusion", sums.diffusion, batch.num_noised_elements),
         ):
             for sums, value in zip(self.val_sums[source, name], (total, count), strict=True):
                 sums.update(value)
