@@ -6,6 +6,7 @@
 PYTHON ?= python3.13 python3.12 python3.11 python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+DOCS   := .venv/.docs-installed
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -19,6 +20,9 @@ test: env  ## run the tests
 lint: env  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(DOCS)  ## build the documentation into site/; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 env: $(STAMP)  ## make .venv, or bring it up to date; the other targets do this themselves
 
@@ -46,4 +50,8 @@ endif
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]' -c constraints.txt
 	@printf '%s' '$(CURDIR)' > $(STAMP)
 
-.PHONY: help quickstart test lint env
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	@touch $(DOCS)
+
+.PHONY: help quickstart test lint docs env

@@ -23,7 +23,8 @@ def ranges(requirements: list[str]) -> dict[str, tuple[set[str], SpecifierSet]]:
 
 
 def direct_dependencies() -> dict[str, tuple[set[str], SpecifierSet]]:
-    return ranges(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"])
+    extra = PROJECT["optional-dependencies"]
+    return ranges(PROJECT["dependencies"] + extra["test"] + extra["docs"])
 
 
 def pins() -> dict[str, str]:
@@ -72,6 +73,7 @@ def test_pins_hold_on_every_platform():
             "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "
             "--no-loadscope-reorder",
         ),
+        ("docs", "NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict"),
     ],
 )
 def test_the_documented_targets_run_the_documented_commands(target, command):
