@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from callbacks.sheet import run_folder
-from tf_lightning.autoencoder.network import measure_latents, save_network
+from tf_lightning.autoencoder.network import latent_statistics, save_network
 from tf_lightning.data.pictures import PictureData, ValPictures
 from tf_lightning.training.autoencoder import AutoencoderModule
 
@@ -49,7 +49,7 @@ class SaveAutoencoder(L.Callback):
         data: PictureData = trainer.datamodule
         network.register_to_config(sample_size=max(data.image_size))
         if not module.config.num_codes:
-            found = measure_latents(network, self.pictures(data, module.device))
+            found = latent_statistics(network, self.pictures(data, module.device))
             network.register_to_config(**found)
         held_out = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
         report = {

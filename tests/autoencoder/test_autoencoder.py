@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from support.shape_pictures import pictures
-from tf_lightning.autoencoder.frozen import SHAPES, Autoencoder, load_autoencoder
+from tf_lightning.autoencoder.frozen import SHAPES, KLAutoencoder, load_autoencoder
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.world import IMAGE_SIZE
 
@@ -18,7 +18,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def shapes() -> Autoencoder:
+def shapes() -> KLAutoencoder:
     return load_autoencoder("shapes")
 
 
@@ -67,7 +67,7 @@ def test_single_scaling_and_shift_factors_are_used_where_channels_have_none():
     model = tiny(scaling_factor=0.5, shift_factor=2.0)
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     expected = (model.encode(images).latent_dist.mode() - 2.0) * 0.5
-    torch.testing.assert_close(Autoencoder(model).encode(images), expected.detach())
+    torch.testing.assert_close(KLAutoencoder(model).encode(images), expected.detach())
 
 
 def test_decoding_undoes_the_scaling_and_clips():
@@ -77,7 +77,7 @@ def test_decoding_undoes_the_scaling_and_clips():
         1, 2, 1, 1
     )
     expected = model.decode(raw).sample.clamp(-1, 1).detach()
-    torch.testing.assert_close(Autoencoder(model).decode(latents), expected)
+    torch.testing.assert_close(KLAutoencoder(model).decode(latents), expected)
 
 
 def test_autocast_does_not_change_latents(shapes):
@@ -143,15 +143,15 @@ def test_truncated_weights_are_one_sentence(folder):
     weights = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(weights[: len(weights) // 2])
     assert str(folder) in one_sentence(str(folder))
-    assert "does not load" in one_sentence(str(folder / WEIGHTS))
+    assert "cannot be loaded" in one_sentence(str(folder / WEIGHTS))
 
 
 def test_weights_that_lack_a_tensor_are_refused(folder):
     weights = load_file(folder / WEIGHTS)
     del weights["encoder.conv_in.bias"]
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    assert "not those of its config.json" in one_sentence(str(folder))
-    assert "not those of its config.json" in one_sentence(str(folder / WEIGHTS))
+    assert "do not match its config.json" in one_sentence(str(folder))
+    assert "do not match its config.json" in one_sentence(str(folder / WEIGHTS))
 
 
 def test_picture_of_an_odd_size_is_one_sentence(shapes):

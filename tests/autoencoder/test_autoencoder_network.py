@@ -6,11 +6,11 @@ from diffusers import AutoencoderKL
 
 from tf_lightning.autoencoder.network import (
     AutoencoderConfig,
-    blur,
-    build_network,
+    add_latent_noise,
+    build_autoencoder,
     decode,
     encode_posterior,
-    project,
+    encode_vq,
     quantize,
     row_noise,
 )
@@ -21,21 +21,21 @@ SMALL = {"channels": (4, 8), "layers_per_block": 1, "norm_groups": 2, "mid_atten
 
 def small_vq(**config):
     torch.manual_seed(0)
-    return build_network(AutoencoderConfig(**SMALL, num_codes=11, code_dim=3, **config))
+    return build_autoencoder(AutoencoderConfig(**SMALL, num_codes=11, code_dim=3, **config))
 
 
 @pytest.mark.parametrize("codes", [{}, {"latent_channels": 256, "num_codes": 16_384}])
 def test_defaults_are_of_the_papers_86_million(codes):
     config = AutoencoderConfig(**codes)
     with torch.device("meta"):
-        network = build_network(config)
+        network = build_autoencoder(config)
     count = sum(weight.numel() for weight in network.parameters())
     assert config.downsample == 8
     assert 83e6 < count < 88e6
 
 
 def test_the_posterior_is_diffusers():
-    network = build_network(AutoencoderConfig(**SMALL))
+    network = build_autoencoder(AutoencoderConfig(**SMALL))
     assert isinstance(network, AutoencoderKL)
     images = torch.randn(2, 3, 8, 8)
     posterior, theirs = encode_posterior(network, images), network.encode(images).latent_dist
@@ -76,13 +76,13 @@ def test_gradients_pass_the_quantiser_as_if_it_were_not_there():
 def test_decoding_codes_is_diffusers_own_way():
     network = small_vq()
     images = torch.randn(2, 3, 8, 8)
-    ours = decode(network, quantize(network, project(network, images)).latents)
+    ours = decode(network, quantize(network, encode_vq(network, images)).latents)
     torch.testing.assert_close(ours, network(images).sample)
 
 
 def test_latents_are_blurred_by_their_channels_spread():
     mean = torch.randn(2, 2, 64, 64) * torch.tensor([1.0, 5.0]).view(1, 2, 1, 1)
-    blurred = blur(mean, mean, torch.tensor([0.0, 2.0]), torch.randn_like(mean))
+    blurred = add_latent_noise(mean, mean, torch.tensor([0.0, 2.0]), torch.randn_like(mean))
     added = (blurred - mean).std((2, 3))
     torch.testing.assert_close(added, torch.tensor([[0.0, 0.0], [2.0, 10.0]]), rtol=0.05, atol=0)
 

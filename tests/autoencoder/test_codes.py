@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from callbacks.prompts import captioned
-from tf_lightning.autoencoder.frozen import SHIPPED, load_autoencoder, load_fitting
-from tf_lightning.autoencoder.network import AutoencoderConfig, build_network, save_network
+from tf_lightning.autoencoder.frozen import SHIPPED, load_autoencoder, load_matching_autoencoder
+from tf_lightning.autoencoder.network import AutoencoderConfig, build_autoencoder, save_network
 from tf_lightning.data.images import to_pixels
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.sources import ShapesCaptions
@@ -16,7 +16,7 @@ from tf_lightning.shapes.sources import ShapesCaptions
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
-    network = build_network(
+    network = build_autoencoder(
         AutoencoderConfig((4, 8, 8), 1, 8, norm_groups=2, mid_attention=False, num_codes=32)
     )
     with torch.no_grad():
@@ -51,14 +51,14 @@ def test_mistakes_are_one_sentence(folder):
         codes.encode(torch.zeros(1, 3, 18, 16))
     with pytest.raises(UserError, match="codebook of 32"):
         codes.decode(torch.full((1, 1, 4, 4), 32))
-    assert load_fitting(str(folder), 8, 32).num_codes == 32  # channels are of latents
+    assert load_matching_autoencoder(str(folder), 8, 32).num_codes == 32  # channels are of latents
     told = "has 32 codes but the model has 64 codes; give --model.num_codes 32 or"
     with pytest.raises(UserError, match=told):
-        load_fitting(str(folder), 1, 64)
+        load_matching_autoencoder(str(folder), 1, 64)
     with pytest.raises(UserError, match="has 32 codes but the model has continuous latents"):
-        load_fitting(str(folder), 1, None)
+        load_matching_autoencoder(str(folder), 1, None)
     with pytest.raises(UserError, match="continuous latents but .* 64 codes.*num_codes null"):
-        load_fitting("shapes", 8, 64)
+        load_matching_autoencoder("shapes", 8, 64)
 
 
 def test_the_shipped_codes_reconstruct_as_reported():

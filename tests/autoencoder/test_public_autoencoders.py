@@ -161,5 +161,5 @@ def test_a_file_that_is_not_the_configs_is_one_sentence(saved, fault):
     save_file(weights, folder / "whole.safetensors")
     with pytest.raises(UserError) as caught:
         load_autoencoder(str(folder / "whole.safetensors"))
-    assert "weights are not those of its config.json" in str(caught.value)
+    assert "weights do not match its config.json" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.shapes.grammar import caption
 from tf_lightning.shapes.sources import picture
 from tf_lightning.shapes.world import draw_scene, generator
-from tf_lightning.tokenizer.tokenizer import Tokenizer, train
+from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from tf_lightning.training.module import Transfusion
 
 COUNT = 80
@@ -53,7 +53,7 @@ def tiny_model(folder) -> tuple[Transfusion, list[Document]]:
         scene = draw_scene(rng, split="train")
         told.append((caption(scene, rng), to_pixels(picture(scene))))
     texts, pixels = zip(*told, strict=True)
-    tokenizer = train(iter(texts), folder / "t.model", 400)
+    tokenizer = train_tokenizer(iter(texts), folder / "t.model", 400)
     latents = load_autoencoder("shapes").encode(torch.stack(pixels))
     documents = [
         [torch.tensor(tokenizer.encode(text)), image]

@@ -11,8 +11,8 @@ from support import autoencoder_runs as aruns
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.autoencoder.network import (
     AutoencoderConfig,
-    build_network,
-    measure_latents,
+    build_autoencoder,
+    latent_statistics,
     save_network,
 )
 from tf_lightning.data import Mixture
@@ -28,14 +28,14 @@ def saved(tmp_path_factory):
 
 def small():
     torch.manual_seed(0)
-    return build_network(AutoencoderConfig((4, 8), 1, 2, norm_groups=2, mid_attention=False))
+    return build_autoencoder(AutoencoderConfig((4, 8), 1, 2, norm_groups=2, mid_attention=False))
 
 
 def test_statistics_are_those_of_all_latents_at_once():
     network, images = small(), torch.rand(5, 3, 8, 8) * 2 - 1
     with torch.no_grad():
         latents = network.encode(images).latent_dist.mode()
-    found = measure_latents(network, images.split(2))
+    found = latent_statistics(network, images.split(2))
     assert found["latents_mean"] == pytest.approx(latents.mean((0, 2, 3)).tolist(), abs=1e-6)
     assert found["latents_std"] == pytest.approx(latents.std((0, 2, 3)).tolist(), rel=1e-5)
 

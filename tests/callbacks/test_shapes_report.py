@@ -19,7 +19,7 @@ from tf_lightning.shapes.grammar import captions, parse, text_log_prob
 from tf_lightning.shapes.oracle import read
 from tf_lightning.shapes.sources import ShapesTexts
 from tf_lightning.shapes.world import held_out
-from tf_lightning.tokenizer.tokenizer import train
+from tf_lightning.tokenizer.tokenizer import train_tokenizer
 from tf_lightning.training.module import Transfusion
 
 COUNT, SEED = 6, 3
@@ -29,7 +29,7 @@ COUNT, SEED = 6, 3
 def module(tmp_path_factory) -> Transfusion:
     """A module that finds every next token equally probable."""
     texts = (text for (text,) in ShapesTexts(200, 1).documents("train"))
-    tokenizer = train(texts, tmp_path_factory.mktemp("tokenizer") / "t.model", 300)
+    tokenizer = train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "t.model", 300)
     config = TransformerConfig(vocab_size=300, dim=32, num_layers=1, num_heads=2, ffn_dim=48)
     module = Transfusion(config, patch_size=PATCH_SIZE, latent_channels=3)
     module.configure_model()

@@ -136,7 +136,7 @@ def test_a_missing_shard_is_named_before_any_weight_is_read(tmp_path, monkeypatc
     tiny().save_pretrained(tmp_path, max_shard_size="10KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
-    monkeypatch.setattr("tf_lightning.interop.hub.load_file", None)
+    monkeypatch.setattr("tf_lightning.interop.llama.load_file", None)
     with pytest.raises(UserError, match=f"{shard.name} cannot be read"):
         open_language_model(tmp_path)
 
@@ -160,7 +160,7 @@ def test_a_name_on_the_hub_is_one_sentence_offline_and_its_copy_here_is_found(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="no folder owner/tiny, and the hub gives no model"):
+    with pytest.raises(UserError, match="no folder owner/tiny, and the hub does not provide"):
         open_language_model("owner/tiny")
     copy = tmp_path / "models--owner--tiny"
     tiny().save_pretrained(copy / "snapshots" / "abc")

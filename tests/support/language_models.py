@@ -8,7 +8,7 @@ import torch
 from tf_lightning.batch import Batch
 from tf_lightning.model.attention import VarlenAttention
 from tf_lightning.model.transformer import Transformer
-from tf_lightning.tokenizer.tokenizer import train
+from tf_lightning.tokenizer.tokenizer import train_tokenizer
 
 TEXTS = ["a red circle above a blue square", "the lobster is blue , and the circle is not ."] * 20
 END = "<|endoftext|>"
@@ -46,7 +46,7 @@ def tiny(kind: str = "Llama", **sizes):
 
 def with_sentencepiece(folder: Path, vocab_size: int = 300) -> None:
     """A tokenizer.model of `vocab_size` pieces."""
-    made = train(iter(TEXTS), folder / "made.model", vocab_size + 2)
+    made = train_tokenizer(iter(TEXTS), folder / "made.model", vocab_size + 2)
     (folder / "made.model").unlink()
     (folder / "tokenizer.model").write_bytes(made.proto)
 

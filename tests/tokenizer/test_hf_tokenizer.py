@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from support.language_models import END, edit_json, tiny, with_json, with_sentencepiece
 from tf_lightning.errors import UserError
-from tf_lightning.tokenizer.huggingface import write
+from tf_lightning.tokenizer.huggingface import write_pretrained
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
 TEXT = "a red circle,  naïve 日本語 🙂\n"
@@ -69,7 +69,7 @@ def test_a_mark_that_a_text_could_forge_is_refused(tmp_path):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"][0]["special"] = False
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="so that a text could forge it; set"):
+    with pytest.raises(UserError, match="so a document could forge it; set"):
         Tokenizer(folder)
 
 
@@ -110,7 +110,7 @@ def test_a_tokenizer_json_made_of_a_sentencepiece_model_is_the_same(tmp_path, te
 
     folder = make_folder(tmp_path, "sentencepiece")
     pieces = Tokenizer(folder)
-    write(pieces, folder)
+    write_pretrained(pieces, folder)
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     (folder / "tokenizer.model").unlink()
     made = Tokenizer(folder)
@@ -125,7 +125,7 @@ def test_a_tokenizer_json_made_of_a_sentencepiece_model_is_the_same(tmp_path, te
 @pytest.mark.parametrize("rows", [280, 400])
 def test_another_models_tokenizer_is_refused(tmp_path, kind, rows):
     folder = make_folder(tmp_path, kind, rows)
-    with pytest.raises(UserError, match=f"entries but its model {rows} rows; put the model's own"):
+    with pytest.raises(UserError, match=f"entries but its model has {rows} embedding rows; copy"):
         Tokenizer(folder)
 
 
@@ -134,7 +134,7 @@ def test_another_models_tokenizer_is_refused(tmp_path, kind, rows):
     [
         ("tokenizer.json", None, "neither tokenizer.model nor tokenizer.json"),
         ("tokenizer.json", "{", "tokenizer.json cannot be read"),
-        ("tokenizer.json", "{}", "has no vocabulary by name"),
+        ("tokenizer.json", "{}", "has no vocabulary that maps"),
         ("config.json", None, "config.json cannot be read"),
         ("tokenizer.model", "words", "tokenizer.model is not a sentencepiece model"),
     ],
@@ -151,7 +151,7 @@ def test_broken_files_are_one_sentence(tmp_path, file, content, message):
 def test_a_file_that_names_no_end_is_refused_and_config_json_may_name_it(tmp_path):
     folder = make_folder(tmp_path)
     (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="names no end of a text"):
+    with pytest.raises(UserError, match="does not name an end-of-text token"):
         Tokenizer(folder)
     edit_json(folder / "config.json", {"eos_token_id": [0, 5], "bos_token_id": 1})
     tokenizer = Tokenizer(folder)

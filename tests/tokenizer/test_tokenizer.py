@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tf_lightning.errors import UserError
-from tf_lightning.tokenizer.tokenizer import Tokenizer, train
+from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["a red circle above a blue square", "the lobster is blue , and the circle is not ."] * 20
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    return train(iter(TEXTS), tmp_path_factory.mktemp("tokenizer") / "a.model", vocab_size=320)
+    return train_tokenizer(iter(TEXTS), tmp_path_factory.mktemp("tokenizer") / "a.model", vocab_size=320)
 
 
 @settings(max_examples=200, deadline=None)
@@ -68,11 +68,11 @@ def test_decoding_drops_specials(tokenizer):
 
 
 def test_training_again_gives_the_same_file(tokenizer, tmp_path):
-    assert train(iter(TEXTS), tmp_path / "b.model", vocab_size=320).proto == tokenizer.proto
+    assert train_tokenizer(iter(TEXTS), tmp_path / "b.model", vocab_size=320).proto == tokenizer.proto
 
 
 def test_a_small_corpus_fills_the_vocabulary_with_pieces_that_never_occur(tmp_path):
-    tokenizer = train(iter(["ab ab"]), tmp_path / "small.model", vocab_size=5000)
+    tokenizer = train_tokenizer(iter(["ab ab"]), tmp_path / "small.model", vocab_size=5000)
     assert tokenizer.vocab_size == 5000
     for text in ("ba ab", "<unused300>", "a <unused4997>"):
         ids = tokenizer.encode(text)
@@ -140,16 +140,16 @@ def test_a_file_without_document_ends_is_a_user_error(tmp_path):
 )
 def test_training_faults_leave_no_file(tmp_path, texts, vocab_size, sentence):
     with pytest.raises(UserError, match=sentence):
-        train(iter(texts), tmp_path / "a.model", vocab_size)
+        train_tokenizer(iter(texts), tmp_path / "a.model", vocab_size)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_size_it_asks_for_is_enough(tmp_path):
     with pytest.raises(UserError) as fault:
-        train(iter(TEXTS), tmp_path / "a.model", vocab_size=100)
+        train_tokenizer(iter(TEXTS), tmp_path / "a.model", vocab_size=100)
     enough = int(str(fault.value).split()[-1])
-    assert train(iter(TEXTS), tmp_path / "a.model", enough).vocab_size == enough
+    assert train_tokenizer(iter(TEXTS), tmp_path / "a.model", enough).vocab_size == enough
 
 
 def test_half_a_surrogate_pair_does_not_stop_training(tmp_path):
-    assert train(iter([*TEXTS, "bad \ud800 text"]), tmp_path / "a.model", 320).vocab_size == 320
+    assert train_tokenizer(iter([*TEXTS, "bad \ud800 text"]), tmp_path / "a.model", 320).vocab_size == 320

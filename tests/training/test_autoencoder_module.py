@@ -251,9 +251,7 @@ def refused(capsys):
     [
         ({"gan_start_step": 6}, "gan_start_step=6 is not before the last step (max_steps=6)"),
         ({"lpips_weight": 1.0}, "lpips_weight: 0"),
-        ({"feature_weight": 0.2}, "feature_model"),
-        ({"feature_weight": 0.2, "feature_model": "gone.pth"}, "gone.pth"),
-        ({"network": {"channels": [4] * 8}}, "64x64 do not divide into cells of 128"),
+        ({"network": {"channels": [4] * 8}}, "images of 64x64 pixels are not divisible"),
         ({"network": {"channels": [3, 4]}}, "norm_groups=2"),
         (aruns.VQ | {"latent_noise": 0.1}, "latent_noise=0.1"),
     ],

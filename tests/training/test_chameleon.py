@@ -15,7 +15,7 @@ from support import ranks, runs
 from support.tiny import PICTURE_OF_CODES as PICTURE
 from support.tiny import SIZES, TOKENIZER, code_batch
 from tf_lightning.autoencoder.frozen import load_autoencoder
-from tf_lightning.autoencoder.network import AutoencoderConfig, build_network, save_network
+from tf_lightning.autoencoder.network import AutoencoderConfig, build_autoencoder, save_network
 from tf_lightning.batch import IGNORE_INDEX, pack, unpack
 from tf_lightning.cli.main import main
 from tf_lightning.data import Mixture
@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_told_before_anything_is_prepared(argument, tmp_pat
 
 def test_a_vq_of_another_codebook_than_the_checkpoints_is_refused(run, tmp_path, fails):
     sizes = {"layers_per_block": 1, "norm_groups": 2, "mid_attention": False, "num_codes": 32}
-    save_network(build_network(AutoencoderConfig((4, 8), **sizes)), tmp_path / "vq", {})
+    save_network(build_autoencoder(AutoencoderConfig((4, 8), **sizes)), tmp_path / "vq", {})
     checkpoint = run / "checkpoints" / "last.ckpt"
     config = runs.write_config(tmp_path, chameleon)
     other = f"--data.init_args.autoencoder={tmp_path}/vq"

@@ -1,20 +1,18 @@
-"""The frozen autoencoder between pictures and latents: a diffusers `AutoencoderKL`, or none.
+"""Frozen autoencoders, which map images to latents or codes and back.
 
-`codes` has its twin, whose pictures are codes of a codebook.
+The three classes have one interface: `encode`, `decode`, `to`, `latent_channels`, `downsample`,
+`num_codes` (None for continuous latents) and `fingerprint`.
 
-Kept outside every LightningModule, so its weights enter no checkpoint and no optimizer.
-Shapes: B pictures of H x W pixels, C latent channels of h = H / downsample by w = W / downsample.
+    KLAutoencoder     diffusers' `AutoencoderKL`: continuous latents of unit variance
+    VQAutoencoder     diffusers' `VQModel`: one code per latent position, for images as tokens
+    PixelAutoencoder  no network: the latents are the pixels
 
-The frozen VQ autoencoder between pictures and codes: a diffusers `VQModel`.
+They are not part of the LightningModule, so no checkpoint and no optimizer holds their weights.
 
-Its ids stand where the continuous one of `autoencoder` has latents of one channel; so whatever
-stores, packs or hands on pictures knows one form.
-Shapes: B pictures of H x W pixels, h = H / downsample by w = W / downsample codes.
+Shapes: B images of H x W pixels, C latent channels, h = H / downsample, w = W / downsample.
 """
 
 import hashlib
-import json
-import re
 from functools import cached_property
 from pathlib import Path
 
@@ -22,110 +20,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tf_lightning.autoencoder.network import decode, project, quantize
+from tf_lightning.autoencoder.network import decode, encode_vq, quantize
 from tf_lightning.errors import UserError
-
-
-class Codes:
-    """A trained VQ autoencoder: `encode` pictures to ids, `decode` ids to pictures.
-
-    Args:
-        model: the diffusers model.
-    """
-
-    latent_channels = 1
-
-    def __init__(self, model: nn.Module):
-        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.num_codes: int = model.config.num_vq_embeddings
-        self.downsample: int = 2 ** (len(model.config.block_out_channels) - 1)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Identifies the weights, wherever they were loaded from."""
-        return digest_of(*self.model.state_dict().values())
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """The nearest codes of pictures, row by row from the top.
-
-        Args:
-            images: (B, 3, H, W) in [-1, 1].
-
-        Returns:
-            ids (B, 1, h, w) int64 in {0..num_codes-1}.
-
-        Raises:
-            UserError: if H or W is no multiple of `downsample`.
-        """
-        check_size(*images.shape[-2:], self.downsample)
-        images = images.to(torch.float32, memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, enabled=False):  # codes are data, ever the same
-            return quantize(self.model, project(self.model, images)).ids.unsqueeze(1)
-
-    @torch.no_grad()
-    def decode(self, ids: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), clipped to [-1, 1], of ids (B, 1, h, w).
-
-        Raises:
-            UserError: if an id is not of the codebook.
-        """
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_codes:
-            raise UserError(
-                f"ids from {int(ids.min())} to {int(ids.max())} are not all codes of a codebook of "
-                f"{self.num_codes}; give those of this autoencoder"
-            )
-        latents = self.model.quantize.embedding(ids[:, 0]).permute(0, 3, 1, 2)
-        with torch.autocast(ids.device.type, enabled=False):
-            return decode(self.model, latents).clamp(-1, 1).contiguous()
-
-    def to(self, device: torch.device | str) -> "Codes":
-        """Moves the weights, and returns itself."""
-        self.model.to(device)
-        return self
-
+from tf_lightning.hub import find_folder, first_sentence, is_hub_name, read_json
 
 ASSETS = Path(__file__).parents[1] / "shapes" / "assets"
 SHAPES = ASSETS / "shapes-autoencoder"
 SHIPPED = {"shapes": SHAPES, "shapes_vq": ASSETS / "shapes-vq"}
-HUB_TIMEOUT = 10.0  # seconds
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
-class Pixels:
-    """The autoencoder that does nothing: latents are the pictures themselves."""
-
-    latent_channels = 3
-    downsample = 1
-    fingerprint = "pixels"
-    num_codes = None
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Returns the pictures, (B, 3, H, W) in [-1, 1]."""
-        return images
-
-    def moments(self, images: Tensor) -> Tensor:
-        """The pictures, and 0 for the spread around them, (B, 2, 3, H, W)."""
-        return torch.stack([images, torch.zeros_like(images)], 1)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Returns the latents clipped to [-1, 1], (B, 3, H, W)."""
-        return latents.clamp(-1, 1)
-
-    def to(self, device: torch.device | str) -> "Pixels":
-        """Returns itself: it has no weights."""
-        return self
-
-
-class Autoencoder:
-    """An `AutoencoderKL` whose latents are shifted and scaled to zero mean and unit variance.
+class KLAutoencoder:
+    """An `AutoencoderKL` whose latents are normalized to zero mean and unit variance.
 
     Args:
-        model: the diffusers model. Its config says the mean and the standard deviation of each
-            latent channel (`latents_mean`, `latents_std`), or else one `shift_factor` and
-            `scaling_factor` for all.
+        model: the diffusers model. Its config has the mean and the standard deviation of each
+            latent channel (`latents_mean`, `latents_std`), or one `shift_factor` and one
+            `scaling_factor` for all channels.
     """
 
-    num_codes = None  # its latents are continuous
+    num_codes = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -141,107 +55,201 @@ class Autoencoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the weights and the scaling, wherever they were loaded from."""
-        return digest_of(*self.model.state_dict().values(), self.mean, self.std)
+        """Hash of the weights and of the normalization."""
+        return hash_tensors(*self.model.state_dict().values(), self.mean, self.std)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """The mode of the posterior of pictures.
+        """Return the mode of the posterior.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
 
         Returns:
-            Latents with unit variance, float32 (B, C, h, w).
+            Latents of unit variance, (B, C, h, w) float32.
 
         Raises:
-            UserError: if H or W is no multiple of `downsample`.
+            UserError: `downsample` does not divide H or W.
         """
         return self.moments(images)[:, 0].contiguous()
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Mean (which `encode` returns) and standard deviation of the posterior of pictures.
+        """Return the mean and the standard deviation of the posterior.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
 
         Returns:
-            Of latents with unit variance, float32 (B, 2, C, h, w).
+            Mean and standard deviation of the normalized latents, (B, 2, C, h, w) float32.
 
         Raises:
-            UserError: if H or W is no multiple of `downsample`.
+            UserError: `downsample` does not divide H or W.
         """
-        height, width = images.shape[-2:]
-        check_size(height, width, self.downsample)
+        check_image_size(*images.shape[-2:], self.downsample)
         images = images.to(torch.float32, memory_format=torch.channels_last)
-        # Full precision whatever the trainer's is: latents are data, the same in every run.
+        # Latents are data: they must not depend on the precision of the run.
         with torch.autocast(images.device.type, enabled=False):
             posterior = self.model.encode(images).latent_dist
         mean, std = (posterior.mode() - self.mean) / self.std, posterior.std / self.std
-        return torch.stack([mean, std], 1)
+        return torch.stack([mean, std], 1)  # (B, 2, C, h, w)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), clipped to [-1, 1], of latents (B, C, h, w) with unit variance."""
+        """Decode latents (B, C, h, w) of unit variance to images (B, 3, H, W) in [-1, 1]."""
         latents = latents.float() * self.std + self.mean
         with torch.autocast(latents.device.type, enabled=False):
             images = self.model.decode(latents.to(memory_format=torch.channels_last)).sample
         return images.clamp(-1, 1).contiguous()
 
-    def to(self, device: torch.device | str) -> "Autoencoder":
-        """Moves the weights, and returns itself."""
+    def to(self, device: torch.device | str) -> "KLAutoencoder":
+        """Move the weights to a device and return self."""
         self.model.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
 
-def digest_of(*tensors: Tensor) -> str:
-    """16 hexadecimal digits that differ where the tensors do."""
+class VQAutoencoder:
+    """A `VQModel`, which encodes an image to codebook indices.
+
+    The codes have the shape of latents with one channel, so data and batches store both alike.
+
+    Args:
+        model: the diffusers model.
+    """
+
+    latent_channels = 1
+
+    def __init__(self, model: nn.Module):
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.num_codes: int = model.config.num_vq_embeddings
+        self.downsample: int = 2 ** (len(model.config.block_out_channels) - 1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights."""
+        return hash_tensors(*self.model.state_dict().values())
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the index of the nearest code at each latent position.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            Codes (B, 1, h, w) int64 in {0..num_codes-1}.
+
+        Raises:
+            UserError: `downsample` does not divide H or W.
+        """
+        check_image_size(*images.shape[-2:], self.downsample)
+        images = images.to(torch.float32, memory_format=torch.channels_last)
+        # Codes are data: they must not depend on the precision of the run.
+        with torch.autocast(images.device.type, enabled=False):
+            return quantize(self.model, encode_vq(self.model, images)).ids.unsqueeze(1)
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Decode codes (B, 1, h, w) to images (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            UserError: a code is not in {0..num_codes-1}.
+        """
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_codes:
+            raise UserError(
+                f"image codes from {int(ids.min())} to {int(ids.max())} are outside the codebook "
+                f"of {self.num_codes}; decode them with the autoencoder that encoded them"
+            )
+        latents = self.model.quantize.embedding(ids[:, 0]).permute(0, 3, 1, 2)  # (B, C, h, w)
+        with torch.autocast(ids.device.type, enabled=False):
+            return decode(self.model, latents).clamp(-1, 1).contiguous()
+
+    def to(self, device: torch.device | str) -> "VQAutoencoder":
+        """Move the weights to a device and return self."""
+        self.model.to(device)
+        return self
+
+
+class PixelAutoencoder:
+    """The identity: the latents are the pixels."""
+
+    latent_channels = 3
+    downsample = 1
+    fingerprint = "pixels"
+    num_codes = None
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the images, (B, 3, H, W) in [-1, 1]."""
+        return images
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Return the images and a standard deviation of 0, (B, 2, 3, H, W)."""
+        return torch.stack([images, torch.zeros_like(images)], 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the latents clipped to [-1, 1], (B, 3, H, W)."""
+        return latents.clamp(-1, 1)
+
+    def to(self, device: torch.device | str) -> "PixelAutoencoder":
+        """Return self; there are no weights to move."""
+        return self
+
+
+Autoencoder = KLAutoencoder | VQAutoencoder | PixelAutoencoder
+
+
+def hash_tensors(*tensors: Tensor) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of tensor values."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def check_size(height: int, width: int, downsample: int) -> None:
-    """UserError unless pictures divide into an autoencoder's cells."""
+def check_image_size(height: int, width: int, downsample: int) -> None:
+    """Raise UserError unless `downsample` divides the height and the width in pixels."""
     if height % downsample or width % downsample:
         raise UserError(
-            f"pictures of {height}x{width} do not divide into cells of {downsample}; "
-            f"give an image size that is a multiple of {downsample}"
+            f"images of {height}x{width} pixels are not divisible by the autoencoder's "
+            f"downsampling factor {downsample}; give an image size that is a multiple of "
+            f"{downsample}"
         )
 
 
-def load_autoencoder(name: str):
-    """Loads an autoencoder by name: an `Autoencoder`, `Pixels`, or `Codes` where it has a codebook.
+def load_autoencoder(name: str) -> Autoencoder:
+    """Load an autoencoder by name.
 
     Args:
-        name: "shapes" or "shapes_vq" for those of the embedded world (64 x 64 pictures), "pixels"
-            for none, a folder with config.json and diffusion_pytorch_model.safetensors, a
-            .safetensors file with config.json beside it (an autoencoder's, with the original names
-            or diffusers', or a whole Stable Diffusion checkpoint), or a name "owner/model" on the
-            Hugging Face hub.
+        name: one of
+            "shapes" or "shapes_vq", the autoencoders of the embedded world (64 x 64 pixels);
+            "pixels", the identity;
+            a folder with config.json and diffusion_pytorch_model.safetensors;
+            a .safetensors file with config.json beside it, which is an autoencoder under its
+            original names or diffusers' names, or a whole Stable Diffusion checkpoint;
+            a name "owner/model" on the Hugging Face hub.
 
     Raises:
-        UserError: if there is no such autoencoder, or it does not load.
+        UserError: the autoencoder does not exist or cannot be loaded.
     """
     if name == "pixels":
-        return Pixels()
-    network = load_network(name)
-    return Codes(network) if hasattr(network, "quantize") else Autoencoder(network)
+        return PixelAutoencoder()
+    model = load_diffusers_model(name)
+    return VQAutoencoder(model) if hasattr(model, "quantize") else KLAutoencoder(model)
 
 
-def load_fitting(name: str, latent_channels: int, num_codes: int | None):
-    """Loads an autoencoder for a model, as `load_autoencoder`.
+def load_matching_autoencoder(
+    name: str, latent_channels: int, num_codes: int | None
+) -> Autoencoder:
+    """Load an autoencoder and check that it fits a Transfusion model.
 
     Args:
-        name: of the autoencoder.
-        latent_channels: of the model, where its pictures are continuous.
-        num_codes: of the model's codebook; None: its pictures are continuous.
+        name: see `load_autoencoder`.
+        latent_channels: latent channels of the model; ignored for discrete image tokens.
+        num_codes: codebook size of the model; None for continuous latents.
 
     Raises:
-        UserError: also if its latents are not the model's.
+        UserError: the autoencoder cannot be loaded, or its latents do not fit the model.
     """
     autoencoder = load_autoencoder(name)
     channels, codes = autoencoder.latent_channels, autoencoder.num_codes
@@ -260,30 +268,28 @@ def load_fitting(name: str, latent_channels: int, num_codes: int | None):
     return autoencoder
 
 
-def load_network(name: str) -> nn.Module:
-    """The diffusers model that `load_autoencoder` names: an AutoencoderKL or a VQModel.
+def load_diffusers_model(name: str) -> nn.Module:
+    """Load the `AutoencoderKL` or `VQModel` that `load_autoencoder` wraps.
 
     Raises:
-        UserError: if there is none, or it does not load.
+        UserError: the model does not exist or cannot be loaded.
     """
     path = SHIPPED.get(name, Path(name))
     try:
-        # A run starts with the same weights whether or not it has pictures to encode: the random
-        # weights that are built to be replaced are not drawn from its own generator.
-        with torch.random.fork_rng(devices=()):
-            if path.exists():
-                return _from_disk(path)
-            if name.count("/") == 1 and path.suffix != ".safetensors" and not path.is_absolute():
-                return _from_hub(name)
+        if is_hub_name(name):
+            path = find_folder(name, ["config.json", WEIGHTS_FILE])
+        if path.exists():
+            # The model is built with random weights, which the file's weights then replace. They
+            # must not advance the run's generator: a run starts from the same weights whether or
+            # not it encodes images.
+            with torch.random.fork_rng(devices=()):
+                return _load_path(path)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # diffusers, safetensors and the hub's transport each raise their own kinds
-        reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
+    except Exception as error:  # diffusers and safetensors raise many types
         raise UserError(
-            f'autoencoder "{name}" does not load ({reason}); '
-            "check the files, the network and HF_HUB_OFFLINE"
+            f'autoencoder "{name}" cannot be loaded ({first_sentence(error)}); check its '
+            "config.json and its weights, or download it again"
         ) from error
     raise UserError(
         f'there is no autoencoder "{name}"; give "shapes", "shapes_vq", "pixels", a folder, a '
@@ -292,64 +298,54 @@ def load_network(name: str) -> nn.Module:
     )
 
 
-def _from_disk(path: Path) -> nn.Module:
+def _load_path(path: Path) -> nn.Module:
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"autoencoder {path} has no config.json in {folder}; put the one of its training there"
+            f"autoencoder {path} has no config.json in {folder}; copy the config.json of the "
+            "autoencoder into that folder"
         )
-    if path.is_dir() or path.name == "diffusion_pytorch_model.safetensors":
-        return _from_folder(folder)
+    if path.is_dir() or path.name == WEIGHTS_FILE:
+        return _load_folder(folder)
     if path.suffix != ".safetensors":
         raise UserError(f"autoencoder file {path} is not a .safetensors file; convert it to one")
-    return _from_file(path)
+    return _load_file(path)
 
 
-# diffusers is imported late because it takes seconds and most commands need no autoencoder. Where
-# weights are missing it fills in random ones and only logs it, so both functions look for them.
+# Both functions import diffusers when they are called, because the import takes seconds and most
+# commands load no autoencoder. Both also look for missing weights, which diffusers replaces by
+# random ones with only a log message.
 
 
-def _from_folder(folder: Path) -> nn.Module:
+def _load_folder(folder: Path) -> nn.Module:
     from diffusers import AutoencoderKL, VQModel
 
-    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-    model, info = (VQModel if kind == "VQModel" else AutoencoderKL).from_pretrained(
+    class_name = read_json(folder / "config.json").get("_class_name")
+    model, info = (VQModel if class_name == "VQModel" else AutoencoderKL).from_pretrained(
         folder,
         torch_dtype=torch.float32,
-        low_cpu_mem_usage=False,  # accelerate, which this needs, is no dependency
+        low_cpu_mem_usage=False,  # True needs accelerate, which is not a dependency
         use_safetensors=True,  # never a pickle
         output_loading_info=True,
     )
     if info["missing_keys"] or info["mismatched_keys"]:
-        raise ValueError("its weights are not those of its config.json")
+        raise ValueError("its weights do not match its config.json")
     return model
 
 
-def _from_file(path: Path) -> nn.Module:
+def _load_file(path: Path) -> nn.Module:
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    # What `from_single_file` does, which keeps random weights where the file lacks some.
+    # As diffusers' `from_single_file`, which does not report missing weights.
     model = AutoencoderKL.from_config(AutoencoderKL.load_config(path.parent))
     weights = load_file(path)
-    if not model.state_dict().keys() <= weights.keys():  # named as outside diffusers
+    if not model.state_dict().keys() <= weights.keys():  # original names, not diffusers'
         weights = convert_ldm_vae_checkpoint(weights, model.config)
     try:
         missing = model.load_state_dict(weights, strict=False).missing_keys
-    except RuntimeError as error:  # of other shapes
-        raise ValueError("its weights are not those of its config.json") from error
+    except RuntimeError as error:  # a tensor has another shape
+        raise ValueError("its weights do not match its config.json") from error
     if missing:
-        raise ValueError("its weights are not those of its config.json")
+        raise ValueError("its weights do not match its config.json")
     return model
-
-
-def _from_hub(name: str) -> nn.Module:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    files = ["config.json", "diffusion_pytorch_model.safetensors"]
-    try:
-        folder = snapshot_download(name, allow_patterns=files, local_files_only=True)
-    except LocalEntryNotFoundError:
-        folder = snapshot_download(name, allow_patterns=files, etag_timeout=HUB_TIMEOUT)
-    return _from_disk(Path(folder))

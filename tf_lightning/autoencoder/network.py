@@ -1,20 +1,12 @@
-"""The autoencoder's network: diffusers' `AutoencoderKL`, or `VQModel` with the same layers.
+"""The trainable autoencoder: diffusers' `AutoencoderKL`, or `VQModel` with the same layers.
 
-Shapes: B pictures of H x W pixels, C latent channels of h = H / downsample by w = W / downsample.
+In this order: the network and its config, encoding and decoding, the noise of training, the usage
+of the codebook, and saving to a folder that diffusers and `data.autoencoder` load.
 
-Which codes of a VQ are in use, and new places for those that are not.
-
-A quantiser moves only the codes that it picks; the others stay where they began, far from what the
-encoder says, for ever. So a code that was long idle is put where the encoder is (random restarts:
-Jukebox, Dhariwal 2020, Sec. 3.1). At the start all are: the codebook begins with the first batch.
-
-An autoencoder made into a folder that diffusers and `data.autoencoder` load.
+Shapes: B images of H x W pixels, C latent channels, h = H / downsample, w = W / downsample.
 """
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +17,27 @@ from torch import Tensor, nn
 
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
+from tf_lightning.files import atomic_folder
 
 
 @dataclass
 class AutoencoderConfig:
-    """Sizes of an autoencoder; the defaults are the paper's class, 84 M weights, f8 (App. A).
+    """Sizes of an autoencoder.
+
+    The defaults match the paper's: 84 M parameters, downsampling by 8 (Transfusion App. A).
 
     Attributes:
-        channels: at each resolution, from the pictures' on; each but the first halves the side.
+        channels: channels at each resolution, from the full resolution down; each entry after the
+            first halves the side.
         layers_per_block: residual blocks of the encoder at each resolution; the decoder has one
             more.
-        latent_channels: C of the latents; of a VQ, what the codes are projected from and to.
-        norm_groups: of group norm; has to divide every number of channels.
-        mid_attention: one attention layer at the lowest resolution of each half.
-        num_codes: None: a VAE; else a VQ with so many codes (paper: 16,384).
-        code_dim: dimensions of a code (paper: 8).
+        latent_channels: channels C of the latents. In a VQ, the encoder's output channels, which
+            are projected to `code_dim` before quantization.
+        norm_groups: groups of group norm; must divide every entry of `channels`.
+        mid_attention: use one attention layer at the lowest resolution of the encoder and of the
+            decoder.
+        num_codes: codebook size of a VQ (paper: 16,384); None for a VAE.
+        code_dim: dimension of a code (paper: 8).
     """
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -54,24 +52,31 @@ class AutoencoderConfig:
         wrong = [width for width in self.channels if width % self.norm_groups]
         if wrong or not self.channels:
             raise UserError(
-                f"channels={list(self.channels)} do not divide into norm_groups={self.norm_groups};"
-                " give multiples of it"
+                f"channels={list(self.channels)} must be multiples of "
+                f"norm_groups={self.norm_groups}; change one of them"
             )
         if self.num_codes is not None and self.num_codes < 2:
-            raise UserError(f"num_codes={self.num_codes} is no codebook; give 2 or more, or null")
+            raise UserError(
+                f"num_codes={self.num_codes} is too small for a codebook; give 2 or more, or null"
+            )
 
     @property
     def downsample(self) -> int:
-        """Pixels of a latent's side."""
+        """Side of a latent in pixels."""
         return 2 ** (len(self.channels) - 1)
 
 
 torch.serialization.add_safe_globals([AutoencoderConfig])
 
 
-def build_network(config: AutoencoderConfig, image_size: int = 256) -> nn.Module:
-    """A new diffusers model; `image_size` only tells others what it was trained on."""
-    from diffusers import AutoencoderKL, VQModel  # takes seconds
+def build_autoencoder(config: AutoencoderConfig, image_size: int = 256) -> nn.Module:
+    """Build a diffusers model with random weights.
+
+    Args:
+        config: sizes.
+        image_size: training resolution in pixels, which is only recorded in the model's config.
+    """
+    from diffusers import AutoencoderKL, VQModel  # imported here because it takes seconds
 
     sizes = {
         "sample_size": image_size,
@@ -87,102 +92,108 @@ def build_network(config: AutoencoderConfig, image_size: int = 256) -> nn.Module
         network = AutoencoderKL(**sizes)
     else:
         network = VQModel(**sizes, num_vq_embeddings=config.num_codes, vq_embed_dim=config.code_dim)
-        network.quantize.legacy = False  # else 0.25 is the codebook's weight, not the commitment's
+        # With legacy=True, diffusers' 0.25 weighs the codebook loss, not the commitment loss.
+        network.quantize.legacy = False
     return network.to(memory_format=torch.channels_last)
 
 
 class Posterior(NamedTuple):
-    """What a VAE's encoder says of pictures: independent normal distributions."""
+    """The normal distribution that a VAE's encoder outputs for each latent element."""
 
     mean: Tensor  # (B, C, h, w)
-    logvar: Tensor
+    logvar: Tensor  # (B, C, h, w)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Latents of standard normal noise."""
+        """Return latents for standard normal noise (B, C, h, w)."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """What losses are computed in: half precision is lifted, double stays."""
+    """Convert half precision to float32 for the losses; keep float32 and float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def encode_posterior(network: nn.Module, images: Tensor) -> Posterior:
-    """The posterior of pictures (B, 3, H, W) in [-1, 1]."""
+    """Return a VAE's posterior of images (B, 3, H, W) in [-1, 1]."""
     posterior = network.encode(images).latent_dist
     return Posterior(at_least_float32(posterior.mean), at_least_float32(posterior.logvar))
 
 
 class Quantized(NamedTuple):
-    """What a VQ's encoder says of pictures."""
+    """The nearest codes of a VQ's encoder outputs z; e are the code vectors."""
 
-    latents: Tensor  # (B, code_dim, h, w) codes, straight-through to the encoder
+    latents: Tensor  # (B, code_dim, h, w) code vectors, with the straight-through gradient
     loss: Tensor  # |sg(z) - e|^2 + 0.25 |z - sg(e)|^2, means over elements
-    ids: Tensor  # (B, h, w)
+    ids: Tensor  # (B, h, w) codebook indices
 
 
-def project(network: nn.Module, images: Tensor) -> Tensor:
-    """What a VQ's encoder says of pictures (B, 3, H, W), before quantising: (B, code_dim, h, w)."""
+def encode_vq(network: nn.Module, images: Tensor) -> Tensor:
+    """Encode images (B, 3, H, W) with a VQ, before quantization, to (B, code_dim, h, w)."""
     return at_least_float32(network.encode(images).latents)
 
 
-def quantize(network: nn.Module, projected: Tensor) -> Quantized:
-    """The nearest codes of (B, code_dim, h, w)."""
-    with torch.autocast(projected.device.type, enabled=False):  # distances, in full precision
-        latents, loss, (_, _, ids) = network.quantize(projected)
-    return Quantized(latents, loss, ids.view(len(projected), *projected.shape[2:]))
+def quantize(network: nn.Module, encoded: Tensor) -> Quantized:
+    """Replace encoder outputs (B, code_dim, h, w) by their nearest codes."""
+    with torch.autocast(encoded.device.type, enabled=False):  # distances need full precision
+        latents, loss, (_, _, ids) = network.quantize(encoded)
+    return Quantized(latents, loss, ids.view(len(encoded), *encoded.shape[2:]))
 
 
 def decode(network: nn.Module, latents: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W), not clipped, of latents or of codes' vectors."""
+    """Decode latents or code vectors to images (B, 3, H, W), which are not clipped."""
     latents = latents.contiguous(memory_format=torch.channels_last)
-    known = {"force_not_quantize": True} if hasattr(network, "quantize") else {}
-    return at_least_float32(network.decode(latents, **known).sample)
+    options = {"force_not_quantize": True} if hasattr(network, "quantize") else {}
+    return at_least_float32(network.decode(latents, **options).sample)
 
 
 def row_noise(like: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random numbers of pictures that depend on (seed, row) alone, whichever rank has the row.
+    """Draw random numbers that depend on (seed, row) only, whatever rank has the row.
 
     Args:
         like: latents, (B, C, h, w).
-        rows: the pictures' places in the stream, (B,).
-        seed: of the run.
+        rows: positions of the images in the data stream, (B,).
+        seed: seed of the run.
 
     Returns:
-        Two standard normal noises like the latents, and a uniform share in [0, 1), (B,).
+        Two standard normal tensors of the latents' shape, and uniform numbers in [0, 1), (B,).
     """
     drawn = []
     for row in rows.tolist():
         generator = row_generator(seed, row)
-        both = torch.randn(2, *like.shape[1:], generator=generator)
-        drawn.append((both, torch.rand((), generator=generator)))
-    both, share = (torch.stack(parts).to(like.device) for parts in zip(*drawn, strict=True))
-    return both[:, 0], both[:, 1], share
+        noises = torch.randn(2, *like.shape[1:], generator=generator)
+        drawn.append((noises, torch.rand((), generator=generator)))
+    noises, uniform = (torch.stack(parts).to(like.device) for parts in zip(*drawn, strict=True))
+    return noises[:, 0], noises[:, 1], uniform
 
 
-def blur(mean: Tensor, latents: Tensor, strength: Tensor, noise: Tensor) -> Tensor:
-    """Latents with noise on top, so that the decoder mends imperfect ones.
+def add_latent_noise(mean: Tensor, latents: Tensor, strength: Tensor, noise: Tensor) -> Tensor:
+    """Add noise to latents, so that the decoder learns to tolerate a diffusion model's errors.
 
-    A diffusion model's latents are never exact; a decoder that has only seen exact ones draws
-    their errors (noise-augmented decoding: Diffusion Transformers with Representation Autoencoders,
-    Sec. 4.3).
+    Noise-augmented decoding: Diffusion Transformers with Representation Autoencoders, Sec. 4.3.
 
     Args:
-        mean: of the posterior, (B, C, h, w), whose spread over a channel is the noise's unit.
-        latents: samples of it.
-        strength: of each picture, (B,), in those units.
-        noise: standard normal, like `mean`.
+        mean: mean of the posterior, (B, C, h, w).
+        latents: samples of the posterior, (B, C, h, w).
+        strength: noise of each image, (B,), in standard deviations of `mean` over a channel.
+        noise: standard normal, (B, C, h, w).
     """
-    spread = mean.detach().std((0, 2, 3), keepdim=True)
-    return latents + strength.view(-1, 1, 1, 1) * spread * noise
+    std = mean.detach().std((0, 2, 3), keepdim=True)  # (1, C, 1, 1)
+    return latents + strength.view(-1, 1, 1, 1) * std * noise
 
 
-class CodebookUse(nn.Module):
-    """Steps since each code was last picked; a buffer, so that a resumed run knows them.
+class CodebookUsage(nn.Module):
+    """Counts the steps since each code was last used, and restarts the codes that are dead.
+
+    The quantizer's loss moves only the codes that are used. An unused code would stay where it was
+    initialized, far from the encoder's outputs, so it is moved to one of them (random restarts:
+    Jukebox, Dhariwal 2020, Sec. 3.1). All codes are dead at the start, so the codebook is
+    initialized from the first batch.
+
+    The counts are a buffer, so that a resumed run continues with them.
 
     Args:
-        num_codes: of the codebook.
-        dead_after: steps without use after which a code is dead.
+        num_codes: codebook size.
+        dead_after: number of steps without use after which a code is dead.
     """
 
     def __init__(self, num_codes: int, dead_after: int):
@@ -195,38 +206,47 @@ class CodebookUse(nn.Module):
         """Which codes are dead, (num_codes,) bool."""
         return self.idle >= self.dead_after
 
-    def count(self, counts: Tensor) -> None:
-        """One step more, in which the codes were picked so often, (num_codes,), on all ranks."""
+    def update(self, counts: Tensor) -> None:
+        """Record one step.
+
+        Args:
+            counts: how often each code was used in this step on all ranks, (num_codes,).
+        """
         self.idle.copy_(torch.where(counts > 0, 0, self.idle + 1))
 
     @torch.no_grad()
     def restart(self, codebook: Tensor, vectors: Tensor, generator: torch.Generator) -> None:
-        """Puts the dead codes where randomly chosen vectors are, in place.
+        """Move each dead code to a random encoder output, in place.
 
         Args:
-            codebook: (num_codes, D).
-            vectors: what the encoder says, (N, D); may be fewer than dead codes.
-            generator: of the choice, on the CPU.
+            codebook: code vectors, (num_codes, code_dim).
+            vectors: encoder outputs, (N, code_dim); N may be smaller than the number of dead codes.
+            generator: CPU generator of the random choice.
         """
-        places = self.dead.nonzero().flatten()
-        if not len(places):
+        dead = self.dead.nonzero().flatten()
+        if not len(dead):
             return
-        rounds = -(-len(places) // len(vectors))  # each vector as often as any other, or once more
+        # Permutations in a row, so that no vector is chosen twice more than another.
+        num_rounds = -(-len(dead) // len(vectors))
         order = torch.cat(
-            [torch.randperm(len(vectors), generator=generator) for _ in range(rounds)]
+            [torch.randperm(len(vectors), generator=generator) for _ in range(num_rounds)]
         )
-        chosen = vectors[order[: len(places)].to(vectors.device)]
-        codebook[places] = chosen.to(codebook.dtype)
+        chosen = vectors[order[: len(dead)].to(vectors.device)]
+        codebook[dead] = chosen.to(codebook.dtype)
 
 
 @torch.no_grad()
-def measure_latents(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, list[float]]:
-    """Mean and standard deviation of each latent channel of a VAE, as keys of its config.
+def latent_statistics(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, list[float]]:
+    """Measure the mean and the standard deviation of each latent channel of a VAE.
 
     Args:
         network: a diffusers AutoencoderKL.
-        batches: pictures (B, 3, H, W) in [-1, 1].
+        batches: batches of images (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        `latents_mean` and `latents_std` of the diffusers config, each a list of C numbers.
     """
+    # Sum, sum of squares and count of each channel, (3, C).
     sums = torch.zeros(3, network.config.latent_channels, dtype=torch.float64)
     for images in batches:
         modes = encode_posterior(network, images).mean.double().cpu()
@@ -238,13 +258,7 @@ def measure_latents(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, 
 
 
 def save_network(network: nn.Module, folder: Path, report: dict) -> None:
-    """Write diffusers' files and report.json, whole or not at all; what is there is replaced."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        new = Path(scratch) / "new"
-        network.save_pretrained(new)
-        (new / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        if folder.exists():
-            os.rename(folder, Path(scratch) / "old")
-        os.rename(new, folder)
-        shutil.rmtree(Path(scratch) / "old", ignore_errors=True)
+    """Write diffusers' files and report.json to a folder, replacing an existing one atomically."""
+    with atomic_folder(folder) as partial:
+        network.save_pretrained(partial)
+        (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n")

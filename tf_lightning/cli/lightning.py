@@ -13,7 +13,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from tf_lightning.autoencoder.frozen import load_fitting
+from tf_lightning.autoencoder.frozen import load_matching_autoencoder
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
 from tf_lightning.cli.parser import stop
 from tf_lightning.errors import UserError
@@ -109,7 +109,7 @@ def refuse_nothing(verb: str, trainer: Mapping) -> None:
 def check_pictures(model: Transfusion, data: L.LightningDataModule) -> None:
     """Refuse an autoencoder that is not the model's before a picture is encoded."""
     if name := getattr(data, "autoencoder_name", None):
-        load_fitting(name, model.hparams.latent_channels, model.hparams.num_codes)
+        load_matching_autoencoder(name, model.hparams.latent_channels, model.hparams.num_codes)
 
 
 def fast_precision(accelerator: str) -> str:

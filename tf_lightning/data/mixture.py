@@ -40,7 +40,7 @@ from tf_lightning.data.stream import (
     ValidationRows,
 )
 from tf_lightning.errors import UserError
-from tf_lightning.tokenizer.tokenizer import Tokenizer, train
+from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 
 def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) -> None:
@@ -104,7 +104,7 @@ def open_tokenizer(
     path = cache_dir / f"tokenizer-{digest}.model"
     if path.exists():
         return Tokenizer(path)
-    return train(texts(sources), path, vocab_size)
+    return train_tokenizer(texts(sources), path, vocab_size)
 
 
 def texts(sources: dict[str, Source]) -> Iterator[str]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tf_lightning.autoencoder.frozen import Autoencoder, load_fitting
+from tf_lightning.autoencoder.frozen import Autoencoder, load_matching_autoencoder
 from tf_lightning.batch import Document
 from tf_lightning.data.images import to_image, to_pixels
 from tf_lightning.diffusion.guidance import Guidance
@@ -58,7 +58,7 @@ class TransfusionPipeline:
         return cls(
             net=module.inference_net,
             tokenizer=Tokenizer.from_proto(module.tokenizer_proto),
-            autoencoder=load_fitting(name, *kind).to(module.device) if shape else None,
+            autoencoder=load_matching_autoencoder(name, *kind).to(module.device) if shape else None,
             latent_shape=tuple(shape) if shape else None,
             hparams=dict(module.hparams),
             max_length=module.row_length,

@@ -1,15 +1,12 @@
-"""Weights out of a checkpoint: the network as safetensors, its text side as a Llama's folder.
+"""Export a checkpoint: the network as safetensors, and its text side as a Llama folder.
 
-FOLDER/net.safetensors  every weight of the network, under its own names
-FOLDER/net.json         the model's arguments, its autoencoder, step, and which weights these are
-FOLDER/tokenizer.bin    the tokenizer, as a checkpoint keeps it
-FOLDER/text/            config.json, model.safetensors and tokenizer, for `transformers`
+FOLDER/net.safetensors  every weight of the network under our names
+FOLDER/net.json         hyper-parameters, autoencoder, step, and whether the weights are averaged
+FOLDER/tokenizer.bin    the tokenizer's bytes, as in a checkpoint
+FOLDER/text/            config.json, model.safetensors and tokenizer for `transformers`
 """
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,126 +18,127 @@ from torch import Tensor
 
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.errors import UserError
-from tf_lightning.interop.hub import read_json
-from tf_lightning.interop.llama import ENTRIES, hf_state_dict, inexpressible, to_hf
+from tf_lightning.files import atomic_folder
+from tf_lightning.hub import read_json
+from tf_lightning.interop.llama import (
+    VOCAB_WEIGHTS,
+    config_to_hf,
+    state_dict_to_hf,
+    unsupported_options,
+)
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.tokenizer import huggingface
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
-FACTS = ("hyper_parameters", "image_codec", "row_length", "global_step")
-MAX_LENGTH = 2048  # of a checkpoint that does not say how long its rows were
+METADATA = ("hyper_parameters", "image_codec", "row_length", "global_step")
+DEFAULT_MAX_LENGTH = 2048  # tokens, for a checkpoint that does not store its row length
 HEAD = "transformer.output.weight"
 
 
 def export(checkpoint: dict, folder: Path, weights: str | None, parts: set[str]) -> str:
-    """Write a checkpoint's parts into a new folder, whole or not at all.
+    """Write parts of a checkpoint to a folder, atomically.
 
     Args:
-        checkpoint: as `read_checkpoint` gives it.
-        folder: is made; an earlier export there is replaced.
-        weights: "ema" or "raw"; None: the average, if there is one.
+        checkpoint: the result of `read_checkpoint`.
+        folder: folder to create; an earlier export is replaced.
+        weights: "ema" or "raw"; None for the averaged weights if there are any.
         parts: "net", "text" or both.
 
     Returns:
-        Which weights were written.
+        "ema" or "raw": the weights that were written.
 
     Raises:
-        UserError: there is no average, the text side is no Llama, or something else is there.
+        UserError: the checkpoint has no averaged weights, the text side is not a Llama, or the
+            folder holds other files.
     """
     if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds other files; give a new folder")
     state_dict = checkpoint["state_dict"]
-    averaged = any(name.startswith("ema.") for name in state_dict)
-    weights = weights or ("ema" if averaged else "raw")
-    if weights == "ema" and not averaged:
-        raise UserError("the checkpoint keeps no averaged weights; give --weights raw")
-    start = "ema." if weights == "ema" else "net."
-    net = {n.removeprefix(start): w for n, w in state_dict.items() if n.startswith(start)}
+    has_ema = any(name.startswith("ema.") for name in state_dict)
+    weights = weights or ("ema" if has_ema else "raw")
+    if weights == "ema" and not has_ema:
+        raise UserError("the checkpoint has no averaged weights; give --weights raw")
+    prefix = "ema." if weights == "ema" else "net."
+    net = {n.removeprefix(prefix): w for n, w in state_dict.items() if n.startswith(prefix)}
     if "text" in parts:
         check_text(transformer_config(checkpoint))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
+    with atomic_folder(folder) as partial:
         if "net" in parts:
-            write_net(checkpoint, net, weights, new)
+            write_net(checkpoint, net, weights, partial)
         if "text" in parts:
-            (new / "text").mkdir()
-            write_text(checkpoint, net, new / "text")
-        if folder.exists():
-            os.rename(folder, Path(scratch) / "old")
-        os.rename(new, folder)
-        shutil.rmtree(Path(scratch) / "old", ignore_errors=True)
+            (partial / "text").mkdir()
+            write_text(checkpoint, net, partial / "text")
     return weights
 
 
 def is_export(folder: Path) -> bool:
-    """Whether `export` wrote this folder."""
+    """Return whether a folder holds an export and nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return bool(names) and names <= {"net.json", "net.safetensors", "tokenizer.bin", "text"}
 
 
 def transformer_config(checkpoint: dict) -> TransformerConfig:
-    """The sizes of a checkpoint's Transformer."""
+    """Return the sizes of a checkpoint's Transformer."""
     sizes = checkpoint["hyper_parameters"]["transformer"]
     return TransformerConfig(**sizes) if isinstance(sizes, dict) else sizes
 
 
 def check_text(config: TransformerConfig) -> None:
-    """Refuse a Transformer whose text side is not a Llama's; image weights do not touch text."""
-    if others := inexpressible(config):
-        told = ", ".join(f"{name}={value!r}" for name, value in others.items())
+    """Raise UserError if the text side is not a Llama; image weights do not matter."""
+    if others := unsupported_options(config):
+        options = ", ".join(f"{name}={value!r}" for name, value in others.items())
         raise UserError(
-            f"a Llama's folder cannot express {told}; train without, or give --only net for the "
-            "network's own weights"
+            f"a Llama folder cannot express {options}; give --only net to export the network's "
+            "own weights"
         )
 
 
 def write_net(checkpoint: dict, net: dict[str, Tensor], weights: str, folder: Path) -> None:
-    """The network as it is; a tied vocabulary head is written once."""
+    """Write the whole network; a tied vocabulary head is stored once."""
     if transformer_config(checkpoint).tie_embeddings:
         net = {name: weight for name, weight in net.items() if name != HEAD}
     save_file({n: w.contiguous() for n, w in net.items()}, folder / "net.safetensors")
-    facts = {name: checkpoint.get(name) for name in FACTS} | {"weights": weights}
-    (folder / "net.json").write_text(json.dumps(facts, indent=2, default=asdict) + "\n")
+    metadata = {name: checkpoint.get(name) for name in METADATA} | {"weights": weights}
+    (folder / "net.json").write_text(json.dumps(metadata, indent=2, default=asdict) + "\n")
     (folder / "tokenizer.bin").write_bytes(bytes(checkpoint["tokenizer"].numpy()))
 
 
 def write_text(checkpoint: dict, net: dict[str, Tensor], folder: Path) -> None:
-    """The Transformer without what belongs to images: the rows behind the tokenizer's own too."""
+    """Write the Transformer without image weights and without the rows of the image tokens."""
     config = transformer_config(checkpoint)
     tokenizer = Tokenizer.from_proto(bytes(checkpoint["tokenizer"].numpy()))
-    start = "transformer."
-    text = {n.removeprefix(start): w for n, w in net.items() if n.startswith(start)}
+    prefix = "transformer."
+    text = {n.removeprefix(prefix): w for n, w in net.items() if n.startswith(prefix)}
     text = {n: w for n, w in text.items() if not n.startswith("image_layers.")}
-    text |= {name: text[name][: tokenizer.boi_id].clone() for name in ENTRIES}
+    text |= {name: text[name][: tokenizer.boi_id].clone() for name in VOCAB_WEIGHTS}
     if config.tie_embeddings:
         del text["output.weight"]
-    tensors = {name: weight.float().contiguous() for name, weight in hf_state_dict(text).items()}
+    tensors = {n: weight.float().contiguous() for n, weight in state_dict_to_hf(text).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    facts = to_hf(config, tokenizer.boi_id, checkpoint.get("row_length") or MAX_LENGTH)
-    facts |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
-    huggingface.write(tokenizer, folder)
+    max_length = checkpoint.get("row_length") or DEFAULT_MAX_LENGTH
+    hf_config = config_to_hf(config, tokenizer.boi_id, max_length)
+    hf_config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    huggingface.write_pretrained(tokenizer, folder)
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
-    """A checkpoint, or the network in an exported folder as one without an average.
+    """Read a checkpoint file, or an exported folder in the form of a checkpoint without EMA.
 
     Raises:
-        UserError: it is neither, or damaged.
+        UserError: the path is neither, or is damaged.
     """
     folder = Path(path)
     if not (folder / "net.json").is_file():
         return read_checkpoint(path)
-    facts = read_json(folder / "net.json")
+    checkpoint = read_json(folder / "net.json")
     try:
         net = load_file(folder / "net.safetensors")
         proto = bytearray((folder / "tokenizer.bin").read_bytes())
-        facts["hyper_parameters"]["ema_decay"] = 0.0
-        if transformer_config(facts).tie_embeddings:
+        checkpoint["hyper_parameters"]["ema_decay"] = 0.0
+        if transformer_config(checkpoint).tie_embeddings:
             net[HEAD] = net["transformer.tok_embeddings.weight"]
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"{folder} cannot be read ({error}); export it again") from error
-    facts["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
-    return facts | {"state_dict": {f"net.{name}": weight for name, weight in net.items()}}
+    checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
+    return checkpoint | {"state_dict": {f"net.{name}": weight for name, weight in net.items()}}

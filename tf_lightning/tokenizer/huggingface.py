@@ -1,12 +1,14 @@
-"""The tokenizer of a language model's folder, in and out again.
+"""Tokenizers of pretrained language models: reading and writing their folders.
 
-Its vocabulary is as large as the model's, which is often padded (Qwen2 has 151,936 rows for 151,646
-pieces), so that <boi> and <eoi> follow the last row and no row changes its meaning.
+A folder in Hugging Face's layout has a `tokenizer.model` (sentencepiece: Llama 2, Mistral) or a
+`tokenizer.json` (byte-pair: Llama 3, Qwen2), beside config.json and tokenizer_config.json.
 
-Text to ids and back by a `tokenizer.json` (Llama 3, Qwen2), through the library `tokenizers`.
+The vocabulary gets as many entries as the model has embedding rows, which are often padded (Qwen2
+has 151,936 rows for 151,646 pieces). So <boi> and <eoi> follow the last row, and every existing row
+keeps its id.
 
-What a checkpoint keeps of it is one JSON object: the file, the ids that the files beside it give to
-start, end and padding, and how many rows the language model has, padding rows included.
+A tokenizer.json is stored in checkpoints and prepared data as one JSON object:
+    {"size", "bos_id", "eos_id", "pad_id", "tokenizer": the content of tokenizer.json}
 """
 
 import json
@@ -18,65 +20,83 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from tf_lightning.errors import UserError
-from tf_lightning.interop.hub import find_folder, is_hub_name, read_json
+from tf_lightning.hub import LANGUAGE_MODEL_FILES, find_folder, is_hub_name, read_json
 
-BYTE = re.compile("<0x[0-9A-F]{2}>")
-SPACE = "\u2581"
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+SPACE = "\u2581"  # stands for a space in sentencepiece's pieces
+MAX_PADDING = 0.05  # maximum share of embedding rows without a piece; known models have < 0.02
 
 
-class JsonPieces:
-    """The pieces of a `tokenizer.json`.
+# ----------------------------------------------------------------------------------- one JSON file
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` behind the methods of a sentencepiece processor.
 
     Attributes:
-        size: entries of the language model's vocabulary, at least the file's.
-        bos_id, eos_id, pad_id: start and end of a document, and padding.
+        size: number of embedding rows of the language model, at least the number of pieces.
+        bos_id, eos_id: start and end of a document.
+        pad_id: padding.
     """
 
     def __init__(self, proto: bytes, name: str):
+        """Parse the JSON object described in the module docstring.
+
+        Args:
+            proto: its bytes.
+            name: name of the tokenizer in error messages.
+
+        Raises:
+            UserError: the bytes are damaged, or a text could produce a special token.
+        """
         try:
             content = json.loads(proto)
-            facts: dict[str, int] = {k: content[k] for k in ("size", "bos_id", "eos_id", "pad_id")}
-            self._processor = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
+            ids: dict[str, int] = {k: content[k] for k in ("size", "bos_id", "eos_id", "pad_id")}
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
         except Exception as error:  # `tokenizers` raises bare Exceptions
             raise UserError(
-                f"tokenizer {name} is no tokenizer.json; download the folder again"
+                f"tokenizer {name} is not a valid tokenizer.json; download the folder again"
             ) from error
-        self.size, self.pad_id = facts["size"], facts["pad_id"]
-        self.bos_id, self.eos_id = facts["bos_id"], facts["eos_id"]
-        self._processor.encode_special_tokens = True  # as text: nobody forges a special token
-        self._processor.no_truncation()
-        self._processor.no_padding()
-        added = self._processor.get_added_tokens_decoder()
+        self.size, self.pad_id = ids["size"], ids["pad_id"]
+        self.bos_id, self.eos_id = ids["bos_id"], ids["eos_id"]
+        # Encode the text of a special token as plain text, so that users cannot forge it.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
         self._controls = {i for i, token in added.items() if token.special}
         self._controls |= {self.bos_id, self.eos_id, self.pad_id}
         self._added = added.keys()
         self._byte_level = "ByteLevel" in json.dumps(content["tokenizer"].get("decoder"))
+        self._check_not_forgeable(name)
+
+    def _check_not_forgeable(self, name: str) -> None:
         for special in {self.bos_id, self.eos_id}:
-            text = self._processor.id_to_token(special)
+            text = self._tokenizer.id_to_token(special)
             if text is not None and special in self.encode(text):
                 raise UserError(
-                    f"tokenizer {name} reads the text {text!r} as a mark of its own, so that a "
-                    'text could forge it; set "special": true for it in tokenizer.json'
+                    f"tokenizer {name} encodes the text {text!r} as a special token, so a "
+                    'document could forge it; set "special": true for it in tokenizer.json'
                 )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, no specials among them."""
-        text.encode()  # half of a surrogate pair is a UnicodeError here, a TypeError there
-        return self._processor.encode(text, add_special_tokens=False).ids
+        """Return the token ids of a text, without special tokens."""
+        text.encode()  # raises UnicodeError for a lone surrogate; `tokenizers` raises TypeError
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; what the file gives no piece has none."""
-        known = [i for i in ids if self._processor.id_to_token(i) is not None]
-        return self._processor.decode(known, skip_special_tokens=False)
+        """Return the text of token ids; ids without a piece are skipped."""
+        known = [i for i in ids if self._tokenizer.id_to_token(i) is not None]
+        return self._tokenizer.decode(known, skip_special_tokens=False)
 
     def byte_counts(self) -> tuple[list[int], list[int]]:
-        """As `Tokenizer.byte_counts`, without the image tokens."""
-        pieces = [self._processor.id_to_token(i) or "" for i in range(self.size)]
+        """Return `Tokenizer.byte_counts` without the two image tokens."""
+        pieces = [self._tokenizer.id_to_token(i) or "" for i in range(self.size)]
         inside = [self._num_bytes(i, piece) for i, piece in enumerate(pieces)]
         spaced = [i for i, piece in enumerate(pieces) if piece.startswith(SPACE)]
-        dropped = bool(spaced) and not self._byte_level and self.decode(spaced[:1])[:1] != " "
+        drops_space = bool(spaced) and not self._byte_level and self.decode(spaced[:1])[:1] != " "
         return inside, [
-            n - (dropped and piece.startswith(SPACE))
+            n - (drops_space and piece.startswith(SPACE))
             for n, piece in zip(inside, pieces, strict=True)
         ]
 
@@ -86,105 +106,127 @@ class JsonPieces:
         if i in self._added:
             return len(piece.encode())
         if self._byte_level:
-            return len(piece)  # each byte is written as one character
-        return 1 if BYTE.fullmatch(piece) else len(piece.replace(SPACE, " ").encode())
+            return len(piece)  # a byte-level piece has one character for each byte
+        return 1 if BYTE_PIECE.fullmatch(piece) else len(piece.replace(SPACE, " ").encode())
 
 
-def pack_json(content: dict[str, Any], size: int, bos_id: int, eos_id: int, pad_id: int) -> bytes:
-    """The bytes that `JsonPieces` reads."""
-    facts = {"size": size, "bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id}
-    return json.dumps(facts | {"tokenizer": content}, ensure_ascii=False).encode()
-
-
-MAX_PADDING = 0.05  # share of a model's rows without a piece; known models have less than 0.02
+# ----------------------------------------------------------------------------- reading a folder
 
 
 def is_pretrained(path: str | Path) -> bool:
-    """Whether `read` takes it: a folder, a tokenizer.json, or a name on the hub."""
+    """Return whether `read_pretrained` reads this path."""
     return Path(path).is_dir() or Path(path).suffix == ".json" or is_hub_name(path)
 
 
-def read(path: str | Path) -> bytes:
-    """What `Tokenizer.from_proto` takes: a sentencepiece model, or `json_pieces`' object.
+def read_pretrained(path: str | Path) -> bytes:
+    """Read the tokenizer of a language model as the bytes that `Tokenizer.from_proto` takes.
+
+    Args:
+        path: a folder, a tokenizer.json in such a folder, or a hub name.
+
+    Returns:
+        A sentencepiece model, or the JSON object described in the module docstring.
 
     Raises:
-        UserError: there is no tokenizer, or its vocabulary is not the model's.
+        UserError: a file is missing or damaged, or the vocabulary does not fit the model.
     """
-    folder = Path(path).parent if Path(path).suffix == ".json" else find_folder(path)
+    is_json = Path(path).suffix == ".json"
+    folder = Path(path).parent if is_json else find_folder(path, LANGUAGE_MODEL_FILES)
     config = read_json(folder / "config.json")
     size = config.get("vocab_size")
     if not isinstance(size, int):
         raise UserError(f"{folder}/config.json lacks vocab_size; download it again")
-    if (folder / "tokenizer.model").is_file() and Path(path).suffix != ".json":
-        return _padded((folder / "tokenizer.model").read_bytes(), size, folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{folder} has neither tokenizer.model nor tokenizer.json; put the model's own there"
-        )
-    content = read_json(folder / "tokenizer.json")
-    ids, marks = _ids(content), {token["id"] for token in content.get("added_tokens", [])}
-    _check_size(max(ids.values(), default=-1) + 1, size, folder)
-    names = folder / "tokenizer_config.json"
-    said = read_json(names) if names.is_file() else {}
-    eos_id = _special(said.get("eos_token"), ids, config.get("eos_token_id"), marks)
-    bos_id = _special(said.get("bos_token"), ids, config.get("bos_token_id"), marks)
-    if eos_id is None:
-        raise UserError(
-            f"{folder} names no end of a text; give eos_token_id in config.json, or eos_token in "
-            "tokenizer_config.json"
-        )
-    bos_id = eos_id if bos_id is None else bos_id  # as Qwen2 separates documents
-    pad_id = _special(said.get("pad_token"), ids, config.get("pad_token_id"), marks)
-    return pack_json(content, size, bos_id, eos_id, eos_id if pad_id is None else pad_id)
+    if (folder / "tokenizer.model").is_file() and not is_json:
+        return _read_sentencepiece(folder, size)
+    if (folder / "tokenizer.json").is_file():
+        return _read_json(folder, size, config)
+    raise UserError(
+        f"{folder} has neither tokenizer.model nor tokenizer.json; copy the tokenizer of the model "
+        "into that folder"
+    )
 
 
-def _ids(content: dict[str, Any]) -> dict[str, int]:
-    """The id of every piece of a tokenizer.json."""
-    vocab = content.get("model", {}).get("vocab")
-    if not isinstance(vocab, dict):
-        raise UserError("tokenizer.json has no vocabulary by name; give a byte-pair tokenizer")
-    return vocab | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-
-
-def _special(
-    token: str | dict | None,
-    ids: dict[str, int],
-    otherwise: int | list[int] | None,
-    marks: set[int],
-) -> int | None:
-    """The id of a special token: by its name, or config.json's, the first of many.
-
-    A number that is no mark of the tokenizer is not meant: configs that do not say it hold 1 and 2.
-    """
-    name = token.get("content") if isinstance(token, dict) else token
-    if name in ids:
-        return ids[name]
-    otherwise = otherwise[0] if isinstance(otherwise, list) else otherwise
-    return otherwise if otherwise in marks else None
-
-
-def _padded(proto: bytes, size: int, folder: Path) -> bytes:
-    """A sentencepiece model with as many pieces as the language model has rows."""
+def _read_sentencepiece(folder: Path, size: int) -> bytes:
+    """Read tokenizer.model and pad it to `size` pieces."""
+    proto = (folder / "tokenizer.model").read_bytes()
     try:
         num_pieces = len(sentencepiece_model_pb2.ModelProto.FromString(proto).pieces)
-    except Exception as error:  # protobuf's, of which two implementations exist
+    except Exception as error:  # protobuf has two implementations with different errors
         raise UserError(
             f"tokenizer {folder}/tokenizer.model is not a sentencepiece model; download it again"
         ) from error
     _check_size(num_pieces, size, folder)
-    return fill(proto, size) if num_pieces < size else proto
+    return pad_vocabulary(proto, size) if num_pieces < size else proto
+
+
+def _read_json(folder: Path, size: int, config: dict[str, Any]) -> bytes:
+    """Read tokenizer.json, and the special tokens from tokenizer_config.json or config.json."""
+    content = read_json(folder / "tokenizer.json")
+    ids = _piece_ids(content)
+    added_ids = {token["id"] for token in content.get("added_tokens", [])}
+    _check_size(max(ids.values(), default=-1) + 1, size, folder)
+    file = folder / "tokenizer_config.json"
+    names = read_json(file) if file.is_file() else {}
+    bos_id, eos_id, pad_id = (
+        _special_id(names.get(f"{kind}_token"), config.get(f"{kind}_token_id"), ids, added_ids)
+        for kind in ("bos", "eos", "pad")
+    )
+    if eos_id is None:
+        raise UserError(
+            f"{folder} does not name an end-of-text token; give eos_token_id in config.json or "
+            "eos_token in tokenizer_config.json"
+        )
+    special_ids = {
+        "size": size,
+        "bos_id": eos_id if bos_id is None else bos_id,  # Qwen2 separates documents by its eos
+        "eos_id": eos_id,
+        "pad_id": eos_id if pad_id is None else pad_id,
+    }
+    return json.dumps(special_ids | {"tokenizer": content}, ensure_ascii=False).encode()
+
+
+def _piece_ids(content: dict[str, Any]) -> dict[str, int]:
+    """Return the id of every piece of a tokenizer.json."""
+    vocab = content.get("model", {}).get("vocab")
+    if not isinstance(vocab, dict):
+        raise UserError(
+            "tokenizer.json has no vocabulary that maps pieces to ids; give a byte-pair tokenizer"
+        )
+    return vocab | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+
+
+def _special_id(
+    token: str | dict | None,
+    config_id: int | list[int] | None,
+    ids: dict[str, int],
+    added_ids: set[int],
+) -> int | None:
+    """Return the id of a special token, or None if the folder does not define it.
+
+    Args:
+        token: its entry in tokenizer_config.json.
+        config_id: its id in config.json; the first one of a list counts. An id that is not an added
+            token is ignored, because configs without the entry get the defaults 1 and 2.
+        ids: ids of all pieces.
+        added_ids: ids of the added tokens.
+    """
+    name = token.get("content") if isinstance(token, dict) else token
+    if name in ids:
+        return ids[name]
+    config_id = config_id[0] if isinstance(config_id, list) else config_id
+    return config_id if config_id in added_ids else None
 
 
 def _check_size(num_pieces: int, size: int, folder: Path) -> None:
     if not (1 - MAX_PADDING) * size <= num_pieces <= size:
         raise UserError(
-            f"the tokenizer of {folder} has {num_pieces:,} entries but its model {size:,} rows; "
-            "put the model's own tokenizer there"
+            f"the tokenizer in {folder} has {num_pieces:,} entries but its model has {size:,} "
+            "embedding rows; copy the tokenizer of the model into that folder"
         )
 
 
-def fill(proto: bytes, num_pieces: int) -> bytes:
-    """A model with as many pieces as asked for; those added are of the type that is never used."""
+def pad_vocabulary(proto: bytes, num_pieces: int) -> bytes:
+    """Return a sentencepiece model with `num_pieces` pieces; added ones are of type UNUSED."""
     model = sentencepiece_model_pb2.ModelProto.FromString(proto)
     for number in range(len(model.pieces), num_pieces):
         unused = sentencepiece_model_pb2.ModelProto.SentencePiece.UNUSED
@@ -192,20 +234,28 @@ def fill(proto: bytes, num_pieces: int) -> bytes:
     return model.SerializeToString()
 
 
-def write(tokenizer, folder: Path) -> None:
-    """The files that `transformers` and `read` read, in a folder that is there."""
-    proto = tokenizer.proto
+# ----------------------------------------------------------------------------- writing a folder
+
+
+def write_pretrained(tokenizer, folder: Path) -> None:
+    """Write the files that `transformers` and `read_pretrained` read.
+
+    Args:
+        tokenizer: a `Tokenizer`.
+        folder: an existing folder.
+    """
     if tokenizer.is_json:
-        content = json.loads(proto)["tokenizer"]
+        content = json.loads(tokenizer.proto)["tokenizer"]
         (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
-        names = {v: k for k, v in _ids(content).items()}
-        kind, name = "PreTrainedTokenizerFast", names.get
+        pieces = {i: piece for piece, i in _piece_ids(content).items()}
+        class_name, piece_of = "PreTrainedTokenizerFast", pieces.get
     else:
-        (folder / "tokenizer.model").write_bytes(proto)
-        pieces = sentencepiece_model_pb2.ModelProto.FromString(proto).pieces
-        kind, name = "LlamaTokenizer", lambda i: pieces[i].piece
-    facts = {"tokenizer_class": kind, "add_bos_token": True, "add_eos_token": False}
-    facts |= {"bos_token": name(tokenizer.bos_id), "eos_token": name(tokenizer.eos_id)}
+        (folder / "tokenizer.model").write_bytes(tokenizer.proto)
+        protos = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto).pieces
+        class_name, piece_of = "LlamaTokenizer", lambda i: protos[i].piece
+    config = {"tokenizer_class": class_name, "add_bos_token": True, "add_eos_token": False}
+    config |= {"bos_token": piece_of(tokenizer.bos_id), "eos_token": piece_of(tokenizer.eos_id)}
     if tokenizer.pad_id != tokenizer.eos_id:
-        facts |= {"pad_token" if tokenizer.is_json else "unk_token": name(tokenizer.pad_id)}
-    (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2) + "\n")
+        key = "pad_token" if tokenizer.is_json else "unk_token"
+        config[key] = piece_of(tokenizer.pad_id)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,11 +1,11 @@
-"""Text to token ids and back, by sentencepiece or by a language model's tokenizer.json.
+"""Tokenizer: text to token ids and back, with two extra ids for the start and end of an image.
 
-User text cannot forge an image: <boi> and <eoi> are the two ids that follow the vocabulary's own.
+The text part is a sentencepiece model or a language model's tokenizer.json. <boi> and <eoi> are the
+two ids after its vocabulary, so no text can encode to them.
 """
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,53 +15,55 @@ from sentencepiece import sentencepiece_model_pb2
 
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.errors import UserError
+from tf_lightning.files import atomic_file
 from tf_lightning.tokenizer import huggingface
-from tf_lightning.tokenizer.huggingface import JsonPieces
+from tf_lightning.tokenizer.huggingface import SPACE, JsonTokenizer
 
 NUM_IMAGE_TOKENS = 2  # <boi>, <eoi>
-SPACE = "\u2581"  # sentencepiece's mark of it
 
 
 class Tokenizer:
-    """A sentencepiece model file, or the tokenizer of a language model, and the two image tokens.
+    """A text tokenizer and the two image tokens.
 
-    `decode(encode(text)) == text` for models that `train` made, except that U+2581, sentencepiece's
-    own mark of a space, reads back as a space.
+    `decode(encode(text)) == text` for a vocabulary of `train_tokenizer`, with one exception: U+2581,
+    which sentencepiece uses for a space, decodes to a space.
 
     Attributes:
-        vocab_size: entries the model's embedding must have: the vocabulary's and two.
+        vocab_size: number of ids, including <boi> and <eoi>; the model's `vocab_size`.
         bos_id, eos_id: start and end of a document.
         boi_id, eoi_id: start and end of an image.
-        pad_id: the file's padding piece, or its unknown piece where it has none.
-        proto: the file's bytes, or `json_pieces`' object.
-        is_json: whether it is the latter.
+        pad_id: padding; the unknown piece if the file has no padding piece.
+        proto: the tokenizer as bytes: a sentencepiece model, or the JSON object of `huggingface`.
+        is_json: whether `proto` is the JSON object.
     """
 
     def __init__(self, path: str | Path):
-        """Read a sentencepiece file, a checkpoint (.ckpt), or a language model's folder or name.
+        """Load a tokenizer.
+
+        Args:
+            path: a sentencepiece file, a checkpoint (.ckpt), the folder or the tokenizer.json of a
+                language model, or its hub name.
 
         Raises:
-            UserError: the file is missing, or is none of these.
+            UserError: the file is missing or is not a tokenizer.
         """
         if Path(path).suffix == ".ckpt":
-            proto = read_checkpoint(path, mmap=True)["tokenizer"]
-            self._load(bytes(proto.numpy()), str(path))
-            return
-        if huggingface.is_pretrained(path):
-            self._load(huggingface.read(path), str(path))
-            return
-        try:
-            proto = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"tokenizer {path} cannot be read ({error.strerror}); "
-                "give a sentencepiece .model file, a checkpoint, or a language model's folder"
-            ) from error
+            proto = bytes(read_checkpoint(path, mmap=True)["tokenizer"].numpy())
+        elif huggingface.is_pretrained(path):
+            proto = huggingface.read_pretrained(path)
+        else:
+            try:
+                proto = Path(path).read_bytes()
+            except OSError as error:
+                raise UserError(
+                    f"tokenizer {path} cannot be read ({error.strerror}); give a sentencepiece "
+                    ".model file, a checkpoint, or a language model's folder"
+                ) from error
         self._load(proto, str(path))
 
     @classmethod
     def from_proto(cls, proto: bytes) -> "Tokenizer":
-        """The tokenizer whose file has these bytes."""
+        """Create a tokenizer from the bytes of `proto`."""
         tokenizer = cls.__new__(cls)
         tokenizer._load(proto, f"of {len(proto)} bytes")
         return tokenizer
@@ -69,11 +71,24 @@ class Tokenizer:
     def _load(self, proto: bytes, name: str) -> None:
         self.proto, self.is_json = proto, proto[:1] == b"{"
         if self.is_json:
-            self._load_json(JsonPieces(proto, name))
-            return
+            num_pieces = self._load_json(name)
+        else:
+            num_pieces = self._load_sentencepiece(name)
+        self.boi_id, self.eoi_id = num_pieces, num_pieces + 1
+        self.vocab_size = num_pieces + NUM_IMAGE_TOKENS
+
+    def _load_json(self, name: str) -> int:
+        """Load the JSON object and return its number of pieces."""
+        json_tokenizer = self._processor = JsonTokenizer(self.proto, name)
+        self.bos_id, self.eos_id = json_tokenizer.bos_id, json_tokenizer.eos_id
+        self.pad_id = json_tokenizer.pad_id
+        return json_tokenizer.size
+
+    def _load_sentencepiece(self, name: str) -> int:
+        """Load a sentencepiece model and return its number of pieces."""
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-            num_pieces = self._processor.get_piece_size() if proto else 0
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
+            num_pieces = self._processor.get_piece_size() if self.proto else 0
         except RuntimeError:
             num_pieces = 0
         if not num_pieces:
@@ -88,54 +103,50 @@ class Tokenizer:
             )
         pad_id = self._processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self._processor.unk_id()
-        self._count(num_pieces)
-
-    def _load_json(self, pieces: JsonPieces) -> None:
-        self._processor = pieces
-        self.bos_id, self.eos_id, self.pad_id = pieces.bos_id, pieces.eos_id, pieces.pad_id
-        self._count(pieces.size)
-
-    def _count(self, num_pieces: int) -> None:
-        self.boi_id, self.eoi_id = num_pieces, num_pieces + 1
-        self.vocab_size = num_pieces + NUM_IMAGE_TOKENS
+        return num_pieces
 
     def __reduce__(self):
-        """Travels to DataLoader workers as its bytes."""
+        """Pickle as `proto`, because sentencepiece's processor cannot be pickled."""
         return Tokenizer.from_proto, (self.proto,)
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the vocabulary."""
+        """SHA-256 of `proto` as hexadecimal digits."""
         return hashlib.sha256(self.proto).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, no specials among them."""
+        """Return the token ids of a text, without special tokens."""
         return self._processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids; specials are dropped."""
+        """Return the text of token ids; special tokens are dropped."""
         specials = {self.bos_id, self.eos_id, self.boi_id, self.eoi_id, self.pad_id}
         return self._processor.decode([int(i) for i in ids if int(i) not in specials])
 
     def byte_counts(self) -> tuple[list[int], list[int]]:
-        """UTF-8 bytes that each id adds to a text: inside it, and where it begins it.
+        """Return the number of UTF-8 bytes that each id adds to a decoded text.
 
-        Over the ids of a text they sum to `len(decode(ids).encode())`. Specials add none. The two
-        differ by the space that sentencepiece puts before a text and takes away when it decodes.
+        The sum over the ids of a text is `len(decode(ids).encode())`. Special tokens add 0.
+
+        Returns:
+            The bytes of each id inside a text, and those of each id as the first token of a text.
+            They differ by the space that sentencepiece adds before a text and removes in decoding.
         """
+        no_bytes = [0] * NUM_IMAGE_TOKENS
         if self.is_json:
-            inside, beginning = self._processor.byte_counts()
-            none = [0] * NUM_IMAGE_TOKENS
-            return inside + none, beginning + none
+            inside, first = self._processor.byte_counts()
+            return inside + no_bytes, first + no_bytes
         spec = sentencepiece_model_pb2.ModelProto.FromString(self.proto).normalizer_spec
-        dropped = spec.add_dummy_prefix or spec.remove_extra_whitespaces
-        inside = [self._num_bytes(i) for i in range(self.boi_id)] + [0] * NUM_IMAGE_TOKENS
-        spaced = [self._processor.id_to_piece(i).startswith(SPACE) for i in range(self.boi_id)]
-        spaced += [False] * NUM_IMAGE_TOKENS
-        return inside, [n - (dropped and s) for n, s in zip(inside, spaced, strict=True)]
+        drops_space = spec.add_dummy_prefix or spec.remove_extra_whitespaces
+        inside = [self._num_bytes(i) for i in range(self.boi_id)]
+        first = [
+            n - (drops_space and self._processor.id_to_piece(i).startswith(SPACE))
+            for i, n in enumerate(inside)
+        ]
+        return inside + no_bytes, first + no_bytes
 
     def _num_bytes(self, piece_id: int) -> int:
-        """Of a piece inside a text; an unknown one has none."""
+        """Return the bytes of a piece inside a text; the unknown piece has none."""
         processor = self._processor
         if processor.is_byte(piece_id):
             return 1
@@ -144,23 +155,23 @@ class Tokenizer:
         return len(processor.id_to_piece(piece_id).replace(SPACE, " ").encode())
 
 
-def train(texts: Iterator[str], path: str | Path, vocab_size: int) -> Tokenizer:
-    """Train a byte-pair vocabulary on texts, write it to `path`, and return it.
+def train_tokenizer(texts: Iterator[str], path: str | Path, vocab_size: int) -> Tokenizer:
+    """Train a byte-pair vocabulary, write it to `path`, and return the tokenizer.
 
-    Spaces and line ends are kept and characters never seen become bytes, so every text reads back.
+    Spaces and line ends are kept, and unseen characters become bytes, so that every text
+    round-trips.
 
     Args:
-        texts: any number of texts of any length.
-        path: file to write.
-        vocab_size: entries of the model and of the result; where the texts have too few different
-            pieces, the rest is filled with pieces that are never used.
+        texts: texts of any length.
+        path: sentencepiece file to write.
+        vocab_size: number of ids, including <boi> and <eoi>. If the texts have too few different
+            pieces, the vocabulary is padded with unused pieces.
 
     Raises:
         UserError: there is no text, or `vocab_size` is too small for its characters.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -172,7 +183,7 @@ def train(texts: Iterator[str], path: str | Path, vocab_size: int) -> Tokenizer:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             hard_vocab_limit=False,
-            max_sentence_length=2**20,  # bytes; longer lines would be left out
+            max_sentence_length=2**20,  # bytes; longer lines are skipped
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -180,21 +191,22 @@ def train(texts: Iterator[str], path: str | Path, vocab_size: int) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(_training_fault(str(error), vocab_size)) from error
-    unfinished.write_bytes(huggingface.fill(model.getvalue(), vocab_size - NUM_IMAGE_TOKENS))
-    os.replace(unfinished, path)
+        raise UserError(_training_error(str(error), vocab_size)) from error
+    with atomic_file(path) as partial:
+        padded = huggingface.pad_vocabulary(model.getvalue(), vocab_size - NUM_IMAGE_TOKENS)
+        partial.write_bytes(padded)
     return Tokenizer(path)
 
 
 def _lines(texts: Iterator[str]) -> Iterator[str]:
-    """The texts' lines, without what UTF-8 cannot hold (half of a surrogate pair)."""
+    """Yield the lines of the texts, without lone surrogates, which UTF-8 cannot encode."""
     for text in texts:
         for line in text.splitlines():
             yield line.encode("utf-8", "ignore").decode()
 
 
-def _training_fault(message: str, vocab_size: int) -> str:
-    """Sentencepiece's two likely faults in one sentence each."""
+def _training_error(message: str, vocab_size: int) -> str:
+    """Translate sentencepiece's error message to a sentence with a remedy."""
     if "sentences_.empty()" in message:
         return "there is no text to train a tokenizer on; give a corpus with text or a tokenizer"
     needed = re.search(r"vs (\d+)", message)

@@ -15,16 +15,16 @@ from torch.func import functional_call
 from torchmetrics import SumMetric
 
 from tf_lightning.autoencoder import losses
-from tf_lightning.autoencoder.frozen import check_size
+from tf_lightning.autoencoder.frozen import check_image_size
 from tf_lightning.autoencoder.losses import PatchDiscriminator, ReconstructionLoss
 from tf_lightning.autoencoder.network import (
     AutoencoderConfig,
-    CodebookUse,
-    blur,
-    build_network,
+    CodebookUsage,
+    add_latent_noise,
+    build_autoencoder,
     decode,
     encode_posterior,
-    project,
+    encode_vq,
     quantize,
     row_noise,
 )
@@ -47,15 +47,13 @@ class Reconstruction(NamedTuple):
 class AutoencoderModule(L.LightningModule):
     """Trains an autoencoder; `callbacks.save_autoencoder` writes it for the Transformer.
 
-    L = L1 + lpips LPIPS + gan s L_GAN + feature L_features + kl L_KL (Transfusion App. A), means
+    L = L1 + lpips LPIPS + gan s L_GAN + kl L_KL (Transfusion App. A), means
     over elements; a VQ has its codebook's and commitment loss, weights 1 and 0.25, in place of KL.
 
     Args:
         network: sizes; `num_codes` makes it a VQ.
         lpips_weight: of LPIPS; 0 needs no weights of others.
         lpips_network: "vgg", "alex" or "squeeze".
-        feature_weight: of the self-supervised network's features (paper: 0.2).
-        feature_model: file of that network, a ResNet of MoCo or DINO.
         gan_weight: of the discriminator's judgement; 0 trains none.
         gan_start_step: optimizer steps before it begins.
         adaptive_gan: scale it by s = the ratio of gradients at the last layer (VQGAN), else s = 1.
@@ -77,8 +75,6 @@ class AutoencoderModule(L.LightningModule):
         network: AutoencoderConfig = AutoencoderConfig(),  # noqa: B008 - nobody changes it
         lpips_weight: float = 1.0,
         lpips_network: Literal["vgg", "alex", "squeeze"] = "vgg",
-        feature_weight: float = 0.0,
-        feature_model: str | None = None,
         gan_weight: float = 0.5,
         gan_start_step: int = 50_000,
         adaptive_gan: bool = True,
@@ -97,14 +93,12 @@ class AutoencoderModule(L.LightningModule):
         self.save_hyperparameters()
         if isinstance(network, dict):  # a checkpoint written by the command line
             network = AutoencoderConfig(**network)
-        if feature_weight and not feature_model:
-            raise UserError(f"feature_weight={feature_weight} needs feature_model: FILE, or be 0")
         if network.num_codes and latent_noise:
             raise UserError(f"latent_noise={latent_noise} is for a VAE; give a VQ latent_noise: 0")
         self.config = network
         self.autoencoder: nn.Module | None = None
         self.discriminator: PatchDiscriminator | None = None
-        self.codebook_use: CodebookUse | None = None
+        self.codebook_use: CodebookUsage | None = None
         self.loaded_step = 0  # of the checkpoint; an evaluation's own global_step is 0
         self.reconstruction_loss: ReconstructionLoss | None = None  # of training alone
 
@@ -119,7 +113,7 @@ class AutoencoderModule(L.LightningModule):
         hparams = self.hparams
         if trainer.max_steps < 1:
             raise UserError(f"max_steps={trainer.max_steps} has no end; give trainer.max_steps")
-        check_size(*data.image_size, self.config.downsample)
+        check_image_size(*data.image_size, self.config.downsample)
         if hparams.gan_weight and not hparams.gan_start_step < trainer.max_steps:
             raise UserError(
                 f"gan_start_step={hparams.gan_start_step} is not before the last step "
@@ -127,21 +121,18 @@ class AutoencoderModule(L.LightningModule):
             )
         if self.reconstruction_loss is None:
             self.reconstruction_loss = ReconstructionLoss(
-                hparams.lpips_weight,
-                hparams.lpips_network,
-                hparams.feature_weight,
-                hparams.feature_model,
+                hparams.lpips_weight, hparams.lpips_network
             )
 
     def configure_model(self) -> None:
         """Build the networks once."""
         if self.autoencoder is not None:
             return
-        self.autoencoder = build_network(self.config)
+        self.autoencoder = build_autoencoder(self.config)
         if self.hparams.gan_weight:
             self.discriminator = PatchDiscriminator()
         if self.config.num_codes:
-            self.codebook_use = CodebookUse(self.config.num_codes, self.hparams.dead_after)
+            self.codebook_use = CodebookUsage(self.config.num_codes, self.hparams.dead_after)
 
     def setup(self, stage: str) -> None:
         """Check again: a trainer of one's own asks nobody before."""
@@ -214,7 +205,7 @@ class AutoencoderModule(L.LightningModule):
             rows: places in the stream (B,), which the noise belongs to.
         """
         if self.config.num_codes:
-            projected = project(self.autoencoder, images)
+            projected = encode_vq(self.autoencoder, images)
             if rows is not None and self.hparams.restart_dead_codes:
                 vectors = projected.detach().permute(0, 2, 3, 1).flatten(0, 2)
                 vectors = self.trainer.strategy.broadcast(vectors)  # the same on every rank
@@ -229,7 +220,7 @@ class AutoencoderModule(L.LightningModule):
             noise, more_noise, share = row_noise(mean, rows, self.hparams.seed)
             ramp = min(1.0, 3 * self.global_step / self.trainer.max_steps)
             strength = self.hparams.latent_noise * ramp * share
-            latents = blur(mean, posterior.sample(noise), strength, more_noise)
+            latents = add_latent_noise(mean, posterior.sample(noise), strength, more_noise)
         made = decode(self.autoencoder, latents)
         kl = losses.kl_loss(mean, logvar, images[0].numel())
         return Reconstruction(made, kl, mean, None)
@@ -239,7 +230,7 @@ class AutoencoderModule(L.LightningModule):
         counts = torch.bincount(ids.flatten(), minlength=self.config.num_codes)
         if self.trainer.world_size > 1:
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
-        self.codebook_use.count(counts)
+        self.codebook_use.update(counts)
         dead = self.codebook_use.dead.sum().float()
         return {"code_perplexity": losses.code_perplexity(counts).float(), "dead_codes": dead}
 

@@ -14,7 +14,7 @@ from tf_lightning.data.corpus.prepare import plan_corpus, prepare
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.documents import Source
 from tf_lightning.errors import UserError
-from tf_lightning.tokenizer.tokenizer import Tokenizer, train
+from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 
 class Given:
@@ -48,7 +48,7 @@ DOCUMENTS = [
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "a.model"
-    return train(iter(["a red circle only text and so on"]), path, vocab_size=300)
+    return train_tokenizer(iter(["a red circle only text and so on"]), path, vocab_size=300)
 
 
 @pytest.fixture(scope="module")

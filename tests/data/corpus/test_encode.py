@@ -18,7 +18,7 @@ from tf_lightning.cli.main import main
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.encode import Pieces
 from tf_lightning.errors import UserError
-from tf_lightning.tokenizer.tokenizer import train
+from tf_lightning.tokenizer.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_an_error_of_a_source_arrives_in_its_one_sentence(tmp_path, capsys, monk
 
     monkeypatch.setattr(Sharded, "documents", documents)
     vocabulary = tmp_path / "a.model"
-    train(iter(["noise 0 1 2 3 4 5 6 7 8 9"]), vocabulary, runs.VOCAB_SIZE)
+    train_tokenizer(iter(["noise 0 1 2 3 4 5 6 7 8 9"]), vocabulary, runs.VOCAB_SIZE)
     with pytest.raises(SystemExit):
         encode(tmp_path, f"--data.tokenizer={vocabulary}", "--data.num_workers=1")
     error = capsys.readouterr().err

@@ -14,7 +14,7 @@ from support.encode_runs import encode
 from tf_lightning.autoencoder.frozen import SHAPES, load_autoencoder
 from tf_lightning.data import Mixture
 from tf_lightning.errors import UserError
-from tf_lightning.tokenizer.tokenizer import train
+from tf_lightning.tokenizer.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def other_scaling(tmp_path) -> str:
 def test_what_was_encoded_otherwise_is_refused(build, tmp_path, changed, sentence):
     if "tokenizer" in changed:
         path = tmp_path / "other.model"
-        train(iter(["quite other words"]), path, 300)
+        train_tokenizer(iter(["quite other words"]), path, 300)
         changed = {"tokenizer": str(path)}
     changed = {key: v(tmp_path) if callable(v) else v for key, v in changed.items()}
     with pytest.raises(UserError, match=sentence) as error:

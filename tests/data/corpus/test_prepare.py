@@ -10,7 +10,7 @@ from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.data.corpus.prepare import plan_corpus, prepare, summary
 from tf_lightning.data.documents import Skipped
 from tf_lightning.errors import UserError
-from tf_lightning.tokenizer.tokenizer import Tokenizer, train
+from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 
 class Given:
@@ -37,7 +37,7 @@ def picture(side: int = 8) -> Image.Image:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "a.model"
-    return train(iter(["a red circle only text and so on"]), path, vocab_size=300)
+    return train_tokenizer(iter(["a red circle only text and so on"]), path, vocab_size=300)
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_another_origin_is_another_corpus(run, changed, tmp_path):
     others = {
         "source": {},
         "split": {"split": "val"},
-        "tokenizer": {"tokenizer": train(iter(["other text"]), tmp_path / "b.model", 290)},
+        "tokenizer": {"tokenizer": train_tokenizer(iter(["other text"]), tmp_path / "b.model", 290)},
         "row_length": {"row_length": 32},
         "patch_size": {"patch_size": 2},
     }

@@ -13,14 +13,14 @@ from tf_lightning.cli.main import main
 from tf_lightning.data.corpus.prepare import plan_corpus, prepare
 from tf_lightning.data.readers.files import FileSource
 from tf_lightning.errors import UserError
-from tf_lightning.tokenizer.tokenizer import train
+from tf_lightning.tokenizer.tokenizer import train_tokenizer
 
 
 @pytest.fixture
 def run(tmp_path):
     """`prepare` with arguments that suit the tests."""
     words = iter(["a red circle only text and so on 0 1 2 3 4 5 6"])
-    tokenizer = train(words, tmp_path / "a.model", vocab_size=300)
+    tokenizer = train_tokenizer(words, tmp_path / "a.model", vocab_size=300)
 
     def prepare_here(source, split="train", directory=None, **how):
         arguments = {

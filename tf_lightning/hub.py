@@ -1,0 +1,74 @@
+"""Folders in Hugging Face's layout: a local path, or a model name on the Hugging Face hub."""
+
+import json
+import re
+from pathlib import Path
+
+from tf_lightning.errors import UserError
+
+LANGUAGE_MODEL_FILES = [
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+]
+HUB_TIMEOUT = 10.0  # seconds
+FILE_SUFFIXES = (".ckpt", ".model", ".json", ".safetensors")  # never the end of a hub name
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Return whether `name` can be a hub name "owner/model", because no local path has it."""
+    text = str(name)
+    is_file = text.endswith(FILE_SUFFIXES)
+    return text.count("/") == 1 and not is_file and text[0] not in "/." and not Path(text).exists()
+
+
+def find_folder(name: str | Path, files: list[str]) -> Path:
+    """Return the folder of a model, downloading it from the hub if it is not local.
+
+    Args:
+        name: a local path, which is returned unchanged, or a hub name "owner/model".
+        files: patterns of the files to download.
+
+    Raises:
+        UserError: the hub has no such model or cannot be reached.
+    """
+    if not is_hub_name(name):
+        return Path(name)
+    # Imported here because it takes a second and most commands do not use the hub.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        try:
+            folder = snapshot_download(str(name), allow_patterns=files, local_files_only=True)
+        except LocalEntryNotFoundError:
+            folder = snapshot_download(str(name), allow_patterns=files, etag_timeout=HUB_TIMEOUT)
+    except Exception as error:  # the hub's transport raises many types
+        raise UserError(
+            f"there is no folder {name}, and the hub does not provide a model of this name "
+            f"({first_sentence(error)}); check the path, the network and HF_HUB_OFFLINE"
+        ) from error
+    return Path(folder)
+
+
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of an error message, without its full stop."""
+    return re.split(r"\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
+
+
+def read_json(path: Path) -> dict:
+    """Return the JSON object in a file.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or holds another type.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); check the path, or download the folder again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object; download it again")
+    return content
