@@ -16,8 +16,8 @@ from torch import Tensor
 from tf_lightning.batch import Batch, pack, unpack
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.errors import UserError
+from tf_lightning.hub import is_hub_name
 from tf_lightning.interop.export import read_weights
-from tf_lightning.interop.hub import is_hub_name
 from tf_lightning.interop.llama import LanguageModel, open_language_model
 from tf_lightning.model.attention import build_attention
 from tf_lightning.model.transformer import with_modality_weights

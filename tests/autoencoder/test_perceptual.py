@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torchmetrics.functional.image.lpips import _NoTrainLpips
-from torchvision import models
 
 from tf_lightning.autoencoder.losses import LPIPS, LPIPS_WEIGHTS
 from tf_lightning.errors import UserError

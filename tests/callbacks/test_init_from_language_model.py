@@ -14,7 +14,7 @@ from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.cli.main import main
 from tf_lightning.generation.pipeline import load
 from tf_lightning.interop.export import export
-from tf_lightning.interop.llama import load_llama, open_language_model
+from tf_lightning.interop.llama import open_language_model
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 from tf_lightning.training.module import Transfusion
 
@@ -70,7 +70,8 @@ def test_a_run_begins_with_its_weights_and_says_what_is_new(kind, tmp_path, caps
     with caplog.at_level("INFO"):
         main(["fit", "-c", str(write_config(tmp_path, folder, sizes, own))])
     checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
-    _, source = load_llama(folder)
+    language_model = open_language_model(folder)
+    source = language_model.load(language_model.config.vocab_size)
     for name, theirs in source.items():
         for start in ("net", "ema"):
             ours = checkpoint["state_dict"][f"{start}.transformer.{name}"]
@@ -97,7 +98,7 @@ def test_the_perplexity_of_text_is_the_source_models(kind, tmp_path):
     """Against `transformers` on the same ids: what it gives without <boi> and <eoi>."""
     folder = make_folder(tmp_path, kind)
     source = open_language_model(folder)
-    module = Transfusion(source.grown, patch_size=2, latent_channels=3)
+    module = Transfusion(source.extended_config, patch_size=2, latent_channels=3)
     module.configure_model()
     module.net.transformer.load_state_dict(source.load(module.config.vocab_size))
     module.net.double()
@@ -118,7 +119,7 @@ def test_the_perplexity_of_text_is_the_source_models(kind, tmp_path):
 def test_the_new_entries_can_be_learnt(tmp_path, folder):
     """Their logits start low and are not held there."""
     source = open_language_model(folder)
-    module = Transfusion(source.grown, patch_size=2, latent_channels=3)
+    module = Transfusion(source.extended_config, patch_size=2, latent_channels=3)
     module.configure_model()
     transformer = module.net.transformer
     transformer.load_state_dict(source.load(302))
@@ -164,7 +165,7 @@ def test_a_tokenizer_of_the_datas_own_is_refused(fails, tmp_path, folder):
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(fails, folder):
     with_sentencepiece(folder, 320)
-    assert "has 320 entries but its model 300 rows" in fails()
+    assert "has 320 entries but its model has 300 embedding rows" in fails()
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(fails, folder):

@@ -10,7 +10,7 @@ from tf_lightning.cli.main import main
 from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import load
 from tf_lightning.interop.export import check_text, export, read_weights
-from tf_lightning.interop.llama import load_llama, open_language_model
+from tf_lightning.interop.llama import open_language_model
 from tf_lightning.model.transformer import Transformer, TransformerConfig
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 from tf_lightning.training.module import Transfusion
@@ -19,7 +19,7 @@ from tf_lightning.training.module import Transfusion
 def checkpoint_of(folder, **options) -> dict:
     """What a run from a folder's language model would save, with an average beside it."""
     source = open_language_model(folder)
-    config = source.grown
+    config = source.extended_config
     for name, value in options.items():
         setattr(config, name, value)
     module = Transfusion(config, patch_size=2, latent_channels=3, ema_decay=0.9)
@@ -94,7 +94,7 @@ def test_what_was_loaded_is_written_again_tensor_by_tensor(tmp_path):
     after = load_file(tmp_path / "out" / "text" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert load_llama(tmp_path / "out" / "text")[0] == model.config
+    assert open_language_model(tmp_path / "out" / "text").config == model.config
     assert Tokenizer(tmp_path / "out" / "text").proto == Tokenizer(source).proto
 
 
@@ -104,10 +104,11 @@ def test_image_weights_do_not_touch_the_text_side(tmp_path):
     with_sentencepiece(source)
     checkpoint = checkpoint_of(source, modality_weights="all")
     export(checkpoint, tmp_path / "out", "raw", {"text"})
-    config, weights = load_llama(tmp_path / "out" / "text")
+    exported = open_language_model(tmp_path / "out" / "text")
+    weights = exported.load(exported.config.vocab_size)
     name = "layers.1.attention.wq.weight"
     assert torch.equal(weights[name], checkpoint["state_dict"][f"net.transformer.{name}"])
-    assert config.modality_weights == "shared"
+    assert exported.config.modality_weights == "shared"
 
 
 def test_a_run_is_exported_and_generates_from_the_folder(run, tmp_path, capsys):
@@ -129,7 +130,7 @@ def test_an_exported_text_side_starts_a_run(run, tmp_path):
     checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
     export(checkpoint, tmp_path / "out", "raw", {"text"})
     source = open_language_model(tmp_path / "out" / "text")
-    assert source.grown.vocab_size == 300
+    assert source.extended_config.vocab_size == 300
     name = "net.transformer.layers.0.attention.wq.weight"
     loaded = source.load(300)["layers.0.attention.wq.weight"]
     assert torch.equal(loaded, checkpoint["state_dict"][name])
@@ -175,7 +176,7 @@ def test_other_files_are_never_replaced_and_nothing_is_half_written(
 def test_averaged_weights_that_are_not_there_and_a_damaged_folder_are_told(with_qk_norm, tmp_path):
     raw = {n: w for n, w in with_qk_norm["state_dict"].items() if n.startswith("net.")}
     checkpoint = with_qk_norm | {"state_dict": raw}
-    with pytest.raises(UserError, match="keeps no averaged weights; give --weights raw"):
+    with pytest.raises(UserError, match="has no averaged weights; give --weights raw"):
         export(checkpoint, tmp_path / "out", "ema", {"net"})
     assert export(checkpoint, tmp_path / "out", None, {"net"}) == "raw"
     (tmp_path / "out" / "net.safetensors").write_bytes(b"x")

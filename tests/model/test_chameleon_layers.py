@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from support.tiny import tiny_net
 from tf_lightning.errors import UserError
-from tf_lightning.interop.llama import llama_state_dict
+from tf_lightning.interop.llama import state_dict_from_hf
 from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.transformer import Block, Transformer, TransformerConfig, rope_angles
 
@@ -22,7 +22,7 @@ def ours(state_dict: dict[str, Tensor], **options) -> Block:
     )
     block = Block(config).eval().requires_grad_(False)
     named = {f"model.layers.0.{name}": weight for name, weight in state_dict.items()}
-    renamed = {n.removeprefix("layers.0."): w for n, w in llama_state_dict(named).items()}
+    renamed = {n.removeprefix("layers.0."): w for n, w in state_dict_from_hf(named).items()}
     block.load_state_dict({n.replace("self_attn", "attention"): w for n, w in renamed.items()})
     return block
 

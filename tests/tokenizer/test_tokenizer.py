@@ -16,7 +16,9 @@ TEXTS = ["a red circle above a blue square", "the lobster is blue , and the circ
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    return train_tokenizer(iter(TEXTS), tmp_path_factory.mktemp("tokenizer") / "a.model", vocab_size=320)
+    return train_tokenizer(
+        iter(TEXTS), tmp_path_factory.mktemp("tokenizer") / "a.model", vocab_size=320
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -68,7 +70,9 @@ def test_decoding_drops_specials(tokenizer):
 
 
 def test_training_again_gives_the_same_file(tokenizer, tmp_path):
-    assert train_tokenizer(iter(TEXTS), tmp_path / "b.model", vocab_size=320).proto == tokenizer.proto
+    assert (
+        train_tokenizer(iter(TEXTS), tmp_path / "b.model", vocab_size=320).proto == tokenizer.proto
+    )
 
 
 def test_a_small_corpus_fills_the_vocabulary_with_pieces_that_never_occur(tmp_path):
@@ -152,4 +156,7 @@ def test_the_size_it_asks_for_is_enough(tmp_path):
 
 
 def test_half_a_surrogate_pair_does_not_stop_training(tmp_path):
-    assert train_tokenizer(iter([*TEXTS, "bad \ud800 text"]), tmp_path / "a.model", 320).vocab_size == 320
+    assert (
+        train_tokenizer(iter([*TEXTS, "bad \ud800 text"]), tmp_path / "a.model", 320).vocab_size
+        == 320
+    )

@@ -54,7 +54,7 @@ def run_sizes(args: list[str]) -> None:
     parser = Parser("sizes", "Print a language model's sizes as a --model file.", SIZES)
     parser.add_argument("folder", metavar="FOLDER", help="of the language model, or its hub name")
     model = open_language_model(parser.parse_args(args).folder)
-    plain, sizes = asdict(TransformerConfig()), asdict(model.grown)
+    plain, sizes = asdict(TransformerConfig()), asdict(model.extended_config)
     told = {name: value for name, value in sizes.items() if value != plain[name]}
     told |= {name: sizes[name] for name in ("vocab_size", "dim", "num_layers", "num_heads")}
     told |= {name: sizes[name] for name in ("num_kv_heads", "ffn_dim", "rope_theta", "norm_eps")}

@@ -25,8 +25,8 @@ NUM_IMAGE_TOKENS = 2  # <boi>, <eoi>
 class Tokenizer:
     """A text tokenizer and the two image tokens.
 
-    `decode(encode(text)) == text` for a vocabulary of `train_tokenizer`, with one exception: U+2581,
-    which sentencepiece uses for a space, decodes to a space.
+    `decode(encode(text)) == text` for a vocabulary of `train_tokenizer`, with one exception:
+    U+2581, which sentencepiece uses for a space, decodes to a space.
 
     Attributes:
         vocab_size: number of ids, including <boi> and <eoi>; the model's `vocab_size`.

@@ -139,7 +139,9 @@ def test_another_origin_is_another_corpus(run, changed, tmp_path):
     others = {
         "source": {},
         "split": {"split": "val"},
-        "tokenizer": {"tokenizer": train_tokenizer(iter(["other text"]), tmp_path / "b.model", 290)},
+        "tokenizer": {
+            "tokenizer": train_tokenizer(iter(["other text"]), tmp_path / "b.model", 290)
+        },
         "row_length": {"row_length": 32},
         "patch_size": {"patch_size": 2},
     }
