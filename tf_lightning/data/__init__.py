@@ -1,22 +1,17 @@
-"""Corpora, and the packed rows made of them."""
+"""Sources of documents, prepared corpora, and the data modules that serve their packed rows."""
 
 from tf_lightning.data.corpus.prepare import prepare
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.documents import Skipped, Source
 from tf_lightning.data.mixture import Mixture
+from tf_lightning.data.modules import EditData, ImageCaptionData, InterleavedData, TextData
 from tf_lightning.data.pictures import PictureData
-from tf_lightning.data.readers.captions import (
-    CaptionJson,
-    CaptionRows,
-    CaptionTars,
-    ImageCaptionData,
-    ImageFiles,
-)
+from tf_lightning.data.readers.captions import CaptionJson, CaptionRows, CaptionTars, ImageFiles
 from tf_lightning.data.readers.chat import ChatFiles
-from tf_lightning.data.readers.edits import EditData, EditFiles
+from tf_lightning.data.readers.edits import EditFiles
 from tf_lightning.data.readers.folders import ClassFolders
-from tf_lightning.data.readers.interleaved import InterleavedData, InterleavedFiles
-from tf_lightning.data.readers.text import TextData, TextFiles
+from tf_lightning.data.readers.interleaved import InterleavedFiles
+from tf_lightning.data.readers.text import TextFiles
 
 __all__ = [
     "CaptionJson",

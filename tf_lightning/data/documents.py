@@ -1,4 +1,4 @@
-"""What a source of documents is, and what it yields."""
+"""Documents, and the interface of the sources that yield them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -9,41 +9,43 @@ from PIL import Image
 
 Split = Literal["train", "val"]
 
-
 RawDocument = list[str | Image.Image]
 
 
 class ContextText(str):
-    """Text of a document that is read and not learned: no token of it is a target."""
+    """Loss-masked text: the model reads it, but none of its tokens is a target of the LM loss."""
 
 
 class TurnText(str):
-    """Text of a document that <eos> ends, and the document goes on: an answer within a chat."""
+    """Text followed by <eos> inside a document, such as an answer in a chat that continues."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """What a source yields in place of a bad sample; the reason is counted and reported."""
+    """Yielded by a source in place of a sample that cannot be used; reasons are counted."""
 
     reason: str
 
 
 class BadSample(Exception):
-    """A sample cannot be used; the message is the reason to count."""
+    """A sample cannot be used. The message is the reason, as in `Skipped`."""
 
 
 class Source(ABC):
-    """Where documents come from. Any class with these two methods is one."""
+    """Interface of a source of documents. Any class with these two methods is a `Source`."""
 
     @abstractmethod
     def documents(self, split: Split) -> Iterator[RawDocument | Skipped]:
-        """Texts and RGB pictures, all pictures of one size; `Skipped` for each bad sample."""
+        """Yield documents of texts and RGB images of one size, and `Skipped` for bad samples."""
 
     @abstractmethod
     def fingerprint(self, split: Split) -> str:
-        """Identifies what `documents` yields: reader, arguments, the files' sizes and times."""
+        """Identify the content of `documents`: class, arguments, sizes and times of the files.
+
+        A prepared corpus is reused as long as the fingerprint of its source stays the same.
+        """
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
-        """Duck typing, as for collections.abc.Iterable."""
+        """Accept any class with the two methods, without inheritance."""
         return hasattr(other, "documents") and hasattr(other, "fingerprint")

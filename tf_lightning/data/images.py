@@ -1,6 +1,4 @@
-"""A picture file of any kind made into an RGB picture of the model's size (Transfusion 4.1).
-
-Pictures as the model sees them, and back.
+"""Image files to RGB images of the model's size, and RGB images to tensors and back.
 
 Shapes: H x W pixels.
 """
@@ -16,49 +14,50 @@ from torch import Tensor
 
 from tf_lightning.data.documents import BadSample
 
-CENTER = 0.5  # of the longer side
-CROP_POSITIONS = CENTER, 0.0, 1.0  # where squares are cut from a picture
+# Position of the square crop along the longer side, from 0 (left or top) to 1 (right or bottom).
+CENTER = 0.5
+CROP_POSITIONS = CENTER, 0.0, 1.0
 
 
 class FileBytes(bytes):
-    """The bytes of a picture's file, and where they lie: at `offset` of `path`."""
+    """Bytes of an image file, with the path and the offset they were read from."""
 
     def __new__(cls, content: bytes, path: Path, offset: int) -> "FileBytes":
-        """Bytes that know their place."""
-        stored = super().__new__(cls, content)
-        stored.path, stored.offset = path, offset
-        return stored
+        """Attach `path` and `offset` to the bytes."""
+        file = super().__new__(cls, content)
+        file.path, file.offset = path, offset
+        return file
 
     def __getnewargs__(self) -> tuple[bytes, Path, int]:
-        """For another process."""
+        """Return the arguments that pickle passes to `__new__`."""
         return bytes(self), self.path, self.offset
 
 
 def byte_range(file: bytes | Path) -> tuple[str, int, int] | None:
-    """File, first byte and number of bytes of a picture; None of bytes that know no place."""
+    """Return path, offset and number of bytes of an image file; None for plain bytes."""
     if isinstance(file, Path):
         return str(file.absolute()), 0, file.stat().st_size
-    return (
-        (str(file.path.absolute()), file.offset, len(file)) if isinstance(file, FileBytes) else None
-    )
+    if isinstance(file, FileBytes):
+        return str(file.path.absolute()), file.offset, len(file)
+    return None
 
 
 def load_image(file: bytes | Path, image_size: int, crop: float = CENTER) -> Image.Image:
-    """An RGB picture of image_size x image_size pixels: the largest square, resized bicubically.
+    """Load an image file as an RGB image of image_size x image_size pixels (Transfusion Sec. 4.1).
 
-    Grey, palette and CMYK become RGB, transparency white, an animation its first frame; a camera's
-    orientation is applied. Every picture that a model sees comes through here. Its file
-    stays in `info`.
+    The largest square is cropped and resized with a bicubic filter. The EXIF orientation is
+    applied, transparent pixels become white, and an animation becomes its first frame. `file` is
+    kept in `info["file"]` of the result.
 
     Args:
-        file: its bytes or its name.
-        image_size: pixels.
-        crop: where along the longer side the square lies, from 0 to 1.
+        file: content or path of the file.
+        image_size: side of the result in pixels.
+        crop: position of the square along the longer side, from 0 to 1.
 
     Raises:
-        BadSample: the file is no picture, is damaged, or is too large to be honest.
+        BadSample: the file is missing, damaged, not an image, or has too many pixels.
     """
-    if isinstance(file, Path) and not file.is_file():  # a pipe would be waited for
+    if isinstance(file, Path) and not file.is_file():  # opening a named pipe would block
         raise BadSample("missing image")
     try:
         with warnings.catch_warnings():
@@ -70,19 +69,19 @@ def load_image(file: bytes | Path, image_size: int, crop: float = CENTER) -> Ima
         raise BadSample(f"image of more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
         raise BadSample("undecodable image") from error
-    except Exception as error:  # Pillow's readers raise of many kinds on damaged files
+    except Exception as error:  # Pillow raises errors of many types for damaged files
         fault = "truncated" if "truncated" in str(error).lower() else "damaged"
         raise BadSample(f"{fault} image") from error
     size = image_size, image_size
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.BICUBIC, centering=(crop, crop))
-    image.info["file"] = file  # of all attributes, the one that travels to another process
+    image.info["file"] = file  # unlike other attributes, info survives pickling
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode, on white where it is transparent."""
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+    """Convert an image of any mode to RGB, on a white background."""
+    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it at 255
         grey = (np.asarray(image) // 256).clip(0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
@@ -93,13 +92,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def to_pixels(picture: Image.Image) -> Tensor:
-    """A picture as (3, H, W) in [-1, 1]."""
-    array = np.asarray(picture.convert("RGB"), dtype=np.float32)
+def to_pixels(image: Image.Image) -> Tensor:
+    """Convert an image to a float tensor (3, H, W) in [-1, 1]."""
+    array = np.asarray(image.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] as a picture."""
+    """Convert a tensor (3, H, W) in [-1, 1] to an RGB image; values outside are clamped."""
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())

@@ -42,7 +42,7 @@ def test_every_alias_of_a_tars_keys(image, caption, tmp_path):
 def test_two_files_of_one_name_are_no_pair(tmp_path):
     files = {"0.png": picture("blue"), "0.PNG": picture("red"), "0.txt": b"blue"}
     source = CaptionTars(str(write_tar(tmp_path / "a.tar", files)), val_fraction=0)
-    assert read(source) == [Skipped("two files of one name")]
+    assert read(source) == [Skipped("two files with the same name")]
 
 
 def test_a_folder_with_its_metadata(tmp_path):
@@ -71,7 +71,7 @@ def test_parquet_of_the_hub_and_of_img2dataset(tmp_path):
     own = [{"key": c, "jpg": picture(c, "JPEG"), "txt": c, "status": "success"} for c in COLOURS]
     own.append({"key": "x", "jpg": None, "txt": "gone", "status": "failed_to_download"})
     found = rows(write_parquet(tmp_path / "own.parquet", own))
-    assert found == [*PAIRS, Skipped("caption without picture")]
+    assert found == [*PAIRS, Skipped("caption without image")]
 
 
 def test_bagel_captions_take_one_of_several_always_the_same(tmp_path):
@@ -88,7 +88,7 @@ def test_bad_rows_are_skipped_with_their_reason(tmp_path):
     lines = [{"file_name": "red.png", "text": "red"}, {"file_name": "none.png", "text": "x"},
              {"text": "alone"}, {"file_name": "red.png"}, {"file_name": "red.png", "text": 3},
              ["red.png"], {"path": ".", "text": "a folder"}]  # fmt: skip
-    reasons = ["missing image", "caption without picture", *["picture without caption"] * 2,
+    reasons = ["missing image", "caption without image", *["image without caption"] * 2,
                "line that is not a JSON object", "missing image"]  # fmt: skip
     found = rows(write_lines(tmp_path / "a.jsonl", lines))
     assert found == [["red", "<red>"], *map(Skipped, reasons)]
@@ -114,7 +114,7 @@ def test_a_split_that_karpathy_does_not_have_is_counted(tmp_path):
     file = public_layouts.karpathy(tmp_path)
     file.write_text(file.read_text().replace("restval", "restvai"))
     found = [document for split in ("train", "val") for document in read(from_json(file), split)]
-    assert found.count(Skipped("picture of an unknown split")) == 2
+    assert found.count(Skipped("image of an unknown split")) == 2
 
 
 def test_llava_conversations_have_their_pictures_where_they_say_so(tmp_path):
@@ -137,8 +137,8 @@ def test_llava_conversations_have_their_pictures_where_they_say_so(tmp_path):
         ["USER: ", "<red>", "Which colour? ASSISTANT: Red. USER: Sure? ASSISTANT: Yes."],
         ["USER: Compare ", "<red>", " and ", "<blue>", " ASSISTANT: Red and blue."],
         ["USER: Hello ASSISTANT: Hi"],
-        Skipped("conversation of more or fewer pictures than it marks"),
-        Skipped("conversation of another layout than LLaVA's"),
+        Skipped("conversation with a wrong number of <image> markers"),
+        Skipped("conversation that is not in LLaVA's layout"),
     ]
 
 

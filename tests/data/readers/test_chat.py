@@ -54,9 +54,9 @@ def test_a_system_message_is_given_and_a_last_question_is_left_out(tmp_path):
         ({"text": "a"}, 'line without "messages" or "data"'),
         ({"data": ["a", 3]}, 'line without "messages" or "data"'),
         ({"messages": [{"role": "user"}]}, "message without role and content"),
-        ({"messages": MESSAGES[1:]}, "conversation without questions and answers in turn"),
-        ({"data": ["a question"]}, "conversation without questions and answers in turn"),
-        ({"data": []}, "conversation without questions and answers in turn"),
+        ({"messages": MESSAGES[1:]}, "conversation whose questions and answers do not alternate"),
+        ({"data": ["a question"]}, "conversation whose questions and answers do not alternate"),
+        ({"data": []}, "conversation whose questions and answers do not alternate"),
     ],
 )
 def test_a_bad_line_is_skipped_for_its_reason(tmp_path, line, reason):

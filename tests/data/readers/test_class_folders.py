@@ -51,7 +51,7 @@ def test_unreadable_pictures_and_unnamed_classes_are_skipped_for_their_reason(im
     assert [x.reason for x in found] == [
         "undecodable image",
         "truncated image",
-        "picture of a class that has no name",
+        "image of a class without a name",
     ]
 
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
+from tf_lightning.data import EditData, EditFiles
 from tf_lightning.data.documents import Skipped
-from tf_lightning.data.readers.edits import EditData, EditFiles
 
 COLOURS = ["red", "blue", "green"]
 
@@ -63,7 +63,7 @@ def test_turns_of_a_folder_are_documents_in_order(folder):
     [
         ([turn(7, 1, " ")], "edit without instruction"),
         ([turn(7, 3, "away with it")], "missing image"),
-        ([{"input": "7-input.png", "instruction": "make it blue"}], "edit without picture"),
+        ([{"input": "7-input.png", "instruction": "make it blue"}], "edit without image"),
         (["not a turn"], "edit without instruction"),
         ("{", "line that is not JSON"),
     ],
@@ -94,10 +94,10 @@ def test_turns_of_a_parquet_file_are_the_same_documents(folder, tmp_path):
     source = EditFiles(f"{tmp_path}/a.parquet", val_fraction=0, image_size=16)
     document, bad = source.documents("train")
     assert colours(document) == ["red", "make it blue", "blue"]
-    assert bad == Skipped("edit without picture")
+    assert bad == Skipped("edit without image")
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
     (bad,) = EditFiles(f"{tmp_path}/b.parquet", val_fraction=0).documents("train")
-    assert bad == Skipped("damaged file, read as far as it goes")
+    assert bad == Skipped("damaged file, read up to the damage")
 
 
 def test_edits_are_served_as_rows(folder):

@@ -275,7 +275,7 @@ def test_a_negative_size_in_a_tar_ends_it(tmp_path):
     whole[148:156] = b"%06o\0 " % sum(whole[:512])
     file.write_bytes(whole)
     found = list(CaptionTars(str(file), val_fraction=0).documents("train"))
-    assert found == [Skipped("damaged tar, read as far as it goes")]
+    assert found == [Skipped("damaged tar, read up to the damage")]
 
 
 def test_a_tar_without_its_end_is_counted(tmp_path):
@@ -284,4 +284,4 @@ def test_a_tar_without_its_end_is_counted(tmp_path):
         start = tar.getmembers()[9].offset  # between two samples, where tarfile sees no fault
     os.truncate(file, start)
     *found, last = CaptionTars(str(file), val_fraction=0, image_size=16).documents("train")
-    assert len(found) == 3 and last == Skipped("damaged tar, read as far as it goes")
+    assert len(found) == 3 and last == Skipped("damaged tar, read up to the damage")

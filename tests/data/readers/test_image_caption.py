@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from support.image_files import png, write_tar
+from tf_lightning.data import CaptionTars, ImageCaptionData
 from tf_lightning.data.documents import Skipped
-from tf_lightning.data.readers.captions import CaptionTars, ImageCaptionData
 
 
 def read(path, **arguments):
@@ -28,7 +28,7 @@ def test_caption_comes_from_txt_or_json(tmp_path):
         "0/001.PNG": png("blue"),
     }
     skipped, red, blue = read(write_tar(tmp_path / "a.tar", files))
-    assert skipped == Skipped("caption without picture")
+    assert skipped == Skipped("caption without image")
     assert (red[0], blue[0]) == ("red", "blue")
     assert red[1].size == blue[1].size == (16, 16)
     assert np.asarray(blue[1])[0, 0].tolist() == [0, 0, 255]
@@ -56,8 +56,8 @@ def test_bad_samples_are_skipped_with_their_reasons(tmp_path):
     reasons = Counter(document.reason for document in found[:-1])
     assert reasons == {
         "truncated image": 1,
-        "picture without caption": 4,
-        "caption without picture": 1,
+        "image without caption": 4,
+        "caption without image": 1,
     }
     assert found[-1][0] == "good"
 
@@ -76,13 +76,13 @@ def test_a_torn_tar_is_read_as_far_as_it_goes(tmp_path):
     path.write_bytes(path.read_bytes()[: 5 * 512 + 20])  # ends inside 1.png
     found = read(str(path))
     assert [document[0] for document in found if not isinstance(document, Skipped)] == ["red"]
-    assert Skipped("damaged tar, read as far as it goes") in found
+    assert Skipped("damaged tar, read up to the damage") in found
 
 
 def test_what_is_no_tar_is_skipped(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"not a tar" * 200)
     found = read(str(tmp_path / "a.tar"))
-    assert found == [Skipped("damaged tar, read as far as it goes")]
+    assert found == [Skipped("damaged tar, read up to the damage")]
 
 
 def test_the_emoji_are_read_whole(data_dir, tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tf_lightning.data import InterleavedData, InterleavedFiles
 from tf_lightning.data.documents import Skipped
-from tf_lightning.data.readers.interleaved import InterleavedData, InterleavedFiles
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_edits_are_served_as_they_are_written(folder):
     read(folder, lines)
     data = InterleavedData(
         [f"{folder}/a.jsonl"],
-        [f"{folder}/a.jsonl"],
+        val_paths=[f"{folder}/a.jsonl"],
         image_size=16,
         autoencoder="pixels",
         patch_size=8,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from tf_lightning.data import TextData, TextFiles
 from tf_lightning.data.documents import Skipped
-from tf_lightning.data.readers.text import TextData, TextFiles
 from tf_lightning.errors import UserError
 
 
@@ -46,7 +46,7 @@ def test_another_kind_of_file_is_a_user_error(tmp_path):
 def test_wikitext_is_prepared_whole(data_dir, tmp_path):
     data = TextData(
         str(data_dir / "wikitext-2" / "test.txt"),
-        str(data_dir / "wikitext-2" / "valid.txt"),
+        val_paths=str(data_dir / "wikitext-2" / "valid.txt"),
         row_length=256,
         vocab_size=2000,
         cache_dir=str(tmp_path),

@@ -53,7 +53,7 @@ def test_gzip_of_several_members_is_read_to_its_end(tmp_path):
 def test_a_packed_file_torn_off_in_its_head_is_counted(packed, size, tmp_path):
     file = public_layouts.dolma(tmp_path, TEXTS, packed)
     file.write_bytes(file.read_bytes()[:size])
-    assert read(file) == [Skipped("damaged file, read as far as it goes")]
+    assert read(file) == [Skipped("damaged file, read up to the damage")]
 
 
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
@@ -62,13 +62,13 @@ def test_a_torn_file_is_read_as_far_as_it_goes(packed, tmp_path):
     file = public_layouts.dolma(tmp_path, texts, packed)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     found = read(file)
-    assert found[-1] == Skipped("damaged file, read as far as it goes")
+    assert found[-1] == Skipped("damaged file, read up to the damage")
     assert len(found) > 1000 and found[:-1] == [[text] for text in texts[: len(found) - 1]]
 
 
 def test_a_parquet_file_without_text_is_skipped(tmp_path):
     public_layouts.write_parquet(tmp_path / "a.parquet", [{"content": "x"}])
-    assert read(tmp_path / "a.parquet") == [Skipped("parquet file of other columns")]
+    assert read(tmp_path / "a.parquet") == [Skipped("parquet file without the expected columns")]
     public_layouts.write_parquet(tmp_path / "b.parquet", [{"text": None}, {"text": "good"}])
     bad, good = read(tmp_path / "b.parquet")
     assert isinstance(bad, Skipped) and good == ["good"]
@@ -89,4 +89,4 @@ def test_lines_are_read_as_a_stream(packed, tmp_path):
 def test_a_line_without_end_is_damage(tmp_path, monkeypatch):
     monkeypatch.setattr("tf_lightning.data.readers.formats.MAX_BYTES", 100)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + b"x" * 1000 + b"\n")
-    assert read(tmp_path / "a.jsonl") == [["a"], Skipped("line of more than 100 bytes")]
+    assert read(tmp_path / "a.jsonl") == [["a"], Skipped("line longer than 100 bytes")]

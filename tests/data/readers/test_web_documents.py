@@ -67,7 +67,7 @@ def test_a_mint_document_of_other_pages_than_it_names_is_skipped(tmp_path):
     files = {"a.json": record.encode(), "a.tiff": picture("red", "TIFF"), "b.json": b"{"}
     found = read(write_tar(tmp_path / "a.tar", files))
     assert found == [
-        Skipped("document of other pictures than it names"),
+        Skipped("document with a wrong number of TIFF pages"),
         Skipped("line that is not JSON"),
     ]
 
@@ -104,8 +104,8 @@ def test_omnigen_and_omnigen2_edits(tmp_path):
         ["<red>", "make it blue", "<blue>"],
         ["Put", "<lime>", "before", "<red>", "<cyan>"],
         ["a red one", "<red>"],
-        Skipped("instruction of other pictures than it is given"),
-        Skipped("edit without picture"),
+        Skipped("instruction with wrong image placeholders"),
+        Skipped("edit without image"),
         Skipped("edit without instruction"),
     ]
 

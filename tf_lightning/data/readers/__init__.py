@@ -1,1 +1,1 @@
-"""Readers of public file formats, one file for each kind of source."""
+"""Sources for public file formats, one module for each kind of content."""

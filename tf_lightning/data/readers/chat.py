@@ -1,48 +1,46 @@
-"""Conversations from disk: .jsonl in UltraChat's two layouts. Only the answers are learned."""
+"""Conversations from JSON lines in the two layouts of UltraChat."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from tf_lightning.data.documents import BadSample, ContextText, RawDocument, TurnText
 from tf_lightning.data.readers.files import FileSource
+from tf_lightning.data.readers.formats import parse_json, read_lines
 
 Message = tuple[str, str]  # role, content
 
 
 class ChatFiles(FileSource):
-    """Each line is a conversation, a document of questions and answers in turn.
+    """Conversations from .jsonl files, one a line. Only the answers have an LM loss.
 
     A line is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...]}
-    (UltraChat 200k; a first message may be of "system"), or {"data": ["question", "answer", ...]}
-    (UltraChat). Written as <|user|> question <|assistant|> answer <eos>, a line each, where the
-    answers and their <eos> alone have an LM loss. What follows the last answer is left out.
-
-    Args:
-        paths: .jsonl files or globs to train on.
-        val_paths: files or globs to validate on.
-        val_fraction: without `val_paths`, the share of `paths`' conversations held out, in [0, 1).
+    (UltraChat 200k; a first message with the role "system" is allowed), or {"data": ["question",
+    "answer", ...]} (UltraChat). The document reads <|user|>, question, <|assistant|>, answer, <eos>
+    for each turn, and the LM loss counts the answers and their <eos>. Messages after the last
+    answer are left out.
     """
 
     def samples(self, file: Path) -> Iterator[tuple[str, bytes]]:
-        """As `FileSource.samples`: each line."""
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines):
-                yield str(number), line
+        """Yield each line; see `FileSource.samples`."""
+        for number, line in enumerate(read_lines(file)):
+            yield str(number), line
 
     def document(self, sample: bytes) -> RawDocument:
-        """As `FileSource.document`."""
+        """See `FileSource.document`."""
         messages = read_messages(sample)
         roles = [role for role, _ in messages]
         start = int(roles[:1] == ["system"])
-        count = (len(messages) - start) // 2 * 2  # a last question has no answer
+        count = (len(messages) - start) // 2 * 2  # without a last question that has no answer
         if count == 0 or roles[start : start + count] != ["user", "assistant"] * (count // 2):
-            raise BadSample("conversation without questions and answers in turn")
+            raise BadSample("conversation whose questions and answers do not alternate")
         return conversation(messages[: start + count])
 
 
 def conversation(messages: list[Message]) -> RawDocument:
-    """The parts of a conversation that ends with an answer, whose <eos> is the document's."""
+    """Convert messages that end with an answer to the parts of a document.
+
+    The last answer is plain text: the end of the document adds its <eos>.
+    """
     document: RawDocument = []
     question = ""
     for role, content in messages:
@@ -55,16 +53,12 @@ def conversation(messages: list[Message]) -> RawDocument:
 
 
 def read_messages(line: bytes) -> list[Message]:
-    """Roles and contents of a line of either layout.
+    """Parse a line of either layout.
 
     Raises:
-        BadSample: it is of neither.
+        BadSample: the line is in neither layout.
     """
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise BadSample("line that is not JSON") from error
-    match content:
+    match parse_json(line):
         case {"messages": list() as turns}:
             return [_message(turn) for turn in turns]
         case {"data": list() as texts} if all(isinstance(text, str) for text in texts):

@@ -1,4 +1,4 @@
-"""Picture, instruction, edited picture from disk: MagicBrush, OmniGen and OmniGen2, BAGEL."""
+"""Image edits (image, instruction, edited image): MagicBrush, OmniGen, OmniGen2 and BAGEL."""
 
 import re
 import zlib
@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tf_lightning.data.documents import BadSample
-from tf_lightning.data.mixture import Mixture
-from tf_lightning.data.readers.captions import as_picture
-from tf_lightning.data.readers.files import ImagePathSource
+from tf_lightning.data.readers.files import ImagePathSource, as_image_file
 from tf_lightning.data.readers.formats import (
     file_format,
     parse_json,
@@ -19,53 +17,52 @@ from tf_lightning.data.readers.formats import (
     read_parquet,
 )
 
-MAGICBRUSH = ("img_id", "source_img", "instruction", "target_img")  # mask_img stays where it is
+MAGICBRUSH = ("img_id", "source_img", "instruction", "target_img")  # mask_img is not read
 BAGEL = ("image_list", "instruction_list")
-PLACEHOLDER = re.compile(r"\s*(?:<img>)?<\|image_(\d+)\|>(?:</img>)?\s*")  # OmniGen's
+PLACEHOLDER = re.compile(r"\s*(?:<img>)?<\|image_(\d+)\|>(?:</img>)?\s*")  # OmniGen
 
 
 class EditFiles(ImagePathSource):
-    """Documents [picture, instruction, picture], and longer ones of the same kinds.
+    """Image edits: documents [image, instruction, image], or longer ones such as chains of edits.
 
-    MagicBrush's folder is `edit_turns.json`, a list of {"input": "7-input.png", "output":
-    "7-output1.png", "instruction": "..."}, beside `images/7/`; its parquet files have img_id,
-    source_img, instruction and target_img. Turns that edit the same picture are held out together.
-    BAGEL's parquet files have image_list and, for each step, instruction_list, of whose wordings
-    one is taken, always the same. OmniGen's .jsonl (also .gz, .zst) have instruction, input_images
-    and output_image or output_images; <|image_1|> in an instruction is where its picture stands.
+    - MagicBrush's folder: `edit_turns.json`, a list of {"input": "7-input.png", "output":
+      "7-output1.png", "instruction": "..."}, beside `images/7/`.
+    - MagicBrush's parquet files: img_id, source_img, instruction and target_img. Edits of the same
+      image are held out together.
+    - BAGEL's parquet files: image_list, and instruction_list with several wordings for each step,
+      one of which is chosen by a hash.
+    - OmniGen's .jsonl (also .gz, .zst): instruction, input_images, and output_image or
+      output_images. <|image_1|> in an instruction marks the place of the first input image.
 
     Args:
-        paths: `edit_turns.json`, .jsonl or .parquet files, or globs, to train on.
-        val_paths: files or globs to validate on.
-        val_fraction: without `val_paths`, the share of pictures held out, in [0, 1).
-        image_size: side of the pictures in pixels.
-        images: folder that the names in .jsonl begin from; None: that of the file itself.
+        paths: `edit_turns.json`, .jsonl or .parquet files to train on, or globs of them.
+        images: folder that paths of images in .jsonl are relative to; null: the folder of the file.
     """
 
     def samples(self, file: Path) -> Iterator[tuple[str, Any]]:
-        """As `FileSource.samples`: a list of parts, or a line of JSON with its folder."""
+        """Yield parts, or a line of JSON with its image folder; see `FileSource.samples`."""
         match file_format(file):
             case ".parquet":
                 yield from parquet_turns(file)
             case ".jsonl":
                 for number, line in enumerate(read_lines(file)):
-                    yield str(number), (line, self.folder(file))
+                    yield str(number), (line, self.image_folder(file))
             case _:
                 yield from folder_turns(file)
 
     def parts(self, sample: list[Any] | tuple[bytes, Path]) -> list[str | bytes | Path]:
-        """Pictures and instructions in order."""
+        """List images and instructions in order; see `ImageFileSource.parts`."""
         parts = omnigen(*sample) if isinstance(sample, tuple) else sample
         words = [part for part in parts if isinstance(part, str) and part.strip()]
         if not words or any(part is None for part in parts[1::2]):
             raise BadSample("edit without instruction")
         if any(not part for part in parts):
-            raise BadSample("edit without picture")
+            raise BadSample("edit without image")
         return [part.strip() if isinstance(part, str) else part for part in parts]
 
 
 def folder_turns(file: Path) -> Iterator[tuple[str, list[Path | str | None]]]:
-    """The turns of `edit_turns.json`, pictures as paths."""
+    """Yield the edits of `edit_turns.json`, with images as paths."""
     turns = parse_json(read_bytes(file))
     for turn in turns if isinstance(turns, list) else []:
         turn = turn if isinstance(turn, dict) else {}
@@ -77,63 +74,42 @@ def folder_turns(file: Path) -> Iterator[tuple[str, list[Path | str | None]]]:
 
 
 def parquet_turns(file: Path) -> Iterator[tuple[str, list[bytes | str | None]]]:
-    """The rows of MagicBrush's or BAGEL's parquet files, pictures as bytes."""
+    """Yield the rows of MagicBrush's or BAGEL's parquet files, with images as bytes."""
     for number, row in enumerate(read_parquet(file, MAGICBRUSH + BAGEL)):
         if "image_list" in row:
             yield str(number), bagel(row, number)
             continue
-        before, after = (as_picture(row.get(name), file.parent) for name in MAGICBRUSH[1::2])
+        before, after = (as_image_file(row.get(name), file.parent) for name in MAGICBRUSH[1::2])
         yield str(row.get("img_id")), [before, row.get("instruction"), after]
 
 
 def bagel(row: dict[str, Any], number: int) -> list[bytes | str | None]:
-    """A chain of edits: image_list [bytes], instruction_list [[wording, ...]], one shorter."""
+    """Parse a chain of edits: n images, and n - 1 lists of wordings of an instruction."""
     images, steps = (row.get(name) or [] for name in BAGEL)
-    said = [step[zlib.crc32(b"%d" % number) % len(step)] if step else None for step in steps]
-    parts = [None] * (len(images) + len(said))
-    if len(images) == len(said) + 1:
-        parts[::2], parts[1::2] = images, said
+    wording = zlib.crc32(b"%d" % number)
+    instructions = [step[wording % len(step)] if step else None for step in steps]
+    parts = [None] * (len(images) + len(instructions))
+    if len(images) == len(instructions) + 1:
+        parts[::2], parts[1::2] = images, instructions
     return parts
 
 
 def omnigen(line: bytes, folder: Path) -> list[str | Path | None]:
-    """A task of OmniGen: what is given, in the order of the instruction, and what comes of it."""
+    """Parse a line of OmniGen: input images in the order of the instruction, then output images."""
     record = parse_object(line)
+    instruction, inputs = record.get("instruction"), record.get("input_images") or []
     outputs = record.get("output_images") or [record.get("output_image")]
-    given, made, instruction = record.get("input_images") or [], outputs, record.get("instruction")
-    if not isinstance(instruction, str) or not isinstance(given + made, list):
+    valid = isinstance(instruction, str) and isinstance(inputs, list) and isinstance(outputs, list)
+    if not valid:
         raise BadSample("edit without instruction")
-    given, made = ([as_picture(name, folder) for name in names] for names in (given, made))
+    inputs, outputs = (
+        [as_image_file(name, folder) for name in names] for names in (inputs, outputs)
+    )
     pieces = PLACEHOLDER.split(instruction)  # text, number, text, number, text
     if len(pieces) == 1:
-        return [*given, instruction, *made]
+        return [*inputs, instruction, *outputs]
     numbers = [int(number) - 1 for number in pieces[1::2]]
-    if sorted(numbers) != list(range(len(given))):
-        raise BadSample("instruction of other pictures than it is given")
-    pieces[1::2] = [given[number] for number in numbers]
-    return [piece for piece in pieces if piece != ""] + made
-
-
-class EditData(Mixture):
-    """Edits alone.
-
-    Args:
-        paths: `edit_turns.json`, .jsonl or .parquet files, or globs.
-        val_paths: files or globs to validate on.
-        val_fraction: without `val_paths`, the share of pictures held out, in [0, 1).
-        image_size: side of the pictures in pixels.
-        images: folder that the names in .jsonl begin from; None: that of the file itself.
-        kwargs: as in Mixture.
-    """
-
-    def __init__(
-        self,
-        paths: str | list[str],
-        val_paths: str | list[str] | None = None,
-        val_fraction: float = 0.01,
-        image_size: int = 256,
-        images: str | None = None,
-        **kwargs,
-    ):
-        source = EditFiles(paths, val_paths, val_fraction, image_size, images)
-        super().__init__(sources={"edits": source}, weights=None, **kwargs)
+    if sorted(numbers) != list(range(len(inputs))):
+        raise BadSample("instruction with wrong image placeholders")
+    pieces[1::2] = [inputs[number] for number in numbers]
+    return [piece for piece in pieces if piece != ""] + outputs

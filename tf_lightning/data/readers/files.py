@@ -1,4 +1,4 @@
-"""Documents in files: which files, which documents are held out, what identifies the content."""
+"""Base classes of the sources that read files: globs, held-out documents, fingerprints, shards."""
 
 import copy
 import glob
@@ -16,60 +16,64 @@ from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source,
 from tf_lightning.data.images import load_image
 from tf_lightning.errors import UserError
 
-SHARD_BYTES = 64_000_000  # of files that are prepared together
+SHARD_BYTES = 64_000_000  # total size of the files that one preparation shard reads
 
 
+@dataclass(eq=False)
 class FileSource(Source):
-    """Documents of files; a reader adds `samples` and `document`.
+    """Source that reads documents from files. A subclass implements `samples` and `document`.
 
     Args:
         paths: files or globs to train on.
-        val_paths: files or globs to validate on.
-        val_fraction: without `val_paths`, the share of `paths`' documents held out, in [0, 1).
+        val_paths: files or globs to validate on; null: hold out a share of `paths`.
+        val_fraction: share of the documents to hold out if `val_paths` is null, in [0, 1).
     """
 
-    def __init__(
-        self,
-        paths: str | list[str],
-        val_paths: str | list[str] | None = None,
-        val_fraction: float = 0.01,
-    ):
-        self.paths, self.val_paths, self.val_fraction = paths, val_paths, val_fraction
+    paths: str | list[str]
+    val_paths: str | list[str] | None = None
+    val_fraction: float = 0.01
 
     @abstractmethod
     def samples(self, file: Path) -> Iterator[tuple]:
-        """Key and raw content of each sample; BadSample ends the file.
+        """Yield (key, sample) for each sample of a file.
 
-        Samples of one key are held out together. Where the file itself says which split a sample
-        is of, that is a third item.
+        The split of a sample is a hash of the file's name and the key, so samples with the same key
+        are held out together. Yield (key, sample, split) if the file itself names the split.
+
+        Raises:
+            BadSample: the rest of the file cannot be read.
         """
 
     @abstractmethod
     def document(self, sample: Any) -> list[str | Image.Image | Skipped]:
-        """A sample made into a document; BadSample if it cannot be, Skipped for a part of it."""
+        """Convert a sample to a document; `Skipped` stands for a part that is left out.
+
+        Raises:
+            BadSample: the sample cannot be used.
+        """
 
     def documents(self, split: Split) -> Iterator[RawDocument | Skipped]:
-        """As `Source.documents`."""
+        """See `Source.documents`."""
         for file in self.files(split):
             try:
-                for key, sample, *said in self.samples(file):
-                    if said == [split] if said else self._belongs(f"{file.name}/{key}", split):
-                        yield from self._usable(sample)
+                for key, sample, *named in self.samples(file):
+                    if named == [split] if named else self._in_split(f"{file.name}/{key}", split):
+                        yield from self._convert(sample)
             except BadSample as error:
                 yield Skipped(str(error))
 
     def fingerprint(self, split: Split) -> str:
-        """As `Source.fingerprint`."""
+        """See `Source.fingerprint`."""
         stats = [(str(file), file.stat()) for file in self.files(split)]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return repr((type(self).__name__, split, sorted(vars(self).items()), files))
 
     def files(self, split: Split) -> list[Path]:
-        """The files a split is read from."""
+        """List the files that a split is read from."""
         return find_files(self.val_paths if split == "val" and self.val_paths else self.paths)
 
     def shards(self, split: Split) -> list["FileSource"]:
-        """Sources of some files each, whose documents one after another are this one's."""
+        """Divide the files among sources of about SHARD_BYTES each, in the same order."""
         groups: list[list[str]] = [[]]
         num_bytes = 0
         for file in self.files(split):
@@ -78,10 +82,10 @@ class FileSource(Source):
                 num_bytes = 0
             groups[-1].append(glob.escape(str(file)))
             num_bytes += file.stat().st_size
-        return [self._of(group, split) for group in groups]
+        return [self._with_files(group, split) for group in groups]
 
-    def _of(self, files: list[str], split: Split) -> "FileSource":
-        """This source with other files of a split."""
+    def _with_files(self, files: list[str], split: Split) -> "FileSource":
+        """Copy this source with other files for a split."""
         source = copy.copy(self)
         if split == "val" and self.val_paths:
             source.val_paths = files
@@ -89,11 +93,11 @@ class FileSource(Source):
             source.paths = files
         return source
 
-    def _belongs(self, key: str, split: Split) -> bool:
+    def _in_split(self, key: str, split: Split) -> bool:
         return bool(self.val_paths) or held_out(key, self.val_fraction) == (split == "val")
 
-    def _usable(self, sample: Any) -> Iterator[RawDocument | Skipped]:
-        """The document of a sample, and what is left out of it."""
+    def _convert(self, sample: Any) -> Iterator[RawDocument | Skipped]:
+        """Yield the skipped parts of a sample, then its document unless nothing is left of it."""
         try:
             parts = self.document(sample)
         except BadSample as error:
@@ -106,37 +110,31 @@ class FileSource(Source):
 
 @dataclass(frozen=True)
 class OptionalImage:
-    """A picture that its document can do without."""
+    """An image file that is left out of its document if it is missing or damaged."""
 
     file: bytes | Path
 
 
+@dataclass(eq=False)
 class ImageFileSource(FileSource):
-    """Documents with pictures; a reader adds `samples` and, where they are not yet that, `parts`.
+    """File source of documents with images. A subclass implements `samples` and `parts`.
 
     Args:
-        paths: files or globs to train on.
-        val_paths: files or globs to validate on.
-        val_fraction: without `val_paths`, the share of `paths`' documents held out, in [0, 1).
-        image_size: side of the pictures in pixels.
+        image_size: side of the square images in pixels.
     """
 
-    def __init__(
-        self,
-        paths: str | list[str],
-        val_paths: str | list[str] | None = None,
-        val_fraction: float = 0.01,
-        image_size: int = 256,
-    ):
-        super().__init__(paths, val_paths, val_fraction)
-        self.image_size = image_size
+    image_size: int = 256
 
     def parts(self, sample: Any) -> list[str | bytes | Path | OptionalImage]:
-        """Texts and picture files of a sample; BadSample if it cannot be used."""
+        """List the texts and image files of a sample in order; by default the sample itself.
+
+        Raises:
+            BadSample: the sample cannot be used.
+        """
         return sample
 
     def document(self, sample: Any) -> list[str | Image.Image | Skipped]:
-        """As `FileSource.document`."""
+        """See `FileSource.document`."""
         return [part if isinstance(part, str) else self._load(part) for part in self.parts(sample)]
 
     def _load(self, file: bytes | Path | OptionalImage) -> Image.Image | Skipped:
@@ -148,35 +146,39 @@ class ImageFileSource(FileSource):
             return Skipped(str(error))
 
 
+@dataclass(eq=False)
 class ImagePathSource(ImageFileSource):
-    """Files that name their pictures.
+    """Image source whose files may contain paths of images.
 
     Args:
-        paths: files or globs to train on.
-        val_paths: files or globs to validate on.
-        val_fraction: without `val_paths`, the share of `paths`' documents held out, in [0, 1).
-        image_size: side of the pictures in pixels.
-        images: folder that the names begin from; None: that of the file itself.
+        images: folder that paths of images are relative to; null: the folder of the file that
+            contains the path.
     """
 
-    def __init__(
-        self,
-        paths: str | list[str],
-        val_paths: str | list[str] | None = None,
-        val_fraction: float = 0.01,
-        image_size: int = 256,
-        images: str | None = None,
-    ):
-        super().__init__(paths, val_paths, val_fraction, image_size)
-        self.images = images
+    images: str | None = None
 
-    def folder(self, file: Path) -> Path:
-        """Where the pictures are that a file names."""
+    def image_folder(self, file: Path) -> Path:
+        """Return the folder that the image paths in a file are relative to."""
         return Path(self.images).expanduser() if self.images else file.parent
 
 
+def as_image_file(value: Any, folder: Path) -> bytes | Path | None:
+    """Convert the image field of a record to an image file; None if it holds no image.
+
+    Args:
+        value: a path relative to `folder`, the content of a file, or a dict {"bytes", "path"} as on
+            the Hugging Face hub.
+        folder: folder that paths are relative to.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value:
+        return folder / value
+    return value if isinstance(value, bytes) else None
+
+
 def find_files(paths: str | list[str]) -> list[Path]:
-    """Files that paths or globs (`**` too) name, each glob's sorted.
+    """List the files that paths or globs match (`**` included), sorted within each glob.
 
     Raises:
         UserError: a path or glob matches no file.
@@ -192,5 +194,5 @@ def find_files(paths: str | list[str]) -> list[Path]:
 
 
 def held_out(key: str, fraction: float) -> bool:
-    """Whether a document is for validation: the same answer wherever the file lies."""
+    """Return whether a document is in the validation split: a hash of its key below `fraction`."""
     return zlib.crc32(key.encode("utf-8", "surrogatepass")) < fraction * 2**32

@@ -1,8 +1,7 @@
-"""Text and pictures in any order from disk: our JSON lines, OBELICS, MMC4, MINT-1T.
+"""Documents of text and images in any order: our JSON lines, OBELICS, MMC4 and MINT-1T.
 
-Documents of web pages and of PDFs, text and pictures in turn: OBELICS, MMC4, MINT-1T.
-
-Their pictures come from elsewhere and some are always missing: a document does without those.
+The images of OBELICS, MMC4 and MINT-1T are downloaded separately, and some of them are always
+missing. A missing or damaged image is left out of its document and counted.
 """
 
 import hashlib
@@ -16,9 +15,7 @@ from PIL import Image, ImageSequence
 
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import to_rgb
-from tf_lightning.data.mixture import Mixture
-from tf_lightning.data.readers.captions import as_picture
-from tf_lightning.data.readers.files import ImagePathSource, OptionalImage
+from tf_lightning.data.readers.files import ImagePathSource, OptionalImage, as_image_file
 from tf_lightning.data.readers.formats import (
     by_extension,
     file_format,
@@ -33,93 +30,21 @@ from tf_lightning.errors import UserError
 Parts = list[str | OptionalImage]
 
 
-def obelics(row: dict[str, Any], folder: Path) -> Parts:
-    """Two lists of one length, `images` and `texts`: at each place one of them has something.
-
-    A picture is its bytes, {"bytes": ...}, a name, or a URL; a URL's picture has the URL's SHA-256
-    (64 hexadecimal digits) as its name, without extension.
-    """
-    images, texts = row.get("images"), row.get("texts")
-    if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
-        raise BadSample("document without images and texts of one length")
-    parts: Parts = []
-    for image, text in zip(images, texts, strict=True):
-        if isinstance(image, str) and "://" in image:
-            image = hashlib.sha256(image.encode("utf-8", "replace")).hexdigest()
-        picture = as_picture(image, folder)
-        if (picture is None) == (not isinstance(text, str)):
-            raise BadSample("place in a document that is not either text or picture")
-        parts.append(text if picture is None else OptionalImage(picture))
-    return parts
-
-
-def mmc4(record: dict[str, Any], folder: Path) -> Parts:
-    """Sentences `text_list`; each of `image_info` stands before the sentence it matches best."""
-    try:
-        before: dict[int, Parts] = {}
-        for image in record["image_info"]:
-            picture = OptionalImage(folder / image["image_name"])
-            before.setdefault(image["matched_text_index"], []).append(picture)
-        parts: Parts = []
-        for number, sentence in enumerate(record["text_list"]):
-            parts += [*before.pop(number, []), sentence + " "]
-    except (KeyError, TypeError) as error:
-        raise BadSample("document of another layout than MMC4's") from error
-    if before:
-        raise BadSample("picture that matches no sentence")
-    return parts
-
-
-def mint(files: list[tuple[str, bytes]]) -> Parts:
-    """{key}.json with `images` and `texts`, in turn, and {key}.tiff, a page a picture."""
-    found = by_extension(files)
-    record = parse_object(found.get("json", b""))
-    tiff = found.get("tiff") or found.get("tif")
-    pages = iter(_pages(tiff) if tiff else [])
-    images = record.get("images")
-    names = images if isinstance(images, list) else []
-    pictures = [name if name is None else next(pages, b"") for name in names]
-    if b"" in pictures or next(pages, None) is not None:
-        raise BadSample("document of other pictures than it names")
-    return obelics({**record, "images": pictures}, Path())
-
-
-def _pages(tiff: bytes) -> list[bytes]:
-    """The pages of a TIFF, each a PNG."""
-    files = []
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(tiff)) as pages:
-            for page in ImageSequence.Iterator(pages):
-                if page.width * page.height > Image.MAX_IMAGE_PIXELS:  # Pillow checks the first
-                    raise BadSample(f"image of more than {Image.MAX_IMAGE_PIXELS:,} pixels")
-                files.append(io.BytesIO())
-                to_rgb(page).save(files[-1], "PNG", compress_level=1)
-    except BadSample:
-        raise
-    except Exception as error:  # Pillow's readers raise of many kinds on damaged files
-        raise BadSample("damaged image") from error
-    return [file.getvalue() for file in files]
-
-
 class InterleavedFiles(ImagePathSource):
-    """A document a line of .jsonl (also .gz, .zst), a row of .parquet, or a key of a .tar.
+    """Interleaved documents: a line of .jsonl (also .gz, .zst), a row of .parquet or a key of .tar.
 
-    A line is {"parts": ["a text", {"text": "another"}, {"image": "a/b.png"}]} or that list itself,
-    a document of MMC4 (`text_list`, `image_info`), or one of OBELICS (`images`, `texts`). A
-    .parquet is OBELICS's, a .tar MINT-1T's (.json with .tiff). A document of these three does
-    without its missing images, which are counted.
+    A line of .jsonl is {"parts": ["a text", {"text": "another"}, {"image": "a/b.png"}]}, that list
+    itself, a document of MMC4 (`text_list`, `image_info`), or a document of OBELICS (`images`,
+    `texts`). A .parquet file has the columns of OBELICS. A .tar has the files of MINT-1T (.json and
+    .tiff). Missing images of MMC4, OBELICS and MINT-1T are left out of their documents and counted.
 
     Args:
-        paths: files or globs to train on.
-        val_paths: files or globs to validate on.
-        val_fraction: without `val_paths`, the share of `paths`' documents held out, in [0, 1).
-        image_size: side of the pictures in pixels.
-        images: folder that the names begin from; None: that of the file itself. OBELICS's pictures
-            are in it under the SHA-256 of their URL.
+        images: folder that paths of images are relative to; null: the folder of the file that
+            contains the path. The image of a URL of OBELICS is in it under the URL's SHA-256.
     """
 
     def samples(self, file: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
-        """As `FileSource.samples`: the pictures' folder with each line, row, or files of a key."""
+        """Yield the folder of the images with each line, row or key; see `FileSource.samples`."""
         match file_format(file):
             case ".jsonl":
                 records = enumerate(read_lines(file))
@@ -130,10 +55,10 @@ class InterleavedFiles(ImagePathSource):
             case _:
                 raise UserError(f"{file} is neither .jsonl, .parquet nor .tar; name other files")
         for key, record in records:
-            yield str(key), (self.folder(file), record)
+            yield str(key), (self.image_folder(file), record)
 
     def parts(self, sample: tuple[Path, Any]) -> list[str | Path | OptionalImage]:
-        """Texts and pictures in order."""
+        """List texts and images in order; see `ImageFileSource.parts`."""
         folder, record = sample
         if isinstance(record, list):
             return mint(record)
@@ -143,11 +68,18 @@ class InterleavedFiles(ImagePathSource):
                 return mmc4(content, folder)
             case {"texts": _}:
                 return obelics(content, folder)
-        return [part if what == "text" else folder / part for what, part in parse_parts(content)]
+        return [
+            value if modality == "text" else folder / value
+            for modality, value in parse_parts(content)
+        ]
 
 
 def parse_parts(content: Any) -> list[tuple[str, str]]:
-    """The parts of a line in order: "text" or "image", and the text or the picture's file."""
+    """Parse the parts of a line: ("text", the text) or ("image", the path of the image).
+
+    Raises:
+        BadSample: the content has no parts, or one is neither text nor image.
+    """
     parts = content.get("parts") if isinstance(content, dict) else content
     if not isinstance(parts, list):
         raise BadSample('line without "parts"')
@@ -165,26 +97,70 @@ def _parse_part(part: str | dict[str, str]) -> tuple[str, str]:
     raise BadSample("part that is neither text nor image")
 
 
-class InterleavedData(Mixture):
-    """Interleaved documents alone.
+def obelics(row: dict[str, Any], folder: Path) -> Parts:
+    """Parse a document of OBELICS: lists `images` and `texts` of equal length.
 
-    Args:
-        paths: .jsonl, .parquet or .tar files, or globs.
-        val_paths: files or globs to validate on.
-        val_fraction: without `val_paths`, the share of documents held out, in [0, 1).
-        image_size: side of the pictures in pixels.
-        images: folder that the names of pictures begin from; None: that of the file naming them.
-        kwargs: as in Mixture.
+    At each index one of the lists has an entry and the other has None. An image is the content of a
+    file, {"bytes": ...}, a path, or a URL. The image of a URL is the file whose name is the SHA-256
+    of the URL, in 64 hexadecimal digits without extension.
     """
+    images, texts = row.get("images"), row.get("texts")
+    if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
+        raise BadSample("document whose images and texts differ in length")
+    parts: Parts = []
+    for image, text in zip(images, texts, strict=True):
+        if isinstance(image, str) and "://" in image:
+            image = hashlib.sha256(image.encode("utf-8", "replace")).hexdigest()
+        file = as_image_file(image, folder)
+        if (file is None) == (not isinstance(text, str)):
+            raise BadSample("document entry that is not either text or image")
+        parts.append(text if file is None else OptionalImage(file))
+    return parts
 
-    def __init__(
-        self,
-        paths: str | list[str],
-        val_paths: str | list[str] | None = None,
-        val_fraction: float = 0.01,
-        image_size: int = 256,
-        images: str | None = None,
-        **kwargs,
-    ):
-        source = InterleavedFiles(paths, val_paths, val_fraction, image_size, images)
-        super().__init__(sources={"interleaved": source}, weights=None, **kwargs)
+
+def mmc4(record: dict[str, Any], folder: Path) -> Parts:
+    """Parse a document of MMC4: each image goes before the sentence that it matches best."""
+    try:
+        before: dict[int, Parts] = {}
+        for image in record["image_info"]:
+            file = OptionalImage(folder / image["image_name"])
+            before.setdefault(image["matched_text_index"], []).append(file)
+        parts: Parts = []
+        for number, sentence in enumerate(record["text_list"]):
+            parts += [*before.pop(number, []), sentence + " "]
+    except (KeyError, TypeError) as error:
+        raise BadSample("document that is not in MMC4's layout") from error
+    if before:
+        raise BadSample("image that matches no sentence")
+    return parts
+
+
+def mint(members: list[tuple[str, bytes]]) -> Parts:
+    """Parse a document of MINT-1T: .json as in OBELICS, and .tiff with a page for each image."""
+    found = by_extension(members)
+    record = parse_object(found.get("json", b""))
+    tiff = found.get("tiff") or found.get("tif")
+    pages = iter(_pages(tiff) if tiff else [])
+    images = record.get("images")
+    names = images if isinstance(images, list) else []
+    files = [name if name is None else next(pages, b"") for name in names]
+    if b"" in files or next(pages, None) is not None:
+        raise BadSample("document with a wrong number of TIFF pages")
+    return obelics({**record, "images": files}, Path())
+
+
+def _pages(tiff: bytes) -> list[bytes]:
+    """Convert the pages of a TIFF to PNG files."""
+    files = []
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(tiff)) as pages:
+            for page in ImageSequence.Iterator(pages):
+                if page.width * page.height > Image.MAX_IMAGE_PIXELS:  # Pillow checks the first
+                    raise BadSample(f"image of more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+                files.append(io.BytesIO())
+                to_rgb(page).save(files[-1], "PNG", compress_level=1)
+    except BadSample:
+        raise
+    except Exception as error:  # Pillow raises errors of many types for damaged files
+        raise BadSample("damaged image") from error
+    return [file.getvalue() for file in files]

@@ -1,11 +1,10 @@
-"""Text from disk: .txt, JSON lines and parquet, as C4, FineWeb and Dolma have it."""
+"""Text from .txt, JSON lines and parquet, such as C4, Dolma and FineWeb."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tf_lightning.data.documents import BadSample, RawDocument
-from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.readers.files import FileSource
 from tf_lightning.data.readers.formats import (
     file_format,
@@ -20,18 +19,13 @@ NO_TEXT = 'line that is not JSON with a "text"'
 
 
 class TextFiles(FileSource):
-    """Each .txt is one document; so is each line of .jsonl or .json, each row of .parquet.
+    """Text: each .txt file, each line of .jsonl or .json, and each row of .parquet is a document.
 
-    Of lines and rows "text" is read. All may be packed: .gz, .zst.
-
-    Args:
-        paths: files or globs to train on.
-        val_paths: files or globs to validate on.
-        val_fraction: without `val_paths`, the share of `paths`' documents held out, in [0, 1).
+    Lines and rows have their text under "text". All but .parquet may be compressed as .gz or .zst.
     """
 
     def samples(self, file: Path) -> Iterator[tuple[str, tuple[str, Any]]]:
-        """As `FileSource.samples`: the file_format of file with each document."""
+        """Yield the format and the content of each document; see `FileSource.samples`."""
         match file_format(file):
             case ".txt":
                 yield "", (".txt", read_bytes(file))
@@ -48,7 +42,7 @@ class TextFiles(FileSource):
                 )
 
     def document(self, sample: tuple[str, Any]) -> RawDocument:
-        """As `FileSource.document`."""
+        """See `FileSource.document`."""
         suffix, content = sample
         try:
             if suffix == ".txt":
@@ -62,24 +56,3 @@ class TextFiles(FileSource):
         if not isinstance(text, str):
             raise BadSample(NO_TEXT)
         return [text]
-
-
-class TextData(Mixture):
-    """Text files alone.
-
-    Args:
-        paths: .txt, .jsonl, .json or .parquet files, packed or not, or globs.
-        val_paths: files or globs to validate on.
-        val_fraction: without `val_paths`, the share of documents held out, in [0, 1).
-        kwargs: as in Mixture.
-    """
-
-    def __init__(
-        self,
-        paths: str | list[str],
-        val_paths: str | list[str] | None = None,
-        val_fraction: float = 0.01,
-        **kwargs,
-    ):
-        source = TextFiles(paths, val_paths, val_fraction)
-        super().__init__(sources={"text": source}, weights=None, **kwargs)

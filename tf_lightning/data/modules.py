@@ -1,0 +1,115 @@
+"""Data modules with a single kind of files: a `Mixture` of one source."""
+
+from collections.abc import Callable
+from functools import partial
+
+from tf_lightning.data.mixture import Mixture
+from tf_lightning.data.readers.captions import caption_source
+from tf_lightning.data.readers.edits import EditFiles
+from tf_lightning.data.readers.files import FileSource
+from tf_lightning.data.readers.interleaved import InterleavedFiles
+from tf_lightning.data.readers.text import TextFiles
+
+
+class _FileData(Mixture):
+    """Mixture of one file source.
+
+    The leading underscore keeps the class out of the list of data modules in the command's help.
+
+    Args:
+        name: name of the source, which names its metrics.
+        make_source: class or function that takes `paths`, `val_paths` and `val_fraction`.
+        paths: files or globs to train on.
+        val_paths: files or globs to validate on; null: hold out a share of `paths`.
+        val_fraction: share of the documents to hold out if `val_paths` is null, in [0, 1).
+        kwargs: arguments of `Mixture`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make_source: Callable[..., FileSource],
+        paths: str | list[str],
+        *,
+        val_paths: str | list[str] | None = None,
+        val_fraction: float = 0.01,
+        **kwargs,
+    ):
+        source = make_source(paths, val_paths=val_paths, val_fraction=val_fraction)
+        super().__init__(sources={name: source}, weights=None, **kwargs)
+
+
+class _ImageFileData(_FileData):
+    """Mixture of one file source of documents with images.
+
+    Args:
+        name: name of the source, which names its metrics.
+        make_source: class or function that also takes `image_size` and `images`.
+        paths: files or globs to train on.
+        image_size: side of the square images in pixels.
+        images: folder that paths of images are relative to; null: the folder of the file that
+            contains the path.
+        kwargs: `val_paths`, `val_fraction`, and the arguments of `Mixture`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make_source: Callable[..., FileSource],
+        paths: str | list[str],
+        *,
+        image_size: int = 256,
+        images: str | None = None,
+        **kwargs,
+    ):
+        make_source = partial(make_source, image_size=image_size, images=images)
+        super().__init__(name, make_source, paths, **kwargs)
+
+
+class TextData(_FileData):
+    """Data module for text files, as `TextFiles` reads them.
+
+    Args:
+        paths: .txt, .jsonl, .json or .parquet files to train on, or globs of them.
+        kwargs: `val_paths`, `val_fraction`, and the arguments of `Mixture`.
+    """
+
+    def __init__(self, paths: str | list[str], **kwargs):
+        super().__init__("text", TextFiles, paths, **kwargs)
+
+
+class ImageCaptionData(_ImageFileData):
+    """Data module for images with captions, all in one format.
+
+    Args:
+        paths: files to train on, or globs of them: WebDataset tars; .jsonl, .csv or .parquet as
+            `CaptionRows` reads them; or .json of COCO, Karpathy or LLaVA as `CaptionJson` reads it.
+        kwargs: `val_paths`, `val_fraction`, `image_size`, `images`, and the arguments of `Mixture`.
+    """
+
+    def __init__(self, paths: str | list[str], **kwargs):
+        super().__init__("captions", caption_source, paths, **kwargs)
+
+
+class InterleavedData(_ImageFileData):
+    """Data module for documents of text and images in any order, as `InterleavedFiles` reads them.
+
+    Args:
+        paths: .jsonl, .parquet or .tar files to train on, or globs of them.
+        kwargs: `val_paths`, `val_fraction`, `image_size`, `images`, and the arguments of `Mixture`.
+    """
+
+    def __init__(self, paths: str | list[str], **kwargs):
+        super().__init__("interleaved", InterleavedFiles, paths, **kwargs)
+
+
+class EditData(_ImageFileData):
+    """Data module for image edits, as `EditFiles` reads them.
+
+    Args:
+        paths: `edit_turns.json`, .jsonl or .parquet files to train on, or globs of them.
+        kwargs: `val_paths`, `val_fraction`, `image_size`, `images`, and the arguments of `Mixture`.
+    """
+
+    def __init__(self, paths: str | list[str], **kwargs):
+        super().__init__("edits", EditFiles, paths, **kwargs)
