@@ -17,11 +17,11 @@ LAYERS = """
     tf_lightning.model
     tf_lightning.data.documents
     tf_lightning.data.images
-    tf_lightning.data.corpus
+    tf_lightning.data.corpus  tf_lightning.data.readers
     tf_lightning.data.packing
     tf_lightning.data.stream
     tf_lightning.data.mixture
-    tf_lightning.data.readers  tf_lightning.data.pictures  tf_lightning.data.encode
+    tf_lightning.data.modules  tf_lightning.data.pictures  tf_lightning.data.encode
     tf_lightning.data.__init__
     tf_lightning.training  tf_lightning.interop  tf_lightning.shapes
     tf_lightning.generation
