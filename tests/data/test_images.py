@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes one RGB picture; damaged ones are told apart."""
+"""Image files of all modes and formats become RGB images; damaged files are recognized."""
 
 import io
 import os
@@ -25,12 +25,12 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_a_picture_of_the_right_kind_is_unchanged():
+def test_an_rgb_image_of_the_right_size_is_unchanged():
     image = noise(32, 32)
     assert np.array_equal(load_image(saved(image), 32), image)
 
 
-def test_a_path_reads_as_its_bytes(tmp_path):
+def test_a_path_loads_like_its_bytes(tmp_path):
     (tmp_path / "a.png").write_bytes(saved(noise(40, 32)))
     from_path = load_image(tmp_path / "a.png", 32)
     assert np.array_equal(from_path, load_image((tmp_path / "a.png").read_bytes(), 32))
@@ -53,16 +53,16 @@ def test_a_path_reads_as_its_bytes(tmp_path):
 )
 def test_every_mode_becomes_rgb(image, kind, expected):
     options = {"lossless": True} if kind == "WEBP" else {}
-    picture = load_image(saved(image, kind, **options), 8)
-    assert picture.mode == "RGB"
-    assert np.asarray(picture).reshape(-1, 3) == pytest.approx(np.array([expected] * 64), abs=1)
+    loaded = load_image(saved(image, kind, **options), 8)
+    assert loaded.mode == "RGB"
+    assert np.asarray(loaded).reshape(-1, 3) == pytest.approx(np.array([expected] * 64), abs=1)
 
 
 def test_cmyk_jpeg_becomes_rgb():
     red = Image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK")
-    picture = np.asarray(load_image(saved(red, "JPEG", quality=95), 16))
-    assert picture.shape == (16, 16, 3)
-    assert np.abs(picture.astype(int) - (255, 0, 0)).max() < 12
+    loaded = np.asarray(load_image(saved(red, "JPEG", quality=95), 16))
+    assert loaded.shape == (16, 16, 3)
+    assert np.abs(loaded.astype(int) - (255, 0, 0)).max() < 12
 
 
 def test_palette_transparency_becomes_white():
@@ -73,7 +73,7 @@ def test_palette_transparency_becomes_white():
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_an_animation_is_its_first_frame(kind):
+def test_an_animation_becomes_its_first_frame(kind):
     red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
     file = saved(red, kind, save_all=True, append_images=[blue])
     assert Image.open(io.BytesIO(file)).n_frames == 2
@@ -82,49 +82,49 @@ def test_an_animation_is_its_first_frame(kind):
     )
 
 
-def test_a_wide_picture_is_centre_cropped():
+def test_a_wide_image_is_center_cropped():
     stripes = np.zeros((10, 30, 3), np.uint8)
     stripes[:, :10], stripes[:, 10:20], stripes[:, 20:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    picture = np.asarray(load_image(saved(Image.fromarray(stripes)), 10))
-    assert (picture == (0, 255, 0)).all()
+    loaded = np.asarray(load_image(saved(Image.fromarray(stripes)), 10))
+    assert (loaded == (0, 255, 0)).all()
 
 
 @pytest.mark.parametrize("size", [(7, 300), (300, 7), (1, 1), (64, 64), (65, 64)])
-def test_every_size_becomes_the_asked_one(size):
+def test_every_size_becomes_image_size(size):
     assert load_image(saved(noise(*size)), 32).size == (32, 32)
 
 
-def test_a_cameras_orientation_is_applied():
+def test_the_exif_orientation_is_applied():
     image = Image.new("RGB", (8, 8), "white")
-    image.paste("black", (0, 0, 8, 4))  # black above
+    image.paste("black", (0, 0, 8, 4))  # black upper half
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by 180 degrees
-    picture = np.asarray(load_image(saved(image, "PNG", exif=exif), 8))
-    assert picture[:4].min() == 255
-    assert picture[4:].max() == 0
+    loaded = np.asarray(load_image(saved(image, "PNG", exif=exif), 8))
+    assert loaded[:4].min() == 255
+    assert loaded[4:].max() == 0
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
-def test_a_truncated_picture_is_a_bad_sample(kind, share):
+def test_a_truncated_image_is_a_bad_sample(kind, share):
     file = saved(noise(64, 64), kind)
     with pytest.raises(BadSample, match="(truncated|damaged|undecodable) image"):
         load_image(file[: int(len(file) * share)], 32)
 
 
-def test_a_truncated_png_is_named_so():
+def test_a_truncated_png_is_called_truncated():
     file = saved(noise(64, 64))
     with pytest.raises(BadSample, match="truncated image"):
         load_image(file[: len(file) // 2], 32)
 
 
 @pytest.mark.parametrize("file", [b"", b"<html>not found</html>"])
-def test_what_is_no_picture_is_a_bad_sample(file):
+def test_a_file_that_is_not_an_image_is_a_bad_sample(file):
     with pytest.raises(BadSample, match="undecodable image"):
         load_image(file, 32)
 
 
-def test_a_missing_picture_is_a_bad_sample(tmp_path):
+def test_a_missing_image_is_a_bad_sample(tmp_path):
     with pytest.raises(BadSample, match="missing image"):
         load_image(tmp_path / "none.png", 32)
 
@@ -136,16 +136,16 @@ def test_a_decompression_bomb_is_a_bad_sample(monkeypatch):
             load_image(saved(noise(side, side)), 32)
 
 
-def test_rgb_pictures_pass_through():
+def test_rgb_images_are_unchanged():
     image = noise(4, 4)
     assert np.array_equal(to_rgb(image), image)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_each_of_the_eight_orientations_shows_the_same_picture(orientation):
+def test_all_eight_orientations_show_the_same_image(orientation):
     upright = np.zeros((16, 16, 3), np.uint8)
     upright[:8, :8], upright[:8, 8:], upright[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    # How each orientation's sensor sees it: EXIF 2.32, "Orientation", undone.
+    # The image as the sensor stores it for each value of "Orientation" (EXIF 2.32).
     seen = {
         1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
         5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
@@ -159,16 +159,16 @@ def test_each_of_the_eight_orientations_shows_the_same_picture(orientation):
         assert np.abs(found[place] - upright[place]).max() < 30
 
 
-def test_sixteen_bits_of_colour_become_eight():
-    # Pillow writes no 16-bit RGB: IHDR, IDAT, IEND by hand.
+def test_16_bit_rgb_becomes_8_bit():
+    # Pillow cannot write 16-bit RGB, so the chunks IHDR, IDAT and IEND are written here.
     chunk = lambda name, data: (  # noqa: E731
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     )
     pixels = b"".join(b"\0" + struct.pack(">3H", 0xFFFF, 0x8000, 0) * 8 for _ in range(8))
     header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
-    picture = np.asarray(load_image(b"\x89PNG\r\n\x1a\n" + chunks, 8))
-    assert picture.reshape(-1, 3).tolist() == [[255, 128, 0]] * 64
+    loaded = np.asarray(load_image(b"\x89PNG\r\n\x1a\n" + chunks, 8))
+    assert loaded.reshape(-1, 3).tolist() == [[255, 128, 0]] * 64
 
 
 def test_the_resampler_is_bicubic_with_antialiasing():
@@ -177,14 +177,14 @@ def test_the_resampler_is_bicubic_with_antialiasing():
     assert np.array_equal(load_image(saved(image), 16), expected)
 
 
-def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
+def test_a_folder_or_named_pipe_is_a_missing_image(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path, tmp_path / "pipe.png"):
         with pytest.raises(BadSample, match="missing image"):
             load_image(path, 32)
 
 
-def test_truncated_pictures_are_skipped_and_counted(tmp_path):
+def test_truncated_images_are_skipped(tmp_path):
     for number, share in enumerate((1.0, 0.5, 0.4)):
         file = saved(noise(64, 64))
         (tmp_path / f"{number}.png").write_bytes(file[: int(len(file) * share)])

@@ -1,4 +1,4 @@
-"""Captioned pictures of public layouts: each picture with its own words."""
+"""Captioned images in public formats: each image keeps its own caption."""
 
 import json
 
@@ -25,27 +25,27 @@ def from_json(file, images=None, **options) -> CaptionJson:
     return CaptionJson(str(file), images=images, image_size=16, **{"val_fraction": 0} | options)
 
 
-def test_img2dataset_tars(tmp_path):
+def test_img2dataset_tars_are_read(tmp_path):
     file = public_layouts.img2dataset(tmp_path)
     assert read(CaptionTars(str(file), val_fraction=0, image_size=16)) == PAIRS
 
 
 @pytest.mark.parametrize("caption", ["txt", "text", "caption", "json"])
 @pytest.mark.parametrize("image", ["jpg", "jpeg", "png", "webp", "image"])
-def test_every_alias_of_a_tars_keys(image, caption, tmp_path):
+def test_every_extension_of_a_tar_is_recognized(image, caption, tmp_path):
     words = json.dumps({"caption": "blue"}) if caption == "json" else "blue"
     files = {f"0.{image}": picture("blue"), f"0.{caption}": words.encode()}
     source = CaptionTars(str(write_tar(tmp_path / "a.tar", files)), val_fraction=0, image_size=16)
     assert read(source) == [["blue", "<blue>"]]
 
 
-def test_two_files_of_one_name_are_no_pair(tmp_path):
+def test_two_images_with_the_same_key_are_skipped(tmp_path):
     files = {"0.png": picture("blue"), "0.PNG": picture("red"), "0.txt": b"blue"}
     source = CaptionTars(str(write_tar(tmp_path / "a.tar", files)), val_fraction=0)
     assert read(source) == [Skipped("two files with the same name")]
 
 
-def test_a_folder_with_its_metadata(tmp_path):
+def test_a_folder_with_a_metadata_file_is_read(tmp_path):
     public_layouts.pictures(tmp_path / "train")
     named = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS]
     lines = "".join(f"{row['file_name']},{row['text']}\n" for row in named)
@@ -58,14 +58,14 @@ def test_a_folder_with_its_metadata(tmp_path):
 
 @pytest.mark.parametrize(
     "keys", [("path", "prompt"), ("img_path", "prompt"), ("image", "caption")]
-)  # Show-o2, JourneyDB, others
-def test_json_lines_that_name_pictures_elsewhere(keys, tmp_path):
+)  # Show-o2, JourneyDB and others
+def test_json_lines_may_name_images_in_another_folder(keys, tmp_path):
     images = public_layouts.pictures(tmp_path / "elsewhere")
     lines = [dict(zip(keys, (f"{colour}.png", colour), strict=True)) for colour in COLOURS]
     assert rows(write_lines(tmp_path / "a.jsonl", lines), str(images)) == PAIRS
 
 
-def test_parquet_of_the_hub_and_of_img2dataset(tmp_path):
+def test_parquet_files_of_the_hub_and_of_img2dataset_are_read(tmp_path):
     hub = [{"image": {"bytes": picture(c), "path": f"{c}.png"}, "text": c} for c in COLOURS]
     assert rows(write_parquet(tmp_path / "hub.parquet", hub)) == PAIRS
     own = [{"key": c, "jpg": picture(c, "JPEG"), "txt": c, "status": "success"} for c in COLOURS]
@@ -74,16 +74,19 @@ def test_parquet_of_the_hub_and_of_img2dataset(tmp_path):
     assert found == [*PAIRS, Skipped("caption without image")]
 
 
-def test_bagel_captions_take_one_of_several_always_the_same(tmp_path):
+def test_one_of_several_bagel_captions_is_chosen_and_always_the_same(tmp_path):
     file = public_layouts.bagel_captions(tmp_path)
     found = rows(file)
     assert [image for _, image in found] == [image for _, image in PAIRS]
     assert [words.rstrip("!") for words, _ in found] == list(COLOURS)
-    assert {words[-1] == "!" for words, _ in found} == {True, False}  # not always the first
+    assert {words[-1] == "!" for words, _ in found} == {
+        True,
+        False,
+    }  # the first is not always chosen
     assert rows(file) == found
 
 
-def test_bad_rows_are_skipped_with_their_reason(tmp_path):
+def test_bad_rows_are_skipped_with_a_reason(tmp_path):
     public_layouts.pictures(tmp_path)
     lines = [{"file_name": "red.png", "text": "red"}, {"file_name": "none.png", "text": "x"},
              {"text": "alone"}, {"file_name": "red.png"}, {"file_name": "red.png", "text": 3},
@@ -94,7 +97,7 @@ def test_bad_rows_are_skipped_with_their_reason(tmp_path):
     assert found == [["red", "<red>"], *map(Skipped, reasons)]
 
 
-def test_coco_captions_each_with_its_picture_held_out_together(tmp_path):
+def test_coco_captions_of_one_image_are_held_out_together(tmp_path):
     file, images = public_layouts.coco(tmp_path)
     assert read(from_json(file, str(images))) == PAIRS + PAIRS
     source = from_json(file, str(images), val_fraction=0.5)
@@ -102,7 +105,7 @@ def test_coco_captions_each_with_its_picture_held_out_together(tmp_path):
     assert train and val and not train & val and train | val == set(COLOURS)
 
 
-def test_karpathys_file_says_what_is_held_out(tmp_path):
+def test_karpathys_file_names_the_splits(tmp_path):
     source = from_json(public_layouts.karpathy(tmp_path), val_fraction=0.9)
     splits = {0: "train", 1: "train", 2: "val", 3: "test"}
     for split in ("train", "val"):
@@ -110,14 +113,14 @@ def test_karpathys_file_says_what_is_held_out(tmp_path):
         assert read(source, split) == expected
 
 
-def test_a_split_that_karpathy_does_not_have_is_counted(tmp_path):
+def test_an_unknown_split_is_counted(tmp_path):
     file = public_layouts.karpathy(tmp_path)
     file.write_text(file.read_text().replace("restval", "restvai"))
     found = [document for split in ("train", "val") for document in read(from_json(file), split)]
     assert found.count(Skipped("image of an unknown split")) == 2
 
 
-def test_llava_conversations_have_their_pictures_where_they_say_so(tmp_path):
+def test_llava_conversations_have_an_image_at_each_marker(tmp_path):
     public_layouts.pictures(tmp_path / "train2017")
     talk = lambda *said: [  # noqa: E731
         {"from": who, "value": words}
@@ -143,13 +146,13 @@ def test_llava_conversations_have_their_pictures_where_they_say_so(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "3", '{"annotations": []}', '{"images": [{}]}'])
-def test_json_of_another_layout_is_skipped(content, tmp_path):
+def test_json_of_another_format_is_skipped(content, tmp_path):
     (tmp_path / "a.json").write_text(content)
     (found,) = read(from_json(tmp_path / "a.json"))
     assert isinstance(found, Skipped)
 
 
-def test_the_data_module_chooses_by_suffix(tmp_path):
+def test_the_data_module_chooses_the_source_by_suffix(tmp_path):
     for name, kind in {
         "a.tar": CaptionTars,
         "a.jsonl.gz": CaptionRows,

@@ -1,4 +1,4 @@
-"""Conversations become documents of which the answers alone are learned."""
+"""Conversations become documents in which only the answers have an LM loss."""
 
 import json
 
@@ -28,7 +28,7 @@ def read(folder, *lines) -> list:
     return list(ChatFiles(f"{folder}/a.jsonl", val_fraction=0).documents("train"))
 
 
-def test_both_layouts_are_questions_and_answers_in_turn(tmp_path):
+def test_both_layouts_become_alternating_questions_and_answers(tmp_path):
     found = read(tmp_path, {"prompt": TALK[0], "messages": MESSAGES}, {"id": "0", "data": TALK})
     expected = [
         "<|user|>\nwhat is red\n<|assistant|>\n",
@@ -40,7 +40,7 @@ def test_both_layouts_are_questions_and_answers_in_turn(tmp_path):
     assert [type(part) for part in found[0]] == [ContextText, TurnText, ContextText, str]
 
 
-def test_a_system_message_is_given_and_a_last_question_is_left_out(tmp_path):
+def test_a_system_message_is_context_and_a_last_question_is_left_out(tmp_path):
     system = {"role": "system", "content": "be brief"}
     (document,) = read(tmp_path, {"messages": [system, *MESSAGES[:3]]})
     first = "<|system|>\nbe brief\n<|user|>\nwhat is red\n<|assistant|>\n"
@@ -59,13 +59,13 @@ def test_a_system_message_is_given_and_a_last_question_is_left_out(tmp_path):
         ({"data": []}, "conversation whose questions and answers do not alternate"),
     ],
 )
-def test_a_bad_line_is_skipped_for_its_reason(tmp_path, line, reason):
+def test_a_bad_line_is_skipped_with_a_reason(tmp_path, line, reason):
     assert read(tmp_path, line) == [Skipped(reason)]
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Chats prepared and opened, in rows that some of them fill."""
+    """Prepare and open conversations; some of them fill a row."""
 
     def build(row_length: int = 128) -> Mixture:
         read(tmp_path, *({"data": [*TALK[:3], f"a shape {n}"]} for n in range(40)))
@@ -84,11 +84,11 @@ def data(tmp_path):
 
 
 def learned(batch, row: int = 0) -> list[int]:
-    """The targets of a row in order."""
+    """Return the targets of a row in order."""
     return [x for x in batch.labels[row].tolist() if x != IGNORE_INDEX]
 
 
-def test_the_answers_and_their_ends_are_the_only_targets(data):
+def test_only_answers_and_their_eos_are_targets(data):
     made = data()
     document = made.corpora["train"]["chat"].document(0)
     batch = pack([[document]], [0], tokenizer=made.tokenizer, row_length=128, patch_size=2)
@@ -102,8 +102,8 @@ def test_the_answers_and_their_ends_are_the_only_targets(data):
     assert batch.labels[0].ge(0).logical_or(batch.labels[0].eq(IGNORE_INDEX)).all()
 
 
-def test_the_loss_is_that_of_the_answers_computed_by_hand(data):
-    """Every place's cross-entropy; those of questions, whatever it is, are not in the loss."""
+def test_the_loss_equals_the_cross_entropy_of_the_answers(data):
+    """The cross-entropy at the positions of questions is not in the loss, whatever its value."""
     made = data()
     tokenizer, document = made.tokenizer, made.corpora["train"]["chat"].document(0)
     batch = pack([[document]], [0], tokenizer=tokenizer, row_length=128, patch_size=2)
@@ -119,13 +119,13 @@ def test_the_loss_is_that_of_the_answers_computed_by_hand(data):
     answer = len(tokenizer.encode("a colour")) + 1  # and its <eos>
     end = int(batch.row_tokens)
     is_answer = torch.zeros(127, dtype=torch.bool)
-    is_answer[first : first + answer] = True  # places that predict it; <bos> is at 0
+    is_answer[first : first + answer] = True  # positions that predict the answer; <bos> is at 0
     is_answer[first + answer + second : end - 1] = True
     torch.testing.assert_close(nll, every[is_answer])
     assert every[: end - 1][~is_answer[: end - 1]].min() > 0
 
 
-def test_a_chat_longer_than_a_row_is_cut_and_stays_masked(data):
+def test_a_conversation_longer_than_a_row_is_split_and_stays_masked(data):
     short, whole = (data(row_length).corpora["train"]["chat"] for row_length in (16, 128))
     texts = [
         np.concatenate([part.numpy() for i in range(len(c)) for part in c.document(i)])
@@ -135,7 +135,7 @@ def test_a_chat_longer_than_a_row_is_cut_and_stays_masked(data):
     np.testing.assert_array_equal(*texts)
 
 
-def test_frequencies_count_given_tokens_too(data):
+def test_token_frequencies_include_context_tokens(data):
     made = data()
     counts = token_counts(made.corpora["train"]["chat"], 300, made.tokenizer.eos_id, first=True)
     corpus = made.corpora["train"]["chat"]

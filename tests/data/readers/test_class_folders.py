@@ -1,4 +1,4 @@
-"""ImageNet's folders become prompts and pictures."""
+"""The class folders of ImageNet become documents of prompt and image."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def source(root, **options) -> ClassFolders:
     return ClassFolders(f"{root}/{TRAIN}/*/*.JPEG", image_size=16, **options)
 
 
-def test_a_picture_is_asked_for_by_its_classs_first_name(imagenet):
+def test_the_prompt_has_the_first_name_of_the_class(imagenet):
     found = list(source(imagenet).documents("train"))
     prompts = [prompt for prompt, _ in found]
     assert (
@@ -32,7 +32,7 @@ def test_a_picture_is_asked_for_by_its_classs_first_name(imagenet):
     assert all(image.size == (16, 16) for _, image in found)
 
 
-def test_without_names_the_folders_are_the_names(tmp_path):
+def test_without_a_names_file_the_folders_are_the_names(tmp_path):
     picture(tmp_path / "tree_frog" / "a.png")
     made = ClassFolders(
         f"{tmp_path}/*/*.png", prompt="a {} here", learn_prompts=True, val_fraction=0, image_size=16
@@ -41,9 +41,9 @@ def test_without_names_the_folders_are_the_names(tmp_path):
     assert prompt == "a tree frog here" and type(prompt) is str
 
 
-def test_unreadable_pictures_and_unnamed_classes_are_skipped_for_their_reason(imagenet):
+def test_unreadable_images_and_unnamed_classes_are_skipped_with_a_reason(imagenet):
     folder = imagenet / TRAIN / "n01440764"
-    (folder / "n01440764_0.JPEG").write_bytes(b"no picture")
+    (folder / "n01440764_0.JPEG").write_bytes(b"not an image")
     whole = (folder / "n01440764_1.JPEG").read_bytes()
     (folder / "n01440764_1.JPEG").write_bytes(whole[: len(whole) // 2])
     picture(imagenet / TRAIN / "n99" / "n99_0.JPEG")
@@ -63,16 +63,16 @@ def mixture(root, cache, **options) -> Mixture:
 
 
 def test_skipped_files_are_counted_in_the_corpus(imagenet, tmp_path):
-    (imagenet / TRAIN / "n01440764" / "n01440764_0.JPEG").write_bytes(b"no picture")
+    (imagenet / TRAIN / "n01440764" / "n01440764_0.JPEG").write_bytes(b"not an image")
     made = mixture(imagenet, tmp_path)
     made.setup()
     corpus = made.corpora["train"]["imagenet"]
     assert len(corpus) == 3 and corpus.skipped == {"undecodable image": 1}
 
 
-def test_all_unreadable_is_one_sentence(imagenet, tmp_path):
+def test_a_source_without_readable_images_is_refused_in_one_sentence(imagenet, tmp_path):
     for file in (imagenet / TRAIN).rglob("*.JPEG"):
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"not an image")
     with pytest.raises(UserError) as error:
         mixture(imagenet, tmp_path).setup()
     assert str(error.value) == (
@@ -82,9 +82,7 @@ def test_all_unreadable_is_one_sentence(imagenet, tmp_path):
 
 
 @pytest.mark.parametrize("learn_prompts", [False, True])
-def test_a_prompt_is_learned_only_where_asked_and_the_image_token_always(
-    imagenet, tmp_path, learn_prompts
-):
+def test_the_prompt_is_in_the_loss_only_if_asked_and_boi_always(imagenet, tmp_path, learn_prompts):
     made = mixture(imagenet, tmp_path, learn_prompts=learn_prompts)
     made.setup()
     document = made.corpora["train"]["imagenet"].document(0)
@@ -95,7 +93,7 @@ def test_a_prompt_is_learned_only_where_asked_and_the_image_token_always(
     assert targets == [*words, tokenizer.boi_id, tokenizer.eos_id]
 
 
-def test_mistakes_are_told(imagenet):
+def test_a_bad_prompt_or_names_file_is_a_user_error(imagenet):
     with pytest.raises(UserError, match="no place for the class's name"):
         source(imagenet, prompt="an image")
     for names, words in (("none.txt", "cannot be read"), ("empty.txt", "names no class")):
@@ -104,7 +102,7 @@ def test_mistakes_are_told(imagenet):
             source(imagenet, names=f"{imagenet}/{names}").fingerprint("train")
 
 
-def test_another_file_of_names_is_another_corpus(imagenet):
+def test_the_fingerprint_depends_on_the_names_file(imagenet):
     before = source(imagenet).fingerprint("train")
     (imagenet / "other.txt").write_text("n01440764 fish\n")
     assert source(imagenet, names=f"{imagenet}/other.txt").fingerprint("train") != before

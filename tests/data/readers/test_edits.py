@@ -1,4 +1,4 @@
-"""MagicBrush's layouts become documents of picture, instruction, picture."""
+"""The formats of MagicBrush become documents of image, instruction, image."""
 
 import json
 from io import BytesIO
@@ -22,7 +22,7 @@ def png(colour: str) -> bytes:
 
 
 def turn(image: int, number: int, instruction: str) -> dict:
-    """A turn as the release has it: the first edits the input, a later one the last output."""
+    """A turn as MagicBrush stores it: the first edits the input, the others the last output."""
     before = f"{image}-output{number - 1}.png" if number > 1 else f"{image}-input.png"
     mask = f"{image}-mask{number}.png"
     output = f"{image}-output{number}.png"
@@ -46,12 +46,12 @@ def read(folder, turns, **options) -> list:
 
 
 def colours(document) -> list:
-    """Words as they are; a picture's colour."""
+    """Replace each image of a document by the name of its colour."""
     names = {Image.new("RGB", (1, 1), name).tobytes(): name for name in COLOURS}
     return [p if isinstance(p, str) else names[np.asarray(p)[3, 3].tobytes()] for p in document]
 
 
-def test_turns_of_a_folder_are_documents_in_order(folder):
+def test_turns_of_a_folder_become_documents_in_order(folder):
     found = read(folder, [turn(7, 1, "make it blue "), turn(7, 2, "now green")])
     expected = [["red", "make it blue", "blue"], ["blue", "now green", "green"]]
     assert [colours(document) for document in found] == expected
@@ -68,26 +68,26 @@ def test_turns_of_a_folder_are_documents_in_order(folder):
         ("{", "line that is not JSON"),
     ],
 )
-def test_a_bad_turn_is_skipped_for_its_reason(folder, turns, reason):
+def test_a_bad_turn_is_skipped_with_a_reason(folder, turns, reason):
     assert read(folder, turns) == [Skipped(reason)]
 
 
-def test_turns_of_one_picture_are_held_out_together(folder):
+def test_turns_of_one_image_are_held_out_together(folder):
     turns = [turn(image, number, "edit") for image in range(200) for number in (1, 2, 3)]
     (folder / "edit_turns.json").write_text(json.dumps(turns))
     source = EditFiles(f"{folder}/edit_turns.json", val_fraction=0.3)
-    source.document = lambda sample: [sample[0].parent.name]  # which picture
+    source.document = lambda sample: [sample[0].parent.name]  # the image's key
     held, seen = ([image for (image,) in source.documents(split)] for split in ("val", "train"))
     assert len(held) + len(seen) == 600 and not set(held) & set(seen)
     assert 0.2 < len(held) / 600 < 0.4
 
 
-def test_turns_of_a_parquet_file_are_the_same_documents(folder, tmp_path):
-    picture = lambda colour: {"bytes": png(colour), "path": f"{colour}.png"}  # noqa: E731
+def test_turns_of_a_parquet_file_become_the_same_documents(folder, tmp_path):
+    image = lambda colour: {"bytes": png(colour), "path": f"{colour}.png"}  # noqa: E731
     rows = [
-        {"img_id": "7", "turn_index": 1, "source_img": picture("red"), "mask_img": picture("red"),
-         "instruction": "make it blue", "target_img": picture("blue")},
-        {"img_id": "8", "turn_index": 1, "source_img": picture("red"), "mask_img": None,
+        {"img_id": "7", "turn_index": 1, "source_img": image("red"), "mask_img": image("red"),
+         "instruction": "make it blue", "target_img": image("blue")},
+        {"img_id": "8", "turn_index": 1, "source_img": image("red"), "mask_img": None,
          "instruction": "and away", "target_img": None},
     ]  # fmt: skip
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")

@@ -1,4 +1,4 @@
-"""Finding files and holding out documents."""
+"""Globs, held-out documents and fingerprints of file sources."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tf_lightning.errors import UserError
 
 
 class Lines(FileSource):
-    """One document a line; a line "!" is bad, a line "!!" ends the file."""
+    """One document per line; the line "!" is a bad sample, the line "!!" ends the file."""
 
     def samples(self, file: Path) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(file.read_text().splitlines()):
@@ -35,19 +35,19 @@ def test_globs_are_sorted_and_reach_subfolders(tmp_path):
     assert find_files(f"{tmp_path}/a.txt") == [tmp_path / "a.txt"]
 
 
-def test_a_path_that_names_no_file_is_a_user_error(tmp_path):
+def test_a_path_without_files_is_a_user_error(tmp_path):
     for path in (f"{tmp_path}/*.tar", str(tmp_path)):
         with pytest.raises(UserError, match="no file matches .*; give files or globs"):
             find_files([path])
 
 
-def test_held_out_share_is_as_asked():
+def test_the_held_out_share_equals_val_fraction():
     share = sum(held_out(f"00000.tar/{n:09}", 0.1) for n in range(20_000)) / 20_000
     assert share == pytest.approx(0.1, abs=0.01)
     assert not any(held_out(str(n), 0.0) for n in range(1000))
 
 
-def test_the_splits_divide_the_documents_wherever_the_file_lies(tmp_path):
+def test_the_splits_do_not_depend_on_the_folder_of_the_file(tmp_path):
     lines = [f"document {n}" for n in range(200)]
     splits = []
     for folder in ("here", "there"):
@@ -61,7 +61,7 @@ def test_the_splits_divide_the_documents_wherever_the_file_lies(tmp_path):
     assert 20 < len(val) < 60
 
 
-def test_val_paths_hold_nothing_out(tmp_path):
+def test_nothing_is_held_out_of_paths_if_val_paths_are_given(tmp_path):
     for name in ("train", "val"):
         (tmp_path / name).write_text("\n".join(f"{name} {n}" for n in range(50)))
     source = Lines([f"{tmp_path}/train"], [f"{tmp_path}/val"], val_fraction=0.5)
@@ -69,7 +69,7 @@ def test_val_paths_hold_nothing_out(tmp_path):
         assert list(source.documents(split)) == [[f"{split} {n}"] for n in range(50)]
 
 
-def test_bad_samples_are_yielded_as_skipped_and_a_torn_file_ends(tmp_path):
+def test_bad_samples_are_skipped_and_a_damaged_file_ends(tmp_path):
     (tmp_path / "a").write_text("one\n!\ntwo\n!!\nthree")
     (tmp_path / "b").write_text("four")
     source = Lines([f"{tmp_path}/a", f"{tmp_path}/b"], val_fraction=0)
@@ -77,7 +77,7 @@ def test_bad_samples_are_yielded_as_skipped_and_a_torn_file_ends(tmp_path):
     assert list(source.documents("train")) == expected
 
 
-def test_fingerprint_tells_content_arguments_and_split_apart(tmp_path):
+def test_the_fingerprint_depends_on_content_arguments_and_split(tmp_path):
     file = tmp_path / "a"
     file.write_text("one")
     source = Lines([str(file)])

@@ -1,9 +1,9 @@
-"""Damaged files: every sample is read right, skipped and counted, or refused in one sentence.
+"""Damaged files: each sample is read correctly, skipped and counted, or refused in one sentence.
 
-Each file has bytes flipped at random, or its end torn off, with a fixed seed. What is read
-afterwards may be less than there was, but no picture stands beside the words of another.
+Bytes of each file are flipped at random, or its end is cut off, with a fixed seed. Fewer samples
+may be read afterwards, but no image gets the caption of another.
 
-    FUZZ_ROUNDS=1000 python -m pytest tests/data/readers/test_fuzz.py# more of it, some minutes
+    FUZZ_ROUNDS=1000 python -m pytest tests/data/readers/test_fuzz.py  # takes minutes
 """
 
 import gzip
@@ -38,7 +38,7 @@ ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 60))
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Some bytes flipped, or the end torn off, or both."""
+    """Flip some bytes, cut off the end, or both."""
     content = bytearray(content)
     what = rng.randrange(3)
     if what != 0:
@@ -73,7 +73,7 @@ def packed_tar(folder: Path) -> Path:
 
 
 def long_names(folder: Path) -> Path:
-    """Names that need pax headers, which carry no checksum of their own."""
+    """A tar with names that need pax headers, which have no checksum."""
     tar = folder / "long.tar"
     with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as file:
         for number, colour in enumerate(COLOURS):
@@ -87,9 +87,9 @@ def long_names(folder: Path) -> Path:
 def magicbrush(folder: Path) -> Path:
     names, rows = list(COLOURS), []
     for before, after in zip(names, names[1:], strict=False):
-        pictures = [{"bytes": public_layouts.picture(c), "path": None} for c in (before, after)]
-        rows.append({"img_id": before, "source_img": pictures[0], "instruction": after,
-                     "target_img": pictures[1]})  # fmt: skip
+        images = [{"bytes": public_layouts.picture(c), "path": None} for c in (before, after)]
+        rows.append({"img_id": before, "source_img": images[0], "instruction": after,
+                     "target_img": images[1]})  # fmt: skip
     return public_layouts.write_parquet(folder / "a.parquet", rows)
 
 
@@ -110,10 +110,10 @@ FOLDERS = {"MMC4": images, "OBELICS": lambda folder: str(folder / "downloaded")}
 
 
 def wrong_pairs(document: list) -> list[tuple[str, str]]:
-    """A picture's colour with the colour that the words at its side name, where they differ.
+    """Return the pairs of caption and image colour that differ.
 
-    Damage may change words or pixels; only what is still a known colour is judged. MINT-1T's and
-    an edit's words stand behind and before the picture that they name.
+    Damage may change words or pixels, so only known colours are compared. In MINT-1T the words
+    follow their image; in an edit they describe the image after them.
     """
     marks = [
         re.sub(r"[ !]", "", part) if isinstance(part, str) else (colour_of(part),)
@@ -129,12 +129,12 @@ def wrong_pairs(document: list) -> list[tuple[str, str]]:
 
 
 def whole_or_counted(file: Path, good: int, found: int, all_of_them: int) -> bool:
-    """Whether what is missing was counted. Plain lines torn off at a line's end leave no trace."""
+    """Return whether missing documents were counted; plain lines cut at a line's end are not."""
     return good == all_of_them or good < found or file.suffix in (".csv", ".jsonl")
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
-def test_damage_leaves_no_wrong_pair_and_stops_nothing(name, tmp_path):
+def test_damage_yields_no_wrong_pair_and_raises_no_error(name, tmp_path):
     write, kind = CAPTIONS[name]
     file = write(tmp_path)
     options = {"images": FOLDERS[name](tmp_path)} if name in FOLDERS else {}
@@ -171,14 +171,14 @@ def test_damaged_text_is_read_or_skipped(packed, tmp_path):
 
 
 def damage_one_file(folder: Path, rng: random.Random) -> tuple[Path, bytes]:
-    """Damage any file of a folder; which, and what it held."""
+    """Damage one file of a folder; return its path and its content before."""
     path = rng.choice(sorted(path for path in folder.iterdir() if path.stat().st_size))
     whole = path.read_bytes()
     path.write_bytes(damaged(whole, rng))
     return path, whole
 
 
-def test_a_damaged_store_of_pictures_is_read_or_refused(tmp_path):
+def test_a_damaged_image_store_is_read_or_refused(tmp_path):
     store = store_pictures(Pictures(num_documents=20), "train", tmp_path)
     rng, refused = random.Random(0), 0
     for _ in range(ROUNDS):
@@ -198,11 +198,11 @@ KINDS = {"latents": {}, "moments": {"sample_posterior": True, "mirror": True}, "
 
 
 def a_corpus(kind: str, mixture, folder: Path) -> Corpus:
-    """20 captioned pictures; in place, those of a parquet file."""
+    """Prepare 20 captioned images; for "in place" they are in a parquet file."""
     source = Pictures(num_documents=20)
     if kind == "in place":
-        pictures = [pixels for _, pixels in source.documents("train")]
-        rows = [{"image": {"bytes": as_png(p)}, "caption": f"{n}"} for n, p in enumerate(pictures)]
+        images = [image for _, image in source.documents("train")]
+        rows = [{"image": {"bytes": as_png(x)}, "caption": f"{n}"} for n, x in enumerate(images)]
         file = public_layouts.write_parquet(folder / "a.parquet", rows)
         source = CaptionRows(str(file), val_fraction=0, image_size=8)
     data = mixture({"pictures": source}, in_place=kind == "in place", **KINDS[kind])
@@ -210,14 +210,14 @@ def a_corpus(kind: str, mixture, folder: Path) -> Corpus:
     return data.corpora["train"]["pictures"]
 
 
-def as_png(picture) -> bytes:
+def as_png(image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_corpus_is_read_as_it_was_or_refused(kind, tmp_path, mixture):
+def test_a_damaged_corpus_is_read_unchanged_or_refused(kind, tmp_path, mixture):
     corpus = a_corpus(kind, mixture, tmp_path)
     clean = [corpus.document(number) for number in range(20)]
     rng, refused, read = random.Random(0), 0, 0
@@ -261,13 +261,13 @@ def test_links_and_paths_in_tars_are_never_followed(tmp_path):
     before = sorted(path for path in tmp_path.rglob("*"))
     source = CaptionTars(str(tmp_path / "a.tar"), val_fraction=0, image_size=16)
     found = [public_layouts.shown(document) for document in source.documents("train")]
-    assert found == [["blue", "<blue>"]] * 2  # the links are not there, the content is
+    assert found == [["blue", "<blue>"]] * 2  # the links are ignored, the files are read
     assert sorted(path for path in tmp_path.rglob("*")) == before
     assert not (tmp_path.parent.parent / "up.png").exists()
 
 
-def test_a_negative_size_in_a_tar_ends_it(tmp_path):
-    """Read as it says, it would lead tarfile back to where it stands (CVE-2025-8194)."""
+def test_a_negative_size_ends_a_tar(tmp_path):
+    """Without the check, tarfile would loop forever (CVE-2025-8194)."""
     file = public_layouts.img2dataset(tmp_path)
     whole = bytearray(file.read_bytes())
     whole[124:136] = b"\xff" * 10 + b"\xfc\x00"  # -1024, in base 256
@@ -278,10 +278,10 @@ def test_a_negative_size_in_a_tar_ends_it(tmp_path):
     assert found == [Skipped("damaged tar, read up to the damage")]
 
 
-def test_a_tar_without_its_end_is_counted(tmp_path):
+def test_a_truncated_tar_is_counted(tmp_path):
     file = public_layouts.img2dataset(tmp_path)
     with tarfile.open(file) as tar:
-        start = tar.getmembers()[9].offset  # between two samples, where tarfile sees no fault
+        start = tar.getmembers()[9].offset  # between two samples, where tarfile raises no error
     os.truncate(file, start)
     *found, last = CaptionTars(str(file), val_fraction=0, image_size=16).documents("train")
     assert len(found) == 3 and last == Skipped("damaged tar, read up to the damage")

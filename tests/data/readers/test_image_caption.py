@@ -1,4 +1,4 @@
-"""WebDataset tars become captioned pictures; damaged members are skipped, the rest is kept."""
+"""WebDataset tars become captioned images; damaged members are skipped, the others are kept."""
 
 import io
 import json
@@ -18,7 +18,7 @@ def read(path, **arguments):
     return list(CaptionTars(path, val_fraction=0, image_size=16, **arguments).documents("train"))
 
 
-def test_caption_comes_from_txt_or_json(tmp_path):
+def test_the_caption_is_read_from_txt_or_json(tmp_path):
     files = {
         "0/a.b.png": b"",  # webdataset's key ends at the first dot: "0/a", extension "b.png"
         "0/000.png": png("red"),
@@ -34,7 +34,7 @@ def test_caption_comes_from_txt_or_json(tmp_path):
     assert np.asarray(blue[1])[0, 0].tolist() == [0, 0, 255]
 
 
-def test_bad_samples_are_skipped_with_their_reasons(tmp_path):
+def test_bad_samples_are_skipped_with_a_reason(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     file = io.BytesIO()
     noise.save(file, "PNG")
@@ -63,14 +63,14 @@ def test_bad_samples_are_skipped_with_their_reasons(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
-def test_pictures_of_every_mode_are_read(tmp_path, mode):
+def test_images_of_every_mode_are_read(tmp_path, mode):
     files = {"0.png": png("white", mode=mode), "0.txt": b"white"}
-    ((_, picture),) = read(write_tar(tmp_path / "a.tar", files))
-    assert (picture.mode, picture.size) == ("RGB", (16, 16))
-    assert np.asarray(picture).min() == 255
+    ((_, image),) = read(write_tar(tmp_path / "a.tar", files))
+    assert (image.mode, image.size) == ("RGB", (16, 16))
+    assert np.asarray(image).min() == 255
 
 
-def test_a_torn_tar_is_read_as_far_as_it_goes(tmp_path):
+def test_a_truncated_tar_is_read_up_to_the_damage(tmp_path):
     path = tmp_path / "a.tar"
     write_tar(path, {"0.png": png(), "0.txt": b"red", "1.png": png()})
     path.write_bytes(path.read_bytes()[: 5 * 512 + 20])  # ends inside 1.png
@@ -79,13 +79,13 @@ def test_a_torn_tar_is_read_as_far_as_it_goes(tmp_path):
     assert Skipped("damaged tar, read up to the damage") in found
 
 
-def test_what_is_no_tar_is_skipped(tmp_path):
+def test_a_file_that_is_not_a_tar_is_skipped(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"not a tar" * 200)
     found = read(str(tmp_path / "a.tar"))
     assert found == [Skipped("damaged tar, read up to the damage")]
 
 
-def test_the_emoji_are_read_whole(data_dir, tmp_path):
+def test_all_emoji_are_read(data_dir, tmp_path):
     data = ImageCaptionData(
         str(data_dir / "emoji" / "*.tar"),
         val_fraction=0.05,

@@ -1,4 +1,4 @@
-"""JSONL of texts and picture files becomes documents in the order they are written."""
+"""JSON lines of texts and image files become documents in the same order."""
 
 import json
 
@@ -12,10 +12,10 @@ from tf_lightning.data.documents import Skipped
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for colour in ("red", "blue"):
-        Image.new("RGB", (20, 16), colour).save(tmp_path / "pictures" / f"{colour}.png")
-    (tmp_path / "pictures" / "bad.png").write_bytes(b"<html>")
+        Image.new("RGB", (20, 16), colour).save(tmp_path / "images" / f"{colour}.png")
+    (tmp_path / "images" / "bad.png").write_bytes(b"<html>")
     return tmp_path
 
 
@@ -26,7 +26,7 @@ def read(folder, lines: list) -> list:
     return list(source.documents("train"))
 
 
-RED, BLUE = {"image": "pictures/red.png"}, {"image": "pictures/blue.png"}
+RED, BLUE = {"image": "images/red.png"}, {"image": "images/blue.png"}
 
 
 def test_parts_keep_their_order(folder):
@@ -49,17 +49,17 @@ def test_a_bare_list_and_bare_strings_are_accepted(folder):
     [
         ("{", "line that is not JSON"),
         ({"text": "no parts"}, 'line without "parts"'),
-        ([{"image": "pictures/none.png"}], "missing image"),
-        ([{"image": "pictures/bad.png"}], "undecodable image"),
+        ([{"image": "images/none.png"}], "missing image"),
+        ([{"image": "images/bad.png"}], "undecodable image"),
         (["text", 3], "part that is neither text nor image"),
         ([{"audio": "a.wav"}], "part that is neither text nor image"),
     ],
 )
-def test_bad_lines_are_skipped_with_their_reason(folder, line, reason):
+def test_bad_lines_are_skipped_with_a_reason(folder, line, reason):
     assert read(folder, [line, ["good"]]) == [Skipped(reason), ["good"]]
 
 
-def test_edits_are_served_as_they_are_written(folder):
+def test_edits_are_packed_in_their_order(folder):
     lines = [[RED, f"make it blue {n}", BLUE] for n in range(20)]
     read(folder, lines)
     data = InterleavedData(

@@ -1,4 +1,4 @@
-"""Text files become documents of one text."""
+"""Text files become documents with one text."""
 
 import json
 
@@ -37,13 +37,13 @@ def test_text_that_is_not_utf8_is_skipped(tmp_path):
     assert list(source.documents("train")) == [Skipped("text that is not UTF-8")]
 
 
-def test_another_kind_of_file_is_a_user_error(tmp_path):
+def test_a_file_of_another_format_is_a_user_error(tmp_path):
     (tmp_path / "a.csv").write_text("a,b")
     with pytest.raises(UserError, match=r"a.csv is neither .txt, .jsonl.* nor .parquet; rename it"):
         list(TextFiles([f"{tmp_path}/a.csv"]).documents("train"))
 
 
-def test_wikitext_is_prepared_whole(data_dir, tmp_path):
+def test_all_of_wikitext_is_prepared(data_dir, tmp_path):
     data = TextData(
         str(data_dir / "wikitext-2" / "test.txt"),
         val_paths=str(data_dir / "wikitext-2" / "valid.txt"),

@@ -1,4 +1,4 @@
-"""Text of public corpora, packed and in tables, read as a stream."""
+"""Text of public corpora, compressed or in tables, is read as a stream."""
 
 import gzip
 import tracemalloc
@@ -29,7 +29,7 @@ def read(file) -> list:
     ],
     ids=["C4", "Dolma gz", "Dolma zst", "jsonl", "FineWeb"],
 )
-def test_every_document_comes_in_order(write, tmp_path):
+def test_all_documents_are_read_in_order(write, tmp_path):
     file = write(tmp_path, TEXTS)
     assert read(file) == [[text] for text in TEXTS]
     held = TextFiles(str(file), val_fraction=0.2)
@@ -37,12 +37,12 @@ def test_every_document_comes_in_order(write, tmp_path):
     assert sorted(both) == sorted([text] for text in TEXTS)
 
 
-def test_a_packed_txt_is_one_document(tmp_path):
+def test_a_compressed_txt_file_is_one_document(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\ntwo"))
     assert read(tmp_path / "a.txt.gz") == [["one\ntwo"]]
 
 
-def test_gzip_of_several_members_is_read_to_its_end(tmp_path):
+def test_all_members_of_a_gzip_file_are_read(tmp_path):
     parts = [gzip.compress(b'{"text": "%d"}\n' % n) for n in range(5)]
     (tmp_path / "a.jsonl.gz").write_bytes(b"".join(parts))
     assert read(tmp_path / "a.jsonl.gz") == [[str(n)] for n in range(5)]
@@ -50,14 +50,14 @@ def test_gzip_of_several_members_is_read_to_its_end(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 3, 8])
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
-def test_a_packed_file_torn_off_in_its_head_is_counted(packed, size, tmp_path):
+def test_a_compressed_file_truncated_in_its_header_is_counted(packed, size, tmp_path):
     file = public_layouts.dolma(tmp_path, TEXTS, packed)
     file.write_bytes(file.read_bytes()[:size])
     assert read(file) == [Skipped("damaged file, read up to the damage")]
 
 
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
-def test_a_torn_file_is_read_as_far_as_it_goes(packed, tmp_path):
+def test_a_truncated_file_is_read_up_to_the_damage(packed, tmp_path):
     texts = [f"{n * 7919 % 10007} {n * 104729 % 99991}" for n in range(20_000)]
     file = public_layouts.dolma(tmp_path, texts, packed)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -76,7 +76,7 @@ def test_a_parquet_file_without_text_is_skipped(tmp_path):
 
 @pytest.mark.parametrize("packed", [".gz", ".zst", ""])
 def test_lines_are_read_as_a_stream(packed, tmp_path):
-    """Eleven million bytes, of which no more than a buffer is ever held."""
+    """Only one buffer of eleven million bytes is in memory at a time."""
     file = public_layouts.dolma(tmp_path, ["0123456789" * 10] * 50_000, packed)
     held = pyarrow.total_allocated_bytes()
     tracemalloc.start()
@@ -86,7 +86,7 @@ def test_lines_are_read_as_a_stream(packed, tmp_path):
     assert count == 50_000 and peak < 1_000_000
 
 
-def test_a_line_without_end_is_damage(tmp_path, monkeypatch):
+def test_a_line_longer_than_the_limit_is_damage(tmp_path, monkeypatch):
     monkeypatch.setattr("tf_lightning.data.readers.formats.MAX_BYTES", 100)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + b"x" * 1000 + b"\n")
     assert read(tmp_path / "a.jsonl") == [["a"], Skipped("line longer than 100 bytes")]

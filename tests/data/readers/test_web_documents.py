@@ -1,4 +1,4 @@
-"""Interleaved documents and edits of public layouts: every part in its place."""
+"""Interleaved documents and edits in public formats keep the order of their parts."""
 
 import io
 import json
@@ -20,17 +20,17 @@ def read(file, images=None, kind=InterleavedFiles) -> list:
     return [part if isinstance(part, Skipped) else shown(part) for part in found]
 
 
-def test_obelics_pictures_are_found_by_their_urls(tmp_path):
+def test_obelics_images_are_found_by_their_urls(tmp_path):
     assert read(*public_layouts.obelics(tmp_path)) == DOCUMENTS
 
 
-def test_obelics_pictures_in_the_file_itself(tmp_path):
+def test_obelics_images_in_the_file_itself(tmp_path):
     images = {colour: {"bytes": picture(colour), "path": None} for colour in COLOURS}
     file = write_parquet(tmp_path / "a.parquet", public_layouts.obelics_rows(images))
     assert read(file) == DOCUMENTS
 
 
-def test_a_web_document_does_without_a_missing_picture_which_is_counted(tmp_path):
+def test_a_missing_image_is_left_out_of_its_document_and_counted(tmp_path):
     file, images = public_layouts.obelics(tmp_path)
     next(images.iterdir()).unlink()
     found = read(file, images)
@@ -43,26 +43,26 @@ def test_a_web_document_does_without_a_missing_picture_which_is_counted(tmp_path
 @pytest.mark.parametrize(
     ("images", "texts"), [(["a.png"], ["both"]), ([None], [None]), ([None, None], ["one"])]
 )
-def test_lists_that_do_not_fit_each_other_are_skipped(images, texts, tmp_path):
+def test_images_and_texts_that_do_not_match_are_skipped(images, texts, tmp_path):
     lines = [{"images": images, "texts": texts}, {"images": [None], "texts": ["good"]}]
     bad, good = read(write_lines(tmp_path / "a.jsonl", lines))
     assert isinstance(bad, Skipped) and good == ["good"]
 
 
-def test_mmc4_pictures_stand_before_their_sentence(tmp_path):
+def test_mmc4_images_precede_their_sentence(tmp_path):
     images = public_layouts.pictures(tmp_path / "images")
     expected = [["See: ", f"<{colour}>", f"{colour} "] for colour in COLOURS]
     assert read(public_layouts.mmc4(tmp_path), images) == expected
 
 
-def test_mint_pages_are_the_pictures_in_order(tmp_path):
+def test_mint_pages_are_the_images_in_order(tmp_path):
     names = list(COLOURS)
     pairs = zip(names, names[1:] + names[:1], strict=True)
     expected = [[f"<{one}>", one, f"<{two}>", two] for one, two in pairs]
     assert read(public_layouts.mint(tmp_path)) == expected
 
 
-def test_a_mint_document_of_other_pages_than_it_names_is_skipped(tmp_path):
+def test_a_mint_document_with_a_wrong_number_of_pages_is_skipped(tmp_path):
     record = json.dumps({"images": ["page_0_image_1", "page_0_image_2"], "texts": [None, None]})
     files = {"a.json": record.encode(), "a.tiff": picture("red", "TIFF"), "b.json": b"{"}
     found = read(write_tar(tmp_path / "a.tar", files))
@@ -87,7 +87,7 @@ def edits(file, images=None) -> list:
     return read(file, images, EditFiles)
 
 
-def test_omnigen_and_omnigen2_edits(tmp_path):
+def test_omnigen_and_omnigen2_edits_are_read(tmp_path):
     public_layouts.pictures(tmp_path / "images")
     lines = [
         {"task_type": "edit", "instruction": "make it blue", "input_images": ["red.png"],
@@ -110,7 +110,7 @@ def test_omnigen_and_omnigen2_edits(tmp_path):
     ]
 
 
-def test_bagel_chains_of_edits(tmp_path):
+def test_bagel_chains_of_edits_are_read(tmp_path):
     images = [picture(colour) for colour in ("red", "lime", "blue")]
     said = [["make it lime", "lime, please"], ["make it blue"]]
     rows = [{"image_list": images, "instruction_list": said}] * 8
