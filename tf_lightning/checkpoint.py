@@ -1,28 +1,64 @@
-"""Reading a checkpoint file: nothing that it holds is run."""
+"""Reading checkpoint files, without running code that they contain, and upgrading old ones.
 
+Hyper-parameters are saved as plain dicts of numbers and strings, so that a checkpoint names no
+class of this package and outlives a change of modules. Checkpoints of version 0.1 and before differ
+in three ways, which `read_checkpoint` undoes:
+
+* Those written from Python contain pickled config dataclasses (OLD_CONFIGS).
+* Some config fields had other names (RENAMED_FIELDS).
+* Those written by the command line name the LightningModule's class and its instantiator.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tf_lightning.errors import UserError
 
 TRANSFUSION, AUTOENCODER = "image_codec", "autoencoder"  # keys that tell checkpoints apart
-OTHER = {TRANSFUSION: "an autoencoder's", AUTOENCODER: "a Transfusion model's"}
+OTHER_KIND = {TRANSFUSION: "an autoencoder's", AUTOENCODER: "a Transfusion model's"}
+
+OLD_CONFIGS = (
+    "tf_lightning.transformer.TransformerConfig",
+    "tf_lightning.rope_scaling.RopeScaling",
+    "tf_lightning.unet.UNetConfig",
+    "tf_lightning.conditioning.LinearConfig",
+    "tf_lightning.autoencoder_network.AutoencoderConfig",
+)
+RENAMED_FIELDS = {
+    "transformer": {"image_weights": "modality_weights"},
+    "linear": {"place": "pos_embed"},
+}
+
+
+class PickledConfig(dict):
+    """Stands for every class of OLD_CONFIGS in a pickle: a dict of the dataclass's fields."""
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        """Receive the fields from torch's restricted unpickler."""
+        self.update(fields)
+
+
+# Also needed where Lightning itself loads a checkpoint with weights_only=True.
+torch.serialization.add_safe_globals([(PickledConfig, path) for path in OLD_CONFIGS])
 
 
 def read_checkpoint(path: str | Path, kind: str = TRANSFUSION, mmap: bool = False) -> dict:
-    """A checkpoint's contents on the CPU, without running anything that it holds.
+    """Read a checkpoint to the CPU and upgrade it, without running code that it contains.
 
     Args:
         path: the file.
         kind: TRANSFUSION or AUTOENCODER.
-        mmap: leave tensors in the file until they are used, for one that needs few of them.
+        mmap: leave tensors in the file until they are used; saves memory if few are needed.
 
     Raises:
-        UserError: there is no such file, or it is not a checkpoint of this project and kind.
+        UserError: the file does not exist, or is not a checkpoint of this project and kind.
     """
     path = Path(path)
-    if (path / "meta.pt").is_file():  # its index is a pickle, which is not opened for strangers
+    if (path / "meta.pt").is_file():
         raise UserError(
             f"{path} is a sharded checkpoint, which only `fit --ckpt_path last` reads; train with "
             "save_distributed_checkpoint: false for one file"
@@ -35,25 +71,54 @@ def read_checkpoint(path: str | Path, kind: str = TRANSFUSION, mmap: bool = Fals
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch's readers raise of many kinds on bytes of other programs
+    except Exception as error:  # torch raises many types for files of other programs
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint; it is damaged "
             "or of another program: use an earlier one from the same folder"
         ) from error
-    found = [key for key in OTHER if isinstance(checkpoint, dict) and key in checkpoint]
+    found = [key for key in OTHER_KIND if isinstance(checkpoint, dict) and key in checkpoint]
     if not found:
         raise UserError(
             f"{path} is not a tf_lightning checkpoint; give one written by `tf-lightning fit`"
         )
     if kind not in found:
         raise UserError(
-            f"{path} is {OTHER[kind]} checkpoint; give the one of this configuration's own run"
+            f"{path} is {OTHER_KIND[kind]} checkpoint; give a checkpoint of this configuration's "
+            "own run"
         )
+    return upgrade(checkpoint)
+
+
+def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Replace the hyper-parameters of a checkpoint by `plain_hparams`; return the checkpoint."""
+    checkpoint["hyper_parameters"] = plain_hparams(checkpoint.get("hyper_parameters", {}))
     return checkpoint
 
 
+def plain_hparams(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert hyper-parameters to plain values under their present names.
+
+    Configs become dicts, old field names become new ones, and the class and the instantiator that
+    LightningCLI adds are left out.
+    """
+    plain = {name: as_dict(x) for name, x in hparams.items() if not name.startswith("_")}
+    for name, fields in RENAMED_FIELDS.items():
+        if isinstance(config := plain.get(name), dict):
+            plain[name] = {fields.get(key, key): value for key, value in config.items()}
+    return plain
+
+
+def as_dict(config: Any) -> Any:
+    """Convert a config dataclass, and configs inside it, to a dict; return other values as is."""
+    if is_dataclass(config):
+        return asdict(config)
+    if isinstance(config, PickledConfig):
+        return {name: as_dict(value) for name, value in config.items()}
+    return config
+
+
 def misfit(error: RuntimeError) -> UserError:
-    """What `load_state_dict` says of weights that do not fit, cut to one sentence."""
+    """Shorten the message of `load_state_dict` for weights that do not fit to one sentence."""
     first = str(error).splitlines()[1].strip().rstrip(".")
     return UserError(
         f"the checkpoint's weights do not fit this model ({first}); "

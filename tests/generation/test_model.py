@@ -228,7 +228,7 @@ def test_pixels_and_pictures_are_the_same_thing():
 
 def test_weights_of_another_shape_are_refused_in_one_sentence(folder, live, tmp_path):
     checkpoint = read_checkpoint(folder / "model.ckpt")
-    checkpoint["hyper_parameters"]["transformer"].dim = 64
+    checkpoint["hyper_parameters"]["transformer"]["dim"] = 64
     torch.save(checkpoint, tmp_path / "wide.ckpt")
     with pytest.raises(UserError, match=r"do not fit this model \(size mismatch for net\.") as told:
         load(tmp_path / "wide.ckpt")

@@ -38,7 +38,7 @@ def checkpoint_of(folder, **options) -> dict:
 
 
 def trained(checkpoint: dict, start: str = "net") -> Transformer:
-    config = checkpoint["hyper_parameters"]["transformer"]
+    config = TransformerConfig(**checkpoint["hyper_parameters"]["transformer"])
     transformer = Transformer(config).requires_grad_(False)
     start = f"{start}.transformer."
     weights = checkpoint["state_dict"]

@@ -199,9 +199,7 @@ def test_rows_longer_than_the_window_are_refused(tmp_path):
     tiny("Mistral", sliding_window=16).save_pretrained(tmp_path)
     model = open_language_model(tmp_path)
     model.check(model.extended_config, row_length=16)
-    with pytest.raises(
-        UserError, match="rows of 17 tokens are longer than .* 16"
-    ):
+    with pytest.raises(UserError, match="rows of 17 tokens are longer than .* 16"):
         model.check(model.extended_config, row_length=17)
 
 

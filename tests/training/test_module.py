@@ -249,10 +249,3 @@ def test_validation_losses_are_means_over_all_targets_and_elements_of_a_source(t
 def test_without_an_average_the_trained_weights_are_validated():
     module = tiny_module(ema_decay=0)
     assert module.ema is None and module.inference_net is module.net
-
-
-def test_a_checkpoint_from_python_loads_without_running_what_it_holds(trained, tmp_path):
-    module, _, trainer, _ = trained
-    trainer.save_checkpoint(tmp_path / "python.ckpt")
-    checkpoint = torch.load(tmp_path / "python.ckpt", weights_only=True)
-    assert checkpoint["hyper_parameters"]["transformer"] == module.config

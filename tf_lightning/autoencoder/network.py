@@ -66,9 +66,6 @@ class AutoencoderConfig:
         return 2 ** (len(self.channels) - 1)
 
 
-torch.serialization.add_safe_globals([AutoencoderConfig])
-
-
 def build_autoencoder(config: AutoencoderConfig, image_size: int = 256) -> nn.Module:
     """Build a diffusers model with random weights.
 

@@ -59,6 +59,19 @@ class TransfusionCLI(LightningCLI):
         if path and (verb, path) != ("fit", "last"):
             read_checkpoint(path, self.kind(verb))
 
+    def _parse_ckpt_path(self) -> None:
+        """Replace the model's arguments by the hyper-parameters of `--ckpt_path FILE`.
+
+        LightningCLI does the same, but does not know how to upgrade older checkpoints.
+        """
+        verb = self.config.get("subcommand")
+        path = self.config[verb].get("ckpt_path") if verb else None
+        if path and Path(path).is_file():
+            hparams = read_checkpoint(path, self.kind(verb), mmap=True)["hyper_parameters"]
+            if class_path := self.config[verb].model.get("class_path"):
+                hparams = {"class_path": class_path, "init_args": hparams}
+            self.config = self.parser.parse_object({verb: {"model": hparams}}, self.config)
+
     def kind(self, verb: str) -> str:
         """Of the checkpoints that belong to this configuration."""
         name = f"{AutoencoderModule.__module__}.{AutoencoderModule.__name__}"

@@ -7,7 +7,6 @@ FOLDER/text/            config.json, model.safetensors and tokenizer for `transf
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tf_lightning.checkpoint import read_checkpoint
+from tf_lightning.checkpoint import read_checkpoint, upgrade
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_folder
 from tf_lightning.hub import read_json
@@ -79,8 +78,7 @@ def is_export(folder: Path) -> bool:
 
 def transformer_config(checkpoint: dict) -> TransformerConfig:
     """Return the sizes of a checkpoint's Transformer."""
-    sizes = checkpoint["hyper_parameters"]["transformer"]
-    return TransformerConfig(**sizes) if isinstance(sizes, dict) else sizes
+    return TransformerConfig(**checkpoint["hyper_parameters"]["transformer"])
 
 
 def check_text(config: TransformerConfig) -> None:
@@ -99,7 +97,7 @@ def write_net(checkpoint: dict, net: dict[str, Tensor], weights: str, folder: Pa
         net = {name: weight for name, weight in net.items() if name != HEAD}
     save_file({n: w.contiguous() for n, w in net.items()}, folder / "net.safetensors")
     metadata = {name: checkpoint.get(name) for name in METADATA} | {"weights": weights}
-    (folder / "net.json").write_text(json.dumps(metadata, indent=2, default=asdict) + "\n")
+    (folder / "net.json").write_text(json.dumps(metadata, indent=2) + "\n")
     (folder / "tokenizer.bin").write_bytes(bytes(checkpoint["tokenizer"].numpy()))
 
 
@@ -135,7 +133,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     try:
         net = load_file(folder / "net.safetensors")
         proto = bytearray((folder / "tokenizer.bin").read_bytes())
-        checkpoint["hyper_parameters"]["ema_decay"] = 0.0
+        upgrade(checkpoint)["hyper_parameters"]["ema_decay"] = 0.0
         if transformer_config(checkpoint).tie_embeddings:
             net[HEAD] = net["transformer.tok_embeddings.weight"]
     except (OSError, SafetensorError, KeyError, TypeError) as error:

@@ -44,9 +44,6 @@ class LinearConfig:
     (DiT), or the patches' content and the noise level (MonoFormer)."""
 
 
-torch.serialization.add_safe_globals([LinearConfig])  # hparams load with weights_only=True
-
-
 def has_time_token(config: LinearConfig | None) -> bool:
     """Whether a position for the noise level precedes an image's patches."""
     return config is not None and config.time == "token"

@@ -112,11 +112,6 @@ class TransformerConfig:
             self.rope_scaling = RopeScaling(**self.rope_scaling)
 
 
-torch.serialization.add_safe_globals(
-    [TransformerConfig, RopeScaling]
-)  # hparams load with weights_only=True
-
-
 def rope_angles(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,9 +30,6 @@ class UNetConfig:
     """Residual blocks at each resolution of the down half; the up half has one more."""
     head_dim: int = 64
     """Width of an attention head; divides the last of the channels."""
-
-
-torch.serialization.add_safe_globals([UNetConfig])  # hparams load with weights_only=True
 
 
 def check_unet_config(config: UNetConfig, patch_size: int) -> None:

@@ -28,7 +28,13 @@ from tf_lightning.autoencoder.network import (
     quantize,
     row_noise,
 )
-from tf_lightning.checkpoint import misfit
+from tf_lightning.checkpoint import (
+    AUTOENCODER,
+    as_dict,
+    misfit,
+    plain_hparams,
+    read_checkpoint,
+)
 from tf_lightning.data.pictures import PictureBatch
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
@@ -90,9 +96,9 @@ class AutoencoderModule(L.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
+        network = as_dict(network)  # plain, so that checkpoints do not depend on our classes
         self.save_hyperparameters()
-        if isinstance(network, dict):  # a checkpoint written by the command line
-            network = AutoencoderConfig(**network)
+        network = AutoencoderConfig(**network)
         if network.num_codes and latent_noise:
             raise UserError(f"latent_noise={latent_noise} is for a VAE; give a VQ latent_noise: 0")
         self.config = network
@@ -303,6 +309,20 @@ class AutoencoderModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Say what it is of."""
         checkpoint["autoencoder"] = "vq" if self.config.num_codes else "vae"
+        checkpoint["hyper_parameters"] = plain_hparams(checkpoint["hyper_parameters"])
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path, map_location=None, **arguments):
+        """As in Lightning, also for checkpoints of older versions.
+
+        Args:
+            checkpoint_path: the file.
+            map_location: as in torch.load.
+            arguments: of Lightning's method, or values that replace hyper-parameters.
+        """
+        hparams = read_checkpoint(checkpoint_path, AUTOENCODER, mmap=True)["hyper_parameters"]
+        arguments = hparams | {"_instantiator": None} | arguments
+        return super().load_from_checkpoint(checkpoint_path, map_location, **arguments)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Remember its step."""

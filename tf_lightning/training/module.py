@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import SumMetric
 
 from tf_lightning.batch import Batch, Document, unpack
-from tf_lightning.checkpoint import misfit
+from tf_lightning.checkpoint import as_dict, misfit, plain_hparams, read_checkpoint
 from tf_lightning.diffusion.process import build_process
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
@@ -139,17 +139,16 @@ class Transfusion(L.LightningModule):
             raise UserError(f"text_lr_ratio={text_lr_ratio} must be from 0 (frozen) to 1")
         if lr_decay not in DECAYS:
             raise UserError(f"lr_decay={lr_decay!r} must be one of {tuple(DECAYS)}")
+        # Hyper-parameters are plain values, so that checkpoints do not depend on our classes.
+        transformer, unet, linear = map(as_dict, (transformer, unet, linear))
         self.save_hyperparameters()
-        if isinstance(transformer, dict):  # a checkpoint written by the command line
-            transformer = TransformerConfig(**transformer)
-        if isinstance(unet, dict):
-            unet = UNetConfig(**unet)
+        transformer = TransformerConfig(**transformer)
+        unet = None if unet is None else UNetConfig(**unet)
+        linear = None if linear is None else LinearConfig(**linear)
         if num_codes is not None:
             check_codes(num_codes, patch_size, unet, transformer)
         elif unet is not None:
             check_unet_config(unet, patch_size)
-        if isinstance(linear, dict):
-            linear = LinearConfig(**linear)
         if unet is not None and linear is not None:
             raise UserError(
                 "unet and linear are both given and a model has one patch coder; leave one out"
@@ -339,6 +338,20 @@ class Transfusion(L.LightningModule):
         checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
         checkpoint["image_codec"] = self.image_codec
         checkpoint["row_length"] = self.row_length
+        checkpoint["hyper_parameters"] = plain_hparams(checkpoint["hyper_parameters"])
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path, map_location=None, **arguments):
+        """As in Lightning, also for checkpoints of older versions.
+
+        Args:
+            checkpoint_path: the file.
+            map_location: as in torch.load.
+            arguments: of Lightning's method, or values that replace hyper-parameters.
+        """
+        hparams = read_checkpoint(checkpoint_path, mmap=True)["hyper_parameters"]
+        arguments = hparams | {"_instantiator": None} | arguments
+        return super().load_from_checkpoint(checkpoint_path, map_location, **arguments)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore them; a checkpoint always has both."""
