@@ -21,7 +21,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.plot import Line, line_plots
-from callbacks.sheet import write_picture, write_text
+from tf_lightning.files import atomic_file
 
 NOT_SHARED = ("loss_codes", "loss_diffusion")  # of one side alone
 
@@ -130,8 +130,10 @@ def main(args: list[str] | None = None) -> None:
     runs = [read_run(folder) for folder in options.runs]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lines = {n: {run.name: run.against_flops(n) for run in runs} for n in shared(runs)}
-    write_picture(options.out.with_suffix(".png"), line_plots(lines, "training PFLOPs"))
-    write_text(options.out.with_suffix(".md"), page(runs))
+    with atomic_file(options.out.with_suffix(".png")) as file:
+        line_plots(lines, "training PFLOPs").save(file, format="PNG")
+    with atomic_file(options.out.with_suffix(".md")) as file:
+        file.write_text(page(runs))
     print(f"{page(runs)}\nWrote {options.out}.md and .png")
 
 

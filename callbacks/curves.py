@@ -13,8 +13,8 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from callbacks.plot import Line, line_plots
-from callbacks.sheet import write_picture
 from tf_lightning.errors import UserError
+from tf_lightning.files import atomic_file
 
 TAGS = ["val/fid*", "val/clip_score*", "val/composition*/overall", "val/*/perplexity"]
 
@@ -58,7 +58,8 @@ def main(args: list[str] | None = None) -> None:
     lines = read_curves(options.run, options.tags)
     page = line_plots({tag.removeprefix("val/"): line for tag, line in lines.items()}, "step")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_picture(options.out, page)
+    with atomic_file(options.out) as file:
+        page.save(file, format="PNG")
     print(f"Wrote {options.out}: {', '.join(lines)}")
 
 

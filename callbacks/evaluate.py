@@ -16,6 +16,7 @@ from callbacks.metrics import ImageQuality, SampleMetric
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
 from callbacks.protocol import MetricRecord, prompts_hash, save_numbers
+from callbacks.results import run_folder
 from callbacks.sampling import (
     OF_CODES,
     Kind,
@@ -26,10 +27,10 @@ from callbacks.sampling import (
     sample,
     shares,
 )
-from callbacks.sheet import run_folder, write_picture
 from callbacks.show import show
 from callbacks.text_perplexity import TextPerplexity
 from tf_lightning.errors import UserError
+from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.training.module import Transfusion
 
@@ -141,7 +142,8 @@ class Evaluate(L.Callback):
             return
         folder = run_folder(trainer)  # on every rank
         if trainer.is_global_zero and len(self.scales) > 1 and self.numbers:
-            write_picture(folder / "guidance.png", self.plot())
+            with atomic_file(folder / "guidance.png") as file:
+                self.plot().save(file, format="PNG")
         numbers = [*self.numbers, *text_numbers(trainer)]
         numbers += module_numbers(trainer, pl_module, numbers)
         save_numbers(trainer, pl_module, numbers, self.tag)

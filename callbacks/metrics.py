@@ -115,8 +115,8 @@ class ImageQuality(SampleMetric):
         reference = Path(self.references, file) if self.references else None
         if score == "kid":
             size = self.kid_subset_size
-            return KID(extractor, name, reference, about=about, subset_size=size)
-        return FID(extractor, name, reference, about=about)
+            return KID(extractor, name, reference, real_facts=about, subset_size=size)
+        return FID(extractor, name, reference, real_facts=about)
 
     def to(self, device: torch.device) -> "ImageQuality":
         """Move the network and the sums."""

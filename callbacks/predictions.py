@@ -14,9 +14,10 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.results import run_folder
 from callbacks.sampling import fit_drawing
-from callbacks.sheet import run_folder, write_picture, write_text
 from tf_lightning.batch import Document
+from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
 
 
@@ -69,7 +70,8 @@ class PredictionWriter(BasePredictionWriter):
         self.run = hashlib.sha256(repr((settings, self.seed)).encode()).hexdigest()[:12]
         self.path = self.folder / f"{self.answer}-{trainer.global_rank}.jsonl"
         mine = lines_of(self.path, self.run) if self.path.exists() else []
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in mine))
+        with atomic_file(self.path) as file:
+            file.write_text("".join(json.dumps(line) + "\n" for line in mine))
         files = self.folder.glob(f"{self.answer}-*.jsonl")
         self.written = {line["key"] for file in files for line in lines_of(file, self.run)}
         self.found = len(self.written)
@@ -105,7 +107,8 @@ class PredictionWriter(BasePredictionWriter):
     def _keep(self, key: str, picture) -> str:
         """Write a picture; its name."""
         (self.folder / "images").mkdir(exist_ok=True)
-        write_picture(self.folder / "images" / f"{key}.png", picture)
+        with atomic_file(self.folder / "images" / f"{key}.png") as file:
+            picture.save(file, format="PNG")
         return f"images/{key}.png"
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

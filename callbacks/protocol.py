@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from callbacks.prompts import Prompt
-from callbacks.sheet import run_folder, write_text
+from callbacks.results import run_folder
 from evaluation.weights import file_hash
+from tf_lightning.files import atomic_file
 
 PACKAGES = (
     *("torch", "lightning", "torchmetrics", "torch-fidelity", "open_clip_torch"),
@@ -82,7 +83,8 @@ def write_numbers(
         ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    with atomic_file(path) as file:
+        file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def save_numbers(

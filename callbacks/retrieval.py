@@ -9,9 +9,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
+from callbacks.contact_sheet import Tile, contact_sheet
+from callbacks.results import outside_fit, run_folder
 from callbacks.sampling import fit_drawing, refuse_shards
-from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
 from tf_lightning.data.documents import RawDocument, Skipped, Source, Split
+from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline, to_pixels
 from tf_lightning.training.module import Transfusion
 
@@ -57,19 +59,6 @@ class RetrievalAccuracy(L.Callback):
         refuse_shards(pl_module, self)
         self.how = fit_drawing(self.how, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
-        """Examine the trained model."""
-        self.examine(trainer, pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
-        """Examine a checkpoint given to `validate`."""
-        if trainer.state.fn == "validate":
-            self.examine(trainer, pl_module)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
-        """Examine a checkpoint given to `test`."""
-        self.examine(trainer, pl_module)
-
     def examine(self, trainer: L.Trainer, module: Transfusion) -> None:
         """Draw, compare, write."""
         folder = run_folder(trainer)  # on every rank
@@ -95,7 +84,8 @@ class RetrievalAccuracy(L.Callback):
         title = (
             f"{sum(right)} of {count} drawn pictures are nearest to their own of {len(pictures)}"
         )
-        write_picture(folder / "retrieval.png", contact_sheet([(title, tiles)]))
+        with atomic_file(folder / "retrieval.png") as file:
+            contact_sheet([(title, tiles)]).save(file, format="PNG")
         report = {
             "retrieval_accuracy": sum(right) / count,
             "num_prompts": count,
@@ -104,8 +94,13 @@ class RetrievalAccuracy(L.Callback):
             "global_step": trainer.global_step or module.loaded_step,
             **self.how,
         }
-        write_text(folder / "retrieval.json", json.dumps(report, indent=2) + "\n")
+        with atomic_file(folder / "retrieval.json") as file:
+            file.write_text(json.dumps(report, indent=2) + "\n")
         rank_zero_info(f"{title}; wrote {folder}/retrieval.png and retrieval.json")
+
+    on_train_end = examine
+    on_validation_end = outside_fit(examine)
+    on_test_end = examine
 
 
 def captioned(source: Source, split: Split) -> list[tuple[str, Image.Image]]:

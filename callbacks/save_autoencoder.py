@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from callbacks.sheet import run_folder
+from callbacks.results import outside_fit, run_folder
 from tf_lightning.autoencoder.network import latent_statistics, save_network
 from tf_lightning.data.pictures import PictureData, ValPictures
 from tf_lightning.training.autoencoder import AutoencoderModule
@@ -28,15 +28,6 @@ class SaveAutoencoder(L.Callback):
 
     def __init__(self, num_pictures: int = 2000, half: bool = False):
         self.num_pictures, self.half = num_pictures, half
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
-        """Write the folder."""
-        self.save(trainer, pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
-        """Write the folder, unless training goes on."""
-        if trainer.state.fn == "validate":
-            self.save(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, module: AutoencoderModule) -> None:
         """Measure, and write on rank zero."""
@@ -62,6 +53,9 @@ class SaveAutoencoder(L.Callback):
         if module.config.num_codes:
             use += f" with num_codes: {module.config.num_codes} in its model"
         rank_zero_info(f"Wrote {folder}; use it by {use}")
+
+    on_train_end = save
+    on_validation_end = outside_fit(save)
 
     def pictures(self, data: PictureData, device: torch.device) -> Iterator[Tensor]:
         """Training pictures in batches, evenly spread, as they are."""

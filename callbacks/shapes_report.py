@@ -17,12 +17,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
+from callbacks.contact_sheet import Tile, contact_sheet
+from callbacks.results import outside_fit, run_folder
 from callbacks.sampling import fit_drawing, refuse_shards
-from callbacks.sheet import Tile, contact_sheet, run_folder, write_picture, write_text
 from callbacks.text_perplexity import TextBytes, add_text
 from callbacks.throughput import Throughput
 from evaluation.perplexity import Perplexity
 from tf_lightning.batch import pack
+from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.shapes.grammar import caption, draw_text, parse, text_log_prob
 from tf_lightning.shapes.oracle import read
@@ -100,19 +102,6 @@ class ShapesReport(L.Callback):
         refuse_shards(pl_module, self)
         self.how = fit_drawing(self.how, pl_module, default_sampler="DDPMScheduler")
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
-        """Examine the trained model."""
-        self.examine(trainer, pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
-        """Examine a checkpoint given to `validate`."""
-        if trainer.state.fn == "validate":
-            self.examine(trainer, pl_module)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
-        """Examine a checkpoint given to `test`."""
-        self.examine(trainer, pl_module)
-
     def examine(self, trainer: L.Trainer, module: Transfusion) -> None:
         """All questions, on rank zero; writes the files and logs the scores."""
         folder = run_folder(trainer)  # on every rank
@@ -154,13 +143,22 @@ class ShapesReport(L.Callback):
         samples = folder / "samples"
         samples.mkdir(parents=True, exist_ok=True)
         for verdict, picture in zip(verdicts, drawn, strict=True):
-            write_picture(samples / verdict["file"], picture)
+            with atomic_file(samples / verdict["file"]) as file:
+                picture.save(file, format="PNG")
         lines = (json.dumps(verdict) + "\n" for verdict in verdicts)
-        write_text(samples / "samples.jsonl", "".join(lines))
-        write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
-        write_picture(folder / "sheet.png", sheet(asked, drawn, right, shown, written, understood))
+        with atomic_file(samples / "samples.jsonl") as file:
+            file.write_text("".join(lines))
+        with atomic_file(folder / "report.json") as file:
+            file.write_text(json.dumps(report, indent=2) + "\n")
+        with atomic_file(folder / "sheet.png") as file:
+            page = sheet(asked, drawn, right, shown, written, understood)
+            page.save(file, format="PNG")
         last = folder / "checkpoints" / "last.ckpt"
         rank_zero_info(summary(folder, last if last.exists() else trainer.ckpt_path, report))
+
+    on_train_end = examine
+    on_validation_end = outside_fit(examine)
+    on_test_end = examine
 
     def draw(self, model: TransfusionPipeline, asked: Sequence[Question]) -> list[Image.Image]:
         """One picture a question, 64 at a time."""
@@ -207,20 +205,45 @@ def text_perplexity(
 
 
 def sheet(
-    asked: Sequence[Question], drawn: Sequence[Image.Image], right: Sequence[bool],
-    shown: Sequence[Question], written: Sequence[str], understood: Sequence[bool],
-) -> Image.Image:  # fmt: skip
-    """Some pictures drawn, under their prompts, and some held-out pictures with their captions."""
+    asked: Sequence[Question],
+    generated: Sequence[Image.Image],
+    right: Sequence[bool],
+    shown: Sequence[Question],
+    captions: Sequence[str],
+    understood: Sequence[bool],
+) -> Image.Image:
+    """Draw the first images of one and of two objects, and the first captions, with their scores.
+
+    Args:
+        asked: prompts with one object, then as many prompts with two.
+        generated: an image for each prompt.
+        right: whether each image matches its prompt.
+        shown: held-out images.
+        captions: a caption for each held-out image.
+        understood: whether each caption matches its image.
+    """
     half = len(asked) // 2
-    some = [*range(min(6, half)), *range(half, min(half + 12, len(asked)))]
-    pictures = [Tile(drawn[i], asked[i].prompt, right[i]) for i in some]
-    captions = [
-        Tile(question.picture, text, ok)
-        for question, text, ok in zip(shown, written, understood, strict=True)
+    images = [
+        Tile(image, question.prompt, ok)
+        for question, image, ok in zip(asked, generated, right, strict=True)
     ]
+    captioned = [
+        Tile(question.picture, text, ok)
+        for question, text, ok in zip(shown, captions, understood, strict=True)
+    ]
+    one, two, words = (f"{share(part)} right" for part in (right[:half], right[half:], understood))
     return contact_sheet(
-        [("Pictures drawn from words", pictures), ("Words written for pictures", captions[:12])]
+        [
+            (f"Images of prompts with one object: {one}", images[:half][:5]),
+            (f"Images of prompts with two objects, unseen in training: {two}", images[half:][:10]),
+            (f"Captions of held-out images: {words}", captioned[:5]),
+        ]
     )
+
+
+def share(verdicts: Sequence[bool]) -> str:
+    """Format the share of true verdicts, such as "96.9% of 128"."""
+    return f"{np.mean(verdicts):.1%} of {len(verdicts)}"
 
 
 def summary(folder: Path, checkpoint: str | Path | None, report: dict) -> str:

@@ -3,11 +3,9 @@
 import lightning as L
 from torchvision.transforms.functional import pil_to_tensor
 
+from callbacks.contact_sheet import Tile, contact_sheet
 from callbacks.prompts import PromptSet
 from callbacks.sampling import SampleBatch
-from callbacks.sheet import Tile, contact_sheet
-
-FONT_SIZE = 20  # TensorBoard shows a sheet of two tiles at two thirds of its width
 
 
 def show(trainer: L.Trainer, prompts: PromptSet, sampled: SampleBatch, tag: str) -> None:
@@ -21,14 +19,14 @@ def show(trainer: L.Trainer, prompts: PromptSet, sampled: SampleBatch, tag: str)
     else:
         title, tiles = f"captioned/{tag}", written_tiles(prompts, sampled)
         writer.add_text(f"captions/{tag}", table(sampled), step)
-    sheet = contact_sheet([(f"{title}, step {step}", tiles)], columns=2, font_size=FONT_SIZE)
+    sheet = contact_sheet([(f"{title}, step {step}", tiles)], columns=2)
     writer.add_image(title, pil_to_tensor(sheet), step)
 
 
 def drawn_tiles(prompts: PromptSet, sampled: SampleBatch) -> list[Tile]:
     """Each drawn picture over its prompt."""
     return [
-        Tile(picture, prompt.text, prompts.judge(prompt, picture) is not False)
+        Tile(picture, prompt.text, prompts.judge(prompt, picture))
         for prompt, picture in zip(sampled.prompts, sampled.images, strict=True)
     ]
 
@@ -37,8 +35,7 @@ def written_tiles(prompts: PromptSet, sampled: SampleBatch) -> list[Tile]:
     """Each true picture over the caption written for it."""
     made = zip(sampled.prompts, sampled.images, sampled.captions, strict=True)
     return [
-        Tile(picture, words, prompts.judge_words(prompt, words) is not False)
-        for prompt, picture, words in made
+        Tile(picture, words, prompts.judge_words(prompt, words)) for prompt, picture, words in made
     ]
 
 

@@ -7,25 +7,26 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from evaluation.ptb import Tokens, tokenized
+from evaluation.ptb import Tokens, tokenize_all
 
 MAX_N = 4
-SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's: nothing divides by zero, no match is 0 to 3 digits
+# pycocoevalcap's constants: they avoid a division by zero, and scores without a match round to 0.
+SMALL, TINY = 1e-9, 1e-15
 
 
 def ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    """How often each run of n tokens occurs."""
+    """Count each n-gram of a caption."""
     return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
 class BLEU4(Metric):
     """Geometric mean of clipped 1- to 4-gram precisions times brevity penalty (Papineni 2002).
 
-    Higher is better, from 0 to 1. Counts are summed over the corpus; the reference length is the
-    closest one.
+    Higher is better, from 0 to 1. Counts are summed over the corpus. The reference length of a
+    caption is that of the reference closest in length.
 
     Args:
-        name: the metric's name in logs.
+        name: name of the metric in logs.
     """
 
     higher_is_better = True
@@ -41,8 +42,8 @@ class BLEU4(Metric):
         self.counts: dict[str, int] = {}
 
     def update(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        """Adds written captions, each with its picture's reference captions."""
-        for tokens, others in tokenized(captions, references):
+        """Add generated captions, each with the reference captions of its image."""
+        for tokens, others in tokenize_all(captions, references):
             self._count(tokens, others)
 
     def _count(self, tokens: Tokens, references: list[Tokens]) -> None:
@@ -54,14 +55,18 @@ class BLEU4(Metric):
             self.matched[n - 1] += (found & allowed).total()
             self.proposed[n - 1] += found.total()
         self.length += len(tokens)
-        # The shorter of two equally close.
+        # Of two references equally close in length, the shorter counts.
         self.reference_length += min((abs(len(r) - len(tokens)), len(r)) for r in references)[1]
         self.count += 1
 
     def compute(self) -> Tensor:
-        """The score, a float64 scalar."""
+        """Return the score, a float64 scalar.
+
+        Raises:
+            ValueError: no caption was added.
+        """
         if not self.count:
-            raise ValueError(f"{self.name} was given no caption")
+            raise ValueError(f"{self.name} was given no caption; give it at least one")
         self.counts = {"num_captions": int(self.count)}
         precisions = (self.matched.double() + TINY) / (self.proposed + SMALL)
         ratio = (self.length.double() + TINY) / (self.reference_length + SMALL)
@@ -69,5 +74,5 @@ class BLEU4(Metric):
 
     @property
     def protocol(self) -> dict:
-        """What the number depends on; the count is that of the last `compute`."""
+        """Settings of the metric, and the number of captions at the last `compute`."""
         return {"metric": "bleu4", "tokenizer": "ptb-like, without Java", **self.counts}

@@ -1,4 +1,4 @@
-"""How well pictures fit their captions, by an open_clip model."""
+"""CLIP score: how well images match their captions according to an open_clip model."""
 
 from collections.abc import Sequence
 
@@ -13,21 +13,21 @@ from evaluation.open_clip_model import load_open_clip
 
 
 class CLIPScore(Metric):
-    """Mean over pairs of max(scale * cos(picture, caption), 0) (Hessel 2021).
+    """Mean over pairs of max(scale * cos(image, caption), 0) (Hessel 2021).
 
-    Higher is better. Published numbers differ in model, prefix and scale: Hessel has ViT-B-32,
-    "A photo depicts " and 2.5; many papers ViT-L-14, no prefix and 100.
+    Higher is better. Published numbers differ in model, prefix and scale: Hessel uses ViT-B-32,
+    "A photo depicts " and 2.5; many papers use ViT-L-14, no prefix and 100.
 
     Args:
-        model: a name that open_clip knows ("ViT-L-14"), or "local-dir:FOLDER" with
+        model: a model name known to open_clip ("ViT-L-14"), or "local-dir:FOLDER" with
             open_clip_config.json and open_clip_model.safetensors.
-        pretrained: tag ("openai") or file of the weights; none with a folder.
-        prefix: put before every caption.
-        scale: of the cosine.
-        name: the metric's name in logs.
+        pretrained: tag ("openai") or file of the weights; None with a folder.
+        prefix: text put before every caption.
+        scale: factor of the cosine.
+        name: name of the metric in logs.
 
     Raises:
-        ValueError: no such model, or weights absent and no network to fetch them.
+        ValueError: the model is unknown, or its weights are absent and cannot be downloaded.
     """
 
     higher_is_better = True
@@ -59,10 +59,10 @@ class CLIPScore(Metric):
 
     @torch.no_grad()
     def update(self, images: Tensor, captions: Sequence[str]) -> None:
-        """Adds pairs.
+        """Add pairs of an image and a caption.
 
         Args:
-            images: uint8 (B, 3, H, W), or floats in [-1, 1].
+            images: (B, 3, H, W), uint8 in [0, 255] or float in [-1, 1].
             captions: B texts.
         """
         scores = self.cosines(images, captions).double() * self.scale
@@ -70,21 +70,25 @@ class CLIPScore(Metric):
         self.count += len(scores)
 
     def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosine of each picture's embedding with its caption's, (B,)."""
-        pictures = [self.preprocess(to_pil_image(image)) for image in as_uint8(images).cpu()]
+        """Cosine of each image's embedding with its caption's embedding, (B,)."""
+        inputs = [self.preprocess(to_pil_image(image)) for image in as_uint8(images).cpu()]
         tokens = self.tokenizer([self.prefix + caption for caption in captions])
-        seen = self.network.encode_image(torch.stack(pictures).to(self.device))
-        read = self.network.encode_text(tokens.to(self.device))
-        return F.cosine_similarity(seen, read)
+        image_features = self.network.encode_image(torch.stack(inputs).to(self.device))
+        text_features = self.network.encode_text(tokens.to(self.device))
+        return F.cosine_similarity(image_features, text_features)
 
     def compute(self) -> Tensor:
-        """The mean, a float64 scalar."""
+        """Return the mean, a float64 scalar.
+
+        Raises:
+            ValueError: no pair was added.
+        """
         if not self.count:
-            raise ValueError(f"{self.name} was given no picture")
+            raise ValueError(f"{self.name} was given no image; give it at least one")
         self.counts = {"num_pairs": int(self.count)}
         return self.total / self.count
 
     @property
     def protocol(self) -> dict:
-        """What the number depends on; the count is that of the last `compute`."""
+        """Settings of the metric, and the number of pairs at the last `compute`."""
         return {**self.facts, **self.counts}

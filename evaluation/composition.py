@@ -1,13 +1,13 @@
 """GenEval (Ghosh 2023): its prompts, its folder of samples, and its score.
 
-A prompt is a dict as GenEval writes it: `tag` (task), `prompt`, `include` and perhaps `exclude`,
-lists of {`class`, `count`, perhaps `color`, perhaps `position`: [relation, index in `include`]}.
-A picture is right if it has at least `count` of everything to include, so coloured and so placed,
-and fewer than `count` of everything to exclude. Who judges it is the caller's choice.
+A prompt is a dict in GenEval's own format: `tag` (the task), `prompt`, `include` and optionally
+`exclude`, which are lists of {`class`, `count`, optionally `color`, optionally `position`:
+[relation, index into `include`]}. An image is right if it shows at least `count` objects of every
+class to include, with the given colour and position, and fewer than `count` of every class to
+exclude. The caller judges the images.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,18 +16,20 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics import Metric
 
+from evaluation.files import atomic_file
+
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 class Composition(Metric):
-    """Share of right pictures in each task, and the mean over the tasks that have pictures.
+    """Share of right images in each task, and the mean over the tasks that have images.
 
-    Higher is better, from 0 to 1. GenEval's overall score is this mean, so a task of few prompts
-    weighs as much as one of many.
+    Higher is better, from 0 to 1. The mean over tasks is GenEval's overall score, so a task with
+    few prompts weighs as much as one with many.
 
     Args:
-        name: the metric's name in logs.
-        judge: who gives the verdicts, for the protocol.
+        name: name of the metric in logs.
+        judge: description of the judge, recorded in the protocol.
     """
 
     higher_is_better = True
@@ -41,20 +43,24 @@ class Composition(Metric):
         self.counts: dict[str, int] = {}
 
     def update(self, tag: str, correct: bool) -> None:
-        """Adds the verdict on one picture of a task.
+        """Add the verdict on one image of a task.
 
         Raises:
-            ValueError: no such task.
+            ValueError: the task is unknown.
         """
         if tag not in TASKS:
-            raise ValueError(f"no task {tag!r}; GenEval's are {', '.join(TASKS)}")
+            raise ValueError(f"unknown task {tag!r}; GenEval's tasks are {', '.join(TASKS)}")
         self.asked[TASKS.index(tag)] += 1
         self.right[TASKS.index(tag)] += int(correct)
 
     def compute(self) -> dict[str, Tensor]:
-        """Share of right pictures by task, and their mean as "overall"; float64 scalars."""
+        """Return the share of right images by task and their mean as "overall", float64 scalars.
+
+        Raises:
+            ValueError: no image was added.
+        """
         if not self.asked.any():
-            raise ValueError(f"{self.name} was given no picture")
+            raise ValueError(f"{self.name} was given no image; give it at least one")
         self.counts = {task: int(n) for task, n in zip(TASKS, self.asked, strict=True) if n}
         shares = {
             task: self.right[i].double() / self.asked[i]
@@ -65,60 +71,51 @@ class Composition(Metric):
 
     @property
     def protocol(self) -> dict:
-        """What the number depends on; pictures of each task are those of the last `compute`."""
-        return {"metric": "geneval", "judge": self.judge, "num_pictures": self.counts}
+        """Settings of the metric, and the number of images of each task at the last `compute`."""
+        return {"metric": "geneval", "judge": self.judge, "num_images": self.counts}
 
 
 def read_prompts(path: str | Path) -> list[dict]:
-    """GenEval's prompts, one a line.
+    """Read GenEval's prompts, one JSON object a line.
 
     Raises:
-        ValueError: a line that is not a prompt of GenEval.
+        ValueError: a line is not a prompt of GenEval.
     """
     prompts = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
             prompt = json.loads(line)
-            known = prompt["tag"] in TASKS and isinstance(prompt["prompt"], str)
-            things = [*prompt["include"], *prompt.get("exclude", [])]
-            known &= all(isinstance(t["class"], str) and t["count"] >= 1 for t in things)
+            valid = prompt["tag"] in TASKS and isinstance(prompt["prompt"], str)
+            objects = [*prompt["include"], *prompt.get("exclude", [])]
+            valid &= all(isinstance(o["class"], str) and o["count"] >= 1 for o in objects)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            known = False
-        if not known:
+            valid = False
+        if not valid:
             raise ValueError(
-                f"line {number} of {path} is no prompt of GenEval: it needs a tag of "
-                f"{', '.join(TASKS)}, prompt, and include with class and count"
+                f"line {number} of {path} is not a prompt of GenEval; it needs a tag "
+                f"({', '.join(TASKS)}), a prompt, and include with class and count"
             )
         prompts.append(prompt)
     return prompts
 
 
 def write_samples(
-    folder: str | Path, index: int, prompt: dict, pictures: Sequence[Image.Image]
+    folder: str | Path, index: int, prompt: dict, images: Sequence[Image.Image]
 ) -> None:
-    """Writes a prompt's pictures where GenEval's own script looks for them.
+    """Write the images of a prompt to the paths that GenEval's own script reads.
 
-    `folder`/NNNNN/metadata.jsonl and `folder`/NNNNN/samples/0000.png, 0001.png, ...
+    The paths are `folder`/NNNNN/metadata.jsonl and `folder`/NNNNN/samples/0000.png, 0001.png, ...
 
     Args:
-        folder: of all prompts.
-        index: the prompt's place in the file of prompts.
-        prompt: as `read_prompts` gives it.
-        pictures: the official protocol has four.
+        folder: folder of all prompts.
+        index: index of the prompt in the file of prompts.
+        prompt: a prompt from `read_prompts`.
+        images: images of the prompt; the official protocol has four.
     """
-    place = Path(folder, f"{index:05d}")
-    (place / "samples").mkdir(parents=True, exist_ok=True)
-    write_whole(place / "metadata.jsonl", json.dumps(prompt).encode())
-    for number, picture in enumerate(pictures):
-        target = place / "samples" / f"{number:04d}.png"
-        # GenEval's script takes names that begin with digits only, so it passes over this one.
-        unfinished = target.with_name(f".{target.name}")
-        picture.save(unfinished, format="PNG")
-        os.replace(unfinished, target)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file, all or nothing."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    prompt_folder = Path(folder, f"{index:05d}")
+    (prompt_folder / "samples").mkdir(parents=True, exist_ok=True)
+    with atomic_file(prompt_folder / "metadata.jsonl") as file:
+        file.write_bytes(json.dumps(prompt).encode())
+    for number, image in enumerate(images):
+        with atomic_file(prompt_folder / "samples" / f"{number:04d}.png") as file:
+            image.save(file, format="PNG")

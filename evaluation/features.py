@@ -1,7 +1,8 @@
-"""Networks that turn pictures into the feature vectors that FID, KID and Inception Score compare.
+"""Networks that turn images into the feature vectors compared by FID, KID and Inception Score.
 
-Shapes: B pictures, F features, K classes. Every extractor is an `nn.Module` in evaluation mode,
-uint8 (B, 3, H, W) -> Features, with `num_features`, `num_classes`, `name` and `weights_hash`.
+Shapes: B images, F features, K classes. Every extractor is an `nn.Module` in evaluation mode that
+maps uint8 images (B, 3, H, W) to `Features` and has `num_features`, `num_classes`, `name` and
+`weights_hash`.
 """
 
 from typing import NamedTuple
@@ -14,16 +15,18 @@ from torchvision.transforms.functional import to_pil_image
 from evaluation.open_clip_model import load_open_clip
 from evaluation.weights import file_hash, inception_weights
 
+INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network
+
 
 class Features(NamedTuple):
-    """What an extractor sees in a batch of pictures."""
+    """Output of an extractor for a batch of images."""
 
     pooled: Tensor  # (B, F)
-    logits: Tensor | None = None  # (B, K), of extractors that classify
+    logits: Tensor | None = None  # (B, K); None if the extractor does not classify
 
 
 class Extractor(nn.Module):
-    """A frozen network with what a metric's protocol says of it."""
+    """A frozen network with the facts that identify it in a metric's protocol."""
 
     def __init__(
         self,
@@ -40,19 +43,19 @@ class Extractor(nn.Module):
         self.name, self.weights_hash = name, weights_hash
 
     def train(self, mode: bool = True) -> "Extractor":
-        """Stays in evaluation mode."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        """uint8 (B, 3, H, W) -> Features."""
+        """Extract features of uint8 images (B, 3, H, W)."""
         return self.network(images)
 
 
 class _Inception(nn.Module):
     def __init__(self, weights: str):
         super().__init__()
-        self.inner = FeatureExtractorInceptionV3(NAME, ["2048", "logits_unbiased"], weights)
+        self.inner = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], weights)
 
     def forward(self, images: Tensor) -> Features:
         return Features(*self.inner(images))
@@ -64,45 +67,42 @@ class _OpenClipTower(nn.Module):
         self.inner, self.preprocess = network, preprocess
 
     def forward(self, images: Tensor) -> Features:
-        pictures = torch.stack([self.preprocess(to_pil_image(image)) for image in images.cpu()])
-        return Features(self.inner.encode_image(pictures.to(images.device)))
-
-
-NAME = "inception-v3-compat"
+        inputs = torch.stack([self.preprocess(to_pil_image(image)) for image in images.cpu()])
+        return Features(self.inner.encode_image(inputs.to(images.device)))
 
 
 def inception(weights: str | None = None) -> Extractor:
-    """torch-fidelity's InceptionV3: 2048 features, 1008 logits; it resizes to 299 x 299 itself.
+    """Load torch-fidelity's InceptionV3: 2048 features, 1008 logits; it resizes to 299 x 299.
 
     Args:
-        weights: file; without it the usual cache (`torch.hub`) or the network.
+        weights: file of the weights; None: torch.hub's cache, else a download.
 
     Raises:
-        ValueError: the weights are absent, or are not this network's.
+        ValueError: the weights are absent or belong to another network.
     """
     file = inception_weights(weights)
     try:
-        # torch-fidelity unpickles with weights_only=False: read it safely first.
+        # torch-fidelity unpickles with weights_only=False, so read the file safely first.
         torch.load(file, map_location="cpu", weights_only=True)
         network = _Inception(str(file))
     except Exception as error:
         raise ValueError(
-            f"{file} is not torch-fidelity's Inception weights "
-            f"({type(error).__name__}); delete it and fetch it again"
+            f"{file} does not hold torch-fidelity's Inception weights "
+            f"({type(error).__name__}); delete it and download it again"
         ) from error
     sizes = {"num_features": 2048, "num_classes": 1008}
-    return Extractor(network, **sizes, name=NAME, weights_hash=file_hash(file))
+    return Extractor(network, **sizes, name=INCEPTION, weights_hash=file_hash(file))
 
 
 def open_clip_features(model: str, pretrained: str | None = None) -> Extractor:
-    """The image tower of an open_clip model: its embedding, not normalised; no logits.
+    """Load the image tower of an open_clip model: its embedding without normalisation, no logits.
 
     Args:
-        model: a name that open_clip knows, or "local-dir:FOLDER".
+        model: a model name known to open_clip, or "local-dir:FOLDER".
         pretrained: tag or file of the weights.
 
     Raises:
-        ValueError: as `load_open_clip`.
+        ValueError: see `load_open_clip`.
     """
     loaded = load_open_clip(model, pretrained)
     network = _OpenClipTower(loaded.network, loaded.preprocess)
@@ -110,23 +110,23 @@ def open_clip_features(model: str, pretrained: str | None = None) -> Extractor:
     return Extractor(network, num_features=size, name=loaded.name, weights_hash=loaded.weights_hash)
 
 
-def facts_of(extractor: Extractor) -> dict[str, str]:
-    """What a metric's protocol says of its extractor."""
+def extractor_facts(extractor: Extractor) -> dict[str, str]:
+    """Return the facts about an extractor that a metric's protocol records."""
     return {"extractor": extractor.name, "weights_hash": extractor.weights_hash}
 
 
 def as_uint8(images: Tensor) -> Tensor:
-    """Pictures in [-1, 1] as the nearest of the 256 levels; uint8 pictures are returned as given.
+    """Round images in [-1, 1] to the nearest of 256 levels; return uint8 images unchanged.
 
     Raises:
-        ValueError: values that are not finite.
+        ValueError: an image has values that are not finite.
     """
     if images.dtype == torch.uint8:
         return images
     broken = int((~images.isfinite()).flatten(1).any(1).sum())
     if broken:
         raise ValueError(
-            f"{broken} of {len(images)} pictures hold NaN or infinity; the weights that drew "
-            "them have diverged, go back to an earlier checkpoint or lower the learning rate"
+            f"{broken} of {len(images)} images contain NaN or infinity because the training "
+            "diverged; use an earlier checkpoint or a lower learning rate"
         )
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,24 +1,27 @@
-"""Rows that a metric keeps as they come and gathers from all ranks; N rows, F numbers each."""
+"""Metric states that are lists of rows, gathered from all ranks; N rows of F numbers."""
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 
-def take_part(kept: list[Tensor] | Tensor, empty: Tensor) -> None:
-    """Lets a rank that has no rows take part in the gathering; torchmetrics' own filler is 1-D."""
-    if isinstance(kept, list) and not kept:
-        kept.append(empty)
+def fill_if_empty(rows: list[Tensor] | Tensor, empty: Tensor) -> None:
+    """Append `empty` to a list without rows, so that this rank can take part in the gathering.
+
+    torchmetrics would fill it with a tensor of one dimension, which does not fit rows (N, F).
+    """
+    if isinstance(rows, list) and not rows:
+        rows.append(empty)
 
 
-def all_rows(kept: list[Tensor] | Tensor) -> Tensor:
-    """The rows kept, (N, F); before the first there are none."""
-    return dim_zero_cat(kept) if len(kept) else torch.empty(0, 0)
+def all_rows(rows: list[Tensor] | Tensor) -> Tensor:
+    """Concatenate the rows, (N, F); an empty list gives (0, 0)."""
+    return dim_zero_cat(rows) if len(rows) else torch.empty(0, 0)
 
 
-def canonical(rows: Tensor) -> Tensor:
-    """The rows (N, F) in an order that depends on them alone, not on which rank had which.
+def canonical_order(rows: Tensor) -> Tensor:
+    """Sort rows (N, F) by their sum, so that their order does not depend on the ranks' shares.
 
-    What draws random subsets then draws the same ones however the rows were shared out.
+    Random subsets of the sorted rows are the same for any number of ranks.
     """
     return rows[rows.double().sum(1).argsort()]

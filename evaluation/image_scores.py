@@ -1,4 +1,4 @@
-"""One pass of the extractor over the pictures, whose features several metrics share."""
+"""Several metrics that share one pass of the extractor over the images."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from evaluation.kid import KID
 
 
 class ImageScores(nn.Module):
-    """Extracts each batch's features once and gives them to every metric.
+    """Extracts the features of each batch once and passes them to every metric.
 
-    For a new validation `reset` the scores; the real pictures stay once `keep_real` was called.
+    Call `reset` before a new validation; real images stay once `keep_real` was called.
 
     Args:
-        extractor: network of all the metrics.
+        extractor: network of all metrics.
         metrics: FID, KID and InceptionScore of this extractor, with different names.
     """
 
@@ -26,42 +26,44 @@ class ImageScores(nn.Module):
         self.metrics = nn.ModuleList(metrics)
 
     def update(self, images: Tensor, real: bool) -> None:
-        """Adds pictures: uint8 (B, 3, H, W), or floats in [-1, 1].
+        """Add real or generated images (B, 3, H, W), uint8 in [0, 255] or float in [-1, 1].
 
         Raises:
-            ValueError: pictures or features that are not finite.
+            ValueError: images or features are not finite.
         """
         features = self.extractor(as_uint8(images))
         if not features.pooled.isfinite().all():
-            raise ValueError(f"{self.extractor.name} gave NaN or infinity; its weights are broken")
+            raise ValueError(
+                f"{self.extractor.name} computed NaN or infinity; download its weights again"
+            )
         for metric in self.metrics:
             metric.update(features, real=real)
 
     @property
     def needs_real(self) -> bool:
-        """Whether real pictures must still be added, and kept, before `compute`."""
-        return any(metric.reference.statistics is None for metric in self.against_real)
+        """Whether real images must be added and kept before `compute`."""
+        return any(metric.reference.statistics is None for metric in self.reference_metrics)
 
     @property
-    def against_real(self) -> list[FID | KID]:
-        """The metrics that compare with real pictures."""
+    def reference_metrics(self) -> list[FID | KID]:
+        """Metrics that compare with real images."""
         return [metric for metric in self.metrics if not isinstance(metric, InceptionScore)]
 
     def keep_real(self) -> None:
-        """Fixes the real pictures added so far and writes the references' files; on every rank."""
-        for metric in self.against_real:
+        """Fix the real images added so far and write the reference files; call on every rank."""
+        for metric in self.reference_metrics:
             metric.keep_real()
 
     def compute(self) -> dict[str, float]:
-        """Every metric's value over all ranks, by its name."""
+        """Return the value of every metric over all ranks, by name."""
         return {metric.name: float(metric.compute()) for metric in self.metrics}
 
     def reset(self) -> None:
-        """Forgets the drawn pictures, and real ones not kept."""
+        """Remove the generated images, and real images that were not kept."""
         for metric in self.metrics:
             metric.reset()
 
     @property
     def protocol(self) -> dict[str, dict]:
-        """Every metric's protocol by its name."""
+        """Protocol of every metric, by name."""
         return {metric.name: metric.protocol for metric in self.metrics}

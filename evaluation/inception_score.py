@@ -1,4 +1,4 @@
-"""Inception Score of logits extracted once; the arithmetic is torch-fidelity's."""
+"""Inception Score of extracted logits; torch-fidelity does the arithmetic."""
 
 import torch
 from torch import Tensor
@@ -9,19 +9,19 @@ from torch_fidelity.metric_isc import (
 )
 from torchmetrics import Metric
 
-from evaluation.features import Extractor, Features, facts_of
-from evaluation.gather import all_rows, canonical, take_part
+from evaluation.features import Extractor, Features, extractor_facts
+from evaluation.gather import all_rows, canonical_order, fill_if_empty
 
 
 class InceptionScore(Metric):
-    """exp of the mean KL divergence of p(class | picture) from p(class) (Salimans 2016).
+    """Exponential of the mean KL divergence of p(class | image) from p(class) (Salimans 2016).
 
-    Higher is better, from 1 to the number of classes; it looks at drawn pictures only.
+    Higher is better, from 1 to the number of classes. It uses generated images only.
 
     Args:
-        extractor: what the logits come from; it is not run here.
-        name: the metric's name in logs.
-        splits: parts whose scores are averaged; at most the number of pictures.
+        extractor: network that the logits come from; this metric does not run it.
+        name: name of the metric in logs.
+        splits: number of parts whose scores are averaged; at most the number of images.
 
     Raises:
         ValueError: the extractor has no logits.
@@ -33,36 +33,42 @@ class InceptionScore(Metric):
     def __init__(self, extractor: Extractor, name: str = "inception_score", splits: int = 10):
         super().__init__()
         if not extractor.num_classes:
-            raise ValueError(f"{extractor.name} has no logits, which {name} needs; use inception")
+            raise ValueError(
+                f"{extractor.name} has no logits but {name} needs them; use the extractor inception"
+            )
         self.name, self.splits, self.num_classes = name, splits, extractor.num_classes
-        self.facts = {"metric": "inception_score", **facts_of(extractor), "splits": splits}
+        self.facts = {"metric": "inception_score", **extractor_facts(extractor), "splits": splits}
         self.add_state("logits", [], "cat")
         self.found: dict[str, int | float] = {}
 
     def update(self, features: Features, real: bool = False) -> None:
-        """Adds the logits of some drawn pictures; real ones are passed over."""
+        """Add the logits of generated images; real images are ignored."""
         if not real:
             self.logits.append(features.logits)
 
     def sync(self, *args, **kwargs) -> None:
-        """Gathers the logits of all ranks."""
-        take_part(self.logits, torch.zeros(0, self.num_classes, device=self.device))
+        """Gather the logits of all ranks."""
+        fill_if_empty(self.logits, torch.zeros(0, self.num_classes, device=self.device))
         super().sync(*args, **kwargs)
 
     def compute(self) -> Tensor:
-        """The mean over splits, a float64 scalar; their spread is in `protocol`."""
+        """Return the mean over splits, a float64 scalar; `protocol` has the standard deviation.
+
+        Raises:
+            ValueError: there are fewer images than splits.
+        """
         logits = all_rows(self.logits)  # (N, K)
         if len(logits) < self.splits:
             raise ValueError(
-                f"{self.name} was given {len(logits)} pictures, fewer than its {self.splits} "
-                "splits; give it more or lower splits"
+                f"{self.name} was given {len(logits)} images, fewer than its {self.splits} "
+                "splits; give it more images or lower splits"
             )
-        scores = isc_features_to_metric(canonical(logits).cpu(), self.splits)
+        scores = isc_features_to_metric(canonical_order(logits).cpu(), self.splits)
         spread = {"std_over_splits": scores[KEY_METRIC_ISC_STD]}
-        self.found = {"num_drawn": len(logits), **spread}
+        self.found = {"num_generated": len(logits), **spread}
         return torch.tensor(scores[KEY_METRIC_ISC_MEAN], dtype=torch.float64)
 
     @property
     def protocol(self) -> dict:
-        """What the number depends on; count and spread are those of the last `compute`."""
+        """Facts about the metric, and count and standard deviation at the last `compute`."""
         return {**self.facts, **self.found}

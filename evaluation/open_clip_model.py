@@ -1,4 +1,4 @@
-"""open_clip models by tag, file or folder; at once where there is no network."""
+"""open_clip models by tag, file or folder; a missing network is reported without a long wait."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,26 +15,28 @@ from evaluation.weights import file_hash, reachable
 
 
 class OpenClip(NamedTuple):
-    """A frozen model with what is done to pictures and captions before it."""
+    """A frozen model with its preprocessing of images and captions."""
 
     network: nn.Module
     preprocess: Callable[[Image.Image], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
-    name: str  # model and weights, without the folders that they lie in
+    name: str  # model and weights, without the folders of their files
     weights_hash: str
 
 
 def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
-    """Loads a model with pretrained weights.
+    """Load a model with pretrained weights.
 
     Args:
-        model: a name that open_clip knows ("ViT-L-14"), "local-dir:FOLDER" or "hf-hub:ORG/NAME".
-        pretrained: a tag ("openai") or a file of weights; none with "local-dir:" and "hf-hub:".
+        model: a model name known to open_clip ("ViT-L-14"), "local-dir:FOLDER" or
+            "hf-hub:ORG/NAME".
+        pretrained: a tag ("openai") or a file of weights; None with "local-dir:" and "hf-hub:".
             A file of OpenAI's weights needs a model with QuickGELU, such as "ViT-L-14-quickgelu";
-            their tag brings it along.
+            the tag selects QuickGELU by itself.
 
     Raises:
-        ValueError: no such model or weights, or weights absent and no network to fetch them.
+        ValueError: the model or its weights are unknown, or the weights are absent and cannot be
+            downloaded.
     """
     try:
         with hub_offline_if_unreachable():
@@ -43,12 +45,12 @@ def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
                 model, pretrained, force_quick_gelu=trained_with_quick_gelu(model, pretrained)
             )
             tokenizer = open_clip.get_tokenizer(model)
-    except Exception as error:  # a broken or foreign file fails in many ways
+    except Exception as error:  # a damaged file or a file of another model fails in many ways
         where = f"{model!r} with pretrained={pretrained!r}" if pretrained else repr(model)
         reason = shorten(str(error), 240) or type(error).__name__
         raise ValueError(
-            f"open_clip cannot load {where} ({reason}); give pretrained a local file, or name "
-            "model local-dir:FOLDER with open_clip_config.json and open_clip_model.safetensors"
+            f"open_clip cannot load {where} ({reason}); set pretrained to a local file, or set "
+            "model to local-dir:FOLDER with open_clip_config.json and open_clip_model.safetensors"
         ) from error
     network = network.eval().requires_grad_(False)
     return OpenClip(
@@ -57,12 +59,18 @@ def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
 
 
 def trained_with_quick_gelu(model: str, pretrained: str | None) -> bool:
-    """Whether a tag's weights were; open_clip itself only warns and computes something else."""
+    """Whether the weights of a tag were trained with QuickGELU.
+
+    open_clip only warns about the mismatch and then computes with another activation.
+    """
     return bool((open_clip.get_pretrained_cfg(model, pretrained or "") or {}).get("quick_gelu"))
 
 
 def short_name(model: str, pretrained: str | None) -> str:
-    """The same wherever the files lie; the hash of the weights tells files of one name apart."""
+    """Name a model independently of the folders of its files.
+
+    The hash of the weights distinguishes files of the same name.
+    """
     schema, name = open_clip.factory.parse_model_name(model)
     parts = [
         "open_clip",
@@ -74,7 +82,11 @@ def short_name(model: str, pretrained: str | None) -> str:
 
 
 def weights_file(model: str, pretrained: str | None) -> Path:
-    """The file that open_clip reads, fetched when it is on the hub and not in the cache."""
+    """Return the file of weights that open_clip reads; download it if the cache lacks it.
+
+    Raises:
+        ValueError: there are no such weights.
+    """
     schema, name = open_clip.factory.parse_model_name(model)
     if schema == "local-dir":
         found = open_clip.factory._find_checkpoint_in_dir(Path(name))
@@ -86,7 +98,7 @@ def weights_file(model: str, pretrained: str | None) -> Path:
         config = open_clip.get_pretrained_cfg(model, pretrained or "")
         if not config:
             tags = open_clip.list_pretrained_tags_by_model(model)
-            known = f"tags begin {', '.join(tags[:4])}" if tags else "no tag of this model is known"
+            known = f"its tags include {', '.join(tags[:4])}" if tags else "the model has no tags"
             raise ValueError(f"neither a file nor a tag; {known}")
         found = from_hub(*config["hf_hub"].rsplit("/", 1))
     if not found:
@@ -95,7 +107,7 @@ def weights_file(model: str, pretrained: str | None) -> Path:
 
 
 def from_hub(repository: str, file: str | None) -> str:
-    """A file of the hub, by way of its cache; without a name, open_clip's usual ones."""
+    """Return the path of a file of the hub in its cache; None: open_clip's default file names."""
     try:
         return open_clip.pretrained.download_pretrained_from_hf(repository, file or None)
     except FileNotFoundError as error:
@@ -109,10 +121,10 @@ def from_hub(repository: str, file: str | None) -> str:
 
 @contextmanager
 def hub_offline_if_unreachable() -> Iterator[None]:
-    """Has huggingface_hub use its cache alone, at once, while its host does not answer.
+    """Make huggingface_hub use only its cache while its host does not answer.
 
-    Without it huggingface_hub retries for most of a minute; its own switch is an environment
-    variable read at import.
+    Otherwise huggingface_hub retries for most of a minute, and its own switch is an environment
+    variable that it reads at import.
     """
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not reachable(constants.ENDPOINT)

@@ -8,17 +8,17 @@ from torchmetrics import Metric
 
 
 class Perplexity(Metric):
-    """How well text is foretold; lower is better.
+    """How well a model predicts text; lower is better.
 
-    perplexity = exp(sum of nll / number of tokens): 1 is certainty; it depends on the tokenizer.
-    bits_per_byte = sum of nll / ln 2 / number of UTF-8 bytes: 0 is certainty, and models of
-    different tokenizers compare.
+    perplexity = exp(sum of nll / number of tokens). It is at least 1 and depends on the tokenizer.
+    bits_per_byte = sum of nll / ln 2 / number of UTF-8 bytes. It is at least 0 and can be compared
+    between tokenizers.
 
-    What counts is the caller's: the same text targets in all three sums.
+    The caller chooses the text targets, and all three sums must use the same ones.
 
     Args:
-        name: the text's name in messages.
-        options: torchmetrics' own, such as `sync_on_compute`.
+        name: name of the text in messages.
+        options: options of torchmetrics.Metric, such as `sync_on_compute`.
     """
 
     higher_is_better = False
@@ -33,24 +33,24 @@ class Perplexity(Metric):
         self.counts: dict[str, int] = {}
 
     def update(self, nll: Tensor, num_bytes: Tensor | int = 0) -> None:
-        """Adds some text.
+        """Add text targets.
 
         Args:
             nll: -log p of each token in nats, (K,).
-            num_bytes: UTF-8 bytes of the tokens together.
+            num_bytes: total number of UTF-8 bytes of the tokens.
         """
         self.nll += nll.double().sum()
         self.num_tokens += len(nll)
         self.num_bytes += num_bytes
 
     def compute(self) -> dict[str, Tensor]:
-        """Float64 scalars: `perplexity`, and `bits_per_byte` where bytes were given.
+        """Return float64 scalars: `perplexity`, and `bits_per_byte` if bytes were counted.
 
         Raises:
-            ValueError: there was no token.
+            ValueError: no token was added.
         """
         if not self.num_tokens:
-            raise ValueError(f"{self.name} has no token to foretell; give text to validate on")
+            raise ValueError(f"{self.name} has no text tokens; validate on data with text")
         self.counts = {"num_tokens": int(self.num_tokens), "num_bytes": int(self.num_bytes)}
         found = {"perplexity": (self.nll / self.num_tokens).exp()}
         if self.num_bytes:
@@ -59,5 +59,5 @@ class Perplexity(Metric):
 
     @property
     def protocol(self) -> dict[str, int]:
-        """The counts of the last `compute`."""
+        """Counts at the last `compute`."""
         return self.counts

@@ -1,19 +1,21 @@
-"""Caption tokens as the COCO caption evaluation has them, without its Java program.
+"""Caption tokens as in the COCO caption evaluation, without its Java program.
 
-That program is Stanford's Penn Treebank tokenizer, in lower case, and then punctuation dropped.
+That program is Stanford's Penn Treebank tokenizer; its output is lower-cased and punctuation is
+removed.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 
-# What the COCO evaluation drops; it lists -LRB- and the like too, which lower case lets through.
-DROPPED = {*"' ` . ? ! , : - -- ... ;".split(), '"', "``", "''"}
+# Tokens that the COCO evaluation removes. It also lists -LRB- and the like, but compares them with
+# lower-case tokens, so they remain.
+PUNCTUATION = {*"' ` . ? ! , : - -- ... ;".split(), '"', "``", "''"}
 BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split(), strict=True))
-WRITTEN = str.maketrans(
+REPLACED_CHARACTERS = str.maketrans(
     {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", "¢": " cents"}
     | {"’": "'", "‘": "'", "“": '"', "”": '"', "–": "--", "—": "--"}
 )
-SPLIT = {
+SPLIT_WORDS = {
     "cannot": "can not",
     "gonna": "gon na",
     "gotta": "got ta",
@@ -29,7 +31,7 @@ ABBREVIATIONS = (
 )
 TOKEN = re.compile(
     rf"""
-      (?:https?://|www\.)[^\s"<>]*[^\s"<>.,?!;:)]    # addresses
+      (?:https?://|www\.)[^\s"<>]*[^\s"<>.,?!;:)]    # URLs
     | </?[a-z][^<>\s]*>                               # markup
     | (?:{ABBREVIATIONS})\.(?!\w)                     # mr.
     | nos?\.(?=\s*\d)                                 # no. 5
@@ -41,7 +43,7 @@ TOKEN = re.compile(
     | 'n'                                             # rock 'n' roll
     | \d+:\d+(?=[ap]m\b)                              # 10:30 am
     | [-+]?\.?\d+(?:[.,:/]\d+)*[^\W_]*(?:-\w+)*       # 1,000  12:30  1/2  1st  4x4
-    | [^\W_]+?(?=n't\b)                               # is, of isn't
+    | [^\W_]+?(?=n't\b)                               # is in isn't
     | (?:o|d|l|ma)'[a-z]+ | y'(?=all\b)               # o'clock, y' all
     | [^\W_]+(?:[-./&_@][^\W_]+)*                     # red-haired, and/or
     | --+ | \.\.\.+ | [?!]+ | '' | `` | \S
@@ -53,22 +55,22 @@ TOKEN = re.compile(
 Tokens = list[str]
 
 
-def tokenized(
+def tokenize_all(
     captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Iterator[tuple[Tokens, list[Tokens]]]:
-    """The tokens of each caption and of its picture's references.
+    """Tokenize each caption and the references of its image.
 
     Raises:
-        ValueError: a picture without references.
+        ValueError: a caption has no references.
     """
     for caption, others in zip(captions, references, strict=True):
         if not others:
-            raise ValueError(f"no reference to score the caption {caption!r} by; leave it out")
+            raise ValueError(f"the caption {caption!r} has no reference; leave it out")
         yield tokenize(caption), [tokenize(other) for other in others]
 
 
 def tokenize(caption: str) -> Tokens:
-    """The tokens of a caption: lower case, no punctuation, "isn't" as is n't, brackets by name."""
-    found = TOKEN.findall(caption.translate(WRITTEN).lower())
-    tokens = [part for token in found for part in SPLIT.get(token, token).split()]
-    return [BRACKETS.get(token, token) for token in tokens if token not in DROPPED]
+    """Split a caption into lower-case tokens: "isn't" becomes is n't, and "(" becomes -lrb-."""
+    found = TOKEN.findall(caption.translate(REPLACED_CHARACTERS).lower())
+    tokens = [part for token in found for part in SPLIT_WORDS.get(token, token).split()]
+    return [BRACKETS.get(token, token) for token in tokens if token not in PUNCTUATION]

@@ -1,6 +1,5 @@
-"""Statistics of real pictures, computed once and kept in a file that says what they are of."""
+"""Statistics of real images, computed once and stored in a file together with their facts."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,19 +7,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 
+from evaluation.files import atomic_file
+
 Facts = dict[str, str | int]
 Statistics = Mapping[str, Tensor]
 
 
 class Reference:
-    """The real pictures of a metric, fixed: read from a file, or kept when first computed.
+    """A metric's statistics of real images: read from a file, or kept when first computed.
 
     Args:
-        path: file, read at once if it exists and else written by `keep`; None keeps in memory only.
-        facts: what the pictures are and what looks at them; a file must agree in all of it.
+        path: file of the statistics. It is read at once if it exists, and written by `keep`
+            otherwise. None: keep the statistics in memory only.
+        facts: facts about the images and the extractor; an existing file must have the same facts.
 
     Raises:
-        ValueError: the file is broken, or its facts are others.
+        ValueError: the file is damaged or has other facts.
     """
 
     def __init__(self, path: str | Path | None, facts: Facts):
@@ -29,16 +31,16 @@ class Reference:
         self.statistics = read_statistics(path, facts) if exists else None
 
     def keep(self, statistics: Statistics) -> None:
-        """Fixes the statistics, which hold their `count`; writes the file on rank zero.
+        """Fix the statistics, which include a `count`; rank zero writes the file.
 
         Raises:
-            ValueError: the count is not the one that the facts state.
+            ValueError: the count differs from the count in the facts.
         """
-        count, stated = int(statistics["count"]), self.facts.get("count")
-        if stated is not None and int(stated) != count:
+        count, expected = int(statistics["count"]), self.facts.get("count")
+        if expected is not None and int(expected) != count:
             raise ValueError(
-                f"{count} real pictures were given, not the {stated} that the reference is to "
-                "be of; give as many or state their number"
+                f"{count} real images were given but the reference is defined for {expected}; "
+                "give that many or change the count"
             )
         self.statistics = {name: tensor.cpu() for name, tensor in statistics.items()}
         if self.path is not None and not (distributed.is_initialized() and distributed.get_rank()):
@@ -46,31 +48,36 @@ class Reference:
 
 
 def write_statistics(path: str | Path, statistics: Statistics, facts: Facts) -> None:
-    """Writes tensors with their facts, all or nothing."""
+    """Write statistics with their facts as a safetensors file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {name: tensor.contiguous() for name, tensor in statistics.items()}
-    save_file(tensors, unfinished, metadata={key: str(value) for key, value in facts.items()})
-    os.replace(unfinished, path)
+    with atomic_file(path) as file:
+        save_file(tensors, file, metadata={key: str(value) for key, value in facts.items()})
 
 
 def read_statistics(path: str | Path, facts: Facts) -> dict[str, Tensor]:
-    """The tensors of a file whose facts are these."""
+    """Read the statistics of a file.
+
+    Raises:
+        ValueError: the file is damaged or its facts differ from `facts`.
+    """
     try:
         with safe_open(path, "pt") as file:
-            written = file.metadata() or {}
+            stored = file.metadata() or {}
             statistics = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is not a reference file ({error}); delete it and have it made again"
+            f"{path} is not a reference file ({error}); delete it so that it is computed again"
         ) from error
-    wanted = {key: str(value) for key, value in facts.items()}
-    told = [
-        f"{key} {written.get(key)}, not {value}"
-        for key, value in wanted.items()
-        if written.get(key) != value
+    expected = {key: str(value) for key, value in facts.items()}
+    differing = [
+        f"{key} {stored.get(key)}, not {value}"
+        for key, value in expected.items()
+        if stored.get(key) != value
     ]
-    if told:
-        raise ValueError(f"{path} was made with {', '.join(told)}; delete it or name another file")
+    if differing:
+        raise ValueError(
+            f"{path} was made with {', '.join(differing)}; delete it or name another file"
+        )
     return statistics

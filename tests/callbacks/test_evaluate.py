@@ -73,7 +73,7 @@ def test_every_number_has_its_whole_protocol(run, tmp_path):
     protocols = {n["name"]: n["protocol"] for n in content["numbers"]}
     fid = protocols["val/fid[shapes]"]
     expected = {
-        **{"num_prompts": 5, "num_drawn": 5, "num_real": 20, "seed": 0, "weights": "ema"},
+        **{"num_prompts": 5, "num_generated": 5, "num_real": 20, "seed": 0, "weights": "ema"},
         **{"sampler": "DDIMScheduler", "num_inference_steps": 2, "guidance_scale": 2.0},
         **{"timestep_shift": 1.0},
         **{"resize": "none (64 x 64)", "extractor": "shapes-clip, length sqrt(F)"},
@@ -147,7 +147,7 @@ def test_nothing_is_sampled_in_the_sanity_check():
 TOO_FEW = [{"class_path": "callbacks.metrics.ImageQuality", "init_args": {"scores": ["kid"]}}]
 NOTHING = {"class_path": "callbacks.prompts.HeldOut", "init_args": {"source": "text"}}
 UNMEASURABLE = {
-    "kid[shapes] was given 5 drawn": {"metrics": TOO_FEW},
+    "kid[shapes] was given 5 generated": {"metrics": TOO_FEW},
     "source 'text' holds no captioned picture out": {"prompts": NOTHING, "metrics": []},
 }
 

@@ -58,7 +58,7 @@ def test_the_transformer_alone_may_be_taken(run, tmp_path, checkpoint):
 
     def monoformer(config: dict) -> None:
         still(config)
-        linear = {"time": "adaln", "place": "sincos", "zero_init": "input"}
+        linear = {"time": "adaln", "pos_embed": "sincos", "zero_init": "input"}
         config["model"] |= {"linear": linear, "learned_sigma": True, "noise_schedule": "linear"}
         config["trainer"]["callbacks"][-1]["init_args"]["transformer_only"] = True
 

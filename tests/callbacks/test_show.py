@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from callbacks.contact_sheet import WRONG
 from callbacks.prompts import ShapesPrompts
 from callbacks.sampling import SampleBatch
 from callbacks.show import show
@@ -38,9 +39,8 @@ def shown():
 
 
 def red_ink(image) -> int:
-    """Pixels of the colour in which wrong words are written, blended into white at their edges."""
-    red, green, blue = np.asarray(image).astype(int)
-    return int(((red == 255) & (green == blue) & (green < 200)).sum())
+    """Count the pixels of the colour of wrong captions and marks."""
+    return int((image.numpy() == np.array(WRONG)[:, None, None]).all(0).sum())
 
 
 def test_prompts_stand_under_drawn_pictures_and_are_red_when_wrong(shown):

@@ -1,4 +1,4 @@
-"""GenEval's score by hand, its prompts as they are published, its folder as its script reads it."""
+"""GenEval: the score by hand, the published prompts, and the folder that its script reads."""
 
 import json
 import re
@@ -26,7 +26,7 @@ PROMPT = {
 }
 
 
-def test_the_overall_score_is_the_mean_over_tasks_not_over_pictures():
+def test_the_overall_score_is_the_mean_over_tasks_and_not_over_images():
     metric = Composition(judge="oracle")
     for tag, right, asked in (("colors", 1, 4), ("two_object", 1, 2), ("counting", 10, 10)):
         for i in range(asked):
@@ -36,18 +36,20 @@ def test_the_overall_score_is_the_mean_over_tasks_not_over_pictures():
     assert scores == {"colors": 0.25, "two_object": 0.5, "counting": 1.0, "overall": overall}
     assert metric.protocol == {
         **{"metric": "geneval", "judge": "oracle"},
-        "num_pictures": {"two_object": 2, "counting": 10, "colors": 4},
+        "num_images": {"two_object": 2, "counting": 10, "colors": 4},
     }
 
 
-def test_an_unknown_task_and_no_picture():
-    with pytest.raises(ValueError, match="no task 'colour'; GenEval's are single_object"):
+def test_an_unknown_task_and_a_score_without_images_are_refused():
+    with pytest.raises(
+        ValueError, match="unknown task 'colour'; GenEval's tasks are single_object"
+    ):
         Composition().update("colour", True)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="^geneval was given no pict"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="^geneval was given no image"):
         Composition().compute()
 
 
-def test_the_published_prompts_are_read_as_they_are(data_dir):
+def test_the_published_prompts_are_read_unchanged(data_dir):
     path = data_dir / "geneval" / "evaluation_metadata.jsonl"
     prompts = read_prompts(path)
     assert len(prompts) == 553
@@ -57,29 +59,29 @@ def test_the_published_prompts_are_read_as_they_are(data_dir):
 
 
 BROKEN = {
-    "no json": "{",
+    "no JSON": "{",
     "another tag": json.dumps(PROMPT | {"tag": "colour"}),
     "no prompt": json.dumps({key: PROMPT[key] for key in ("tag", "include")}),
-    "a prompt of no text": json.dumps(PROMPT | {"prompt": 3}),
+    "a prompt that is not text": json.dumps(PROMPT | {"prompt": 3}),
     "an object without count": json.dumps(PROMPT | {"include": [{"class": "dog"}]}),
-    "a count of none": json.dumps(PROMPT | {"exclude": [{"class": "dog", "count": 0}]}),
+    "a count of zero": json.dumps(PROMPT | {"exclude": [{"class": "dog", "count": 0}]}),
     "a list": "[]",
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_line_that_is_no_prompt_is_named(fault, tmp_path):
+def test_a_line_that_is_not_a_prompt_is_named(fault, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps(PROMPT) + "\n" + BROKEN[fault] + "\n")
-    with pytest.raises(ValueError, match="^line 2 of .*prompts.jsonl is no prompt of GenEval"):
+    with pytest.raises(ValueError, match="^line 2 of .*prompts.jsonl is not a prompt of GenEval"):
         read_prompts(file)
 
 
-def test_the_folder_is_what_the_official_script_reads(tmp_path):
-    """Read as evaluate_images.py does: its loops over folders and names, its json.load."""
-    pictures = [Image.new("RGB", (8, 8), (i * 60, 0, 0)) for i in range(4)]
+def test_the_official_script_can_read_the_folder(tmp_path):
+    """Reads the folder as evaluate_images.py of GenEval does: loops over names, json.load."""
+    images = [Image.new("RGB", (8, 8), (i * 60, 0, 0)) for i in range(4)]
     for index in (0, 552):
-        write_samples(tmp_path, index, PROMPT, pictures)
+        write_samples(tmp_path, index, PROMPT, images)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["00000", "00552"]
     for folder in tmp_path.iterdir():
         assert folder.name.isdigit()
@@ -87,5 +89,5 @@ def test_the_folder_is_what_the_official_script_reads(tmp_path):
         names = sorted(file.name for file in (folder / "samples").iterdir())
         assert names == ["0000.png", "0001.png", "0002.png", "0003.png"]
         assert all(re.match(r"\d+\.png", name) for name in names)
-        for name, picture in zip(names, pictures, strict=True):
-            assert Image.open(folder / "samples" / name).tobytes() == picture.tobytes()
+        for name, image in zip(names, images, strict=True):
+            assert Image.open(folder / "samples" / name).tobytes() == image.tobytes()

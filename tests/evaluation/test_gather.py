@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from evaluation.gather import canonical
+from evaluation.gather import canonical_order
 from support.every_metric import METRICS, NUM_ITEMS, SHARES, all_values, keep_reference, run_rank
 from support.extractors import tiny_clip
 
@@ -36,5 +36,5 @@ def test_two_processes_say_what_one_says(found, kind, name):
 def test_rows_in_canonical_order_do_not_depend_on_who_had_which():
     rows = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(canonical(rows[order]), canonical(rows))
-    assert torch.equal(canonical(rows).sort(0).values, rows.sort(0).values)
+    assert torch.equal(canonical_order(rows[order]), canonical_order(rows))
+    assert torch.equal(canonical_order(rows).sort(0).values, rows.sort(0).values)

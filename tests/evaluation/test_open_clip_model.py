@@ -1,4 +1,4 @@
-"""open_clip models by every way that needs no network, and one sentence where one is needed."""
+"""open_clip models load without network from files, folders and the cache; errors are short."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def name(tmp_path_factory):
-    """A model that open_clip knows by name."""
+    """The name of a model that was added to open_clip."""
     config = tmp_path_factory.mktemp("configs") / "ViT-tiny-test.json"
     config.write_text(json.dumps(TINY_CLIP["model_cfg"]))
     open_clip.add_model_config(config)
@@ -40,8 +40,8 @@ def test_a_file_and_a_folder_give_the_same_model(folder, name):
     assert (by_folder.name, by_file.name) == names
 
 
-def test_absent_weights_without_network_are_told_at_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)  # as a user has it
+def test_missing_weights_without_network_are_reported_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)  # the default of a user
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     start = time.perf_counter()
     with pytest.raises(ValueError) as error:
@@ -49,8 +49,12 @@ def test_absent_weights_without_network_are_told_at_once(monkeypatch, tmp_path):
     assert time.perf_counter() - start < 2
     message = str(error.value)
     assert message.startswith("open_clip cannot load 'ViT-B-32' with pretrained='openai' (")
-    for told in ("timm/vit_base_patch32_clip_224.openai", str(tmp_path), "give pretrained a local"):
-        assert told in message
+    for part in (
+        "timm/vit_base_patch32_clip_224.openai",
+        str(tmp_path),
+        "set pretrained to a local",
+    ):
+        assert part in message
     assert "\n" not in message
     assert hub.HF_HUB_OFFLINE is False
 
@@ -83,7 +87,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_in_one_sentence(mistake):
+def test_a_mistake_is_reported_in_one_sentence(mistake):
     with pytest.raises(ValueError) as error:
         load_open_clip(*MISTAKES[mistake])
     message = str(error.value)
@@ -92,7 +96,9 @@ def test_a_mistake_is_told_in_one_sentence(mistake):
 
 
 @pytest.mark.parametrize("tensors", [{"visual.proj": torch.zeros(3, 3)}, None])
-def test_weights_of_another_model_or_none_are_told_in_one_sentence(name, tensors, tmp_path):
+def test_weights_of_another_model_and_damaged_files_are_reported_in_one_sentence(
+    name, tensors, tmp_path
+):
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"no weights") if tensors is None else save_file(tensors, file)
     with pytest.raises(ValueError, match=f"^open_clip cannot load '{name}' with pretr") as error:
@@ -100,7 +106,7 @@ def test_weights_of_another_model_or_none_are_told_in_one_sentence(name, tensors
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
-def test_a_folder_without_weights_is_no_random_model(tmp_path):
+def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(TINY_CLIP))
     with pytest.raises(ValueError, match="no weights in"):
         load_open_clip(f"local-dir:{tmp_path}")

@@ -1,4 +1,4 @@
-"""Perplexity of sums, where its value is known."""
+"""Perplexity and bits per byte have their known values."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from evaluation.perplexity import Perplexity
 
 
-def test_uniform_guessing_among_256_has_perplexity_256_and_8_bits_a_byte():
+def test_a_uniform_prediction_of_256_tokens_has_perplexity_256_and_8_bits_per_byte():
     metric = Perplexity()
     for count in (3, 50, 7):
         logits = torch.zeros(count, 256)
@@ -19,7 +19,7 @@ def test_uniform_guessing_among_256_has_perplexity_256_and_8_bits_a_byte():
     assert metric.protocol == {"num_tokens": 60, "num_bytes": 60}
 
 
-def test_tokens_weigh_equally_whatever_their_batch():
+def test_tokens_have_equal_weight_in_batches_of_any_size():
     metric = Perplexity()
     metric.update(torch.tensor([10.0]))
     metric.update(torch.tensor([2.0] + [0.0] * 8))
@@ -38,7 +38,7 @@ def test_bits_per_byte_does_not_depend_on_the_tokenizer():
     assert words.compute()["bits_per_byte"].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_many_small_sums_are_not_lost():
+def test_sums_are_exact_beyond_float32():
     """In float32 the sum would stop growing at 2^24."""
     metric = Perplexity()
     metric.update(torch.tensor([2.0**24]))
@@ -47,12 +47,12 @@ def test_many_small_sums_are_not_lost():
     assert metric.nll.item() == 2**24 + 64
 
 
-def test_a_model_that_diverged_has_no_perplexity():
+def test_the_perplexity_of_a_diverged_model_is_nan():
     metric = Perplexity()
     metric.update(torch.tensor([1.0, math.nan]), num_bytes=2)
     assert all(value.isnan() for value in metric.compute().values())
 
 
-def test_a_text_of_nothing_is_told_in_one_sentence():
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="^notes has no token to"):
+def test_a_text_without_tokens_is_refused():
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="^notes has no text tokens"):
         Perplexity("notes").compute()

@@ -1,6 +1,6 @@
-"""Tokens equal those of the COCO evaluation's Java program (pycocoevalcap 1.2) on awkward captions.
+"""Tokens equal the output of the COCO evaluation's Java program (pycocoevalcap 1.2).
 
-The table is that program's output with its punctuation dropped.
+The table holds the program's output for unusual captions, with punctuation removed.
 """
 
 import pytest
@@ -49,9 +49,9 @@ def test_equals_the_java_program(caption):
 
 
 @pytest.mark.parametrize("caption", ["", "   ", ".", "?!, -- ..."])
-def test_nothing_to_say(caption):
+def test_captions_without_words_have_no_word_tokens(caption):
     assert [token for token in tokenize(caption) if token.isalnum()] == []
 
 
-def test_lines_and_spaces_only_part_tokens():
+def test_line_breaks_and_spaces_separate_tokens():
     assert tokenize("a  cat\n on\ta mat ") == ["a", "cat", "on", "a", "mat"]

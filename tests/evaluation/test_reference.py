@@ -1,4 +1,4 @@
-"""A reference file says what it is of, and is refused where something else is asked."""
+"""A reference file stores its facts and is refused if other facts are expected."""
 
 import pytest
 import torch
@@ -16,40 +16,42 @@ def path(tmp_path):
     return file
 
 
-def test_what_is_kept_comes_back(path):
+def test_kept_statistics_are_read_back(path):
     read = Reference(path, FACTS).statistics
     assert read.keys() == STATISTICS.keys()
     assert all(torch.equal(read[name], STATISTICS[name]) for name in read)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing half-written
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file
 
 
 @pytest.mark.parametrize("fact", FACTS)
-def test_another_fact_is_refused_in_one_sentence(path, fact):
+def test_a_file_with_another_fact_is_refused_in_one_sentence(path, fact):
     with pytest.raises(ValueError) as error:
         Reference(path, FACTS | {fact: "299"})
     message = f"{path} was made with {fact} {FACTS[fact]}, not 299; delete it or name another file"
     assert str(error.value) == message
 
 
-def test_a_fact_that_the_file_does_not_state_is_refused(path):
+def test_a_file_without_an_expected_fact_is_refused(path):
     with pytest.raises(ValueError, match="was made with crop None, not centre"):
         Reference(path, FACTS | {"crop": "centre"})
 
 
-def test_a_broken_file_is_refused_in_one_sentence(path):
+def test_a_damaged_file_is_refused_in_one_sentence(path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"is not a reference file \(.*\); delete it"):
         Reference(path, FACTS)
 
 
-def test_another_count_than_stated_is_not_kept(tmp_path):
+def test_statistics_with_another_count_are_refused(tmp_path):
     reference = Reference(tmp_path / "new", FACTS | {"count": 5})
-    with pytest.raises(ValueError, match="^3 real pictures were given, not the 5 that"):
+    with pytest.raises(
+        ValueError, match="^3 real images were given but the reference is defined for 5"
+    ):
         reference.keep(STATISTICS)
     assert reference.statistics is None and not list(tmp_path.iterdir())
 
 
-def test_without_a_file_it_is_kept_in_memory():
+def test_without_a_path_the_statistics_are_kept_in_memory():
     reference = Reference(None, {})
     reference.keep(STATISTICS)
     assert torch.equal(reference.statistics["mean"], STATISTICS["mean"])

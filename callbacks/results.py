@@ -1,0 +1,35 @@
+"""Result files of a run: the folder they go to, and the validations that write them."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+
+import lightning as L
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Return the run's folder in `fit`, and its subfolder of the command's name otherwise.
+
+    Call it on every rank: `log_dir` broadcasts rank zero's folder to the others.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder = folder if trainer.state.fn == "fit" else folder / str(trainer.state.fn.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def outside_fit(hook: Callable) -> Callable:
+    """Wrap a callback's hook so that it is skipped in the validations within `fit`.
+
+    A callback that examines the finished model once uses it for `on_validation_end`, beside
+    `on_train_end` and `on_test_end`.
+    """
+
+    @wraps(hook)
+    def hook_outside_fit(
+        self: L.Callback, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> None:
+        if trainer.state.fn != "fit":
+            hook(self, trainer, pl_module)
+
+    return hook_outside_fit

@@ -1,0 +1,41 @@
+"""The folder of a run's results, and the validations that are skipped in `fit`."""
+
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.trainer.states import TrainerFn
+
+from callbacks.results import outside_fit, run_folder
+
+
+@pytest.mark.parametrize(
+    ("fn", "place"),
+    [
+        (TrainerFn.FITTING, "run"),
+        (TrainerFn.VALIDATING, "run/validate"),
+        (TrainerFn.TESTING, "run/test"),
+    ],
+)
+def test_an_evaluation_writes_into_a_folder_of_its_own(fn, place, tmp_path):
+    trainer = SimpleNamespace(
+        log_dir=str(tmp_path / "run"), state=SimpleNamespace(fn=fn), default_root_dir="no"
+    )
+    assert run_folder(trainer) == tmp_path / place and (tmp_path / place).is_dir()
+
+
+def test_a_hook_outside_fit_is_skipped_in_the_validations_of_fit():
+    class Examination:
+        calls: list[str] = []
+
+        def examine(self, trainer, pl_module) -> None:
+            """Examine."""
+            self.calls.append(trainer.state.fn.value)
+
+        on_train_end = examine
+        on_validation_end = outside_fit(examine)
+
+    examination = Examination()
+    for fn in (TrainerFn.FITTING, TrainerFn.VALIDATING):
+        examination.on_validation_end(SimpleNamespace(state=SimpleNamespace(fn=fn)), None)
+    assert examination.calls == ["validate"]
+    assert Examination.on_validation_end.__doc__ == "Examine."
