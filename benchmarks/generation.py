@@ -1,24 +1,24 @@
-r"""How much one denoising step and one token cost, and what deciding together saves.
+"""Time one denoising step and one generated token, and the gain from batching prompts.
 
     OMP_NUM_THREADS=1 python benchmarks/generation.py
     OMP_NUM_THREADS=2 python benchmarks/generation.py --threads 2
 
-Beside ours are timed, in turns in one process:
-    plain  a Llama with a preallocated cache, plain_cache.py: it writes keys and values in place and
-           attends to a slice, and has neither patches nor sampler
-    peer   lucidrains' transfusion-pytorch at the same sizes, `sample_one(cache_kv=True)` without
-           guidance, and `generate_text_only`, which caches. It is no dependency of ours; the
-           figures in the README are of 0.19.4, for which an environment of its own is made by
-               python -m venv /tmp/peer
-               cd /tmp/peer/lib/python3*/site-packages
-               echo CHECKOUT CHECKOUT/.venv/lib/python3.11/site-packages | tr ' ' '\n' > a.pth
-               /tmp/peer/bin/pip install transfusion-pytorch==0.19.4
-           and /tmp/peer/bin/python runs this file. Without it, its columns are left out.
+Our generation is timed in turns with two others, in one process:
+    plain  a Llama with a preallocated cache (plain_llama.py), without patches and sampler
+    peer   lucidrains' transfusion-pytorch at the same sizes: `sample_one(cache_kv=True)` without
+           guidance, and `generate_text_only` with its cache
 
-Our step's time is the slope between two numbers of network evaluations, so prompts and starts do
-not count; the peer's is the median time between two calls of its Transformer. With one thread CPU
-time is measured, which other work on the machine weighs on least, with more the wall time. Values
-are medians over repeats.
+The peer is not a dependency of this project; without it, its columns are left out. To compare with
+it, make an environment of its own that also sees ours, and run this file with its python:
+    python -m venv /tmp/peer
+    cd /tmp/peer/lib/python3*/site-packages
+    printf '%s\n' CHECKOUT CHECKOUT/.venv/lib/python3.11/site-packages > ours.pth
+    /tmp/peer/bin/pip install transfusion-pytorch==0.19.4
+
+The time of our denoising step is the slope between two numbers of network evaluations, so prompt
+and start-up do not count. The peer's is the median time between two calls of its Transformer. With
+one thread CPU time is measured, which other work on the machine affects least; with more threads,
+wall time. Values are medians over repeats. Exit code 1 means that a limit is missed.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from plain_cache import plain_image, plain_text
 from torch import Tensor, nn
 
-from plain_cache import plain_image, plain_text
 from step_time import CONFIG, PlainLlama
 from tf_lightning.batch import Document
 from tf_lightning.diffusion.guidance import Guidance

@@ -1,11 +1,12 @@
-"""Does a run that `kill -9` ends resume to the same bits, with 2 ranks that have 2 workers each?
+"""Check that a run that is killed with `kill -9` resumes to bit-identical weights.
 
     python benchmarks/kill.py [--ranks 2] [--workers 2] [--kill_at 5] [--victim 1]
 
-The run of the tests (tests/runs.py: captioned pictures and text, 6 steps, a checkpoint every 3) is
-trained in full; then again, killed, and resumed. Weights, averaged weights, the optimizer and the
-place in the data must be equal in every bit. Ends with 1 where one is not, or where a run is stuck;
-then it shows where. Each of the three runs takes about 40 s of CPU time with 2 ranks.
+The small run of the tests (tests/support/runs.py: 6 steps, a checkpoint every 3 steps) is trained
+once without interruption, and once killed and resumed. Weights, EMA weights, optimizer state and
+the position in the data must be equal in every bit. The exit code is 1 if they differ or if a run
+hangs; a run that hangs prints the stacks of its processes. With 2 ranks, each of the three runs
+takes about 40 s of CPU time.
 """
 
 import argparse
@@ -18,43 +19,32 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.append(str(ROOT / "tests"))
 
 from support import runs  # noqa: E402
+from support.compare import bit_equal  # noqa: E402
 
 PARTS = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "Mixture")
 
 
-def leaves(value) -> list:
-    """The tensors and numbers of nested dicts and lists, in order."""
-    if isinstance(value, dict):
-        return [leaf for item in value.items() for leaf in leaves(item)]
-    if isinstance(value, (list, tuple)):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [value]
-
-
-def same(a, b) -> bool:
-    """Equal in every bit."""
-    pairs = list(zip(leaves(a), leaves(b), strict=True))
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
-
-
 def only_checkpoints(config: dict) -> None:
-    """No validation."""
+    """Remove validation and every callback but the checkpoint."""
     callbacks = config["trainer"]["callbacks"][:1]
     config["trainer"] |= {"callbacks": callbacks, "limit_val_batches": 0}
 
 
-class Stuck(Exception):
-    """A run did not end in time; the message says where its processes were."""
+class Hang(Exception):
+    """A run did not end in time; the message has the stacks of its processes."""
 
 
 def train(folder: Path, args: argparse.Namespace, *more: str) -> tuple[int, float]:
-    """Train in processes of its own; its exit code, and how long others of them outlived it."""
+    """Train in a subprocess.
+
+    Returns:
+        The exit code, and the seconds until the last process of the run ended after the first rank.
+    """
     folder.mkdir(exist_ok=True)
     arguments = ["fit", "-c", str(runs.write_config(folder, only_checkpoints))]
     arguments += [f"--trainer.devices={args.ranks}", "--data.init_args.batch_size=1"]
@@ -63,10 +53,10 @@ def train(folder: Path, args: argparse.Namespace, *more: str) -> tuple[int, floa
         arguments.append("--trainer.strategy=ddp")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    environment["PYTHONFAULTHANDLER"] = "1"  # SIGABRT then shows where a process is
+    environment["PYTHONFAULTHANDLER"] = "1"  # SIGABRT prints the stacks
     command = [sys.executable, "-m", "tf_lightning", *arguments]
     began, limit = time.monotonic(), 60 * args.minutes
-    with (folder / "log.txt").open("a") as log:  # no pipe, which those left behind would hold open
+    with (folder / "log.txt").open("a") as log:  # a pipe would stay open while any child lives
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True
         )
@@ -78,7 +68,7 @@ def train(folder: Path, args: argparse.Namespace, *more: str) -> tuple[int, floa
                 raise subprocess.TimeoutExpired(command, limit)
             time.sleep(0.1)
     except subprocess.TimeoutExpired as error:
-        raise Stuck(told(process.pid, folder, args.minutes)) from error
+        raise Hang(describe_hang(process.pid, folder, args.minutes)) from error
     finally:
         if is_alive(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
@@ -87,7 +77,7 @@ def train(folder: Path, args: argparse.Namespace, *more: str) -> tuple[int, floa
 
 
 def is_alive(group: int) -> bool:
-    """Whether any process of a group is."""
+    """Whether a process group has any process."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -95,8 +85,8 @@ def is_alive(group: int) -> bool:
     return True
 
 
-def told(group: int, folder: Path, minutes: float) -> str:
-    """What a run that is stuck says when it is asked where it is."""
+def describe_hang(group: int, folder: Path, minutes: float) -> str:
+    """Abort a process group and return the end of its log, with the stacks of its processes."""
     os.killpg(group, signal.SIGABRT)
     time.sleep(5)
     lines = (folder / "log.txt").read_text().splitlines()[-60:]
@@ -105,18 +95,20 @@ def told(group: int, folder: Path, minutes: float) -> str:
 
 
 def main() -> None:
-    """Train, kill, resume, compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--kill_at", type=int, default=5, help="steps")
-    parser.add_argument("--victim", type=int, help="the rank that is killed; default: all")
-    parser.add_argument("--minutes", type=float, default=10, help="limit of each of three runs")
+    """Run the comparison and exit with 1 if a part differs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="default: 2")
+    parser.add_argument("--workers", type=int, default=2, help="per rank (default: 2)")
+    parser.add_argument("--kill_at", type=int, default=5, help="optimizer step (default: 5)")
+    parser.add_argument("--victim", type=int, help="rank to kill (default: all)")
+    parser.add_argument("--minutes", type=float, default=10, help="limit per run (default: 10)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:
             equal = compare(Path(folder), args)
-        except Stuck as error:
+        except Hang as error:
             sys.exit(str(error))
     for part, is_equal in equal.items():
         print(f"{part:20}{'equal in every bit' if is_equal else 'DIFFERS'}")
@@ -124,7 +116,7 @@ def main() -> None:
 
 
 def compare(folder: Path, args: argparse.Namespace) -> dict[str, bool]:
-    """Which parts of the two last checkpoints are equal."""
+    """Train with and without a kill; whether each part of the last checkpoints is equal."""
     whole, killed = folder / "whole", folder / "killed"
     code, _ = train(whole, args)
     assert code == 0, (whole / "log.txt").read_text()
@@ -140,7 +132,7 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, bool]:
     code, _ = train(killed, args, "--ckpt_path=last")
     assert code == 0, (killed / "log.txt").read_text()
     a, b = (torch.load(path / last, weights_only=True) for path in (whole, killed))
-    return {part: same(a[part], b[part]) for part in PARTS}
+    return {part: bit_equal(a[part], b[part]) for part in PARTS}
 
 
 if __name__ == "__main__":

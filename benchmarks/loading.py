@@ -1,13 +1,15 @@
-"""How fast training reads pictures where they lie, beside Pillow decoding the same files.
+"""Compare reading images from tars in place with decoding the same files by Pillow.
 
-    OMP_NUM_THREADS=1 python benchmarks/loading.py [--pictures 2000] [--emoji FOLDER]
+    OMP_NUM_THREADS=1 python benchmarks/loading.py [--images 2000] [--emoji FOLDER]
 
-Captioned 256x256 JPEGs are generated into tars in a temporary folder; `--emoji` names a folder of
-tars to read too. Pillow: open, decode, to RGB, of bytes in memory, in the same order. Ours: the
-rows of training with 0 workers, which read from the tars, decode, resize and crop, find the
-captions, and make tensors of bytes; and the packed batches, of floats, with their noise. The two
-take turns in one process and CPU time is compared, so that other work on the machine weighs on
-both. The bar is 90% for the rows.
+Captioned 256 x 256 JPEGs are generated into tars in a temporary folder; `--emoji` names a folder of
+tars to read as well. Three rates are printed, in images per second of CPU time:
+    Pillow   open, decode and convert to RGB, from bytes in memory, in the same order
+    rows     the rows of training with 0 workers: read from the tars, decode, resize and crop, find
+             the captions, make uint8 tensors
+    batches  the packed batches of float tensors, with noise
+All take turns in one process, so other work on the machine affects each. The aim is 90% of Pillow's
+rate for the rows.
 """
 
 import argparse
@@ -27,7 +29,7 @@ REPEATS = 5
 
 
 def write_tars(folder: Path, count: int, side: int = 256) -> None:
-    """Smooth random pictures, which JPEG makes 10-20 kB of as it does of photographs."""
+    """Write tars of smooth random images, which take 10-20 kB as JPEG, like photographs."""
     random = np.random.default_rng(0)
     for first in range(0, count, 1000):
         with tarfile.open(folder / f"{first:06d}.tar", "w") as tar:
@@ -35,7 +37,7 @@ def write_tars(folder: Path, count: int, side: int = 256) -> None:
                 small = Image.fromarray(random.integers(0, 256, (48, 48, 3), np.uint8))
                 file = io.BytesIO()
                 small.resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-                caption = f"picture {key} of many".encode()
+                caption = f"image {key} of many".encode()
                 for kind, content in (("jpg", file.getvalue()), ("txt", caption)):
                     member = tarfile.TarInfo(f"{key:06d}.{kind}")
                     member.size = len(content)
@@ -43,14 +45,14 @@ def write_tars(folder: Path, count: int, side: int = 256) -> None:
 
 
 def seconds(work) -> float:
-    """CPU time of a call."""
+    """CPU time of calling `work`."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
 def compare(name: str, paths: str, side: int, cache: Path) -> None:
-    """One line of the table."""
+    """Print one line of the table for the tars that match `paths`."""
     data = ImageCaptionData(
         paths, val_fraction=0.0, image_size=side, autoencoder="pixels", in_place=True,
         patch_size=16, row_length=4096, batch_size=1, vocab_size=400, cache_dir=str(cache),
@@ -59,10 +61,10 @@ def compare(name: str, paths: str, side: int, cache: Path) -> None:
     data.prepare_data()
     loader = data.train_dataloader()
     (rows,) = loader.dataset.corpora
-    pictures = rows.corpus._pictures
+    images = rows.corpus._pictures
     order = [int(w.documents[p]) for w in [rows._find(0)[0]] for row in w.rows for p in row]
-    places = pictures.places[order].tolist()
-    files = [Path(file).read_bytes() for file in pictures.files]
+    places = images.places[order].tolist()
+    files = [Path(file).read_bytes() for file in images.files]
     contents = [files[file][first : first + size] for file, first, size, _ in places]
     kilobytes = sum(map(len, contents)) / len(contents) / 1000
 
@@ -87,14 +89,16 @@ def compare(name: str, paths: str, side: int, cache: Path) -> None:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--emoji", help="a folder of tars of 64x64 pictures")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=2000, help="default: 2000")
+    parser.add_argument("--emoji", help="folder of tars of 64 x 64 images")
     args = parser.parse_args()
-    print("pictures/s              kB each    Pillow      rows   batches      rows   batches")
+    print("images/s                kB each    Pillow      rows   batches      rows   batches")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_tars(folder, args.pictures)
+        write_tars(folder, args.images)
         compare("JPEG 256", f"{folder}/*.tar", 256, folder / "cache")
         if args.emoji:
             compare("emoji", f"{args.emoji}/*.tar", 64, folder / "cache")

@@ -1,13 +1,15 @@
-"""Two runs on one page: every number they share, at equal tokens and at equal 6 N D.
+"""Compare two runs on one page: every metric they share, at equal tokens and at equal 6 N D.
 
     python benchmarks/pair.py runs/linear runs/chameleon --out runs/pair
 
-Of runs with one row length, batch size and source of documents, such as these, each validated
-several times (`--trainer.val_check_interval 240`):
+The runs must have the same row length, batch size and data, and must be validated several times
+(`--trainer.val_check_interval 240`). For example:
     tf-lightning fit -c configs/quickstart.yaml -c configs/experiments/linear.yaml
     tf-lightning fit -c configs/quickstart.yaml -c configs/experiments/chameleon.yaml
-Writes `--out`.md, whose first lines say what the budgets are worth on either side, and `--out`.png,
-each number against training FLOPs. Between validations values are interpolated.
+
+`--out`.md has a column for each run and budget. Its first lines give the steps, tokens, FLOPs and
+images of each budget. `--out`.png plots each metric against training FLOPs. Values between two
+validations are interpolated.
 """
 
 import argparse
@@ -23,91 +25,95 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks.plot import Line, line_plots
 from tf_lightning.files import atomic_file
 
-NOT_SHARED = ("loss_codes", "loss_diffusion")  # of one side alone
+NOT_COMPARABLE = ("loss_codes", "loss_diffusion")  # each exists for one kind of image only
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's validations, and what a step costs it."""
+    """Metrics and costs of a run."""
 
     name: str
-    numbers: dict[str, Line]  # (optimizer steps, value) by name
-    tokens: float  # a step
-    flops: float  # a token, as counted
-    flops_6n: float  # a token, 6 N
-    images: float  # a token
+    metrics: dict[str, Line]  # [(optimizer step, value), ...] by name
+    tokens_per_step: float
+    flops_per_token: float  # counted
+    flops_per_token_6n: float  # 6 N, N = parameters
+    images_per_token: float
 
     @property
     def steps(self) -> float:
-        """At the last validation."""
-        return max(step for line in self.numbers.values() for step, _ in line)
+        """Step of the last validation."""
+        return max(step for line in self.metrics.values() for step, _ in line)
 
-    def at(self, number: str, step: float) -> float:
-        """A number at a step, between validations interpolated."""
-        steps, values = zip(*self.numbers[number], strict=True)
+    def at(self, metric: str, step: float) -> float:
+        """A metric at a step, interpolated between validations."""
+        steps, values = zip(*self.metrics[metric], strict=True)
         return float(np.interp(step, steps, values))
 
-    def against_flops(self, number: str) -> Line:
-        """(training PFLOPs, value)."""
-        step = self.tokens * self.flops / 1e15
-        return [(steps * step, value) for steps, value in self.numbers[number]]
+    def against_flops(self, metric: str) -> Line:
+        """[(training PFLOPs, value), ...] of a metric."""
+        per_step = self.tokens_per_step * self.flops_per_token / 1e15
+        return [(step * per_step, value) for step, value in self.metrics[metric]]
 
 
 def read_run(folder: Path) -> Run:
-    """What a run has written."""
-    numbers: dict[str, Line] = {}
+    """Read the metrics and costs that a run wrote.
+
+    Raises:
+        SystemExit: the run has no validations.
+    """
+    metrics: dict[str, Line] = {}
     for file in sorted(folder.glob("metrics/step*-val.json")):
         content = json.loads(file.read_text())
         for number in content["numbers"]:
             if number["value"] is not None:
                 point = content["global_step"], number["value"]
-                numbers.setdefault(number["name"].removeprefix("val/"), []).append(point)
-    if not numbers:
+                metrics.setdefault(number["name"].removeprefix("val/"), []).append(point)
+    if not metrics:
         raise SystemExit(f"{folder} has no metrics/step*-val.json; validate while training")
     events = EventAccumulator(str(folder)).Reload()
-    mean = lambda name: statistics.fmean(e.value for e in events.Scalars(f"train/{name}"))  # noqa: E731
+
+    def mean(name: str) -> float:
+        return statistics.fmean(event.value for event in events.Scalars(f"train/{name}"))
+
     data = yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]
     filled = 1 - events.Scalars("train/padding_share")[-1].value
     return Run(
         folder.name,
-        numbers,
-        tokens=data["batch_size"] * data["row_length"] * filled,
-        flops=mean("flops_per_token"),
-        flops_6n=mean("flops_per_token_6n"),
-        images=mean("images_per_token"),
+        metrics,
+        tokens_per_step=data["batch_size"] * data["row_length"] * filled,
+        flops_per_token=mean("flops_per_token"),
+        flops_per_token_6n=mean("flops_per_token_6n"),
+        images_per_token=mean("images_per_token"),
     )
 
 
 def budgets(runs: list[Run]) -> dict[str, list[float]]:
     """Steps of each run at the largest budget that both have reached, by kind of budget."""
-    costs = {
-        "equal tokens": [run.tokens for run in runs],
-        "equal 6ND": [run.tokens * run.flops_6n for run in runs],
-        "equal pictures": [run.tokens * run.images for run in runs],
+    costs_per_step = {
+        "equal tokens": [run.tokens_per_step for run in runs],
+        "equal 6ND": [run.tokens_per_step * run.flops_per_token_6n for run in runs],
+        "equal images": [run.tokens_per_step * run.images_per_token for run in runs],
     }
     return {
-        kind: [min(c * r.steps for c, r in zip(each, runs, strict=True)) / c for c in each]
-        for kind, each in costs.items()
+        kind: [min(c * r.steps for c, r in zip(costs, runs, strict=True)) / c for c in costs]
+        for kind, costs in costs_per_step.items()
     }
 
 
 def page(runs: list[Run]) -> str:
-    """Markdown."""
+    """The comparison as a Markdown table."""
     columns = [
         (f"{run.name}, {kind}", run, step)
         for kind, steps in budgets(runs).items()
         for run, step in zip(runs, steps, strict=True)
     ]
+    budget = [(run, step * run.tokens_per_step) for _, run, step in columns]
     rows = {
         "steps": [f"{step:,.0f}" for _, _, step in columns],
-        "tokens": [f"{step * run.tokens:,.0f}" for _, run, step in columns],
-        "6ND, PFLOPs": [
-            f"{step * run.tokens * run.flops_6n / 1e15:.3g}" for _, run, step in columns
-        ],
-        "FLOPs counted, P": [
-            f"{step * run.tokens * run.flops / 1e15:.3g}" for _, run, step in columns
-        ],
-        "pictures": [f"{step * run.tokens * run.images:,.0f}" for _, run, step in columns],
+        "tokens": [f"{tokens:,.0f}" for _, tokens in budget],
+        "6ND, PFLOPs": [f"{tokens * run.flops_per_token_6n / 1e15:.3g}" for run, tokens in budget],
+        "counted PFLOPs": [f"{tokens * run.flops_per_token / 1e15:.3g}" for run, tokens in budget],
+        "images": [f"{tokens * run.images_per_token:,.0f}" for run, tokens in budget],
     }
     rows |= {name: [f"{run.at(name, s):.4g}" for _, run, s in columns] for name in shared(runs)}
     head = ["", *(title for title, _, _ in columns)]
@@ -116,16 +122,23 @@ def page(runs: list[Run]) -> str:
 
 
 def shared(runs: list[Run]) -> list[str]:
-    """Names of the numbers that both have."""
+    """Names of the metrics that both runs have."""
     first, second = runs
-    return [n for n in first.numbers if n in second.numbers and not n.endswith(NOT_SHARED)]
+    return [n for n in first.metrics if n in second.metrics and not n.endswith(NOT_COMPARABLE)]
 
 
 def main(args: list[str] | None = None) -> None:
-    """Read, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Write the page and the plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs=2, type=Path, help="folders of the two runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/pair"), help="page, without suffix")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/pair"),
+        help="path of the page without suffix (default: runs/pair)",
+    )
     options = parser.parse_args(args)
     runs = [read_run(folder) for folder in options.runs]
     options.out.parent.mkdir(parents=True, exist_ok=True)

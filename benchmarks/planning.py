@@ -1,13 +1,14 @@
-"""What planning costs at ten million documents: time, memory, padding; and starting a run on them.
+"""Measure the time, memory and padding of planning rows for ten million documents.
 
     python benchmarks/planning.py [--documents 10000000] [--row_length 4096]
 
-Makes a corpus of synthetic lengths in a temporary folder (texts, then captions of 5-60 tokens with
-pictures of 256 patches), its index on disk as `prepare` writes it. Each measurement is a process of
-its own, so that its peak memory is its own: planning all rows once, what a run does when it starts
-on a planned corpus and reads a row far into it, and the same for a hundredth of the documents.
-"Peak" has the pages of memory-mapped files in it, which the system takes back when it needs them;
-"kept" is what the process itself holds more at the end.
+A corpus with synthetic document lengths is written to a temporary folder: texts, then captions of
+5-60 tokens with images of 256 patches. Its index is on disk as `prepare` writes it. For the given
+number of documents and for a hundredth of it, two cases are measured, each in a new process:
+    plan and start  plan all rows and read a row far into the corpus
+    start           start on the planned corpus and read the same row
+"peak MB" includes the pages of memory-mapped files, which the system can reclaim. "MB kept" is the
+memory that the process itself holds at the end beyond that at its start.
 """
 
 import argparse
@@ -28,10 +29,10 @@ NUM_PATCHES = 256
 
 
 def write_corpus(path: Path, kind: str, documents: int, row_length: int) -> None:
-    """A corpus whose texts all read the same few tokens: only its index is large."""
+    """Write a corpus with a large index; all its documents share the same few tokens."""
     path.mkdir()
     random = np.random.default_rng(0)
-    if kind == "text":  # of 500 tokens in the median, cut where a row ends
+    if kind == "text":  # median 500 tokens, at most one row
         tokens = random.lognormal(6.2, 1.2, documents).astype(np.int64).clip(1, row_length - 2)
         parts = np.stack([np.zeros_like(tokens), tokens], 1)
     else:
@@ -49,19 +50,19 @@ def write_corpus(path: Path, kind: str, documents: int, row_length: int) -> None
 
 
 def checks_of(parts: np.ndarray, count: int) -> np.ndarray:
-    """The check of each part; tokens and latents are all 0."""
+    """Checksum of each part; all tokens and latents are 0."""
     image = np.zeros((1, 1, 16, 16), np.float16)
     longest, checks = int(parts[:, 1].max()), np.empty(len(parts), np.uint32)
     for place in range(count):
         seed = seed_of(place, count)
         known = [zlib.crc32(bytes(4 * n), seed) for n in range(longest + 1)]
-        known.append(zlib.crc32(image, seed))  # found at IMAGE, which is -1
+        known.append(zlib.crc32(image, seed))  # IMAGE is -1 and indexes the last entry
         checks[place::count] = np.array(known, np.uint32)[parts[place::count, 1]]
     return checks
 
 
 def measured(path: Path, row_length: int, queue: multiprocessing.Queue) -> None:
-    """Seconds until a row in the middle of the tenth epoch is read, MB, and share of padding."""
+    """Put the seconds until a row is read, peak MB, kept MB and share of padding into a queue."""
     before, start = memory("RssAnon"), time.perf_counter()
     chances = {"image_first_prob": 0.2, "caption_drop_prob": 0.1}
     sizes = {"row_length": row_length, "num_patches": NUM_PATCHES}
@@ -72,13 +73,13 @@ def measured(path: Path, row_length: int, queue: multiprocessing.Queue) -> None:
 
 
 def memory(kind: str) -> float:
-    """Of this process, in MB (Linux): "VmHWM", the most so far, or "RssAnon", without files."""
+    """Memory of this process in MB (Linux): "VmHWM" is the peak, "RssAnon" excludes files."""
     (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if kind in s]
     return int(line.split()[1]) / 1024
 
 
-def in_a_process(*arguments) -> tuple[float, float, float, float]:
-    """`measured`, with nothing in memory but what it needs."""
+def measure_in_new_process(*arguments) -> tuple[float, float, float, float]:
+    """Run `measured` in a new process, so that its peak memory is its own."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=measured, args=(*arguments, queue))
@@ -90,9 +91,11 @@ def in_a_process(*arguments) -> tuple[float, float, float, float]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, default=10_000_000)
-    parser.add_argument("--row_length", type=int, default=4096)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--documents", type=int, default=10_000_000, help="default: 10,000,000")
+    parser.add_argument("--row_length", type=int, default=4096, help="tokens (default: 4096)")
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
     print("corpus     documents   what            seconds  peak MB  MB kept  padding")
@@ -102,7 +105,7 @@ def main() -> None:
                 path = Path(folder) / kind
                 write_corpus(path, kind, documents, args.row_length)
                 for what in ("plan and start", "start"):
-                    seconds, peak, new, padding = in_a_process(path, args.row_length)
+                    seconds, peak, new, padding = measure_in_new_process(path, args.row_length)
                     line = f"{kind:9}{documents:11,}   {what:15}{seconds:8.2f}{peak:9,.0f}"
                     print(f"{line}{new:9,.0f}{padding:9.2%}", flush=True)
 

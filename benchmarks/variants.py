@@ -2,12 +2,13 @@
 
     python benchmarks/variants.py --steps 600 --out runs/small -- -c configs/small.yaml
 
-One row a variant; its run is in `--out`/NAME. Interrupted, the same command goes on where it was: a
-variant with a report of its last step is left alone, one without resumes from its last checkpoint.
-All have the same rows of data, positions a step, schedule and seed: one seed, so this shows that
-all of them work, not which is better. `monoformer` begins with a language model, which is trained
-first, into `--out`/shapes_text; its row does not count what that took. The table is printed and
-kept in `--out`/table.md.
+Each variant is one row of the table, trained in the folder `--out`/NAME. The same command continues
+an interrupted table: a variant with a report of its last step is skipped, another one resumes from
+its last checkpoint. All variants have the same rows of data, positions per step, schedule and seed.
+With one seed, the table shows that all of them work, not which is better.
+
+`monoformer` starts from a language model, which is trained first in `--out`/shapes_text; its row
+does not count that training. The table is printed and written to `--out`/table.md.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from tf_lightning.cli.main import main as tf_lightning
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ROOT / "configs" / "experiments"
-BEGINNINGS = {"monoformer": ROOT / "configs" / "shapes_text.yaml"}
+INITIAL_MODELS = {"monoformer": ROOT / "configs" / "shapes_text.yaml"}
 DEFAULT = ["linear", "epsilon", "flow", "causal", "unet", "unet_patch4", "patch4", "mot"]
 DEFAULT += ["monoformer", "chameleon"]
 COLUMNS = {
@@ -35,13 +36,13 @@ COLUMNS = {
     "perplexity": ("perplexity", "{:.3f}"),
     "parameters": ("num_parameters", "{:,}"),
     "PFLOPs": ("training_pflops", "{:.3g}"),
-    "pictures": ("pictures_seen", "{:,.0f}"),
+    "images": ("images_seen", "{:,.0f}"),
     "minutes": ("minutes", "{:.1f}"),
 }
 
 
 def read_report(folder: Path, steps: int) -> dict | None:
-    """The scores of a run that has reached its last step and was examined there."""
+    """The report of a run at its last step; None if there is none."""
     for path in (folder / "report.json", folder / "validate" / "report.json"):
         report = json.loads(path.read_text()) if path.is_file() else {}
         if report.get("global_step") == steps:
@@ -50,18 +51,18 @@ def read_report(folder: Path, steps: int) -> dict | None:
 
 
 def steps_done(folder: Path) -> int:
-    """Optimizer steps in a run's last checkpoint."""
+    """Optimizer steps of a run's last checkpoint; 0 without one."""
     last = folder / "checkpoints" / "last.ckpt"
     return torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0
 
 
 def train(name: str, base: Path, out: Path, steps: int, more: list[str]) -> None:
-    """Train a variant from where it is; examine it if it was only not examined yet."""
+    """Train a variant from its last checkpoint; validate it if it is trained but has no report."""
     arguments = ["-c", str(base), "-c", str(EXPERIMENTS / f"{name}.yaml")]
     arguments += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
     arguments += [f"--trainer.logger.init_args.save_dir={out}"]
-    if name in BEGINNINGS:
-        start = train_beginning(BEGINNINGS[name], out, more)
+    if name in INITIAL_MODELS:
+        start = train_initial_model(INITIAL_MODELS[name], out, more)
         arguments += [f"--trainer.callbacks.checkpoint={start}"]  # of InitFrom, the last of them
     arguments += more
     if steps_done(out / name) < steps:
@@ -71,8 +72,8 @@ def train(name: str, base: Path, out: Path, steps: int, more: list[str]) -> None
         tf_lightning(["validate", *arguments, f"--ckpt_path={last}"])
 
 
-def train_beginning(recipe: Path, out: Path, more: list[str]) -> Path:
-    """Train the model that a variant begins with, from where it is; its last checkpoint."""
+def train_initial_model(recipe: Path, out: Path, more: list[str]) -> Path:
+    """Train the model that a variant starts from; the path of its last checkpoint."""
     trainer = yaml.safe_load(recipe.read_text())["trainer"]
     if steps_done(out / recipe.stem) < trainer["max_steps"]:
         save_dir = f"--trainer.logger.init_args.save_dir={out}"
@@ -80,22 +81,25 @@ def train_beginning(recipe: Path, out: Path, more: list[str]) -> Path:
     return out / recipe.stem / "checkpoints" / "last.ckpt"
 
 
-def in_whole_run(folder: Path) -> dict[str, float]:
-    """PFLOPs, forward and backward, and pictures: what was logged of a token, times all tokens."""
+def training_totals(folder: Path) -> dict[str, float]:
+    """Training PFLOPs (forward and backward) and images, from the values logged per token."""
     events = EventAccumulator(str(folder)).Reload()
-    logged = lambda name: [e.value for e in events.Scalars(f"train/{name}")]  # noqa: E731
+
+    def logged(name: str) -> list[float]:
+        return [event.value for event in events.Scalars(f"train/{name}")]
+
     config = yaml.safe_load((folder / "config.yaml").read_text())
     data = config["data"]["init_args"]
     positions = config["trainer"]["max_steps"] * data["batch_size"] * data["row_length"]
     tokens = positions * (1 - logged("padding_share")[-1])
-    whole = {"training_pflops": statistics.fmean(logged("flops_per_token")) * tokens / 1e15}
+    totals = {"training_pflops": statistics.fmean(logged("flops_per_token")) * tokens / 1e15}
     if "train/images_per_token" in events.Tags()["scalars"]:  # runs of earlier versions lack it
-        whole["pictures_seen"] = statistics.fmean(logged("images_per_token")) * tokens
-    return whole
+        totals["images_seen"] = statistics.fmean(logged("images_per_token")) * tokens
+    return totals
 
 
 def last_metrics(folder: Path, steps: int) -> dict[str, float]:
-    """What the last validation measured, by name: that of `fit`, or of `validate` after it."""
+    """Metrics of the last validation, by `fit` or by a later `validate`, by name."""
     of_fit = folder / "metrics" / f"step{steps:07d}-val.json"
     for path in (of_fit, folder / "validate" / "metrics.json"):
         content = json.loads(path.read_text()) if path.is_file() else {}
@@ -105,13 +109,13 @@ def last_metrics(folder: Path, steps: int) -> dict[str, float]:
 
 
 def row(folder: Path, report: dict) -> dict:
-    """A variant's numbers, under the names of COLUMNS."""
-    more = in_whole_run(folder) | {"minutes": report["train_seconds"] / 60}
-    return last_metrics(folder, report["global_step"]) | report | more
+    """Values of a variant by the keys of COLUMNS."""
+    totals = training_totals(folder) | {"minutes": report["train_seconds"] / 60}
+    return last_metrics(folder, report["global_step"]) | report | totals
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Markdown; a number that the report does not have is a dash."""
+    """The table as Markdown; a missing value is a dash."""
     lines = [["variant", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for name, values in rows.items():
         cells = [
@@ -123,26 +127,33 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def save_every(base: Path) -> int:
-    """Optimizer steps between a recipe's checkpoints."""
+    """Optimizer steps between the checkpoints of a recipe."""
     callbacks = yaml.safe_load(base.read_text())["trainer"]["callbacks"]
     saves = (c for c in callbacks if c["class_path"].endswith("ModelCheckpoint"))
     return next(saves)["init_args"]["every_n_train_steps"]
 
 
 def main(args: list[str] | None = None) -> None:
-    """Train what is not trained yet; write the table after each variant."""
+    """Train the variants that are not trained yet; write the table after each."""
     known = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = f"rows of the table, of {', '.join(known)} (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = f"rows of the table, from {', '.join(known)} (default: %(default)s)"
     parser.add_argument(
         "--variants", nargs="+", default=DEFAULT, choices=known, metavar="NAME", help=names
     )
-    parser.add_argument("--steps", type=int, default=900, help="optimizer steps a variant")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/variants"), help="folder of the runs"
+        "--steps", type=int, default=900, help="optimizer steps per variant (default: 900)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/variants"),
+        help="folder of the runs (default: runs/variants)",
     )
     parser.add_argument("--base", type=Path, default=ROOT / "configs" / "quickstart.yaml",
-                        help="the recipe that every variant changes")  # fmt: skip
+                        help="recipe that the variants change (default: quickstart.yaml)")  # fmt: skip
     parser.add_argument("more", nargs="*", help="arguments of `tf-lightning fit`, after `--`")
     options = parser.parse_args(args)
     if options.steps < 1 or options.steps % save_every(options.base):

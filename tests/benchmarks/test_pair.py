@@ -33,11 +33,11 @@ def test_budgets_are_equal_on_both_sides_and_values_are_between_validations(tmp_
     make_run(folders[0], 0.04, 3e6, {100: 9.0, 200: 5.0})
     make_run(folders[1], 0.01, 6e6, {100: 20.0, 200: 10.0})
     runs = [pair.read_run(folder) for folder in folders]
-    assert [run.tokens for run in runs] == pytest.approx([100, 100])
+    assert [run.tokens_per_step for run in runs] == pytest.approx([100, 100])
     steps = pair.budgets(runs)
     assert steps["equal tokens"] == pytest.approx([200, 200])
     assert steps["equal 6ND"] == pytest.approx([200, 100])
-    assert steps["equal pictures"] == pytest.approx([50, 200])
+    assert steps["equal images"] == pytest.approx([50, 200])
     assert pair.shared(runs) == ["fid"]
     assert runs[1].at("fid", 150) == 15 and math.isclose(runs[0].against_flops("fid")[1][0], 4e-5)
     pair.main([*map(str, folders), "--out", str(tmp_path / "page")])
@@ -46,7 +46,7 @@ def test_budgets_are_equal_on_both_sides_and_values_are_between_validations(tmp_
         line.split(" | ")[0]: line.strip(" |\n").split(" | ")[1:] for line in told.splitlines()
     }
     assert cells["| fid"] == ["5", "10", "5", "20", "9", "10"]
-    assert cells["| pictures"] == ["800", "200", "800", "100", "200", "200"]
+    assert cells["| images"] == ["800", "200", "800", "100", "200", "200"]
     assert (tmp_path / "page.png").is_file() and told in capsys.readouterr().out
 
 

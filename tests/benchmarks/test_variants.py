@@ -62,7 +62,7 @@ def test_a_variant_that_begins_with_a_language_model_has_it_trained_first_and_on
     monkeypatch.setattr(variants, "tf_lightning", run)
     variants.train("monoformer", tmp_path / "base.yaml", tmp_path, 9, ["--trainer.devices=1"])
     first, second = commands
-    assert first[:3] == ["fit", "-c", str(variants.BEGINNINGS["monoformer"])]
+    assert first[:3] == ["fit", "-c", str(variants.INITIAL_MODELS["monoformer"])]
     assert f"--trainer.logger.init_args.save_dir={tmp_path}" in first
     assert "--trainer.devices=1" in first and "--trainer.devices=1" in second
     start = tmp_path / "shapes_text" / "checkpoints" / "last.ckpt"

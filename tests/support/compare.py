@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 
-def same(a, b) -> bool:
+def bit_equal(a, b) -> bool:
     """Equal in every bit, down to the last tensor of nested dicts and lists."""
     if isinstance(a, Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(bit_equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(bit_equal, a, b))
     return a == b

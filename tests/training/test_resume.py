@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.multiprocessing import ProcessExitedException
 
 from support import ranks, runs
-from support.compare import same
+from support.compare import bit_equal
 from tf_lightning.cli.main import main
 from tf_lightning.generation.pipeline import load as load_model
 from tf_lightning.tokenizer.tokenizer import Tokenizer
@@ -68,8 +68,8 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     whole = load(run)
     assert whole["global_step"] == resumed["global_step"] == runs.MAX_STEPS
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "Mixture"):
-        assert same(whole[part], resumed[part]), part
-    assert not same(whole["state_dict"], load(run, "step0000003")["state_dict"])
+        assert bit_equal(whole[part], resumed[part]), part
+    assert not bit_equal(whole["state_dict"], load(run, "step0000003")["state_dict"])
     assert whole["Mixture"] == {"next_row": 2 * runs.MAX_STEPS, "global_step": runs.MAX_STEPS}
 
 
@@ -85,7 +85,7 @@ def test_a_run_killed_with_its_workers_resumes_to_the_same_bits(run, tmp_path):
     assert load(tmp_path / "run")["global_step"] == 3
     resumed, whole = load(runs.fit(tmp_path, "--ckpt_path", "last", workers)), load(run)
     for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "Mixture"):
-        assert same(whole[part], resumed[part]), part
+        assert bit_equal(whole[part], resumed[part]), part
 
 
 def test_a_resumed_run_goes_on_counting_its_seconds(run, tmp_path):
