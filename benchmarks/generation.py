@@ -12,7 +12,7 @@ The peer is not a dependency of this project; without it, its columns are left o
 it, make an environment of its own that also sees ours, and run this file with its python:
     python -m venv /tmp/peer
     cd /tmp/peer/lib/python3*/site-packages
-    printf '%s\n' CHECKOUT CHECKOUT/.venv/lib/python3.11/site-packages > ours.pth
+    echo CHECKOUT > ours.pth; echo CHECKOUT/.venv/lib/python3.11/site-packages >> ours.pth
     /tmp/peer/bin/pip install transfusion-pytorch==0.19.4
 
 The time of our denoising step is the slope between two numbers of network evaluations, so prompt
@@ -31,10 +31,10 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from plain_cache import plain_image, plain_text
 from torch import Tensor, nn
 
-from step_time import CONFIG, PlainLlama
+from plain_llama import PlainLlama, denoise, write_text
+from step_time import CONFIG
 from tf_lightning.batch import Document
 from tf_lightning.diffusion.guidance import Guidance
 from tf_lightning.diffusion.process import DDPM
@@ -53,7 +53,7 @@ except ImportError:
 TOKENIZER = SimpleNamespace(bos_id=1, eos_id=2, boi_id=4094, eoi_id=4095)
 LATENT_SHAPE, PATCH_SIZE, NUM_PATCHES = (8, 32, 32), 2, 256
 FEW, MANY = 3, 9  # network evaluations
-PREFIXES = {0: 2.5, 256: 5.0, 1024: 12.0}  # how many times faster than the peer it has to be
+PREFIXES = {0: 2.5, 256: 5.0, 1024: 12.0}  # prefix length: minimum speed-up over the peer
 QUICKSTART = TransformerConfig(
     vocab_size=512, dim=256, num_layers=6, num_heads=8, ffn_dim=704, qk_norm=True
 )
@@ -63,7 +63,7 @@ QUICKSTART = TransformerConfig(
 
 
 def build_net(config: TransformerConfig = CONFIG, latent_channels: int = 8) -> TransfusionModel:
-    """Random weights that never write <eos> or <boi>."""
+    """A network with random weights that never generates <eos> or <boi>."""
     torch.manual_seed(0)
     net = TransfusionModel(config, PATCH_SIZE, latent_channels).requires_grad_(False)
     net.reset_parameters()
@@ -79,12 +79,12 @@ def speaker(net: TransfusionModel, latent_shape: tuple[int, int, int] = LATENT_S
 
 
 def text(length: int, vocab_size: int = 4096) -> Tensor:
-    """Any token ids that are no specials."""
+    """Random ids of ordinary tokens."""
     return torch.randint(3, vocab_size - 2, (length,))
 
 
 def answer(who: Speaker, prompts: list[Document], how: Settings, batch_size: int = 64) -> None:
-    """Generate and forget."""
+    """Generate and discard the outputs."""
     for _ in generate(who, prompts, list(range(len(prompts))), how, batch_size=batch_size):
         pass
 
@@ -108,7 +108,7 @@ def words(count: int) -> Settings:
 
 
 def build_peer() -> nn.Module:
-    """The same width, depth, heads, vocabulary and latent channels of a patch."""
+    """The peer with our width, depth, heads, vocabulary and channels per patch."""
     torch.manual_seed(0)
     return Peer(
         num_text_tokens=CONFIG.vocab_size,
@@ -124,14 +124,14 @@ def build_peer() -> nn.Module:
 
 
 class Enough(Exception):
-    """Ends the peer's sampling once the evaluations are timed."""
+    """Stop the peer after the evaluations that are timed."""
 
 
 @torch.no_grad()
 def peer_step(peer: nn.Module, prompt: Tensor, threads: int) -> float:
-    """Median seconds from one evaluation of its Transformer to the next, of an image now.
+    """Median seconds between two evaluations of the peer's Transformer for an image.
 
-    It would go on with text after the image, as long as it likes, so a slope would time that too.
+    A slope over whole calls would include the text that it generates after the image.
     """
     starts: list[float] = []
 
@@ -158,7 +158,7 @@ def peer_step(peer: nn.Module, prompt: Tensor, threads: int) -> float:
 
 @torch.no_grad()
 def peer_text(peer: nn.Module, prompt: Tensor, count: int) -> None:
-    """Greedy text."""
+    """Generate `count` tokens greedily with the peer."""
     peer.generate_text_only(prompt.unsqueeze(0), len(prompt) + count, temperature=0.0)
 
 
@@ -166,12 +166,12 @@ def peer_text(peer: nn.Module, prompt: Tensor, count: int) -> None:
 
 
 def clock(threads: int) -> Callable[[], float]:
-    """Of the CPU for one thread, of the wall for several."""
+    """CPU clock for one thread, wall clock for several."""
     return time.process_time if threads == 1 else time.perf_counter
 
 
 def seconds(run: Callable[[], None], threads: int) -> float:
-    """CPU time on one thread, wall time on several."""
+    """Seconds of one call of `run`, see `clock`."""
     now = clock(threads)
     start = now()
     run()
@@ -179,7 +179,7 @@ def seconds(run: Callable[[], None], threads: int) -> float:
 
 
 def medians(runs: dict[str, Callable[[], None]], threads: int, repeats: int) -> dict[str, float]:
-    """Seconds of each, taken in turns; the first turn warms all up."""
+    """Median seconds of each run, taken in turns after one warm-up turn."""
     times = [
         {name: seconds(run, threads) for name, run in runs.items()} for _ in range(repeats + 1)
     ]
@@ -187,29 +187,29 @@ def medians(runs: dict[str, Callable[[], None]], threads: int, repeats: int) -> 
 
 
 def per_evaluation(found: dict[str, float], who: str) -> float:
-    """Slope between two numbers of evaluations."""
+    """Seconds per network evaluation: slope between FEW and MANY evaluations."""
     return (found[f"{who} many"] - found[f"{who} few"]) / (MANY - FEW)
 
 
 def time_steps(
     net: TransfusionModel, llama: PlainLlama, peer: nn.Module | None, options
 ) -> list[bool]:
-    """One denoising step of a 256-token image behind prefixes; whether each bar is met."""
+    """Time a denoising step of a 256-patch image after each prefix; whether each limit is met."""
     met = []
-    for prefix, bar in PREFIXES.items():
+    for prefix, limit in PREFIXES.items():
         prompt = text(prefix)
         runs = {}
         for name, count in (("few", FEW), ("many", MANY)):
             runs[f"ours {name}"] = partial(answer, speaker(net), [[prompt]], pictures(count))
-            runs[f"plain {name}"] = partial(plain_image, llama, prefix, NUM_PATCHES, count)
+            runs[f"plain {name}"] = partial(denoise, llama, prefix, NUM_PATCHES, count)
         found = medians(runs, options.threads, options.repeats)
         ours, plain = per_evaluation(found, "ours"), per_evaluation(found, "plain")
-        line = f"step, prefix {prefix}: {1e3 * ours:.0f} ms, {ours / plain:.2f} x plain (bar 1.2)"
+        line = f"step, prefix {prefix}: {1e3 * ours:.0f} ms, {ours / plain:.2f} x plain (limit 1.2)"
         met.append(ours <= 1.2 * plain)
         if peer is not None:
             theirs = peer_step(peer, prompt, options.threads)
-            line += f", {theirs / ours:.1f} x faster than the peer (bar {bar})"
-            met.append(theirs >= bar * ours)
+            line += f", {theirs / ours:.1f} x faster than the peer (limit {limit})"
+            met.append(theirs >= limit * ours)
         print(line, flush=True)
     return met
 
@@ -217,11 +217,11 @@ def time_steps(
 def time_text(
     net: TransfusionModel, llama: PlainLlama, peer: nn.Module | None, options
 ) -> list[bool]:
-    """128 tokens after 16."""
+    """Time 128 tokens after a prompt of 16; whether each limit is met."""
     prompt, count = text(16), 128
     runs = {
         "ours": lambda: answer(speaker(net), [[prompt]], words(count)),
-        "plain": lambda: plain_text(llama, prompt, count),
+        "plain": lambda: write_text(llama, prompt, count),
     }
     if peer is not None:
         runs["peer"] = lambda: peer_text(peer, prompt, count)
@@ -231,22 +231,22 @@ def time_text(
     met = []
     if peer is not None:
         ratio = found["peer"] / found["ours"]
-        line += f", {ratio:.2f} x faster than the peer (bar 2)"
+        line += f", {ratio:.2f} x faster than the peer (limit 2)"
         met.append(ratio >= 2)
     print(line, flush=True)
     return met
 
 
 def time_batches(options) -> list[bool]:
-    """16 answers of the quickstart's network together, and one at a time."""
+    """Time 16 prompts in one batch and one by one; whether each limit is met."""
     net, shape = build_net(QUICKSTART), (8, 8, 8)
     who = speaker(net, shape)
     captions = [[torch.randn(shape), text(1 + n, 512)] for n in range(16)]
     prompts = [[text(5 + n % 4, 512)] for n in range(16)]
     met = []
-    for name, asked, how, bar in (
+    for name, asked, how, limit in (
         ("16 captions of 20 tokens after unequal prompts", captions, words(20), 4.0),
-        ("16 guided quickstart pictures of 10 steps", prompts, pictures(10, 3.0), 2.0),
+        ("16 guided quickstart images of 10 steps", prompts, pictures(10, 3.0), 2.0),
     ):
         runs = {
             size: lambda n=n, asked=asked, how=how: answer(who, asked, how, batch_size=n)
@@ -254,23 +254,28 @@ def time_batches(options) -> list[bool]:
         }
         found = medians(runs, options.threads, options.repeats)
         ratio = found["alone"] / found["together"]
-        met.append(ratio >= bar)
-        print(f"{name}: {ratio:.1f} x as many together as one at a time (bar {bar})", flush=True)
+        met.append(ratio >= limit)
+        print(
+            f"{name}: {ratio:.1f} x faster in one batch than one at a time (limit {limit})",
+            flush=True,
+        )
     return met
 
 
 def main() -> None:
-    """Print one line a case; exit with 1 if one misses its bar."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns a case (default: 5)")
-    parser.add_argument("--only", choices=("steps", "text", "batches"), help="one of the parts")
+    """Print one line for each case; exit with code 1 if one misses its limit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns per case (default: 5)")
+    parser.add_argument("--only", choices=("steps", "text", "batches"), help="time only one part")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     net, llama = build_net(), PlainLlama(CONFIG, 2048).requires_grad_(False)
     peer = build_peer() if Peer else None
     if peer is None:
-        print("transfusion-pytorch is not installed here; this file's head says how")
+        print("transfusion-pytorch is not installed; see --help to compare with it")
     met = []
     if options.only in (None, "steps"):
         met += time_steps(net, llama, peer, options)

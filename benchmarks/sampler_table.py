@@ -1,26 +1,23 @@
-"""How samplers, steps and guidance score on the embedded world's oracle; edits; <boi> unasked.
+"""Score samplers, steps and guidance with the oracle of the embedded world; also edits and <boi>.
 
     python benchmarks/sampler_table.py runs/quickstart/checkpoints/last.ckpt
     python benchmarks/sampler_table.py CKPT --only edits --guidance 1 2 3
 
-Three parts, each printed as a table for the README:
-    samplers  256 prompts, half with one object, half with two of meanings that no training picture
-              shows: the share whose picture says what the prompt says. The same prompts and first
-              noises for every row. With --guidance G a column for each. SHIFT is `timestep_shift`.
-    edits     128 held-out pictures and instructions: the share whose answer shows the asked edit,
-              with the other object where it was; by the sampler of `generate` and by the paper's
-    boi       128 held-out captions, and 128 pictures with instructions, answered with whatever the
-              model samples: the share that it answers with exactly one picture, by its own <boi>
+Three Markdown tables are printed:
+    samplers  share of 256 prompts whose image shows what the prompt says. Half of the prompts have
+              one object, half have two objects in a combination that no training image shows. All
+              rows have the same prompts and the same initial noise; each --guidance is a column.
+    edits     share of 128 held-out images with instructions whose output shows the edit, with the
+              other object unchanged, for the default sampler and for the paper's.
+    boi       share of 128 held-out captions, and of 128 images with instructions, that the model
+              answers with exactly one image when it decides freely between text and images.
 """
 
 import argparse
-import sys
 from itertools import product
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, "")  # callbacks/ is found from the checkout
 
 from callbacks.shapes_report import SEED_OFFSET, questions
 from tf_lightning.diffusion.process import RectifiedFlow, process_from_hparams
@@ -29,7 +26,7 @@ from tf_lightning.shapes.grammar import draw_edit
 from tf_lightning.shapes.oracle import carried_out, read
 from tf_lightning.shapes.world import Scene, draw_scene, generator, render
 
-Row = tuple[str, int] | tuple[str, int, float]  # sampler, steps, and their shift where it is not 1
+Row = tuple[str, int] | tuple[str, int, float]  # sampler, steps, timestep_shift
 
 NOISE_ROWS: list[Row] = [
     ("DDPMScheduler", 250),
@@ -55,25 +52,25 @@ EDIT_ROWS: list[Row] = [("DDIMScheduler", 50), ("DDPMScheduler", 250)]
 
 
 def parse_row(argument: str) -> Row:
-    """Of SAMPLER:STEPS or SAMPLER:STEPS:SHIFT."""
+    """Parse SAMPLER:STEPS or SAMPLER:STEPS:SHIFT, with SHIFT = `timestep_shift`."""
     sampler, steps, *shift = argument.split(":")
     return sampler, int(steps), *map(float, shift)
 
 
 def how(row: Row) -> dict:
-    """What `generate` takes of a row."""
+    """Sampling options of a row."""
     return dict(zip(("sampler", "num_inference_steps", "timestep_shift"), row, strict=False))
 
 
 def name(row: Row) -> str:
-    """Of a row's sampler, and its shift."""
+    """Sampler of a row, with its shift."""
     return row[0] + "".join(f", shifted by {shift:g}" for shift in row[2:])
 
 
 def sampler_table(
     model: TransfusionPipeline, rows: list[Row], count: int, scales: list[float], batch_size: int
 ) -> None:
-    """One row a sampler and number of steps, one column a guidance scale."""
+    """Print the share of right images, by sampler and steps (rows) and guidance scale (columns)."""
     asked = questions(count // 2, 1, 0) + questions(count - count // 2, 2, 0)
     columns = [f"guidance {scale:g}" for scale in scales]
     print(f"| sampler ({count} prompts) | steps | " + " | ".join(columns) + " |")
@@ -96,7 +93,7 @@ def sampler_table(
 
 
 def draw_edits(count: int) -> list[tuple[Scene, str, Scene]]:
-    """Held-out scenes, instructions, and the scenes that are asked for."""
+    """Held-out edits: scene before, instruction, scene after."""
     edits = []
     for index in range(count):
         rng = generator(SEED_OFFSET, index, "val")
@@ -106,14 +103,14 @@ def draw_edits(count: int) -> list[tuple[Scene, str, Scene]]:
 
 
 def edit_prompts(edits: list[tuple[Scene, str, Scene]]) -> list[list[Image.Image | str]]:
-    """Picture and instruction of each edit."""
+    """Prompts of image and instruction."""
     return [[Image.fromarray(render(scene)), words] for scene, words, _ in edits]
 
 
 def edit_table(
     model: TransfusionPipeline, rows: list[Row], count: int, scales: list[float], batch_size: int
 ) -> None:
-    """One row a sampler and a guidance scale; with the picture's own scale beside it."""
+    """Print the shares of correct edits, by sampler and guidance scales."""
     edits = draw_edits(count)
     print(f"| sampler ({count} held-out instructions) | guidance | carried out | meaning right |")
     print("|---|---|---|---|")
@@ -135,18 +132,18 @@ def edit_table(
             read(picture).meaning == after.meaning
             for picture, (_, _, after) in zip(pictures, edits, strict=True)
         ]
-        guided = f"{scale:g}" + (f", of the picture {image_scale:g}" if image_scale else "")
+        guided = f"{scale:g}" + (f", of the image {image_scale:g}" if image_scale else "")
         shares = f"{np.mean(done):.1%} | {np.mean(meant):.1%}"
         print(f"| {name(row)}, {row[1]} steps | {guided} | {shares} |", flush=True)
 
 
 def boi_table(model: TransfusionPipeline, count: int, batch_size: int) -> None:
-    """How often the model begins a picture, and nothing else, where its documents do."""
+    """Print how often the model answers with one image when it may answer with anything."""
     asked: dict[str, list] = {
         "caption": [question.prompt for question in questions(count, 2, 0)],
-        "picture, instruction": edit_prompts(draw_edits(count)),
+        "image, instruction": edit_prompts(draw_edits(count)),
     }
-    print(f"| prompt ({count} held-out) | answered with exactly one picture |")
+    print(f"| prompt ({count} held-out) | answered with exactly one image |")
     print("|---|---|")
     for name, prompts in asked.items():
         out = model.generate(
@@ -163,16 +160,29 @@ def boi_table(model: TransfusionPipeline, count: int, batch_size: int) -> None:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint")
-    parser.add_argument("--only", choices=("samplers", "edits", "boi"), help="one of the tables")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0])
-    parser.add_argument(
-        "--rows", type=parse_row, nargs="+", metavar="SAMPLER:STEPS[:SHIFT]", help="of the tables"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, default=256, help="of samplers (default: 256)")
-    parser.add_argument("--edits", type=int, default=128, help="and of boi (default: 128)")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("checkpoint", help="checkpoint of a run on the embedded world")
+    parser.add_argument("--only", choices=("samplers", "edits", "boi"), help="print one table only")
+    scales = "guidance scales (default: 1 3 5)"
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0], metavar="SCALE", help=scales
+    )
+    parser.add_argument(
+        "--rows",
+        type=parse_row,
+        nargs="+",
+        metavar="SAMPLER:STEPS[:SHIFT]",
+        help="rows of the tables",
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=256, help="prompts of `samplers` (default: 256)"
+    )
+    parser.add_argument(
+        "--edits", type=int, default=128, help="prompts of `edits` and `boi` (default: 128)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
     options = parser.parse_args()
     model = load(options.checkpoint)
     flow = isinstance(process_from_hparams(model.hparams), RectifiedFlow)

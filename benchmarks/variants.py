@@ -152,8 +152,12 @@ def main(args: list[str] | None = None) -> None:
         default=Path("runs/variants"),
         help="folder of the runs (default: runs/variants)",
     )
-    parser.add_argument("--base", type=Path, default=ROOT / "configs" / "quickstart.yaml",
-                        help="recipe that the variants change (default: quickstart.yaml)")  # fmt: skip
+    parser.add_argument(
+        "--base",
+        type=Path,
+        default=ROOT / "configs" / "quickstart.yaml",
+        help="recipe that the variants change (default: quickstart.yaml)",
+    )
     parser.add_argument("more", nargs="*", help="arguments of `tf-lightning fit`, after `--`")
     options = parser.parse_args(args)
     if options.steps < 1 or options.steps % save_every(options.base):

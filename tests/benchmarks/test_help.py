@@ -20,7 +20,6 @@ def test_help_shows_the_command_and_every_option(name, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     assert f"python benchmarks/{name}.py" in shown
-    assert all(line.strip() for line in shown.splitlines() if line.startswith("  -"))
 
 
 def test_all_benchmarks_are_found():
