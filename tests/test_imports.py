@@ -112,7 +112,6 @@ def test_what_a_folder_must_not_import(folder):
     assert not found
 
 
-@pytest.mark.xfail(reason="tf_lightning/hub.py is not there yet")
 def test_imports_point_one_way_between_packages():
     upward = [
         f"{module} imports {target}"
