@@ -82,8 +82,9 @@ class ImageCaptionData(_ImageFileData):
     """Data module for images with captions, all in one format.
 
     Args:
-        paths: files to train on, or globs of them: WebDataset tars; .jsonl, .csv or .parquet as
-            `CaptionRows` reads them; or .json of COCO, Karpathy or LLaVA as `CaptionJson` reads it.
+        paths: files, globs or folders to train on: WebDataset tars; .jsonl, .csv or .parquet as
+            `CaptionRows` reads them; .json of COCO, Karpathy or LLaVA as `CaptionJson` reads it;
+            or a folder of images with a metadata.jsonl, .csv or .parquet.
         kwargs: `val_paths`, `val_fraction`, `image_size`, `images`, and the arguments of `Mixture`.
     """
 

@@ -8,6 +8,7 @@ from support import public_layouts
 from support.public_layouts import COLOURS, picture, shown, write_lines, write_parquet, write_tar
 from tf_lightning.data import CaptionJson, CaptionRows, CaptionTars, ImageCaptionData
 from tf_lightning.data.documents import Skipped
+from tf_lightning.errors import UserError
 
 PAIRS = [[colour, f"<{colour}>"] for colour in COLOURS]
 
@@ -162,3 +163,22 @@ def test_the_data_module_chooses_the_source_by_suffix(tmp_path):
             [str(tmp_path / name)], cache_dir=str(tmp_path)
         ).sources.values()
         assert type(source) is kind
+
+
+def test_the_data_module_reads_a_folder_of_images_and_metadata(tmp_path):
+    folder = public_layouts.pictures(tmp_path / "my_pictures [1]")
+    named = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS]
+    write_lines(folder / "metadata.jsonl", named)
+    tar = public_layouts.img2dataset(tmp_path)
+    for paths in (str(folder), [str(folder)]):
+        data = ImageCaptionData(
+            paths, val_paths=str(tmp_path), val_fraction=0, image_size=16, cache_dir=str(tmp_path)
+        )
+        (source,) = data.sources.values()
+        assert read(source) == PAIRS and source.files("val") == [tar]
+
+
+def test_a_folder_without_captions_is_a_user_error(tmp_path):
+    public_layouts.pictures(tmp_path)
+    with pytest.raises(UserError, match="has no captions: it needs a metadata.jsonl"):
+        ImageCaptionData(str(tmp_path), cache_dir=str(tmp_path))

@@ -9,6 +9,7 @@
 - `ImageFiles`: image files without captions.
 """
 
+import glob
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -200,10 +201,10 @@ def llava(content: list[Any], folder: Path) -> Iterator[tuple[str, list | BadSam
 
 def _conversation(turns: list[dict[str, str]], files: list[Path]) -> list | BadSample:
     """Write turns as LLaVA-1.5 does, "USER: ... ASSISTANT: ...", with a file for each <image>."""
-    said = " ".join(
+    dialogue = " ".join(
         f"{LLAVA_ROLES.get(turn['from'], turn['from'])}: {turn['value']}" for turn in turns
     )
-    texts = re.split(r"<image>\n?", said)
+    texts = re.split(r"<image>\n?", dialogue)
     if len(texts) != len(files) + 1:
         return BadSample("conversation with a wrong number of <image> markers")
     parts = [texts[0]]
@@ -220,19 +221,32 @@ def _pair(caption: Any, file: Path | None) -> list | BadSample:
     return [caption.strip(), file]
 
 
-# Any of the above, and images alone
+# Any of the above
+
+# Files that have the captions of a folder, in order of preference.
+CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "*.tar", "*.parquet")
 
 
 def caption_source(
-    paths: str | list[str], *, images: str | None = None, **options
+    paths: str | list[str],
+    *,
+    val_paths: str | list[str] | None = None,
+    images: str | None = None,
+    **options,
 ) -> CaptionTars | CaptionRows | CaptionJson:
     """Create the source for captioned images whose format is that of the first path.
 
     Args:
-        paths: files or globs to train on.
+        paths: files, globs or folders to train on; of a folder, its CAPTION_FILES are read.
+        val_paths: files, globs or folders to validate on.
         images: folder that paths of images are relative to; tars contain their images.
         options: the other arguments of the source.
+
+    Raises:
+        UserError: a folder contains none of CAPTION_FILES.
     """
+    paths, val_paths = _replace_folders(paths), val_paths and _replace_folders(val_paths)
+    options |= {"val_paths": val_paths}
     match file_format(Path(paths if isinstance(paths, str) else paths[0])):
         case ".json":
             return CaptionJson(paths, images=images, **options)
@@ -240,6 +254,25 @@ def caption_source(
             return CaptionRows(paths, images=images, **options)
         case _:
             return CaptionTars(paths, **options)
+
+
+def _replace_folders(paths: str | list[str]) -> str | list[str]:
+    """Replace each folder by a glob of the files in it that have the captions."""
+    if not isinstance(paths, str):
+        return [_replace_folders(path) for path in paths]
+    folder = Path(paths).expanduser()
+    if not folder.is_dir():
+        return paths
+    for pattern in CAPTION_FILES:
+        if any(folder.glob(pattern)):
+            return f"{glob.escape(str(folder))}/{pattern}"
+    raise UserError(
+        f"the folder {paths} has no captions: it needs a metadata.jsonl with a line such as "
+        '{"file_name": "cat.jpg", "text": "a cat"} for each image, or .tar or .parquet files'
+    )
+
+
+# Images alone
 
 
 class ImageFiles(ImageFileSource):

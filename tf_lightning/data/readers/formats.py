@@ -152,7 +152,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, file: Path) -> bytes:
     content = tar.extractfile(member).read()
-    compressed = not isinstance(tar.fileobj, io.BufferedReader)  # offsets are not those of the file
+    compressed = not isinstance(tar.fileobj, io.BufferedReader)  # then offsets are not those of the file
     return content if compressed else FileBytes(content, file, member.offset_data)
 
 
