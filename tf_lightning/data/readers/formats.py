@@ -152,8 +152,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, file: Path) -> bytes:
     content = tar.extractfile(member).read()
-    compressed = not isinstance(tar.fileobj, io.BufferedReader)  # then offsets are not those of the file
-    return content if compressed else FileBytes(content, file, member.offset_data)
+    if isinstance(tar.fileobj, io.BufferedReader):
+        return FileBytes(content, file, member.offset_data)
+    return content  # offsets in a compressed tar are not offsets of the file
 
 
 def _plain_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
