@@ -261,7 +261,7 @@ def test_text_behind_a_drawn_image_reads_it_clean(time):
         ({"time": "film"}, "linear.time='film' must be one of added, token, adaln"),
         ({"pos_embed": "rope"}, "linear.pos_embed='rope' must be one of learned, sincos"),
         ({"zero_init": "all"}, "linear.zero_init='all' must be one of output, input"),
-        ({"pos_embed": "sincos"}, "needs a width that 4 divides and transformer.dim=30 is none"),
+        ({"pos_embed": "sincos"}, "needs a multiple of 4 as transformer.dim, which is 30"),
     ],
 )
 def test_what_there_is_not_is_refused(linear, words):

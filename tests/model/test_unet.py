@@ -169,9 +169,9 @@ def test_the_papers_coder_has_the_papers_size(size, channels):
 @pytest.mark.parametrize(
     "channels, head_dim, patch_size, message",
     [
-        ((512, 960), 64, 4, "make patches of 2 and patch_size=4"),
-        ((8, 8, 8), 8, 3, "make patches of 4 and patch_size=3"),
-        ((8,), 8, 2, "make patches of 1 and patch_size=2"),
+        ((512, 960), 64, 4, "make patches of 2 but patch_size=4"),
+        ((8, 8, 8), 8, 3, "make patches of 4 but patch_size=3"),
+        ((8,), 8, 2, "make patches of 1 but patch_size=2"),
         ((), 8, 1, "at least one entry"),
         ((8, 12), 8, 2, "head_dim=8 must divide the last"),
     ],

@@ -251,7 +251,7 @@ MISFITS = {
     "--model.num_codes=256": "has 512 codes but the model has 256 codes",
     "--data.init_args.autoencoder=shapes": "has continuous latents but the model has 512 codes",
     "--model.num_codes=null": "has 512 codes but the model has continuous latents",
-    "--model.patch_size=2": "makes each code a token",
+    "--model.patch_size=2": "makes each image code a token",
     "--data.init_args.patch_size=2": "give patch_size: 1",
     "--model.transformer.modality_weights=all": "modality_weights: shared",
 }

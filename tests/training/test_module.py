@@ -133,7 +133,7 @@ def test_a_flows_loss_is_the_one_computed_by_hand():
     "changed, message",
     [
         ({"prediction_type": "flow", "learned_sigma": True}, "use 'epsilon' or 'v_prediction'"),
-        ({"unet": UNetConfig((8, 16, 16))}, "make patches of 4 and patch_size=2"),
+        ({"unet": UNetConfig((8, 16, 16))}, "make patches of 4 but patch_size=2"),
         ({"text_lr_ratio": 1.5}, "text_lr_ratio=1.5 must be from 0 .frozen. to 1"),
         ({"lr_decay": "slow"}, "lr_decay='slow' must be one of .'cosine', 'linear'."),
     ],

@@ -37,7 +37,7 @@ def test_a_variants_checkpoint_loads_and_resumes(tmp_path):
     checkpoint = load(tmp_path / "run")
     assert checkpoint["global_step"] == 6
     model = load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert model.net.outputs == 2 and model.net.transformer.config.modality_weights == "all"
+    assert model.net.num_outputs == 2 and model.net.transformer.config.modality_weights == "all"
     for name, value in model.net.state_dict().items():
         assert torch.equal(value, checkpoint["state_dict"][f"ema.{name}"])
     events = EventAccumulator(str(tmp_path / "run")).Reload()

@@ -1,15 +1,17 @@
-"""The one mask rule, and the three ways to compute attention under it.
+"""The attention rule, and three implementations of attention under it.
 
 A position attends to the earlier positions of its own document and to all patches of its own image
-(Transfusion Sec. 3): same_document & (k <= q | same_image). `causal` images drop the second half.
-Noised images that a clean copy follows are hidden: all but their own patches read the copy.
+(Transfusion Sec. 3): same_document & (k <= q | same_image). With `causal` images, the second half
+of the rule is dropped. A noised image that is followed by its clean copy is hidden: only its own
+patches attend to it, and all later positions attend to the copy.
 
-Each form is built once per batch and is called by every layer as `attend(q, k, v)`:
-    FlexAttention      CUDA: compiled kernel, skips blocks that the rule leaves empty
-    VarlenAttention  CPU: documents of one length are one SDPA call; padding is not computed
-    DenseAttention     any device: the whole (T, T) mask; the reference in tests
+Each form is built once per batch, and every layer calls it as `attend(q, k, v)`:
+    FlexAttention    CUDA: a compiled kernel that skips the blocks without any allowed pair
+    VarlenAttention  CPU: SDPA on documents of equal length, without padding
+    DenseAttention   any device: SDPA with the full (T, T) mask; the reference in tests
 
-Shapes: B rows, T positions, H query heads, G key/value heads, K head dim, S = real positions.
+Shapes: B rows, T positions, H query heads, G key/value heads, K head dim, S positions that are not
+padding.
 """
 
 from collections.abc import Callable
@@ -21,25 +23,23 @@ from torch import Tensor
 from tf_lightning.batch import Batch
 
 
-def hidden_positions(batch: Batch) -> Tensor | None:
-    """Patches that only their own image reads, (B, T) bool; None where there are no copies."""
-    if len(batch.copied) == 0:
-        return None
-    num_ids = batch.num_images + len(batch.copied)
-    hidden = batch.copied.new_zeros(num_ids, dtype=torch.bool).index_fill_(0, batch.copied, True)
-    return hidden[batch.image_ids.clamp(min=0)] & (batch.image_ids >= 0)
-
-
 def mask_mod(
     document_ids: Tensor, image_ids: Tensor, causal: bool, hidden: Tensor | None = None
 ) -> Callable:
-    """The rule in FlexAttention's form, for ids and `hidden` (B, T)."""
+    """Return the attention rule as a FlexAttention `mask_mod`.
 
-    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same_document = document_ids[b, q] == document_ids[b, k]
-        same_image = (image_ids[b, q] == image_ids[b, k]) & (image_ids[b, q] >= 0)
-        may_attend = same_document & ((k <= q) | (same_image & (not causal)))
-        return may_attend if hidden is None else may_attend & (same_image | ~hidden[b, k])
+    Args:
+        document_ids: document of each position, (B, T).
+        image_ids: image of each position, -1 for text, (B, T).
+        causal: patches attend only to earlier patches.
+        hidden: see `hidden_positions`, (B, T).
+    """
+
+    def rule(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        same_document = document_ids[b, q_idx] == document_ids[b, kv_idx]
+        same_image = (image_ids[b, q_idx] == image_ids[b, kv_idx]) & (image_ids[b, q_idx] >= 0)
+        may_attend = same_document & ((kv_idx <= q_idx) | (same_image & (not causal)))
+        return may_attend if hidden is None else may_attend & (same_image | ~hidden[b, kv_idx])
 
     return rule
 
@@ -47,15 +47,35 @@ def mask_mod(
 def dense_mask(
     document_ids: Tensor, image_ids: Tensor, causal: bool = False, hidden: Tensor | None = None
 ) -> Tensor:
-    """The rule as a boolean mask (B, T, T), True = may attend."""
-    batch, length = document_ids.shape
-    b = torch.arange(batch, device=document_ids.device).view(-1, 1, 1)
-    place = torch.arange(length, device=document_ids.device)
-    return mask_mod(document_ids, image_ids, causal, hidden)(b, 0, place.view(-1, 1), place)
+    """Return the attention rule as a boolean mask (B, T, T), True where q may attend to k.
+
+    The arguments are those of `mask_mod`.
+    """
+    rows, length = document_ids.shape
+    b = torch.arange(rows, device=document_ids.device).view(-1, 1, 1)
+    index = torch.arange(length, device=document_ids.device)
+    return mask_mod(document_ids, image_ids, causal, hidden)(b, 0, index.view(-1, 1), index)
+
+
+def hidden_positions(batch: Batch) -> Tensor | None:
+    """Return the patches of noised images with a clean copy, (B, T) bool; None without copies."""
+    if len(batch.copied) == 0:
+        return None
+    num_ids = batch.num_images + len(batch.copied)
+    hidden = batch.copied.new_zeros(num_ids, dtype=torch.bool).index_fill_(0, batch.copied, True)
+    return hidden[batch.image_ids.clamp(min=0)] & (batch.image_ids >= 0)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
-    """Scaled dot-product attention on (..., L, H, K); without a mask causal, or of everything."""
+    """Compute scaled dot-product attention with grouped-query heads.
+
+    Args:
+        q: queries, (..., L, H, K).
+        k: keys, (..., L, G, K).
+        v: values, like `k`.
+        mask: True where a query may attend to a key, broadcast to (..., H, L, L).
+        causal: without a mask, use a causal mask instead of none.
+    """
     out = F.scaled_dot_product_attention(
         q.transpose(-3, -2),
         k.transpose(-3, -2),
@@ -64,11 +84,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = Tr
         is_causal=causal and mask is None,
         enable_gqa=q.shape[-2] != k.shape[-2],
     )
-    return out.transpose(-3, -2)
+    return out.transpose(-3, -2)  # (..., L, H, K)
 
 
 class DenseAttention:
-    """Reference: every layer sees the full (B, 1, T, T) mask."""
+    """Reference implementation: every layer uses the full (B, 1, T, T) mask."""
 
     def __init__(self, batch: Batch, causal: bool = False):
         self.batch = batch
@@ -76,15 +96,15 @@ class DenseAttention:
         self.mask = dense_mask(batch.document_ids, batch.image_ids, causal, hidden).unsqueeze(1)
 
     def modality_indices(self) -> tuple[Tensor, Tensor]:
-        """Places of text (padding too) and of patches among B * T positions."""
+        """Return the flat indices of text (with padding) and of patches among B * T positions."""
         return self.batch.text_index, self.batch.patch_index
 
     def gather(self, x: Tensor) -> Tensor:
-        """(B, T, ...) unchanged."""
+        """Return x (B, T, ...) unchanged."""
         return x
 
     def scatter(self, x: Tensor) -> Tensor:
-        """(B, T, ...) unchanged."""
+        """Return x (B, T, ...) unchanged."""
         return x
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -93,7 +113,7 @@ class DenseAttention:
 
 
 class FlexAttention(DenseAttention):
-    """CUDA: the rule compiled into the kernel. The block mask is built here, outside the graph."""
+    """CUDA implementation: the rule is compiled into FlexAttention's kernel."""
 
     def __init__(self, batch: Batch, causal: bool = False):
         from torch.nn.attention.flex_attention import create_block_mask
@@ -101,13 +121,15 @@ class FlexAttention(DenseAttention):
         self.batch = batch
         rule = mask_mod(batch.document_ids, batch.image_ids, causal, hidden_positions(batch))
         rows, length = batch.document_ids.shape
+        # Built here, outside of the compiled network.
         self.mask = create_block_mask(
             rule, rows, None, length, length, device=batch.document_ids.device
         )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
-        q, k = q.type_as(v), k.type_as(v)  # autocast leaves norms in fp32, and this call alone
+        # Under autocast, QK-norm and rotary embedding return fp32; FlexAttention does not cast.
+        q, k = q.type_as(v), k.type_as(v)
         out = _flex(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -119,7 +141,7 @@ class FlexAttention(DenseAttention):
 
 
 def _flex(*args, **kwargs) -> Tensor:
-    """Eager FlexAttention materialises the scores, so it is compiled at its first use."""
+    """Call FlexAttention, compiled at its first use; uncompiled it materializes the scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     global _compiled_flex
@@ -131,59 +153,67 @@ _compiled_flex: Callable | None = None
 
 
 class VarlenAttention:
-    """CPU: the trunk runs on real positions only, documents of one length side by side.
+    """CPU implementation: the Transformer runs on the S positions that are not padding.
 
-    `gather` gathers (B, T, ...) into (S, ...), ordered by document length, so that documents of one
-    length are a view (count, length, ...): one exact SDPA call for all of them, without padding.
+    `gather` sorts the positions by document length. Then all documents of one length are a view
+    (count, length, ...), which one SDPA call computes without padding.
     """
 
     def __init__(self, batch: Batch, causal: bool = False):
-        rows, self.length = batch.document_ids.shape
+        self.rows, self.length = batch.document_ids.shape
         real = (batch.document_ids >= 0).flatten().nonzero().flatten()  # (S,)
         row = real // self.length
-        document = row * self.length + batch.document_ids.flatten()[real]
+        document = row * self.length + batch.document_ids.flatten()[real]  # unique in the batch
         _, number, lengths = document.unique_consecutive(return_inverse=True, return_counts=True)
         order = torch.argsort(lengths[number] * len(lengths) + number, stable=True)
-        self.index, self.rows = real[order], rows
-        image_ids = self.image_ids = batch.image_ids.flatten()[self.index]
+        self.index = real[order]  # (S,) flat index of each gathered position
+        self.image_ids = batch.image_ids.flatten()[self.index]
         sizes, counts = lengths.unique(return_counts=True)
+        # (count, length) of each group of documents, and its number of positions.
         self.groups = [(int(c), int(s)) for c, s in zip(counts, sizes, strict=True)]
         self.tokens = [count * size for count, size in self.groups]
-        hidden = hidden_positions(batch)
-        hidden = image_ids.new_zeros(len(real)) if hidden is None else hidden.flatten()[self.index]
-        parts = (x.split(self.tokens) for x in (image_ids, hidden.bool()))
-        self.masks = [
-            self._mask(ids.view(group), hides.view(group), causal)
-            for ids, hides, group in zip(*parts, self.groups, strict=True)
+        self.masks = self._masks(hidden_positions(batch), causal)
+
+    def _masks(self, hidden: Tensor | None, causal: bool) -> list[Tensor | None]:
+        """Return the mask of each group."""
+        if hidden is None:
+            hidden = self.image_ids.new_zeros(len(self.index))
+        else:
+            hidden = hidden.flatten()[self.index]
+        parts = (x.split(self.tokens) for x in (self.image_ids, hidden.bool()))
+        return [
+            self._group_mask(image_ids.view(group), hides.view(group), causal)
+            for image_ids, hides, group in zip(*parts, self.groups, strict=True)
         ]
 
     @staticmethod
-    def _mask(image_ids: Tensor, hidden: Tensor, causal: bool) -> Tensor | None:
-        """Mask (count, 1, L, L) of a group; None (causal) if it has no image or needs none."""
-        hides = bool(hidden.any())
-        if bool((image_ids < 0).all()) or (causal and not hides):
+    def _group_mask(image_ids: Tensor, hidden: Tensor, causal: bool) -> Tensor | None:
+        """Return a mask (count, 1, L, L); None where the plain causal mask is the rule."""
+        has_hidden = bool(hidden.any())
+        if bool((image_ids < 0).all()) or (causal and not has_hidden):
             return None
         same_document = torch.zeros_like(image_ids)
-        return dense_mask(same_document, image_ids, causal, hidden if hides else None).unsqueeze(1)
+        mask = dense_mask(same_document, image_ids, causal, hidden if has_hidden else None)
+        return mask.unsqueeze(1)
 
     def modality_indices(self) -> tuple[Tensor, Tensor]:
-        """Places of text and of patches among the S positions."""
+        """Return the indices of text and of patches among the S positions."""
         return (self.image_ids < 0).nonzero().flatten(), (self.image_ids >= 0).nonzero().flatten()
 
     def gather(self, x: Tensor) -> Tensor:
-        """(B, T, ...) -> (S, ...)."""
+        """(B, T, ...) -> (S, ...), without padding."""
         return x.flatten(0, 1).index_select(0, self.index)
 
     def scatter(self, x: Tensor) -> Tensor:
-        """(S, ...) -> (B, T, ...), zero at padding."""
+        """(S, ...) -> (B, T, ...), with zeros at padding."""
         out = x.new_zeros(self.rows * self.length, *x.shape[1:])
         return out.index_copy(0, self.index, x).unflatten(0, (self.rows, self.length))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (S, H, K), k and v (S, G, K) -> (S, H, K)."""
-        if not self.groups:  # padding alone: ranks without rows left to validate
+        if not self.groups:  # only padding: a rank without rows left to validate
             return q
-        # In fp32: the backward of a short document is 4x slower in bf16 on a CPU that has it.
+        # In fp32, because SDPA's backward on short documents is 4x slower in bf16 on a CPU.
         parts = zip(*(x.float().split(self.tokens) for x in (q, k, v)), strict=True)
         with torch.autocast(q.device.type, enabled=False):
             outputs = [
@@ -197,6 +227,11 @@ Attention = DenseAttention | FlexAttention | VarlenAttention
 
 
 def build_attention(batch: Batch, causal: bool = False) -> Attention:
-    """The fast form for the batch's device."""
+    """Build the fast implementation for the device of a batch.
+
+    Args:
+        batch: packed rows.
+        causal: patches attend only to earlier patches.
+    """
     form = FlexAttention if batch.document_ids.is_cuda else VarlenAttention
     return form(batch, causal)

@@ -1,11 +1,9 @@
-"""RMSNorm and the rotary embedding with derivatives written out, for CPUs.
+"""RMSNorm and the rotary embedding, with hand-written derivatives on the CPU.
 
-There PyTorch takes RMSNorm apart, and autograd both: a dozen passes over memory, in a small model a
-fifth of a step. On a GPU PyTorch's own are used.
+On a CPU, PyTorch decomposes RMSNorm, and autograd decomposes both: a dozen passes over memory,
+which are a fifth of a training step of a small model. On a GPU, PyTorch's own versions are used.
 
 Shapes: (..., D) vectors, (..., H, K) heads.
-
-Rotary frequencies of a language model whose context was stretched after its training.
 """
 
 import math
@@ -23,13 +21,13 @@ class RMSNormFunction(torch.autograd.Function):
         """(..., D), (D,) -> (..., D)."""
         exact = torch.promote_types(x.dtype, torch.float32)
         norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-        scale = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / r
+        scale = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / r, (..., 1)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Of x and of the weight."""
+        """Return the gradients of x and of the weight."""
         x, weight, scale = ctx.saved_tensors
         exact = weight.to(scale.dtype)
         products = (grad * x).flatten(0, -2).to(scale.dtype)  # (rows, D)
@@ -40,7 +38,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, faster on a CPU."""
+    """PyTorch's RMSNorm with a faster CPU implementation."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
@@ -49,47 +47,57 @@ class RMSNorm(nn.RMSNorm):
         return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
-    """x (..., H, K) rotated by angles of which cos and signed sin (..., 1, K) are given."""
-    turned = (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin, value=sign)
-    return turned.type_as(x)
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding in fp32 (RoFormer Eq. 34, half-split order).
+
+    Args:
+        x: queries or keys, (..., H, K).
+        cos: cosines of the angles, (..., 1, K).
+        sin: sines of the angles, negative in the first half, (..., 1, K).
+    """
+    return _rotate(x, cos, sin) if x.is_cuda else RotaryFunction.apply(x, cos, sin)
 
 
-class RotateFunction(torch.autograd.Function):
-    """A rotation, whose derivative is the rotation back."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
+    """Rotate x (..., H, K) by the angles, or by their negatives with sign=-1."""
+    rotated = (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin, value=sign)
+    return rotated.type_as(x)
+
+
+class RotaryFunction(torch.autograd.Function):
+    """Rotary embedding; its derivative is the rotation by the negative angles."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(..., H, K), (..., 1, K), (..., 1, K) -> (..., H, K)."""
         ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
+        return _rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Of x alone."""
-        return turn(grad, *ctx.saved_tensors, sign=-1), None, None
-
-
-def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (..., H, K) by cos, sin (..., 1, K) (RoFormer Eq. 34), in fp32."""
-    return turn(x, cos, sin) if x.is_cuda else RotateFunction.apply(x, cos, sin)
+        """Return the gradient of x."""
+        return _rotate(grad, *ctx.saved_tensors, sign=-1), None, None
 
 
 @dataclass
 class RopeScaling:
-    """Llama 3.1's rule (`rope_type: llama3`): low frequencies are slowed, high ones are kept."""
+    """Rotary frequencies for a longer context (Llama 3.1, `rope_type: llama3`).
+
+    Frequencies with few turns over the original context are divided by `factor`, those with many
+    turns are unchanged, and those in between are interpolated linearly.
+    """
 
     factor: float
-    """How many times longer the context became."""
+    """Ratio of the new to the original context length."""
     low_freq_factor: float
-    """Waves that turn fewer times than this in `original_length` positions are slowed whole."""
+    """Below this number of turns over `original_length`, a frequency is divided by `factor`."""
     high_freq_factor: float
-    """Waves that turn more often are kept; in between, a linear mixture of both."""
+    """Above this number of turns over `original_length`, a frequency is unchanged."""
     original_length: int
-    """Longest document of the training before, in positions."""
+    """Context length of the pretraining in tokens."""
 
     def __call__(self, frequencies: Tensor) -> Tensor:
-        """Frequencies (K / 2,) in radians a position, stretched."""
+        """Scale frequencies (K / 2,) in radians per position."""
         turns = self.original_length * frequencies / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = kept.clamp(0, 1)

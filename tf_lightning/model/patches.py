@@ -1,18 +1,16 @@
-"""The linear patch coder: latents <-> patch vectors, and what an image's noise level adds to them.
+"""The linear patch coder, which maps latents to patch vectors and back.
 
-A patch coder has `encode(latents, t) -> patches, skips` and `decode(hidden, size, skips)`: `skips`
-are tensors (M, ...) that its second half needs of its first; the linear coder has the embedding of
-t, and only where it scales and shifts by it.
+A patch coder (this one, or `unet.UNetPatchCoder`) has two methods:
+    encode(latents, t) -> patches, skips
+    decode(hidden, size, skips) -> output
+`skips` is a list of tensors (M, ...) that the decoder needs from the encoder. The linear coder has
+none, except the embedding of t with `time: adaln`.
 
-Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches, D model dim. A
-time token is one more position, before the N patches.
+Transfusion adds the timestep embedding to the patch vectors. MonoFormer (Sec. 3.1, 4.1) and DiT
+(Sec. 3.2) scale and shift by it and use sinusoidal position embeddings. `LinearConfig` has both.
 
-How the linear patch coder is told an image's noise level and a patch's place.
-
-Transfusion adds both to the patch vectors; MonoFormer (Sec. 3.1, 4.1) and DiT (Sec. 3.2), whose
-choices these are, scale and shift by the one and take sinusoids for the other.
-
-Shapes: M images, N patches, D model dim.
+Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches, D model dim. With
+a time token, N + 1 vectors represent an image; the first is the time token.
 """
 
 import math
@@ -26,31 +24,35 @@ from torch import Tensor, nn
 
 from tf_lightning.errors import UserError
 
-INIT_STD = 0.02  # of what is not zero where the input is
+TIMESTEP_DIM = 256  # width of the sinusoidal timestep embedding
+MAX_GRID = 64  # patches along a side of the largest image: 512 pixels at f8 and patch size 1
+INIT_STD = 0.02  # of the output layers with zero_init="input"
 
 
 @dataclass
 class LinearConfig:
-    """What a linear patch coder does beside its two layers; the defaults are Transfusion's."""
+    """Options of the linear patch coder; the defaults are Transfusion's."""
 
     time: Literal["added", "token", "adaln"] = "added"
-    """The noise level is added to every patch vector; or it is a vector of its own before the
-    patches (MonoFormer's code; the data's time_token must be true); or it scales and shifts the
-    patch vectors before the Transformer and after it, each behind a layer norm (MonoFormer)."""
+    """How the noise level t enters. "added": its embedding is added to every patch vector.
+    "token": its embedding is an extra position before the patches (MonoFormer's code; needs the
+    data's time_token: true). "adaln": it scales and shifts the layer-normalized patch vectors
+    before and after the Transformer (MonoFormer's paper)."""
     pos_embed: Literal["learned", "sincos"] = "learned"
-    """A learned row and column embedding, or fixed 2-D sinusoids (MonoFormer, DiT)."""
+    """Position embedding of the patches: learned for rows and columns, or fixed 2-D sinusoids
+    (MonoFormer, DiT)."""
     zero_init: Literal["output", "input"] = "output"
-    """Which end of the image side is silent at the start: its output and every scale and shift
-    (DiT), or the patches' content and the noise level (MonoFormer)."""
+    """What is zero at the start of training. "output": the coder's output and every scale and shift
+    (DiT). "input": the patches' content and the timestep embedding (MonoFormer)."""
 
 
 def has_time_token(config: LinearConfig | None) -> bool:
-    """Whether a position for the noise level precedes an image's patches."""
+    """Return whether a time token precedes the patches of each image."""
     return config is not None and config.time == "token"
 
 
 def check_linear_config(config: LinearConfig, dim: int) -> None:
-    """Refuse what a linear patch coder has not."""
+    """Raise UserError if an option is unknown or does not fit the model dim D."""
     choices = {
         "time": ("added", "token", "adaln"),
         "pos_embed": ("learned", "sincos"),
@@ -62,41 +64,69 @@ def check_linear_config(config: LinearConfig, dim: int) -> None:
             raise UserError(f"linear.{name}={value!r} must be one of {', '.join(known)}")
     if config.pos_embed == "sincos" and dim % 4:
         raise UserError(
-            f"linear.pos_embed='sincos' needs a width that 4 divides and transformer.dim={dim} is "
-            "none; change it, or use 'learned'"
+            f"linear.pos_embed='sincos' needs a multiple of 4 as transformer.dim, which is {dim}; "
+            "change it, or use 'learned'"
         )
 
 
-def sinusoids(places: Tensor, dim: int) -> Tensor:
-    """Sines, then cosines of places (N,) at frequencies 1 .. 1/10,000, as (N, dim), fp32."""
-    half = torch.arange(dim // 2, device=places.device)
-    angles = places.float().unsqueeze(-1) * 10_000 ** (-half / (dim // 2))
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+def patchify(latents: Tensor, patch_size: int) -> Tensor:
+    """(M, C, h, w) -> (M, N, C * P * P), patches in raster order."""
+    return F.unfold(latents, patch_size, stride=patch_size).transpose(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
+    """(M, N, C * P * P) -> (M, C, h, w), the inverse of `patchify`; `size` is (h, w)."""
+    return F.fold(patches.transpose(1, 2), size, patch_size, stride=patch_size)
+
+
+def timestep_embedding(t: Tensor, dim: int = TIMESTEP_DIM) -> Tensor:
+    """Embed noise levels t (M,) in [0, 1] by sinusoids, (M, dim) fp32.
+
+    The frequencies are 1 .. 1/10,000 over 1000 t, so that 1000 t is a DDPM step (DDPM App. B).
+    """
+    half = torch.arange(dim // 2, device=t.device)
+    frequencies = torch.exp(-math.log(10_000) * half / (dim // 2))
+    angles = 1000 * t.float().unsqueeze(-1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def learned_pos_embed(rows: nn.Embedding, columns: nn.Embedding, height: int, width: int) -> Tensor:
+    """Add learned row and column embeddings for a grid of height x width patches, (N, D)."""
+    return (rows.weight[:height].unsqueeze(1) + columns.weight[:width]).flatten(0, 1)
 
 
 def sincos_pos_embed(
     height: int, width: int, dim: int, device: torch.device | None = None
 ) -> Tensor:
-    """2-D sinusoids of each patch of a grid, (N, D): half for its column, half for its row (MAE).
+    """Embed the positions of a patch grid by 2-D sinusoids (MAE), (N, D) fp32.
+
+    The first half of the channels encodes the column, the second half the row.
 
     Args:
-        height: rows of patches.
-        width: columns.
+        height: number of patch rows.
+        width: number of patch columns.
         dim: D, a multiple of 4.
-        device: of the result.
+        device: device of the result.
     """
     rows = torch.arange(height, device=device).repeat_interleave(width)
     columns = torch.arange(width, device=device).repeat(height)
-    return torch.cat([sinusoids(columns, dim // 2), sinusoids(rows, dim // 2)], dim=-1)
+    return torch.cat([_sincos(columns, dim // 2), _sincos(rows, dim // 2)], dim=-1)
+
+
+def _sincos(positions: Tensor, dim: int) -> Tensor:
+    """Sines, then cosines of positions (N,) at frequencies 1 .. 1/10,000, (N, dim) fp32."""
+    half = torch.arange(dim // 2, device=positions.device)
+    angles = positions.float().unsqueeze(-1) * 10_000 ** (-half / (dim // 2))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (M, N, D) scaled and shifted image by image, both (M, D) (DiT Sec. 3.2)."""
+    """Scale and shift x (M, N, D) by one vector (M, D) each per image (DiT Sec. 3.2)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm whose scale and shift are told by the noise level (AdaLN).
+    """Layer norm whose scale and shift are predicted from the timestep embedding (adaLN).
 
     Args:
         dim: D.
@@ -108,57 +138,27 @@ class AdaptiveNorm(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (M, N, D) at embedded noise levels time (M, D) -> (M, N, D)."""
-        shift, scale = self.modulation(time).chunk(2, dim=-1)
+        """x (M, N, D), timestep embedding (M, D) -> (M, N, D)."""
+        shift, scale = self.modulation(time).chunk(2, dim=-1)  # (M, D) each
         return modulate(self.norm(x), shift, scale)
 
 
-TIMESTEP_DIM = 256
-MAX_GRID = 64  # patches a side of the largest image: 512 pixels at f8, patch size 1
-
-
-def patchify(latents: Tensor, patch_size: int) -> Tensor:
-    """(M, C, h, w) -> (M, N, C * P * P), patches in raster order."""
-    return F.unfold(latents, patch_size, stride=patch_size).transpose(1, 2)
-
-
-def learned_pos_embed(rows: nn.Embedding, columns: nn.Embedding, height: int, width: int) -> Tensor:
-    """The learned place of each patch of a grid, (N, D)."""
-    return (rows.weight[:height].unsqueeze(1) + columns.weight[:width]).flatten(0, 1)
-
-
-def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
-    """(M, N, C * P * P) -> (M, C, h, w); the inverse of `patchify`, `size` = (h, w)."""
-    return F.fold(patches.transpose(1, 2), size, patch_size, stride=patch_size)
-
-
-def timestep_embedding(t: Tensor, dim: int = TIMESTEP_DIM) -> Tensor:
-    """Sinusoids of noise levels t (M,) in [0, 1], as (M, dim), fp32.
-
-    Frequencies 1 .. 1/10,000 over t * 1000, so that t counts as a DDPM step (DDPM App. B).
-    """
-    half = torch.arange(dim // 2, device=t.device)
-    frequencies = torch.exp(-math.log(10_000) * half / (dim // 2))
-    angles = 1000 * t.float().unsqueeze(-1) * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 class LinearPatchCoder(nn.Module):
-    """One linear layer in, one out; t and the place in the image are added to the patch vectors.
+    """One linear layer from patches to vectors and one back, with timestep and position embedding.
 
-    The paper adds "an embedding of the timestep t to every patch vector" (footnote 6); a
-    256 -> D -> D network fits the parameter shares of its Table 7. The learned row and column
-    embedding is ours: the paper names no position beyond the sequence's.
+    The paper adds "an embedding of the timestep t to every patch vector" (Transfusion footnote 6).
+    A 256 -> D -> D network fits the parameter shares of its Table 7. The learned row and column
+    embeddings are our addition: the paper names only the positions in the sequence.
 
     Args:
         latent_channels: C.
         patch_size: P.
         dim: D.
-        out_channels: of the output; None: C.
-        config: other ways to tell it the noise level and the place; None: these.
+        out_channels: channels of the output; None for C.
+        config: options of time and position embedding; None for the defaults.
 
     Raises:
-        UserError: there is no such way.
+        UserError: an option is unknown or does not fit D.
     """
 
     def __init__(
@@ -185,16 +185,25 @@ class LinearPatchCoder(nn.Module):
             self.input_norm, self.output_norm = AdaptiveNorm(dim), AdaptiveNorm(dim)
 
     def encode(self, latents: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Latents (M, C, h, w) at noise levels t (M,) -> patch vectors (M, N, D), and skips."""
+        """Encode noised latents.
+
+        Args:
+            latents: x_t, (M, C, h, w).
+            t: noise levels, (M,) in [0, 1]; 0 is clean.
+
+        Returns:
+            Patch vectors (M, N, D), and the skips of `decode`.
+        """
         patches = self.patch_encoder(patchify(latents, self.patch_size)) + self._pos_embed(latents)
-        time = self.time_embedder(timestep_embedding(t).type_as(latents))
+        time = self.time_embedder(timestep_embedding(t).type_as(latents))  # (M, D)
         if self.config.time == "token":
-            return torch.cat([time.unsqueeze(1), patches], dim=1), []
+            return torch.cat([time.unsqueeze(1), patches], dim=1), []  # (M, 1 + N, D)
         if self.config.time == "adaln":
             return self.input_norm(patches, time), [time]
         return patches + time.unsqueeze(1), []
 
     def _pos_embed(self, latents: Tensor) -> Tensor:
+        """Return the position embedding of latents (M, C, h, w), (N, D)."""
         height, width = (side // self.patch_size for side in latents.shape[-2:])
         if self.config.pos_embed == "sincos":
             dim = self.patch_encoder.out_features
@@ -202,19 +211,28 @@ class LinearPatchCoder(nn.Module):
         return learned_pos_embed(self.row_embedding, self.column_embedding, height, width)
 
     def decode(self, hidden: Tensor, size: tuple[int, int], skips: Sequence[Tensor] = ()) -> Tensor:
-        """Hidden states (M, N, D) -> the network's output (M, C, h, w), `size` = (h, w)."""
+        """Decode hidden states to the denoiser's output.
+
+        Args:
+            hidden: outputs of the Transformer at the patches, (M, N, D).
+            size: (h, w) of the latents.
+            skips: skips from `encode` of the same images.
+
+        Returns:
+            (M, out_channels, h, w).
+        """
         if self.config.time == "token":
-            hidden = hidden[:, 1:]
+            hidden = hidden[:, 1:]  # (M, N, D)
         if self.config.time == "adaln":
             hidden = self.output_norm(hidden, *skips)
         return unpatchify(self.patch_decoder(hidden), self.patch_size, size)
 
     def reset_parameters(self) -> None:
-        """Unit-variance patch vectors; a zero output, the mean of every target.
+        """Initialize patch vectors with unit variance and the output with zero.
 
-        A patch's place is as loud as half its content: at 0.02, the usual for embeddings, models
-        learned late what is above and what is left. With `zero_init="input"` the patches' content
-        and the noise level are what is zero.
+        Zero is the mean of every target. The position embeddings have a standard deviation of 0.5:
+        with the usual 0.02, models learned late where in the image a patch is. With
+        `zero_init="input"`, the patches' content and the timestep embedding are zero instead.
         """
         for part in self.modules():
             if isinstance(part, nn.Linear):

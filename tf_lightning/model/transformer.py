@@ -1,11 +1,11 @@
-"""A Llama: RMSNorm, rotary positions, SwiGLU; so Llama weights load by renaming.
+"""The shared Transformer: a Llama with RMSNorm, rotary positions and SwiGLU.
 
-It maps vectors to vectors under whatever attention it is given; of images it knows at most which
-positions are patches, when these have weights of their own (Mixture-of-Transformers).
+It maps vectors to vectors under any attention of `attention.py`. Llama weights load by renaming
+(`interop.llama`). With `modality_weights`, patches have their own weights in each block
+(Mixture-of-Transformers); that part follows the plain block below.
 
-Shapes: (..., D) vectors, H query heads, G key/value heads, K head dim; `...` is (B, T) or (S,).
-
-Text and patches apart: the positions of a batch in two parts, and back in their order.
+Shapes: (..., D) vectors, H query heads, G key/value heads, K head dim, V vocabulary; `...` is
+(B, T), or (S,) without padding. With `modality_weights`, L text positions and N patches.
 """
 
 from collections.abc import Iterable
@@ -20,50 +20,7 @@ from tf_lightning.errors import UserError
 from tf_lightning.model.attention import Attention
 from tf_lightning.model.layers import RMSNorm, RopeScaling, apply_rotary_emb
 
-
-def with_modality_weights(state_dict: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Weights of a network without image weights of its own, made to fit one that has them.
-
-    They start as copies of the text's, as in LMFusion (Sec. 3.1).
-
-    Args:
-        state_dict: of a `TransfusionModel`, a `Transformer`, or a checkpoint.
-        names: of the network that is to load it.
-    """
-    text = {name: name.replace("image_layers.", "layers.") for name in names}
-    copies = {name: state_dict[own] for name, own in text.items() if own in state_dict}
-    return state_dict | {name: copies[name] for name in copies.keys() - state_dict.keys()}
-
-
-class ModalitySplit:
-    """The positions (...) of an attention form as text (L, ...) and patches (N, ...).
-
-    Both are known by index, counted on the CPU, so that no device is asked how many there are.
-
-    Args:
-        text_index: flat places of text, (L,).
-        patch_index: flat places of patches, (N,).
-        positions: the shape (...), (B, T) or (S,).
-    """
-
-    def __init__(self, text_index: Tensor, patch_index: Tensor, positions: torch.Size):
-        self.positions = positions
-        self.order = torch.cat([text_index, patch_index])
-        self.counts = [len(text_index), len(patch_index)]
-        everyone = torch.arange(len(self.order), device=self.order.device)
-        self.inverse = torch.empty_like(self.order).index_copy(0, self.order, everyone)
-
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        """(..., D) -> (L, D), (N, D); D may be several dimensions."""
-        flat = x.flatten(0, len(self.positions) - 1)
-        return list(flat.index_select(0, self.order).split(self.counts))
-
-    def join(self, text: Tensor, patches: Tensor) -> Tensor:
-        """(L, D), (N, D) -> (..., D)."""
-        return torch.cat([text, patches]).index_select(0, self.inverse).unflatten(0, self.positions)
-
-
-NEW_ENTRY_LOGIT = -12.0  # of entries that a pretrained language model did not have
+NEW_ENTRY_LOGIT = -12.0  # added to the logits of entries that a pretrained model did not have
 QK_NORMS = {False: nn.Identity, True: RMSNorm, "layer": nn.LayerNorm}
 
 
@@ -72,9 +29,9 @@ class TransformerConfig:
     """Sizes of the shared Transformer."""
 
     vocab_size: int = 32_002
-    """Entries of the vocabulary, <boi> and <eoi> included; must equal the tokenizer's."""
+    """Vocabulary size V, including <boi> and <eoi>; must equal the tokenizer's."""
     dim: int = 768
-    """Width D."""
+    """Model dim D."""
     num_layers: int = 16
     """Number of blocks."""
     num_heads: int = 12
@@ -82,42 +39,57 @@ class TransformerConfig:
     num_kv_heads: int | None = None
     """Key/value heads G of grouped-query attention; None: as many as query heads."""
     ffn_dim: int = 2048
-    """Inner width of SwiGLU."""
+    """Hidden dim of the SwiGLU feed-forward."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """How they were stretched for a longer context (Llama 3.1); None: not."""
+    """Scaling of the rotary frequencies for a longer context (Llama 3.1); None: no scaling."""
     norm_eps: float = 1e-5
     """Epsilon of every norm."""
     qk_norm: bool | Literal["layer"] = False
-    """Norm of each head's queries and keys, its weights shared by the heads: true is RMSNorm
-    (Qwen3), "layer" a layer norm with weight and bias (Chameleon); off in the paper."""
+    """Norm of the queries and keys of each head, with weights shared by the heads. true: RMSNorm
+    (Qwen3). "layer": layer norm with weight and bias (Chameleon). false: none (Transfusion)."""
     modality_weights: Literal["shared", "ffn", "all"] = "shared"
-    """What patches have of their own in each block: nothing, the feed-forward and its norm, or all
-    (Mixture-of-Transformers); attention is joint always, and the FLOPs are the same."""
+    """Weights that patches have of their own in each block. "shared": none. "ffn": the feed-forward
+    and its norm. "all": all weights (Mixture-of-Transformers). Text and patches attend jointly and
+    the FLOPs are equal in all three."""
     norm_order: Literal["pre", "post"] = "pre"
-    """Where a branch has its norm: x + f(norm(x)), or x + norm(f(x)) (Chameleon-34B, Swin v2)."""
+    """Position of the norm in a residual branch. "pre": x + f(norm(x)). "post": x + norm(f(x))
+    (Chameleon-34B, Swin v2)."""
     dropout: float = 0.0
-    """Share of the elements dropped behind attention and feed-forward (Chameleon-7B: 0.1)."""
+    """Dropout probability of the attention and feed-forward outputs (Chameleon-7B: 0.1)."""
     attention_bias: bool = False
-    """Biases on queries, keys and values (Qwen2)."""
+    """Use biases in the query, key and value projections (Qwen2)."""
     tie_embeddings: bool = False
-    """The vocabulary head is the token embedding (Llama 3.2, small Qwen2)."""
+    """Share the weights of the token embedding and the vocabulary head (Llama 3.2, small Qwen2)."""
     pretrained_vocab_size: int | None = None
-    """Entries that a pretrained language model brought along. The logits of those behind them start
-    12 lower, so that its text stays as likely as it was; None: trained from scratch."""
+    """Vocabulary size of the pretrained language model. The logits of later entries are lowered by
+    12, so that the probability of text hardly changes. None: trained from scratch."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope_scaling, dict):  # a checkpoint written by the command line
+        if isinstance(self.rope_scaling, dict):  # from a checkpoint's hyper-parameters
             self.rope_scaling = RopeScaling(**self.rope_scaling)
+
+
+# --------------------------------------------------------------------------------------- block
 
 
 def rope_angles(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and signed sin (..., 1, K) at `positions` (...), in Hugging Face's half-split order."""
+    """Compute the rotary angles of positions, in Hugging Face's half-split order.
+
+    Args:
+        positions: positions in the document, (...).
+        head_dim: K.
+        theta: base of the frequencies.
+        scaling: scaling of the frequencies.
+
+    Returns:
+        cos and sin, (..., 1, K) each; sin is negative in the first half.
+    """
     even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    frequencies = 1 / theta ** (even / head_dim)  # rounded as Hugging Face rounds them
+    frequencies = 1 / theta ** (even / head_dim)  # in this order, to round as Hugging Face does
     frequencies = scaling(frequencies) if scaling else frequencies
     angles = positions.unsqueeze(-1) * frequencies  # (..., K / 2), fp32
     cos, sin = angles.cos(), angles.sin()
@@ -139,7 +111,7 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (norm(self.head_dim, config.norm_eps) for _ in range(2))
 
     def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., D) -> q (..., H, K), k and v (..., G, K)."""
+        """Project x (..., D) to q (..., H, K), k and v (..., G, K)."""
         heads = (-1, self.head_dim)
         q = apply_rotary_emb(self.q_norm(self.wq(x).unflatten(-1, heads)), *rope)
         k = apply_rotary_emb(self.k_norm(self.wk(x).unflatten(-1, heads)), *rope)
@@ -173,27 +145,56 @@ class Block(nn.Module):
         self.attention = SelfAttention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
-        self.pre, self.dropout = config.norm_order == "pre", nn.Dropout(config.dropout)
+        self.pre_norm, self.dropout = config.norm_order == "pre", nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """(..., D) -> (..., D)."""
         out = self.attention(self.branch_input(self.attention_norm, x), rope, attend)
         x = x + self.branch_output(self.attention_norm, out)
-        return x + self.branch_output(
-            self.ffn_norm, self.feed_forward(self.branch_input(self.ffn_norm, x))
-        )
+        out = self.feed_forward(self.branch_input(self.ffn_norm, x))
+        return x + self.branch_output(self.ffn_norm, out)
 
     def branch_input(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """What a branch reads of x."""
-        return norm(x) if self.pre else x
+        """Return the input of a residual branch: normalized x with pre-norm."""
+        return norm(x) if self.pre_norm else x
 
     def branch_output(self, norm: nn.Module, out: Tensor) -> Tensor:
-        """What a branch adds to x."""
-        return self.dropout(out if self.pre else norm(out))
+        """Return what a residual branch adds to x: normalized with post-norm, with dropout."""
+        return self.dropout(out if self.pre_norm else norm(out))
+
+
+# ----------------------------------------------------------------- separate weights for patches
+
+
+class ModalitySplit:
+    """Splits positions (...) into text (L,) and patches (N,), and joins them in the same order.
+
+    Args:
+        text_index: flat indices of text positions, (L,).
+        patch_index: flat indices of patches, (N,).
+        positions: the shape (...), which is (B, T) or (S,).
+    """
+
+    def __init__(self, text_index: Tensor, patch_index: Tensor, positions: torch.Size):
+        self.positions = positions
+        self.order = torch.cat([text_index, patch_index])
+        # Counted by the shapes on the CPU, so that the device is not synchronized.
+        self.counts = [len(text_index), len(patch_index)]
+        arange = torch.arange(len(self.order), device=self.order.device)
+        self.inverse = torch.empty_like(self.order).index_copy(0, self.order, arange)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Split x (..., D) into (L, D) and (N, D); D may be several dimensions."""
+        flat = x.flatten(0, len(self.positions) - 1)
+        return list(flat.index_select(0, self.order).split(self.counts))
+
+    def join(self, text: Tensor, patches: Tensor) -> Tensor:
+        """Join (L, D) and (N, D) to (..., D)."""
+        return torch.cat([text, patches]).index_select(0, self.inverse).unflatten(0, self.positions)
 
 
 class ImageWeights(nn.Module):
-    """What patches have of their own in a block; without attention they use the text's."""
+    """The weights of a block that only patches use: the feed-forward, or attention as well."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -212,34 +213,65 @@ def modality_block(
     split: ModalitySplit,
     attend: Attention,
 ) -> list[Tensor]:
-    """A block on text and patches apart, each with its own weights, which meet in attention.
+    """Apply a block with separate weights for text and patches, which attend jointly.
 
     Args:
-        text: the block, whose weights are the text's.
-        image: the patches' weights.
+        text: the block with the weights of text.
+        image: the weights of patches.
         parts: vectors of text (L, D) and of patches (N, D).
-        ropes: their rotary angles.
-        split: which of the positions they are.
-        attend: attention built for this batch.
+        ropes: rotary angles of text and of patches.
+        split: splits and joins text and patches.
+        attend: attention of this batch.
+
+    Returns:
+        The new vectors of text (L, D) and of patches (N, D).
     """
-    attends = [text, image if hasattr(image, "attention") else text]
+    attention_weights = [text, image if hasattr(image, "attention") else text]
     qkvs = [
-        own.attention.qkv(text.branch_input(own.attention_norm, x), rope)
-        for own, x, rope in zip(attends, parts, ropes, strict=True)
+        weights.attention.qkv(text.branch_input(weights.attention_norm, x), rope)
+        for weights, x, rope in zip(attention_weights, parts, ropes, strict=True)
     ]
-    mixed = split(attend(*(split.join(*pair) for pair in zip(*qkvs, strict=True))).flatten(-2))
+    q, k, v = (split.join(*pair) for pair in zip(*qkvs, strict=True))  # (..., H or G, K)
+    mixed = split(attend(q, k, v).flatten(-2))
     parts = [
-        x + text.branch_output(own.attention_norm, own.attention.wo(y))
-        for own, x, y in zip(attends, parts, mixed, strict=True)
+        x + text.branch_output(weights.attention_norm, weights.attention.wo(y))
+        for weights, x, y in zip(attention_weights, parts, mixed, strict=True)
     ]
     return [
-        x + text.branch_output(own.ffn_norm, own.feed_forward(text.branch_input(own.ffn_norm, x)))
-        for own, x in zip([text, image], parts, strict=True)
+        x
+        + text.branch_output(
+            weights.ffn_norm, weights.feed_forward(text.branch_input(weights.ffn_norm, x))
+        )
+        for weights, x in zip([text, image], parts, strict=True)
     ]
+
+
+def with_modality_weights(state_dict: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Add the image weights that a state dict lacks, as copies of its text weights.
+
+    LMFusion (Sec. 3.1) initializes them so.
+
+    Args:
+        state_dict: weights of a `TransfusionModel`, a `Transformer`, or a LightningModule.
+        names: names of all weights of the network that will load the result.
+    """
+    text_names = {name: name.replace("image_layers.", "layers.") for name in names}
+    copies = {name: state_dict[text] for name, text in text_names.items() if text in state_dict}
+    return state_dict | {name: copies[name] for name in copies.keys() - state_dict.keys()}
+
+
+# --------------------------------------------------------------------------------- Transformer
 
 
 class Transformer(nn.Module):
-    """Token embeddings, blocks, final norm, vocabulary head; used part by part by `TransfusionModel`."""
+    """Token embeddings, blocks, final norm and vocabulary head.
+
+    `forward` runs the blocks and the final norm. `TransfusionModel` calls the embeddings and the
+    head only where they are needed.
+
+    Raises:
+        UserError: an option is unknown or out of range.
+    """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -264,15 +296,15 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attention) -> Tensor:
-        """Hidden states after the final norm.
+        """Compute the hidden states after the final norm, (B, T, D).
 
         Args:
             x: input vectors, (B, T, D).
-            positions: place of each vector in its document, (B, T).
-            attend: attention built for this batch by `attention.build_attention`.
+            positions: position of each vector in its document, (B, T).
+            attend: attention of this batch, from `attention.build_attention`.
         """
         config = self.config
-        x, positions = attend.gather(x), attend.gather(positions)
+        x, positions = attend.gather(x), attend.gather(positions)  # (..., D), (...)
         head_dim = config.dim // config.num_heads
         rope = rope_angles(positions, head_dim, config.rope_theta, config.rope_scaling)
         if config.modality_weights == "shared":
@@ -299,22 +331,22 @@ class Transformer(nn.Module):
         return logits
 
     def text_parameters(self) -> list[nn.Parameter]:
-        """All but the patches' own."""
+        """Return all parameters except those that only patches use."""
         return [p for name, p in self.named_parameters() if not name.startswith("image_layers.")]
 
     def block_matrices(self) -> list[nn.Parameter]:
-        """The matrices of all blocks, the patches' own too."""
-        inner = ("layers.", "image_layers.")
-        return [p for name, p in self.named_parameters() if name.startswith(inner) and p.ndim == 2]
+        """Return the matrices of all blocks, including those that only patches use."""
+        prefixes = ("layers.", "image_layers.")
+        return [p for n, p in self.named_parameters() if n.startswith(prefixes) and p.ndim == 2]
 
     def reset_parameters(self) -> None:
-        """Unit-variance outputs at the start: Normal(0, 1 / fan_in), residual ends by depth.
+        """Initialize matrices by Normal(0, 1 / fan_in), for outputs of unit variance.
 
         The last matrix of each of the 2 * num_layers residual branches is scaled by
         1 / sqrt(2 * num_layers), as in GPT-2.
         """
         depth_scale = (2 * len(self.layers)) ** -0.5
-        nn.init.normal_(self.tok_embeddings.weight)  # unit variance, as patch vectors have
+        nn.init.normal_(self.tok_embeddings.weight)  # unit variance, as for patch vectors
         for name, part in self.named_modules():
             if isinstance(part, nn.Linear):
                 scale = depth_scale if name.endswith((".wo", ".w2")) else 1.0

@@ -1,17 +1,19 @@
-"""The network: one Transformer between a text side and an image side.
+"""The network: one shared Transformer between the text side and the image side.
 
-Images are patches of latents with a coder of their own (Transfusion), or codes in the vocabulary of
-the text, which needs none (Chameleon).
+Images are either patches of latents, with a patch coder of their own (Transfusion), or codes in
+the vocabulary of the text, which need no patch coder (Chameleon).
 
-This is what is trained, averaged (EMA), sharded and exported; it knows no loss and no trainer.
+This module is what is trained, averaged (EMA), sharded and exported. It knows no loss and no
+trainer.
 
-Shapes: B rows, T positions, M images, m of one size, N patches an image of it, P of all, K targets
-of text and K' of codes, D dim, V vocabulary, of which the last are codes.
+Shapes: B rows, T positions, M images, m images of one resolution, C x h x w latents (H x W of the
+largest), N patches per image, P patches in the batch, K text targets, K' code targets, D model
+dim, V vocabulary including image codes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +26,26 @@ from tf_lightning.model.transformer import Transformer, TransformerConfig
 from tf_lightning.model.unet import UNetConfig, UNetPatchCoder
 
 
+class EncodedBucket(NamedTuple):
+    """Encoded images of one resolution: m noised images, then their m' clean copies."""
+
+    patches: Tensor  # (m + m', N, D)
+    skips: Sequence[Tensor]  # (m + m', ...) each
+    num_noised: int  # m
+    size: tuple[int, int]  # (h, w)
+
+
 class TransfusionModel(nn.Module):
-    """Text tokens and noised patches in, next-token logits and the denoiser's output out.
+    """Text tokens and noised latents in, next-token logits and the denoiser's output out.
 
     Args:
-        config: sizes of the Transformer.
+        config: sizes of the Transformer; its vocab_size is without image codes.
         patch_size: side of a patch in latent pixels.
         latent_channels: C.
-        unet: sizes of a U-Net patch coder; None: the linear one.
-        learned_sigma: 2 C output channels, the second half for the variance.
-        linear: how the linear patch coder is told noise level and place; None: as Transfusion does.
-        num_codes: so many entries behind the text's are images' codes; 0: images are latents.
+        unet: sizes of a U-Net patch coder; None for the linear one.
+        learned_sigma: output 2 C channels, the second half of which is for the variance.
+        linear: options of the linear patch coder; None for the defaults.
+        num_codes: number of image codes, whose ids follow the text vocabulary; 0 for latents.
     """
 
     def __init__(
@@ -51,11 +62,11 @@ class TransfusionModel(nn.Module):
         self.num_codes, self.text_vocab_size = num_codes, config.vocab_size
         self.transformer = Transformer(replace(config, vocab_size=config.vocab_size + num_codes))
         self.time_token = has_time_token(linear)
-        self.outputs = 2 if learned_sigma else 1
+        self.num_outputs = 2 if learned_sigma else 1  # for each latent channel
         self.patch_coder = None
         if num_codes:
             return
-        sizes = latent_channels, patch_size, config.dim, self.outputs * latent_channels
+        sizes = latent_channels, patch_size, config.dim, self.num_outputs * latent_channels
         self.patch_coder = (
             UNetPatchCoder(unet, *sizes) if unet else LinearPatchCoder(*sizes, linear)
         )
@@ -63,95 +74,123 @@ class TransfusionModel(nn.Module):
     def forward(
         self, batch: Batch, noised_latents: Tensor, t: Tensor, attend: Attention
     ) -> tuple[Tensor, Tensor]:
-        """Logits (K, V) at `batch.target_index` and the denoiser's output (M, C or 2 C, h, w).
-
-        Each head runs only where its loss is: no vocabulary head on patches. With images of codes,
-        logits are (K + K', V), also at `batch.code_index`, and there is no denoiser.
+        """Run the network on packed rows; each head runs only where its loss is.
 
         Args:
-            batch: packed rows.
-            noised_latents: x_t of the batch's images, (M, C, h, w); clean copies are the batch's.
-            t: their noise levels, (M,) in [0, 1].
-            attend: attention built for this batch.
+            batch: packed rows, with the clean latents of the copies.
+            noised_latents: x_t of the batch's images, (M, C, H, W).
+            t: noise levels of the images, (M,) in [0, 1].
+            attend: attention of this batch.
+
+        Returns:
+            Logits (K, V) at `batch.target_index`, and the denoiser's output (M, C or 2 C, H, W).
+            With image codes: logits (K + K', V) at `target_index` and `code_index`, and an empty
+            tensor.
         """
         if self.num_codes:
             return self._code_logits(batch, attend), noised_latents.new_empty(0, dtype=torch.float)
-        parts = self._encode(batch, noised_latents, t)
-        patches = torch.cat([part.flatten(0, 1) for part, *_ in parts])
+        encoded = self._encode(batch, noised_latents, t)
+        patches = torch.cat([bucket.patches.flatten(0, 1) for bucket in encoded])  # (P, D)
         x = self.transformer.tok_embeddings(batch.input_ids)  # (B, T, D)
         flat = x.flatten(0, 1).index_copy(0, batch.patch_index, patches.type_as(x))
         hidden = self.transformer(flat.view_as(x), batch.positions, attend).flatten(0, 1)
         logits = self.transformer.logits(hidden[batch.target_index])
-        return logits, self._decode(hidden[batch.patch_index], parts, noised_latents.shape)
+        return logits, self._decode(hidden[batch.patch_index], encoded, noised_latents.shape)
 
-    def _encode(self, batch: Batch, noised_latents: Tensor, t: Tensor) -> list[tuple]:
-        """Of the images of each size, then their clean copies: patches (m + m', N, D) and skips.
-
-        Behind these m, which is only of the noised images, and h, w.
-        """
+    def _encode(self, batch: Batch, noised_latents: Tensor, t: Tensor) -> list[EncodedBucket]:
+        """Encode the noised images and the clean copies, one resolution after another."""
         buckets, coder = batch.buckets, self.patch_coder
-        if not buckets:  # data without images does not know their shape; the coder has a gradient
+        if not buckets:  # an empty image gives the patch coder a gradient on every rank
             empty = noised_latents.new_empty(0, coder.latent_channels, *[coder.patch_size] * 2)
-            return [(*coder.encode(empty, t), 0, empty.shape[-2:])]
+            return [EncodedBucket(*coder.encode(empty, t), 0, empty.shape[-2:])]
         copied = batch.copied.split([bucket.num_copies for bucket in buckets])
-        found, images = [], crop_by_bucket(noised_latents, buckets)
-        for noised, times, copies in zip(images, split_by_bucket(t, buckets), copied, strict=True):
-            size = noised.shape[-2:]
+        noised = crop_by_bucket(noised_latents, buckets)
+        encoded = []
+        for x_t, times, copies in zip(noised, split_by_bucket(t, buckets), copied, strict=True):
+            size, num_noised = x_t.shape[-2:], len(x_t)
             if len(copies):
                 clean = batch.latents[copies][..., : size[0], : size[1]]
-                both = torch.cat([noised, clean.type_as(noised)])
-                encoded = coder.encode(both, torch.cat([times, times.new_zeros(len(copies))]))
-            else:
-                encoded = coder.encode(noised, times)
-            found.append((*encoded, len(noised), size))
-        return found
+                x_t = torch.cat([x_t, clean.type_as(x_t)])
+                times = torch.cat([times, times.new_zeros(len(copies))])
+            encoded.append(EncodedBucket(*coder.encode(x_t, times), num_noised, size))
+        return encoded
 
-    def _decode(self, hidden: Tensor, parts: list[tuple], shape: torch.Size) -> Tensor:
-        """Hidden states of all patches, (P, D) -> output (M, C or 2 C, H, W), as `shape` has it."""
+    def _decode(self, hidden: Tensor, encoded: list[EncodedBucket], shape: torch.Size) -> Tensor:
+        """Decode the hidden states of the noised images; clean copies have no output.
+
+        Args:
+            hidden: hidden states of all patches, (P, D).
+            encoded: from `_encode`.
+            shape: (M, C, H, W) of the noised latents.
+
+        Returns:
+            (M, C or 2 C, H, W).
+        """
         outputs = []
-        lengths = [patches.shape[0] * patches.shape[1] for patches, *_ in parts]
-        for mine, (patches, skips, count, size) in zip(hidden.split(lengths), parts, strict=True):
-            mine = mine.unflatten(0, patches.shape[:2])[:count]
-            skips = [skip[:count] for skip in skips]  # nobody asks what a copy's noise is
-            outputs.append(pad_images(self.patch_coder.decode(mine, size, skips), *shape[-2:]))
-        return torch.cat(outputs).view(shape[0], self.outputs * shape[1], *shape[2:])
+        lengths = [bucket.patches.shape[0] * bucket.patches.shape[1] for bucket in encoded]
+        for part, bucket in zip(hidden.split(lengths), encoded, strict=True):
+            part = part.unflatten(0, bucket.patches.shape[:2])[: bucket.num_noised]  # (m, N, D)
+            skips = [skip[: bucket.num_noised] for skip in bucket.skips]
+            output = self.patch_coder.decode(part, bucket.size, skips)  # (m, C or 2 C, h, w)
+            outputs.append(pad_images(output, *shape[-2:]))
+        return torch.cat(outputs).view(shape[0], self.num_outputs * shape[1], *shape[2:])
 
     def _code_logits(self, batch: Batch, attend: Attention) -> Tensor:
+        """Return logits (K + K', V) at the targets of text and of image codes."""
         x = self.transformer.tok_embeddings(batch.input_ids)
         hidden = self.transformer(x, batch.positions, attend).flatten(0, 1)
         return self.transformer.logits(hidden[torch.cat([batch.target_index, batch.code_index])])
 
     def next_logits(self, input_ids: Tensor, positions: Tensor, attend: Attention) -> Tensor:
-        """Logits (n, L, V) behind ids (n, L) that continue what `attend` has cached."""
+        """Return next-token logits after tokens that continue a cached prefix.
+
+        Args:
+            input_ids: new token ids, (n, L).
+            positions: their positions in the document, (n, L).
+            attend: attention with the cache.
+
+        Returns:
+            (n, L, V).
+        """
         x = self.transformer.tok_embeddings(input_ids)
         return self.transformer.logits(self.transformer(x, positions, attend))
 
     def denoise(
         self, noised_latents: Tensor, t: Tensor, positions: Tensor, attend: Attention
     ) -> Tensor:
-        """The denoiser's output (n, C or 2 C, h, w) for images that continue what is cached."""
+        """Return the denoiser's output for images that continue a cached prefix.
+
+        Args:
+            noised_latents: x_t, (n, C, h, w).
+            t: noise levels, (n,) in [0, 1].
+            positions: positions of the patches in the document, (n, N).
+            attend: attention with the cache.
+
+        Returns:
+            (n, C or 2 C, h, w).
+        """
         patches, skips = self.patch_coder.encode(noised_latents, t)  # (n, N, D)
         hidden = self.transformer(patches, positions, attend)
         return self.patch_coder.decode(hidden, noised_latents.shape[-2:], skips)
 
     def reset_parameters(self) -> None:
-        """Initialise every weight; also what fills a net built on the meta device."""
+        """Initialize every weight, also of a network that was built on the meta device."""
         self.transformer.reset_parameters()
         if self.patch_coder is not None:
             self.patch_coder.reset_parameters()
 
 
 def build_network(hparams: Mapping[str, Any]) -> TransfusionModel:
-    """Build the network that a run's hyper-parameters describe; its weights are not initialised.
+    """Build the network of a run's hyper-parameters, without initializing its weights.
 
     Args:
-        hparams: arguments of `tf_lightning.training.module.Transfusion`, as a checkpoint keeps
-            them; each config is a dataclass or a plain dict.
+        hparams: arguments of `tf_lightning.training.module.Transfusion`, as in a checkpoint. Each
+            config is a dataclass or a plain dict.
     """
 
-    def config(name: str, kind: type) -> Any:
+    def config(name: str, cls: type) -> Any:
         value = hparams.get(name)
-        return kind(**value) if isinstance(value, dict) else value
+        return cls(**value) if isinstance(value, dict) else value
 
     return TransfusionModel(
         config("transformer", TransformerConfig),
@@ -166,18 +205,22 @@ def build_network(hparams: Mapping[str, Any]) -> TransfusionModel:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * net, elementwise (so shards need no communication)."""
+    """Set ema to decay * ema + (1 - decay) * net, elementwise; shards need no communication."""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-def check_codes(
+def check_code_options(
     num_codes: int, patch_size: int, unet: UNetConfig | None, config: TransformerConfig
 ) -> None:
-    """Refuse what there is no network of codes of."""
+    """Validate the options of a model with discrete image tokens.
+
+    Raises:
+        UserError: the codebook is too small, or an option needs continuous latents.
+    """
     if num_codes < 2:
-        raise UserError(f"num_codes={num_codes} is no codebook; give 2 or more, or null")
+        raise UserError(f"num_codes={num_codes} must be at least 2; use null for latents")
     if patch_size != 1 or unet is not None or config.modality_weights != "shared":
         raise UserError(
-            f"num_codes={num_codes} makes each code a token like those of text; give "
-            "patch_size: 1 (the data too), unet: null and modality_weights: shared"
+            f"num_codes={num_codes} makes each image code a token of the vocabulary; give "
+            "patch_size: 1 (for the data too), unet: null and modality_weights: shared"
         )

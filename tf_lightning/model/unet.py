@@ -1,10 +1,10 @@
-"""The U-Net patch coder: its down half before the Transformer, its up half after it.
+"""The U-Net patch coder: the down blocks before the Transformer, the up blocks after it.
 
-The U-Net of Nichol & Dhariwal (2021), on diffusers' blocks, with the Transformer in place of its
-middle (Transfusion Sec. 4.1; LMFusion Sec. 3.1: h_in = UNetDown(x_t, t), eps = UNetUp(h_out, t,
-h_in)). The noise level is added inside every residual block and each normalisation is a plain layer
-norm, where the original scales and shifts by t (Transfusion footnote 7). Attention within the
-image, at the patches' resolution, sees both ways whatever the Transformer's mask.
+This is the U-Net of Nichol & Dhariwal (2021), made of diffusers' blocks, with the Transformer as
+its middle (Transfusion Sec. 4.1; LMFusion Sec. 3.1: h_in = UNetDown(x_t, t), eps = UNetUp(h_out, t,
+h_in)). Every residual block adds the timestep embedding and every norm is a plain layer norm; the
+original scales and shifts the norms by t (Transfusion footnote 7). At the patches' resolution it
+has bidirectional attention within the image, whatever the Transformer's mask.
 
 Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches, D model dim.
 """
@@ -21,19 +21,19 @@ from tf_lightning.model.patches import MAX_GRID, TIMESTEP_DIM, learned_pos_embed
 
 @dataclass
 class UNetConfig:
-    """Sizes of the U-Net patch coder; the defaults have the paper's 0.27B parameters at patch 2."""
+    """Sizes of the U-Net patch coder; the defaults are the paper's 0.27B with patch size 2."""
 
     channels: tuple[int, ...] = (512, 960)
-    """Channels at each resolution, from the latents' to the patches'; each next has half the side,
-    so that the patch size is 1, 2, 4 or 8 for 1, 2, 3 or 4 entries."""
+    """Channels at each resolution, from the latents to the patches. Each entry after the first
+    halves the side, so 1, 2, 3 or 4 entries make a patch size of 1, 2, 4 or 8."""
     num_blocks: int = 3
-    """Residual blocks at each resolution of the down half; the up half has one more."""
+    """Residual blocks at each resolution of the down path; the up path has one more."""
     head_dim: int = 64
-    """Width of an attention head; divides the last of the channels."""
+    """Dim of an attention head; must divide the last entry of `channels`."""
 
 
 def check_unet_config(config: UNetConfig, patch_size: int) -> None:
-    """Refuse sizes that do not make a U-Net of that patch size."""
+    """Raise UserError if the sizes do not make a U-Net with this patch size."""
     if not config.channels or config.num_blocks < 1:
         raise UserError(
             f"unet.channels={list(config.channels)} and unet.num_blocks={config.num_blocks} need "
@@ -42,35 +42,39 @@ def check_unet_config(config: UNetConfig, patch_size: int) -> None:
     side = 2 ** (len(config.channels) - 1)
     if side != patch_size:
         raise UserError(
-            f"unet.channels={list(config.channels)} make patches of {side} and "
-            f"patch_size={patch_size} is asked for; give 1, 2, 3 or 4 entries for 1, 2, 4 or 8"
+            f"unet.channels={list(config.channels)} make patches of {side} but "
+            f"patch_size={patch_size}; give 1, 2, 3 or 4 channels for patch size 1, 2, 4 or 8"
         )
     if config.channels[-1] % config.head_dim:
         raise UserError(
             f"unet.head_dim={config.head_dim} must divide the last of "
-            f"unet.channels={list(config.channels)}"
+            f"unet.channels={list(config.channels)}; change one of them"
         )
 
 
-def at_least_one(x: Tensor) -> Tensor:
-    """x (M, ...), or one blank if M is 0: diffusers' attention refuses an empty batch."""
+def pad_empty(x: Tensor) -> Tensor:
+    """Return x (M, ...), or one zero image if M is 0; diffusers' attention needs at least one."""
     return x if len(x) else x.new_zeros(1, *x.shape[1:])
 
 
 def down_blocks(config: UNetConfig, time_dim: int) -> nn.ModuleList:
-    """Residual blocks at each resolution and the halving after it; attention at the last."""
-    from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, DownBlock2D  # 2.5 s
+    """Build the down path: residual blocks and a downsampler at each resolution but the last.
+
+    The last resolution has attention and no downsampler. One norm group makes a layer norm.
+    """
+    # Imported here because it takes 2.5 seconds.
+    from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, DownBlock2D
 
     shared = {"temb_channels": time_dim, "num_layers": config.num_blocks, "resnet_groups": 1}
-    entries = (config.channels[0], *config.channels[:-1])
-    pairs = list(zip(entries, config.channels, strict=True))
+    in_channels = (config.channels[0], *config.channels[:-1])
+    pairs = list(zip(in_channels, config.channels, strict=True))
     blocks: list[nn.Module] = [DownBlock2D(*pair, **shared) for pair in pairs[:-1]]
     attention = {"attention_head_dim": config.head_dim, "downsample_type": None}
     return nn.ModuleList([*blocks, AttnDownBlock2D(*pairs[-1], **shared, **attention)])
 
 
 def up_blocks(config: UNetConfig, time_dim: int) -> nn.ModuleList:
-    """The mirror image of `down_blocks`; each residual block also reads one skip."""
+    """Build the up path, the mirror of `down_blocks`; each residual block also reads one skip."""
     from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
 
     shared = {"temb_channels": time_dim, "num_layers": config.num_blocks + 1, "resnet_groups": 1}
@@ -78,7 +82,7 @@ def up_blocks(config: UNetConfig, time_dim: int) -> nn.ModuleList:
     blocks: list[nn.Module] = []
     for level in range(last, -1, -1):
         sizes = {
-            "in_channels": channels[max(level - 1, 0)],  # of the last skip it reads
+            "in_channels": channels[max(level - 1, 0)],  # channels of the last skip it reads
             "prev_output_channel": channels[min(level + 1, last)],
             "out_channels": channels[level],
         }
@@ -92,19 +96,19 @@ def up_blocks(config: UNetConfig, time_dim: int) -> nn.ModuleList:
 
 
 class UNetPatchCoder(nn.Module):
-    """Convolutions and attention within an image, down to its patches and up again.
+    """Convolutions and attention within an image, down to patch resolution and up again.
 
-    The learned row and column embedding of a patch is that of the linear coder.
+    Patches get learned row and column embeddings, as in the linear coder.
 
     Args:
         config: sizes.
         latent_channels: C.
         patch_size: P, a power of two.
         dim: D.
-        out_channels: of the output; None: C.
+        out_channels: channels of the output; None for C.
 
     Raises:
-        UserError: the sizes do not make that patch size.
+        UserError: the sizes do not make a U-Net with this patch size.
     """
 
     def __init__(
@@ -134,32 +138,42 @@ class UNetPatchCoder(nn.Module):
         self.conv_out = nn.Conv2d(first, out_channels or latent_channels, 3, padding=1)
 
     def encode(self, latents: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Latents (M, C, h, w) at noise levels t (M,) -> patch vectors (M, N, D), and skips.
+        """Encode noised latents.
 
-        Skips are the embedding of t, then the states that the up half reads, last first read.
+        Args:
+            latents: x_t, (M, C, h, w).
+            t: noise levels, (M,) in [0, 1].
+
+        Returns:
+            Patch vectors (M, N, D), and the skips of `decode`: the timestep embedding, then the
+            states that the up path reads, from last to first.
         """
-        count, latents, t = len(latents), at_least_one(latents), at_least_one(t)
+        count, latents, t = len(latents), pad_empty(latents), pad_empty(t)
         time = self.time_embedder(timestep_embedding(t).type_as(latents))
-        x = self.conv_in(latents)
+        x = self.conv_in(latents)  # (M, channels[0], h, w)
         skips = [time, x]
         for block in self.down_blocks:
             x, states = block(x, time)
             skips += states
-        place = learned_pos_embed(self.row_embedding, self.column_embedding, *x.shape[-2:])
-        patches = self.patch_encoder(x.flatten(2).transpose(1, 2)) + place  # (M, N, D)
+        # x is (M, channels[-1], h / P, w / P).
+        pos_embed = learned_pos_embed(self.row_embedding, self.column_embedding, *x.shape[-2:])
+        patches = self.patch_encoder(x.flatten(2).transpose(1, 2)) + pos_embed  # (M, N, D)
         return patches[:count], [skip[:count] for skip in skips]
 
     def decode(self, hidden: Tensor, size: tuple[int, int], skips: Sequence[Tensor]) -> Tensor:
-        """Hidden states (M, N, D) -> the network's output (M, C, h, w), `size` = (h, w).
+        """Decode hidden states to the denoiser's output.
 
         Args:
-            hidden: the Transformer's.
-            size: of the latents.
-            skips: of the same images, from `encode`.
+            hidden: outputs of the Transformer at the patches, (M, N, D).
+            size: (h, w) of the latents.
+            skips: skips from `encode` of the same images.
+
+        Returns:
+            (M, out_channels, h, w).
         """
-        time, *states = map(at_least_one, skips)
+        time, *states = map(pad_empty, skips)
         grid = [side // self.patch_size for side in size]
-        x = self.patch_decoder(at_least_one(hidden)).transpose(1, 2).unflatten(2, grid)
+        x = self.patch_decoder(pad_empty(hidden)).transpose(1, 2).unflatten(2, grid)
         for block in self.up_blocks:
             count = len(block.resnets)
             states, read = states[:-count], states[-count:]
@@ -167,7 +181,7 @@ class UNetPatchCoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))[: len(hidden)]
 
     def reset_parameters(self) -> None:
-        """Unit-variance activations; each residual branch and the output start at zero."""
+        """Initialize activations with unit variance; residual branches and the output with zero."""
         for part in self.modules():
             if isinstance(part, (nn.Linear, nn.Conv2d)):
                 nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5)

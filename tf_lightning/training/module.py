@@ -25,7 +25,7 @@ from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import (
     TransfusionModel,
     build_network,
-    check_codes,
+    check_code_options,
     update_ema,
 )
 from tf_lightning.model.unet import UNetConfig, check_unet_config
@@ -146,7 +146,7 @@ class Transfusion(L.LightningModule):
         unet = None if unet is None else UNetConfig(**unet)
         linear = None if linear is None else LinearConfig(**linear)
         if num_codes is not None:
-            check_codes(num_codes, patch_size, unet, transformer)
+            check_code_options(num_codes, patch_size, unet, transformer)
         elif unet is not None:
             check_unet_config(unet, patch_size)
         if unet is not None and linear is not None:
