@@ -210,7 +210,7 @@ def test_an_old_autoencoders_checkpoint_validates_and_loads_as_a_module(tmp_path
     names = {
         "_instantiator": "lightning.pytorch.cli.instantiate_module",
         "_class_path": "tf_lightning.autoencoder_module.AutoencoderModule",
-    }
+    } | {"feature_weight": 0.0, "feature_model": None}
     old = tmp_path / "old.ckpt"
     save_as_python_did(checkpoint, {"network": network} | names, old)
     ours, theirs = (read_checkpoint(path, AUTOENCODER)["hyper_parameters"] for path in (old, new))

@@ -2,10 +2,11 @@
 
 Hyper-parameters are saved as plain dicts of numbers and strings, so that a checkpoint names no
 class of this package and outlives a change of modules. Checkpoints of version 0.1 and before differ
-in three ways, which `read_checkpoint` undoes:
+in four ways, which `read_checkpoint` undoes:
 
 * Those written from Python contain pickled config dataclasses (OLD_CONFIGS).
 * Some config fields had other names (RENAMED_FIELDS).
+* Autoencoders had arguments that are gone (REMOVED_HPARAMS).
 * Those written by the command line name the LightningModule's class and its instantiator.
 """
 
@@ -32,6 +33,7 @@ RENAMED_FIELDS = {
     "transformer": {"image_weights": "modality_weights"},
     "linear": {"place": "pos_embed"},
 }
+REMOVED_HPARAMS = {"feature_weight", "feature_model"}
 
 
 class PickledConfig(dict):
@@ -98,10 +100,14 @@ def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def plain_hparams(hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Convert hyper-parameters to plain values under their present names.
 
-    Configs become dicts, old field names become new ones, and the class and the instantiator that
-    LightningCLI adds are left out.
+    Configs become dicts, old field names become new ones, and removed arguments are left out, as
+    are the class and the instantiator that LightningCLI adds.
     """
-    plain = {name: as_dict(x) for name, x in hparams.items() if not name.startswith("_")}
+    plain = {
+        name: as_dict(value)
+        for name, value in hparams.items()
+        if not name.startswith("_") and name not in REMOVED_HPARAMS
+    }
     for name, fields in RENAMED_FIELDS.items():
         if isinstance(config := plain.get(name), dict):
             plain[name] = {fields.get(key, key): value for key, value in config.items()}
