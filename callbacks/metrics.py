@@ -26,9 +26,9 @@ from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
 from evaluation.inception_score import InceptionScore
 from evaluation.kid import KID
-from tf_lightning.shapes import train_clip
+from tf_lightning import shapes
 
-SHAPES_CLIP = Path(train_clip.__file__).parent / "assets" / "shapes-clip"
+SHAPES_CLIP = Path(shapes.__file__).parent / "assets" / "shapes-clip"
 REAL_BATCH = 64
 
 

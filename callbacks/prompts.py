@@ -15,7 +15,7 @@ from tf_lightning.data.documents import RawDocument, Skipped, Source, Split
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.grammar import caption, captions, parse
 from tf_lightning.shapes.oracle import read
-from tf_lightning.shapes.sources import picture
+from tf_lightning.shapes.sources import scene_image
 from tf_lightning.shapes.world import Meaning, draw_scene, generator, place
 
 SEED_OFFSET = 2_000  # these pictures are neither the validation's nor the final report's
@@ -96,7 +96,9 @@ class ShapesPrompts(PromptSet):
             rng = generator(SEED_OFFSET + self.seed, index, "val")
             scene = draw_scene(rng, split="val")
             words = captions(scene.meaning)
-            asked.append(Prompt(caption(scene, rng), partial(picture, scene), words, scene.meaning))
+            asked.append(
+                Prompt(caption(scene, rng), partial(scene_image, scene), words, scene.meaning)
+            )
         return asked
 
     def real_pictures(self, data: L.LightningDataModule | None = None) -> list[OpenPicture]:
@@ -105,7 +107,7 @@ class ShapesPrompts(PromptSet):
         return [partial(self._real, meaning, index) for index, meaning in enumerate(meanings)]
 
     def _real(self, meaning: Meaning, index: int) -> Image.Image:
-        return picture(place(meaning, generator(SEED_OFFSET + self.seed, index, "train")))
+        return scene_image(place(meaning, generator(SEED_OFFSET + self.seed, index, "train")))
 
     def judge(self, prompt: Prompt, picture: Image.Image) -> bool:
         """As the oracle reads it."""

@@ -8,7 +8,7 @@ from PIL import Image
 from callbacks.geneval import GenEvalFolder, ShapesComposition, verdicts
 from callbacks.prompts import Prompt, ShapesPrompts
 from callbacks.sampling import SampleBatch
-from tf_lightning.shapes.sources import picture
+from tf_lightning.shapes.sources import scene_image
 from tf_lightning.shapes.world import Object, Scene
 
 
@@ -32,7 +32,7 @@ CASES = {  # what is drawn: whether the objects, their colours, all and the rela
 
 @pytest.mark.parametrize("drawn", CASES)
 def test_two_objects_are_judged_by_shape_colour_and_place(drawn):
-    found = verdicts(ASKED, picture(scene(*drawn)))
+    found = verdicts(ASKED, scene_image(scene(*drawn)))
     assert (found["two_object"], found["color_attr"], found["position"]) == CASES[drawn]
 
 
@@ -43,7 +43,7 @@ def test_two_objects_are_judged_by_shape_colour_and_place(drawn):
 )  # fmt: skip
 def test_one_object_is_judged_by_shape_and_colour(colour, shape, right):
     asked = Scene((Object("circle", "red", 30.0, 30.0, 10.0),)).meaning
-    found = verdicts(asked, picture(Scene((Object(shape, colour, 20.0, 30.0, 10.0),))))
+    found = verdicts(asked, scene_image(Scene((Object(shape, colour, 20.0, 30.0, 10.0),))))
     assert (found["single_object"], found["colors"]) == right
 
 

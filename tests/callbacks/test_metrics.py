@@ -13,7 +13,7 @@ from tf_lightning.batch import Document, document_length, pack
 from tf_lightning.generation.pipeline import TransfusionPipeline, to_image, to_pixels
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.shapes.grammar import caption
-from tf_lightning.shapes.sources import picture
+from tf_lightning.shapes.sources import scene_image
 from tf_lightning.shapes.world import draw_scene, generator
 from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from tf_lightning.training.module import Transfusion
@@ -51,7 +51,7 @@ def tiny_model(folder) -> tuple[Transfusion, list[Document]]:
     for index in range(256):
         rng = generator(7, index, "train")
         scene = draw_scene(rng, split="train")
-        told.append((caption(scene, rng), to_pixels(picture(scene))))
+        told.append((caption(scene, rng), to_pixels(scene_image(scene))))
     texts, pixels = zip(*told, strict=True)
     tokenizer = train_tokenizer(iter(texts), folder / "t.model", 400)
     latents = load_autoencoder("shapes").encode(torch.stack(pixels))

@@ -1,4 +1,4 @@
-"""The oracle reads true pictures right and passes nothing that is not one."""
+"""The oracle reads rendered scenes right and gives no meaning to anything else."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from support.shape_pictures import pictures
+from support.shape_pictures import pictures, scene
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.shapes.oracle import Reading, carried_out, read
 from tf_lightning.shapes.world import (
@@ -19,7 +19,6 @@ from tf_lightning.shapes.world import (
     Scene,
     coverage,
     render,
-    scene,
 )
 
 BLANK = np.full((64, 64, 3), BACKGROUND, np.uint8)
@@ -31,13 +30,13 @@ def paint(image: np.ndarray, covered: np.ndarray, colour: tuple[int, int, int]) 
     return np.rint(blended).astype(np.uint8)
 
 
-def test_2000_true_pictures_are_read_right():
+def test_2000_rendered_scenes_are_read_right():
     scenes = [scene(7, index, split=split) for index in range(1000) for split in ("train", "val")]
     right = [read(render(s)).meaning == s.meaning for s in scenes]
     assert np.mean(right) >= 0.999
 
 
-def test_places_and_sizes_are_read_to_a_fraction_of_a_pixel():
+def test_positions_and_sizes_are_read_to_a_fraction_of_a_pixel():
     for index in range(100):
         true = scene(8, index)
         for found in read(render(true)).objects:
@@ -49,7 +48,10 @@ def test_places_and_sizes_are_read_to_a_fraction_of_a_pixel():
 
 
 def share_read_right(count: int, noise: float) -> float:
-    """Of held-out pictures, decoded from latents (of unit variance) with that much noise."""
+    """Share of held-out images that are read right after decoding from latents with noise.
+
+    The latents have unit variance; `noise` is the standard deviation of the noise.
+    """
     autoencoder = load_autoencoder("shapes")
     generator = torch.Generator().manual_seed(0)
     right = []
@@ -70,18 +72,18 @@ def test_reconstructions_are_read_right():
     assert share_read_right(400, noise=0.0) >= 0.99
 
 
-def test_the_decoder_mends_latents_that_are_not_exact():
-    """A decoder that was trained on exact latents alone has 0.59 here."""
+def test_the_decoder_corrects_latents_with_noise():
+    """A decoder trained only on latents without noise reaches 0.59."""
     assert share_read_right(200, noise=0.5) >= 0.95
 
 
-def test_reading_says_what_it_saw():
+def test_a_reading_is_described_in_words():
     assert str(read(render(RED_ABOVE_BLUE))) == "red circle above blue square"
     assert str(read(BLANK)) == "nothing"
     assert str(Reading(RED_ABOVE_BLUE.objects[:1], 1)) == "red circle, 1 unreadable"
 
 
-def test_other_colours_shapes_or_order_are_other_meanings():
+def test_other_colours_shapes_or_relations_are_other_meanings():
     meaning = RED_ABOVE_BLUE.meaning
     first, second = meaning.objects
     others = [
@@ -105,17 +107,17 @@ def test_blank_and_noise_have_no_meaning():
         assert read(blobs.astype(np.uint8)).meaning is None
 
 
-def test_extra_blob_spoils_the_picture_and_dust_does_not():
-    picture = render(RED_ABOVE_BLUE)
+def test_an_extra_blob_removes_the_meaning_and_a_speck_does_not():
+    image = render(RED_ABOVE_BLUE)
     for colour in COLOURS.values():
-        assert read(paint(picture, coverage("circle", 55, 30, 3), colour)).meaning is None
+        assert read(paint(image, coverage("circle", 55, 30, 3), colour)).meaning is None
         assert (
-            read(paint(picture, coverage("circle", 55, 30, 1), colour)).meaning
+            read(paint(image, coverage("circle", 55, 30, 1), colour)).meaning
             == RED_ABOVE_BLUE.meaning
         )
 
 
-def test_three_objects_or_twice_the_same_have_no_meaning():
+def test_three_objects_or_two_equal_ones_have_no_meaning():
     third = Object("triangle", "green", 54, 30, 7)
     assert read(render(Scene((*RED_ABOVE_BLUE.objects, third)))).meaning is None
     twice = Scene((Object("circle", "red", 20, 20, 8), Object("circle", "red", 45, 45, 8)))
@@ -125,16 +127,16 @@ def test_three_objects_or_twice_the_same_have_no_meaning():
 @pytest.mark.parametrize(
     "colour", [(0, 0, 0), (128, 128, 128), (0, 255, 255), (255, 160, 200), (120, 70, 20)]
 )
-def test_colour_outside_the_palette_is_not_taken_for_the_nearest(colour):
+def test_a_colour_outside_the_palette_has_no_meaning(colour):
     assert read(paint(BLANK, coverage("circle", 30, 30, 10), colour)).meaning is None
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_object_of_two_colours_has_no_meaning(shape):
+def test_an_object_of_two_colours_has_no_meaning(shape):
     left = coverage(shape, 32, 32, 10) * (np.arange(64) < 32)
     right = coverage(shape, 32, 32, 10) * (np.arange(64) >= 32)
-    picture = paint(paint(BLANK, left, COLOURS["red"]), right, COLOURS["blue"])
-    assert read(picture).meaning is None
+    image = paint(paint(BLANK, left, COLOURS["red"]), right, COLOURS["blue"])
+    assert read(image).meaning is None
 
 
 @pytest.mark.parametrize("colour", COLOURS)
@@ -167,23 +169,23 @@ BEFORE = Scene((Object("circle", "red", 16, 20, 8), Object("square", "blue", 46,
 
 
 def with_first(**changes) -> Scene:
-    """BEFORE with its circle changed."""
+    """Return BEFORE with a changed circle."""
     return Scene((dataclasses.replace(BEFORE.objects[0], **changes), BEFORE.objects[1]))
 
 
-def test_an_edit_is_carried_out_where_it_was_asked_and_nowhere_else():
+def test_an_edit_must_change_the_named_object_and_nothing_else():
     after = with_first(colour="green")
     assert carried_out(render(after), BEFORE, after)
-    assert not carried_out(render(BEFORE), BEFORE, after)  # nothing done
+    assert not carried_out(render(BEFORE), BEFORE, after)  # nothing changed
     assert not carried_out(render(with_first(colour="yellow")), BEFORE, after)
     moved = Scene((after.objects[0], dataclasses.replace(BEFORE.objects[1], y=34)))
     assert read(render(moved)).meaning == after.meaning
-    assert not carried_out(render(moved), BEFORE, after)  # the other object went elsewhere
+    assert not carried_out(render(moved), BEFORE, after)  # the other object moved
     grown = Scene((after.objects[0], dataclasses.replace(BEFORE.objects[1], radius=13)))
     assert not carried_out(render(grown), BEFORE, after)
 
 
-def test_an_object_that_was_to_go_has_to_be_gone():
+def test_a_removed_object_must_be_absent():
     after = Scene(BEFORE.objects[1:])
     assert carried_out(render(after), BEFORE, after)
     assert not carried_out(render(BEFORE), BEFORE, after)

@@ -1,8 +1,9 @@
-"""The embedded world: its rules hold in every scene, and its pictures are exact."""
+"""The embedded world: every scene follows the rules, and the rendering is accurate."""
 
 import numpy as np
 import pytest
 
+from support.shape_pictures import scene
 from tf_lightning.shapes.world import (
     BACKGROUND,
     COLOURS,
@@ -18,7 +19,6 @@ from tf_lightning.shapes.world import (
     held_out,
     meanings,
     render,
-    scene,
 )
 
 TRAIN = [scene(1, index) for index in range(2000)]
@@ -26,12 +26,12 @@ VAL = [scene(1, index, split="val") for index in range(2000)]
 TWO = [s for s in TRAIN + VAL if len(s.objects) == 2]
 
 
-def test_scene_is_a_function_of_seed_index_and_split():
+def test_a_scene_is_a_function_of_seed_index_and_split():
     assert scene(3, 5) == scene(3, 5)
     assert len({scene(3, 5), scene(4, 5), scene(3, 6), scene(3, 5, split="val")}) == 4
 
 
-def test_share_of_two_objects_is_as_asked():
+def test_the_share_of_two_objects_is_the_requested_one():
     share = np.mean([len(s.objects) == 2 for s in TRAIN])
     assert share == pytest.approx(0.75, abs=0.04)
     assert {len(scene(1, i, two_objects=0.0).objects) for i in range(50)} == {1}
@@ -49,7 +49,7 @@ def test_objects_stay_inside_and_sizes_vary_over_the_whole_range():
     assert min(radii) < 7.1 and max(radii) > 12.9
 
 
-def test_two_objects_never_touch_and_their_relation_is_plain():
+def test_two_objects_never_touch_and_their_relation_is_clear():
     for s in TWO:
         a, b = s.objects
         across, down = abs(a.x - b.x), abs(a.y - b.y)
@@ -57,7 +57,7 @@ def test_two_objects_never_touch_and_their_relation_is_plain():
         assert max(across, down) - a.radius - b.radius >= GAP - 1e-9
 
 
-def test_two_objects_are_never_the_same():
+def test_two_objects_are_never_equal():
     assert all(len(set(s.meaning.objects)) == 2 for s in TWO)
 
 
@@ -100,18 +100,20 @@ def test_every_meaning_is_drawn():
         ("triangle", lambda x, y: (y <= 1) & (2 * abs(x) <= y + 1)),
     ],
 )
-def test_coverage_is_that_of_16_by_16_samples_a_pixel(shape, inside):
+def test_coverage_equals_16_by_16_samples_per_pixel(shape, inside):
     x, y, radius = 30.3, 25.8, 9.6
     samples = (np.arange(IMAGE_SIZE * 16) + 0.5) / 16
     hits = inside((samples[None] - x) / radius, (samples[:, None] - y) / radius)
     expected = hits.reshape(IMAGE_SIZE, 16, IMAGE_SIZE, 16).mean((1, 3))
     found = coverage(shape, x, y, radius)
     assert abs(found - expected).mean() < 1e-3
-    assert abs(found - expected).max() < 0.35  # at corners, where the distance is not the coverage
+    assert (
+        abs(found - expected).max() < 0.35
+    )  # at corners, where the distance only approximates the coverage
     assert found.sum() == pytest.approx(expected.sum(), rel=0.01)
 
 
-def test_picture_has_the_colours_inside_and_the_ground_outside():
+def test_an_image_has_the_colour_inside_and_the_background_outside():
     thing = Object("triangle", "purple", 20.0, 40.0, 10.0)
     image = render(Scene((thing,)))
     assert image.dtype == np.uint8 and image.shape == (64, 64, 3)

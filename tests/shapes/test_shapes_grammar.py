@@ -1,4 +1,4 @@
-"""The world's sentences: they mean what they say, and their probabilities are right."""
+"""Sentences of the embedded world: meanings of captions, probabilities of texts, and edits."""
 
 import math
 from collections import Counter
@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 
+from support.shape_pictures import scene
 from tf_lightning.shapes.grammar import (
     MAX_FACTS,
     caption,
@@ -16,7 +17,6 @@ from tf_lightning.shapes.grammar import (
     facts,
     parse,
     statements,
-    text_entropy,
     text_log_prob,
 )
 from tf_lightning.shapes.world import (
@@ -26,7 +26,6 @@ from tf_lightning.shapes.world import (
     generator,
     held_out,
     meanings,
-    scene,
 )
 
 MEANINGS = (*meanings(1), *meanings(2))
@@ -40,16 +39,16 @@ def all_texts():
                 yield " . ".join([f"imagine {statement}", *told]) + " ."
 
 
-def test_every_wording_of_every_meaning_is_read_back():
+def test_every_caption_of_every_meaning_is_parsed():
     assert all(parse(text) == m for m in MEANINGS for text in captions(m))
 
 
-def test_no_two_meanings_share_a_wording():
+def test_no_two_meanings_share_a_caption():
     texts = [text for m in MEANINGS for text in captions(m)]
     assert len(set(texts)) == len(texts) == 18 * 4 + 612 * 6
 
 
-def test_wordings_are_the_expected_ones():
+def test_captions_are_the_expected_ones():
     assert captions(ORANGE_ABOVE_BLUE) == (
         "an orange circle above a blue square",
         "there is an orange circle above a blue square",
@@ -75,7 +74,7 @@ def test_text_outside_the_grammar_has_no_meaning(text):
     assert parse(text) is None
 
 
-def test_captions_are_plain_words_and_never_begin_like_a_text():
+def test_captions_are_lower_case_words_and_never_begin_like_a_text():
     for m in MEANINGS:
         for text in captions(m):
             assert text == " ".join(text.lower().split())
@@ -83,7 +82,7 @@ def test_captions_are_plain_words_and_never_begin_like_a_text():
             assert not text.startswith("imagine")
 
 
-def test_drawn_captions_state_their_scene_in_every_wording():
+def test_every_caption_of_a_scene_is_drawn():
     found = {caption(scene(0, 0, 2), generator(1, i)) for i in range(200)}
     assert found == set(captions(scene(0, 0, 2).meaning))
 
@@ -94,19 +93,12 @@ def test_probabilities_of_all_texts_sum_to_one():
     assert math.fsum(probabilities) == pytest.approx(1, abs=1e-12)
 
 
-def test_no_text_has_two_derivations():
+def test_all_texts_are_different():
     texts = list(all_texts())
     assert len(set(texts)) == len(texts)
 
 
-def test_entropy_is_that_of_all_texts():
-    log_probs = [text_log_prob(text) for text in all_texts()]
-    assert text_entropy() == pytest.approx(
-        -math.fsum(math.exp(p) * p for p in log_probs), rel=1e-12
-    )
-
-
-def test_drawn_texts_are_as_frequent_as_their_probability_says():
+def test_drawn_texts_have_the_frequency_of_their_probability():
     num = 5_000
     counts = Counter(draw_text(generator(0, i)) for i in range(num))
     assert all(text_log_prob(text) > -math.inf for text in counts)
@@ -114,7 +106,8 @@ def test_drawn_texts_are_as_frequent_as_their_probability_says():
     expected = num * sum(math.exp(text_log_prob(text)) for text in one)
     assert sum(counts[text] for text in one) == pytest.approx(expected, abs=5 * expected**0.5)
     log_probs = [text_log_prob(text) for text, n in counts.items() for _ in range(n)]
-    assert -sum(log_probs) / num == pytest.approx(text_entropy(), abs=0.05)
+    entropy = -math.fsum(math.exp(p) * p for p in map(text_log_prob, all_texts()))
+    assert -sum(log_probs) / num == pytest.approx(entropy, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +131,7 @@ def test_texts_state_held_out_meanings_too():
     assert len(stated & wanted) > 0.9 * len(wanted)
 
 
-def test_edits_change_one_thing_and_keep_the_rules():
+def test_edits_change_one_object_and_follow_the_rules():
     for index in range(500):
         rng = generator(0, index)
         before = draw_scene(rng)
@@ -150,7 +143,7 @@ def test_edits_change_one_thing_and_keep_the_rules():
         assert not held_out(after.meaning)
 
 
-def test_edits_name_the_object_and_what_becomes_of_it():
+def test_edits_name_the_object_and_its_new_property():
     for index in range(300):
         before = scene(0, index)
         for instruction, after in edits(before):
@@ -166,7 +159,7 @@ def test_edits_name_the_object_and_what_becomes_of_it():
                 assert (new.x, new.y, new.radius) == (old.x, old.y, old.radius)
 
 
-def test_short_name_is_used_only_where_it_names_one_object():
+def test_the_short_name_is_used_only_if_it_identifies_one_object():
     for index in range(300):
         before = scene(0, index, 2)
         same_shape = before.objects[0].shape == before.objects[1].shape

@@ -24,7 +24,7 @@ def plain(documents):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_documents_are_as_many_as_asked_and_the_same_each_time(source):
+def test_the_number_of_documents_is_as_requested_and_they_repeat(source):
     assert plain(source.documents("train")) == plain(
         pickle.loads(pickle.dumps(source)).documents("train")
     )
@@ -33,7 +33,7 @@ def test_documents_are_as_many_as_asked_and_the_same_each_time(source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_fingerprint_follows_what_the_documents_depend_on(source):
+def test_the_fingerprint_depends_on_all_that_determines_the_documents(source):
     kind = type(source)
     prints = [
         source.fingerprint("train"),
@@ -46,26 +46,26 @@ def test_fingerprint_follows_what_the_documents_depend_on(source):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_captions_say_what_the_pictures_show(split):
-    for words, image in ShapesCaptions(num_documents=40, num_val=40).documents(split):
+def test_captions_describe_their_images(split):
+    for text, image in ShapesCaptions(num_documents=40, num_val=40).documents(split):
         assert image.mode == "RGB" and image.size == (64, 64)
         meaning = read(np.asarray(image)).meaning
-        assert parse(words) == meaning
+        assert parse(text) == meaning
         assert held_out(meaning) == (split == "val" and len(meaning.objects) == 2)
 
 
-def test_texts_are_documents_of_the_grammar():
+def test_texts_belong_to_the_grammar():
     assert all(text_log_prob(text) > -100 for (text,) in ShapesTexts(50, 0).documents("train"))
 
 
-def test_edits_show_the_picture_before_and_after():
+def test_edits_show_the_image_before_and_after():
     for before, instruction, after in ShapesEdits(40, 0).documents("train"):
         old, new = read(np.asarray(before)).meaning, read(np.asarray(after)).meaning
         assert old != new and not held_out(old) and not held_out(new)
         assert len(new.objects) == len(old.objects) - instruction.startswith("remove")
 
 
-def test_bad_arguments_are_one_sentence():
+def test_arguments_out_of_range_are_refused():
     with pytest.raises(UserError, match="num_documents=0"):
         ShapesTexts(num_documents=0)
     with pytest.raises(UserError, match="two_objects=1.5"):

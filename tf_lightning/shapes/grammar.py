@@ -1,6 +1,7 @@
-"""The sentences of the embedded world: captions, instructions, and texts of known probability.
+"""Sentences of the embedded world: captions, instructions, and texts of known probability.
 
-Lower case, words parted by single spaces. A text begins with "imagine", a caption never does.
+All sentences are lower case with single spaces between words. A text begins with "imagine"; a
+caption never does.
 """
 
 import math
@@ -27,13 +28,13 @@ Kind = tuple[str, str]  # (shape, colour)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of the captions of a scene, each as probable as the others."""
+    """Draw one of the captions of a scene, all equally probable."""
     choices = captions(scene.meaning)
     return choices[rng.integers(len(choices))]
 
 
 def captions(meaning: Meaning) -> tuple[str, ...]:
-    """Every wording of a meaning: 4 for one object, 6 for two."""
+    """Return all captions of a meaning: 4 for one object, 6 for two."""
     if meaning.relation is None:
         (kind,) = meaning.objects
         noun = _indefinite(kind)
@@ -46,7 +47,7 @@ def captions(meaning: Meaning) -> tuple[str, ...]:
 
 
 def parse(caption: str) -> Meaning | None:
-    """The meaning of a caption of this grammar; None for any other text."""
+    """Return the meaning of a caption of this grammar; None for any other text."""
     return _meanings_of_captions().get(caption)
 
 
@@ -60,10 +61,10 @@ def _meanings_of_captions() -> dict[str, Meaning]:
 def draw_edit(
     scene: Scene, rng: np.random.Generator, *, split: Split = "train"
 ) -> tuple[str, Scene]:
-    """An instruction for a scene, and the scene with it carried out.
+    """Draw an editing instruction for a scene; return it with the edited scene.
 
-    Nothing else changes. Edits that would give two equal objects, or in "train" a held-out meaning,
-    are not drawn.
+    Only the named object changes. Edits that lead to two equal objects, or to a held-out meaning in
+    the split "train", are never drawn.
     """
     choices = [
         (instruction, edited)
@@ -75,7 +76,7 @@ def draw_edit(
 
 
 def edits(scene: Scene) -> list[tuple[str, Scene]]:
-    """Every instruction for a scene and its outcome, also those that leave two equal objects."""
+    """Return all instructions for a scene with their results, also those with two equal objects."""
     found = []
     for i, thing in enumerate(scene.objects):
         before, after = scene.objects[:i], scene.objects[i + 1 :]
@@ -99,7 +100,7 @@ def edits(scene: Scene) -> list[tuple[str, Scene]]:
 
 
 def draw_text(rng: np.random.Generator) -> str:
-    """A document of text: one statement after "imagine", then 1 to 3 facts that follow from it."""
+    """Draw a text: "imagine" with a statement, then 1 to 3 facts that follow from it."""
     num_objects = 1 + int(rng.random() < TEXTS_WITH_TWO_OBJECTS)
     choices = meanings(num_objects)
     meaning = choices[rng.integers(len(choices))]
@@ -111,9 +112,9 @@ def draw_text(rng: np.random.Generator) -> str:
 
 
 def text_log_prob(document: str) -> float:
-    """Natural logarithm of the probability that `draw_text` gives exactly this document.
+    """Natural logarithm of the probability that `draw_text` returns exactly this document.
 
-    -inf for one that it never gives.
+    It is -inf for a document that `draw_text` cannot return.
     """
     if not document.endswith(" ."):
         return -math.inf
@@ -127,15 +128,8 @@ def text_log_prob(document: str) -> float:
     return log_prob - math.log(MAX_FACTS) - len(told) * math.log(len(known))
 
 
-def text_entropy() -> float:
-    """Entropy of `draw_text` in nats a document, the least loss that a language model can have."""
-    facts_in_a_document = (1 + MAX_FACTS) / 2
-    statement = -sum(math.exp(lp) * lp for _, lp in _statements_with_log_probs().values())
-    return statement + math.log(MAX_FACTS) + facts_in_a_document * math.log(2)
-
-
 def statements(meaning: Meaning) -> tuple[str, ...]:
-    """The equally probable ways in which a document of text states its meaning."""
+    """Return the equally probable statements of a meaning in a text."""
     if meaning.relation is None:
         return (_indefinite(meaning.objects[0]),)
     return tuple(
@@ -145,7 +139,7 @@ def statements(meaning: Meaning) -> tuple[str, ...]:
 
 
 def facts(meaning: Meaning) -> tuple[str, str]:
-    """The two equally probable sentences that follow from a meaning."""
+    """Return the two equally probable facts that follow from a meaning."""
     if meaning.relation is None:
         ((shape, colour),) = meaning.objects
         return f"the {shape} is {colour}", f"the {colour} thing is a {shape}"

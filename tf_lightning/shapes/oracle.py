@@ -1,8 +1,8 @@
-"""Reads a 64 x 64 picture back into objects and their relation: the judge of generated pictures.
+"""Oracle: reads a 64 x 64 image back into objects and their relation, to judge generated images.
 
-Each blob that stands out from the ground gets a colour from its middle and the shape whose
-rendering, fitted to the blob's area and centroid, covers it best. What fits no shape of the world
-is counted, never guessed.
+The colour of a blob that differs from the background is read from its interior. Its shape is the
+one whose rendering, fitted to the blob's area and centroid, overlaps it most. A blob that fits no
+shape is counted as unreadable.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,16 @@ from tf_lightning.shapes.world import (
     coverage,
 )
 
-FOREGROUND = 60.0  # distance from the ground in RGB space; a pixel half covered by yellow has 103
-SPECK = 6  # pixels; smaller blobs are dust
-COLOUR_TOLERANCE = 60.0  # distance in RGB space; the two nearest colours are 100 apart
-PURITY = 0.9  # share of the blob's middle that must have its colour
-MIN_IOU = 0.85  # overlap of the blob and the fitted shape
-MIN_LEAD = 0.02  # by which that overlap exceeds the next shape's
-RADIUS_SLACK = 1.5  # pixels beyond the world's sizes
-UNMOVED = 2.0  # pixels; what an edit leaves alone may differ by these
+FOREGROUND = (
+    60.0  # distance from the background in RGB; that of a pixel half covered by yellow is 103
+)
+MIN_BLOB = 6  # pixels; smaller blobs are ignored
+COLOUR_TOLERANCE = 60.0  # distance in RGB; the two closest colours are 100 apart
+PURITY = 0.9  # smallest share of a blob's interior that has its colour
+MIN_IOU = 0.85  # smallest overlap of a blob with its fitted shape
+MIN_LEAD = 0.02  # smallest lead of this overlap over that of the second best shape
+RADIUS_SLACK = 1.5  # pixels by which a radius may be outside RADII
+MAX_SHIFT = 2.0  # pixels by which an object may move or grow that an edit leaves unchanged
 
 PALETTE = np.float32([BACKGROUND, *COLOURS.values()])
 NEIGHBOURS = np.ones((3, 3), bool)
@@ -36,10 +38,9 @@ NEIGHBOURS = np.ones((3, 3), bool)
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows.
+    """Objects in an image, and the number of blobs that are not objects of the world.
 
-    `unreadable` counts blobs that are no object of the world; `meaning` is None unless all is
-    readable and there are one or two different objects.
+    `meaning` is None unless every blob is readable and there are one or two different objects.
     """
 
     objects: tuple[Object, ...]
@@ -47,14 +48,14 @@ class Reading:
 
     @property
     def meaning(self) -> Meaning | None:
-        """What the picture says, as a caption would say it."""
+        """Meaning of the image, or None if it has none."""
         kinds = {(thing.shape, thing.colour) for thing in self.objects}
         if self.unreadable or not 1 <= len(self.objects) <= 2 or len(kinds) < len(self.objects):
             return None
         return Scene(self.objects).meaning
 
     def __str__(self) -> str:
-        """Words such as "red circle above blue square", or a list of what is there."""
+        """Return the meaning in words, or a list of the objects and unreadable blobs."""
         if self.meaning:
             return str(self.meaning)
         found = [f"{thing.colour} {thing.shape}" for thing in self.objects]
@@ -63,22 +64,22 @@ class Reading:
 
 
 def read(image: np.ndarray) -> Reading:
-    """Reads a picture, uint8 (64, 64, 3)."""
+    """Read an image, uint8 (64, 64, 3)."""
     pixels = image.astype(np.float32)
     labels, count = ndimage.label(
         np.linalg.norm(pixels - PALETTE[0], axis=-1) > FOREGROUND, structure=NEIGHBOURS
     )
     blobs = [labels == label for label in range(1, count + 1)]
-    readings = [_read_blob(pixels, blob) for blob in blobs if blob.sum() >= SPECK]
+    readings = [_read_blob(pixels, blob) for blob in blobs if blob.sum() >= MIN_BLOB]
     objects = tuple(thing for thing in readings if thing)
     return Reading(objects, len(readings) - len(objects))
 
 
 def carried_out(image: np.ndarray, before: Scene, after: Scene) -> bool:
-    """Whether a picture, uint8 (64, 64, 3), shows an edit of `before` that was to give `after`.
+    """Whether an image, uint8 (64, 64, 3), shows the scene `before` edited into `after`.
 
-    It has to say what `after` says, and what the edit leaves alone has to be where it was, as large
-    as it was, within UNMOVED pixels.
+    Its meaning must be that of `after`, and unchanged objects must keep their position and size
+    within MAX_SHIFT pixels.
     """
     reading = read(image)
     if reading.meaning != after.meaning:
@@ -89,14 +90,15 @@ def carried_out(image: np.ndarray, before: Scene, after: Scene) -> bool:
 
 
 def _near(a: Object, b: Object) -> bool:
-    return max(abs(a.x - b.x), abs(a.y - b.y), abs(a.radius - b.radius)) <= UNMOVED
+    return max(abs(a.x - b.x), abs(a.y - b.y), abs(a.radius - b.radius)) <= MAX_SHIFT
 
 
 def _read_blob(pixels: np.ndarray, blob: np.ndarray) -> Object | None:
     colour = _read_colour(pixels, blob)
     if colour is None:
         return None
-    # How much of each pixel the object covers: where its colour lies between ground and object.
+    # Share of each pixel that the object covers: position of its colour between background and
+    # object colour.
     direction = np.float32(COLOURS[colour]) - PALETTE[0]
     covered = np.clip((pixels - PALETTE[0]) @ direction / (direction @ direction), 0, 1) * blob
     fits = [_fit(shape, covered) for shape in SHAPES]
@@ -113,22 +115,22 @@ def _read_blob(pixels: np.ndarray, blob: np.ndarray) -> Object | None:
 
 
 def _read_colour(pixels: np.ndarray, blob: np.ndarray) -> str | None:
-    # Edges are mixtures with the ground (a pale red is nearest to orange): the middle alone tells.
-    middle = pixels[ndimage.binary_erosion(blob, iterations=2)]  # (M, 3)
-    if not len(middle):
+    # Use the interior: edge pixels are mixed with the background, and pale red resembles orange.
+    interior = pixels[ndimage.binary_erosion(blob, iterations=2)]  # (M, 3)
+    if not len(interior):
         return None
-    distances = np.linalg.norm(middle[:, None] - PALETTE, axis=-1)  # (M, colours)
+    distances = np.linalg.norm(interior[:, None] - PALETTE, axis=-1)  # (M, colours)
     votes = np.bincount(
         distances.argmin(1), weights=distances.min(1) <= COLOUR_TOLERANCE, minlength=len(PALETTE)
     )
     winner = int(votes.argmax())
-    if winner == 0 or votes[winner] < PURITY * len(middle):
+    if winner == 0 or votes[winner] < PURITY * len(interior):
         return None
     return list(COLOURS)[winner - 1]
 
 
 def _fit(shape: str, covered: np.ndarray) -> tuple[float, float, float]:
-    """The (x, y, radius) at which a shape has the area and the centroid of `covered`."""
+    """Compute the (x, y, radius) for which a shape has the area and centroid of `covered`."""
     area = float(covered.sum())
     centres = np.arange(len(covered)) + 0.5
     x, y = float(covered.sum(0) @ centres) / area, float(covered.sum(1) @ centres) / area
@@ -137,11 +139,8 @@ def _fit(shape: str, covered: np.ndarray) -> tuple[float, float, float]:
     if shape == "square":
         return x, y, area**0.5 / 2
     radius = (area / 2) ** 0.5
-    return (
-        x,
-        y - radius / 3,
-        radius,
-    )  # a triangle's centroid lies a third of its radius below the box's centre
+    # The centroid of a triangle is a third of its radius below the centre of its box.
+    return x, y - radius / 3, radius
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,6 +1,7 @@
-"""The embedded world as three sources of documents: captioned pictures, text, and edits.
+"""The embedded world as three sources of documents: captioned images, text, and edits.
 
-Their default seeds differ, so that document i of one has nothing to do with document i of another.
+Their default seeds differ, so that document i of one source is independent of document i of
+another.
 """
 
 import zlib
@@ -19,13 +20,14 @@ from tf_lightning.shapes.world import Scene, Split, draw_scene, generator, rende
 
 @dataclass(frozen=True)
 class ShapesCaptions:
-    """Documents [caption, picture].
+    """Documents [caption, image].
 
     Args:
-        num_documents: documents for training.
-        num_val: documents for evaluation; two objects show a meaning that no training picture has.
-        two_objects: share of pictures with two objects, in [0, 1].
-        seed: names the pictures.
+        num_documents: number of training documents.
+        num_val: number of validation documents; those with two objects have meanings that never
+            occur in training.
+        two_objects: share of images with two objects, in [0, 1].
+        seed: seed of the documents, >= 0.
     """
 
     num_documents: int = 30_000
@@ -37,20 +39,28 @@ class ShapesCaptions:
         _check(self.num_documents, self.num_val, self.two_objects)
 
     def documents(self, split: Split) -> Iterator[RawDocument]:
-        """The documents of a split, in order."""
+        """Yield the documents of a split, in order."""
         for index in range(_count(self, split)):
             rng = generator(self.seed, index, split)
             scene = draw_scene(rng, split=split, two_objects=self.two_objects)
-            yield [caption(scene, rng), picture(scene)]
+            yield [caption(scene, rng), scene_image(scene)]
 
     def fingerprint(self, split: Split) -> str:
-        """Differs where the documents of the split differ."""
+        """Identify the documents of a split: equal documents have equal fingerprints."""
         return _fingerprint(self, split, self.two_objects)
 
 
 @dataclass(frozen=True)
 class ShapesTexts:
-    """Documents [text] of known probability, `text_log_prob`; training states every meaning."""
+    """Documents [text] with known probability `grammar.text_log_prob`.
+
+    Training texts state every meaning, also those that are held out for images.
+
+    Args:
+        num_documents: number of training documents.
+        num_val: number of validation documents.
+        seed: seed of the documents, >= 0.
+    """
 
     num_documents: int = 30_000
     num_val: int = 1_000
@@ -60,18 +70,25 @@ class ShapesTexts:
         _check(self.num_documents, self.num_val)
 
     def documents(self, split: Split) -> Iterator[RawDocument]:
-        """The documents of a split, in order."""
+        """Yield the documents of a split, in order."""
         for index in range(_count(self, split)):
             yield [draw_text(generator(self.seed, index, split))]
 
     def fingerprint(self, split: Split) -> str:
-        """Differs where the documents of the split differ."""
+        """Identify the documents of a split: equal documents have equal fingerprints."""
         return _fingerprint(self, split)
 
 
 @dataclass(frozen=True)
 class ShapesEdits:
-    """Documents [picture, instruction, picture]; training shows no held-out meaning."""
+    """Documents [image, instruction, edited image]; no training image has a held-out meaning.
+
+    Args:
+        num_documents: number of training documents.
+        num_val: number of validation documents.
+        two_objects: share of images to edit with two objects, in [0, 1].
+        seed: seed of the documents, >= 0.
+    """
 
     num_documents: int = 10_000
     num_val: int = 1_000
@@ -82,20 +99,20 @@ class ShapesEdits:
         _check(self.num_documents, self.num_val, self.two_objects)
 
     def documents(self, split: Split) -> Iterator[RawDocument]:
-        """The documents of a split, in order."""
+        """Yield the documents of a split, in order."""
         for index in range(_count(self, split)):
             rng = generator(self.seed, index, split)
             scene = draw_scene(rng, split=split, two_objects=self.two_objects)
             instruction, edited = draw_edit(scene, rng, split=split)
-            yield [picture(scene), instruction, picture(edited)]
+            yield [scene_image(scene), instruction, scene_image(edited)]
 
     def fingerprint(self, split: Split) -> str:
-        """Differs where the documents of the split differ."""
+        """Identify the documents of a split: equal documents have equal fingerprints."""
         return _fingerprint(self, split, self.two_objects)
 
 
-def picture(scene: Scene) -> Image.Image:
-    """The picture of a scene, RGB, 64 x 64."""
+def scene_image(scene: Scene) -> Image.Image:
+    """Render a scene as an RGB image of 64 x 64."""
     return Image.fromarray(render(scene))
 
 
@@ -106,17 +123,17 @@ def _count(source: ShapesCaptions | ShapesTexts | ShapesEdits, split: Split) -> 
 def _check(num_documents: int, num_val: int, two_objects: float = 0.0) -> None:
     if num_documents < 1 or num_val < 0:
         raise UserError(
-            f"num_documents={num_documents} and num_val={num_val} leave nothing to train on; "
+            f"num_documents={num_documents} and num_val={num_val} are out of range; "
             "give num_documents >= 1 and num_val >= 0"
         )
     if not 0 <= two_objects <= 1:
-        raise UserError(f"two_objects={two_objects} is not a share; give a number from 0 to 1")
+        raise UserError(f"two_objects={two_objects} is not in [0, 1]; give a share")
 
 
 def _fingerprint(
     source: ShapesCaptions | ShapesTexts | ShapesEdits, split: Split, *more: float
 ) -> str:
-    # The world's own code is part of what its documents are.
+    # The code is included because it determines the documents.
     code = b"".join(Path(module.__file__).read_bytes() for module in (world, grammar))
     parts = (
         type(source).__name__,

@@ -1,7 +1,7 @@
-"""The embedded world: one or two flat shapes on a plain ground, and the pictures of them.
+"""The embedded world: scenes of one or two flat shapes on a plain background, and their images.
 
-Everything is a pure function of (seed, index, split), so no file is downloaded or kept. Lengths are
-in pixels of a 64 x 64 picture, x to the right and y downwards. `shapes_grammar` has the sentences.
+Scenes are a pure function of (seed, index, split), so no file is downloaded or stored. Lengths are
+in pixels of a 64 x 64 image; x points right and y points down. `grammar` has the sentences.
 """
 
 import zlib
@@ -28,31 +28,29 @@ COLOURS = {
 }
 KINDS = tuple(product(SHAPES, COLOURS))  # 18 (shape, colour) pairs
 RADII = (7.0, 13.0)
-MARGIN = 2.0  # between an object and the edge of the picture
-GAP = 3.0  # between the boxes of two objects
-DOMINANCE = (
-    1.5  # the relation's axis has at least this many times the displacement of the other axis
-)
+MARGIN = 2.0  # between an object and the edge of the image
+GAP = 3.0  # between the bounding boxes of two objects
+DOMINANCE = 1.5  # smallest ratio of the displacement along the relation's axis to the other one
 
 
 class Meaning(NamedTuple):
-    """What a picture or a caption says, with one form for each fact.
+    """Meaning of an image or a caption, in a unique form.
 
-    `objects` are (shape, colour) pairs. With two of them `relation` is "above" or "left of" and
-    reads from the first to the second; "below" and "right of" are these with the objects exchanged.
+    `objects` are (shape, colour) pairs. With two objects, `relation` is "above" or "left of" and
+    relates the first to the second. "below" and "right of" are expressed by exchanging the objects.
     """
 
     objects: tuple[tuple[str, str], ...]
     relation: Literal["above", "left of"] | None = None
 
     def __str__(self) -> str:
-        """Words such as "red circle above blue square"."""
+        """Return words such as "red circle above blue square"."""
         return f" {self.relation} ".join(f"{colour} {shape}" for shape, colour in self.objects)
 
 
 @dataclass(frozen=True)
 class Object:
-    """A flat shape that fills the box from (x - radius, y - radius) to (x + radius, y + radius)."""
+    """A flat shape with bounding box (x - radius, y - radius) to (x + radius, y + radius)."""
 
     shape: str
     colour: str
@@ -69,7 +67,7 @@ class Scene:
 
     @property
     def meaning(self) -> Meaning:
-        """What this scene shows."""
+        """Meaning of this scene."""
         if len(self.objects) == 1:
             return Meaning(((self.objects[0].shape, self.objects[0].colour),))
         first, second = self.objects
@@ -81,13 +79,13 @@ class Scene:
 
 
 def held_out(meaning: Meaning) -> bool:
-    """Whether a meaning is kept for evaluation: a fixed tenth, about, of those with two objects."""
+    """Whether a meaning is held out for evaluation: about a tenth of those with two objects."""
     return len(meaning.objects) == 2 and zlib.crc32(str(meaning).encode()) % 10 == 0
 
 
 @cache
 def meanings(num_objects: int, split: Split | None = None) -> Sequence[Meaning]:
-    """All meanings with one or two objects that pictures of a split (None: of either) may have."""
+    """Return all meanings with one or two objects of a split; None: of both splits."""
     if num_objects == 1:
         return tuple(Meaning((kind,)) for kind in KINDS)
     every = (Meaning(*both) for both in product(permutations(KINDS, 2), ("above", "left of")))
@@ -95,30 +93,8 @@ def meanings(num_objects: int, split: Split | None = None) -> Sequence[Meaning]:
 
 
 def generator(seed: int, index: int, split: Split = "train") -> np.random.Generator:
-    """The random numbers of one sample."""
+    """Return the random generator of one sample."""
     return np.random.default_rng([seed, index, split == "val"])
-
-
-def scene(
-    seed: int,
-    index: int,
-    num_objects: int | None = None,
-    *,
-    split: Split = "train",
-    two_objects: float = 0.75,
-) -> Scene:
-    """Scene `index` of a split.
-
-    Args:
-        seed: names the world, >= 0.
-        index: place in the split, >= 0.
-        num_objects: 1 or 2; None draws it.
-        split: "train" never shows a held-out meaning; two objects of "val" show nothing else.
-        two_objects: share of scenes with two objects where `num_objects` is None, in [0, 1].
-    """
-    return draw_scene(
-        generator(seed, index, split), num_objects, split=split, two_objects=two_objects
-    )
 
 
 def draw_scene(
@@ -128,21 +104,28 @@ def draw_scene(
     split: Split = "train",
     two_objects: float = 0.75,
 ) -> Scene:
-    """As `scene`, from a generator that the caller goes on using."""
+    """Draw a scene.
+
+    Args:
+        rng: source of the random numbers.
+        num_objects: 1 or 2; None: drawn at random.
+        split: "train" has no held-out meanings; scenes of two objects in "val" have only those.
+        two_objects: probability of two objects if `num_objects` is None, in [0, 1].
+    """
     drawn = 1 + int(rng.random() < two_objects)
     choices = meanings(num_objects or drawn, split)
     return place(choices[rng.integers(len(choices))], rng)
 
 
 def place(meaning: Meaning, rng: np.random.Generator) -> Scene:
-    """A scene with a given meaning, at random places and sizes."""
+    """Draw a scene with a given meaning: objects at random positions and of random sizes."""
     if len(meaning.objects) == 1:
         radius = rng.uniform(*RADII)
         x, y = rng.uniform(MARGIN + radius, IMAGE_SIZE - MARGIN - radius, size=2)
         return Scene((Object(*meaning.objects[0], x, y, radius),))
     radii = rng.uniform(*RADII, size=2)
     low, high = MARGIN + radii, IMAGE_SIZE - MARGIN - radii
-    # Along the relation's axis the two boxes and the gap share out what room they leave.
+    # Divide the free length along the relation's axis: before, between and after the two boxes.
     room = high[1] - low[0] - radii.sum() - GAP
     before, after = np.sort(rng.uniform(0, room, size=2))
     along = (low[0] + before, low[0] + radii.sum() + GAP + after)
@@ -161,20 +144,23 @@ def place(meaning: Meaning, rng: np.random.Generator) -> Scene:
 
 
 def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers, (64, 64) in [0, 1], from its signed distance."""
+    """Compute the share of each pixel that a shape covers, (64, 64) in [0, 1].
+
+    The share is a linear function of the signed distance to the shape, clipped to [0, 1].
+    """
     centres = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
     across, down = np.abs(centres - np.float32(x))[None], (centres - np.float32(y))[:, None]
     if shape == "circle":
         distance = np.sqrt(across**2 + down**2) - radius
     elif shape == "square":
         distance = np.maximum(across, np.abs(down)) - radius
-    else:  # upright: apex in the middle of the box's top, base along its bottom
+    else:  # upright triangle: apex at the centre of the box's top edge
         distance = np.maximum((2 * across - down - radius) / 5**0.5, down - radius)
     return np.clip(0.5 - distance, 0, 1)
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of a scene, antialiased, uint8 (64, 64, 3)."""
+    """Render a scene with antialiasing, uint8 (64, 64, 3)."""
     image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUND, np.float32)
     for thing in scene.objects:
         covered = coverage(thing.shape, thing.x, thing.y, thing.radius)[..., None]
