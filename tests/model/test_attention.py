@@ -1,4 +1,4 @@
-"""The mask rule against its definition, and every form of attention against the dense one."""
+"""The attention rule against its definition, and each implementation against DenseAttention."""
 
 from types import SimpleNamespace
 
@@ -33,7 +33,7 @@ VARIANTS = pytest.mark.parametrize(
 
 
 def ragged_batch(copies: bool = False) -> SimpleNamespace:
-    """Documents of equal and unequal length, with and without images, of one position; padding."""
+    """Documents of equal, unequal and minimal length, with and without images, and padding."""
     batch = packed(
         [
             [document("9"), document("3i"), document("i2"), document("3i", 1), document("")],
@@ -50,7 +50,7 @@ def ragged_batch(copies: bool = False) -> SimpleNamespace:
 def run(
     transformer: Transformer, batch, attend, weights: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Outputs at real positions, and gradients of their weighted sum."""
+    """Outputs without padding, and the gradients of their weighted sum."""
     transformer.requires_grad_(True).zero_grad()
     x = transformer.tok_embeddings(batch.input_ids) + weights
     out = transformer(x, batch.positions, attend)[batch.document_ids >= 0]
@@ -61,25 +61,25 @@ def run(
 
 @given(rows=random_rows(), causal=st.booleans())
 @settings(deadline=None, max_examples=50)
-def test_the_mask_is_the_rule_applied_to_every_pair(rows, causal):
+def test_dense_mask_equals_the_rule_for_every_pair(rows, causal):
     length = 1 + max(len(layout(row)) for row in rows)
     batch = packed(rows, row_length=length)
     mask = dense_mask(batch.document_ids, batch.image_ids, causal)
     for b, row in enumerate(rows):
-        places = layout(row)
+        positions = layout(row)
         expected = torch.zeros(length, length, dtype=torch.bool)
-        for q, (query_document, query_image) in enumerate(places):
-            for k, (key_document, key_image) in enumerate(places):
+        for q, (query_document, query_image) in enumerate(positions):
+            for k, (key_document, key_image) in enumerate(positions):
                 same_image = query_image is not None and query_image == key_image
                 seen = k <= q or (same_image and not causal)
                 expected[q, k] = query_document == key_document and seen
-        real = len(places)
+        real = len(positions)
         assert torch.equal(mask[b, :real], expected[:real])
         assert not mask[b, real:, :real].any()
 
 
 @VARIANTS
-def test_attention_by_document_equals_dense_attention(causal, copies, sizes):
+def test_varlen_attention_equals_dense_attention(causal, copies, sizes):
     batch = ragged_batch(copies)
     transformer = tiny_net(**sizes).transformer
     weights = torch.randn(*batch.input_ids.shape, 32)
@@ -93,7 +93,7 @@ def test_attention_by_document_equals_dense_attention(causal, copies, sizes):
 
 @given(rows=random_rows(), causal=st.booleans(), copies=st.booleans())
 @settings(deadline=None, max_examples=60)
-def test_attention_by_document_equals_dense_attention_on_any_rows(rows, causal, copies):
+def test_varlen_attention_equals_dense_attention_on_any_rows(rows, causal, copies):
     rows = [*rows, [document("1")]]
     batch = packed(rows, row_length=130, clean_copies=copies)
     q, k, v = torch.randn(3, *batch.input_ids.shape, 2, 4)
@@ -105,15 +105,15 @@ def test_attention_by_document_equals_dense_attention_on_any_rows(rows, causal, 
     assert (ours[~real] == 0).all()
 
 
-def test_attention_by_document_computes_no_padding():
+def test_varlen_attention_computes_no_padding():
     batch = ragged_batch()
     attend = VarlenAttention(batch)
-    entered = attend.gather(torch.ones(*batch.input_ids.shape, 1))
-    assert len(entered) == (batch.document_ids >= 0).sum()
-    assert sum(attend.tokens) == len(entered)
+    gathered = attend.gather(torch.ones(*batch.input_ids.shape, 1))
+    assert len(gathered) == (batch.document_ids >= 0).sum()
+    assert sum(attend.tokens) == len(gathered)
 
 
-def test_the_cpu_gets_attention_by_document():
+def test_the_cpu_uses_varlen_attention():
     assert isinstance(build_attention(ragged_batch()), VarlenAttention)
 
 

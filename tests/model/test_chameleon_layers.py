@@ -16,7 +16,7 @@ DIM, HEADS, LENGTH = 32, 4, 7
 
 
 def ours(state_dict: dict[str, Tensor], **options) -> Block:
-    """Our block with the weights of one of theirs."""
+    """Our block with the weights of a Hugging Face layer."""
     config = TransformerConfig(
         9, DIM, 1, HEADS, num_kv_heads=2, ffn_dim=48, norm_eps=1e-5, **options
     )
@@ -41,7 +41,9 @@ def theirs(layer: nn.Module, x: Tensor) -> Tensor:
     cos, sin = (
         part[:, :, 0] for part in rope_angles(torch.arange(LENGTH)[None], DIM // HEADS, 10_000.0)
     )
-    sin = torch.cat([sin[..., DIM // HEADS // 2 :]] * 2, -1)  # without the sign of half a rotation
+    sin = torch.cat(
+        [sin[..., DIM // HEADS // 2 :]] * 2, -1
+    )  # without the negative sign of the first half
     mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)[None, None]
     out = layer(x, attention_mask=mask, position_embeddings=(cos, sin))
     return out if isinstance(out, Tensor) else out[0]
@@ -54,7 +56,7 @@ def randomised(layer: nn.Module) -> nn.Module:
     return layer.eval().requires_grad_(False)
 
 
-def test_norm_order_and_qk_norm_are_chameleon_34bs():
+def test_post_norm_and_layer_qk_norm_equal_chameleon_34b():
     from transformers import ChameleonConfig
     from transformers.models.chameleon.modeling_chameleon import ChameleonSwinDecoderLayer
 
@@ -66,7 +68,7 @@ def test_norm_order_and_qk_norm_are_chameleon_34bs():
     layer, x = randomised(layer), torch.randn(1, LENGTH, DIM)
     weights = layer.state_dict()
     for name in ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"):
-        of_heads = weights[f"self_attn.{name}"]  # (H, K), which theirs repeats for each shard
+        of_heads = weights[f"self_attn.{name}"]  # (H, K), repeated for each shard
         of_heads.copy_(of_heads[0].expand_as(of_heads))
         weights[f"self_attn.{name}"] = of_heads[0]
     block = ours(weights, norm_order="post", qk_norm="layer")
@@ -75,7 +77,7 @@ def test_norm_order_and_qk_norm_are_chameleon_34bs():
     assert not torch.allclose(run(other, x), theirs(layer, x), atol=0.1)
 
 
-def test_the_other_qk_norm_is_the_one_of_qwen3():
+def test_rms_qk_norm_equals_qwen3():
     from transformers import Qwen3Config
     from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
@@ -89,7 +91,7 @@ def test_the_other_qk_norm_is_the_one_of_qwen3():
 
 
 @pytest.mark.parametrize("norm_order", ["pre", "post"])
-def test_dropout_acts_behind_both_branches_in_training_alone(norm_order, monkeypatch):
+def test_dropout_acts_on_both_branches_only_in_training(norm_order, monkeypatch):
     net = tiny_net(dropout=0.5, norm_order=norm_order)
     block, x = net.transformer.layers[0], torch.randn(1, LENGTH, DIM)
     plain = tiny_net(norm_order=norm_order).transformer.layers[0]
@@ -98,13 +100,13 @@ def test_dropout_acts_behind_both_branches_in_training_alone(norm_order, monkeyp
     monkeypatch.setattr(
         block.dropout, "forward", lambda out: (dropped.append(out), torch.zeros_like(out))[1]
     )
-    assert torch.equal(run(block, x), x) and len(dropped) == 2  # nothing else reaches the residual
+    assert torch.equal(run(block, x), x) and len(dropped) == 2  # the residual gets nothing else
     share = (run(tiny_net(dropout=0.5).transformer.layers[0].train(), x) == x).float().mean()
-    assert 0.1 < share < 0.4  # where both were dropped
+    assert 0.1 < share < 0.4  # elements where both branches were dropped
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])
-def test_patches_with_weights_equal_to_the_texts_follow_the_same_order(order):
+def test_norm_order_is_the_same_for_separate_image_weights(order):
     from support.tiny import document, packed
     from tf_lightning.model.transformer import with_modality_weights
 
@@ -120,7 +122,7 @@ def test_patches_with_weights_equal_to_the_texts_follow_the_same_order(order):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_no_order_no_norm_and_no_share_is_refused():
+def test_unknown_norm_options_and_dropout_are_refused():
     with pytest.raises(UserError, match="qk_norm='rms' must be false, true or 'layer'"):
         Transformer(TransformerConfig(9, DIM, 1, HEADS, qk_norm="rms"))
     with pytest.raises(UserError, match="norm_order='both' must be 'pre' or 'post'"):

@@ -1,4 +1,4 @@
-"""Clean copies: what is read behind a picture in training is what is read behind it afterwards."""
+"""Clean copies: a training row gives the outputs that generation computes with clean images."""
 
 from dataclasses import replace
 
@@ -30,37 +30,37 @@ from tf_lightning.model.transfusion import TransfusionModel
 from tf_lightning.model.unet import UNetConfig
 from tf_lightning.training.flops import Work, forward_flops, squared_lengths
 
-SHAPES = ["i3", "2i3", "i2i", "ii1i2", "0i"]  # those of images that are read, and of some not
+SHAPES = ["i3", "2i3", "i2i", "ii1i2", "0i"]  # some images are followed by a part, some are not
 CODERS = pytest.mark.parametrize("unet", [None, UNetConfig((8, 16), head_dim=8)], ids=str)
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
 
 
 def net(unet: UNetConfig | None = None, **sizes) -> TransfusionModel:
-    """With PyTorch's own random weights, so that no output is zero."""
+    """A network with PyTorch's random weights, so that no output is zero."""
     torch.manual_seed(0)
     config = TransformerConfig(VOCAB_SIZE, 32, 2, 4, ffn_dim=48, **sizes)
     return TransfusionModel(config, 2, LATENT_SHAPE[0], unet=unet).requires_grad_(False)
 
 
 def copies_of(shapes: list[str], row_length: int = 100) -> Batch:
-    """Documents of these shapes in one row, pictures twice."""
+    """Documents of these shapes in one row, with clean copies."""
     row = [document(shape, seed) for seed, shape in enumerate(shapes)]
     return packed([row], row_length=row_length, clean_copies=True)
 
 
 def noised(batch: Batch) -> Tensor:
-    """Any noised images: here, a flow's."""
+    """Images noised by rectified flow."""
     t = batch.t.view(-1, 1, 1, 1)
     return (1 - t) * batch.latents + t * batch.noise
 
 
 def outputs(made: TransfusionModel, batch: Batch, x_t: Tensor, form=VarlenAttention, causal=False):
-    """Logits at every place, and the denoiser's output of `x_t` at the batch's noise levels."""
+    """Logits at every position, and the denoiser's output for `x_t` at the batch's noise levels."""
     everywhere = replace(batch, target_index=torch.arange(batch.input_ids.numel()))
     return made(everywhere, x_t, batch.t, form(batch, causal))
 
 
-def test_a_row_is_laid_out_as_written_by_hand():
+def test_row_layout_equals_one_written_by_hand():
     batch = copies_of(["2i1", "i"], row_length=24)
     assert batch.image_ids[0].tolist() == (
         [-1] * 4 + [0] * 4 + [2] * 4 + [-1] * 3 + [-1] * 2 + [1] * 4 + [-1] * 2 + [-1]
@@ -77,7 +77,7 @@ def test_a_row_is_laid_out_as_written_by_hand():
 
 @given(rows=random_rows(), causal=st.booleans())
 @settings(deadline=None, max_examples=50)
-def test_a_noised_image_is_read_by_itself_alone_if_a_copy_follows(rows, causal):
+def test_only_its_own_patches_attend_to_a_noised_image_with_a_copy(rows, causal):
     batch = packed(rows, row_length=130, clean_copies=True)
     hidden = hidden_positions(batch)
     mask = dense_mask(batch.document_ids, batch.image_ids, causal, hidden)
@@ -92,14 +92,14 @@ def test_a_noised_image_is_read_by_itself_alone_if_a_copy_follows(rows, causal):
                 assert row[q][k] == seen
 
 
-def test_without_images_to_copy_nothing_is_hidden():
+def test_nothing_is_hidden_without_copies():
     assert hidden_positions(copies_of(["3i", "i", "5"])) is None
 
 
 @CAUSAL
 @CODERS
 @pytest.mark.parametrize("weights", ["shared", "all"])
-def test_text_behind_a_copy_reads_what_it_reads_behind_the_clean_image(unet, causal, weights):
+def test_text_after_a_copy_equals_text_after_the_clean_image(unet, causal, weights):
     made, batch = net(unet, modality_weights=weights), copies_of(SHAPES)
     logits, _ = outputs(made, batch, noised(batch), causal=causal)
     is_text = batch.image_ids[0] < 0
@@ -109,7 +109,7 @@ def test_text_behind_a_copy_reads_what_it_reads_behind_the_clean_image(unet, cau
         expected, _ = all_outputs(made, plain, DenseAttention(plain, causal))
         read = torch.ones(len(expected[0]), dtype=torch.bool)
         if shape.endswith("i"):
-            read[-6:] = False  # patches, <eoi> and <eos> of an image that no part reads
+            read[-6:] = False  # patches, <eoi> and <eos> of an image without a copy
         read &= plain.image_ids[0] < 0
         ours = logits[(batch.document_ids[0] == number) & is_text]
         torch.testing.assert_close(ours[: read.sum()], expected[0][read], atol=1e-5, rtol=1e-5)
@@ -118,11 +118,11 @@ def test_text_behind_a_copy_reads_what_it_reads_behind_the_clean_image(unet, cau
 @CAUSAL
 @CODERS
 @pytest.mark.parametrize("weights", ["shared", "all"])
-def test_an_image_is_denoised_as_behind_a_prompt_of_clean_images(unet, causal, weights):
+def test_an_image_is_denoised_as_after_a_prompt_of_clean_images(unet, causal, weights):
     made, batch = net(unet, modality_weights=weights), copies_of(SHAPES)
     x_t = noised(batch)
     _, output = outputs(made, batch, x_t, causal=causal)
-    assert output.shape == batch.latents.shape  # copies are not asked for their noise
+    assert output.shape == batch.latents.shape  # copies have no output
     image = 0
     for number, shape in enumerate(SHAPES):
         parts = document(shape, number)
@@ -137,7 +137,7 @@ def test_an_image_is_denoised_as_behind_a_prompt_of_clean_images(unet, causal, w
 
 
 @CAUSAL
-def test_a_noised_image_changes_its_own_output_alone(causal):
+def test_a_noised_image_changes_only_its_own_output(causal):
     made, batch = net(), copies_of(["2i2i1"])
     before = outputs(made, batch, x_t := noised(batch), causal=causal)
     x_t[0] += 1
@@ -149,19 +149,19 @@ def test_a_noised_image_changes_its_own_output_alone(causal):
     assert not torch.equal(before[1][0], after[1][0])
 
 
-def test_a_copy_changes_all_that_follows_and_nothing_before():
+def test_a_copy_changes_everything_after_it_and_nothing_before():
     made, batch = net(), copies_of(["2i2i1"])
     x_t = noised(batch)
     before = outputs(made, batch, x_t)
     batch.latents[0] += 1
     after = outputs(made, batch, x_t)
     changed = (before[0] != after[0]).any(-1)[: batch.row_tokens.item()]
-    first = batch.image_ids[0].tolist().index(batch.num_images)  # of the first copy
+    first = batch.image_ids[0].tolist().index(batch.num_images)  # first position of the first copy
     assert not changed[:first].any() and changed[first:].all()
     assert torch.equal(before[1][0], after[1][0]) and (before[1][1] != after[1][1]).all()
 
 
-def test_an_image_with_a_copy_may_be_all_noise_and_its_copy_has_none():
+def test_images_with_a_copy_use_all_noise_levels():
     rows = [[document("i1", 0)] * 8 for _ in range(50)]
     limited, copied = packed(rows), packed(rows, row_length=200, clean_copies=True)
     assert limited.t.max() < 0.5 < 0.95 < copied.t.max()
@@ -172,7 +172,7 @@ def test_an_image_with_a_copy_may_be_all_noise_and_its_copy_has_none():
 
 @given(rows=random_rows())
 @settings(deadline=None, max_examples=30)
-def test_unpacking_leaves_the_copies_out(rows):
+def test_unpack_ignores_copies(rows):
     plain = unpack(packed(rows, row_length=130), TOKENIZER)
     copied = unpack(packed(rows, row_length=130, clean_copies=True), TOKENIZER)
     assert [len(parts) for parts in plain] == [len(parts) for parts in copied]
@@ -181,7 +181,7 @@ def test_unpacking_leaves_the_copies_out(rows):
 
 
 @CODERS
-def test_flops_of_copies_are_those_counted(unet):
+def test_flops_with_copies_equal_the_counted_flops(unet):
     made, batch = net(unet), copies_of(SHAPES)
     lengths = torch.bincount(batch.document_ids[0][batch.document_ids[0] >= 0]).tolist()
     assert squared_lengths(batch).item() == sum(length**2 for length in lengths)

@@ -1,4 +1,4 @@
-"""Other ways to tell the linear coder noise level and place, against the papers' own formulas."""
+"""Options of the linear patch coder, against the formulas of their papers."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ POS_EMBEDS = pytest.mark.parametrize("pos_embed", ["learned", "sincos"])
 
 
 def made_net(learned_sigma: bool = False, **linear) -> TransfusionModel:
-    """With PyTorch's own random weights, so that nothing is zero."""
+    """A network with PyTorch's random weights, so that nothing is zero."""
     torch.manual_seed(0)
     config = TransformerConfig(VOCAB_SIZE, 32, 2, 4, 2, ffn_dim=48)
     net = TransfusionModel(
@@ -57,7 +57,7 @@ def packed(parts, net: TransfusionModel):
 
 
 @pytest.mark.parametrize("grid, dim", [((4, 4), 32), ((2, 3), 8)])
-def test_sinusoidal_places_are_those_of_masked_autoencoders(grid, dim):
+def test_sincos_pos_embed_equals_masked_autoencoders(grid, dim):
     """MAE's formula: columns in the first half, rows in the second, sines before cosines."""
 
     def one(positions: np.ndarray) -> np.ndarray:
@@ -70,14 +70,14 @@ def test_sinusoidal_places_are_those_of_masked_autoencoders(grid, dim):
     np.testing.assert_allclose(sincos_pos_embed(*grid, dim).numpy(), expected, atol=1e-6)
 
 
-def test_sinusoidal_places_are_diffusers():
+def test_sincos_pos_embed_equals_diffusers():
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
     expected = get_2d_sincos_pos_embed(64, 8, base_size=8, output_type="pt").float()
     torch.testing.assert_close(sincos_pos_embed(8, 8, 64), expected, atol=1e-5, rtol=0)
 
 
-def test_the_adaptive_norm_is_dits_final_layer():
+def test_adaptive_norm_equals_dits_final_layer():
     torch.manual_seed(0)
     norm = AdaptiveNorm(16).requires_grad_(False)
     x, time = torch.randn(2, 5, 16), torch.randn(2, 16)
@@ -90,16 +90,16 @@ def test_the_adaptive_norm_is_dits_final_layer():
 
 
 @POS_EMBEDS
-def test_each_conditioning_is_the_one_it_says(pos_embed):
+def test_each_time_option_equals_its_formula(pos_embed):
     latents, t = torch.randn(2, 3, 4, 6), torch.tensor([0.1, 0.7])
     for time in ("added", "token", "adaln"):
         made = coder(time=time, pos_embed=pos_embed)
         if pos_embed == "sincos":
-            where = sincos_pos_embed(2, 3, 32)
+            expected_pos = sincos_pos_embed(2, 3, 32)
         else:
-            where = made.row_embedding.weight[:2].repeat_interleave(3, 0)
-            where = where + made.column_embedding.weight[:3].repeat(2, 1)
-        patches = made.patch_encoder(patchify(latents, 2)) + where
+            expected_pos = made.row_embedding.weight[:2].repeat_interleave(3, 0)
+            expected_pos = expected_pos + made.column_embedding.weight[:3].repeat(2, 1)
+        patches = made.patch_encoder(patchify(latents, 2)) + expected_pos
         embedded = made.time_embedder(timestep_embedding(t))
         encoded, skips = made.encode(latents, t)
         expected = {
@@ -110,13 +110,13 @@ def test_each_conditioning_is_the_one_it_says(pos_embed):
         torch.testing.assert_close(encoded, expected)
         output = made.decode(encoded, (4, 6), skips)
         assert output.shape == latents.shape
-        if time == "token":  # what comes out at the token's place is nobody's
+        if time == "token":  # the output at the time token is ignored
             encoded[:, 0] = 7
             assert torch.equal(made.decode(encoded, (4, 6), skips), output)
 
 
-def test_adaln_with_zero_weights_is_no_conditioning():
-    """The output is then that of plain layer norms, and no noise level changes it."""
+def test_adaln_with_zero_weights_ignores_the_noise_level():
+    """The result is that of plain layer norms, at every noise level."""
     net = made_net(time="adaln")
     for norm in (net.patch_coder.input_norm, net.patch_coder.output_norm):
         norm.modulation[1].weight.zero_()
@@ -136,7 +136,7 @@ def test_adaln_with_zero_weights_is_no_conditioning():
 
 
 @TIMES
-def test_the_noise_level_changes_the_image_and_what_reads_it_and_no_text_before(time):
+def test_the_noise_level_changes_the_image_and_later_text_only(time):
     net = made_net(time=time)
     batch = packed(document("3i2"), net)
     at = torch.arange(batch.input_ids.numel())
@@ -150,13 +150,13 @@ def test_the_noise_level_changes_the_image_and_what_reads_it_and_no_text_before(
     assert not torch.isclose(low[1], high[1], atol=1e-4).all()
 
 
-# Starting values
+# Initialization
 
 
 @TIMES
 @POS_EMBEDS
 @pytest.mark.parametrize("zero_init", ["output", "input"])
-def test_one_end_of_the_image_side_is_silent_at_the_start(time, pos_embed, zero_init):
+def test_zero_init_zeroes_the_output_or_the_input(time, pos_embed, zero_init):
     made = coder(time=time, pos_embed=pos_embed, zero_init=zero_init)
     for parameter in made.parameters():
         parameter.fill_(float("nan"))
@@ -174,8 +174,8 @@ def test_one_end_of_the_image_side_is_silent_at_the_start(time, pos_embed, zero_
 
 
 @TIMES
-def test_a_silent_input_learns(time):
-    """No gradient of the parts that are zero is zero: nothing stays silent."""
+def test_zero_input_layers_have_gradients(time):
+    """The layers that start at zero have gradients, so they do not stay zero."""
     torch.manual_seed(0)
     config = TransformerConfig(VOCAB_SIZE, 32, 2, 4, 2, ffn_dim=48)
     linear = LinearConfig(time=time, pos_embed="sincos", zero_init="input")
@@ -197,8 +197,8 @@ def draw(net: TransfusionModel, parts, how: Settings) -> torch.Tensor:
 
 @TIMES
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_an_image_from_the_cache_is_that_of_full_forwards(time, scale):
-    """Behind a clean image of the prompt, which is at t = 0."""
+def test_denoising_with_the_cache_equals_full_forwards(time, scale):
+    """The prompt has a clean image, at t = 0."""
     net, prompt = made_net(time=time, pos_embed="sincos", learned_sigma=True), document("2i1", 3)
     drawn = draw(net, prompt, settings("image", guidance=Guidance(scale)))
     scheduler = build_scheduler(PROCESS, "DDIMScheduler")
@@ -217,7 +217,7 @@ def test_an_image_from_the_cache_is_that_of_full_forwards(time, scale):
 
 
 class Chooser:
-    """The vocabulary head with <boi> first, then never again, so that text follows an image."""
+    """A vocabulary head that makes <boi> the first token and no later one."""
 
     def __init__(self, head: torch.nn.Linear):
         self.head, self.seen = head, []
@@ -232,10 +232,10 @@ class Chooser:
 
 
 @TIMES
-def test_text_behind_a_drawn_image_reads_it_clean(time):
-    """The logits behind it are those of a full forward with it at t = 0, and at no other t."""
+def test_text_after_a_generated_image_reads_it_at_t_0(time):
+    """Its logits equal a full forward with the image at t = 0, and at no other t."""
     net, prompt = made_net(time=time), document("3", 1)
-    net.patch_coder.time_embedder[2].weight *= 10  # so that t is heard
+    net.patch_coder.time_embedder[2].weight *= 10  # so that t matters
     head = net.transformer.output
     chooser = net.transformer._modules["output"] = Chooser(head)
     how = settings("any", text={"max_new_tokens": 2})
@@ -247,12 +247,12 @@ def test_text_behind_a_drawn_image_reads_it_clean(time):
     clean, noised = (
         net(batch, batch.latents, torch.tensor([t]), DenseAttention(batch))[0] for t in (0.0, 0.5)
     )
-    _, _, *seen = chooser.seen  # behind the prompt and <boi>; then behind <eoi> and a token
+    _, _, *seen = chooser.seen  # after the prompt, <boi>; then after <eoi> and one token
     torch.testing.assert_close(torch.stack(seen), clean, atol=1e-5, rtol=1e-4)
     assert (noised - clean).abs().max() > 1e-2
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -264,12 +264,12 @@ def test_text_behind_a_drawn_image_reads_it_clean(time):
         ({"pos_embed": "sincos"}, "needs a multiple of 4 as transformer.dim, which is 30"),
     ],
 )
-def test_what_there_is_not_is_refused(linear, words):
+def test_unknown_options_are_refused(linear, words):
     with pytest.raises(UserError, match=words):
         check_linear_config(LinearConfig(**linear), 30)
 
 
-def test_a_unet_has_ways_of_its_own():
+def test_unet_and_linear_together_are_refused():
     config = TransformerConfig(VOCAB_SIZE, **SIZES)
     with pytest.raises(UserError, match="unet and linear are both given"):
         Transfusion(config, unet=UNetConfig((8, 16), 1, 8), linear=LinearConfig())

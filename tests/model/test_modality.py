@@ -1,4 +1,4 @@
-"""Weights of their own for patches: equal to the plain block when tied, and apart when not."""
+"""Separate weights for patches: equal copies give the plain block, others act on patches only."""
 
 import pytest
 import torch
@@ -25,13 +25,13 @@ def mixed_batch() -> Batch:
 
 
 def tied(kind: str, **sizes) -> tuple[TransfusionModel, TransfusionModel]:
-    """A plain net, and one with twin weights of the same values."""
+    """A plain network, and one whose image weights are copies of its text weights."""
     plain, own = tiny_net(**sizes), tiny_net(modality_weights=kind, **sizes)
     own.load_state_dict(with_modality_weights(plain.state_dict(), own.state_dict()))
     return plain, own
 
 
-def test_image_weights_that_a_checkpoint_has_are_kept_and_others_are_not_made_up():
+def test_with_modality_weights_keeps_existing_weights_and_invents_none():
     own = tiny_net(modality_weights="all").state_dict()
     assert with_modality_weights(own, own).keys() == own.keys()
     assert all(value is own[name] for name, value in with_modality_weights(own, own).items())
@@ -46,7 +46,7 @@ def test_image_weights_that_a_checkpoint_has_are_kept_and_others_are_not_made_up
 @FORMS
 @KINDS
 @pytest.mark.parametrize("qk_norm", [False, True, "layer"])
-def test_tied_weights_equal_the_plain_block(form, kind, qk_norm):
+def test_copied_weights_equal_the_plain_block(form, kind, qk_norm):
     plain, own = tied(kind, qk_norm=qk_norm)
     batch = mixed_batch()
     attend = form(batch)
@@ -58,8 +58,8 @@ def test_tied_weights_equal_the_plain_block(form, kind, qk_norm):
 
 @FORMS
 @KINDS
-def test_split_weights_equal_a_computation_of_both_at_every_position(form, kind):
-    """The second implementation runs both weights everywhere and takes one by position."""
+def test_separate_weights_equal_both_computed_at_every_position(form, kind):
+    """The second implementation applies both weights everywhere and selects by position."""
     net, batch = tiny_net(modality_weights=kind), mixed_batch()
     attend, dense = form(batch), DenseAttention(batch)
     logits, output = all_outputs(net, batch, attend)
@@ -92,7 +92,7 @@ def test_split_weights_equal_a_computation_of_both_at_every_position(form, kind)
 
 
 @KINDS
-def test_each_modality_teaches_its_own_weights_only(kind):
+def test_image_weights_get_gradients_from_images_only(kind):
     net = tiny_net(modality_weights=kind).requires_grad_(True)
     batch = packed([[document("5")]])
     logits, _ = net(batch, batch.latents, batch.t, VarlenAttention(batch))
@@ -121,7 +121,7 @@ def test_text_before_any_image_does_not_depend_on_image_weights():
 
 
 @FORMS
-def test_a_split_joined_is_in_its_old_order(form):
+def test_modality_split_round_trip(form):
     batch = mixed_batch()
     attend = form(batch)
     x = attend.gather(torch.arange(batch.input_ids.numel()).view(2, -1, 1).double())
@@ -132,14 +132,14 @@ def test_a_split_joined_is_in_its_old_order(form):
     assert torch.equal(text, x[image_ids < 0]) and torch.equal(patches, x[image_ids >= 0])
 
 
-def test_the_batch_counts_both_kinds_of_places():
+def test_text_index_and_patch_index_cover_all_positions():
     batch = mixed_batch()
     everywhere = torch.cat([batch.text_index, batch.patch_index]).sort().values
     assert everywhere.tolist() == list(range(batch.input_ids.numel()))
     assert (batch.image_ids.flatten()[batch.text_index] < 0).all()
 
 
-def test_padding_alone_and_text_alone_run():
+def test_rows_of_only_padding_or_only_text_run():
     net = tiny_net(modality_weights="all")
     for batch in (packed([[]], row_length=4), packed([[document("3")]])):
         for form in (DenseAttention, VarlenAttention):
@@ -159,7 +159,7 @@ def test_every_weight_is_initialised(kind):
     assert len(ends) == 4 and all(scale.item() == pytest.approx(1, rel=0.1) for scale in scales)
 
 
-def test_the_two_kinds_own_what_they_say():
+def test_image_layers_have_the_weights_of_their_option():
     names = {
         kind: {
             n.split(".", 1)[1]
@@ -175,7 +175,7 @@ def test_the_two_kinds_own_what_they_say():
     assert names == {"ffn": ffn, "all": ffn | attention}
 
 
-def test_a_plain_net_has_the_names_it_had():
+def test_modality_weights_do_not_rename_text_weights():
     text = {name for name in tiny_net().state_dict()}
     for kind in ("ffn", "all"):
         own = {name for name in tiny_net(modality_weights=kind).state_dict()}

@@ -1,4 +1,4 @@
-"""The linear patch coder: order, round trip, timestep, and its share of the paper's models."""
+"""The linear patch coder: patch order, round trip, timestep embedding and the paper's sizes."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_timestep_embedding_equals_diffusers():
     torch.testing.assert_close(ours, expected, atol=2e-4, rtol=0)
 
 
-def test_encoding_adds_the_time_and_the_place_to_each_patch():
+def test_encoding_adds_timestep_and_position_embedding_to_each_patch():
     coder = LinearPatchCoder(latent_channels=3, patch_size=2, dim=16).requires_grad_(False)
     latents, t = torch.randn(2, 3, 4, 6), torch.tensor([0.0, 0.7])
     time = coder.time_embedder(timestep_embedding(t))
@@ -62,7 +62,7 @@ def test_encoding_adds_the_time_and_the_place_to_each_patch():
             torch.testing.assert_close(encoded[image, patch], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_decoding_puts_each_patch_in_its_place():
+def test_decoding_keeps_the_order_of_patches():
     coder = LinearPatchCoder(latent_channels=3, patch_size=2, dim=16).requires_grad_(False)
     hidden = torch.randn(1, 6, 16)
     output = coder.decode(hidden, (4, 6))
@@ -70,7 +70,7 @@ def test_decoding_puts_each_patch_in_its_place():
     torch.testing.assert_close(output[0, :, 2:4, 2:4], expected)
 
 
-def test_the_output_starts_at_zero_the_mean_of_every_target():
+def test_the_output_is_zero_and_patches_have_unit_variance_at_the_start():
     coder = LinearPatchCoder(latent_channels=3, patch_size=2, dim=64).requires_grad_(False)
     coder.reset_parameters()
     assert not coder.decode(torch.randn(1, 6, 64), (4, 6)).any()
@@ -78,8 +78,8 @@ def test_the_output_starts_at_zero_the_mean_of_every_target():
 
 
 @pytest.mark.parametrize("name, percent", PAPER_SHARES.items())
-def test_the_papers_coder_has_the_papers_share_of_parameters(name, percent):
-    """Its Table 7; the learned row and column embedding is ours and left out."""
+def test_the_coder_has_the_papers_share_of_parameters(name, percent):
+    """Table 7 of the paper, without our learned row and column embeddings."""
     with torch.device("meta"):
         coder = LinearPatchCoder(latent_channels=8, patch_size=2, dim=paper_config(name).dim)
     linears = [part for part in coder.modules() if isinstance(part, nn.Linear)]

@@ -1,4 +1,4 @@
-"""The Llama: rotary positions, sizes and initialisation. Logits are compared in test_weights.py."""
+"""Rotary positions, sizes and initialization; interop/test_llama.py compares the logits."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tf_lightning.model.transformer import Transformer, TransformerConfig, rope_
 
 
 @pytest.mark.parametrize("name, millions", PAPER_SIZES.items())
-def test_the_papers_models_have_the_papers_sizes(name, millions):
+def test_the_papers_sizes_have_the_papers_parameter_counts(name, millions):
     with torch.device("meta"):
         transformer = Transformer(paper_config(name))
     assert sum(p.numel() for p in transformer.parameters()) / 1e6 == pytest.approx(
@@ -19,7 +19,7 @@ def test_the_papers_models_have_the_papers_sizes(name, millions):
     )
 
 
-def test_rotary_positions_equal_hugging_faces():
+def test_rotary_embedding_equals_hugging_face():
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import (
         LlamaRotaryEmbedding,
@@ -79,7 +79,7 @@ def test_outputs_start_at_unit_variance():
     assert transformer.output(hidden).std() == pytest.approx(1, rel=0.1)
 
 
-def test_residual_branches_start_smaller_the_deeper_the_network():
+def test_residual_branches_are_scaled_by_depth():
     transformer = tiny_net().transformer
     transformer.reset_parameters()
     last = transformer.layers[0].feed_forward.w2.weight
@@ -87,7 +87,7 @@ def test_residual_branches_start_smaller_the_deeper_the_network():
 
 
 @pytest.mark.parametrize("qk_norm", [True, "layer"])
-def test_with_qk_norm_the_scale_of_queries_and_keys_does_not_matter(qk_norm):
+def test_qk_norm_removes_the_scale_of_queries_and_keys(qk_norm):
     net, batch = tiny_net(qk_norm=qk_norm), packed([[document("2i3")]])
     x, attend = torch.randn(*batch.input_ids.shape, 32), build_attention(batch)
     before = net.transformer(x, batch.positions, attend)

@@ -1,4 +1,4 @@
-"""The U-Net patch coder against diffusers' own U-Net, and its sizes against the paper's."""
+"""The U-Net patch coder against diffusers' U-Net, and its sizes against the paper's."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ DIM, LATENT_CHANNELS = 16, 3
 
 
 def coder(patch_size: int, dim: int = DIM, **arguments) -> UNetPatchCoder:
-    """A narrow one with PyTorch's own random weights."""
+    """A narrow coder with PyTorch's random weights."""
     torch.manual_seed(0)
     config = UNetConfig(CHANNELS[patch_size], num_blocks=2, head_dim=8)
     made = UNetPatchCoder(config, LATENT_CHANNELS, patch_size, dim, **arguments)
@@ -22,14 +22,14 @@ def coder(patch_size: int, dim: int = DIM, **arguments) -> UNetPatchCoder:
 
 
 class Sinusoids(nn.Module):
-    """`timestep_embedding` in the place of diffusers' own."""
+    """`timestep_embedding` as a module, to replace diffusers'."""
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         return timestep_embedding(timesteps)
 
 
 def library_unet(ours: UNetPatchCoder, patch_size: int) -> nn.Module:
-    """diffusers' U-Net without a middle, with our weights."""
+    """diffusers' U-Net without a middle block, with our weights."""
     from diffusers import UNet2DModel
 
     levels = len(CHANNELS[patch_size])
@@ -48,17 +48,17 @@ def library_unet(ours: UNetPatchCoder, patch_size: int) -> nn.Module:
     for name in ("conv_in", "down_blocks", "up_blocks", "conv_out"):
         getattr(unet, name).load_state_dict(getattr(ours, name).state_dict())
     unet.conv_norm_out.load_state_dict(ours.norm_out.state_dict())
-    # diffusers' sinusoids are as many as the first channels: take ours instead.
+    # The width of diffusers' timestep embedding is that of the first channels.
     unet.time_proj, unet.time_embedding = Sinusoids(), ours.time_embedder
     return unet.requires_grad_(False)
 
 
 @pytest.mark.parametrize("patch_size", [2, 4, 8])
-def test_around_nothing_it_is_diffusers_unet(patch_size):
+def test_without_a_transformer_it_equals_diffusers_unet(patch_size):
     ours = coder(patch_size)
     ours.row_embedding.weight.zero_()
     ours.column_embedding.weight.zero_()
-    for linear in (ours.patch_encoder, ours.patch_decoder):  # D is the channels': pass through
+    for linear in (ours.patch_encoder, ours.patch_decoder):  # identities, as D equals the channels
         nn.init.eye_(linear.weight)
         linear.bias.zero_()
     latents, t = torch.randn(2, LATENT_CHANNELS, 16, 24), torch.tensor([0.1, 0.8])
@@ -70,7 +70,7 @@ def test_around_nothing_it_is_diffusers_unet(patch_size):
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
-def test_shapes_are_those_of_the_linear_coder(patch_size):
+def test_shapes_equal_those_of_the_linear_coder(patch_size):
     made = coder(patch_size, dim=24, out_channels=2 * LATENT_CHANNELS)
     latents = torch.randn(2, LATENT_CHANNELS, 8, 16)
     patches, skips = made.encode(latents, torch.tensor([0.1, 0.8]))
@@ -93,7 +93,7 @@ def test_patches_are_in_raster_order(patch_size):
     assert changed.nonzero().flatten().tolist() == list(range(columns, 2 * columns))
 
 
-def test_the_noise_level_enters_both_halves():
+def test_the_noise_level_enters_both_paths():
     made = coder(2)
     latents, t = torch.randn(1, LATENT_CHANNELS, 8, 8), torch.tensor([0.2])
     patches, skips = made.encode(latents, t)
@@ -113,7 +113,7 @@ def test_every_skip_is_read(index):
     assert not torch.allclose(made.decode(patches, (8, 8), skips), output)
 
 
-def test_images_do_not_see_each_other():
+def test_images_do_not_attend_to_each_other():
     made = coder(2)
     latents, t = torch.randn(3, LATENT_CHANNELS, 8, 8), torch.tensor([0.2, 0.5, 0.9])
     patches, skips = made.encode(latents, t)
@@ -126,16 +126,16 @@ def test_images_do_not_see_each_other():
     torch.testing.assert_close(made.decode(alone, (8, 8), own), again, atol=1e-5, rtol=1e-5)
 
 
-def test_no_normalisation_knows_the_noise_level_and_each_is_a_layer_norm():
+def test_norms_are_layer_norms_without_timestep_conditioning():
     norms = [part for part in coder(4).modules() if isinstance(part, nn.GroupNorm)]
     assert norms and all(norm.num_groups == 1 for norm in norms)
     times = [part for name, part in coder(4).named_modules() if name.endswith("time_emb_proj")]
-    # scale and shift would need two numbers a channel
+    # a scale and a shift would need two outputs per channel
     resnets = [part for part in coder(4).modules() if type(part).__name__ == "ResnetBlock2D"]
     assert [t.out_features for t in times] == [r.conv1.out_channels for r in resnets]
 
 
-def test_no_image_is_an_empty_batch_that_leaves_gradients_of_zero():
+def test_an_empty_batch_leaves_zero_gradients():
     made = coder(4).requires_grad_(True)
     patches, skips = made.encode(torch.empty(0, LATENT_CHANNELS, 4, 4), torch.empty(0))
     (made.decode(patches, (4, 4), skips).sum() + patches.sum()).backward()
@@ -143,7 +143,7 @@ def test_no_image_is_an_empty_batch_that_leaves_gradients_of_zero():
     assert missing == []
 
 
-def test_it_starts_with_unit_variance_patches_and_a_zero_output():
+def test_patches_have_unit_variance_and_the_output_is_zero_at_the_start():
     torch.manual_seed(0)
     config = UNetConfig((32, 64), num_blocks=2, head_dim=32)
     made = UNetPatchCoder(config, 8, 2, 64).requires_grad_(False)
@@ -157,8 +157,8 @@ def test_it_starts_with_unit_variance_patches_and_a_zero_output():
 
 @pytest.mark.parametrize("size", ["0.16b", "0.37b", "0.76b", "1.4b", "7b"])
 @pytest.mark.parametrize("channels", [(512, 960), (256, 512, 960), (128, 256, 512, 960)])
-def test_the_papers_coder_has_the_papers_size(size, channels):
-    """0.256 to 0.276 billion parameters fit the shares of its Table 7, whatever the width."""
+def test_the_default_sizes_have_the_papers_parameter_count(size, channels):
+    """0.256 to 0.276 billion parameters fit the shares of Table 7 at every model dim."""
     with torch.device("meta"):
         made = UNetPatchCoder(
             UNetConfig(channels), 8, 2 ** (len(channels) - 1), paper_config(size).dim
@@ -176,6 +176,6 @@ def test_the_papers_coder_has_the_papers_size(size, channels):
         ((8, 12), 8, 2, "head_dim=8 must divide the last"),
     ],
 )
-def test_sizes_that_do_not_go_together_are_refused(channels, head_dim, patch_size, message):
+def test_inconsistent_sizes_are_refused(channels, head_dim, patch_size, message):
     with pytest.raises(UserError, match=message):
         UNetPatchCoder(UNetConfig(channels, 1, head_dim), 3, patch_size, 16)

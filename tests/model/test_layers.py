@@ -1,4 +1,4 @@
-"""Derivatives by hand against autograd's of PyTorch's own."""
+"""Hand-written derivatives against autograd."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def normal(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
 
 
 def outcome(function, x: torch.Tensor, *weights: nn.Parameter) -> list[torch.Tensor]:
-    """A function's value, and the gradients of x and the weights of a random direction's."""
+    """The value of a function, and the gradients of x and the weights for a random direction."""
     x = x.clone().requires_grad_()
     y = function(x)
     gradients = torch.autograd.grad(y, [x, *weights], normal(*y.shape, seed=1).to(y.dtype))
@@ -26,7 +26,7 @@ def outcome(function, x: torch.Tensor, *weights: nn.Parameter) -> list[torch.Ten
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize(("dtype", "weight_dtype"), PRECISIONS)
 @pytest.mark.parametrize("shape", [(5, 16), (2, 7, 4, 8)])
-def test_rms_norm_and_its_gradients_are_pytorchs(shape, dtype, weight_dtype):
+def test_rms_norm_and_its_gradients_equal_pytorch(shape, dtype, weight_dtype):
     ours, theirs = RMSNorm(shape[-1], 1e-5), nn.RMSNorm(shape[-1], 1e-5)
     x = 3 * normal(*shape)
     for norm in (ours, theirs):
@@ -40,13 +40,13 @@ def test_rms_norm_and_its_gradients_are_pytorchs(shape, dtype, weight_dtype):
         torch.testing.assert_close(a.float(), b, atol=close * b.abs().max().item(), rtol=0)
 
 
-def test_a_vector_of_zeros_has_finite_gradients():
+def test_rms_norm_of_zeros_has_finite_gradients():
     norm = RMSNorm(8, 1e-5)
     assert all(y.isfinite().all() for y in outcome(norm, torch.zeros(3, 8), norm.weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rotation_and_its_gradient_are_those_of_its_formula(dtype):
+def test_rotary_embedding_and_its_gradient_equal_complex_multiplication(dtype):
     """RoFormer Eq. 34 in half-split order, on complex numbers."""
     x = normal(2, 5, 3, 8, dtype=dtype)
     angles = torch.arange(5).unsqueeze(-1) * 10_000.0 ** (-torch.arange(4) / 4)  # (T, K / 2)

@@ -1,4 +1,4 @@
-"""What each output depends on, and what each loss teaches."""
+"""Which inputs each output depends on, and which weights each loss trains."""
 
 from dataclasses import replace
 
@@ -18,70 +18,70 @@ CAUSAL = pytest.mark.parametrize("causal", [False, True])
 
 
 def two_rows() -> Batch:
-    """Row 0: documents of text, image, text, image, text; and of text, image. Row 1: one more."""
+    """Row 0: text-image-text-image-text, then text-image. Row 1: image-text."""
     return packed([[document("2i3i1", 1), document("2i", 2)], [document("i2", 3)]])
 
 
 def changed(before: Tensor, after: Tensor) -> set[tuple[int, int]]:
-    """Positions (b, t) whose logits are not the same to 1e-6."""
+    """Positions (b, t) whose logits differ by more than 1e-6."""
     difference = (before - after).abs().amax(-1)
-    return {tuple(place) for place in (difference > 1e-6).nonzero().tolist()}
+    return {tuple(position) for position in (difference > 1e-6).nonzero().tolist()}
 
 
-def places(condition: Tensor) -> set[tuple[int, int]]:
+def positions_where(condition: Tensor) -> set[tuple[int, int]]:
     """Positions (b, t) where a condition (B, T) holds."""
-    return {tuple(place) for place in condition.nonzero().tolist()}
+    return {tuple(position) for position in condition.nonzero().tolist()}
 
 
-def seen_from(batch: Batch, b: int, t: int, causal: bool = False) -> set[tuple[int, int]]:
-    """Positions that position (b, t) may influence: later ones of its document, and its image."""
+def influenced_by(batch: Batch, b: int, t: int, causal: bool = False) -> set[tuple[int, int]]:
+    """Positions that (b, t) may influence: later ones of its document, and its image."""
     row = torch.arange(len(batch.input_ids)).unsqueeze(1)
-    place = torch.arange(batch.input_ids.shape[1])
+    index = torch.arange(batch.input_ids.shape[1])
     image = batch.image_ids[b, t]
     same_image = (batch.image_ids == image) & (image >= 0) & (not causal)
     same_document = (row == b) & (batch.document_ids == batch.document_ids[b, t])
-    return places(same_document & ((place >= t) | same_image))
+    return positions_where(same_document & ((index >= t) | same_image))
 
 
 @FORMS
 @CAUSAL
-def test_a_token_changes_itself_and_what_follows_in_its_document_and_nothing_else(form, causal):
+def test_a_token_changes_only_its_position_and_later_ones_of_its_document(form, causal):
     net, batch = tiny_net(), two_rows()
     attend = form(batch, causal)
     before, images_before = all_outputs(net, batch, attend)
-    for b, t in places((batch.document_ids >= 0) & (batch.image_ids < 0)):
+    for b, t in positions_where((batch.document_ids >= 0) & (batch.image_ids < 0)):
         other = batch.input_ids.clone()
         other[b, t] = (other[b, t] + 1) % VOCAB_SIZE
         after, images_after = all_outputs(net, replace(batch, input_ids=other), attend)
-        expected = seen_from(batch, b, t, causal)
+        expected = influenced_by(batch, b, t, causal)
         assert changed(before, after) == expected
         for image in range(batch.num_images):
-            follows = places(batch.image_ids == image) <= expected
+            follows = positions_where(batch.image_ids == image) <= expected
             difference = (images_before[image] - images_after[image]).abs().max()
             assert (difference > 1e-6) == follows
 
 
 @FORMS
 @CAUSAL
-def test_a_patch_changes_its_image_and_what_follows_and_nothing_else(form, causal):
+def test_a_patch_changes_only_its_image_and_later_positions_of_its_document(form, causal):
     net, batch = tiny_net(), two_rows()
     attend = form(batch, causal)
     before, images_before = all_outputs(net, batch, attend)
-    for index, (b, t) in enumerate(sorted(places(batch.image_ids >= 0))):
+    for index, (b, t) in enumerate(sorted(positions_where(batch.image_ids >= 0))):
         image, patch = divmod(index, 4)
         row, column = (PATCH_SIZE * number for number in divmod(patch, 2))
         latents = batch.latents.clone()
         latents[image, :, row : row + PATCH_SIZE, column : column + PATCH_SIZE] += 1
         after, images_after = all_outputs(net, replace(batch, latents=latents), attend)
-        expected = seen_from(batch, b, t, causal)
+        expected = influenced_by(batch, b, t, causal)
         assert changed(before, after) == expected
         earlier = (images_before - images_after).abs()[: image + 1].flatten(1).amax(1) > 1e-6
         assert earlier.tolist() == [
-            bool(places(batch.image_ids == other) & expected) for other in range(image + 1)
+            bool(positions_where(batch.image_ids == other) & expected) for other in range(image + 1)
         ]
 
 
-def test_with_causal_images_a_patch_leaves_the_earlier_patches_alone():
+def test_with_causal_images_a_patch_does_not_change_earlier_patches():
     net, batch = tiny_net(), two_rows()
     attend = VarlenAttention(batch, causal=True)
     latents = batch.latents.clone()
@@ -93,7 +93,7 @@ def test_with_causal_images_a_patch_leaves_the_earlier_patches_alone():
     assert same.tolist() == [[True] * 4] * 2 + [[True, True, False, False]] * 2
 
 
-def test_the_noise_level_of_an_image_changes_it_and_what_follows_and_nothing_else():
+def test_a_noise_level_changes_only_its_image_and_later_positions_of_its_document():
     net, batch = tiny_net(), two_rows()
     attend = VarlenAttention(batch)
     before, _ = all_outputs(net, batch, attend)
@@ -102,7 +102,7 @@ def test_the_noise_level_of_an_image_changes_it_and_what_follows_and_nothing_els
         t[image] = 1 - t[image]
         after, _ = all_outputs(net, replace(batch, t=t), attend)
         first = (batch.image_ids == image).nonzero()[0].tolist()
-        assert changed(before, after) == seen_from(batch, *first)
+        assert changed(before, after) == influenced_by(batch, *first)
 
 
 def test_a_document_gives_the_same_outputs_alone_and_packed():
@@ -132,19 +132,19 @@ def test_logits_are_computed_at_targets_only():
     assert torch.equal(output, same_output) and output.shape == batch.latents.shape
 
 
-def test_a_batch_without_images_and_one_without_text_run_and_teach_every_weight():
+def test_every_weight_has_a_gradient_without_images_and_without_text():
     net = tiny_net().requires_grad_(True)
     for shape in ("5", "i"):
-        batch = packed([[document(shape)]])  # all that text data knows
+        batch = packed([[document(shape)]])  # text data does not know the shape of images
         net.zero_grad()
         logits, output = net(batch, batch.latents, batch.t, VarlenAttention(batch))
         assert output.shape == batch.latents.shape
         (logits.sum() + output.sum()).backward()
-        # DDP waits for every weight, so none may be left without a gradient
+        # DDP waits for the gradient of every weight
         assert [name for name, p in net.named_parameters() if p.grad is None] == []
 
 
-def test_a_batch_of_padding_alone_has_nothing_to_say():
+def test_a_batch_of_padding_has_no_outputs():
     net, batch = tiny_net(), packed([[]], row_length=4)
     logits, output = net(batch, batch.latents, batch.t, VarlenAttention(batch))
     assert logits.shape == (0, VOCAB_SIZE) and output.shape == batch.latents.shape
@@ -161,29 +161,29 @@ def hidden_gradient(batch: Batch, loss_of) -> tuple[Tensor, dict[str, Tensor]]:
     return kept[0].grad, {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
 
 
-def test_the_lm_loss_teaches_nothing_at_begin_of_image_and_at_patches():
+def test_the_lm_loss_has_no_gradient_at_boi_and_patches():
     batch = two_rows()
     gradient, weights = hidden_gradient(
         batch, lambda logits, _: lm_loss(logits, batch.labels.flatten()[batch.target_index]).sum()
     )
-    taught = places(gradient.abs().amax(-1) > 0)
-    assert taught == places(batch.labels >= 0)
-    assert not taught & places((batch.image_ids >= 0) | (batch.input_ids == 18))
+    trained = positions_where(gradient.abs().amax(-1) > 0)
+    assert trained == positions_where(batch.labels >= 0)
+    assert not trained & positions_where((batch.image_ids >= 0) | (batch.input_ids == 18))
     assert "transformer.output.weight" in weights
     assert "patch_coder.patch_decoder.weight" not in weights
 
 
-def test_the_diffusion_loss_teaches_at_patches_only():
+def test_the_diffusion_loss_has_gradients_at_patches_only():
     batch = two_rows()
     gradient, weights = hidden_gradient(
         batch, lambda _, output: diffusion_loss_sum(output, batch.noise)
     )
-    assert places(gradient.abs().amax(-1) > 0) == places(batch.image_ids >= 0)
+    assert positions_where(gradient.abs().amax(-1) > 0) == positions_where(batch.image_ids >= 0)
     assert "transformer.output.weight" not in weights
     assert "patch_coder.patch_decoder.weight" in weights
 
 
-def test_the_average_of_weights_is_the_exponential_one():
+def test_update_ema_is_the_exponential_moving_average():
     net, ema = tiny_net(), tiny_net()
     start = [parameter.clone() for parameter in ema.parameters()]
     for parameter in net.parameters():

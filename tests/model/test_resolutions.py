@@ -1,4 +1,4 @@
-"""Images of several sizes in one batch: each as it would be alone."""
+"""Images of several resolutions in one batch give the same results as in separate batches."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def net(coder: str) -> TransfusionModel:
 
 
 def with_sizes(shape: str, sizes: list[tuple[int, int]], seed: int) -> list[Tensor]:
-    """As `tiny.document`, its images of these sizes."""
+    """`tiny.document` with images of these sizes."""
     random, sizes = torch.Generator().manual_seed(seed), iter(sizes)
     return [
         torch.randn(3, *next(sizes), generator=random) if part.ndim == 3 else part
@@ -53,7 +53,7 @@ ROWS = [
 
 
 def batch_of(numbers: list[int], coder: str = "linear", copies: bool = False) -> Batch:
-    """Some of the rows, each with the noise of its number."""
+    """Some of ROWS; the noise of a row depends on its number only."""
     return pack(
         [ROWS[n] for n in numbers], numbers, tokenizer=TOKENIZER, row_length=110, patch_size=2,
         clean_copies=copies, time_token=coder == "token",
@@ -62,8 +62,8 @@ def batch_of(numbers: list[int], coder: str = "linear", copies: bool = False) ->
 
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("coder", CODERS)
-def test_a_mixed_batch_costs_what_its_rows_cost_alone(coder, copies):
-    """Every target's nll, the denoiser's loss, and the gradients of both."""
+def test_a_mixed_batch_has_the_losses_of_its_rows(coder, copies):
+    """The loss of every text target, the diffusion loss, and their gradients."""
     made, gamma = net(coder), None if coder == "sigma" else 5.0
     process = DDPM(learned_sigma=coder == "sigma", min_snr_gamma=gamma)
     found, gradients = [], []
@@ -84,7 +84,7 @@ def test_a_mixed_batch_costs_what_its_rows_cost_alone(coder, copies):
 
 
 def by_hand(made: TransfusionModel, batch: Batch, x_t: Tensor) -> list[Tensor]:
-    """The output for each image, which is coded alone and put where it stands."""
+    """The output for each image, which is encoded alone and put at its positions."""
     x = made.transformer.tok_embeddings(batch.input_ids)
     images = [image for part in crop_by_bucket(x_t, batch.buckets) for image in part]
     coded = [
@@ -102,7 +102,7 @@ def by_hand(made: TransfusionModel, batch: Batch, x_t: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("coder", ["linear", "adaln", "token", "unet"])
-def test_each_image_is_where_its_document_has_it_whatever_its_size(coder):
+def test_each_image_is_at_its_positions_whatever_its_size(coder):
     made, batch = net(coder).requires_grad_(False), batch_of([0, 1, 2, 3], coder)
     _, output = made(batch, batch.latents, batch.t, DenseAttention(batch))
     found = [image for part in crop_by_bucket(output, batch.buckets) for image in part]
@@ -111,7 +111,7 @@ def test_each_image_is_where_its_document_has_it_whatever_its_size(coder):
         torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_padded_around_small_images_is_never_read():
+def test_the_padding_of_small_images_is_never_read():
     made, batch = net("linear").requires_grad_(False), batch_of([0, 1, 2, 3], copies=True)
     process = DDPM()
     clean = loss_sums(made, batch, process, False, False)
@@ -129,7 +129,7 @@ def test_what_is_padded_around_small_images_is_never_read():
 
 @given(st.data())
 @settings(deadline=None, max_examples=50)
-def test_documents_read_back_with_or_without_copies(data):
+def test_unpack_returns_the_documents_with_and_without_copies(data):
     sizes = st.sampled_from([LARGE, SMALL, WIDE])
     shapes = st.text("12i", min_size=1, max_size=4).filter(lambda s: not any(
         a != "i" != b for a, b in zip(s, s[1:], strict=False)))  # fmt: skip
@@ -148,14 +148,14 @@ def test_documents_read_back_with_or_without_copies(data):
     for found, document_ in zip(unpack(batch, TOKENIZER), expected, strict=True):
         assert len(found) == len(document_)
         assert all(torch.equal(a, b) for a, b in zip(found, document_, strict=True))
-    for number, copied in enumerate(batch.copied.tolist()):  # a copy has its image's place
+    for number, copied in enumerate(batch.copied.tolist()):  # a copy has the positions of its image
         image, copy = (
             batch.positions[batch.image_ids == n] for n in (copied, batch.num_images + number)
         )
         assert torch.equal(image, copy)
 
 
-def test_images_of_one_size_keep_their_order_and_are_not_padded():
+def test_images_of_one_resolution_keep_their_order_without_padding():
     batch = batch_of([1, 1])
     assert batch.buckets == [(6, 0, 4, 4)] and batch.latents.shape == (6, 3, 4, 4)
     ids = batch.image_ids[batch.image_ids >= 0]
@@ -163,7 +163,7 @@ def test_images_of_one_size_keep_their_order_and_are_not_padded():
 
 
 def two_sizes(config: dict) -> None:
-    """Pictures of 64 and of 32 pixels."""
+    """Train on images of 64 and of 32 pixels."""
     config["trainer"]["callbacks"] = [
         callback
         for callback in config["trainer"]["callbacks"]
@@ -180,7 +180,7 @@ def two_sizes(config: dict) -> None:
 NAMED = ("ModelCheckpoint", "Throughput", "TextPerplexity", "PredictionWriter")
 
 
-def test_a_run_on_two_sizes_trains_validates_answers_and_draws_the_larger(tmp_path, capsys):
+def test_a_run_on_two_resolutions_trains_predicts_and_generates_the_larger(tmp_path, capsys):
     config = str(runs.write_config(tmp_path, two_sizes))
     main(["fit", "-c", config])
     checkpoint = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
