@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from support.shape_pictures import pictures
+from support.shape_images import shape_images
 from tf_lightning.autoencoder.frozen import SHAPES, KLAutoencoder, load_autoencoder
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.world import IMAGE_SIZE
@@ -39,7 +39,7 @@ def test_shipped_weights_are_small_and_say_how_they_were_made():
 
 
 def test_shipped_autoencoder_reconstructs_held_out_pictures_as_reported(shapes):
-    images = pictures(range(200), split="val")
+    images = shape_images(range(200), split="val")
     errors = (shapes.decode(shapes.encode(images)) - images).div(2).square().mean((1, 2, 3))
     psnr = (-10 * errors.log10()).mean().item()
     reported = json.loads((SHAPES / "report.json").read_text())["held_out"]["psnr_db"]
@@ -56,7 +56,7 @@ def test_loading_takes_nothing_from_the_runs_own_random_numbers(name):
 
 
 def test_latents_have_zero_mean_and_unit_variance_in_every_channel(shapes):
-    latents = shapes.encode(pictures(range(300), split="val"))
+    latents = shapes.encode(shape_images(range(300), split="val"))
     size = IMAGE_SIZE // shapes.downsample
     assert latents.shape == (300, shapes.latent_channels, size, size)
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(8), atol=0.1, rtol=0)
@@ -81,7 +81,7 @@ def test_decoding_undoes_the_scaling_and_clips():
 
 
 def test_autocast_does_not_change_latents(shapes):
-    images = pictures(range(2))
+    images = shape_images(range(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = shapes.encode(images)
     assert torch.equal(under_autocast, shapes.encode(images))
@@ -98,7 +98,7 @@ def test_folder_and_single_file_load_as_the_same_autoencoder(shapes, folder):
     from_folder = load_autoencoder(str(folder))
     from_file = load_autoencoder(str(folder / WEIGHTS))
     assert from_folder.fingerprint == from_file.fingerprint == shapes.fingerprint
-    images = pictures(range(2))
+    images = shape_images(range(2))
     assert torch.equal(from_file.encode(images), shapes.encode(images))
 
 

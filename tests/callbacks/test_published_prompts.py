@@ -12,7 +12,7 @@ from callbacks.published_prompts import (
     KarpathyPrompts,
     open_picture,
 )
-from support.miniatures import make_coco, make_imagenet
+from support.evaluation_datasets import make_coco, make_imagenet
 from tf_lightning.errors import UserError
 
 

@@ -17,8 +17,8 @@ from huggingface_hub import constants
 
 from evaluation.open_clip_model import load_open_clip
 from evaluation.weights import INCEPTION_URL
+from support.evaluation_datasets import make_coco, make_geneval, make_imagenet
 from support.extractors import TINY_CLIP, random_inception, tiny_clip
-from support.miniatures import make_coco, make_geneval, make_imagenet
 from tf_lightning.cli.main import main
 
 EVAL = Path(__file__).resolve().parents[2] / "configs" / "eval"

@@ -7,7 +7,7 @@ from PIL import Image
 
 from support import runs
 from support.corpora import Pictures, Stories, Words
-from support.public_layouts import picture, write_tar
+from support.files import encoded_image, write_tar
 from tf_lightning.batch import pack
 from tf_lightning.cli.inspect import (
     COPY,
@@ -113,7 +113,7 @@ def test_the_command_writes_what_it_says(tmp_path, capsys):
 
 
 def test_what_was_skipped_is_told_by_reason(tmp_path, capsys):
-    files = {"0.png": picture("red"), "0.txt": b"red", "1.png": b"bad", "1.txt": b"bad"}
+    files = {"0.png": encoded_image("red"), "0.txt": b"red", "1.png": b"bad", "1.txt": b"bad"}
     tar = write_tar(tmp_path / "a.tar", files)
 
     def change(config: dict) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from support.image_files import png, write_tar
+from support.files import encoded_image, write_tar
 from tf_lightning.data import CaptionTars, ImageFiles, PictureData
 from tf_lightning.data.pictures import (
     NOTHING,
@@ -28,15 +29,15 @@ AS_IT_IS = Augment(flip=False)
 
 
 @pytest.fixture
-def tar(tmp_path) -> str:
+def tar(tmp_path) -> Path:
     files = {}
     for number, colour in enumerate(COLOURS):
-        files |= {f"{number:03d}.png": png(colour), f"{number:03d}.txt": b"a colour"}
+        files |= {f"{number:03d}.png": encoded_image(colour), f"{number:03d}.txt": b"a colour"}
     return write_tar(tmp_path / "colours.tar", files)
 
 
 def source(tar, **arguments) -> CaptionTars:
-    return CaptionTars(tar, **{"val_fraction": 0.3, "image_size": 16} | arguments)
+    return CaptionTars(str(tar), **{"val_fraction": 0.3, "image_size": 16} | arguments)
 
 
 def colours(batches) -> list[tuple[int, ...]]:
@@ -50,7 +51,12 @@ def colours(batches) -> list[tuple[int, ...]]:
 def test_store_holds_every_usable_picture_and_counts_the_others(tmp_path):
     tar = write_tar(
         tmp_path / "some.tar",
-        {"0.png": png((1, 2, 3)), "0.txt": b"good", "1.png": b"\x89PNG bad", "1.txt": b"bad"},
+        {
+            "0.png": encoded_image((1, 2, 3)),
+            "0.txt": b"good",
+            "1.png": b"\x89PNG bad",
+            "1.txt": b"bad",
+        },
     )
     store = store_pictures(source(tar, val_fraction=0), "train", tmp_path / "cache")
     assert store.pictures.shape == (1, 16, 16, 3) and store.pictures[0, 0, 0].tolist() == [1, 2, 3]
@@ -62,7 +68,7 @@ def test_store_is_made_once_and_again_when_its_files_change(tmp_path, tar):
     assert store_pictures(source(tar), "train", tmp_path / "cache").path == first.path
     with tarfile.open(tar, "a"):
         pass
-    write_tar(tmp_path / "colours.tar", {"0.png": png((1, 2, 3)), "0.txt": b"other"})
+    write_tar(tmp_path / "colours.tar", {"0.png": encoded_image((1, 2, 3)), "0.txt": b"other"})
     other = store_pictures(source(tar, val_fraction=0), "train", tmp_path / "cache")
     assert other.path != first.path and len(other) == 1
 
@@ -76,7 +82,7 @@ def test_interrupted_store_leaves_nothing(tmp_path, tar):
                 yield document
 
     with pytest.raises(KeyboardInterrupt):
-        store_pictures(Interrupted(tar, image_size=16), "train", tmp_path / "cache")
+        store_pictures(Interrupted(str(tar), image_size=16), "train", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -114,7 +120,7 @@ def test_damaged_store_is_not_read_silently(tmp_path, tar):
 def test_image_files_are_documents_of_one_picture(tmp_path):
     for name in ("a/1.png", "a/2.png", "b/1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(png((9, 8, 7)))
+        (tmp_path / name).write_bytes(encoded_image((9, 8, 7)))
     (tmp_path / "b/2.png").write_bytes(b"bad")
     store = store_pictures(
         ImageFiles(str(tmp_path / "**/*.png"), val_fraction=0, image_size=16), "train", tmp_path

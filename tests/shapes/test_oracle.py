@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from support.shape_pictures import pictures, scene
+from support.shape_images import scene, shape_images
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.shapes.oracle import Reading, carried_out, read
 from tf_lightning.shapes.world import (
@@ -57,7 +57,7 @@ def share_read_right(count: int, noise: float) -> float:
     right = []
     for start in range(0, count, 50):
         indices = range(start, start + 50)
-        latents = autoencoder.encode(pictures(indices, split="val", seed=3))
+        latents = autoencoder.encode(shape_images(indices, split="val", seed=3))
         latents += noise * torch.randn(latents.shape, generator=generator)
         images = autoencoder.decode(latents)
         images = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from support.shape_pictures import scene
+from support.shape_images import scene
 from tf_lightning.shapes.world import (
     BACKGROUND,
     COLOURS,

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from support.shape_pictures import scene
+from support.shape_images import scene
 from tf_lightning.shapes.grammar import (
     MAX_FACTS,
     caption,

@@ -10,9 +10,10 @@ import torch.utils.data
 from PIL import Image
 from torch.multiprocessing import ProcessExitedException
 
-from support import public_layouts, ranks, runs
+from support import ranks, runs
 from support.corpora import Sharded
 from support.encode_runs import content, encodable, encode, encode_apart
+from support.files import write_lines
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.cli.main import main
 from tf_lightning.data.corpus.reader import Corpus
@@ -65,7 +66,7 @@ def test_crops_are_kept_too_also_where_workers_read_the_pictures(workers, tmp_pa
     noise = np.random.default_rng(0).integers(0, 256, (64, 160, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "wide.png")
     line = {"file_name": "wide.png", "text": "noise"}
-    file = public_layouts.write_lines(tmp_path / "metadata.jsonl", [line])
+    file = write_lines(tmp_path / "metadata.jsonl", [line])
 
     def of_files(config: dict) -> None:
         encodable(config)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support import public_layouts
+from support.files import write_parquet, write_tar
 from tf_lightning.data import CaptionRows, CaptionTars, ImageCaptionData, InterleavedData
 from tf_lightning.data.corpus.reader import InPlace, read_alike
 from tf_lightning.data.images import load_image
@@ -123,13 +123,13 @@ def write_captions(folder) -> None:
         for key in range(4):
             seed = 4 * number + key
             files |= {f"{key}.png": coloured_noise(seed), f"{key}.txt": f"noise {seed}".encode()}
-        tar = public_layouts.write_tar(folder / "plain", files)
+        tar = write_tar(folder / "plain", files)
         (folder / f"{number}.tar{number * '.gz'}").write_bytes(pack(tar.read_bytes()))
     rows = [
         {"image": {"bytes": coloured_noise(seed), "path": None}, "caption": f"noise {seed}"}
         for seed in range(8, 12)
     ]
-    public_layouts.write_parquet(folder / "2.parquet", rows)
+    write_parquet(folder / "2.parquet", rows)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 1])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support import public_layouts
+from support import training_datasets
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.data import CaptionRows, Mixture
 from tf_lightning.errors import UserError
@@ -104,7 +104,7 @@ THIRDS = ("red", "lime", "blue")  # left, middle and right of a picture three ti
 @pytest.fixture
 def wide(tmp_path):
     """A Mixture of one such picture, in a file, and one as tall, which are held out too."""
-    pixels = np.array([public_layouts.COLOURS[colour] for colour in THIRDS], np.uint8)
+    pixels = np.array([training_datasets.COLOURS[colour] for colour in THIRDS], np.uint8)
     row = pixels[None].repeat(8, 0).repeat(8, 1)  # 8 x 24
     Image.fromarray(row).save(tmp_path / "wide.png")
     Image.fromarray(row.transpose(1, 0, 2)).save(tmp_path / "tall.png")
@@ -129,7 +129,7 @@ def colour_at(picture: torch.Tensor) -> str:
     assert (picture == picture[:, :1, :1]).all()
     pixels = picture if picture.dtype == torch.uint8 else (picture + 1) * 127.5
     image = Image.fromarray(pixels.round().byte().permute(1, 2, 0).repeat(2, 2, 1).numpy())
-    return public_layouts.colour_of(image)
+    return training_datasets.colour_of(image)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from support import public_layouts
-from support.public_layouts import COLOURS, picture, shown, write_lines, write_parquet, write_tar
+from support import training_datasets
+from support.files import encoded_image, write_lines, write_parquet, write_tar
+from support.training_datasets import COLOURS, shown
 from tf_lightning.data import CaptionJson, CaptionRows, CaptionTars, ImageCaptionData
 from tf_lightning.data.documents import Skipped
 from tf_lightning.errors import UserError
@@ -27,7 +28,7 @@ def from_json(file, images=None, **options) -> CaptionJson:
 
 
 def test_img2dataset_tars_are_read(tmp_path):
-    file = public_layouts.img2dataset(tmp_path)
+    file = training_datasets.img2dataset(tmp_path)
     assert read(CaptionTars(str(file), val_fraction=0, image_size=16)) == PAIRS
 
 
@@ -35,19 +36,19 @@ def test_img2dataset_tars_are_read(tmp_path):
 @pytest.mark.parametrize("image", ["jpg", "jpeg", "png", "webp", "image"])
 def test_every_extension_of_a_tar_is_recognized(image, caption, tmp_path):
     words = json.dumps({"caption": "blue"}) if caption == "json" else "blue"
-    files = {f"0.{image}": picture("blue"), f"0.{caption}": words.encode()}
+    files = {f"0.{image}": encoded_image("blue"), f"0.{caption}": words.encode()}
     source = CaptionTars(str(write_tar(tmp_path / "a.tar", files)), val_fraction=0, image_size=16)
     assert read(source) == [["blue", "<blue>"]]
 
 
 def test_two_images_with_the_same_key_are_skipped(tmp_path):
-    files = {"0.png": picture("blue"), "0.PNG": picture("red"), "0.txt": b"blue"}
+    files = {"0.png": encoded_image("blue"), "0.PNG": encoded_image("red"), "0.txt": b"blue"}
     source = CaptionTars(str(write_tar(tmp_path / "a.tar", files)), val_fraction=0)
     assert read(source) == [Skipped("two files with the same name")]
 
 
 def test_a_folder_with_a_metadata_file_is_read(tmp_path):
-    public_layouts.pictures(tmp_path / "train")
+    training_datasets.write_images(tmp_path / "train")
     named = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS]
     lines = "".join(f"{row['file_name']},{row['text']}\n" for row in named)
     (tmp_path / "train" / "metadata.csv").write_text("file_name,text\n" + lines)
@@ -61,22 +62,24 @@ def test_a_folder_with_a_metadata_file_is_read(tmp_path):
     "keys", [("path", "prompt"), ("img_path", "prompt"), ("image", "caption")]
 )  # Show-o2, JourneyDB and others
 def test_json_lines_may_name_images_in_another_folder(keys, tmp_path):
-    images = public_layouts.pictures(tmp_path / "elsewhere")
+    images = training_datasets.write_images(tmp_path / "elsewhere")
     lines = [dict(zip(keys, (f"{colour}.png", colour), strict=True)) for colour in COLOURS]
     assert rows(write_lines(tmp_path / "a.jsonl", lines), str(images)) == PAIRS
 
 
 def test_parquet_files_of_the_hub_and_of_img2dataset_are_read(tmp_path):
-    hub = [{"image": {"bytes": picture(c), "path": f"{c}.png"}, "text": c} for c in COLOURS]
+    hub = [{"image": {"bytes": encoded_image(c), "path": f"{c}.png"}, "text": c} for c in COLOURS]
     assert rows(write_parquet(tmp_path / "hub.parquet", hub)) == PAIRS
-    own = [{"key": c, "jpg": picture(c, "JPEG"), "txt": c, "status": "success"} for c in COLOURS]
+    own = [
+        {"key": c, "jpg": encoded_image(c, "JPEG"), "txt": c, "status": "success"} for c in COLOURS
+    ]
     own.append({"key": "x", "jpg": None, "txt": "gone", "status": "failed_to_download"})
     found = rows(write_parquet(tmp_path / "own.parquet", own))
     assert found == [*PAIRS, Skipped("caption without image")]
 
 
 def test_one_of_several_bagel_captions_is_chosen_and_always_the_same(tmp_path):
-    file = public_layouts.bagel_captions(tmp_path)
+    file = training_datasets.bagel_captions(tmp_path)
     found = rows(file)
     assert [image for _, image in found] == [image for _, image in PAIRS]
     assert [words.rstrip("!") for words, _ in found] == list(COLOURS)
@@ -88,7 +91,7 @@ def test_one_of_several_bagel_captions_is_chosen_and_always_the_same(tmp_path):
 
 
 def test_bad_rows_are_skipped_with_a_reason(tmp_path):
-    public_layouts.pictures(tmp_path)
+    training_datasets.write_images(tmp_path)
     lines = [{"file_name": "red.png", "text": "red"}, {"file_name": "none.png", "text": "x"},
              {"text": "alone"}, {"file_name": "red.png"}, {"file_name": "red.png", "text": 3},
              ["red.png"], {"path": ".", "text": "a folder"}]  # fmt: skip
@@ -99,7 +102,7 @@ def test_bad_rows_are_skipped_with_a_reason(tmp_path):
 
 
 def test_coco_captions_of_one_image_are_held_out_together(tmp_path):
-    file, images = public_layouts.coco(tmp_path)
+    file, images = training_datasets.coco(tmp_path)
     assert read(from_json(file, str(images))) == PAIRS + PAIRS
     source = from_json(file, str(images), val_fraction=0.5)
     train, val = ({words for words, _ in read(source, split)} for split in ("train", "val"))
@@ -107,7 +110,7 @@ def test_coco_captions_of_one_image_are_held_out_together(tmp_path):
 
 
 def test_karpathys_file_names_the_splits(tmp_path):
-    source = from_json(public_layouts.karpathy(tmp_path), val_fraction=0.9)
+    source = from_json(training_datasets.karpathy(tmp_path), val_fraction=0.9)
     splits = {0: "train", 1: "train", 2: "val", 3: "test"}
     for split in ("train", "val"):
         expected = [pair for n, pair in enumerate(PAIRS) if splits[n % 4] == split]
@@ -115,14 +118,14 @@ def test_karpathys_file_names_the_splits(tmp_path):
 
 
 def test_an_unknown_split_is_counted(tmp_path):
-    file = public_layouts.karpathy(tmp_path)
+    file = training_datasets.karpathy(tmp_path)
     file.write_text(file.read_text().replace("restval", "restvai"))
     found = [document for split in ("train", "val") for document in read(from_json(file), split)]
     assert found.count(Skipped("image of an unknown split")) == 2
 
 
 def test_llava_conversations_have_an_image_at_each_marker(tmp_path):
-    public_layouts.pictures(tmp_path / "train2017")
+    training_datasets.write_images(tmp_path / "train2017")
     talk = lambda *said: [  # noqa: E731
         {"from": who, "value": words}
         for who, words in zip(["human", "gpt"] * 2, said, strict=False)
@@ -166,10 +169,10 @@ def test_the_data_module_chooses_the_source_by_suffix(tmp_path):
 
 
 def test_the_data_module_reads_a_folder_of_images_and_metadata(tmp_path):
-    folder = public_layouts.pictures(tmp_path / "my_pictures [1]")
+    folder = training_datasets.write_images(tmp_path / "my_pictures [1]")
     named = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS]
     write_lines(folder / "metadata.jsonl", named)
-    tar = public_layouts.img2dataset(tmp_path)
+    tar = training_datasets.img2dataset(tmp_path)
     for paths in (str(folder), [str(folder)]):
         data = ImageCaptionData(
             paths, val_paths=str(tmp_path), val_fraction=0, image_size=16, cache_dir=str(tmp_path)
@@ -179,6 +182,6 @@ def test_the_data_module_reads_a_folder_of_images_and_metadata(tmp_path):
 
 
 def test_a_folder_without_captions_is_a_user_error(tmp_path):
-    public_layouts.pictures(tmp_path)
+    training_datasets.write_images(tmp_path)
     with pytest.raises(UserError, match="has no captions: it needs a metadata.jsonl"):
         ImageCaptionData(str(tmp_path), cache_dir=str(tmp_path))

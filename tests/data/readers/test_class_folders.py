@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.miniatures import make_imagenet, picture
+from support.evaluation_datasets import make_imagenet, write_image
 from tf_lightning.batch import IGNORE_INDEX, pack
 from tf_lightning.data import ClassFolders, Mixture
 from tf_lightning.data.documents import ContextText, Skipped
@@ -33,7 +33,7 @@ def test_the_prompt_has_the_first_name_of_the_class(imagenet):
 
 
 def test_without_a_names_file_the_folders_are_the_names(tmp_path):
-    picture(tmp_path / "tree_frog" / "a.png")
+    write_image(tmp_path / "tree_frog" / "a.png")
     made = ClassFolders(
         f"{tmp_path}/*/*.png", prompt="a {} here", learn_prompts=True, val_fraction=0, image_size=16
     )
@@ -46,7 +46,7 @@ def test_unreadable_images_and_unnamed_classes_are_skipped_with_a_reason(imagene
     (folder / "n01440764_0.JPEG").write_bytes(b"not an image")
     whole = (folder / "n01440764_1.JPEG").read_bytes()
     (folder / "n01440764_1.JPEG").write_bytes(whole[: len(whole) // 2])
-    picture(imagenet / TRAIN / "n99" / "n99_0.JPEG")
+    write_image(imagenet / TRAIN / "n99" / "n99_0.JPEG")
     found = [x for x in source(imagenet).documents("train") if isinstance(x, Skipped)]
     assert [x.reason for x in found] == [
         "undecodable image",

@@ -1,24 +1,16 @@
 """The formats of MagicBrush become documents of image, instruction, image."""
 
 import json
-from io import BytesIO
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
+from support.files import encoded_image, write_parquet
 from tf_lightning.data import EditData, EditFiles
 from tf_lightning.data.documents import Skipped
 
 COLOURS = ["red", "blue", "green"]
-
-
-def png(colour: str) -> bytes:
-    file = BytesIO()
-    Image.new("RGB", (20, 16), colour).save(file, "PNG")
-    return file.getvalue()
 
 
 def turn(image: int, number: int, instruction: str) -> dict:
@@ -33,7 +25,7 @@ def turn(image: int, number: int, instruction: str) -> dict:
 def folder(tmp_path):
     (tmp_path / "images" / "7").mkdir(parents=True)
     for name, colour in zip(("input", "output1", "output2"), COLOURS, strict=True):
-        (tmp_path / "images" / "7" / f"7-{name}.png").write_bytes(png(colour))
+        (tmp_path / "images" / "7" / f"7-{name}.png").write_bytes(encoded_image(colour))
     return tmp_path
 
 
@@ -83,14 +75,14 @@ def test_turns_of_one_image_are_held_out_together(folder):
 
 
 def test_turns_of_a_parquet_file_become_the_same_documents(folder, tmp_path):
-    image = lambda colour: {"bytes": png(colour), "path": f"{colour}.png"}  # noqa: E731
+    image = lambda colour: {"bytes": encoded_image(colour), "path": f"{colour}.png"}  # noqa: E731
     rows = [
         {"img_id": "7", "turn_index": 1, "source_img": image("red"), "mask_img": image("red"),
          "instruction": "make it blue", "target_img": image("blue")},
         {"img_id": "8", "turn_index": 1, "source_img": image("red"), "mask_img": None,
          "instruction": "and away", "target_img": None},
     ]  # fmt: skip
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write_parquet(tmp_path / "a.parquet", rows)
     source = EditFiles(f"{tmp_path}/a.parquet", val_fraction=0, image_size=16)
     document, bad = source.documents("train")
     assert colours(document) == ["red", "make it blue", "blue"]

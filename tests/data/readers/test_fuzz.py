@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from support import public_layouts
+from support import training_datasets
 from support.corpora import Pictures
-from support.public_layouts import COLOURS, colour_of, write_lines
+from support.files import encoded_image, write_lines, write_parquet
+from support.training_datasets import COLOURS, colour_of
 from tf_lightning.data import (
     CaptionJson,
     CaptionRows,
@@ -50,24 +51,24 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 def images(folder: Path) -> str:
-    return str(public_layouts.pictures(folder / "images"))
+    return str(training_datasets.write_images(folder / "images"))
 
 
 def metadata(folder: Path) -> Path:
-    public_layouts.pictures(folder)
+    training_datasets.write_images(folder)
     rows = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS]
     return write_lines(folder / "metadata.jsonl", rows)
 
 
 def metadata_csv(folder: Path) -> Path:
-    public_layouts.pictures(folder)
+    training_datasets.write_images(folder)
     lines = "".join(f"{colour}.png,{colour}\n" for colour in COLOURS)
     (folder / "metadata.csv").write_text("file_name,text\n" + lines)
     return folder / "metadata.csv"
 
 
 def packed_tar(folder: Path) -> Path:
-    content = public_layouts.img2dataset(folder).read_bytes()
+    content = training_datasets.img2dataset(folder).read_bytes()
     (folder / "a.tar.gz").write_bytes(gzip.compress(content, 1))
     return folder / "a.tar.gz"
 
@@ -77,7 +78,7 @@ def long_names(folder: Path) -> Path:
     tar = folder / "long.tar"
     with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as file:
         for number, colour in enumerate(COLOURS):
-            for kind, content in ("png", public_layouts.picture(colour)), ("txt", colour.encode()):
+            for kind, content in ("png", encoded_image(colour)), ("txt", colour.encode()):
                 member = tarfile.TarInfo(f"{'a' * 120}{number}.{kind}")
                 member.size = len(content)
                 file.addfile(member, io.BytesIO(content))
@@ -87,24 +88,24 @@ def long_names(folder: Path) -> Path:
 def magicbrush(folder: Path) -> Path:
     names, rows = list(COLOURS), []
     for before, after in zip(names, names[1:], strict=False):
-        images = [{"bytes": public_layouts.picture(c), "path": None} for c in (before, after)]
+        images = [{"bytes": encoded_image(c), "path": None} for c in (before, after)]
         rows.append({"img_id": before, "source_img": images[0], "instruction": after,
                      "target_img": images[1]})  # fmt: skip
-    return public_layouts.write_parquet(folder / "a.parquet", rows)
+    return write_parquet(folder / "a.parquet", rows)
 
 
 CAPTIONS = {
-    "tar": (public_layouts.img2dataset, CaptionTars),
+    "tar": (training_datasets.img2dataset, CaptionTars),
     "tar.gz": (packed_tar, CaptionTars),
     "pax tar": (long_names, CaptionTars),
     "metadata.jsonl": (metadata, CaptionRows),
     "metadata.csv": (metadata_csv, CaptionRows),
-    "BAGEL parquet": (public_layouts.bagel_captions, CaptionRows),
-    "Karpathy": (public_layouts.karpathy, CaptionJson),
+    "BAGEL parquet": (training_datasets.bagel_captions, CaptionRows),
+    "Karpathy": (training_datasets.karpathy, CaptionJson),
     "MagicBrush parquet": (magicbrush, EditFiles),
-    "MMC4": (public_layouts.mmc4, InterleavedFiles),
-    "OBELICS": (lambda folder: public_layouts.obelics(folder)[0], InterleavedFiles),
-    "MINT-1T": (public_layouts.mint, InterleavedFiles),
+    "MMC4": (training_datasets.mmc4, InterleavedFiles),
+    "OBELICS": (lambda folder: training_datasets.obelics(folder)[0], InterleavedFiles),
+    "MINT-1T": (training_datasets.mint, InterleavedFiles),
 }
 FOLDERS = {"MMC4": images, "OBELICS": lambda folder: str(folder / "downloaded")}
 
@@ -157,9 +158,9 @@ def test_damage_yields_no_wrong_pair_and_raises_no_error(name, tmp_path):
 def test_damaged_text_is_read_or_skipped(packed, tmp_path):
     texts = [f"text {n} of many" for n in range(50)]
     if packed == ".parquet":
-        file = public_layouts.fineweb(tmp_path, texts)
+        file = training_datasets.fineweb(tmp_path, texts)
     else:
-        file = public_layouts.dolma(tmp_path, texts, packed)
+        file = training_datasets.dolma(tmp_path, texts, packed)
     source = TextFiles(str(file), val_fraction=0)
     whole, rng = file.read_bytes(), random.Random(packed)
     for _ in range(ROUNDS):
@@ -203,7 +204,7 @@ def a_corpus(kind: str, mixture, folder: Path) -> Corpus:
     if kind == "in place":
         images = [image for _, image in source.documents("train")]
         rows = [{"image": {"bytes": as_png(x)}, "caption": f"{n}"} for n, x in enumerate(images)]
-        file = public_layouts.write_parquet(folder / "a.parquet", rows)
+        file = write_parquet(folder / "a.parquet", rows)
         source = CaptionRows(str(file), val_fraction=0, image_size=8)
     data = mixture({"pictures": source}, in_place=kind == "in place", **KINDS[kind])
     data.setup()
@@ -240,7 +241,7 @@ def test_a_damaged_corpus_is_read_unchanged_or_refused(kind, tmp_path, mixture):
 
 def test_links_and_paths_in_tars_are_never_followed(tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
-    (tmp_path / "secret.png").write_bytes(public_layouts.picture("red"))
+    (tmp_path / "secret.png").write_bytes(encoded_image("red"))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind, target in (
             ("0.txt", tarfile.SYMTYPE, str(tmp_path / "secret.txt")),
@@ -254,13 +255,13 @@ def test_links_and_paths_in_tars_are_never_followed(tmp_path):
             member.type, member.linkname = kind, target
             tar.addfile(member)
         for name in ("../../up", str(tmp_path / "absolute")):
-            for suffix, content in ("png", public_layouts.picture("blue")), ("txt", b"blue"):
+            for suffix, content in ("png", encoded_image("blue")), ("txt", b"blue"):
                 member = tarfile.TarInfo(f"{name}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     before = sorted(path for path in tmp_path.rglob("*"))
     source = CaptionTars(str(tmp_path / "a.tar"), val_fraction=0, image_size=16)
-    found = [public_layouts.shown(document) for document in source.documents("train")]
+    found = [training_datasets.shown(document) for document in source.documents("train")]
     assert found == [["blue", "<blue>"]] * 2  # the links are ignored, the files are read
     assert sorted(path for path in tmp_path.rglob("*")) == before
     assert not (tmp_path.parent.parent / "up.png").exists()
@@ -268,7 +269,7 @@ def test_links_and_paths_in_tars_are_never_followed(tmp_path):
 
 def test_a_negative_size_ends_a_tar(tmp_path):
     """Without the check, tarfile would loop forever (CVE-2025-8194)."""
-    file = public_layouts.img2dataset(tmp_path)
+    file = training_datasets.img2dataset(tmp_path)
     whole = bytearray(file.read_bytes())
     whole[124:136] = b"\xff" * 10 + b"\xfc\x00"  # -1024, in base 256
     whole[148:156] = b" " * 8
@@ -279,7 +280,7 @@ def test_a_negative_size_ends_a_tar(tmp_path):
 
 
 def test_a_truncated_tar_is_counted(tmp_path):
-    file = public_layouts.img2dataset(tmp_path)
+    file = training_datasets.img2dataset(tmp_path)
     with tarfile.open(file) as tar:
         start = tar.getmembers()[9].offset  # between two samples, where tarfile raises no error
     os.truncate(file, start)

@@ -9,23 +9,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.image_files import png, write_tar
+from support.files import encoded_image, write_tar
 from tf_lightning.data import CaptionTars, ImageCaptionData
 from tf_lightning.data.documents import Skipped
 
 
 def read(path, **arguments):
-    return list(CaptionTars(path, val_fraction=0, image_size=16, **arguments).documents("train"))
+    return list(
+        CaptionTars(str(path), val_fraction=0, image_size=16, **arguments).documents("train")
+    )
 
 
 def test_the_caption_is_read_from_txt_or_json(tmp_path):
     files = {
         "0/a.b.png": b"",  # webdataset's key ends at the first dot: "0/a", extension "b.png"
-        "0/000.png": png("red"),
+        "0/000.png": encoded_image("red"),
         "0/000.txt": b" red \n",
         "0/000.json": json.dumps({"caption": "not this"}).encode(),
         "0/001.json": json.dumps({"caption": "blue"}).encode(),
-        "0/001.PNG": png("blue"),
+        "0/001.PNG": encoded_image("blue"),
     }
     skipped, red, blue = read(write_tar(tmp_path / "a.tar", files))
     assert skipped == Skipped("caption without image")
@@ -41,15 +43,15 @@ def test_bad_samples_are_skipped_with_a_reason(tmp_path):
     files = {
         "0.png": file.getvalue()[:4000],
         "0.txt": b"torn",
-        "1.png": png(),
+        "1.png": encoded_image(),
         "2.txt": b"alone",
-        "3.png": png(),
+        "3.png": encoded_image(),
         "3.txt": b"  ",
-        "4.png": png(),
+        "4.png": encoded_image(),
         "4.json": b"{}",
-        "5.png": png(),
+        "5.png": encoded_image(),
         "5.txt": b"\xff",
-        "6.png": png(),
+        "6.png": encoded_image(),
         "6.txt": b"good",
     }
     found = read(write_tar(tmp_path / "a.tar", files))
@@ -64,7 +66,7 @@ def test_bad_samples_are_skipped_with_a_reason(tmp_path):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
 def test_images_of_every_mode_are_read(tmp_path, mode):
-    files = {"0.png": png("white", mode=mode), "0.txt": b"white"}
+    files = {"0.png": encoded_image("white", mode=mode), "0.txt": b"white"}
     ((_, image),) = read(write_tar(tmp_path / "a.tar", files))
     assert (image.mode, image.size) == ("RGB", (16, 16))
     assert np.asarray(image).min() == 255
@@ -72,7 +74,7 @@ def test_images_of_every_mode_are_read(tmp_path, mode):
 
 def test_a_truncated_tar_is_read_up_to_the_damage(tmp_path):
     path = tmp_path / "a.tar"
-    write_tar(path, {"0.png": png(), "0.txt": b"red", "1.png": png()})
+    write_tar(path, {"0.png": encoded_image(), "0.txt": b"red", "1.png": encoded_image()})
     path.write_bytes(path.read_bytes()[: 5 * 512 + 20])  # ends inside 1.png
     found = read(str(path))
     assert [document[0] for document in found if not isinstance(document, Skipped)] == ["red"]

@@ -6,7 +6,8 @@ import tracemalloc
 import pyarrow
 import pytest
 
-from support import public_layouts
+from support import training_datasets
+from support.files import write_parquet
 from tf_lightning.data import TextFiles
 from tf_lightning.data.documents import Skipped
 from tf_lightning.data.readers.formats import read_lines
@@ -21,11 +22,11 @@ def read(file) -> list:
 @pytest.mark.parametrize(
     "write",
     [
-        public_layouts.c4,
-        public_layouts.dolma,
-        lambda folder, texts: public_layouts.dolma(folder, texts, ".zst"),
-        lambda folder, texts: public_layouts.dolma(folder, texts, ""),
-        public_layouts.fineweb,
+        training_datasets.c4,
+        training_datasets.dolma,
+        lambda folder, texts: training_datasets.dolma(folder, texts, ".zst"),
+        lambda folder, texts: training_datasets.dolma(folder, texts, ""),
+        training_datasets.fineweb,
     ],
     ids=["C4", "Dolma gz", "Dolma zst", "jsonl", "FineWeb"],
 )
@@ -51,7 +52,7 @@ def test_all_members_of_a_gzip_file_are_read(tmp_path):
 @pytest.mark.parametrize("size", [0, 3, 8])
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
 def test_a_compressed_file_truncated_in_its_header_is_counted(packed, size, tmp_path):
-    file = public_layouts.dolma(tmp_path, TEXTS, packed)
+    file = training_datasets.dolma(tmp_path, TEXTS, packed)
     file.write_bytes(file.read_bytes()[:size])
     assert read(file) == [Skipped("damaged file, read up to the damage")]
 
@@ -59,7 +60,7 @@ def test_a_compressed_file_truncated_in_its_header_is_counted(packed, size, tmp_
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
 def test_a_truncated_file_is_read_up_to_the_damage(packed, tmp_path):
     texts = [f"{n * 7919 % 10007} {n * 104729 % 99991}" for n in range(20_000)]
-    file = public_layouts.dolma(tmp_path, texts, packed)
+    file = training_datasets.dolma(tmp_path, texts, packed)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     found = read(file)
     assert found[-1] == Skipped("damaged file, read up to the damage")
@@ -67,9 +68,9 @@ def test_a_truncated_file_is_read_up_to_the_damage(packed, tmp_path):
 
 
 def test_a_parquet_file_without_text_is_skipped(tmp_path):
-    public_layouts.write_parquet(tmp_path / "a.parquet", [{"content": "x"}])
+    write_parquet(tmp_path / "a.parquet", [{"content": "x"}])
     assert read(tmp_path / "a.parquet") == [Skipped("parquet file without the expected columns")]
-    public_layouts.write_parquet(tmp_path / "b.parquet", [{"text": None}, {"text": "good"}])
+    write_parquet(tmp_path / "b.parquet", [{"text": None}, {"text": "good"}])
     bad, good = read(tmp_path / "b.parquet")
     assert isinstance(bad, Skipped) and good == ["good"]
 
@@ -77,7 +78,7 @@ def test_a_parquet_file_without_text_is_skipped(tmp_path):
 @pytest.mark.parametrize("packed", [".gz", ".zst", ""])
 def test_lines_are_read_as_a_stream(packed, tmp_path):
     """Only one buffer of eleven million bytes is in memory at a time."""
-    file = public_layouts.dolma(tmp_path, ["0123456789" * 10] * 50_000, packed)
+    file = training_datasets.dolma(tmp_path, ["0123456789" * 10] * 50_000, packed)
     held = pyarrow.total_allocated_bytes()
     tracemalloc.start()
     count = sum(pyarrow.total_allocated_bytes() - held < 2_000_000 for _ in read_lines(file))

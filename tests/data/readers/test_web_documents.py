@@ -6,8 +6,9 @@ import json
 import pytest
 from PIL import Image
 
-from support import public_layouts
-from support.public_layouts import COLOURS, picture, shown, write_lines, write_parquet, write_tar
+from support import training_datasets
+from support.files import encoded_image, write_lines, write_parquet, write_tar
+from support.training_datasets import COLOURS, shown
 from tf_lightning.data import EditFiles, InterleavedFiles
 from tf_lightning.data.documents import Skipped
 
@@ -21,17 +22,17 @@ def read(file, images=None, kind=InterleavedFiles) -> list:
 
 
 def test_obelics_images_are_found_by_their_urls(tmp_path):
-    assert read(*public_layouts.obelics(tmp_path)) == DOCUMENTS
+    assert read(*training_datasets.obelics(tmp_path)) == DOCUMENTS
 
 
 def test_obelics_images_in_the_file_itself(tmp_path):
-    images = {colour: {"bytes": picture(colour), "path": None} for colour in COLOURS}
-    file = write_parquet(tmp_path / "a.parquet", public_layouts.obelics_rows(images))
+    images = {colour: {"bytes": encoded_image(colour), "path": None} for colour in COLOURS}
+    file = write_parquet(tmp_path / "a.parquet", training_datasets.obelics_rows(images))
     assert read(file) == DOCUMENTS
 
 
 def test_a_missing_image_is_left_out_of_its_document_and_counted(tmp_path):
-    file, images = public_layouts.obelics(tmp_path)
+    file, images = training_datasets.obelics(tmp_path)
     next(images.iterdir()).unlink()
     found = read(file, images)
     assert len(found) == len(COLOURS) + 1
@@ -50,21 +51,21 @@ def test_images_and_texts_that_do_not_match_are_skipped(images, texts, tmp_path)
 
 
 def test_mmc4_images_precede_their_sentence(tmp_path):
-    images = public_layouts.pictures(tmp_path / "images")
+    images = training_datasets.write_images(tmp_path / "images")
     expected = [["See: ", f"<{colour}>", f"{colour} "] for colour in COLOURS]
-    assert read(public_layouts.mmc4(tmp_path), images) == expected
+    assert read(training_datasets.mmc4(tmp_path), images) == expected
 
 
 def test_mint_pages_are_the_images_in_order(tmp_path):
     names = list(COLOURS)
     pairs = zip(names, names[1:] + names[:1], strict=True)
     expected = [[f"<{one}>", one, f"<{two}>", two] for one, two in pairs]
-    assert read(public_layouts.mint(tmp_path)) == expected
+    assert read(training_datasets.mint(tmp_path)) == expected
 
 
 def test_a_mint_document_with_a_wrong_number_of_pages_is_skipped(tmp_path):
     record = json.dumps({"images": ["page_0_image_1", "page_0_image_2"], "texts": [None, None]})
-    files = {"a.json": record.encode(), "a.tiff": picture("red", "TIFF"), "b.json": b"{"}
+    files = {"a.json": record.encode(), "a.tiff": encoded_image("red", "TIFF"), "b.json": b"{"}
     found = read(write_tar(tmp_path / "a.tar", files))
     assert found == [
         Skipped("document with a wrong number of TIFF pages"),
@@ -88,7 +89,7 @@ def edits(file, images=None) -> list:
 
 
 def test_omnigen_and_omnigen2_edits_are_read(tmp_path):
-    public_layouts.pictures(tmp_path / "images")
+    training_datasets.write_images(tmp_path / "images")
     lines = [
         {"task_type": "edit", "instruction": "make it blue", "input_images": ["red.png"],
          "output_image": "blue.png"},
@@ -111,7 +112,7 @@ def test_omnigen_and_omnigen2_edits_are_read(tmp_path):
 
 
 def test_bagel_chains_of_edits_are_read(tmp_path):
-    images = [picture(colour) for colour in ("red", "lime", "blue")]
+    images = [encoded_image(colour) for colour in ("red", "lime", "blue")]
     said = [["make it lime", "lime, please"], ["make it blue"]]
     rows = [{"image_list": images, "instruction_list": said}] * 8
     rows += [{"image_list": images[:1], "instruction_list": said}]

@@ -1,89 +1,57 @@
-"""Miniatures of public datasets, file for file and key for key as they are shared.
+"""Small copies of public training datasets, with the files and keys of the published ones.
 
-A picture is of one colour and its words name that colour, so a wrong pair shows.
+Each image has one colour and its text names the colour, so that a wrong pair is noticed.
 """
 
-import gzip
 import hashlib
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet as parquet
 from PIL import Image
+
+from support.files import encoded_image, write_lines, write_parquet, write_tar
 
 COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "cyan": (0, 255, 255)}
 COLOURS |= {"magenta": (255, 0, 255), "yellow": (255, 255, 0), "orange": (255, 165, 0)}
 
 
-def picture(colour: str, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (20, 16), colour).save(file, kind)
-    return file.getvalue()
-
-
 def colour_of(image: Image.Image) -> str | None:
-    """The name of a picture's colour; None where it is none of ours."""
+    """The name of an image's colour; None if it is not in COLOURS."""
     pixel = np.asarray(image)[8, 8].astype(int)
     return next((k for k, rgb in COLOURS.items() if np.abs(pixel - rgb).max() < 8), None)
 
 
 def shown(document: list) -> list[str]:
-    """Texts as they are, pictures as <colour>."""
+    """A document with each image as "<colour>"."""
     return [part if isinstance(part, str) else f"<{colour_of(part)}>" for part in document]
 
 
-def write_tar(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def write_parquet(path: Path, rows: list[dict]) -> Path:
-    """With checksums, by which damage can be told."""
-    table = pyarrow.Table.from_pylist(rows)
-    parquet.write_table(table, path, row_group_size=3, write_page_checksum=True)
-    return path
-
-
-def write_lines(path: Path, records: list) -> Path:
-    """JSON lines, packed as the suffix says."""
-    content = "".join(json.dumps(record) + "\n" for record in records).encode()
-    if path.suffix == ".gz":
-        content = gzip.compress(content)
-    if path.suffix == ".zst":
-        content = pyarrow.compress(content, "zstd", asbytes=True)
-    path.write_bytes(content)
-    return path
-
-
-def pictures(folder: Path, kind: str = "PNG", name: str = "{}.png") -> Path:
-    """A folder of one picture of each colour."""
+def write_images(folder: Path, file_format: str = "PNG", name: str = "{}.png") -> Path:
+    """Write one image of each colour into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for colour in COLOURS:
-        (folder / name.format(colour)).write_bytes(picture(colour, kind))
+        (folder / name.format(colour)).write_bytes(encoded_image(colour, file_format))
     return folder
 
 
 def c4(folder: Path, texts: list[str]) -> Path:
+    """C4: gzipped JSON lines."""
     when = {"timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org/"}
     lines = [{"text": text, **when} for text in texts]
     return write_lines(folder / "c4-train.00000-of-01024.json.gz", lines)
 
 
 def dolma(folder: Path, texts: list[str], packed: str = ".gz") -> Path:
+    """Dolma: JSON lines, compressed as `packed` says (a suffix, or "")."""
     rest = {"source": "common-crawl", "added": "2023-04-11", "created": "2020", "metadata": {}}
     lines = [{"id": str(n), "text": text, **rest} for n, text in enumerate(texts)]
     return write_lines(folder / f"cc_en_head-0000.jsonl{packed}", lines)
 
 
 def fineweb(folder: Path, texts: list[str]) -> Path:
+    """FineWeb: Parquet."""
     rest = {"dump": "CC-MAIN-2013-20", "url": "http://a.b", "file_path": "s3://", "language": "en"}
     scores = {"language_score": 0.9, "token_count": 3, "score": 3.1, "int_score": 3}
     rows = [{"text": text, "id": str(n), **rest, **scores} for n, text in enumerate(texts)]
@@ -91,6 +59,7 @@ def fineweb(folder: Path, texts: list[str]) -> Path:
 
 
 def img2dataset(folder: Path) -> Path:
+    """img2dataset's webdataset output: one tar, with images, captions and metadata."""
     files = {}
     for number, colour in enumerate(COLOURS):
         facts = {
@@ -99,20 +68,20 @@ def img2dataset(folder: Path) -> Path:
             "key": f"{number:09d}",
             "status": "success",
         }
-        files[f"{number:09d}.jpg"] = picture(colour, "JPEG")
+        files[f"{number:09d}.jpg"] = encoded_image(colour, "JPEG")
         files[f"{number:09d}.txt"] = colour.encode()
         files[f"{number:09d}.json"] = json.dumps(facts).encode()
     return write_tar(folder / "00000.tar", files)
 
 
 def coco(folder: Path) -> tuple[Path, Path]:
-    """Annotations and the folder of pictures; two captions each, not in the pictures' order."""
+    """COCO: the annotations file and the folder of images; two captions each, in another order."""
     name = "COCO_val2014_{:012d}.jpg"
     files = {colour: name.format(42 + n) for n, colour in enumerate(COLOURS)}
     root = folder / "val2014"
     root.mkdir(parents=True)
     for colour, file in files.items():
-        (root / file).write_bytes(picture(colour, "JPEG"))
+        (root / file).write_bytes(encoded_image(colour, "JPEG"))
     images = [
         {"license": 5, "file_name": file, "height": 16, "width": 20, "id": 42 + n}
         for n, file in enumerate(files.values())
@@ -129,8 +98,8 @@ def coco(folder: Path) -> tuple[Path, Path]:
 
 
 def karpathy(folder: Path) -> Path:
-    """His file beside the folder that it names; splits in turn."""
-    pictures(folder / "val2014", "JPEG", "{}.jpg")
+    """Karpathy's splits of COCO: his file, beside the folder of images; the four splits in turn."""
+    write_images(folder / "val2014", "JPEG", "{}.jpg")
     splits = ["train", "restval", "val", "test"]
     images = [
         {"filepath": "val2014", "sentids": [n], "filename": f"{colour}.jpg", "imgid": n,
@@ -144,15 +113,16 @@ def karpathy(folder: Path) -> Path:
 
 
 def bagel_captions(folder: Path) -> Path:
+    """Captioned images as BAGEL stores them: Parquet, two captions for each image."""
     rows = [
-        {"image": picture(colour), "captions": json.dumps({"a": colour, "b": colour + "!"})}
+        {"image": encoded_image(colour), "captions": json.dumps({"a": colour, "b": colour + "!"})}
         for colour in COLOURS
     ]
     return write_parquet(folder / "t2i.parquet", rows)
 
 
 def obelics_rows(images: dict[str, object]) -> list[dict]:
-    """A document a colour: its picture between two texts."""
+    """Rows of OBELICS: one document for each colour, with its image between two texts."""
     return [
         {"images": [None, image, None], "texts": ["See:", None, colour],
          "metadata": json.dumps([None, {"src": "u"}, None]), "general_metadata": "{}"}
@@ -161,17 +131,17 @@ def obelics_rows(images: dict[str, object]) -> list[dict]:
 
 
 def obelics(folder: Path) -> tuple[Path, Path]:
-    """Parquet of URLs, and the pictures under the URLs' SHA-256."""
+    """OBELICS: Parquet with image URLs, and a folder of images named by the SHA-256 of the URL."""
     urls = {colour: f"https://example.org/{colour}.png?w=1" for colour in COLOURS}
     root = folder / "downloaded"
     root.mkdir()
     for colour, url in urls.items():
-        (root / hashlib.sha256(url.encode()).hexdigest()).write_bytes(picture(colour))
+        (root / hashlib.sha256(url.encode()).hexdigest()).write_bytes(encoded_image(colour))
     return write_parquet(folder / "train-00000.parquet", obelics_rows(urls)), root
 
 
 def mmc4(folder: Path) -> Path:
-    """A document a colour: its picture matches the second of two sentences."""
+    """MMC4: one document for each colour; its image belongs to the second of two sentences."""
     lines = [
         {"text_list": ["See:", colour], "url": "u", "similarity_matrix": [[0.1, 0.3]],
          "image_info": [{"image_name": f"{colour}.png", "raw_url": "u", "matched_sim": 0.3,
@@ -183,11 +153,11 @@ def mmc4(folder: Path) -> Path:
 
 
 def mint(folder: Path) -> Path:
-    """Documents of two pages: a colour and the next one."""
+    """MINT-1T's PDFs: documents of two pages, with images of a colour and the next colour."""
     names, files = list(COLOURS), {}
     for number, colour in enumerate(names):
         two = [colour, names[(number + 1) % len(names)]]
-        pages, file = [Image.open(io.BytesIO(picture(name))) for name in two], io.BytesIO()
+        pages, file = [Image.open(io.BytesIO(encoded_image(name))) for name in two], io.BytesIO()
         pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
         record = {
             "images": ["page_0_image_3", None, "page_1_image_8", None],

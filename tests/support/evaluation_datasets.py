@@ -1,4 +1,4 @@
-"""Miniature copies of public datasets, laid out as the real ones unpack."""
+"""Small copies of public evaluation datasets, with the folders and files of the published ones."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,17 @@ from PIL import Image
 CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus"}
 
 
-def picture(path: Path, size: tuple[int, int] = (40, 20), colour: str = "red") -> None:
+def write_image(path: Path, size: tuple[int, int] = (40, 20), colour: str = "red") -> None:
+    """Write an image of one colour; size is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
 
 
 def make_coco(root: Path) -> Path:
-    """Four pictures with two captions each, as COCO's archives unpack; one is grey."""
+    """COCO and Karpathy's splits: four images with two captions each; one is greyscale."""
     names = [f"COCO_val2014_{number:012d}.jpg" for number in (42, 73, 74, 133)]
     for name in names:
-        picture(root / "val2014" / name)
+        write_image(root / "val2014" / name)
     Image.new("L", (30, 30)).save(root / "val2014" / names[2])
     images = [{"id": i, "file_name": name, "height": 20} for i, name in enumerate(names)]
     notes = [
@@ -33,7 +34,7 @@ def make_coco(root: Path) -> Path:
 
 
 def karpathy(names: list[str]) -> dict:
-    """His file: five sentences a picture, every other picture in the test split."""
+    """Karpathy's file: five sentences for each image; every other image is in the test split."""
     sentences = [[{"raw": f"Raw {i} {j}.", "tokens": []} for j in range(5)] for i in range(4)]
     images = [
         {
@@ -46,18 +47,18 @@ def karpathy(names: list[str]) -> dict:
 
 
 def make_imagenet(root: Path) -> Path:
-    """Two classes of two pictures, as Kaggle's archive unpacks."""
+    """ImageNet as in Kaggle's archive: two classes of two images."""
     for synset in CLASSES:
         for number in range(2):
             path = f"ILSVRC/Data/CLS-LOC/train/{synset}/{synset}_{number}.JPEG"
-            picture(root / path)
+            write_image(root / path)
     lines = "".join(f"{synset} {names}\n" for synset, names in CLASSES.items())
     (root / "LOC_synset_mapping.txt").write_text(lines)
     return root
 
 
 def make_geneval(root: Path) -> Path:
-    """Two lines of evaluation_metadata.jsonl."""
+    """GenEval: two prompts in evaluation_metadata.jsonl."""
     root.mkdir(parents=True)
     lines = [
         {

@@ -14,7 +14,7 @@ def scene(
     return draw_scene(generator(seed, index, split), num_objects, split=split, **options)
 
 
-def pictures(indices: range, *, split: str = "train", seed: int = 0) -> Tensor:
+def shape_images(indices: range, *, split: str = "train", seed: int = 0) -> Tensor:
     """Images of the scenes with these indices, (B, 3, 64, 64) in [-1, 1]."""
     images = np.stack([render(scene(seed, index, split=split)) for index in indices])
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
