@@ -36,12 +36,11 @@ from torch import Tensor, nn
 from plain_llama import PlainLlama, denoise, write_text
 from step_time import CONFIG
 from tf_lightning.batch import Document
-from tf_lightning.diffusion.guidance import Guidance
 from tf_lightning.diffusion.process import DDPM
 from tf_lightning.diffusion.sampler import build_scheduler
 from tf_lightning.generation.engine import generate
-from tf_lightning.generation.requests import Settings, Speaker
-from tf_lightning.generation.token_sampling import TextSampling
+from tf_lightning.generation.requests import GenerationModel, GenerationPlan
+from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
 
@@ -71,11 +70,13 @@ def build_net(config: TransformerConfig = CONFIG, latent_channels: int = 8) -> T
     return net
 
 
-def speaker(net: TransfusionModel, latent_shape: tuple[int, int, int] = LATENT_SHAPE) -> Speaker:
+def generation_model(
+    net: TransfusionModel, latent_shape: tuple[int, int, int] = LATENT_SHAPE
+) -> GenerationModel:
     """With <boi> and <eoi> at the end of the vocabulary."""
     size = net.transformer.config.vocab_size
     tokenizer = SimpleNamespace(bos_id=1, eos_id=2, boi_id=size - 2, eoi_id=size - 1)
-    return Speaker(net, tokenizer, PATCH_SIZE, latent_shape)
+    return GenerationModel(net, tokenizer, PATCH_SIZE, latent_shape)
 
 
 def text(length: int, vocab_size: int = 4096) -> Tensor:
@@ -83,25 +84,23 @@ def text(length: int, vocab_size: int = 4096) -> Tensor:
     return torch.randint(3, vocab_size - 2, (length,))
 
 
-def answer(who: Speaker, prompts: list[Document], how: Settings, batch_size: int = 64) -> None:
+def answer(
+    model: GenerationModel, prompts: list[Document], plan: GenerationPlan, batch_size: int = 64
+) -> None:
     """Generate and discard the outputs."""
-    for _ in generate(who, prompts, list(range(len(prompts))), how, batch_size=batch_size):
+    for _ in generate(model, prompts, list(range(len(prompts))), plan, batch_size=batch_size):
         pass
 
 
-def pictures(steps: int, guidance_scale: float = 1.0) -> Settings:
+def pictures(steps: int, guidance_scale: float = 1.0) -> GenerationPlan:
     """One image, DDIM."""
-    return Settings(
-        "image",
-        guidance=Guidance(guidance_scale),
-        scheduler=build_scheduler(DDPM()),
-        num_inference_steps=steps,
-    )
+    sampling = SamplingConfig(guidance_scale=guidance_scale, num_inference_steps=steps)
+    return GenerationPlan("image", sampling, build_scheduler(DDPM()), steps)
 
 
-def words(count: int) -> Settings:
+def words(count: int) -> GenerationPlan:
     """Greedy text."""
-    return Settings("text", text=TextSampling(max_new_tokens=count))
+    return GenerationPlan("text", SamplingConfig(max_new_tokens=count))
 
 
 # ---------------------------------------------------------------- the peer
@@ -200,7 +199,8 @@ def time_steps(
         prompt = text(prefix)
         runs = {}
         for name, count in (("few", FEW), ("many", MANY)):
-            runs[f"ours {name}"] = partial(answer, speaker(net), [[prompt]], pictures(count))
+            ours = partial(answer, generation_model(net), [[prompt]])
+            runs[f"ours {name}"] = partial(ours, pictures(count))
             runs[f"plain {name}"] = partial(denoise, llama, prefix, NUM_PATCHES, count)
         found = medians(runs, options.threads, options.repeats)
         ours, plain = per_evaluation(found, "ours"), per_evaluation(found, "plain")
@@ -220,7 +220,7 @@ def time_text(
     """Time 128 tokens after a prompt of 16; whether each limit is met."""
     prompt, count = text(16), 128
     runs = {
-        "ours": lambda: answer(speaker(net), [[prompt]], words(count)),
+        "ours": lambda: answer(generation_model(net), [[prompt]], words(count)),
         "plain": lambda: write_text(llama, prompt, count),
     }
     if peer is not None:
@@ -240,7 +240,7 @@ def time_text(
 def time_batches(options) -> list[bool]:
     """Time 16 prompts in one batch and one by one; whether each limit is met."""
     net, shape = build_net(QUICKSTART), (8, 8, 8)
-    who = speaker(net, shape)
+    model = generation_model(net, shape)
     captions = [[torch.randn(shape), text(1 + n, 512)] for n in range(16)]
     prompts = [[text(5 + n % 4, 512)] for n in range(16)]
     met = []
@@ -249,7 +249,7 @@ def time_batches(options) -> list[bool]:
         ("16 guided quickstart images of 10 steps", prompts, pictures(10, 3.0), 2.0),
     ):
         runs = {
-            size: lambda n=n, asked=asked, how=how: answer(who, asked, how, batch_size=n)
+            size: lambda n=n, asked=asked, how=how: answer(model, asked, how, batch_size=n)
             for size, n in (("together", 16), ("alone", 1))
         }
         found = medians(runs, options.threads, options.repeats)

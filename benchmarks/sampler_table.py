@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from callbacks.shapes_report import SEED_OFFSET, questions
-from tf_lightning.diffusion.process import RectifiedFlow, process_from_hparams
-from tf_lightning.generation.pipeline import TransfusionPipeline, load
+from tf_lightning.diffusion.process import RectifiedFlow
+from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.shapes.grammar import draw_edit
 from tf_lightning.shapes.oracle import carried_out, read
 from tf_lightning.shapes.world import Scene, draw_scene, generator, render
@@ -68,7 +68,7 @@ def name(row: Row) -> str:
 
 
 def sampler_table(
-    model: TransfusionPipeline, rows: list[Row], count: int, scales: list[float], batch_size: int
+    pipe: TransfusionPipeline, rows: list[Row], count: int, scales: list[float], batch_size: int
 ) -> None:
     """Print the share of right images, by sampler and steps (rows) and guidance scale (columns)."""
     asked = questions(count // 2, 1, 0) + questions(count - count // 2, 2, 0)
@@ -78,7 +78,7 @@ def sampler_table(
     for row in rows:
         shares = []
         for scale in scales:
-            out = model.generate(
+            out = pipe(
                 [question.prompt for question in asked],
                 guidance_scale=scale,
                 batch_size=batch_size,
@@ -108,7 +108,7 @@ def edit_prompts(edits: list[tuple[Scene, str, Scene]]) -> list[list[Image.Image
 
 
 def edit_table(
-    model: TransfusionPipeline, rows: list[Row], count: int, scales: list[float], batch_size: int
+    pipe: TransfusionPipeline, rows: list[Row], count: int, scales: list[float], batch_size: int
 ) -> None:
     """Print the shares of correct edits, by sampler and guidance scales."""
     edits = draw_edits(count)
@@ -116,7 +116,7 @@ def edit_table(
     print("|---|---|---|---|")
     pairs = [(scale, None) for scale in scales] + [(s, 1.5) for s in scales if s > 1.5]
     for row, (scale, image_scale) in product(rows, pairs):
-        out = model.generate(
+        out = pipe(
             edit_prompts(edits),
             guidance_scale=scale,
             image_guidance_scale=image_scale,
@@ -137,7 +137,7 @@ def edit_table(
         print(f"| {name(row)}, {row[1]} steps | {guided} | {shares} |", flush=True)
 
 
-def boi_table(model: TransfusionPipeline, count: int, batch_size: int) -> None:
+def boi_table(pipe: TransfusionPipeline, count: int, batch_size: int) -> None:
     """Print how often the model answers with one image when it may answer with anything."""
     asked: dict[str, list] = {
         "caption": [question.prompt for question in questions(count, 2, 0)],
@@ -146,15 +146,15 @@ def boi_table(model: TransfusionPipeline, count: int, batch_size: int) -> None:
     print(f"| prompt ({count} held-out) | answered with exactly one image |")
     print("|---|---|")
     for name, prompts in asked.items():
-        out = model.generate(
+        out = pipe(
             prompts,
-            answer="any",
+            output_modality="any",
             max_images=2,
             max_new_tokens=16,
             num_inference_steps=10,
             batch_size=batch_size,
         )
-        one = [[type(part) for part in answer] == [Image.Image] for answer in out.documents]
+        one = [[type(part) for part in answer] == [Image.Image] for answer in out.parts]
         print(f"| {name} | {np.mean(one):.1%} |", flush=True)
 
 
@@ -184,16 +184,16 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
     options = parser.parse_args()
-    model = load(options.checkpoint)
-    flow = isinstance(process_from_hparams(model.hparams), RectifiedFlow)
+    pipe = TransfusionPipeline.from_pretrained(options.checkpoint)
+    flow = isinstance(pipe.process, RectifiedFlow)
     if options.only in (None, "samplers"):
         rows = options.rows or (FLOW_ROWS if flow else NOISE_ROWS)
-        sampler_table(model, rows, options.prompts, options.guidance, options.batch_size)
+        sampler_table(pipe, rows, options.prompts, options.guidance, options.batch_size)
     if options.only in (None, "edits"):
         rows = options.rows or (FLOW_ROWS[:1] if flow else EDIT_ROWS)
-        edit_table(model, rows, options.edits, options.guidance, options.batch_size)
+        edit_table(pipe, rows, options.edits, options.guidance, options.batch_size)
     if options.only in (None, "boi"):
-        boi_table(model, options.edits, options.batch_size)
+        boi_table(pipe, options.edits, options.batch_size)
 
 
 if __name__ == "__main__":

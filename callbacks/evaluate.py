@@ -18,12 +18,10 @@ from callbacks.prompts import Prompt, PromptSet
 from callbacks.protocol import MetricRecord, prompts_hash, save_numbers
 from callbacks.results import run_folder
 from callbacks.sampling import (
-    OF_CODES,
     Kind,
     SampleBatch,
-    fit_drawing,
-    model_of,
     refuse_shards,
+    resolve_sampling,
     sample,
     shares,
 )
@@ -32,6 +30,7 @@ from callbacks.text_perplexity import TextPerplexity
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.training.module import Transfusion
 
 MODULE_PROTOCOL = {  # of what the module itself logs at validation
@@ -54,17 +53,11 @@ class Evaluate(L.Callback):
         metrics: metrics of the samples.
         generate_images: generate an image for each prompt.
         caption_images: generate a caption for each prompt's image.
-        guidance_scale: 1 = off; several are measured one after another.
-        num_inference_steps: network evaluations a picture.
-        sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
-        timestep_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
-        code_temperature: where pictures are codes; 0 = the likeliest.
-        code_top_k: draw from this many likeliest codes; None: from all.
-        code_top_p: draw from the fewest codes that have this probability together.
+        sampling: how images, captions and texts are sampled.
+        guidance_scales: measure the images with each of these in place of sampling.guidance_scale.
         seed: first noise of the first prompt; the next prompts' follow.
         weights: "ema", the average if the model keeps one, or "raw".
         batch_size: prompts sampled together.
-        max_new_tokens: limit of a caption or a text.
         num_shown: prompts shown in TensorBoard, at most a batch.
         texts: beginnings of texts that the model continues, shown in TensorBoard.
         tag: names the prompts in TensorBoard and in the files, where a run has several of these.
@@ -76,37 +69,31 @@ class Evaluate(L.Callback):
         metrics: list[SampleMetric] = (),
         generate_images: bool = True,
         caption_images: bool = True,
-        guidance_scale: float | list[float] = 3.0,
-        num_inference_steps: int = 50,
-        sampler: str | None = None,
-        timestep_shift: float = 1.0,
-        code_temperature: float = 1.0,
-        code_top_k: int | None = None,
-        code_top_p: float = 1.0,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - it is frozen
+        guidance_scales: Sequence[float] | None = None,
         seed: int = 0,
         weights: Literal["ema", "raw"] = "ema",
         batch_size: int = 32,
-        max_new_tokens: int = 64,
         num_shown: int = 8,
         texts: Sequence[str] = (),
         tag: str = "val",
     ):
         self.prompt_set, self.metrics = prompts, list(metrics)
         self.makes = {"generated": generate_images, "captioned": caption_images}
-        self.scales = guidance_scale if isinstance(guidance_scale, list) else [guidance_scale]
-        if not self.scales:
-            raise UserError("guidance_scale=[] measures nothing; give one number or more")
-        self.how = {"num_inference_steps": num_inference_steps, "sampler": sampler}
-        self.how |= {"timestep_shift": timestep_shift, "seed": seed}
-        self.how |= dict(zip(OF_CODES, (code_temperature, code_top_k, code_top_p), strict=True))
-        self.weights, self.batch_size, self.max_new_tokens = weights, batch_size, max_new_tokens
+        if guidance_scales is not None and not guidance_scales:
+            raise UserError("guidance_scales=[] measures nothing; give one number or more, or null")
+        self.sampling, self.seed = sampling, seed
+        self.scales = list(guidance_scales or [sampling.guidance_scale])
+        for scale in self.scales:
+            sampling.with_options(guidance_scale=scale)  # refuses a scale that is not finite
+        self.weights, self.batch_size = weights, batch_size
         self.num_shown, self.texts, self.tag = num_shown, list(texts), tag
         self.numbers: list[MetricRecord] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the metrics' networks now: what does not fit is told before hours of training."""
         refuse_shards(pl_module, self)
-        self.how = fit_drawing(self.how, pl_module)
+        self.sampling = resolve_sampling(self.sampling, pl_module)
         try:
             for metric in self.metrics:
                 if not self.makes[metric.kind]:
@@ -160,26 +147,26 @@ class Evaluate(L.Callback):
         prompts = self.prompt_set.prompts(trainer.datamodule)
         if self.makes["captioned"] and not all(prompt.picture for prompt in prompts):
             raise UserError("these prompts have no pictures to caption; give caption_images: false")
-        model, weights = model_of(module, self.weights)
+        pipe = TransfusionPipeline.from_module(module, ema=self.weights == "ema")
         for metric in self.metrics:
             metric.to(module.device)
             metric.reset()
         self.see_real(trainer)
-        self.show_texts(trainer, model)
+        self.show_texts(trainer, pipe)
         facts = {
             "prompts": self.prompt_set.facts["dataset"],
             "num_prompts": len(prompts),
             "prompts_hash": prompts_hash(prompts),
-            "weights": weights,
+            "weights": pipe.checkpoint["weights"],
             "precision": trainer.precision,
-            "image_size": model.latent_shape and model.image_size,
+            "image_size": pipe.model.latent_shape and pipe.image_size,
+            "seed": self.seed,
         }
-        written = facts | {"decoding": "greedy", "max_new_tokens": self.max_new_tokens}
-        numbers = self.score(trainer, model, prompts, "captioned", "", written)
+        numbers = self.score(trainer, pipe, prompts, "captioned", self.sampling, facts)
         for scale in self.scales:
             suffix = f"@{scale:g}" if len(self.scales) > 1 else ""
-            drawn = facts | self.how | {"guidance_scale": scale}
-            numbers += self.score(trainer, model, prompts, "generated", suffix, drawn)
+            sampling = self.sampling.with_options(guidance_scale=scale)
+            numbers += self.score(trainer, pipe, prompts, "generated", sampling, facts, suffix)
         return numbers
 
     def see_real(self, trainer: L.Trainer) -> None:
@@ -196,21 +183,23 @@ class Evaluate(L.Callback):
     def score(
         self,
         trainer: L.Trainer,
-        model: TransfusionPipeline,
+        pipe: TransfusionPipeline,
         prompts: Sequence[Prompt],
         kind: Kind,
-        suffix: str,
+        sampling: SamplingConfig,
         facts: dict,
+        suffix: str = "",
     ) -> list[MetricRecord]:
         """Generate the images or the captions of all prompts, and compute the metrics of them.
 
         Args:
-            trainer: the run's.
-            model: what is asked.
-            prompts: of all ranks.
-            kind: of the samples.
-            suffix: of the numbers' names.
-            facts: how the samples are made.
+            trainer: the run's trainer.
+            pipe: the model.
+            prompts: prompts of all ranks.
+            kind: "generated" images or "captioned" images.
+            sampling: how to sample.
+            facts: the rest of the metrics' protocol.
+            suffix: ends the names of the metrics.
         """
         metrics = [metric for metric in self.metrics if metric.kind == kind]
         if not self.makes[kind]:
@@ -218,10 +207,11 @@ class Evaluate(L.Callback):
         for metric in metrics:
             metric.reset()
         samples = sample(
-            model,
+            pipe,
             prompts,
             shares(len(prompts), self.batch_size, trainer.global_rank, trainer.world_size),
-            facts,
+            sampling,
+            seed=self.seed,
             kind=kind,
             precision=trainer.precision_plugin.forward_context,
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
@@ -235,6 +225,8 @@ class Evaluate(L.Callback):
                     self.show(trainer, sampled, suffix)
 
         together(trainer, take)
+        modality = "image" if kind == "generated" else "text"
+        facts = facts | sampling.used(modality, makes_codes=bool(pipe.model.net.num_codes))
         values: dict[str, float] = {}
         protocols: dict[str, dict] = {}
         for metric in metrics:
@@ -250,11 +242,12 @@ class Evaluate(L.Callback):
         if isinstance(trainer.logger, TensorBoardLogger) and self.num_shown:
             show(trainer, self.prompt_set, sampled.first(self.num_shown), self.tag + suffix)
 
-    def show_texts(self, trainer: L.Trainer, model: TransfusionPipeline) -> None:
+    def show_texts(self, trainer: L.Trainer, pipe: TransfusionPipeline) -> None:
         """Continuations of `texts`, by rank zero, in TensorBoard."""
         if isinstance(trainer.logger, TensorBoardLogger) and self.texts and trainer.is_global_zero:
-            begun = [[text] for text in self.texts]
-            ends = model.write(begun, max_new_tokens=self.max_new_tokens, temperature=1.0)
+            sampling = self.sampling.with_options(temperature=1.0)
+            how = {"batch_size": len(self.texts), "progress": False, "sampling": sampling}
+            ends = pipe(self.texts, output_modality="text", **how).texts
             whole = "\n\n".join(f"{a} {b}" for a, b in zip(self.texts, ends, strict=True))
             trainer.logger.experiment.add_text(f"text/{self.tag}", whole, trainer.global_step)
 

@@ -5,7 +5,7 @@ Any number of ranks may write, and a run that was stopped goes on where it was, 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,66 +13,57 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from callbacks.results import run_folder
-from callbacks.sampling import fit_drawing
+from callbacks.sampling import resolve_sampling
 from tf_lightning.batch import Document
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.generation.requests import GenerationOutput
+from tf_lightning.generation.sampling import SamplingConfig
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Answers each captioned picture and appends a line to `predict/<answer>-<rank>.jsonl`.
+    """Answers each captioned picture and appends a line to `predict/<output_modality>-<rank>.jsonl`.
 
     With "text", a picture is answered with a caption, beside the document's own; with "image", a
     caption is answered with a picture, in `predict/images/`. Documents that any rank has answered
     before, with the same checkpoint and settings, are left out.
 
     Args:
-        answer: "text" or "image".
-        max_new_tokens: longest caption.
-        guidance_scale: of pictures, 1 = off.
-        num_inference_steps: network evaluations a picture.
-        sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
-        timestep_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
+        output_modality: "text" for captions, "image" for images.
+        sampling: how they are sampled.
         seed: with the document, names a picture's first noise.
     """
 
     def __init__(
         self,
-        answer: Literal["text", "image"] = "text",
-        max_new_tokens: int = 64,
-        guidance_scale: float = 3.0,
-        num_inference_steps: int = 50,
-        sampler: str | None = None,
-        timestep_shift: float = 1.0,
+        output_modality: Literal["text", "image"] = "text",
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - it is frozen
         seed: int = 0,
     ):
         super().__init__(write_interval="batch")
-        self.answer, self.seed, self.max_new_tokens = answer, seed, max_new_tokens
-        self.how = {
-            "guidance_scale": guidance_scale,
-            "num_inference_steps": num_inference_steps,
-            "sampler": sampler,
-            "timestep_shift": timestep_shift,
-        }
+        self.output_modality, self.sampling, self.seed = output_modality, sampling, seed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a sampler that does not fit."""
-        if self.answer == "image":
-            self.how = fit_drawing(self.how, pl_module)
+        if self.output_modality == "image":
+            self.sampling = resolve_sampling(self.sampling, pl_module)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See what is there; leave out of this rank's file what another run wrote."""
-        self.model, self.folder = TransfusionPipeline.of(pl_module), run_folder(trainer)
+        self.pipe = TransfusionPipeline.from_module(pl_module)
+        self.folder = run_folder(trainer)
         checkpoint = Path(trainer.ckpt_path)
-        settings = (str(checkpoint), checkpoint.stat().st_mtime_ns, self.max_new_tokens, self.how)
-        self.run = hashlib.sha256(repr((settings, self.seed)).encode()).hexdigest()[:12]
-        self.path = self.folder / f"{self.answer}-{trainer.global_rank}.jsonl"
+        used = self.sampling.used(self.output_modality, bool(pl_module.hparams["num_codes"]))
+        settings = (str(checkpoint), checkpoint.stat().st_mtime_ns, used, self.seed)
+        self.run = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+        self.path = self.folder / f"{self.output_modality}-{trainer.global_rank}.jsonl"
         mine = lines_of(self.path, self.run) if self.path.exists() else []
         with atomic_file(self.path) as file:
             file.write_text("".join(json.dumps(line) + "\n" for line in mine))
-        files = self.folder.glob(f"{self.answer}-*.jsonl")
+        files = self.folder.glob(f"{self.output_modality}-*.jsonl")
         self.written = {line["key"] for file in files for line in lines_of(file, self.run)}
         self.found = len(self.written)
 
@@ -91,18 +82,28 @@ class PredictionWriter(BasePredictionWriter):
         pairs = [pair for pair in pairs if [part.ndim for part in pair] == [1, 3]]
         missing = {key: pair for pair in pairs if (key := key_of(pair)) not in self.written}
         captions, images = zip(*missing.values(), strict=True) if missing else ((), ())
-        if self.answer == "text":
-            answers = self.model.write([[i] for i in images], max_new_tokens=self.max_new_tokens)
+        if self.output_modality == "text":
+            answers = self.generate(images, missing).texts
         else:
-            seeds = [self.seed + int(key[:8], 16) for key in missing]
-            drawn = self.model.draw([[text] for text in captions], seeds=seeds, **self.how)
-            answers = [self._keep(key, p) for key, p in zip(missing, drawn, strict=True)]
+            generated = self.generate(captions, missing).images
+            answers = [self._keep(key, i) for key, i in zip(missing, generated, strict=True)]
         with self.path.open("a") as file:
             for key, caption, answer in zip(missing, captions, answers, strict=True):
-                own = self.model.tokenizer.decode(caption.tolist()).strip()
+                own = self.pipe.model.tokenizer.decode(caption.tolist()).strip()
                 line = {"key": key, "run": self.run, "caption": own, "answer": answer}
                 file.write(json.dumps(line) + "\n")
         self.written |= missing.keys()
+
+    def generate(self, prompts: Sequence[Tensor], keys: Iterable[str]) -> GenerationOutput:
+        """Answer prompts of one part each, each with the seed of its document's key."""
+        return self.pipe(
+            [[prompt] for prompt in prompts],
+            output_modality=self.output_modality,
+            seed=[self.seed + int(key[:8], 16) for key in keys],
+            batch_size=max(len(prompts), 1),
+            progress=False,
+            sampling=self.sampling,
+        )
 
     def _keep(self, key: str, picture) -> str:
         """Write a picture; its name."""

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from callbacks.contact_sheet import Tile, contact_sheet
 from callbacks.results import outside_fit, run_folder
-from callbacks.sampling import fit_drawing, refuse_shards
+from callbacks.sampling import image_protocol, refuse_shards, resolve_sampling
 from tf_lightning.data.documents import RawDocument, Skipped, Source, Split
+from tf_lightning.data.images import to_pixels
 from tf_lightning.files import atomic_file
-from tf_lightning.generation.pipeline import TransfusionPipeline, to_pixels
+from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.training.module import Transfusion
 
 
@@ -29,10 +31,7 @@ class RetrievalAccuracy(L.Callback):
     Args:
         source: name of the corpus in the data's `sources`.
         num_prompts: captions, evenly spread over the corpus.
-        guidance_scale: 1 = off.
-        num_inference_steps: network evaluations a picture.
-        sampler: name of a diffusers scheduler; None: DDIM, or Euler for flow.
-        timestep_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
+        sampling: how images are sampled.
         seed: the first picture's noise; the next pictures' follow.
     """
 
@@ -40,24 +39,16 @@ class RetrievalAccuracy(L.Callback):
         self,
         source: str,
         num_prompts: int = 128,
-        guidance_scale: float = 3.0,
-        num_inference_steps: int = 50,
-        sampler: str | None = None,
-        timestep_shift: float = 1.0,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - it is frozen
         seed: int = 0,
     ):
         self.source, self.num_prompts, self.seed = source, num_prompts, seed
-        self.how = {
-            "guidance_scale": guidance_scale,
-            "num_inference_steps": num_inference_steps,
-            "sampler": sampler,
-            "timestep_shift": timestep_shift,
-        }
+        self.sampling = sampling
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a sampler that does not fit before the training, not after it."""
         refuse_shards(pl_module, self)
-        self.how = fit_drawing(self.how, pl_module)
+        self.sampling = resolve_sampling(self.sampling, pl_module)
 
     def examine(self, trainer: L.Trainer, module: Transfusion) -> None:
         """Draw, compare, write."""
@@ -65,7 +56,7 @@ class RetrievalAccuracy(L.Callback):
         if not trainer.is_global_zero:
             return
         module.eval()
-        model = TransfusionPipeline.of(module)
+        pipe = TransfusionPipeline.from_module(module)
         source = trainer.datamodule.sources[self.source]
         seen, held_out = (captioned(source, split) for split in ("train", "val"))
         count = min(self.num_prompts, len(seen))
@@ -76,7 +67,15 @@ class RetrievalAccuracy(L.Callback):
         for start in range(0, count, 32):
             part = slice(start, start + 32)
             with trainer.precision_plugin.forward_context():
-                drawn += model.draw([[text] for text in words[part]], seeds=seeds[part], **self.how)
+                output = pipe(
+                    words[part],
+                    output_modality="image",
+                    seed=seeds[part],
+                    batch_size=32,
+                    progress=False,
+                    sampling=self.sampling,
+                )
+            drawn += output.images
         pictures = [picture for _, picture in seen + held_out]
         nearest = nearest_pictures(*(torch.stack([*map(to_pixels, p)]) for p in (drawn, pictures)))
         right = [found == index for found, index in zip(nearest.tolist(), asked, strict=True)]
@@ -92,7 +91,7 @@ class RetrievalAccuracy(L.Callback):
             "num_images": len(pictures),
             "seed": self.seed,
             "global_step": trainer.global_step or module.loaded_step,
-            **self.how,
+            **image_protocol(self.sampling, module),
         }
         with atomic_file(folder / "retrieval.json") as file:
             file.write_text(json.dumps(report, indent=2) + "\n")

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -17,12 +17,10 @@ from tf_lightning.diffusion.process import process_from_hparams
 from tf_lightning.diffusion.sampler import resolve_sampler
 from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.generation.sampling import SamplingConfig, not_for_codes
 from tf_lightning.training.module import Transfusion
 
 Kind = Literal["generated", "captioned"]
-DENOISING = ("num_inference_steps", "sampler", "timestep_shift")
-OF_CODES = ("code_temperature", "code_top_k", "code_top_p")
-DRAWING = ("guidance_scale", *DENOISING, *OF_CODES)
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,6 @@ class SampleBatch:
         return SampleBatch(*(part and part[:count] for part in parts))
 
 
-def model_of(module: Transfusion, weights: str) -> tuple[TransfusionPipeline, str]:
-    """The module's model with the weights asked for, "ema" or "raw", and which they really are."""
-    model = TransfusionPipeline.of(module)
-    if weights == "ema" and module.ema is not None:
-        return model, "ema"
-    return replace(model, net=module.net), "raw"
-
-
 def refuse_shards(module: Transfusion, callback: object) -> None:
     """UserError where ranks, which draw unequal numbers of steps, would wait for each other."""
     if module.device_mesh is not None:
@@ -62,24 +52,31 @@ def refuse_shards(module: Transfusion, callback: object) -> None:
         )
 
 
-def fit_drawing(how: dict, module: Transfusion, default_sampler: str | None = None) -> dict:
-    """What of `how` is of this module's kind of pictures, its sampler named.
+def resolve_sampling(
+    sampling: SamplingConfig, module: Transfusion, default_sampler: str | None = None
+) -> SamplingConfig:
+    """Check sampling options against a module before it is trained, and name the sampler.
 
     Args:
-        how: settings of `TransfusionPipeline.draw`.
-        module: what is to draw.
-        default_sampler: where latents are denoised by DDPM's kind and none is named.
+        sampling: options of a callback.
+        module: the model that will be sampled.
+        default_sampler: used where none is named, if it fits the model.
 
     Raises:
-        UserError: the sampler does not fit.
+        UserError: an option does not fit the model.
     """
     process = process_from_hparams(module.hparams)
-    sampler = how.get("sampler")
-    if sampler is None and process is not None and default_sampler in process.samplers:
-        sampler = default_sampler
-    sampler = resolve_sampler(process, sampler, how.get("timestep_shift", 1.0))
-    foreign = DENOISING if process is None else OF_CODES
-    return {k: v for k, v in (how | {"sampler": sampler}).items() if k not in foreign}
+    if process is None:
+        not_for_codes(sampling)
+        return sampling
+    preferred = default_sampler if default_sampler in process.samplers else None
+    sampler = resolve_sampler(process, sampling.sampler or preferred, sampling.timestep_shift)
+    return sampling.with_options(sampler=sampler)
+
+
+def image_protocol(sampling: SamplingConfig, module: Transfusion) -> dict[str, Any]:
+    """Return the sampling options that the module's images depend on, for a report."""
+    return sampling.used("image", makes_codes=bool(module.hparams["num_codes"]))
 
 
 def shares(count: int, batch_size: int, rank: int, world_size: int) -> list[range]:
@@ -92,38 +89,38 @@ def shares(count: int, batch_size: int, rank: int, world_size: int) -> list[rang
 
 
 def sample(
-    model: TransfusionPipeline,
+    pipe: TransfusionPipeline,
     prompts: Sequence[Prompt],
     batches: Sequence[range],
-    how: dict,
+    sampling: SamplingConfig,
     *,
+    seed: int,
     kind: Kind,
     precision: Callable[[], AbstractContextManager],
     progress: bool,
 ) -> Iterator[SampleBatch]:
-    """One SampleBatch a batch.
+    """Yield one SampleBatch for each batch.
 
     Args:
-        model: what is asked.
-        prompts: of all ranks.
-        batches: this rank's places in them.
-        how: of "drawn" pictures guidance_scale, seed (prompt i has the noise of seed + i) and what
-            `fit_drawing` leaves; max_new_tokens of "written" captions; the rest is ignored.
-        kind: what is made.
+        pipe: the model.
+        prompts: prompts of all ranks.
+        batches: this rank's indices of them, from `shares`.
+        sampling: how to sample.
+        seed: prompt i is sampled with seed + i.
+        kind: "generated" images of the prompts' text, or "captioned" images of the prompts.
         precision: context in which the network computes, the trainer's.
         progress: show a progress bar.
     """
-    for places in tqdm(batches, desc=kind.title(), disable=not progress, leave=False):
-        asked = [prompts[place] for place in places]
+    for indices in tqdm(batches, desc=kind.title(), disable=not progress, leave=False):
+        asked = [prompts[i] for i in indices]
+        how = {"seed": [seed + i for i in indices], "batch_size": len(asked), "progress": False}
         if kind == "generated":
-            options = {key: how[key] for key in DRAWING if key in how}
-            seeds = [how["seed"] + place for place in places]
+            texts = [prompt.text for prompt in asked]
             with precision():
-                pictures = model.draw([[prompt.text] for prompt in asked], seeds=seeds, **options)
-            yield SampleBatch(asked, places, pictures)
+                output = pipe(texts, output_modality="image", sampling=sampling, **how)
+            yield SampleBatch(asked, indices, output.images)
         else:
-            pictures = [square(prompt.picture(), model.image_size) for prompt in asked]
-            limit = how["max_new_tokens"]
+            images = [square(prompt.picture(), pipe.image_size) for prompt in asked]
             with precision():
-                written = model.write([[picture] for picture in pictures], max_new_tokens=limit)
-            yield SampleBatch(asked, places, pictures, written)
+                output = pipe(images, output_modality="text", sampling=sampling, **how)
+            yield SampleBatch(asked, indices, images, output.texts)

@@ -19,13 +19,14 @@ from PIL import Image
 
 from callbacks.contact_sheet import Tile, contact_sheet
 from callbacks.results import outside_fit, run_folder
-from callbacks.sampling import fit_drawing, refuse_shards
+from callbacks.sampling import image_protocol, refuse_shards, resolve_sampling
 from callbacks.text_perplexity import TextBytes, add_text
 from callbacks.throughput import Throughput
 from evaluation.perplexity import Perplexity
 from tf_lightning.batch import pack
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.shapes.grammar import caption, draw_text, parse, text_log_prob
 from tf_lightning.shapes.oracle import read
 from tf_lightning.shapes.world import Meaning, draw_scene, generator, render
@@ -63,44 +64,23 @@ class ShapesReport(L.Callback):
 
     Args:
         num_prompts: prompts with one object, prompts with two, pictures to caption, and texts.
-        guidance_scale: 1 = off.
-        num_inference_steps: network evaluations a picture.
-        sampler: name of a diffusers scheduler; None: DDPM, the best of the small
-            model, or Euler for flow.
-        timestep_shift: of its steps, towards noise where over 1; not of DDIM and UniPC.
-        code_temperature: where pictures are codes; 0 = the likeliest.
-        code_top_k: draw from this many likeliest codes; None: from all.
-        code_top_p: draw from the fewest codes that have this probability together.
+        sampling: how images are sampled; without a sampler DDPM, the best for the small model, or
+            Euler for a rectified flow.
         seed: of the prompts and of the first noise.
     """
 
     def __init__(
         self,
         num_prompts: int = 128,
-        guidance_scale: float = 3.0,
-        num_inference_steps: int = 50,
-        sampler: str | None = None,
-        timestep_shift: float = 1.0,
-        code_temperature: float = 1.0,
-        code_top_k: int | None = None,
-        code_top_p: float = 1.0,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - it is frozen
         seed: int = 0,
     ):
-        self.num_prompts, self.seed = num_prompts, seed
-        self.how = {
-            "guidance_scale": guidance_scale,
-            "num_inference_steps": num_inference_steps,
-            "sampler": sampler,
-            "timestep_shift": timestep_shift,
-            "code_temperature": code_temperature,
-            "code_top_k": code_top_k,
-            "code_top_p": code_top_p,
-        }
+        self.num_prompts, self.sampling, self.seed = num_prompts, sampling, seed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a sampler that does not fit."""
         refuse_shards(pl_module, self)
-        self.how = fit_drawing(self.how, pl_module, default_sampler="DDPMScheduler")
+        self.sampling = resolve_sampling(self.sampling, pl_module, "DDPMScheduler")
 
     def examine(self, trainer: L.Trainer, module: Transfusion) -> None:
         """All questions, on rank zero; writes the files and logs the scores."""
@@ -109,21 +89,23 @@ class ShapesReport(L.Callback):
             return
         rank_zero_info("Judging pictures and captions ...")
         module.eval()
-        model = TransfusionPipeline.of(module)
+        pipe = TransfusionPipeline.from_module(module)
         one, two = (questions(self.num_prompts, count, self.seed) for count in (1, 2))
         asked = one + two
         with trainer.precision_plugin.forward_context():
-            drawn = self.draw(model, asked)
+            drawn = self.draw(pipe, asked)
         readings = [read(np.asarray(picture)) for picture in drawn]
         right = [r.meaning == q.meaning for r, q in zip(readings, asked, strict=True)]
         shown = questions(self.num_prompts, None, self.seed + 1)
         with trainer.precision_plugin.forward_context():
-            written = model.write([[q.picture] for q in shown], max_new_tokens=32)
+            images = [q.picture for q in shown]
+            how = {"batch_size": max(len(images), 1), "progress": False, "max_new_tokens": 32}
+            written = pipe(images, output_modality="text", **how).texts
         understood = [parse(text) == q.meaning for text, q in zip(written, shown, strict=True)]
-        perplexity, bound = text_perplexity(model, module, self.num_prompts, self.seed)
+        perplexity, bound = text_perplexity(pipe, module, self.num_prompts, self.seed)
         report = {
             **seconds_of(trainer),
-            "num_parameters": sum(p.numel() for p in model.net.parameters()),
+            "num_parameters": sum(p.numel() for p in pipe.model.net.parameters()),
             "one_object": float(np.mean(right[: len(one)])),
             "two_objects": float(np.mean(right[len(one) :])),
             "caption_accuracy": float(np.mean(understood)),
@@ -134,7 +116,7 @@ class ShapesReport(L.Callback):
             "global_step": trainer.global_step or module.loaded_step,
             "weights": "raw" if module.ema is None else "ema",
             "precision": trainer.precision,
-            **self.how,
+            **image_protocol(self.sampling, module),
         }
         verdicts = [
             {"file": f"{i:04d}.png", "prompt": q.prompt, "read": str(r), "right": ok}
@@ -160,13 +142,20 @@ class ShapesReport(L.Callback):
     on_validation_end = outside_fit(examine)
     on_test_end = examine
 
-    def draw(self, model: TransfusionPipeline, asked: Sequence[Question]) -> list[Image.Image]:
+    def draw(self, pipe: TransfusionPipeline, asked: Sequence[Question]) -> list[Image.Image]:
         """One picture a question, 64 at a time."""
         drawn: list[Image.Image] = []
         for start in range(0, len(asked), 64):
             part = asked[start : start + 64]
             seeds = [self.seed + start + i for i in range(len(part))]
-            drawn += model.draw([[q.prompt] for q in part], seeds=seeds, **self.how)
+            drawn += pipe(
+                [q.prompt for q in part],
+                output_modality="image",
+                seed=seeds,
+                batch_size=64,
+                progress=False,
+                sampling=self.sampling,
+            ).images
         return drawn
 
 
@@ -181,24 +170,24 @@ def seconds_of(trainer: L.Trainer) -> dict[str, float]:
 
 @torch.no_grad()
 def text_perplexity(
-    model: TransfusionPipeline, module: Transfusion, count: int, seed: int
+    pipe: TransfusionPipeline, module: Transfusion, count: int, seed: int
 ) -> tuple[float, float]:
     """Perplexity of held-out text, and that of the grammar itself on the same tokens.
 
     Each document's first token is left out on both sides: it is always the word "imagine".
     """
     texts = [draw_text(generator(SEED_OFFSET + seed, index, "val")) for index in range(count)]
-    documents = [model.encode([text]) for text in texts]
+    documents = [pipe.encode(text) for text in texts]
     batch = pack(
         [[document] for document in documents],
         list(range(count)),
-        tokenizer=model.tokenizer,
+        tokenizer=pipe.model.tokenizer,
         row_length=max(len(document[0]) for document in documents) + 2,
         patch_size=module.hparams.patch_size,
     ).to(module.device)
     metric = Perplexity(sync_on_compute=False).to(module.device)  # rank zero is alone here
-    nll = module.loss_sums(model.net, batch).nll
-    add_text(metric, nll, batch, TextBytes(model.tokenizer, module.device))
+    nll = module.loss_sums(pipe.model.net, batch).nll
+    add_text(metric, nll, batch, TextBytes(pipe.model.tokenizer, module.device))
     perplexity = metric.compute()["perplexity"].item()
     entropy = -sum(text_log_prob(text) for text in texts)
     return perplexity, math.exp(entropy / metric.counts["num_tokens"])

@@ -81,7 +81,11 @@ def test_every_number_has_its_whole_protocol(run, tmp_path):
     assert fid.items() >= expected.items()
     assert len(fid["prompts_hash"]) == len(fid["weights_hash"]) == 12
     cider = protocols["val/cider[shapes]"]
-    assert cider["decoding"] == "greedy" and "guidance_scale" not in cider
+    assert (
+        cider["temperature"] == 0.0
+        and cider["max_new_tokens"] == 8
+        and "guidance_scale" not in cider
+    )
     for name in ("perplexity", "bits_per_byte"):
         text = protocols[f"val/text/{name}"]
         assert text["weights"] == "ema" and text["num_bytes"] > text["num_tokens"] > 0
@@ -91,9 +95,9 @@ def test_every_number_has_its_whole_protocol(run, tmp_path):
 def test_the_command_line_changes_counts_steps_sampler_and_weights(run, tmp_path):
     changed = {
         "prompts.init_args.count": 3,
-        "num_inference_steps": 3,
-        "sampler": "DDPMScheduler",
-        "timestep_shift": 2.0,
+        "sampling.num_inference_steps": 3,
+        "sampling.sampler": "DDPMScheduler",
+        "sampling.timestep_shift": 2.0,
         "weights": "raw",
         "seed": 4,
     }
@@ -107,7 +111,7 @@ def test_the_command_line_changes_counts_steps_sampler_and_weights(run, tmp_path
 
 
 def test_a_guidance_sweep_is_one_command_and_one_plot(run, tmp_path):
-    file = validate(run, tmp_path, "--trainer.callbacks.guidance_scale=[1.0, 2.0, 5]")
+    file = validate(run, tmp_path, "--trainer.callbacks.guidance_scales=[1.0, 2.0, 5]")
     found = numbers(file)
     assert {f"val/fid[shapes]@{scale}" for scale in ("1", "2", "5")} <= found.keys()
     assert found["val/fid[shapes]@2"] == pytest.approx(

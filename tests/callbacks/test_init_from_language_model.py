@@ -12,7 +12,7 @@ from support.language_models import LLAMA3_ROPE, tiny, with_json, with_sentencep
 from support.tiny import packed
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.cli.main import main
-from tf_lightning.generation.pipeline import load
+from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.interop.export import export
 from tf_lightning.interop.llama import open_language_model
 from tf_lightning.tokenizer.tokenizer import Tokenizer
@@ -87,7 +87,8 @@ def test_a_run_begins_with_its_weights_and_says_what_is_new(kind, tmp_path, caps
     )
     assert "transformer.image_layers (8 tensors), patch_coder (" in caplog.text
     assert "text tokens at step 0: " in caplog.text
-    again = load(tmp_path / "run/checkpoints/last.ckpt").net.transformer
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    again = TransfusionPipeline.from_pretrained(path).model.net.transformer
     assert again.config.rope_scaling == open_language_model(folder).config.rope_scaling
     for name, weight in again.state_dict().items():
         assert torch.equal(weight, checkpoint["state_dict"][f"ema.transformer.{name}"])

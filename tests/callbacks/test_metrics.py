@@ -10,7 +10,8 @@ from callbacks.prompts import ShapesPrompts
 from callbacks.sampling import SampleBatch
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Document, document_length, pack
-from tf_lightning.generation.pipeline import TransfusionPipeline, to_image, to_pixels
+from tf_lightning.data.images import to_image, to_pixels
+from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.shapes.grammar import caption
 from tf_lightning.shapes.sources import scene_image
@@ -89,11 +90,12 @@ def drawn(prompts, tmp_path_factory) -> dict[str, list[Image.Image]]:
     """What a real model draws in the course of its training, half a minute long."""
     module, documents = tiny_model(tmp_path_factory.mktemp("tiny"))
     optimizer = torch.optim.AdamW(module.net.parameters(), lr=3e-3, betas=(0.9, 0.99), fused=True)
-    asked, found, start = [[prompt.text] for prompt in prompts.prompts()], {}, 0
+    asked, found, start = [prompt.text for prompt in prompts.prompts()], {}, 0
     for name, step in (("hardly trained", 25), ("half-trained", 250)):
         train_to(step, start, module, documents, optimizer)
-        how = {"num_inference_steps": 12, "guidance_scale": 1.0, "seeds": list(range(COUNT))}
-        found[name], start = TransfusionPipeline.of(module.eval()).draw(asked, **how), step
+        how = {"num_inference_steps": 12, "guidance_scale": 1.0, "batch_size": COUNT}
+        pipe = TransfusionPipeline.from_module(module.eval())
+        found[name], start = pipe(asked, progress=False, **how).images, step
         module.train()
     return found
 

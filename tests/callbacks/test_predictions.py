@@ -57,11 +57,11 @@ def test_a_run_that_was_killed_goes_on_where_it_was(run, folder, monkeypatch):
     # The first line is another rank's, the second whole, the third torn; the rest never written.
     (file.parent / "text-7.jsonl").write_text(lines[0])
     file.write_text(lines[1] + lines[2][:20])
-    asked, write = [], TransfusionPipeline.write
+    asked, generate = [], TransfusionPipeline.__call__
     monkeypatch.setattr(
         TransfusionPipeline,
-        "write",
-        lambda self, p, **how: asked.extend(p) or write(self, p, **how),
+        "__call__",
+        lambda self, p, **how: asked.extend(p) or generate(self, p, **how),
     )
     predict(run, folder)
     assert len(asked) == len(lines) - 2
@@ -69,12 +69,14 @@ def test_a_run_that_was_killed_goes_on_where_it_was(run, folder, monkeypatch):
     assert ours[0] == lines[1] and sorted([lines[0], *ours]) == sorted(lines)
     (file.parent / "text-7.jsonl").unlink()
     asked.clear()
-    predict(run, folder, writer={"max_new_tokens": 3})  # other settings: everything again
+    predict(
+        run, folder, writer={"sampling": {"max_new_tokens": 3}}
+    )  # other settings: everything again
     assert len(asked) == len(read(file)) == len(lines)
 
 
 def test_captions_are_answered_with_pictures(run, folder):
-    how = {"answer": "image", "num_inference_steps": 2}
+    how = {"output_modality": "image", "sampling": {"num_inference_steps": 2}}
     out = predict(run, folder, writer=how)
     lines = read(out / "image-0.jsonl")
     assert sorted(line["caption"] for line in lines) == own_captions()
@@ -84,10 +86,13 @@ def test_captions_are_answered_with_pictures(run, folder):
 
 
 def test_pictures_follow_the_sampler_and_its_shift(run, tmp_path, capsys):
-    how = {"answer": "image", "num_inference_steps": 3, "sampler": "DDPMScheduler"}
+    how = {"num_inference_steps": 3, "sampler": "DDPMScheduler"}
+
+    def writer(**changed) -> dict:
+        return {"output_modality": "image", "sampling": how | changed}
 
     def pictures(shift: float) -> dict[str, bytes]:
-        out = predict(run, tmp_path, writer=how | {"timestep_shift": shift})
+        out = predict(run, tmp_path, writer=writer(timestep_shift=shift))
         names = [line["answer"] for line in read(out / "image-0.jsonl")]
         return {name: (out / name).read_bytes() for name in names}
 
@@ -96,7 +101,7 @@ def test_pictures_follow_the_sampler_and_its_shift(run, tmp_path, capsys):
     new = tmp_path / "new"
     new.mkdir()
     with pytest.raises(SystemExit):
-        predict(run, new, writer=how | {"sampler": "DDIMScheduler", "timestep_shift": 2.0})
+        predict(run, new, writer=writer(sampler="DDIMScheduler", timestep_shift=2.0))
     assert "timestep_shift=2.0 does not fit DDIMScheduler" in capsys.readouterr().err
     assert not (new / "run" / "predict").exists()
 

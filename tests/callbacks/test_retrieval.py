@@ -10,7 +10,10 @@ from PIL import Image
 
 from callbacks.retrieval import RetrievalAccuracy, nearest_pictures
 from tf_lightning.data.documents import Skipped
-from tf_lightning.generation.pipeline import TransfusionPipeline, to_image
+from tf_lightning.data.images import to_image
+from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.generation.requests import GenerationOutput
+from tf_lightning.generation.sampling import SamplingConfig
 
 
 def test_the_nearest_picture_is_the_one_of_least_squared_distance():
@@ -58,16 +61,16 @@ class Memory:
     def __init__(self, remembers: bool):
         self.remembers = remembers
 
-    def draw(self, prompts, *, seeds, **how) -> list[Image.Image]:
-        assert how.items() >= SHIFTED.items()
-        return [grey(int(text) if self.remembers else 0) for (text,) in prompts]
+    def __call__(self, prompts, *, sampling, **how) -> GenerationOutput:
+        assert sampling == SamplingConfig(**SHIFTED)
+        return GenerationOutput([[grey(int(p) if self.remembers else 0)] for p in prompts], [])
 
 
 @pytest.mark.parametrize(("remembers", "accuracy"), [(True, 1.0), (False, 0.2)])
 def test_accuracy_is_the_share_of_prompts_drawn_nearest_to_their_own(
     remembers, accuracy, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(TransfusionPipeline, "of", lambda module: Memory(remembers))
+    monkeypatch.setattr(TransfusionPipeline, "from_module", lambda module: Memory(remembers))
     trainer = SimpleNamespace(
         **{"is_global_zero": True, "log_dir": str(tmp_path), "global_step": 7},
         datamodule=SimpleNamespace(sources={"captions": Greys()}),
@@ -78,7 +81,9 @@ def test_accuracy_is_the_share_of_prompts_drawn_nearest_to_their_own(
     module = torch.nn.Linear(1, 1)
     module.hparams = {"prediction_type": "epsilon", "num_codes": None}
     module.device_mesh = None  # not sharded
-    callback = RetrievalAccuracy("captions", num_prompts=5, seed=4, **SHIFTED)
+    callback = RetrievalAccuracy(
+        "captions", num_prompts=5, sampling=SamplingConfig(**SHIFTED), seed=4
+    )
     callback.setup(trainer, module, "fit")
     callback.examine(trainer, module)
     report = json.loads((tmp_path / "retrieval.json").read_text())
@@ -86,5 +91,6 @@ def test_accuracy_is_the_share_of_prompts_drawn_nearest_to_their_own(
         **{"retrieval_accuracy": accuracy, "num_prompts": 5, "num_images": 10},
         **{"seed": 4, "global_step": 7},
         **{"guidance_scale": 3.0, "num_inference_steps": 50, **SHIFTED},
+        **{"image_guidance_scale": None, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0},
     }
     assert Image.open(tmp_path / "retrieval.png").width > 500

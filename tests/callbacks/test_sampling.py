@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from callbacks.prompts import Prompt
-from callbacks.sampling import model_of, sample, shares
-from tf_lightning.generation.pipeline import TransfusionPipeline
+from callbacks.sampling import image_protocol, resolve_sampling, sample, shares
+from tf_lightning.errors import UserError
+from tf_lightning.generation.requests import GenerationOutput
+from tf_lightning.generation.sampling import SamplingConfig
 
-DRAWN = {"guidance_scale": 2.0, "num_inference_steps": 4, "sampler": "S", "timestep_shift": 1.5}
-HOW = DRAWN | {"seed": 7}
+SAMPLING = SamplingConfig(guidance_scale=2.0, max_new_tokens=5)
 
 
 @given(st.integers(0, 50), st.integers(1, 9), st.integers(1, 5))
@@ -33,80 +34,69 @@ class Fake:
     image_size = 8
 
     def __init__(self):
-        self.drawn, self.read, self.autocast = [], [], []
+        self.calls, self.autocast = [], []
 
-    def draw(self, prompts, *, seeds, **how):
+    def __call__(self, prompts, *, output_modality, sampling, **how):
         self.autocast.append(torch.is_autocast_enabled("cpu"))
-        self.drawn.append((prompts, seeds, how))
-        return [Image.new("RGB", (8, 8))] * len(prompts)
-
-    def write(self, prompts, *, max_new_tokens):
-        self.autocast.append(torch.is_autocast_enabled("cpu"))
-        self.read += [picture.size for (picture,) in prompts]
-        return [f"up to {max_new_tokens}"] * len(prompts)
+        self.calls.append((prompts, output_modality, sampling, how))
+        image = Image.new("RGB", (8, 8))
+        answer = image if output_modality == "image" else f"up to {sampling.max_new_tokens}"
+        return GenerationOutput([[answer] for _ in prompts], how["seed"])
 
 
 PROMPTS = [Prompt(f"p{i}", lambda: Image.new("RGB", (20, 10))) for i in range(5)]
+HOW = {"seed": 7, "precision": nullcontext, "progress": False}
 
 
-def test_a_prompts_noise_depends_on_its_place_alone():
-    model = Fake()
-    batches = shares(5, 2, 1, 2)
-    (made,) = sample(
-        model, PROMPTS, batches, HOW, kind="generated", precision=nullcontext, progress=False
-    )
-    ((prompts, seeds, how),) = model.drawn
-    assert (prompts, seeds) == ([["p2"], ["p3"]], [9, 10])
-    assert how == DRAWN
+def test_the_seed_of_a_prompt_depends_on_its_index_alone():
+    pipe = Fake()
+    (made,) = sample(pipe, PROMPTS, shares(5, 2, 1, 2), SAMPLING, kind="generated", **HOW)
+    ((prompts, modality, sampling, how),) = pipe.calls
+    assert (prompts, modality, sampling) == (["p2", "p3"], "image", SAMPLING)
+    assert how["seed"] == [9, 10] and how["batch_size"] == 2
     assert made.indices == range(2, 4) and made.captions is None
     assert made.pixels.shape == (2, 3, 8, 8) and made.pixels.dtype == torch.uint8
 
 
-def test_pictures_are_captioned_at_the_models_size():
-    model = Fake()
-    how = {"max_new_tokens": 5}
-    made = list(
-        sample(
-            model,
-            PROMPTS,
-            shares(5, 4, 0, 1),
-            how,
-            kind="captioned",
-            precision=nullcontext,
-            progress=False,
-        )
-    )
-    assert model.read == [(8, 8)] * 5
+def test_images_are_captioned_at_the_size_of_the_model():
+    pipe = Fake()
+    made = list(sample(pipe, PROMPTS, shares(5, 4, 0, 1), SAMPLING, kind="captioned", **HOW))
+    assert [image.size for images, *_ in pipe.calls for image in images] == [(8, 8)] * 5
     assert [len(m.captions) for m in made] == [4, 1]
     assert made[0].first(2).captions == ["up to 5"] * 2 and len(made[0].first(2).indices) == 2
-
-
-@pytest.mark.parametrize("asked", ["ema", "raw"])
-@pytest.mark.parametrize("kept", [True, False])
-def test_the_weights_are_those_asked_for_and_said(asked, kept, monkeypatch):
-    module = SimpleNamespace(net="raw net", ema="averaged net" if kept else None)
-    net = module.ema or module.net
-    monkeypatch.setattr(
-        TransfusionPipeline, "of", lambda module: TransfusionPipeline(net, None, None, None, {})
-    )
-    model, said = model_of(module, asked)
-    averaged = asked == "ema" and kept
-    assert (model.net, said) == (("averaged net", "ema") if averaged else ("raw net", "raw"))
 
 
 def test_the_network_computes_in_the_precision_asked_for():
     low = partial(torch.autocast, "cpu", torch.bfloat16)
     for kind in ("generated", "captioned"):
-        model = Fake()
-        list(
-            sample(
-                model,
-                PROMPTS,
-                [range(2)],
-                HOW | {"max_new_tokens": 1},
-                kind=kind,
-                precision=low,
-                progress=False,
-            )
-        )
-        assert model.autocast == [True] and not torch.is_autocast_enabled("cpu")
+        pipe = Fake()
+        how = HOW | {"precision": low}
+        list(sample(pipe, PROMPTS, [range(2)], SAMPLING, kind=kind, **how))
+        assert pipe.autocast == [True] and not torch.is_autocast_enabled("cpu")
+
+
+def module_of(**hparams) -> SimpleNamespace:
+    return SimpleNamespace(hparams={"num_codes": None} | hparams)
+
+
+def test_the_sampler_is_named_and_a_default_that_does_not_fit_is_not_used():
+    ddpm, flow = module_of(prediction_type="epsilon"), module_of(prediction_type="flow")
+    assert resolve_sampling(SAMPLING, ddpm).sampler == "DDIMScheduler"
+    assert resolve_sampling(SAMPLING, ddpm, "DDPMScheduler").sampler == "DDPMScheduler"
+    euler = "FlowMatchEulerDiscreteScheduler"
+    assert resolve_sampling(SAMPLING, flow, "DDPMScheduler").sampler == euler
+    given = SAMPLING.with_options(sampler="UniPCMultistepScheduler")
+    assert resolve_sampling(given, ddpm, "DDPMScheduler") == given
+    with pytest.raises(UserError, match="does not fit a model that predicts 'flow'"):
+        resolve_sampling(given, flow)
+
+
+def test_images_of_codes_have_no_sampler_and_report_how_codes_were_sampled():
+    codes = module_of(num_codes=16)
+    assert resolve_sampling(SAMPLING, codes, "DDPMScheduler") == SAMPLING
+    protocol = image_protocol(SAMPLING, codes)
+    assert "code_top_k" in protocol and "num_inference_steps" not in protocol
+    with pytest.raises(UserError, match="timestep_shift=2.0 is an option of denoising"):
+        resolve_sampling(SAMPLING.with_options(timestep_shift=2.0), codes)
+    with pytest.raises(UserError, match="sampler=DDIMScheduler is an option of denoising"):
+        resolve_sampling(SAMPLING.with_options(sampler="DDIMScheduler"), codes)

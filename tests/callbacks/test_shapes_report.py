@@ -14,6 +14,8 @@ from callbacks.shapes_report import ShapesReport, questions, text_perplexity
 from callbacks.throughput import Throughput
 from support.tiny import PATCH_SIZE
 from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.generation.requests import GenerationOutput
+from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.shapes.grammar import captions, parse, text_log_prob
 from tf_lightning.shapes.oracle import read
@@ -42,24 +44,26 @@ def module(tmp_path_factory) -> Transfusion:
 class Knowing(TransfusionPipeline):
     """Draws the true picture of each prompt, and writes a true caption of each picture."""
 
-    def draw(self, prompts, *, seeds, **how):
-        asked = questions(COUNT, 1, SEED) + questions(COUNT, 2, SEED)
-        pictures = {question.prompt: question.picture for question in asked}
-        assert len(prompts) == len(seeds)
-        return [pictures[prompt] for (prompt,) in prompts]
+    def __call__(self, prompts, *, output_modality, **options) -> GenerationOutput:
+        answer = {"image": self.draw, "text": self.write}[output_modality]
+        return GenerationOutput([[answer(prompt)] for prompt in prompts], [])
 
-    def write(self, prompts, **options):
-        return [captions(read(np.asarray(picture)).meaning)[-1] for (picture,) in prompts]
+    def draw(self, prompt: str) -> Image.Image:
+        asked = questions(COUNT, 1, SEED) + questions(COUNT, 2, SEED)
+        return {question.prompt: question.picture for question in asked}[prompt]
+
+    def write(self, picture: Image.Image) -> str:
+        return captions(read(np.asarray(picture)).meaning)[-1]
 
 
 class Mistaken(Knowing):
     """Always a picture and a caption of something else."""
 
-    def draw(self, prompts, *, seeds, **how):
-        return [Image.new("RGB", (64, 64), "white") for _ in prompts]
+    def draw(self, prompt: str) -> Image.Image:
+        return Image.new("RGB", (64, 64), "white")
 
-    def write(self, prompts, **options):
-        return ["one red square and more" for _ in prompts]
+    def write(self, picture: Image.Image) -> str:
+        return "one red square and more"
 
 
 def timed() -> Throughput:
@@ -71,15 +75,15 @@ def timed() -> Throughput:
 
 def examined(module, model_class, folder, monkeypatch) -> dict:
     """The report of an examination at step 5."""
-    model = TransfusionPipeline.of(module)
-    monkeypatch.setattr(TransfusionPipeline, "of", lambda module: model_class(**vars(model)))
+    build = TransfusionPipeline.from_module.__func__
+    monkeypatch.setattr(TransfusionPipeline, "from_module", lambda m: build(model_class, m))
     trainer = SimpleNamespace(
         **{"is_global_zero": True, "log_dir": str(folder), "global_step": 5, "ckpt_path": None},
         **{"state": SimpleNamespace(fn="fit"), "callbacks": [timed()]},
         precision="32-true",
         precision_plugin=Precision(),
     )
-    report = ShapesReport(num_prompts=COUNT, seed=SEED, num_inference_steps=2, timestep_shift=2.5)
+    report = ShapesReport(COUNT, SamplingConfig(num_inference_steps=2, timestep_shift=2.5), SEED)
     report.setup(trainer, module, "fit")
     report.examine(trainer, module)
     return json.loads((folder / "report.json").read_text())
@@ -103,11 +107,9 @@ def test_error_gets_none(module, tmp_path, monkeypatch):
 
 def test_half_the_objects_right_is_half_a_mark(module, tmp_path, monkeypatch):
     class OneObjectOnly(Knowing):
-        def draw(self, prompts, *, seeds, **how):
-            true = super().draw(prompts, seeds=seeds)
+        def draw(self, prompt: str) -> Image.Image:
             blank = Image.new("RGB", (64, 64), "white")
-            lone = [len(parse(prompt).objects) == 1 for (prompt,) in prompts]
-            return [p if one else blank for p, one in zip(true, lone, strict=True)]
+            return super().draw(prompt) if len(parse(prompt).objects) == 1 else blank
 
     report = examined(module, OneObjectOnly, tmp_path, monkeypatch)
     assert (report["one_object"], report["two_objects"]) == (1.0, 0.0)
@@ -138,6 +140,7 @@ def test_the_report_says_what_was_measured_and_how(module, tmp_path, monkeypatch
         **{"train_seconds": 90.0, "validation_seconds": 10.0},
         **{"guidance_scale": 3.0, "num_inference_steps": 2, "sampler": "DDPMScheduler"},
         "timestep_shift": 2.5,
+        **{"image_guidance_scale": None, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0},
     }
     assert report.items() >= expected.items()
     assert report.keys() - expected.keys() == {
@@ -146,7 +149,7 @@ def test_the_report_says_what_was_measured_and_how(module, tmp_path, monkeypatch
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary(module):
-    perplexity, bound = text_perplexity(TransfusionPipeline.of(module), module, 20, SEED)
+    perplexity, bound = text_perplexity(TransfusionPipeline.from_module(module), module, 20, SEED)
     assert perplexity == pytest.approx(300, rel=1e-5)
     assert 1 < bound < 5
 
@@ -155,9 +158,11 @@ def test_the_bound_is_the_perplexity_of_the_grammar_itself_on_the_same_tokens(mo
     texts = ["imagine a red circle . the circle is red ."] * 2
     drawn = iter(texts)
     monkeypatch.setattr("callbacks.shapes_report.draw_text", lambda rng: next(drawn))
-    model = TransfusionPipeline.of(module)
-    _, bound = text_perplexity(model, module, 2, SEED)
-    counted = sum(len(model.tokenizer.encode(text)) for text in texts)  # the first out, <eos> in
+    pipe = TransfusionPipeline.from_module(module)
+    _, bound = text_perplexity(pipe, module, 2, SEED)
+    counted = sum(
+        len(pipe.model.tokenizer.encode(text)) for text in texts
+    )  # the first out, <eos> in
     assert bound == pytest.approx(math.exp(-sum(map(text_log_prob, texts)) / counted))
 
 

@@ -135,8 +135,8 @@ def test_an_experiment_changes_what_it_says_and_makes_a_network(name, parsed):
     assert model["patch_size"] == data["patch_size"]
     assert 8 % model["patch_size"] == 0  # latents of the embedded world have 8 x 8
     for callback in config["trainer"]["callbacks"]:
-        sampler = (callback.get("init_args") or {}).get("sampler")
-        resolve_sampler(build_process(model["prediction_type"]), sampler)
+        sampling = (callback.get("init_args") or {}).get("sampling") or {}
+        resolve_sampler(build_process(model["prediction_type"]), sampling.get("sampler"))
     module = Transfusion(**model)
     with torch.device("meta"):
         module.configure_model()

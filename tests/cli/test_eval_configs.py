@@ -83,7 +83,7 @@ def few(name: str, run: Path, home: Path) -> list[str]:
     config = yaml.safe_load((EVAL / f"{name}.yaml").read_text())
     trained = yaml.safe_load((run / "config.yaml").read_text())
     evaluate = config["trainer"]["callbacks"][-1]["init_args"]
-    evaluate |= {"num_inference_steps": 2, "max_new_tokens": 4}
+    evaluate["sampling"] |= {"num_inference_steps": 2, "max_new_tokens": 4}
     if name in COUNTS:
         evaluate["prompts"]["init_args"][COUNTS[name]] = 6
     if name == "quickstart":

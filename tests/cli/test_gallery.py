@@ -5,14 +5,14 @@ import json
 import pytest
 from PIL import Image
 
-from tf_lightning.cli.generate import digest, is_written, write_answer, write_sheet
+from tf_lightning.cli.outputs import digest, is_written, write_output, write_sheet
 
 RED, BLUE = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
 RECORD = {"prompt": [("text", "a <red> circle")], "seed": 7, "interval": (0.0, 1.0)}
 
 
 def test_an_answer_is_its_pictures_and_a_json_of_its_parts(tmp_path):
-    write_answer(tmp_path, "0007", RECORD, ["see", RED, "and", BLUE])
+    write_output(tmp_path, "0007", RECORD, ["see", RED, "and", BLUE])
     record = json.loads((tmp_path / "0007.json").read_text())
     parts = [["text", "see"], ["image", "0007.png"], ["text", "and"], ["image", "0007-1.png"]]
     assert record["parts"] == parts and record["seed"] == 7
@@ -23,7 +23,7 @@ def test_an_answer_is_its_pictures_and_a_json_of_its_parts(tmp_path):
 
 @pytest.mark.parametrize("change", ["nothing", "seed", "picture", "json", "torn"])
 def test_only_an_answer_made_in_the_same_way_is_found_again(tmp_path, change):
-    write_answer(tmp_path, "0007", RECORD, [RED])
+    write_output(tmp_path, "0007", RECORD, [RED])
     record = RECORD | {"seed": 8} if change == "seed" else RECORD
     if change == "picture":
         (tmp_path / "0007.png").unlink()
@@ -35,7 +35,7 @@ def test_only_an_answer_made_in_the_same_way_is_found_again(tmp_path, change):
 
 
 def test_a_sheet_shows_what_is_there_and_escapes_words(tmp_path):
-    write_answer(tmp_path, "0007", RECORD, [RED, "a & b"])
+    write_output(tmp_path, "0007", RECORD, [RED, "a & b"])
     page = write_sheet(tmp_path, ["0007", "0008"]).read_text()
     assert page.count("<figure>") == 1 and 'src="0007.png"' in page
     assert "a &lt;red&gt; circle" in page and "a &amp; b" in page

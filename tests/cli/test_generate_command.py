@@ -1,6 +1,9 @@
 """`tf-lightning generate`: prompts in order, files written, mistakes told."""
 
 import json
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +11,11 @@ import pytest
 from PIL import Image
 
 from support import runs
+from tf_lightning.cli import outputs
 from tf_lightning.cli.generate import build_parser, name_texts
 from tf_lightning.cli.main import main
+from tf_lightning.cli.parser import flag
+from tf_lightning.generation.sampling import SamplingConfig
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +63,17 @@ def test_text_and_pictures_keep_the_order_they_were_typed_in():
 
 def test_words_are_answered_with_pictures_and_how_they_were_made(checkpoint, tmp_path, capsys):
     out = tmp_path / "new" / "out"
-    command = ["generate", checkpoint, "a red circle", "-o", str(out), "-n", "2", "--steps", "2"]
+    command = [
+        "generate",
+        checkpoint,
+        "a red circle",
+        "-o",
+        str(out),
+        "-n",
+        "2",
+        "--num-inference-steps",
+        "2",
+    ]
     main([*command, "--seed", "7"])
     assert sorted(path.name for path in out.iterdir()) == [
         *("0007.json", "0007.png", "0008.json", "0008.png", "sheet.html")
@@ -68,7 +84,7 @@ def test_words_are_answered_with_pictures_and_how_they_were_made(checkpoint, tmp
     assert record == {
         "prompt": [["text", "a red circle"]],
         "seed": 8,
-        "answer": "image",
+        "output_modality": "image",
         "checkpoint": checkpoint,
         "guidance_scale": 3.0,
         "image_guidance_scale": None,
@@ -84,7 +100,7 @@ def test_words_are_answered_with_pictures_and_how_they_were_made(checkpoint, tmp
 
 
 def test_a_seed_gives_the_same_picture_alone_and_among_others(checkpoint, tmp_path):
-    command = ["generate", checkpoint, "a red circle", "--steps", "2"]
+    command = ["generate", checkpoint, "a red circle", "--num-inference-steps", "2"]
     main([*command, "-o", str(tmp_path / "many"), "-n", "3"])
     main([*command, "-o", str(tmp_path / "one"), "-n", "1", "--seed", "2"])
     many, one = (
@@ -94,7 +110,7 @@ def test_a_seed_gives_the_same_picture_alone_and_among_others(checkpoint, tmp_pa
 
 
 def test_shifted_steps_draw_another_picture_and_are_told(checkpoint, tmp_path):
-    command = ["generate", checkpoint, "a red circle", "-n", "1", "--steps", "3"]
+    command = ["generate", checkpoint, "a red circle", "-n", "1", "--num-inference-steps", "3"]
     command += ["--sampler", "DPMSolverMultistepScheduler-SDE", "-o"]
     main([*command, str(tmp_path / "even")])
     main([*command, str(tmp_path / "shifted"), "--timestep-shift", "2.5"])
@@ -112,12 +128,31 @@ def test_a_picture_of_any_size_and_mode_is_answered_with_words(checkpoint, pictu
 
 
 def test_the_answer_can_be_asked_for(checkpoint, picture, tmp_path, capsys):
-    main(["generate", checkpoint, "imagine", "--answer", "text", "--max-new-tokens", "3"])
+    main(["generate", checkpoint, "imagine", "--output-modality", "text", "--max-new-tokens", "3"])
     assert "Wrote" not in capsys.readouterr().out
     out = str(tmp_path / "out")
-    arguments = ["--answer", "image", "-n", "1", "--steps", "2", "-o", out]
+    arguments = ["--output-modality", "image", "-n", "1", "--num-inference-steps", "2", "-o", out]
     main(["generate", checkpoint, "--image", picture, *arguments])
     assert (tmp_path / "out" / "0000.png").exists()
+
+
+def test_every_sampling_option_is_an_option_of_the_command():
+    parser = build_parser()
+    flags = {name for action in parser._actions for name in action.option_strings}
+    assert {flag(option.name) for option in fields(SamplingConfig)} <= flags
+    help_text = " ".join(parser.format_help().split())
+    assert "Divides the logits of text; 0 always takes the most probable token." in help_text
+    assert "(default: 3.0)" in help_text
+
+
+def test_help_is_printed_without_torch():
+    code = (
+        "import sys\nfrom tf_lightning.cli.main import main\n"
+        "try:\n    main(['generate', '--help'])\n"
+        "except SystemExit:\n    sys.exit('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0 and "--num-inference-steps" in shown.stdout
 
 
 def test_a_prompt_is_required(checkpoint, fails):
@@ -128,13 +163,14 @@ def test_a_prompt_is_required(checkpoint, fails):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--steps", "0"], 1, "num_inference_steps=0 must be from 1 to 1000"),
-        (["--steps", "many"], 2, "--steps"),
+        (["--num-inference-steps", "0"], 1, "num_inference_steps=0 must be at least 1"),
+        (["--num-inference-steps", "1001"], 1, "num_inference_steps=1001 must be from 1 to 1000"),
+        (["--num-inference-steps", "many"], 2, "--num-inference-steps"),
         (["-n", "0"], 2, "0 is not a number of at least 1"),
-        (["--max-new-tokens", "-1"], 2, "-1 is not a number of at least 1"),
-        (["--temperature", "-1"], 2, "-1 is not a number of at least 0"),
-        (["--temperature", "nan"], 2, "nan is not a number of at least 0"),
-        (["--sampler", "Euler"], 2, "DDIMScheduler"),
+        (["--max-new-tokens", "-1"], 1, "max_new_tokens=-1 must be at least 1"),
+        (["--temperature", "-1"], 1, "temperature=-1.0 must be 0 (greedy) or more"),
+        (["--temperature", "nan"], 1, "temperature=nan must be 0 (greedy) or more"),
+        (["--sampler", "Euler"], 1, "must be one of DDPMScheduler, DDIMScheduler"),
         (["--sampler", "FlowMatchEulerDiscreteScheduler"], 1, "does not fit a model that predicts"),
         (["--timestep-shift", "0"], 1, "timestep_shift=0.0 must be from 0.01 to 100"),
         (
@@ -143,12 +179,17 @@ def test_a_prompt_is_required(checkpoint, fails):
             "timestep_shift=2.5 does not fit DDIMScheduler, whose steps",
         ),
         (["--guidance-interval", "0.5"], 2, "'0.5' must be two numbers such as 0.2,0.8"),
-        (["--guidance-interval", "1,0"], 1, "guidance_interval=1.0 0.0 must be two noise levels"),
+        (
+            ["--guidance-interval", "1,0"],
+            1,
+            "guidance_interval=(1.0, 0.0) must be two noise levels",
+        ),
         (["--guidance-rescale", "2"], 1, "guidance_rescale=2.0 must be from 0"),
-        (["--answer", "text", "--top-k", "0"], 2, "0 is not a number of at least 1"),
-        (["--answer", "text", "--top-p", "0"], 1, "top_p=0.0 must be more than 0"),
-        (["--answer", "any", "--max-images", "0"], 2, "0 is not a number of at least 1"),
+        (["--output-modality", "text", "--top-k", "0"], 1, "top_k=0 must be at least 1"),
+        (["--output-modality", "text", "--top-p", "0"], 1, "top_p=0.0 must be more than 0"),
+        (["--output-modality", "any", "--max-images", "0"], 1, "max_images=0 must be at least 1"),
         (["--colour", "red"], 2, "--colour"),
+        (["--code-top-k", "9"], 1, "--code-top-k does not apply: this model's images are denoised"),
     ],
 )
 def test_an_option_out_of_range_is_told_with_its_limit(
@@ -161,12 +202,12 @@ def test_an_option_out_of_range_is_told_with_its_limit(
 
 def test_an_empty_prompt_is_told(checkpoint, fails, tmp_path):
     code, line = fails(checkpoint, "", "-o", str(tmp_path / "out"))
-    assert code == 1 and "a prompt is empty; give text or a picture" in line
+    assert code == 1 and "a prompt is empty; give text or an image" in line
 
 
 def test_a_prompt_longer_than_the_models_documents_is_told(checkpoint, fails, tmp_path):
     code, line = fails(checkpoint, "a red circle " * 99, "-o", str(tmp_path / "out"))
-    assert code == 1 and "this model was trained on 256; shorten the prompt" in line
+    assert code == 1 and "this model was trained on rows of 256; shorten the prompt" in line
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -189,7 +230,7 @@ def drawn(folder: Path) -> dict[str, float]:
 
 
 def test_interleaved_prompts_of_a_file_are_answered_as_those_typed(checkpoint, prompts, tmp_path):
-    how = ["--steps", "2", "-n", "2"]
+    how = ["--num-inference-steps", "2", "-n", "2"]
     main(["generate", checkpoint, "--prompts", str(prompts), "-o", str(tmp_path / "file"), *how])
     assert sorted(drawn(tmp_path / "file")) == [f"000{n}.png" for n in range(6)]
     typed = ["--image", str(tmp_path / "in.png"), "make it red"]
@@ -204,7 +245,7 @@ def test_interleaved_prompts_of_a_file_are_answered_as_those_typed(checkpoint, p
 def test_a_text_file_is_a_prompt_a_line(checkpoint, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n\none blue square\n")
     arguments = ["--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "out")]
-    main(["generate", checkpoint, *arguments, "--answer", "text", "--max-new-tokens", "3"])
+    main(["generate", checkpoint, *arguments, "--output-modality", "text", "--max-new-tokens", "3"])
     records = [json.loads((tmp_path / "out" / f"000{n}.json").read_text()) for n in (0, 1)]
     assert [r["prompt"] for r in records] == [
         [["text", "a red circle"]],
@@ -217,53 +258,60 @@ def test_what_is_written_is_not_made_again_unless_something_changed(
     checkpoint, prompts, tmp_path, capsys
 ):
     command = ["generate", checkpoint, "--prompts", str(prompts), "-o", str(tmp_path / "out")]
-    main([*command, "--steps", "2"])
+    main([*command, "--num-inference-steps", "2"])
     before = drawn(tmp_path / "out")
     (tmp_path / "out" / "0001.json").unlink()
-    main([*command, "--steps", "2"])
-    assert "Wrote 1 answers" in capsys.readouterr().out.splitlines()[-1]
+    main([*command, "--num-inference-steps", "2"])
+    assert "Wrote 1 outputs" in capsys.readouterr().out.splitlines()[-1]
     changed = [name for name, when in drawn(tmp_path / "out").items() if before[name] != when]
     assert changed == ["0001.png"]
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "in.png")  # same name, another picture
-    main([*command, "--steps", "2"])
-    assert "Wrote 1 answers" in capsys.readouterr().out.splitlines()[-1]
-    main([*command, "--steps", "3"])
-    assert "Wrote 3 answers" in capsys.readouterr().out.splitlines()[-1]
+    main([*command, "--num-inference-steps", "2"])
+    assert "Wrote 1 outputs" in capsys.readouterr().out.splitlines()[-1]
+    main([*command, "--num-inference-steps", "3"])
+    assert "Wrote 3 outputs" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_an_interrupt_keeps_what_is_written_and_the_same_command_goes_on(
     checkpoint, prompts, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
-    command = ["generate", checkpoint, "--prompts", str(prompts), "-o", str(out), "--steps", "2"]
+    command = [
+        "generate",
+        checkpoint,
+        "--prompts",
+        str(prompts),
+        "-o",
+        str(out),
+        "--num-inference-steps",
+        "2",
+    ]
     command += ["--batch-size", "1"]
-    from tf_lightning.cli import generate as generate_command
-
-    write, count = generate_command.write_answer, []
+    write, count = outputs.write_output, []
 
     def write_two(*args):
         if len(count) == 2:
             raise KeyboardInterrupt
         count.append(write(*args))
 
-    monkeypatch.setattr(generate_command, "write_answer", write_two)
+    monkeypatch.setattr(outputs, "write_output", write_two)
     with pytest.raises(SystemExit) as stop:
         main(command)
     assert stop.value.code == 130
-    assert f"Kept 2 answers in {out}; the same command makes the rest." in capsys.readouterr().err
+    assert f"Kept 2 outputs in {out}; the same command makes the rest." in capsys.readouterr().err
     names = sorted(file.name for file in out.iterdir())
     assert names == ["0000.json", "0000.png", "0001.json", "0001.png", "sheet.html"]
     monkeypatch.undo()
     before = drawn(out)
     main(command)
-    assert "Wrote 1 answers" in capsys.readouterr().out.splitlines()[-1]
+    assert "Wrote 1 outputs" in capsys.readouterr().out.splitlines()[-1]
     assert drawn(out).items() > before.items()
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "has no prompts; give one a line"),
+        ("", "has no prompts; give one in each line"),
         ("{", "has a line that is not JSON"),
         ("[3]", "has a part that is neither text nor image"),
         ("[]", "has a line without parts"),
@@ -279,7 +327,7 @@ def test_a_file_of_prompts_that_cannot_be_used_is_told(content, words, checkpoin
 
 def test_prompts_of_a_file_and_a_typed_one_are_one_too_many(checkpoint, prompts, fails):
     code, line = fails(checkpoint, "a red circle", "--prompts", str(prompts))
-    assert code == 1 and "leave out --prompts" in line
+    assert code == 1 and "both a prompt and --prompts are given; leave one out" in line
 
 
 def test_a_file_that_is_no_picture_is_told(checkpoint, tmp_path, fails):
@@ -304,7 +352,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_drawn(
     checkpoint, tmp_path, fails, monkeypatch
 ):
     monkeypatch.setattr(
-        "tf_lightning.generation.pipeline.TransfusionPipeline.answer_each",
+        "tf_lightning.generation.pipeline.TransfusionPipeline.iterate",
         lambda *args, **kwargs: 1 / 0,
     )
     (tmp_path / "file").write_text("")
@@ -325,4 +373,4 @@ def test_a_model_of_text_alone_refuses_pictures(tmp_path, picture, fails):
     for prompt in (["a red circle"], ["--image", picture]):
         code, line = fails(checkpoint, *prompt, "-o", str(tmp_path / "out"))
         assert code == 1 and "trained on text alone" in line
-    main(["generate", checkpoint, "imagine", "--answer", "text", "--max-new-tokens", "2"])
+    main(["generate", checkpoint, "imagine", "--output-modality", "text", "--max-new-tokens", "2"])

@@ -202,7 +202,7 @@ def test_what_cannot_sample_the_model_is_refused_before_training(
         callbacks = {
             call["class_path"]: call["init_args"] for call in config["trainer"]["callbacks"]
         }
-        callbacks["callbacks.evaluate.Evaluate"].update(setting)
+        callbacks["callbacks.evaluate.Evaluate"]["sampling"] |= setting
 
     code, line = fails("fit", "-c", runs.write_config(tmp_path, change))
     assert code == 1 and told in line

@@ -1,10 +1,8 @@
 """Guidance: the formulas at points whose answer is known."""
 
-import pytest
 import torch
 
 from tf_lightning.diffusion.guidance import Guidance, guide, guide_edit, rescale
-from tf_lightning.errors import UserError
 
 
 def outputs(count: int) -> list[torch.Tensor]:
@@ -49,7 +47,7 @@ def test_rescaling_is_diffusers_own():
 
 def test_branches_are_only_those_that_the_scales_need():
     everything, nothing = (True, True), (False, False)
-    assert Guidance().branches == [everything]
+    assert Guidance(1.0).branches == [everything]
     assert Guidance(3.0).branches == [everything, nothing]
     assert Guidance(1.0, image_scale=1.5).branches == [everything, (False, True), nothing]
 
@@ -76,23 +74,3 @@ def test_guidance_acts_inside_of_its_interval():
     guidance = Guidance(2.0, interval=(0.2, 0.6))
     assert [guidance.acts_at(t) for t in (0.1, 0.2, 0.6, 0.7)] == [False, True, True, False]
     assert not Guidance(1.0).acts_at(0.5)
-
-
-@pytest.mark.parametrize("interval", [(-0.1, 1), (0, 1.1), (0.6, 0.5), (float("nan"), 1)])
-def test_an_interval_that_is_none_is_refused(interval):
-    with pytest.raises(UserError, match="guidance_interval=.* two noise levels from 0 to 1"):
-        Guidance(2.0, interval=interval)
-
-
-@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
-def test_an_endless_scale_is_refused(scale):
-    with pytest.raises(UserError, match="^guidance_scale=.* must be finite"):
-        Guidance(scale)
-    with pytest.raises(UserError, match="^image_guidance_scale=.* must be finite"):
-        Guidance(2.0, image_scale=scale)
-
-
-@pytest.mark.parametrize("phi", [-0.1, 1.1, float("nan")])
-def test_a_rescaling_out_of_range_is_refused(phi):
-    with pytest.raises(UserError, match="guidance_rescale=.* must be from 0"):
-        Guidance(2.0, rescale=phi)

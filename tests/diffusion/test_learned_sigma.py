@@ -21,7 +21,7 @@ from tf_lightning.diffusion.process import (
     cosine_alphas_cumprod,
     cosine_betas,
 )
-from tf_lightning.diffusion.sampler import Trajectory, build_scheduler
+from tf_lightning.diffusion.sampler import DenoisingState, build_scheduler
 
 T = 700
 
@@ -115,7 +115,7 @@ def sampled(learned_sigma: bool, steps: int = 10) -> Tensor:
     noise = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = build_scheduler(DDPM(learned_sigma=learned_sigma), "DDPMScheduler")
     generators = [torch.Generator().manual_seed(i) for i in range(64)]
-    trajectory = Trajectory(noise, scheduler, steps, generators)
+    trajectory = DenoisingState(noise, scheduler, steps, generators)
     while not trajectory.finished:
         t, following = (trajectory.timesteps + [-1])[trajectory.done :][:2]
         trajectory.step(exact_step(trajectory.x_t, t, following))
@@ -139,7 +139,7 @@ def test_a_step_has_the_mean_and_the_variance_that_training_scores(kind, schedul
     x_t, output = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
     v = torch.rand(1, 3, 4, 4) * 2 - 1
     steps = scheduler.config.num_train_timesteps
-    trajectory = Trajectory(x_t, scheduler, steps, [torch.Generator().manual_seed(5)])
+    trajectory = DenoisingState(x_t, scheduler, steps, [torch.Generator().manual_seed(5)])
     trajectory.done = steps - 1 - T
     trajectory.step(torch.cat([output, v], 1))
     betas = NOISE_SCHEDULES[schedule]()
@@ -157,7 +157,7 @@ def test_samplers_without_a_variance_leave_it_out(sampler):
     drawn = []
     for given in (output, output[:, :3]):
         scheduler = build_scheduler(DDPM(learned_sigma=True), sampler)
-        trajectory = Trajectory(x_t, scheduler, 5, [])
+        trajectory = DenoisingState(x_t, scheduler, 5, [])
         while not trajectory.finished:
             trajectory.step(given)
         drawn.append(trajectory.x_t)

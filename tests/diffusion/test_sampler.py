@@ -14,9 +14,8 @@ from tf_lightning.diffusion.process import (
 )
 from tf_lightning.diffusion.sampler import (
     SAMPLERS,
-    Trajectory,
+    DenoisingState,
     build_scheduler,
-    resolve_sampler,
     set_timesteps,
 )
 from tf_lightning.errors import UserError
@@ -49,7 +48,7 @@ def denoised(
 ) -> Tensor:
     generators = [torch.Generator().manual_seed(i) for i in range(len(noise))]
     scheduler = build_scheduler(build_process(kind), sampler, shift)
-    trajectory = Trajectory(noise, scheduler, steps, generators)
+    trajectory = DenoisingState(noise, scheduler, steps, generators)
     while not trajectory.finished:
         trajectory.step(model(trajectory.x_t, trajectory.t))
     return trajectory.x_t
@@ -195,23 +194,10 @@ def test_a_shift_is_refused_where_diffusers_has_none(sampler):
         build_scheduler(DDPM("v_prediction"), sampler, timestep_shift=2)
 
 
-@pytest.mark.parametrize("asked", [("DDIMScheduler",), (None, 2.0)])
-def test_a_model_of_codes_has_neither_sampler_nor_shift(asked):
-    assert resolve_sampler(None) is None
-    with pytest.raises(UserError, match="is of denoising and this model draws codes; leave it out"):
-        resolve_sampler(None, *asked)
-
-
-@pytest.mark.parametrize("shift", [0.0, -1.0, 101.0, float("nan"), float("inf")])
-def test_a_shift_out_of_range_is_refused(shift):
-    with pytest.raises(UserError, match=f"timestep_shift={shift} must be from 0.01 to 100"):
-        build_scheduler(DDPM("v_prediction"), "DDPMScheduler", shift)
-
-
-def test_images_of_one_trajectory_leave_the_scheduler_as_it_was():
+def test_denoising_states_leave_the_scheduler_as_it_was():
     scheduler = build_scheduler(DDPM(), "UniPCMultistepScheduler")
     noise = torch.randn(2, 1, 4, 4)
-    first, second = (Trajectory(part, scheduler, 5, []) for part in noise.split(1))
+    first, second = (DenoisingState(part, scheduler, 5, []) for part in noise.split(1))
     while not first.finished:  # in turn, as sequences that began at different times
         first.step(model(first.x_t, first.t))
         second.step(model(second.x_t, second.t))

@@ -6,19 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.by_hand import collect
 from support.tiny import SIZES, TOKENIZER, document
 from tf_lightning.batch import Document
-from tf_lightning.diffusion.guidance import Guidance
 from tf_lightning.errors import UserError
 from tf_lightning.generation.engine import generate
-from tf_lightning.generation.requests import Settings, Speaker, collect
-from tf_lightning.generation.token_sampling import TextSampling, choose
+from tf_lightning.generation.requests import GenerationModel, GenerationPlan
+from tf_lightning.generation.sampling import SamplingConfig
+from tf_lightning.generation.token_sampling import sample_tokens
 from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
 
 BOS, EOS, BOI, EOI, TEXT, CODES, SIDE = 1, 2, 18, 19, 20, 11, 2
-GREEDY, DRAWN = TextSampling(temperature=0.0), TextSampling(temperature=1.0, top_k=6, top_p=0.95)
+GREEDY = {"code_temperature": 0.0}
+DRAWN = {"code_temperature": 1.0, "code_top_k": 6, "code_top_p": 0.95}
 
 
 def code_net(**sizes) -> TransfusionModel:
@@ -45,9 +47,9 @@ PROMPTS = [
 ]
 NAMES = ["text", "image", "mixed", "nothing"]
 GUIDANCES = {
-    "none": Guidance(),
-    "guided": Guidance(3.0),
-    "editing": Guidance(2.0, image_scale=1.5),
+    "none": {},
+    "guided": {"guidance_scale": 3.0},
+    "editing": {"guidance_scale": 2.0, "image_guidance_scale": 1.5},
 }
 
 
@@ -74,7 +76,7 @@ def logits_by_hand(net: TransfusionModel, ids: list[int]) -> Tensor:
 
 
 def image_by_hand(
-    net: TransfusionModel, prompt: Document, generator: torch.Generator, how: Settings
+    net: TransfusionModel, prompt: Document, generator: torch.Generator, how: GenerationPlan
 ) -> Tensor:
     """N codes behind <boi>, every branch a full forward, guidance by its formula."""
     scale, image_scale = how.guidance.scale, how.guidance.image_scale
@@ -88,7 +90,13 @@ def image_by_hand(
             guided = uncond + image_scale * (seen - uncond) + scale * (cond - seen)
         else:
             guided = (1 - scale) * uncond + scale * cond
-        codes += choose(guided.unsqueeze(0), how.codes, [generator])
+        codes += sample_tokens(
+            guided.unsqueeze(0),
+            [generator],
+            temperature=how.sampling.code_temperature,
+            top_k=how.sampling.code_top_k,
+            top_p=how.sampling.code_top_p,
+        )
     return torch.tensor(codes).view(1, SIDE, SIDE)
 
 
@@ -98,18 +106,17 @@ def text_logits_by_hand(net: TransfusionModel, ids: list[int]) -> Tensor:
     return logits
 
 
-def settings(answer: str, guidance: Guidance = GUIDANCES["none"], **options) -> Settings:
-    text = TextSampling(**{"max_new_tokens": 6} | options.pop("text", {}))
-    options = {"num_inference_steps": SIDE**2, "codes": DRAWN} | options
-    return Settings(answer, text, guidance, **options)
+def plan(output_modality: str, **options) -> GenerationPlan:
+    sampling = SamplingConfig(**{"guidance_scale": 1.0, "max_new_tokens": 6} | DRAWN | options)
+    return GenerationPlan(output_modality, sampling, num_image_steps=SIDE**2)
 
 
 def answer(
-    net: TransfusionModel, prompts: list[Document], how: Settings, **options
+    net: TransfusionModel, prompts: list[Document], how: GenerationPlan, **options
 ) -> list[Document]:
     seeds = options.pop("seeds", range(1, len(prompts) + 1))
-    speaker = Speaker(net, TOKENIZER, 1, (1, SIDE, SIDE))
-    events = generate(speaker, prompts, list(seeds), how, **options)
+    model = GenerationModel(net, TOKENIZER, 1, (1, SIDE, SIDE))
+    events = generate(model, prompts, list(seeds), how, **options)
     return collect(events, len(prompts))
 
 
@@ -120,7 +127,7 @@ def same(given: Document, other: Document) -> bool:
 @pytest.mark.parametrize("codes", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
 def test_an_image_is_what_full_forwards_by_hand_draw(guidance, codes):
-    net, how = code_net(), settings("image", guidance, codes=codes)
+    net, how = code_net(), plan("image", **guidance, **codes)
     drawn = [image for (image,) in answer(net, PROMPTS, how)]
     for number, (prompt, image) in enumerate(zip(PROMPTS, drawn, strict=True), 1):
         expected = image_by_hand(net, prompt, torch.Generator().manual_seed(number), how)
@@ -134,7 +141,7 @@ def test_a_caption_is_the_chain_of_likeliest_text_behind_codes(prompt):
     chain = []
     for _ in range(6):
         chain.append(text_logits_by_hand(net, ids + chain).argmax().item())
-    ((text,),) = answer(net, [prompt], settings("text"))
+    ((text,),) = answer(net, [prompt], plan("text"))
     assert text.tolist() == chain
 
 
@@ -148,10 +155,12 @@ def talkative_net() -> TransfusionModel:
     return net
 
 
-def answered_by_hand(net: TransfusionModel, prompt: Document, seed: int, how: Settings) -> Document:
+def answered_by_hand(
+    net: TransfusionModel, prompt: Document, seed: int, how: GenerationPlan
+) -> Document:
     """Text until <boi>, an image, text again, all by full forwards."""
     generator, count, given = torch.Generator().manual_seed(seed), 0, []
-    while count < how.text.max_new_tokens:
+    while count < how.sampling.max_new_tokens:
         token = text_logits_by_hand(net, ids_of([*prompt, *given])).argmax().item()
         images = sum(part.ndim == 3 for part in given)
         if token == BOI and images < how.max_images:
@@ -168,7 +177,7 @@ def answered_by_hand(net: TransfusionModel, prompt: Document, seed: int, how: Se
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
 def test_text_and_images_in_turn_are_those_of_full_forwards(guidance):
     net = talkative_net()
-    how = settings("any", guidance, max_images=2, text={"max_new_tokens": 10})
+    how = plan("any", **guidance, max_images=2, max_new_tokens=10)
     given = answer(net, PROMPTS, how)
     for number, (prompt, parts) in enumerate(zip(PROMPTS, given, strict=True), 1):
         assert same(parts, answered_by_hand(net, prompt, number, how))
@@ -179,7 +188,7 @@ def test_text_and_images_in_turn_are_those_of_full_forwards(guidance):
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_sequences_in_any_phase_advance_together_as_if_alone(batch_size):
     net, prompts = talkative_net(), PROMPTS * 2
-    how = settings("any", Guidance(2.0), max_images=2)
+    how = plan("any", guidance_scale=2.0, max_images=2)
     enough = answer(net, prompts, how)
     waiting = answer(net, prompts, how, batch_size=batch_size)
     alone = [answer(net, [p], how, seeds=[n])[0] for n, p in enumerate(prompts, 1)]
@@ -191,11 +200,11 @@ def test_every_image_is_complete_whatever_the_network_wants():
     net = code_net()
     rows = net.transformer.output.weight
     rows[[EOI, EOS]] = 9 * rows[TEXT:].abs().max()
-    drawn = answer(net, [document("2", n) for n in range(50)], settings("image", Guidance(3.0)))
+    drawn = answer(net, [document("2", n) for n in range(50)], plan("image", guidance_scale=3.0))
     for (image,) in drawn:
         assert image.shape == (1, SIDE, SIDE) and 0 <= image.min() <= image.max() < CODES
     rows[TEXT:] *= 50
-    for parts in answer(net, PROMPTS, settings("text", text={"temperature": 2.0})):
+    for parts in answer(net, PROMPTS, plan("text", temperature=2.0)):
         for part in parts:
             assert part.ndim == 1 and part.max() < EOI
 
@@ -207,12 +216,12 @@ def test_conditional_and_unconditional_are_one_forward_and_nothing_is_read_twice
         "next_logits",
         lambda self, ids, *a: (shapes.append(ids.shape), read(self, ids, *a))[1],
     )
-    answer(net, PROMPTS, settings("image", Guidance(3.0)))
+    answer(net, PROMPTS, plan("image", guidance_scale=3.0))
     assert shapes == [(8, 1)] * SIDE**2  # <boi>, then all codes but the last
 
 
 def test_a_network_that_diverged_is_told():
     net = code_net()
     net.transformer.norm.weight[0] = float("nan")
-    with pytest.raises(UserError, match="for a picture's code is not a number"):
-        answer(net, PROMPTS[:1], settings("image"))
+    with pytest.raises(UserError, match="for an image's code is not a number"):
+        answer(net, PROMPTS[:1], plan("image"))

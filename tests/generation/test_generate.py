@@ -14,17 +14,17 @@ from support.by_hand import (
     answer,
     answered_by_hand,
     assert_same,
+    collect,
+    generation_model,
     greedy_chain,
     open_ended_net,
-    settings,
-    speaker,
+    plan,
     write,
 )
 from support.tiny import LATENT_SHAPE, PATCH_SIZE, TOKENIZER, document, tiny_net
-from tf_lightning.diffusion.guidance import Guidance
 from tf_lightning.errors import UserError
 from tf_lightning.generation.engine import generate
-from tf_lightning.generation.requests import Speaker, collect
+from tf_lightning.generation.requests import GenerationModel
 from tf_lightning.model.transfusion import TransfusionModel
 
 # ---------------------------------------------------------------- text
@@ -56,7 +56,7 @@ def test_text_ends_before_the_stop_token_while_others_go_on(stop):
 
 def test_drawn_text_depends_on_its_own_seed_not_on_its_batch_mates():
     net = open_ended_net()
-    how = settings("text", text={"temperature": 5.0, "top_p": 0.9})
+    how = plan("text", temperature=5.0, top_p=0.9)
     together = answer(net, PROMPTS, how)
     for number, (prompt, same) in enumerate(zip(PROMPTS, together, strict=True), 1):
         assert_same(answer(net, [prompt], how, [number])[0], same)
@@ -69,8 +69,8 @@ def test_a_stop_text_ends_the_answer_once_it_is_complete():
     letters = SimpleNamespace(
         **vars(TOKENIZER), decode=lambda ids: "".join(chr(97 + i) for i in ids)
     )
-    how = settings("text", text={"stop": (letters.decode(chain[2:4]),)})
-    talker = Speaker(net, letters, PATCH_SIZE, LATENT_SHAPE)
+    how = plan("text", stop=(letters.decode(chain[2:4]),))
+    talker = GenerationModel(net, letters, PATCH_SIZE, LATENT_SHAPE)
     ((ids,),) = collect(generate(talker, PROMPTS[:1], [0], how), 1)
     assert ids.tolist() == chain[:4]
 
@@ -93,7 +93,7 @@ def talkative_net(**sizes) -> TransfusionModel:
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
 def test_text_and_images_in_turn_are_those_of_full_forwards(guidance, causal):
     net = talkative_net()
-    how = settings("any", guidance=guidance, max_images=2, text={"max_new_tokens": 12})
+    how = plan("any", **guidance, max_images=2, max_new_tokens=12)
     answers = answer(net, PROMPTS, how, causal_images=causal)
     for number, (prompt, given) in enumerate(zip(PROMPTS, answers, strict=True), 1):
         assert_same(given, answered_by_hand(net, prompt, number, how, causal))
@@ -104,7 +104,7 @@ def test_text_and_images_in_turn_are_those_of_full_forwards(guidance, causal):
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_sequences_that_wait_for_room_are_answered_as_if_there_were_enough(batch_size):
     net, prompts = talkative_net(), PROMPTS * 2
-    how = settings("any", "DDPMScheduler", guidance=Guidance(2.0), max_images=2)
+    how = plan("any", "DDPMScheduler", guidance_scale=2.0, max_images=2)
     enough = answer(net, prompts, how)
     for given, same in zip(answer(net, prompts, how, batch_size=batch_size), enough, strict=True):
         assert_same(given, same)
@@ -112,7 +112,7 @@ def test_sequences_that_wait_for_room_are_answered_as_if_there_were_enough(batch
 
 def test_events_of_a_prompt_come_in_order_and_end_once():
     net = talkative_net()
-    events = list(generate(speaker(net), PROMPTS, [1, 2, 3, 4], settings("any")))
+    events = list(generate(generation_model(net), PROMPTS, [1, 2, 3, 4], plan("any")))
     for number in range(4):
         mine = [part for n, part in events if n == number]
         assert mine[-1] is None and None not in mine[:-1]
@@ -121,7 +121,7 @@ def test_events_of_a_prompt_come_in_order_and_end_once():
 
 
 def test_another_image_is_not_begun_where_documents_were_never_that_long():
-    net, how = talkative_net(), settings("any", text={"max_new_tokens": 50})
+    net, how = talkative_net(), plan("any", max_new_tokens=50)
     free = answer(net, PROMPTS[:1], how)[0]
     before = len(free[0])
     assert [part.ndim for part in free[:2]] == [1, 3]
@@ -134,7 +134,7 @@ def test_another_image_is_not_begun_where_documents_were_never_that_long():
 
 def test_text_ends_where_documents_were_never_longer():
     net = open_ended_net()
-    ((text,),) = answer(net, PROMPTS[:1], settings("text"), max_length=8)
+    ((text,),) = answer(net, PROMPTS[:1], plan("text"), max_length=8)
     assert text.tolist() == greedy_chain(net, PROMPTS[0], 3)  # <bos>, 3, 3, <eos>
 
 
@@ -143,9 +143,9 @@ def test_text_ends_where_documents_were_never_longer():
 
 @pytest.mark.parametrize(("kind", "least"), [("image", 6), ("text", 1)])
 def test_a_prompt_that_leaves_no_room_is_refused_with_the_limit(kind, least):
-    prompt, how = document("9", 1), settings(kind)
+    prompt, how = document("9", 1), plan(kind)
     assert answer(tiny_net(), [prompt], how, max_length=11 + least)
-    told = f"the prompt takes 11 positions and its answer at least {least}, but .* {10 + least};"
+    told = f"the prompt takes 11 positions and its output at least {least}, but .* {10 + least};"
     with pytest.raises(UserError, match=told):
         answer(tiny_net(), [prompt], how, max_length=10 + least)
 
@@ -155,11 +155,11 @@ def test_a_network_that_diverged_is_told_apart_from_a_bad_picture(kind):
     net = tiny_net()
     net.transformer.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match=r"is not a number \(NaN or infinite\)"):
-        answer(net, PROMPTS[:1], settings(kind))
+        answer(net, PROMPTS[:1], plan(kind))
 
 
 def test_an_answer_without_images_is_asked_for_by_its_name():
-    with pytest.raises(UserError, match="max_images=0 must be at least 1; answer='text' draws"):
-        settings("any", max_images=0)
-    with pytest.raises(UserError, match="answer='video' must be 'image', 'text' or 'any'"):
-        settings("video")
+    with pytest.raises(
+        UserError, match="max_images=0 must be at least 1; ask for text to get no image"
+    ):
+        plan("any", max_images=0)

@@ -8,7 +8,7 @@ from support.language_models import LLAMA3_ROPE, our_logits, tiny, with_json, wi
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.cli.main import main
 from tf_lightning.errors import UserError
-from tf_lightning.generation.pipeline import load
+from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.interop.export import check_text, export, read_weights
 from tf_lightning.interop.llama import open_language_model
 from tf_lightning.model.transformer import Transformer, TransformerConfig
@@ -115,9 +115,9 @@ def test_a_run_is_exported_and_generates_from_the_folder(run, tmp_path, capsys):
     checkpoint = run / "checkpoints" / "last.ckpt"
     main(["export", str(checkpoint), "-o", str(tmp_path / "out")])
     assert "Wrote the ema weights of step 6" in capsys.readouterr().out
-    here, there = load(checkpoint), load(tmp_path / "out")
-    prompt = {"seeds": [3], "num_inference_steps": 2}
-    first, second = (model.draw([["a red circle"]], **prompt)[0] for model in (here, there))
+    pipes = map(TransfusionPipeline.from_pretrained, (checkpoint, tmp_path / "out"))
+    how = {"seed": 3, "num_inference_steps": 2, "progress": False}
+    first, second = (pipe("a red circle", **how).images[0] for pipe in pipes)
     assert first.tobytes() == second.tobytes()
     main(["export", str(checkpoint), "-o", str(tmp_path / "out"), "--only", "net"])  # once more
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [

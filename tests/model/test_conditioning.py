@@ -5,14 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.by_hand import PROCESS, STEPS, settings, speaker
+from support.by_hand import PROCESS, STEPS, collect, generation_model, plan
 from support.tiny import LATENT_SHAPE, PATCH_SIZE, SIZES, TOKENIZER, VOCAB_SIZE, document
 from tf_lightning.batch import document_length, pack
-from tf_lightning.diffusion.guidance import Guidance
 from tf_lightning.diffusion.sampler import build_scheduler
 from tf_lightning.errors import UserError
 from tf_lightning.generation.engine import generate
-from tf_lightning.generation.requests import Settings, collect
+from tf_lightning.generation.requests import GenerationPlan
 from tf_lightning.model.attention import DenseAttention, VarlenAttention
 from tf_lightning.model.patches import (
     AdaptiveNorm,
@@ -190,8 +189,8 @@ def test_zero_input_layers_have_gradients(time):
 # Generation
 
 
-def draw(net: TransfusionModel, parts, how: Settings) -> torch.Tensor:
-    (answer,) = collect(generate(speaker(net), [parts], [7], how), 1)
+def draw(net: TransfusionModel, parts, how: GenerationPlan) -> torch.Tensor:
+    (answer,) = collect(generate(generation_model(net), [parts], [7], how), 1)
     return answer[0]
 
 
@@ -200,7 +199,7 @@ def draw(net: TransfusionModel, parts, how: Settings) -> torch.Tensor:
 def test_denoising_with_the_cache_equals_full_forwards(time, scale):
     """The prompt has a clean image, at t = 0."""
     net, prompt = made_net(time=time, pos_embed="sincos", learned_sigma=True), document("2i1", 3)
-    drawn = draw(net, prompt, settings("image", guidance=Guidance(scale)))
+    drawn = draw(net, prompt, plan("image", guidance_scale=scale))
     scheduler = build_scheduler(PROCESS, "DDIMScheduler")
     scheduler.set_timesteps(STEPS)
     x_t = torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(7))
@@ -238,8 +237,8 @@ def test_text_after_a_generated_image_reads_it_at_t_0(time):
     net.patch_coder.time_embedder[2].weight *= 10  # so that t matters
     head = net.transformer.output
     chooser = net.transformer._modules["output"] = Chooser(head)
-    how = settings("any", text={"max_new_tokens": 2})
-    (answer,) = collect(generate(speaker(net), [prompt], [7], how), 1)
+    how = plan("any", max_new_tokens=2)
+    (answer,) = collect(generate(generation_model(net), [prompt], [7], how), 1)
     image, text = answer
     net.transformer._modules["output"] = head
     batch = packed([*prompt, image, text], net)

@@ -1,5 +1,6 @@
 """Generation written out by hand, every step a full forward, nothing cached; and ours beside it."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -7,12 +8,16 @@ from torch import Tensor
 
 from support.tiny import LATENT_SHAPE, PATCH_SIZE, TOKENIZER, document, tiny_net
 from tf_lightning.batch import Document, num_patches
-from tf_lightning.diffusion.guidance import Guidance
 from tf_lightning.diffusion.process import DDPM
 from tf_lightning.diffusion.sampler import build_scheduler
 from tf_lightning.generation.engine import generate
-from tf_lightning.generation.requests import Settings, Speaker, collect
-from tf_lightning.generation.token_sampling import TextSampling
+from tf_lightning.generation.requests import (
+    Event,
+    GenerationModel,
+    GenerationPlan,
+    to_document,
+)
+from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.transfusion import TransfusionModel
 
@@ -82,11 +87,11 @@ def drawn_by_hand(
     net: TransfusionModel,
     prompt: Document,
     generator: torch.Generator,
-    settings: Settings,
+    plan: GenerationPlan,
     causal: bool = False,
 ) -> Tensor:
     """The image after a prompt, each branch of each step as its own full forward."""
-    guidance, scheduler = settings.guidance, build_scheduler(PROCESS, "DDIMScheduler")
+    guidance, scheduler = plan.guidance, build_scheduler(PROCESS, "DDIMScheduler")
     scheduler.set_timesteps(STEPS)
     x_t = torch.randn(LATENT_SHAPE, generator=generator)
 
@@ -111,17 +116,17 @@ def drawn_by_hand(
 
 
 def answered_by_hand(
-    net: TransfusionModel, prompt: Document, seed: int, settings: Settings, causal: bool = False
+    net: TransfusionModel, prompt: Document, seed: int, plan: GenerationPlan, causal: bool = False
 ) -> Document:
     """The whole state machine with full forwards: text until <boi>, an image, text again."""
     generator = torch.Generator().manual_seed(seed)
     answer: Document = []
     count = images = 0
-    while count < settings.text.max_new_tokens:
+    while count < plan.sampling.max_new_tokens:
         token = next_token(net, [*prompt, *answer], causal)
-        if token == BOI and images < settings.max_images:
+        if token == BOI and images < plan.max_images:
             seen = [*prompt, *answer]
-            answer.append(drawn_by_hand(net, seen, generator, settings, causal))
+            answer.append(drawn_by_hand(net, seen, generator, plan, causal))
             images += 1
         elif token in (EOS, BOI):
             break
@@ -132,39 +137,53 @@ def answered_by_hand(
     return answer
 
 
-def speaker(net: TransfusionModel, **facts) -> Speaker:
-    return Speaker(net, TOKENIZER, PATCH_SIZE, LATENT_SHAPE, **facts)
+def generation_model(net: TransfusionModel, **facts) -> GenerationModel:
+    return GenerationModel(net, TOKENIZER, PATCH_SIZE, LATENT_SHAPE, **facts)
 
 
-def settings(answer: str, sampler: str = "DDIMScheduler", **options) -> Settings:
-    scheduler = build_scheduler(PROCESS, sampler)
-    text = TextSampling(**{"max_new_tokens": 6} | options.pop("text", {}))
-    options = {"text": text, "num_inference_steps": STEPS, "scheduler": scheduler} | options
-    return Settings(answer, **options)
+def plan(
+    output_modality: str, sampler: str = "DDIMScheduler", scheduler=None, **options
+) -> GenerationPlan:
+    """What the pipeline would plan for these options; without guidance unless it is given."""
+    defaults = {"guidance_scale": 1.0, "max_new_tokens": 6, "num_inference_steps": STEPS}
+    sampling = SamplingConfig(**defaults | options)
+    scheduler = scheduler or build_scheduler(PROCESS, sampler)
+    return GenerationPlan(output_modality, sampling, scheduler, sampling.num_inference_steps)
+
+
+def collect(events: Iterator[Event], count: int) -> list[Document]:
+    """The outputs to `count` prompts as Documents."""
+    outputs: list[list[int | Tensor]] = [[] for _ in range(count)]
+    for index, part in events:
+        if part is not None:
+            outputs[index].append(part)
+    return [to_document(parts) for parts in outputs]
 
 
 def answer(
     net: TransfusionModel,
     prompts: list[Document],
-    how: Settings,
+    how: GenerationPlan,
     seeds: list[int] | None = None,
     **options,
 ) -> list[Document]:
     facts = {name: options.pop(name) for name in ("causal_images", "max_length") if name in options}
     seeds = seeds or list(range(1, len(prompts) + 1))
-    return collect(generate(speaker(net, **facts), prompts, seeds, how, **options), len(prompts))
+    return collect(
+        generate(generation_model(net, **facts), prompts, seeds, how, **options), len(prompts)
+    )
 
 
 def write(
-    net: TransfusionModel, prompts: list[Document], how: Settings | None = None
+    net: TransfusionModel, prompts: list[Document], how: GenerationPlan | None = None
 ) -> list[list[int]]:
     """Text answers as ids."""
-    answers = answer(net, prompts, how or settings("text"))
+    answers = answer(net, prompts, how or plan("text"))
     return [[token for part in parts for token in part.tolist()] for parts in answers]
 
 
 def draw(
-    net: TransfusionModel, prompts: list[Document], how: Settings, *seeds, **options
+    net: TransfusionModel, prompts: list[Document], how: GenerationPlan, *seeds, **options
 ) -> Tensor:
     """Image answers (n, C, h, w)."""
     answers = answer(net, prompts, how, list(seeds), **options)
@@ -183,8 +202,8 @@ NAMES = ["text", "image", "mixed", "nothing"]
 
 
 GUIDANCES = {
-    "none": Guidance(),
-    "guided": Guidance(3.0),
-    "interval": Guidance(3.0, interval=(0.3, 0.7)),
-    "editing": Guidance(3.0, image_scale=1.5),
+    "none": {},
+    "guided": {"guidance_scale": 3.0},
+    "interval": {"guidance_scale": 3.0, "guidance_interval": (0.3, 0.7)},
+    "editing": {"guidance_scale": 3.0, "image_guidance_scale": 1.5},
 }

@@ -26,7 +26,6 @@ EVALUATE = {
     ],
     "batch_size": 2,
     "num_shown": 2,
-    "max_new_tokens": 8,
     "texts": ["imagine"],
 }
 
@@ -68,7 +67,7 @@ def shapes(kind: str, num_documents: int, **arguments) -> dict:
 
 def config(folder: Path) -> dict:
     """The whole configuration of a run in `folder`/run."""
-    few = {"guidance_scale": 2.0, "num_inference_steps": 2}
+    few = {"sampling": {"guidance_scale": 2.0, "num_inference_steps": 2}}
     callbacks = {
         "lightning.pytorch.callbacks.ModelCheckpoint": {
             "every_n_train_steps": 3,
@@ -82,7 +81,10 @@ def config(folder: Path) -> dict:
         "lightning.pytorch.callbacks.LearningRateMonitor": {"logging_interval": "step"},
         "callbacks.throughput.Throughput": {},
         "callbacks.text_perplexity.TextPerplexity": {},
-        "callbacks.evaluate.Evaluate": {**EVALUATE, **few},
+        "callbacks.evaluate.Evaluate": {
+            **EVALUATE,
+            "sampling": few["sampling"] | {"max_new_tokens": 8},
+        },
         "callbacks.shapes_report.ShapesReport": {"num_prompts": 4, **few},
         "callbacks.retrieval.RetrievalAccuracy": {"source": "captions", "num_prompts": 4, **few},
         "callbacks.predictions.PredictionWriter": {},

@@ -21,7 +21,7 @@ from tf_lightning.cli.main import main
 from tf_lightning.data import Mixture
 from tf_lightning.data.images import to_pixels
 from tf_lightning.errors import UserError
-from tf_lightning.generation.pipeline import load
+from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
@@ -219,15 +219,15 @@ def test_two_ranks_equal_one_though_some_have_no_codes(alone, tmp_path, strategy
 
 
 def test_its_pictures_are_complete_and_its_captions_are_words(run, tmp_path):
-    model = load(run / "checkpoints" / "last.ckpt")
-    out = model.generate(["a red circle", "a blue square"], num_images=2, progress=False)
+    pipe = TransfusionPipeline.from_pretrained(run / "checkpoints" / "last.ckpt")
+    out = pipe(["a red circle", "a blue square"], num_outputs=2, progress=False)
     assert [picture.size for picture in out.images] == [(64, 64)] * 4
-    assert model.generate(["a red circle"], progress=False, seed=1).images[0] == out.images[1]
-    assert len(model.write([[picture] for picture in out.images], max_new_tokens=4)) == 4
+    assert pipe("a red circle", progress=False, seed=1).images[0] == out.images[1]
+    assert len(pipe(out.images, progress=False, max_new_tokens=4).texts) == 4
     foreign = {"sampler": "DDIMScheduler", "timestep_shift": 2.0, "guidance_rescale": 0.5}
     for name, value in foreign.items():
-        with pytest.raises(UserError, match=f"{name}=.* is of denoising and this model draws"):
-            model.generate(["a"], **{name: value})
+        with pytest.raises(UserError, match=f"{name}=.* is an option of denoising and this model"):
+            pipe("a", **{name: value})
     checkpoint = str(run / "checkpoints" / "last.ckpt")
     out = tmp_path / "out"
     how = ["--code-temperature", "0.5", "--code-top-k", "9", "-n", "1", "-o", str(out)]

@@ -13,7 +13,7 @@ from torch.multiprocessing import ProcessExitedException
 from support import ranks, runs
 from support.compare import bit_equal
 from tf_lightning.cli.main import main
-from tf_lightning.generation.pipeline import load as load_model
+from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
 # Checkpoints
@@ -36,9 +36,10 @@ def test_a_variants_checkpoint_loads_and_resumes(tmp_path):
     main([*arguments, "--trainer.max_steps=6", "--ckpt_path=last"])
     checkpoint = load(tmp_path / "run")
     assert checkpoint["global_step"] == 6
-    model = load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert model.net.num_outputs == 2 and model.net.transformer.config.modality_weights == "all"
-    for name, value in model.net.state_dict().items():
+    pipe = TransfusionPipeline.from_pretrained(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    net = pipe.model.net
+    assert net.num_outputs == 2 and net.transformer.config.modality_weights == "all"
+    for name, value in net.state_dict().items():
         assert torch.equal(value, checkpoint["state_dict"][f"ema.{name}"])
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     losses = [event.value for event in events.Scalars("train/loss")]

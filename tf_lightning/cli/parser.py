@@ -53,3 +53,8 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return int(text)
+
+
+def flag(name: str) -> str:
+    """Return the command-line option of a configuration's field: --num-outputs of num_outputs."""
+    return f"--{name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""Denoising step by step, on diffusers' schedulers.
+"""Denoise images step by step with diffusers' schedulers.
 
 Shapes: n images, C x h x w latents.
 """
@@ -19,33 +19,24 @@ SAMPLERS = DDPM.samplers + RectifiedFlow.samplers
 
 
 def resolve_sampler(
-    process: DiffusionProcess | None, sampler: str | None = None, timestep_shift: float = 1.0
-) -> str | None:
+    process: DiffusionProcess, sampler: str | None = None, timestep_shift: float = 1.0
+) -> str:
     """Return the name of the sampler to use: the given one, or the default of the process.
 
     Args:
-        process: the model's diffusion process; None: its images are discrete tokens, which need
-            no sampler.
+        process: the model's diffusion process.
         sampler: name of a diffusers scheduler; None: the default.
-        timestep_shift: shift of the denoising steps, 1 = none.
+        timestep_shift: shift of the denoising steps; 1 is none.
 
     Raises:
         UserError: the sampler is unknown, or does not fit the process or the shift.
     """
-    if process is None:
-        check_not_denoising(sampler, timestep_shift)
-        return None
-    if sampler is None:
-        sampler = process.default_sampler
+    sampler = sampler or process.default_sampler
     if sampler not in process.samplers:
         known = "does not fit" if sampler in SAMPLERS else "is no sampler for"
         raise UserError(
             f"sampler={sampler!r} {known} a model that predicts {process.prediction_type!r}; "
             f"it must be one of {', '.join(process.samplers)}"
-        )
-    if not 0.01 <= timestep_shift <= 100:
-        raise UserError(
-            f"timestep_shift={timestep_shift} must be from 0.01 to 100; 1 changes nothing"
         )
     if timestep_shift != 1 and sampler in process.evenly_spaced_samplers:
         able = [name for name in process.samplers if name not in process.evenly_spaced_samplers]
@@ -54,25 +45,6 @@ def resolve_sampler(
             f"or one of {', '.join(able)}"
         )
     return sampler
-
-
-def check_not_denoising(
-    sampler: str | None,
-    timestep_shift: float,
-    interval: Sequence[float] = (0.0, 1.0),
-    rescale: float = 0.0,
-) -> None:
-    """Refuse what only denoising has."""
-    for name, given, off in (
-        ("sampler", sampler, None),
-        ("timestep_shift", timestep_shift, 1.0),
-        ("guidance_interval", tuple(interval), (0.0, 1.0)),
-        ("guidance_rescale", rescale, 0.0),
-    ):
-        if given != off:
-            raise UserError(
-                f"{name}={given} is of denoising and this model draws codes; leave it out"
-            )
 
 
 def build_scheduler(
@@ -95,19 +67,19 @@ def build_scheduler(
 
 
 def set_timesteps(scheduler, num_inference_steps: int) -> None:
-    """Plan the steps; their noise levels stay on the CPU, where reading them waits for nobody.
+    """Set the scheduler's steps; their noise levels stay on the CPU, where reading them is free.
 
     Raises:
-        UserError: there are too few or too many of them.
+        UserError: there are too few or too many steps.
     """
     num_train_timesteps, shift = scheduler.config.num_train_timesteps, scheduler.step_shift
-    most = int(num_train_timesteps * min(shift, 1 / shift))  # more would meet a noise level twice
+    most = int(num_train_timesteps * min(shift, 1 / shift))  # more would repeat a timestep
     if not 1 <= num_inference_steps <= most:
         why = f" with timestep_shift={shift}" if shift != 1 else ""
         raise UserError(f"num_inference_steps={num_inference_steps} must be from 1 to {most}{why}")
     levels = np.linspace(1, 0, num_inference_steps, endpoint=False)
     if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
-        # Equal steps from 1 to 0; the scheduler's own grid spends one on the last thousandth.
+        # Equal steps from 1 to 0; the scheduler's own grid spends a step on the last thousandth.
         scheduler.set_timesteps(sigmas=levels)
     elif shift != 1:
         places = num_train_timesteps * shifted(levels, shift)
@@ -116,11 +88,11 @@ def set_timesteps(scheduler, num_inference_steps: int) -> None:
         scheduler.set_timesteps(num_inference_steps)
 
 
-class Trajectory:
-    """Images on their way from noise to latents together: x_{t-1} replaces x_t (Sec. 3).
+class DenoisingState:
+    """Images that are denoised together; each step replaces x_t by x_{t-1} (Transfusion Sec. 3).
 
     Attributes:
-        x_t: the images as they are now, (n, C, h, w).
+        x_t: the images at the present noise level, (n, C, h, w).
     """
 
     def __init__(
@@ -130,20 +102,21 @@ class Trajectory:
         num_inference_steps: int,
         generators: Sequence[torch.Generator],
     ):
-        """Start.
+        """Start from noise.
 
         Args:
             noise: standard normal, (n, C, h, w).
-            scheduler: from `build_scheduler`, whose `num_levels` t counts in; it is copied.
-            num_inference_steps: network evaluations (Heun's method: two a step, one at the last).
-            generators: noise of the stochastic schedulers, one an image.
+            scheduler: from `build_scheduler`; it is copied.
+            num_inference_steps: denoising steps. Heun's method evaluates the network twice in each
+                step but the last.
+            generators: one for each image, for schedulers that draw noise.
         """
         self.scheduler = deepcopy(scheduler)
         set_timesteps(self.scheduler, num_inference_steps)
         self.timesteps = self.scheduler.timesteps.tolist()
         algorithm = scheduler.config.get("algorithm_type", "")
-        draws = type(scheduler).__name__ == "DDPMScheduler" or algorithm.startswith("sde")
-        self.randomness = {"generator": list(generators)} if draws else {}
+        draws_noise = type(scheduler).__name__ == "DDPMScheduler" or algorithm.startswith("sde")
+        self.randomness = {"generator": list(generators)} if draws_noise else {}
         self.done = 0
         self.x_t = noise
 
@@ -154,11 +127,11 @@ class Trajectory:
 
     @property
     def finished(self) -> bool:
-        """Whether x_t is clean."""
+        """Whether the last step was made, so that x_t is clean."""
         return self.done == len(self.timesteps)
 
     def step(self, output: Tensor) -> None:
-        """Move on by the network's output at (x_t, t), (n, C, h, w) or (n, 2 C, h, w)."""
+        """Make a step with the network's output at (x_t, t), (n, C, h, w) or (n, 2 C, h, w)."""
         if self.scheduler.config.get("variance_type") != "learned_range":
             output = output[:, : self.x_t.shape[1]]
         timestep = self.scheduler.timesteps[self.done]

@@ -1,18 +1,14 @@
-"""Text until <boi>, n patches of noise denoised in place, <eoi>, text again (Transfusion Sec. 3).
+"""The generation loop: text until <boi>, an image, <eoi>, text again (Transfusion Sec. 3).
 
-A prompt is a Document and so is the answer. Sequences in different phases advance together: each
-turn writes one token of all that write, in one forward, and makes one denoising step of all that
-draw, in another. Codes of images are tokens written among others' text: see code_images.py.
-Nothing is read twice: see cache.py. An answer depends on its own seed, prompt and settings, not on
-its batch mates.
+A prompt is a Document, and so is the output. All sequences in the same phase advance together: in
+each turn, one forward pass adds a token to every sequence that writes, and another one makes a
+denoising step of every image. An image of discrete codes (Chameleon) is written token by token
+among the text of other sequences: N codes follow <boi>, then <eoi>; codes stand nowhere else.
 
-Shapes: n sequences, N patches an image, V vocabulary, C x h x w latents.
+The KV cache keeps what was read, so nothing is computed twice. An output depends on its own prompt,
+seed and options, and not on the other sequences of the batch.
 
-Images made of codes, token by token, and the grammar by which each is whole (Chameleon).
-
-Behind <boi> come N codes and then <eoi>; nothing else stands inside, and no code outside.
-
-Shapes: n sequences, N codes an image, V vocabulary, of which the last are codes.
+Shapes: n sequences, N positions of an image, V vocabulary (codes last), latents C x h x w.
 """
 
 from collections import deque
@@ -25,99 +21,52 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tf_lightning.batch import Document, is_image
-from tf_lightning.diffusion.sampler import Trajectory
+from tf_lightning.diffusion.sampler import DenoisingState
 from tf_lightning.errors import UserError, not_a_number
-from tf_lightning.generation.kv_cache import AppendAttention, KeyValueCache, ReadAttention
+from tf_lightning.generation.kv_cache import DecodeAttention, KeyValueCache, PrefillAttention
 from tf_lightning.generation.requests import (
-    Branch,
-    Drawing,
+    DenoisingBatch,
     Event,
-    Reply,
-    Settings,
-    Speaker,
-    by_kind,
+    GenerationModel,
+    GenerationPlan,
+    GuidanceBranch,
+    SequenceState,
     pack_prompts,
+    rows_by_branch,
 )
-from tf_lightning.generation.token_sampling import choose, find_stop
-
-
-def in_image(reply: Reply, boi_id: int) -> bool:
-    """Whether the token that a sequence reads next is <boi> or a code."""
-    return reply.token == boi_id or bool(reply.codes)
-
-
-def text_logits(logits: Tensor, speaker: Speaker) -> Tensor:
-    """Of logits (n, V) those of text; <eoi> is learnt behind codes alone, so it is none here."""
-    logits = logits[:, : speaker.net.text_vocab_size]
-    if speaker.net.num_codes:
-        logits[:, speaker.tokenizer.eoi_id] = -torch.inf
-    return logits
-
-
-def next_codes(
-    replies: Sequence[Reply], outputs: list[Tensor], speaker: Speaker, settings: Settings
-) -> list[int | None]:
-    """Each image's next code, drawn by guided logits; None where it is whole.
-
-    Args:
-        replies: sequences that have read <boi> or a code.
-        outputs: their logits, (n, V) for each kind of branch.
-        speaker: the network.
-        settings: how codes are drawn.
-    """
-    parts = [logits[:, speaker.net.text_vocab_size :].float() for logits in outputs]
-    logits = settings.guidance.combine(parts, speaker.net.num_codes).cpu()
-    if not logits.isfinite().all():
-        raise UserError(not_a_number("a picture's code"))
-    goes_on = [len(reply.codes) < speaker.num_patches for reply in replies]
-    if not any(goes_on):
-        return [None] * len(replies)
-    generators = [reply.generator for reply in compress(replies, goes_on)]
-    chosen = iter(choose(logits[torch.tensor(goes_on)], settings.codes, generators))
-    return [next(chosen) if more else None for more in goes_on]
-
-
-def add_code(reply: Reply, code: int, speaker: Speaker) -> Tensor | None:
-    """Write a code; the image (1, h, w) if it was the last."""
-    reply.codes.append(code)
-    reply.token = speaker.net.text_vocab_size + code
-    whole = len(reply.codes) == speaker.num_patches
-    return torch.tensor(reply.codes).view(speaker.latent_shape) if whole else None
-
-
-def leave_image(reply: Reply, eoi_id: int) -> None:
-    """<eoi> is next; rows that read no images forget the one that they helped to draw."""
-    for branch in reply.branches:
-        branch.length -= 0 if branch.reads_images else len(reply.codes) + 1  # <boi> too
-    reply.codes, reply.text, reply.token = [], [], eoi_id
+from tf_lightning.generation.token_sampling import find_stop, sample_tokens
 
 
 def generate(
-    speaker: Speaker,
+    model: GenerationModel,
     prompts: Sequence[Document],
     seeds: Sequence[int],
-    settings: Settings,
+    plan: GenerationPlan,
     *,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[Event]:
-    """Answer each prompt; events come as they happen, those of one prompt in order.
+    """Generate an output to each prompt; yield its tokens and images as they are finished.
 
-    Images of a prompt are clean: they enter at t = 0.
+    The images of a prompt are clean: the network reads them at t = 0.
 
     Args:
-        speaker: the network.
-        prompts: token ids and latents; an empty one is continued from <bos>.
-        seeds: of all that is random in each answer.
-        settings: what to answer, and how.
-        batch_size: sequences at once; the others wait until one ends.
+        model: the network and what belongs to it.
+        prompts: token ids and latents; an empty prompt is continued from <bos>.
+        seeds: one for each prompt; all randomness of its output follows from it.
+        plan: what to generate, and how.
+        batch_size: sequences at once; the next prompt starts when a sequence ends.
         progress: show a progress bar.
 
+    Yields:
+        (index of the prompt, token id | image (C, h, w) | None at the end of its output); the
+        events of one prompt are in order.
+
     Raises:
-        UserError: a prompt leaves no room for its answer, or the network's output is NaN.
+        UserError: a prompt leaves no room for its output, or the network's output is NaN.
     """
     if prompts:
-        yield from _Engine(speaker, prompts, seeds, settings, batch_size).run(progress)
+        yield from _Engine(model, prompts, seeds, plan, batch_size).run(progress)
 
 
 class _Engine:
@@ -125,266 +74,324 @@ class _Engine:
 
     def __init__(
         self,
-        speaker: Speaker,
+        model: GenerationModel,
         prompts: Sequence[Document],
         seeds: Sequence[int],
-        settings: Settings,
+        plan: GenerationPlan,
         batch_size: int,
     ):
-        self.speaker, self.settings = speaker, settings
+        self.model, self.plan, self.sampling = model, plan, plan.sampling
+        self.tokenizer = model.tokenizer
         self.waiting = deque(enumerate(zip(prompts, seeds, strict=True)))
-        # Row = branch * slots + slot: the rows of a branch stand together and select as a slice.
+        # Row = branch * slots + slot: the rows of a branch are adjacent and select as a slice.
         self.slots = min(batch_size, len(prompts))
         self.free = list(range(self.slots))
-        weight = next(speaker.net.parameters())
+        weight = next(model.net.parameters())
         self.device = weight.device
         self.cache = KeyValueCache(
-            speaker.net.transformer.config,
-            rows=self.slots * len(settings.branches),
-            capacity=max(speaker.capacity(prompt, settings) for prompt in prompts),
+            model.net.transformer.config,
+            rows=self.slots * len(plan.branches),
+            capacity=max(model.capacity(prompt, plan) for prompt in prompts),
             like=weight,
         )
-        self.writing: list[Reply] = []
-        self.drawings: list[Drawing] = []
+        self.writing: list[SequenceState] = []
+        self.denoising: list[DenoisingBatch] = []
 
     @torch.inference_mode()
     def run(self, progress: bool) -> Iterator[Event]:
-        """All answers."""
-        total = len(self.waiting) * self.settings.num_turns
+        """Generate all outputs."""
+        total = len(self.waiting) * self.plan.max_steps
         with tqdm(total=total, desc="Generating", unit="step", disable=not progress) as self.bar:
-            while self.waiting or self.writing or self.drawings:
+            while self.waiting or self.writing or self.denoising:
                 if self.waiting and self.free:
                     yield from self._begin()
                 if self.writing:
                     yield from self._write()
-                if self.drawings:
-                    yield from self._draw()
+                if self.denoising:
+                    yield from self._denoise()
 
-    def _advance(self, reply: Reply, turns: int) -> None:
+    def _advance(self, sequence: SequenceState, steps: int) -> None:
         """Move the progress bar."""
-        turns = min(turns, reply.turns_left)
-        reply.turns_left -= turns
-        self.bar.update(turns)
+        steps = min(steps, sequence.steps_left)
+        sequence.steps_left -= steps
+        self.bar.update(steps)
 
     # ---------------------------------------------------------------- prompts
 
     def _begin(self) -> Iterator[Event]:
-        """Read as many waiting prompts as there is room for."""
-        replies, documents = [], []
+        """Read as many waiting prompts as there are free rows."""
+        sequences, documents = [], []
         while self.waiting and self.free:
-            number, (prompt, seed) = self.waiting.popleft()
+            index, (prompt, seed) = self.waiting.popleft()
             slot = self.free.pop(0)
             branches = [
-                Branch(kind * self.slots + slot, *reads)
-                for kind, reads in enumerate(self.settings.branches)
+                GuidanceBranch(branch * self.slots + slot, *reads)
+                for branch, reads in enumerate(self.plan.branches)
             ]
             generator = torch.Generator().manual_seed(seed)
-            replies.append(Reply(number, branches, generator, self.settings.num_turns))
+            sequences.append(SequenceState(index, branches, generator, self.plan.max_steps))
             documents.append(prompt)
-        logits = self._read(replies, documents)
-        if self.settings.answer == "image":
-            for reply in replies:
-                reply.token = self.speaker.tokenizer.boi_id
-            self.writing += replies
+        logits = self._prefill(sequences, documents)
+        if self.plan.output_modality == "image":
+            for sequence in sequences:
+                sequence.token = self.tokenizer.boi_id
+            self.writing += sequences
         else:
-            yield from self._take(replies, logits)
+            yield from self._add_tokens(sequences, logits)
 
-    def _read(self, replies: list[Reply], documents: list[Document]) -> Tensor:
-        """Prompts into the cache, with the forward of training; logits (n, V) that follow them."""
-        branches = by_kind(replies)
+    def _prefill(self, sequences: list[SequenceState], documents: list[Document]) -> Tensor:
+        """Read prompts into the cache; return the logits (n, V) of the token after each."""
+        model, branches = self.model, rows_by_branch(sequences)
         parts = [
             [part for part in document if reads[is_image(part)]]
-            for reads in self.settings.branches
+            for reads in self.plan.branches
             for document in documents
         ]
-        speaker = self.speaker
         batch = pack_prompts(
-            parts, speaker.tokenizer, speaker.patch_size, self.device, speaker.net.time_token
+            parts, self.tokenizer, model.patch_size, self.device, model.net.time_token
         )
-        lengths = batch.row_tokens - 1  # <eos>, which pack adds, is read and then overwritten
+        lengths = batch.row_tokens - 1  # pack appends <eos>; its position is overwritten later
         for branch, length in zip(branches, lengths.tolist(), strict=True):
             branch.length = length
-        last = torch.arange(len(replies), device=self.device) * batch.input_ids.shape[1]
-        ends = last + lengths[: len(replies)] - 1
-        batch = replace(batch, target_index=ends, code_index=batch.code_index[:0])
+        starts = torch.arange(len(sequences), device=self.device) * batch.input_ids.shape[1]
+        last = starts + lengths[: len(sequences)] - 1
+        batch = replace(batch, target_index=last, code_index=batch.code_index[:0])
         rows = [branch.row for branch in branches]
-        attend = ReadAttention(self.cache, rows, batch, self.speaker.causal)
-        return self.speaker.net(batch, batch.latents, batch.t, attend)[0]
+        attend = PrefillAttention(self.cache, rows, batch, model.causal)
+        with model.autocast():
+            return model.net(batch, batch.latents, batch.t, attend)[0]
 
     # ---------------------------------------------------------------- text
 
     def _write(self) -> Iterator[Event]:
-        """One token of every sequence that writes: read it, choose the next."""
-        replies, self.writing = self.writing, []
-        read = [(reply, reply.branches[0]) for reply in replies]
-        read += [(r, b) for r in replies for b in r.branches[1:] if self._reads(r, b)]
+        """Read the current token of every writing sequence and sample its next one."""
+        sequences, self.writing = self.writing, []
+        read = [(sequence, sequence.branches[0]) for sequence in sequences]
+        read += [(s, b) for s in sequences for b in s.branches[1:] if self._reads(s, b)]
         branches = [branch for _, branch in read]
-        tokens = torch.tensor([[reply.token] for reply, _ in read], device=self.device)
-        attend = self._append(branches, 1)
-        logits = self.speaker.net.next_logits(tokens, attend.positions, attend)[:, 0]
+        tokens = torch.tensor([[sequence.token] for sequence, _ in read], device=self.device)
+        attend = self._decode_attention(branches, 1)
+        with self.model.autocast():
+            logits = self.model.net.next_logits(tokens, attend.positions, attend)[:, 0]
         for branch in branches:
             branch.length += 1
-        boi_id = self.speaker.tokenizer.boi_id
-        inside = [reply for reply in replies if in_image(reply, boi_id)]
-        going_on = [i for i, reply in enumerate(replies) if not in_image(reply, boi_id)]
-        if going_on:
-            yield from self._take([replies[i] for i in going_on], logits[going_on])
-        if inside and self.speaker.net.num_codes:
+        in_text = [i for i, sequence in enumerate(sequences) if not self._in_image(sequence)]
+        in_image = [sequence for sequence in sequences if self._in_image(sequence)]
+        if in_text:
+            yield from self._add_tokens([sequences[i] for i in in_text], logits[in_text])
+        if in_image and self.model.net.num_codes:
             place = {branch.row: i for i, branch in enumerate(branches)}
-            kinds = zip(*(reply.branches for reply in inside), strict=True)
-            outputs = [logits[[place[branch.row] for branch in kind]] for kind in kinds]
-            yield from self._take_codes(inside, outputs)
-        elif inside:
-            self._start_drawing(inside)
+            by_branch = zip(*(sequence.branches for sequence in in_image), strict=True)
+            outputs = [logits[[place[branch.row] for branch in group]] for group in by_branch]
+            yield from self._add_codes(in_image, outputs)
+        elif in_image:
+            self._start_denoising(in_image)
 
-    def _reads(self, reply: Reply, branch: Branch) -> bool:
-        """Whether a branch reads the token that its sequence reads next."""
-        tokenizer = self.speaker.tokenizer
-        if in_image(reply, tokenizer.boi_id):
+    def _in_image(self, sequence: SequenceState) -> bool:
+        """Return whether the token that a sequence reads next is <boi> or a code."""
+        return sequence.token == self.tokenizer.boi_id or bool(sequence.codes)
+
+    def _reads(self, sequence: SequenceState, branch: GuidanceBranch) -> bool:
+        """Return whether a guidance branch reads the sequence's next token."""
+        if self._in_image(sequence):
             return True
-        return branch.reads_images if reply.token == tokenizer.eoi_id else branch.reads_text
+        is_eoi = sequence.token == self.tokenizer.eoi_id
+        return branch.reads_images if is_eoi else branch.reads_text
 
-    def _take(self, replies: list[Reply], logits: Tensor) -> Iterator[Event]:
-        """Choose the token that follows each sequence."""
+    def _add_tokens(self, sequences: list[SequenceState], logits: Tensor) -> Iterator[Event]:
+        """Sample the next token of each sequence from its logits (n, V)."""
         logits = logits.float().cpu()
         if not logits.isfinite().all():
             raise UserError(not_a_number("a text token"))
-        logits = text_logits(logits, self.speaker)
-        tokens = choose(logits, self.settings.text, [reply.generator for reply in replies])
-        ends = (self.speaker.tokenizer.eos_id, self.speaker.tokenizer.boi_id)
-        for reply, token in zip(replies, tokens, strict=True):
-            reply.token = token
-            if token == self.speaker.tokenizer.boi_id and self._may_draw(reply):
-                self.writing.append(reply)
-            elif token in ends or not self._fits(reply, 1):
-                yield self._end(reply)
+        logits = logits[:, : self.model.net.text_vocab_size]
+        if self.model.net.num_codes:  # it has learned <eoi> only after codes
+            logits[:, self.tokenizer.eoi_id] = -torch.inf
+        tokens = sample_tokens(
+            logits,
+            [sequence.generator for sequence in sequences],
+            temperature=self.sampling.temperature,
+            top_k=self.sampling.top_k,
+            top_p=self.sampling.top_p,
+            min_p=self.sampling.min_p,
+        )
+        ends = (self.tokenizer.eos_id, self.tokenizer.boi_id)
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.token = token
+            if token == self.tokenizer.boi_id and self._may_make_image(sequence):
+                self.writing.append(sequence)
+            elif token in ends or not self._fits(sequence, 1):
+                yield self._end(sequence)
             else:
-                yield from self._took(reply, token)
+                yield from self._add_text_token(sequence, token)
 
-    def _took(self, reply: Reply, token: int) -> Iterator[Event]:
-        """A token of the answer."""
-        yield reply.number, token
-        reply.text.append(token)
-        reply.num_tokens += 1
-        self._advance(reply, 1)
-        if reply.num_tokens == self.settings.text.max_new_tokens or self._stops(reply.text):
-            yield self._end(reply)
+    def _add_text_token(self, sequence: SequenceState, token: int) -> Iterator[Event]:
+        yield sequence.index, token
+        sequence.text.append(token)
+        sequence.num_text_tokens += 1
+        self._advance(sequence, 1)
+        full = sequence.num_text_tokens == self.sampling.max_new_tokens
+        if full or self._is_stopped(sequence.text):
+            yield self._end(sequence)
         else:
-            self.writing.append(reply)
+            self.writing.append(sequence)
 
-    def _stops(self, text: list[int]) -> bool:
-        stop = self.settings.text.stop
-        return bool(stop) and find_stop(self.speaker.tokenizer.decode(text), stop) is not None
+    def _is_stopped(self, text: list[int]) -> bool:
+        stop = self.sampling.stop
+        return bool(stop) and find_stop(self.tokenizer.decode(text), stop) is not None
 
-    def _may_draw(self, reply: Reply) -> bool:
-        if self.settings.answer != "any" or reply.num_images == self.settings.max_images:
+    def _may_make_image(self, sequence: SequenceState) -> bool:
+        if self.plan.output_modality != "any" or sequence.num_images == self.plan.max_images:
             return False
-        return self._fits(reply, self.speaker.num_patches + 2)
+        return self._fits(sequence, self.model.num_patches + 2)
 
-    def _fits(self, reply: Reply, count: int) -> bool:
-        """Whether the model was trained on documents with that many more positions."""
-        limit = self.speaker.max_length
-        return limit is None or reply.branches[0].length + count < limit
+    def _fits(self, sequence: SequenceState, count: int) -> bool:
+        """Return whether the model was trained on rows with that many more positions."""
+        limit = self.model.max_length
+        return limit is None or sequence.branches[0].length + count < limit
 
-    def _end(self, reply: Reply) -> Event:
-        self._advance(reply, reply.turns_left)
-        self.free.append(reply.branches[0].row)
+    def _end(self, sequence: SequenceState) -> Event:
+        self._advance(sequence, sequence.steps_left)
+        self.free.append(sequence.branches[0].row)
         self.free.sort()
-        return reply.number, None
+        return sequence.index, None
 
     # ---------------------------------------------------------------- images of codes
 
-    def _take_codes(self, replies: list[Reply], outputs: list[Tensor]) -> Iterator[Event]:
-        """Choose what follows in images of codes: outputs are (n, V) for each kind of branch."""
-        codes = next_codes(replies, outputs, self.speaker, self.settings)
-        for reply, code in zip(replies, codes, strict=True):
+    def _add_codes(self, sequences: list[SequenceState], outputs: list[Tensor]) -> Iterator[Event]:
+        """Sample the next code of each image, or end the image after its last code.
+
+        Args:
+            sequences: have read <boi> or a code.
+            outputs: logits (n, V) of each guidance branch.
+        """
+        for sequence, code in zip(sequences, self._next_codes(sequences, outputs), strict=True):
             image = None
             if code is None:
-                leave_image(reply, self.speaker.tokenizer.eoi_id)
+                self._leave_code_image(sequence)
             else:
-                image = add_code(reply, code, self.speaker)
-                self._advance(reply, 1)
+                image = self._add_code(sequence, code)
+                self._advance(sequence, 1)
             if image is not None:
-                yield reply.number, image
-                reply.num_images += 1
-            if image is not None and self.settings.answer != "any":
-                yield self._end(reply)
+                yield sequence.index, image
+                sequence.num_images += 1
+            if image is not None and self.plan.output_modality != "any":
+                yield self._end(sequence)
             else:
-                self.writing.append(reply)
+                self.writing.append(sequence)
+
+    def _next_codes(
+        self, sequences: list[SequenceState], outputs: list[Tensor]
+    ) -> list[int | None]:
+        """Sample a code for each sequence from the guided logits; None if its image is complete."""
+        net = self.model.net
+        parts = [logits[:, net.text_vocab_size :].float() for logits in outputs]
+        logits = self.plan.guidance.combine(parts, net.num_codes).cpu()
+        if not logits.isfinite().all():
+            raise UserError(not_a_number("an image's code"))
+        goes_on = [len(sequence.codes) < self.model.num_patches for sequence in sequences]
+        if not any(goes_on):
+            return [None] * len(sequences)
+        codes = sample_tokens(
+            logits[torch.tensor(goes_on)],
+            [sequence.generator for sequence in compress(sequences, goes_on)],
+            temperature=self.sampling.code_temperature,
+            top_k=self.sampling.code_top_k,
+            top_p=self.sampling.code_top_p,
+        )
+        remaining = iter(codes)
+        return [next(remaining) if more else None for more in goes_on]
+
+    def _add_code(self, sequence: SequenceState, code: int) -> Tensor | None:
+        """Append a code; return the image (1, h, w) if it is complete."""
+        sequence.codes.append(code)
+        sequence.token = self.model.net.text_vocab_size + code
+        complete = len(sequence.codes) == self.model.num_patches
+        return torch.tensor(sequence.codes).view(self.model.latent_shape) if complete else None
+
+    def _leave_code_image(self, sequence: SequenceState) -> None:
+        """Make <eoi> the next token; branches that read no images drop <boi> and the codes."""
+        for branch in sequence.branches:
+            branch.length -= 0 if branch.reads_images else len(sequence.codes) + 1
+        sequence.codes, sequence.text, sequence.token = [], [], self.tokenizer.eoi_id
 
     # ---------------------------------------------------------------- images of latents
 
-    def _start_drawing(self, replies: list[Reply]) -> None:
-        """Noise in the places after <boi>."""
-        shape = self.speaker.latent_shape
-        noise = torch.stack([torch.randn(shape, generator=reply.generator) for reply in replies])
-        trajectory = Trajectory(
+    def _start_denoising(self, sequences: list[SequenceState]) -> None:
+        """Start the images of sequences that have read <boi> from noise."""
+        shape = self.model.latent_shape
+        noise = torch.stack([torch.randn(shape, generator=s.generator) for s in sequences])
+        state = DenoisingState(
             noise.to(self.device),
-            self.settings.scheduler,
-            self.settings.num_inference_steps,
-            [reply.generator for reply in replies],
+            self.plan.scheduler,
+            self.sampling.num_inference_steps,
+            [sequence.generator for sequence in sequences],
         )
-        self.drawings.append(Drawing(replies, trajectory))
+        self.denoising.append(DenoisingBatch(sequences, state))
 
-    def _draw(self) -> Iterator[Event]:
-        """One denoising step of every image, conditional and unconditional in one forward."""
-        guidance = self.settings.guidance
-        kinds = [
-            len(self.settings.branches) if guidance.acts_at(drawing.trajectory.t) else 1
-            for drawing in self.drawings
+    def _denoise(self) -> Iterator[Event]:
+        """Make one denoising step of every image, all guidance branches in one forward pass."""
+        guidance = self.plan.guidance
+        counts = [  # guidance branches that this noise level needs
+            len(self.plan.branches) if guidance.acts_at(batch.state.t) else 1
+            for batch in self.denoising
         ]
-        latents, t, branches = [], [], []
-        for drawing, count in zip(self.drawings, kinds, strict=True):
-            latents += [drawing.trajectory.x_t] * count
-            t += [drawing.trajectory.t] * count * len(drawing.replies)
-            branches += by_kind(drawing.replies)[: count * len(drawing.replies)]
-        output = self._denoise(torch.cat(latents), t, branches)
-        sizes = [len(d.replies) * count for d, count in zip(self.drawings, kinds, strict=True)]
-        outputs = output.split(sizes)
-        for drawing, count, part in zip(self.drawings, kinds, outputs, strict=True):
-            channels = self.speaker.latent_shape[0]
-            drawing.trajectory.step(guidance.combine(list(part.chunk(count)), channels))
-            for reply in drawing.replies:
-                self._advance(reply, 1)
-        finished = [drawing for drawing in self.drawings if drawing.trajectory.finished]
-        self.drawings = [d for d in self.drawings if not d.trajectory.finished]
-        for drawing in finished:
-            yield from self._finish(drawing)
+        latents, t, rows = [], [], []
+        for batch, count in zip(self.denoising, counts, strict=True):
+            latents += [batch.state.x_t] * count
+            t += [batch.state.t] * count * len(batch.sequences)
+            rows += rows_by_branch(batch.sequences)[: count * len(batch.sequences)]
+        output = self._denoiser_output(torch.cat(latents), t, rows)
+        sizes = [len(b.sequences) * n for b, n in zip(self.denoising, counts, strict=True)]
+        for batch, count, part in zip(self.denoising, counts, output.split(sizes), strict=True):
+            channels = self.model.latent_shape[0]
+            batch.state.step(guidance.combine(list(part.chunk(count)), channels))
+            for sequence in batch.sequences:
+                self._advance(sequence, 1)
+        finished = [batch for batch in self.denoising if batch.state.finished]
+        self.denoising = [batch for batch in self.denoising if not batch.state.finished]
+        for batch in finished:
+            yield from self._finish_images(batch)
 
-    def _finish(self, drawing: Drawing) -> Iterator[Event]:
-        """Hand over the images; read them, clean, where the answer goes on behind them."""
-        images = drawing.trajectory.x_t
+    def _finish_images(self, batch: DenoisingBatch) -> Iterator[Event]:
+        """Hand over finished images; if their sequences go on, read the images clean."""
+        images = batch.state.x_t
         if not images.isfinite().all():
             raise UserError(not_a_number("an image"))
-        goes_on = self.settings.answer == "any"
+        goes_on = self.plan.output_modality == "any"
         if goes_on:
-            self._keep(drawing.replies, images)
-        for reply, image in zip(drawing.replies, images.cpu(), strict=True):
-            yield reply.number, image
-            reply.num_images += 1
-            reply.text = []
-            reply.token = self.speaker.tokenizer.eoi_id
+            self._cache_clean_images(batch.sequences, images)
+        for sequence, image in zip(batch.sequences, images.cpu(), strict=True):
+            yield sequence.index, image
+            sequence.num_images += 1
+            sequence.text = []
+            sequence.token = self.tokenizer.eoi_id
             if goes_on:
-                self.writing.append(reply)
+                self.writing.append(sequence)
             else:
-                yield self._end(reply)
+                yield self._end(sequence)
 
-    def _keep(self, replies: list[Reply], images: Tensor) -> None:
-        """Write clean images into the rows that read images; the others forget their <boi>."""
-        branches = by_kind(replies)
-        keeping = [branch for branch in branches if branch.reads_images]
-        copies = images.repeat(len(keeping) // len(replies), 1, 1, 1)
-        self._denoise(copies, [0.0] * len(keeping), keeping)
-        for branch in branches:
-            branch.length += self.speaker.num_patches if branch.reads_images else -1
+    def _cache_clean_images(self, sequences: list[SequenceState], images: Tensor) -> None:
+        """Write clean images into the branches that read images; the others drop their <boi>."""
+        rows = rows_by_branch(sequences)
+        reading = [row for row in rows if row.reads_images]
+        copies = images.repeat(len(reading) // len(sequences), 1, 1, 1)
+        self._denoiser_output(copies, [0.0] * len(reading), reading)
+        for row in rows:
+            row.length += self.model.num_patches if row.reads_images else -1
 
-    def _denoise(self, latents: Tensor, t: list[float], branches: list[Branch]) -> Tensor:
+    def _denoiser_output(
+        self, latents: Tensor, t: list[float], rows: list[GuidanceBranch]
+    ) -> Tensor:
+        """Run the denoiser on latents (n, C, h, w) after the prefix of each cache row."""
         times = torch.tensor(t, device=self.device)
-        attend = self._append(branches, self.speaker.num_patches, image=True)
-        output = self.speaker.net.denoise(latents, times, attend.positions, attend)
-        return output.type_as(latents)  # the schedulers compute in fp32 under autocast too
+        attend = self._decode_attention(rows, self.model.num_patches, image=True)
+        with self.model.autocast():
+            output = self.model.net.denoise(latents, times, attend.positions, attend)
+        return output.type_as(latents)  # schedulers compute in fp32 under autocast too
 
-    def _append(self, branches: list[Branch], num_new: int, image: bool = False) -> AppendAttention:
-        rows, lengths = zip(*((branch.row, branch.length) for branch in branches), strict=True)
-        causal = self.speaker.causal
-        return AppendAttention(self.cache, list(rows), list(lengths), num_new, causal, image)
+    def _decode_attention(
+        self, rows: list[GuidanceBranch], num_new: int, image: bool = False
+    ) -> DecodeAttention:
+        numbers, lengths = zip(*((row.row, row.length) for row in rows), strict=True)
+        causal = self.model.causal
+        return DecodeAttention(self.cache, list(numbers), list(lengths), num_new, causal, image)

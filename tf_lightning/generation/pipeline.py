@@ -1,13 +1,8 @@
-"""A trained network with its tokenizer and autoencoder: pictures and words in and out.
-
-model = load("runs/quickstart/checkpoints/last.ckpt")
-out = model.generate(["a red circle above a blue square"], num_images=4, guidance_scale=3.0, seed=0)
-out.images[0].save("a.png")
-"""
+"""TransfusionPipeline: a trained model that takes text and images and returns text and images."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,321 +10,364 @@ from torch import Tensor
 
 from tf_lightning.autoencoder.frozen import Autoencoder, load_matching_autoencoder
 from tf_lightning.batch import Document
+from tf_lightning.checkpoint import misfit
 from tf_lightning.data.images import to_image, to_pixels
-from tf_lightning.diffusion.guidance import Guidance
 from tf_lightning.diffusion.process import process_from_hparams
-from tf_lightning.diffusion.sampler import build_scheduler, check_not_denoising, set_timesteps
+from tf_lightning.diffusion.sampler import build_scheduler, set_timesteps
 from tf_lightning.errors import UserError
 from tf_lightning.generation.engine import generate
 from tf_lightning.generation.requests import (
-    Answer,
-    Answers,
+    GenerationModel,
+    GenerationOutput,
+    GenerationPlan,
     Prompt,
     RawDocument,
-    Settings,
-    Speaker,
     to_document,
 )
-from tf_lightning.generation.token_sampling import TextSampling, find_stop, possible_stop
-from tf_lightning.interop.export import read_weights
-from tf_lightning.model.transfusion import TransfusionModel
+from tf_lightning.generation.sampling import (
+    OUTPUT_MODALITIES,
+    OutputModality,
+    SamplingConfig,
+    not_for_codes,
+)
+from tf_lightning.generation.token_sampling import find_stop, num_streamable
+from tf_lightning.interop.export import export, read_weights
+from tf_lightning.model.transfusion import TransfusionModel, build_network
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 from tf_lightning.training.module import Transfusion
 
 
-@dataclass
 class TransfusionPipeline:
-    """What generation needs; `load` builds it from a checkpoint, `of` from a module."""
+    """Generate images and text with a trained model.
 
-    net: TransfusionModel
-    tokenizer: Tokenizer
-    autoencoder: Autoencoder | None
-    latent_shape: tuple[int, int, int] | None
-    hparams: dict
-    max_length: int | None = None
-    other_shapes: tuple[tuple[int, int, int], ...] = ()
-    """Smaller ones that it reads too, of a mixture of several sizes."""
+        pipe = TransfusionPipeline.from_pretrained("runs/quickstart/checkpoints/last.ckpt")
+        pipe("a red circle above a blue square", num_outputs=4, seed=0).images[0].save("a.png")
+        pipe(image).texts[0]
+
+    A prompt is a string, an image, or a list of both in order. Images in a prompt enter clean
+    (t = 0) and must have the model's `image_size`.
+
+    Attributes:
+        model: the network, tokenizer and sizes that generation works with.
+        autoencoder: between images and latents or codes; None for a model of text alone.
+        process: how images are noised and denoised; None for images of discrete codes.
+        hparams: hyper-parameters of the training run.
+    """
+
+    def __init__(
+        self,
+        net: TransfusionModel,
+        tokenizer: Tokenizer,
+        autoencoder: Autoencoder | None,
+        checkpoint: dict[str, Any],
+    ):
+        """Join the parts of a model; `from_pretrained` and `from_module` call this.
+
+        Args:
+            net: the network.
+            tokenizer: the tokenizer of its text.
+            autoencoder: the autoencoder of its images, on the network's device.
+            checkpoint: what a checkpoint holds beside the weights: hyper_parameters, image_codec
+                (name of the autoencoder, latent shapes), row_length, global_step, and `weights`,
+                "ema" or "raw".
+        """
+        self.checkpoint, self.hparams = checkpoint, checkpoint["hyper_parameters"]
+        codec = checkpoint["image_codec"]
+        self.autoencoder, self.process = autoencoder, process_from_hparams(self.hparams)
+        shape = codec["latent_shape"]
+        self.other_shapes = tuple(map(tuple, codec.get("other_shapes", ())))
+        self.model = GenerationModel(
+            net,
+            tokenizer,
+            self.hparams["patch_size"],
+            tuple(shape) if shape else None,
+            self.hparams["causal_images"],
+            checkpoint.get("row_length"),
+        )
+
+    # ---------------------------------------------------------------- in and out
 
     @classmethod
-    def of(cls, module: Transfusion) -> "TransfusionPipeline":
-        """The averaged weights of a module, which keeps them."""
-        name, shape = module.image_codec["autoencoder"], module.image_codec["latent_shape"]
-        kind = module.hparams.latent_channels, module.hparams.num_codes
-        return cls(
-            net=module.inference_net,
-            tokenizer=Tokenizer.from_proto(module.tokenizer_proto),
-            autoencoder=load_matching_autoencoder(name, *kind).to(module.device) if shape else None,
-            latent_shape=tuple(shape) if shape else None,
-            hparams=dict(module.hparams),
-            max_length=module.row_length,
-            other_shapes=tuple(map(tuple, module.image_codec.get("other_shapes", ()))),
-        )
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "TransfusionPipeline":
+        """Load a model for generation.
 
-    @property
-    def speaker(self) -> Speaker:
-        """What the decoder has to know."""
-        return Speaker(
-            self.net,
-            self.tokenizer,
-            self.hparams["patch_size"],
-            self.latent_shape,
-            self.hparams["causal_images"],
-            self.max_length,
-        )
+        Args:
+            path: a checkpoint written by `tf-lightning fit`, a folder written by `tf-lightning
+                export` or `save_pretrained`, or the name of such a folder on the Hugging Face hub.
+            device: where the model runs; None: a GPU if there is one.
+            dtype: precision of the weights, and of the network through autocast; None: float32.
+
+        Returns:
+            The model with its averaged weights, if the run kept an average.
+
+        Raises:
+            UserError: the file is missing, damaged, or not a model of this project.
+        """
+        checkpoint = read_weights(path)
+        state_dict = checkpoint.pop("state_dict")
+        averaged = any(name.startswith("ema.") for name in state_dict)
+        prefix = "ema." if averaged else "net."
+        checkpoint.setdefault("weights", "ema" if averaged else "raw")  # a folder names its own
+        weights = {n.removeprefix(prefix): w for n, w in state_dict.items() if n.startswith(prefix)}
+        hparams = checkpoint["hyper_parameters"]
+        net = build_network(hparams)
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise misfit(error) from error
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        net = net.requires_grad_(False).eval().to(device, dtype)
+        autoencoder = open_autoencoder(checkpoint["image_codec"], hparams, device)
+        tokenizer = Tokenizer.from_proto(bytes(checkpoint["tokenizer"].numpy()))
+        return cls(net, tokenizer, autoencoder, checkpoint)
+
+    @classmethod
+    def from_module(cls, module: Transfusion, ema: bool = True) -> "TransfusionPipeline":
+        """Use a module in training, which keeps its weights.
+
+        Args:
+            module: a `Transfusion` whose data was set up.
+            ema: use the averaged weights if the module has them.
+        """
+        hparams = dict(module.hparams)
+        autoencoder = open_autoencoder(module.image_codec, hparams, module.device)
+        averaged = ema and module.ema is not None
+        checkpoint = {
+            "weights": "ema" if averaged else "raw",
+            "hyper_parameters": hparams,
+            "image_codec": module.image_codec,
+            "row_length": module.row_length,
+            "global_step": module.loaded_step,
+        }
+        net = module.ema if averaged else module.net
+        return cls(net, Tokenizer.from_proto(module.tokenizer_proto), autoencoder, checkpoint)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model as safetensors, for `from_pretrained` and `tf-lightning generate`.
+
+        Raises:
+            UserError: the folder holds other files.
+        """
+        weights = self.checkpoint["weights"]
+        prefix = "ema." if weights == "ema" else "net."
+        state_dict = self.model.net.state_dict()
+        proto = bytearray(self.model.tokenizer.proto)
+        checkpoint = self.checkpoint | {
+            "state_dict": {prefix + name: weight for name, weight in state_dict.items()},
+            "tokenizer": torch.frombuffer(proto, dtype=torch.uint8),
+        }
+        export(checkpoint, Path(folder), weights, {"net"})
+
+    # ---------------------------------------------------------------- facts
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures it draws and reads, in pixels."""
-        return self.latent_shape[1] * self.autoencoder.downsample
+        """Height and width in pixels of the images that the model generates and reads."""
+        return self.model.latent_shape[1] * self.autoencoder.downsample
 
-    def settings(
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return next(self.model.net.parameters()).device
+
+    # ---------------------------------------------------------------- generation
+
+    def __call__(
         self,
-        answer: Answer,
+        prompts: Prompt | Sequence[Prompt],
         *,
-        guidance_scale: float = 3.0,
-        image_guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        guidance_rescale: float = 0.0,
-        num_inference_steps: int = 50,
-        sampler: str | None = None,
-        timestep_shift: float = 1.0,
-        max_images: int = 1,
-        **text,
-    ) -> Settings:
-        """What `generate` takes, checked before anything is computed.
-
-        Args:
-            answer: "image": one, now; "text": none of them; "any": what the model samples.
-            guidance_scale: how strongly pictures follow the prompt; 1 = off.
-            image_guidance_scale: the same for the prompt's pictures alone; None: `guidance_scale`.
-            guidance_interval: lowest and highest noise level, in [0, 1], at which guidance acts.
-            guidance_rescale: share of the correction of overexposed pictures, in [0, 1].
-            num_inference_steps: network evaluations a picture, 1 to 1000; one of codes takes as
-                many as it has codes.
-            sampler: a diffusers scheduler, see `sampler.SAMPLERS`; None: DDIM, or Euler for flow.
-            timestep_shift: of its steps, towards pure noise where it is more than 1 (Stable Diffusion 3
-                Eq. 23); not of DDIM and UniPC, whose steps are even.
-            max_images: pictures in an answer of any kind, at most.
-            text: fields of `decoding.TextSampling`: max_new_tokens, temperature, top_k, ...; with
-                code_ before them, of a picture's codes (code_temperature: 1 unless given).
-        """
-        codes = {k.removeprefix("code_"): text.pop(k) for k in [*text] if k.startswith("code_")}
-        scheduler = None
-        if answer == "image" and self.autoencoder is None:
-            raise UserError("this model was trained on text alone; use one trained with pictures")
-        if self.net.num_codes:
-            check_not_denoising(sampler, timestep_shift, guidance_interval, guidance_rescale)
-            num_inference_steps = self.speaker.num_patches
-        elif answer != "text" and self.autoencoder is not None:
-            process = process_from_hparams(self.hparams)
-            scheduler = build_scheduler(process, sampler, timestep_shift)
-            set_timesteps(scheduler, num_inference_steps)
-        return Settings(
-            answer="text" if self.autoencoder is None and answer == "any" else answer,
-            text=TextSampling(**text),
-            guidance=Guidance(
-                guidance_scale, image_guidance_scale, tuple(guidance_interval), guidance_rescale
-            ),
-            scheduler=scheduler,
-            num_inference_steps=num_inference_steps,
-            codes=TextSampling(**{"temperature": 1.0} | codes),
-            max_images=max_images,
-        )
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        answer: Answer = "image",
-        num_images: int = 1,
-        seed: int = 0,
+        output_modality: OutputModality | None = None,
+        num_outputs: int = 1,
+        seed: int | Sequence[int] = 0,
         batch_size: int = 16,
         progress: bool = True,
-        **how,
-    ) -> Answers:
-        """Answer each prompt, `num_images` times over.
+        sampling: SamplingConfig | None = None,
+        **options: Any,
+    ) -> GenerationOutput:
+        """Generate `num_outputs` outputs to each prompt.
 
-        Pictures of a prompt enter clean (t = 0). An answer depends on its prompt, its seed and the
-        settings alone: it is the same among others.
+        An output depends on its prompt, its seed and the options, not on the rest of the batch.
 
         Args:
-            prompts: a text, a picture, or a list of both.
-            answer: "image": one, now; "text": none of them; "any": what the model samples.
-            num_images: answers to each prompt.
-            seed: of the first answer; those of the next ones follow.
-            batch_size: answers at once.
+            prompts: one string or image, or a list of prompts. A prompt of several parts is a list
+                itself, so a single one is given as `pipe([[image, "make it red"]])`.
+            output_modality: "image": exactly one image; "text": no images; "any": the model
+                decides. None: an image if the first prompt ends in text, else text.
+            num_outputs: outputs to each prompt.
+            seed: output i uses seed + i; or the seeds of all outputs, one each.
+            batch_size: outputs that are generated together.
             progress: show a progress bar.
-            how: see `settings`.
-        """
-        if num_images < 1:
-            raise UserError(f"num_images={num_images} must be at least 1")
-        repeated = [prompt for prompt in prompts for _ in range(num_images)]
-        seeds = [seed + number for number in range(len(repeated))]
-        settings = self.settings(answer, **how)
-        answers = self._answers(repeated, seeds, settings, batch_size, progress=progress)
-        return Answers(answers, seeds)
+            sampling: how to sample; None: the defaults of `SamplingConfig`.
+            options: fields of `SamplingConfig` that replace those of `sampling`.
 
-    def answer_each(
+        Raises:
+            UserError: a prompt or an option does not fit the model.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Image.Image) else list(prompts)
+        if num_outputs < 1:
+            raise UserError(f"num_outputs={num_outputs} must be at least 1")
+        modality = output_modality or default_modality(prompts)
+        plan = self.plan(modality, (sampling or SamplingConfig()).with_options(**options))
+        repeated = [prompt for prompt in prompts for _ in range(num_outputs)]
+        seeds = [seed + i for i in range(len(repeated))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(repeated):
+            raise UserError(f"{len(seeds)} seeds do not fit {len(repeated)} outputs; give one each")
+        outputs = dict(self.iterate(repeated, seeds, plan, batch_size, progress))
+        return GenerationOutput([outputs[i] for i in range(len(repeated))], seeds)
+
+    def plan(self, output_modality: OutputModality, sampling: SamplingConfig) -> GenerationPlan:
+        """Check sampling options against the model before anything is computed.
+
+        Raises:
+            UserError: the model cannot generate this modality, or an option does not fit it.
+        """
+        if output_modality not in OUTPUT_MODALITIES:
+            raise UserError(f"output_modality={output_modality!r} must be 'image', 'text' or 'any'")
+        if self.autoencoder is None:
+            if output_modality == "image":
+                raise UserError("this model was trained on text alone; use one trained with images")
+            return GenerationPlan("text", sampling)
+        if self.process is None:
+            not_for_codes(sampling)
+            return GenerationPlan(output_modality, sampling, num_image_steps=self.model.num_patches)
+        if output_modality == "text":
+            return GenerationPlan(output_modality, sampling)
+        scheduler = build_scheduler(self.process, sampling.sampler, sampling.timestep_shift)
+        set_timesteps(scheduler, sampling.num_inference_steps)
+        return GenerationPlan(output_modality, sampling, scheduler, sampling.num_inference_steps)
+
+    def iterate(
         self,
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
-        settings: Settings,
+        plan: GenerationPlan,
         batch_size: int = 16,
         progress: bool = False,
     ) -> Iterator[tuple[int, RawDocument]]:
-        """Number of a prompt and its answer, as soon as it is whole."""
+        """Yield the index of a prompt with its output, in the order in which outputs end."""
         parts: dict[int, list[int | Tensor]] = {}
         documents = self._encode_all(prompts)
         events = generate(
-            self.speaker, documents, seeds, settings, batch_size=batch_size, progress=progress
+            self.model, documents, seeds, plan, batch_size=batch_size, progress=progress
         )
-        for number, part in events:
+        for index, part in events:
             if part is None:
-                document = to_document(parts.pop(number, []))
-                yield number, self._decode_parts(document, settings.text.stop)
+                document = to_document(parts.pop(index, []))
+                yield index, self._decode_parts(document, plan.sampling.stop)
             else:
-                parts.setdefault(number, []).append(part)
+                parts.setdefault(index, []).append(part)
 
     def stream(
-        self, prompt: Prompt, *, answer: Answer = "text", seed: int = 0, **how
+        self,
+        prompt: Prompt,
+        *,
+        output_modality: OutputModality = "text",
+        seed: int = 0,
+        sampling: SamplingConfig | None = None,
+        **options: Any,
     ) -> Iterator[str | Image.Image]:
-        """The answer to one prompt as it comes: pieces of text, and pictures.
+        """Yield the output to one prompt as it is generated: pieces of text, and images.
 
         Args:
-            prompt: a text, a picture, or a list of both.
-            answer: as in `generate`.
-            seed: of all that is random.
-            how: see `settings`.
+            prompt: a string, an image, or a list of both.
+            output_modality: "image", "text" or "any", as in `__call__`.
+            seed: all randomness follows from it.
+            sampling: how to sample; None: the defaults of `SamplingConfig`.
+            options: fields of `SamplingConfig` that replace those of `sampling`.
         """
-        settings = self.settings(answer, **how)
-        stop, ids, told = settings.text.stop, [], 0  # told: characters
-        for _, part in generate(self.speaker, self._encode_all([prompt]), [seed], settings):
+        plan = self.plan(output_modality, (sampling or SamplingConfig()).with_options(**options))
+        stop, ids, shown = plan.sampling.stop, [], 0  # shown: number of characters
+        for _, part in generate(self.model, self._encode_all([prompt]), [seed], plan):
             goes_on = isinstance(part, int)
             ids += [part] if goes_on else []
-            text = self.tokenizer.decode(ids)
-            end = possible_stop(text, stop) if goes_on else len(text[: find_stop(text, stop)])
-            if end > told:
-                yield text[told:end]
-                told = end
+            text = self.model.tokenizer.decode(ids)
+            end = num_streamable(text, stop) if goes_on else len(text[: find_stop(text, stop)])
+            if end > shown:
+                yield text[shown:end]
+                shown = end
             if isinstance(part, Tensor):
-                ids, told = [], 0
+                ids, shown = [], 0
                 yield self.decode(part.unsqueeze(0))[0]
 
-    def draw(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seeds: Sequence[int],
-        guidance_scale: float = 3.0,
-        num_inference_steps: int = 50,
-        progress: bool = False,
-        **how,
-    ) -> list[Image.Image]:
-        """One picture after each prompt, all at once.
+    # ---------------------------------------------------------------- images and latents
 
-        Args:
-            prompts: text and pictures in order; the picture drawn follows them.
-            seeds: the first noise of each picture.
-            guidance_scale: 1 = off.
-            num_inference_steps: network evaluations, 1 to 1000.
-            progress: show a progress bar.
-            how: see `settings`.
-        """
-        settings = self.settings(
-            "image",
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            **how,
-        )
-        answers = self._answers(prompts, seeds, settings, len(prompts), progress=progress)
-        return [picture for (picture,) in answers]
+    def encode(self, prompt: Prompt) -> Document:
+        """Return the token ids and latents of a prompt's parts."""
+        return [self._encode_part(p) for p in (prompt if isinstance(prompt, list) else [prompt])]
 
-    def write(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        seed: int = 0,
-        **how,
-    ) -> list[str]:
-        """The text that follows each prompt: after a picture, its caption.
-
-        Args:
-            prompts: text and pictures in order.
-            max_new_tokens: most tokens of a text.
-            temperature: 0 = the likeliest token.
-            seed: of the first text's draws; those of the next ones follow.
-            how: see `settings`.
-        """
-        how |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        settings = self.settings("text", **how)
-        seeds = [seed + number for number in range(len(prompts))]
-        answers = self._answers(prompts, seeds, settings, len(prompts))
-        return ["".join(parts) for parts in answers]
-
-    def _answers(self, prompts: Sequence[Prompt], *how, **progress) -> list[RawDocument]:
-        """The answers of `answer_each` in the order of the prompts."""
-        answers = dict(self.answer_each(prompts, *how, **progress))
-        return [answers[number] for number in range(len(prompts))]
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Return the images of latents (n, C, h, w)."""
+        with torch.no_grad():
+            return [to_image(x) for x in self.autoencoder.decode(latents.to(self.device))]
 
     def _encode_all(self, prompts: Sequence[Prompt]) -> list[Document]:
-        """Token ids and latents of every prompt; none is empty."""
-        documents = [self.encode(p if isinstance(p, list) else [p]) for p in prompts]
+        documents = [self.encode(prompt) for prompt in prompts]
         if not all(any(part.numel() for part in document) for document in documents):
-            raise UserError("a prompt is empty; give text or a picture")
+            raise UserError("a prompt is empty; give text or an image")
         return documents
-
-    def encode(self, prompt: RawDocument) -> Document:
-        """Token ids and latents of a prompt's parts."""
-        return [self._encode_part(part) for part in prompt]
 
     @torch.no_grad()
     def _encode_part(self, part: str | Image.Image | Tensor) -> Tensor:
         if isinstance(part, Tensor):
-            shape = tuple(part.shape)
-            if part.ndim == 3 and shape not in (self.latent_shape, *self.other_shapes):
-                told = f"latents of a prompt are {shape}, this model reads {self.latent_shape}"
-                raise UserError(f"{told}; encode a picture of its size")
+            shape, expected = tuple(part.shape), self.model.latent_shape
+            if part.ndim == 3 and shape not in (expected, *self.other_shapes):
+                raise UserError(
+                    f"latents in a prompt have shape {shape}, but this model reads {expected}; "
+                    "encode an image of its size"
+                )
             return part
         if isinstance(part, str):
-            return torch.tensor(self.tokenizer.encode(part), dtype=torch.long)
+            return torch.tensor(self.model.tokenizer.encode(part), dtype=torch.long)
         if self.autoencoder is None:
-            raise UserError("this model was trained on text alone; leave the pictures out")
+            raise UserError("this model was trained on text alone; leave the images out")
         size = self.image_size
         if part.size != (size, size):
             raise UserError(
-                f"the picture has {part.width} x {part.height} pixels, this model reads "
+                f"an image has {part.width} x {part.height} pixels, but this model reads "
                 f"{size} x {size}; resize it"
             )
-        pixels = to_pixels(part).unsqueeze(0).to(next(self.net.parameters()).device)
-        return self.autoencoder.encode(pixels)[0].cpu()
-
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (n, C, h, w) as pictures."""
-        latents = latents.to(next(self.net.parameters()).device)
-        with torch.no_grad():
-            return [to_image(pixels) for pixels in self.autoencoder.decode(latents)]
+        return self.autoencoder.encode(to_pixels(part).unsqueeze(0).to(self.device))[0].cpu()
 
     def _decode_parts(self, document: Document, stop: Sequence[str]) -> RawDocument:
-        """Texts, cut where a stop text begins, and pictures."""
+        """Return images, and texts up to their stop string."""
         parts: RawDocument = []
         for part in document:
             if part.ndim == 3:
                 parts += self.decode(part.unsqueeze(0))
             else:
-                text = self.tokenizer.decode(part.tolist())
+                text = self.model.tokenizer.decode(part.tolist())
                 parts.append(text[: find_stop(text, stop)].strip())
         return parts
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> TransfusionPipeline:
-    """The model in a checkpoint (averaged) or exported folder; device None: a GPU, if any."""
-    checkpoint, device = read_weights(path), device or ("cpu", "cuda")[torch.cuda.is_available()]
-    names = Transfusion.__init__.__annotations__.keys() - {"return"}
-    hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if k in names}
-    module = Transfusion(**hparams)
-    module.configure_model()
-    module.load_state_dict(checkpoint["state_dict"])
-    module.on_load_checkpoint(checkpoint)
-    return TransfusionPipeline.of(module.to(device).eval())
+def open_autoencoder(
+    image_codec: dict[str, Any], hparams: dict[str, Any], device: torch.device
+) -> Autoencoder | None:
+    """Open the autoencoder that a model was trained with; None for a model of text alone."""
+    if not image_codec["latent_shape"]:
+        return None
+    autoencoder = load_matching_autoencoder(
+        image_codec["autoencoder"], hparams["latent_channels"], hparams["num_codes"]
+    )
+    return autoencoder.to(device)
+
+
+def default_modality(prompts: Sequence[Prompt]) -> OutputModality:
+    """Return "image" for prompts that end in text, else "text".
+
+    Raises:
+        UserError: some prompts end in text and others in an image.
+    """
+    last = [prompt[-1] if isinstance(prompt, list) and prompt else prompt for prompt in prompts]
+    kinds = {"image" if isinstance(part, str) else "text" for part in last}
+    if len(kinds) > 1:
+        raise UserError(
+            "some prompts end in text and others in an image; give output_modality, "
+            "'image', 'text' or 'any'"
+        )
+    return kinds.pop() if kinds else "image"

@@ -1,16 +1,13 @@
-"""What is asked of a model, and what must be known of it to answer.
+"""What is generated from which model, and the state of each sequence on its way.
 
-Shapes: N patches an image, C x h x w latents.
-
-An answer on its way: what it has read, and what it hands over.
-
-Shapes: C x h x w latents.
+Shapes: N positions of an image (patches and time token, or codes), latents C x h x w.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,108 +15,192 @@ from torch import Tensor
 
 from tf_lightning.batch import Batch, Document, document_length, pack
 from tf_lightning.diffusion.guidance import Guidance
-from tf_lightning.diffusion.sampler import Trajectory
+from tf_lightning.diffusion.sampler import DenoisingState
 from tf_lightning.errors import UserError
-from tf_lightning.generation.token_sampling import TextSampling
+from tf_lightning.generation.sampling import OutputModality, SamplingConfig
 from tf_lightning.model.transfusion import TransfusionModel
 
-Answer = Literal["image", "text", "any"]
+# The index of the prompt with a text token, an image (C, h, w), or None at the end of its output.
+Event = tuple[int, int | Tensor | None]
+
+# Text, images, and parts that are token ids or latents already, in any order.
+RawDocument = list[str | Image.Image | Tensor]
+Prompt = str | Image.Image | RawDocument
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to answer, and how."""
+class GenerationOutput:
+    """What `TransfusionPipeline` returns: outputs in the order of the prompts.
 
-    answer: Answer = "any"
-    """"image": one, now; "text": up to <eos> or <boi>; "any": what the model samples."""
-    text: TextSampling = field(default_factory=TextSampling)
-    guidance: Guidance = field(default_factory=Guidance)
+    Attributes:
+        parts: the text and images of each output, in the order in which they were generated.
+        seeds: the seed of each output.
+    """
+
+    parts: list[RawDocument]
+    seeds: list[int]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The images of all outputs."""
+        return [p for output in self.parts for p in output if isinstance(p, Image.Image)]
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each output, without its images."""
+        return [" ".join(p for p in output if isinstance(p, str)) for output in self.parts]
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """A SamplingConfig that was checked against a model, and the scheduler made for it."""
+
+    output_modality: OutputModality
+    """Exactly one image ("image"), no images ("text"), or the model decides ("any")."""
+    sampling: SamplingConfig
     scheduler: Any = None
-    """Of the images, from `sampler.build_scheduler`."""
-    num_inference_steps: int = 50
-    codes: TextSampling = field(default_factory=lambda: TextSampling(temperature=1.0))
-    """Which codes are drawn, where images are made of them; of its fields those of one token."""
-    max_images: int = 1
-    """Images in an answer of any kind, at most; the <boi> after them ends it."""
-
-    def __post_init__(self) -> None:
-        if self.answer not in ("image", "text", "any"):
-            raise UserError(f"answer={self.answer!r} must be 'image', 'text' or 'any'")
-        if self.max_images < 1:
-            raise UserError(
-                f"max_images={self.max_images} must be at least 1; answer='text' draws none"
-            )
+    """Of diffusers, with its steps set; None for text and for images of codes."""
+    num_image_steps: int = 0
+    """Network evaluations of an image: denoising steps, or codes."""
 
     @property
-    def num_images(self) -> int:
-        """Most images of an answer."""
-        return {"image": 1, "text": 0, "any": self.max_images}[self.answer]
+    def max_images(self) -> int:
+        """Most images of an output."""
+        return {"image": 1, "text": 0, "any": self.sampling.max_images}[self.output_modality]
 
     @property
-    def num_tokens(self) -> int:
-        """Most text tokens of an answer."""
-        return 0 if self.answer == "image" else self.text.max_new_tokens
+    def max_text_tokens(self) -> int:
+        """Most text tokens of an output."""
+        return 0 if self.output_modality == "image" else self.sampling.max_new_tokens
 
     @property
-    def num_turns(self) -> int:
-        """Most tokens and denoising steps of an answer."""
-        return self.num_tokens + self.num_images * self.num_inference_steps
+    def max_steps(self) -> int:
+        """Most network evaluations of an output, for its share of the progress bar."""
+        return self.max_text_tokens + self.max_images * self.num_image_steps
+
+    @property
+    def guidance(self) -> Guidance:
+        """Classifier-free guidance of the images."""
+        sampling = self.sampling
+        return Guidance(
+            sampling.guidance_scale,
+            sampling.image_guidance_scale,
+            sampling.guidance_interval,
+            sampling.guidance_rescale,
+        )
 
     @property
     def branches(self) -> list[tuple[bool, bool]]:
-        """Which (text, images) each row of a sequence reads; the first reads everything."""
-        return self.guidance.branches if self.num_images else [(True, True)]
+        """Whether each guidance branch of a sequence reads (text, images); the first reads all."""
+        return self.guidance.branches if self.max_images else [(True, True)]
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A network and what must be known of it to generate."""
+class GenerationModel:
+    """A network with everything that generation must know about it."""
 
     net: TransfusionModel
     tokenizer: Any
-    """Has bos_id, eos_id, boi_id, eoi_id; vocab_size of codes; decode, where texts stop answers."""
+    """Needs bos_id, eos_id, boi_id and eoi_id; vocab_size for codes; decode for stop strings."""
     patch_size: int
     latent_shape: tuple[int, int, int] | None = None
-    """(C, h, w) of its images; None: it has none."""
+    """(C, h, w) of generated images; None for a model of text alone."""
     causal_images: bool = False
-    """As trained; codes always are."""
+    """Whether patches see only earlier patches of their image, as in training."""
     max_length: int | None = None
-    """Positions of the longest document it was trained on; None: unknown."""
+    """Positions of the longest row in training; None if unknown."""
 
     @property
     def causal(self) -> bool:
-        """Whether a patch sees only the earlier ones of its image, as a code does."""
+        """Whether the positions of an image see only earlier ones; codes always do."""
         return self.causal_images or self.net.num_codes > 0
 
     @property
     def num_patches(self) -> int:
-        """N, patches (the time token counted) or codes; 0 without images."""
+        """N, positions of an image; 0 for a model of text alone."""
         if self.latent_shape is None:
             return 0
         _, height, width = self.latent_shape
         return (height // self.patch_size) * (width // self.patch_size) + self.net.time_token
 
-    def capacity(self, prompt: Document, settings: Settings) -> int:
-        """Positions of a prompt and the longest answer to it.
+    def autocast(self) -> AbstractContextManager:
+        """Return the context for the network: autocast where its weights are in half precision."""
+        weight = next(self.net.parameters())
+        if weight.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(weight.device.type, weight.dtype)
+
+    def capacity(self, prompt: Document, plan: GenerationPlan) -> int:
+        """Return the positions of a prompt and the longest output to it.
 
         Raises:
-            UserError: the model's documents are too short for the prompt and the least answer.
+            UserError: the prompt leaves no room for the shortest output.
         """
         length = document_length(prompt, self.patch_size, self.net.time_token)
         image = self.num_patches + 2  # <boi>, <eoi>
-        least = image if settings.answer == "image" else 1
+        least = image if plan.output_modality == "image" else 1
         if self.max_length is not None and length + least > self.max_length:
             raise UserError(
-                f"the prompt takes {length} positions and its answer at least {least}, but this "
-                f"model was trained on {self.max_length}; shorten the prompt"
+                f"the prompt takes {length} positions and its output at least {least}, but this "
+                f"model was trained on rows of {self.max_length}; shorten the prompt"
             )
-        return length + settings.num_tokens + settings.num_images * image
+        return length + plan.max_text_tokens + plan.max_images * image
+
+
+@dataclass
+class GuidanceBranch:
+    """A cache row that holds a sequence, with or without the text and images of its prompt."""
+
+    row: int
+    reads_text: bool
+    reads_images: bool
+    length: int = 0
+
+
+@dataclass
+class SequenceState:
+    """A sequence that is being generated."""
+
+    index: int  # of the prompt
+    branches: list[GuidanceBranch]  # the first reads everything
+    generator: torch.Generator
+    steps_left: int  # of its share of the progress bar
+    token: int | None = None  # the token that the network reads next
+    text: list[int] = field(default_factory=list)  # since the last image
+    codes: list[int] = field(default_factory=list)  # of the unfinished image
+    num_text_tokens: int = 0
+    num_images: int = 0
+
+
+@dataclass
+class DenoisingBatch:
+    """Sequences whose images are denoised together, since they began at the same time."""
+
+    sequences: list[SequenceState]
+    state: DenoisingState
+
+
+def rows_by_branch(sequences: Sequence[SequenceState]) -> list[GuidanceBranch]:
+    """Return the cache rows of sequences grouped by guidance branch."""
+    return [row for rows in zip(*(s.branches for s in sequences), strict=True) for row in rows]
+
+
+def to_document(parts: list[int | Tensor]) -> Document:
+    """Join generated tokens that follow each other into texts; images stay as they are.
+
+    Images are copied out of inference mode, so that they can be used in training.
+    """
+    document: Document = []
+    for is_token, group in groupby(parts, key=lambda part: isinstance(part, int)):
+        members = list(group)
+        document += [torch.tensor(members)] if is_token else [image.clone() for image in members]
+    return document
 
 
 def pack_prompts(
     documents: Sequence[Document], tokenizer, patch_size: int, device, time_token: bool = False
 ) -> Batch:
-    """One document a row; conditioning images stay clean (t = 0)."""
+    """Pack one document into each row; the images of prompts are clean (t = 0)."""
     batch = pack(
         [[document] for document in documents],
         list(range(len(documents))),
@@ -129,88 +210,3 @@ def pack_prompts(
         time_token=time_token,
     ).to(device)
     return replace(batch, t=torch.zeros_like(batch.t))
-
-
-# Number of the prompt, and what it is answered with: a token, an image (C, h, w), or None: the end.
-Event = tuple[int, int | Tensor | None]
-
-# str, a picture, or a part that is already token ids or latents; in any order.
-RawDocument = list[str | Image.Image | Tensor]
-Prompt = str | Image.Image | RawDocument
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What `TransfusionPipeline.generate` gives: one document for each answer, text and pictures in order."""
-
-    documents: list[RawDocument]
-    seeds: list[int]
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """Every picture."""
-        return [p for document in self.documents for p in document if isinstance(p, Image.Image)]
-
-    @property
-    def texts(self) -> list[str]:
-        """The words of each answer."""
-        return [" ".join(p for p in parts if isinstance(p, str)) for parts in self.documents]
-
-
-@dataclass
-class Branch:
-    """A row of the cache that reads all of a sequence, or less of it, for guidance."""
-
-    row: int
-    reads_text: bool
-    reads_images: bool
-    length: int = 0
-
-
-@dataclass
-class Reply:
-    """A sequence on its way."""
-
-    number: int
-    branches: list[Branch]  # the first reads everything
-    generator: torch.Generator
-    turns_left: int  # of its share of the progress bar
-    token: int | None = None  # to be read next
-    text: list[int] = field(default_factory=list)  # since the last image
-    codes: list[int] = field(default_factory=list)  # of the image on its way
-    num_tokens: int = 0
-    num_images: int = 0
-
-
-def by_kind(replies: Sequence[Reply]) -> list[Branch]:
-    """Every sequence's first branch, then every second one, ..."""
-    return [branch for kind in zip(*(r.branches for r in replies), strict=True) for branch in kind]
-
-
-def collect(events: Iterator[Event], count: int) -> list[Document]:
-    """The answers to `count` prompts as Documents."""
-    answers: list[list[int | Tensor]] = [[] for _ in range(count)]
-    for number, part in events:
-        if part is not None:
-            answers[number].append(part)
-    return [to_document(parts) for parts in answers]
-
-
-def to_document(parts: list[int | Tensor]) -> Document:
-    """Tokens and images in order; tokens that follow each other are one text.
-
-    Images are copied out of inference mode, so that they can be trained on.
-    """
-    document: Document = []
-    for is_token, group in groupby(parts, key=lambda part: isinstance(part, int)):
-        members = list(group)
-        document += [torch.tensor(members)] if is_token else [image.clone() for image in members]
-    return document
-
-
-@dataclass
-class Drawing:
-    """Sequences whose images began together."""
-
-    replies: list[Reply]
-    trajectory: Trajectory

@@ -1,64 +1,42 @@
-"""The next text token: the likeliest, or drawn from the likely ones.
+"""Choose the next token from its logits, and end texts at stop strings.
 
 Shapes: n sequences, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tf_lightning.errors import UserError
 
+def sample_tokens(
+    logits: Tensor,
+    generators: Sequence[torch.Generator],
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> list[int]:
+    """Choose one token for each row of logits (n, V) with the row's own generator.
 
-@dataclass(frozen=True)
-class TextSampling:
-    """How text is written; the limits act in the order of the fields."""
-
-    max_new_tokens: int = 64
-    """Most tokens of an answer."""
-    temperature: float = 0.0
-    """Divides the logits; 0 = always the likeliest token."""
-    top_k: int | None = None
-    """Draw from this many likeliest tokens; None: from all."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens that have this probability together, in (0, 1]."""
-    min_p: float = 0.0
-    """Draw from tokens at least this many times as likely as the likeliest, in [0, 1]."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer and are left out of it."""
-
-    def __post_init__(self) -> None:
-        for name, fits, limit in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or left out"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("stop", "" not in self.stop, "texts that are not empty"),
-        ):
-            if not fits:
-                raise UserError(f"{name}={getattr(self, name)} must be {limit}")
-
-
-def choose(logits: Tensor, how: TextSampling, generators: Sequence[torch.Generator]) -> list[int]:
-    """One token for each row of logits (n, V), drawn with the row's own generator."""
-    if how.temperature == 0:
+    The options are those of `SamplingConfig`; top_k, top_p and min_p apply in this order.
+    """
+    if temperature == 0:
         return logits.argmax(-1).tolist()
-    probabilities = (logits.double() / how.temperature).softmax(-1)
-    probabilities = keep_likely(probabilities, how.top_k, how.top_p, how.min_p).cpu()
+    probabilities = (logits.double() / temperature).softmax(-1)
+    probabilities = top_k_top_p(probabilities, top_k, top_p, min_p).cpu()
     draws = torch.cat([torch.rand(1, dtype=torch.double, generator=g) for g in generators])
-    below = probabilities.cumsum(-1)
-    # Inverse of the distribution function; a draw in [0, total) falls on no token of probability 0.
-    tokens = torch.searchsorted(below, draws.unsqueeze(1) * below[:, -1:], right=True)
+    cumulative = probabilities.cumsum(-1)
+    # Inverse transform sampling. A draw in [0, total) never selects a token of probability 0.
+    tokens = torch.searchsorted(cumulative, draws.unsqueeze(1) * cumulative[:, -1:], right=True)
     return tokens.flatten().tolist()
 
 
-def keep_likely(
+def top_k_top_p(
     probabilities: Tensor, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
-    """Probabilities (n, V) with 0 where a token is not among the likely ones; not normalised."""
+    """Set the probabilities (n, V) of improbable tokens to 0; the result is not normalised."""
     if top_k is None and top_p == 1 and min_p == 0:
         return probabilities
     ranked, order = probabilities.sort(dim=-1, descending=True)
@@ -66,21 +44,22 @@ def keep_likely(
         ranked[:, top_k:] = 0
     if top_p < 1:
         ranked = ranked / ranked.sum(-1, keepdim=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the likelier ones suffice
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the more probable tokens reach top_p
     ranked[ranked < min_p * ranked[:, :1]] = 0
     return torch.zeros_like(probabilities).scatter(-1, order, ranked)
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of the stop texts begins; None: there is none."""
+    """Return where the first stop string begins in a text, or None if it contains none."""
     places = [place for place in map(text.find, stop) if place >= 0]
     return min(places, default=None)
 
 
-def possible_stop(text: str, stop: Sequence[str]) -> int:
-    """How many characters of an unfinished text can be told: no stop text may begin there.
+def num_streamable(text: str, stop: Sequence[str]) -> int:
+    """Return how many characters of an unfinished text can be shown already.
 
-    The mark of a character whose last bytes are still to come is not told either.
+    Characters that may turn out to begin a stop string are held back, and so is the replacement
+    character of a UTF-8 sequence whose last bytes are still missing.
     """
     found = find_stop(text, stop)
     end = len(text.rstrip("\ufffd")) if found is None else found

@@ -18,7 +18,7 @@ from torch import Tensor
 from tf_lightning.checkpoint import read_checkpoint, upgrade
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_folder
-from tf_lightning.hub import read_json
+from tf_lightning.hub import find_folder, read_json
 from tf_lightning.interop.llama import (
     VOCAB_WEIGHTS,
     config_to_hf,
@@ -123,12 +123,15 @@ def write_text(checkpoint: dict, net: dict[str, Tensor], folder: Path) -> None:
 def read_weights(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file, or an exported folder in the form of a checkpoint without EMA.
 
+    Args:
+        path: the file or folder, or the name of such a folder on the Hugging Face hub.
+
     Raises:
-        UserError: the path is neither, or is damaged.
+        UserError: the path is neither, or is damaged, or the hub does not provide it.
     """
-    folder = Path(path)
+    folder = find_folder(path, ["net.json", "net.safetensors", "tokenizer.bin"])
     if not (folder / "net.json").is_file():
-        return read_checkpoint(path)
+        return read_checkpoint(folder)
     checkpoint = read_json(folder / "net.json")
     try:
         net = load_file(folder / "net.safetensors")

@@ -1,10 +1,17 @@
-"""Events become documents, and answers become lists of pictures and words."""
+"""Events become documents, and outputs become lists of images and texts."""
 
 import torch
 from PIL import Image
 
+from support.by_hand import collect
 from support.tiny import LATENT_SHAPE
-from tf_lightning.generation.requests import Answers, Branch, Reply, by_kind, collect, to_document
+from tf_lightning.generation.requests import (
+    GenerationOutput,
+    GuidanceBranch,
+    SequenceState,
+    rows_by_branch,
+    to_document,
+)
 
 
 def test_tokens_in_a_row_are_one_text_and_images_stand_apart():
@@ -32,15 +39,17 @@ def test_images_of_an_answer_can_be_trained_on():
 
 def test_branches_of_a_kind_stand_together():
     generator = torch.Generator()
-    replies = [
-        Reply(n, [Branch(n, True, True), Branch(n + 2, False, False)], generator, 1)
+    sequences = [
+        SequenceState(
+            n, [GuidanceBranch(n, True, True), GuidanceBranch(n + 2, False, False)], generator, 1
+        )
         for n in range(2)
     ]
-    assert [branch.row for branch in by_kind(replies)] == [0, 1, 2, 3]
+    assert [branch.row for branch in rows_by_branch(sequences)] == [0, 1, 2, 3]
 
 
-def test_answers_tell_their_pictures_and_their_words():
+def test_an_output_separates_its_images_from_its_texts():
     picture = Image.new("RGB", (4, 4))
-    answers = Answers([["a", picture, "b"], [picture], ["c"]], [0, 1, 2])
-    assert answers.images == [picture, picture]
-    assert answers.texts == ["a b", "", "c"]
+    output = GenerationOutput([["a", picture, "b"], [picture], ["c"]], [0, 1, 2])
+    assert output.images == [picture, picture]
+    assert output.texts == ["a b", "", "c"]

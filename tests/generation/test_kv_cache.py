@@ -6,11 +6,11 @@ import torch
 from support.tiny import PATCH_SIZE, TOKENIZER, document, packed, tiny_net
 from tf_lightning.generation.engine import pack_prompts
 from tf_lightning.generation.kv_cache import (
-    AppendAttention,
+    DecodeAttention,
     KeyValueCache,
-    ReadAttention,
-    index,
-    similar,
+    PrefillAttention,
+    as_index,
+    group_by_length,
 )
 from tf_lightning.model.attention import DenseAttention
 
@@ -37,7 +37,7 @@ def whole(net, batch, causal) -> torch.Tensor:
 def test_reading_computes_what_training_computes(causal):
     net = tiny_net()
     batch = packed([[document("2i1", 1)], [document("3", 2)], [document("", 3)]])
-    attend = ReadAttention(cache_of(net), ROWS, batch, causal)
+    attend = PrefillAttention(cache_of(net), ROWS, batch, causal)
     out = net.transformer(vectors(batch), batch.positions, attend)
     real = batch.document_ids >= 0
     torch.testing.assert_close(out[real], whole(net, batch, causal)[real], atol=1e-5, rtol=1e-5)
@@ -52,12 +52,12 @@ def test_an_image_behind_unequal_prefixes_sees_what_it_sees_in_the_whole_documen
     batch = packed([[d] for d in documents])
     x, expected = vectors(batch), whole(net, batch, causal)
     cache = cache_of(net)
-    attend = ReadAttention(cache, ROWS[: len(shapes)], batch, causal)
+    attend = PrefillAttention(cache, ROWS[: len(shapes)], batch, causal)
     net.transformer(x, batch.positions, attend)
     starts = [int(n) - 2 - 4 for n in batch.row_tokens]  # then 4 patches, <eoi>, <eos>
     patches = torch.stack([x[row, s : s + 4] for row, s in enumerate(starts)])
     for values in (torch.randn_like(patches), patches):
-        attend = AppendAttention(cache, ROWS[: len(shapes)], starts, 4, causal)
+        attend = DecodeAttention(cache, ROWS[: len(shapes)], starts, 4, causal)
         out = net.transformer(values, attend.positions, attend)
     for row, start in enumerate(starts):
         same = expected[row, start : start + 4]
@@ -69,11 +69,11 @@ def test_tokens_behind_unequal_prefixes_are_those_of_the_whole_document():
     batch = packed([[document(shape, seed)] for seed, shape in enumerate(("9i3", "1", "i4"))])
     x, expected = vectors(batch), whole(net, batch, False)
     cache = cache_of(net)
-    net.transformer(x, batch.positions, ReadAttention(cache, ROWS, batch, False))
+    net.transformer(x, batch.positions, PrefillAttention(cache, ROWS, batch, False))
     starts = [int(n) - 2 for n in batch.row_tokens]  # the last token, then <eos>
     for _ in range(2):
         tokens = torch.stack([x[row, s : s + 1] for row, s in enumerate(starts)])
-        attend = AppendAttention(cache, ROWS, starts, 1)
+        attend = DecodeAttention(cache, ROWS, starts, 1)
         out = net.transformer(tokens, attend.positions, attend)
         for row, start in enumerate(starts):
             torch.testing.assert_close(out[row, 0], expected[row, start], atol=1e-5, rtol=1e-5)
@@ -86,18 +86,18 @@ def test_rows_that_are_not_in_use_keep_what_they_hold():
     for keys, values in cache.layers:
         keys.fill_(7), values.fill_(7)
     batch = pack_prompts([document("3", 1)] * 3, TOKENIZER, PATCH_SIZE, "cpu")
-    net.transformer(vectors(batch), batch.positions, ReadAttention(cache, ROWS, batch, False))
+    net.transformer(vectors(batch), batch.positions, PrefillAttention(cache, ROWS, batch, False))
     for keys, _ in cache.layers:
         assert (keys[[1, 2]] == 7).all() and (keys[ROWS, 5:] == 7).all()
         assert (keys[ROWS, :5] != 7).any(-1).all()
 
 
 def test_prefixes_of_like_length_share_a_call_and_tokens_always_do():
-    assert similar([100, 2, 110, 2], num_new=4) == [[1, 3], [0, 2]]
-    assert similar([10, 40, 10], num_new=1000) == [[0, 1, 2]]
-    assert similar([100, 2, 110, 2], num_new=1) == [[0, 1, 2, 3]]
+    assert group_by_length([100, 2, 110, 2], num_new=4) == [[1, 3], [0, 2]]
+    assert group_by_length([10, 40, 10], num_new=1000) == [[0, 1, 2]]
+    assert group_by_length([100, 2, 110, 2], num_new=1) == [[0, 1, 2, 3]]
 
 
 def test_neighbours_are_selected_without_a_copy():
-    assert index([2, 3, 4], torch.device("cpu")) == slice(2, 5)
-    assert index([2, 4], torch.device("cpu")).tolist() == [2, 4]
+    assert as_index([2, 3, 4], torch.device("cpu")) == slice(2, 5)
+    assert as_index([2, 4], torch.device("cpu")).tolist() == [2, 4]

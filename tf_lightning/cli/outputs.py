@@ -1,0 +1,252 @@
+"""The work of `tf-lightning generate`: reads prompts, generates, writes outputs and a sheet.
+
+Output NNNN is NNNN.png and NNNN.json; sheet.html shows all of them. A file appears whole or not at
+all, and the JSON of an output is written last, so that finished outputs can be kept.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tf_lightning.cli.parser import flag
+from tf_lightning.data.documents import BadSample, RawDocument
+from tf_lightning.data.images import load_image
+from tf_lightning.data.readers.formats import parse_json
+from tf_lightning.data.readers.interleaved import parse_parts
+from tf_lightning.errors import UserError
+from tf_lightning.files import atomic_file
+from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.generation.requests import GenerationPlan
+from tf_lightning.generation.sampling import SamplingConfig
+
+STYLE = "figure{display:inline-block;width:16em;vertical-align:top;margin:1em}img{width:16em}"
+
+Parts = list[tuple[str, str]]  # ("text", text) or ("image", file)
+
+
+def generate_outputs(
+    options: argparse.Namespace, sampling: SamplingConfig, given: Iterable[str]
+) -> None:
+    """Load the model, and write its outputs or, for a single text, print it.
+
+    Args:
+        options: parsed options of the command.
+        sampling: its sampling options.
+        given: names of those that stand on the command line.
+    """
+    pipe = TransfusionPipeline.from_pretrained(options.checkpoint)
+    refuse_other_kind(given, makes_codes=pipe.process is None)
+    prompts = read_prompts(options.prompts) if options.prompts else [options.parts]
+    last_kind = prompts[0][-1][0]
+    modality = options.output_modality or ("image" if last_kind == "text" else "text")
+    plan = pipe.plan(modality, sampling)
+    documents = [[read_part(kind, value, pipe) for kind, value in parts] for parts in prompts]
+    default = 4 if modality == "image" and not options.prompts else 1
+    num_outputs = options.num_outputs or default
+    if modality == "text" and len(prompts) * num_outputs == 1:
+        for piece in pipe.stream(documents[0], seed=options.seed, sampling=sampling):
+            print(piece, end="", flush=True)
+        print()
+        return
+    made_by = {
+        "output_modality": modality,
+        "checkpoint": options.checkpoint,
+        "checkpoint_modified": modified(options.checkpoint),
+        **sampling.used(modality, makes_codes=pipe.process is None),
+    }
+    records = describe(prompts, documents, num_outputs, options.seed, made_by)
+    repeated = [document for document in documents for _ in range(num_outputs)]
+    write_outputs(pipe, repeated, records, plan, options.out, options.batch_size)
+
+
+def refuse_other_kind(given: Iterable[str], makes_codes: bool) -> None:
+    """Refuse options of images of codes for a model of latents, and the other way round."""
+    other = "denoising" if makes_codes else "codes"
+    group = {f.name: f.metadata["group"] for f in fields(SamplingConfig)}
+    for name in given:
+        if group[name] == other:
+            kind = "are discrete codes" if makes_codes else "are denoised latents"
+            raise UserError(
+                f"{flag(name)} does not apply: this model's images {kind}; leave it out"
+            )
+
+
+def modified(checkpoint: str) -> str | None:
+    """Return when a checkpoint was written; None for a name on the hub."""
+    path = Path(checkpoint)
+    if not path.exists():
+        return None
+    return datetime.fromtimestamp(path.stat().st_mtime).isoformat(timespec="seconds")
+
+
+def describe(
+    prompts: list[Parts],
+    documents: list[RawDocument],
+    num_outputs: int,
+    seed: int,
+    made_by: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Return how each output is made; the outputs to a prompt follow each other."""
+    return [
+        {
+            "prompt": parts,
+            "prompt_digest": digest(document),
+            "seed": seed + index * num_outputs + repeat,
+            **made_by,
+        }
+        for index, (parts, document) in enumerate(zip(prompts, documents, strict=True))
+        for repeat in range(num_outputs)
+    ]
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def read_prompts(file: Path) -> list[Parts]:
+    """Read one prompt from each line: a text, or the parts of a document in a .jsonl file.
+
+    Raises:
+        UserError: the file is no text file, holds no prompts, or a line cannot be parsed.
+    """
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not a text file; give one prompt in each line") from error
+    if not lines:
+        raise UserError(f"{file} has no prompts; give one in each line")
+    if file.suffix != ".jsonl":
+        return [[("text", line)] for line in lines]
+    try:
+        parsed = [parse_parts(parse_json(line)) for line in lines]
+    except BadSample as error:
+        raise UserError(f"{file} has a {error}; see `tf-lightning generate --help`") from error
+    if [] in parsed:
+        raise UserError(f"{file} has a line without parts; give each line a text or an image")
+    return [
+        [(kind, str(file.parent / value) if kind == "image" else value) for kind, value in parts]
+        for parts in parsed
+    ]
+
+
+def read_part(kind: str, value: str, pipe: TransfusionPipeline) -> str | Image.Image:
+    """Return a text, or an image cropped and resized to the model's size."""
+    if kind == "text":
+        return value
+    if pipe.autoencoder is None:
+        raise UserError("this model was trained on text alone; leave --image out")
+    try:
+        return load_image(Path(value), pipe.image_size)
+    except BadSample as error:
+        raise UserError(f"{value}: {error}; give a PNG or JPEG file") from error
+
+
+def digest(prompt: RawDocument) -> str:
+    """Return a hash of a prompt's texts and pixels."""
+    sha = hashlib.sha256()
+    for part in prompt:
+        sha.update(part.encode() if isinstance(part, str) else part.tobytes())
+        sha.update(b"\0")
+    return sha.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- outputs
+
+
+def write_outputs(
+    pipe: TransfusionPipeline,
+    prompts: list[RawDocument],
+    records: list[dict[str, Any]],
+    plan: GenerationPlan,
+    out: Path,
+    batch_size: int,
+) -> None:
+    """Generate the outputs that are not there yet, and write each one when it is complete.
+
+    Args:
+        pipe: the model.
+        prompts: the prompt of each output.
+        records: how each output is made, with its seed.
+        plan: what to generate.
+        out: folder of the outputs.
+        batch_size: outputs that are generated together.
+    """
+    out.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
+    names = [f"{record['seed']:04d}" for record in records]
+    missing = [i for i, name in enumerate(names) if not is_written(out, name, records[i])]
+    seeds, num_written = [records[i]["seed"] for i in missing], 0
+    outputs = pipe.iterate([prompts[i] for i in missing], seeds, plan, batch_size, progress=True)
+    try:
+        for number, output in outputs:
+            i = missing[number]
+            write_output(out, names[i], records[i], output)
+            num_written += 1
+    except KeyboardInterrupt:
+        write_sheet(out, names)
+        print(
+            f"Kept {num_written} outputs in {out}; the same command makes the rest.",
+            file=sys.stderr,
+        )
+        raise
+    sheet, num_kept = write_sheet(out, names), len(names) - len(missing)
+    kept = f" ({num_kept} were there already)" if num_kept else ""
+    print(f"Wrote {num_written} outputs to {out}{kept}: {names[0]}.json ... Look at {sheet}")
+
+
+def is_written(folder: Path, name: str, record: dict[str, Any]) -> bool:
+    """Return whether an output is there that was made in exactly this way."""
+    try:
+        found = json.loads((folder / f"{name}.json").read_text())
+        images = [folder / value for kind, value in found.pop("parts") if kind == "image"]
+    except (OSError, ValueError, KeyError):
+        return False
+    as_json = json.loads(json.dumps(record))  # tuples become lists
+    return found == as_json and all(map(Path.is_file, images))
+
+
+def write_output(folder: Path, name: str, record: dict[str, Any], output: RawDocument) -> None:
+    """Write the images of an output, then its JSON: how it was made, and its parts in order."""
+    parts = []
+    for part in output:
+        if isinstance(part, str):
+            parts.append(["text", part])
+            continue
+        count = sum(kind == "image" for kind, _ in parts)
+        file = folder / (f"{name}-{count}.png" if count else f"{name}.png")
+        with atomic_file(file) as partial:
+            part.save(partial, format="PNG")
+        parts.append(["image", file.name])
+    with atomic_file(folder / f"{name}.json") as partial:
+        partial.write_text(json.dumps({**record, "parts": parts}, indent=2) + "\n")
+
+
+def write_sheet(folder: Path, names: list[str]) -> Path:
+    """Write a page that shows these outputs over their prompts, and return its path."""
+    figures = "\n".join(figure for name in names for figure in _figure(folder, name))
+    page = f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>\n{figures}\n"
+    with atomic_file(folder / "sheet.html") as partial:
+        partial.write_text(page)
+    return folder / "sheet.html"
+
+
+def _figure(folder: Path, name: str) -> Iterator[str]:
+    """Yield the HTML of an output, or nothing if it was not written."""
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        return
+    record = json.loads(file.read_text())
+    shown = "".join(
+        f'<img src="{escape(value)}">' if kind == "image" else f"<p>{escape(value)}</p>"
+        for kind, value in record["parts"]
+    )
+    prompt = " ".join(value if kind == "text" else f"[{value}]" for kind, value in record["prompt"])
+    caption = f"{escape(prompt)} <small>seed {record['seed']}</small>"
+    yield f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"

@@ -1,0 +1,152 @@
+"""SamplingConfig: the one place where the options of sampling are declared.
+
+The pipeline, the command line and the callbacks read names, defaults and help from here. This file
+imports no torch, so that `tf-lightning generate --help` answers at once.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from tf_lightning.errors import UserError
+
+OutputModality = Literal["image", "text", "any"]
+OUTPUT_MODALITIES = ("image", "text", "any")
+
+GROUPS = {
+    "guidance": "options of images",
+    "denoising": "options of images, for models that denoise latents",
+    "codes": "options of images, for models of discrete codes (Chameleon)",
+    "text": "options of text",
+    "any": "options of outputs with text and images",
+}
+
+
+def option(default: Any, group: str) -> Any:
+    """A field of SamplingConfig that belongs to one of GROUPS."""
+    return field(default=default, metadata={"group": group})
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How images and text are sampled from a trained model.
+
+    Options that an output does not need are ignored: text ignores those of images, and a model of
+    latents ignores those of codes.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    guidance_scale: float = option(3.0, "guidance")
+    """How strongly images follow the prompt (classifier-free guidance); 1 turns it off."""
+    image_guidance_scale: float | None = option(None, "guidance")
+    """How strongly they follow the images in the prompt, for editing (InstructPix2Pix uses 1.5);
+    by default the same as guidance_scale."""
+    guidance_interval: tuple[float, float] = option((0.0, 1.0), "denoising")
+    """Lowest and highest noise level, in [0, 1], at which guidance acts."""
+    guidance_rescale: float = option(0.0, "denoising")
+    """Share of the correction against overexposed images, in [0, 1]; 0 turns it off."""
+    num_inference_steps: int = option(50, "denoising")
+    """Denoising steps of an image, from 1 to 1000."""
+    sampler: str | None = option(None, "denoising")
+    """Name of a diffusers scheduler: DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler,
+    DPMSolverMultistepScheduler-SDE or UniPCMultistepScheduler; for a rectified flow
+    FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler. By default DDIM, or Euler for
+    a rectified flow."""
+    timestep_shift: float = option(1.0, "denoising")
+    """Above 1, more of the steps are spent near pure noise (Stable Diffusion 3, Eq. 23). DDIM and
+    UniPC cannot shift their steps."""
+    code_temperature: float = option(1.0, "codes")
+    """Divides the logits of image codes; 0 always takes the most probable code."""
+    code_top_k: int | None = option(None, "codes")
+    """Sample from this many most probable codes; by default from all."""
+    code_top_p: float = option(1.0, "codes")
+    """Sample from the fewest codes that together have this probability, in (0, 1]."""
+    max_new_tokens: int = option(64, "text")
+    """Most text tokens of an output."""
+    temperature: float = option(0.0, "text")
+    """Divides the logits of text; 0 always takes the most probable token."""
+    top_k: int | None = option(None, "text")
+    """Sample from this many most probable tokens; by default from all."""
+    top_p: float = option(1.0, "text")
+    """Sample from the fewest tokens that together have this probability, in (0, 1]."""
+    min_p: float = option(0.0, "text")
+    """Sample from tokens at least this many times as probable as the most probable one, in
+    [0, 1]."""
+    stop: tuple[str, ...] = option((), "text")
+    """Strings that end a text and are left out of it."""
+    max_images: int = option(1, "any")
+    """Most images in an output of any modality."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        low, high = self.guidance_interval
+        for name, fits, limit in (
+            ("guidance_scale", math.isfinite(self.guidance_scale), "finite; 1 turns guidance off"),
+            ("image_guidance_scale", math.isfinite(self.image_guidance_scale or 0.0), "finite"),
+            (
+                "guidance_interval",
+                0 <= low <= high <= 1,
+                "two noise levels from 0 to 1, the lower one first",
+            ),
+            ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "from 0 (off) to 1"),
+            ("num_inference_steps", self.num_inference_steps >= 1, "at least 1"),
+            ("timestep_shift", 0.01 <= self.timestep_shift <= 100, "from 0.01 to 100; 1 is off"),
+            ("code_temperature", 0 <= self.code_temperature < math.inf, "0 (greedy) or more"),
+            ("code_top_k", self.code_top_k is None or self.code_top_k >= 1, "at least 1"),
+            ("code_top_p", 0 < self.code_top_p <= 1, "more than 0 and at most 1"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("stop", "" not in self.stop, "strings that are not empty"),
+            ("max_images", self.max_images >= 1, "at least 1; ask for text to get no image"),
+        ):
+            if not fits:
+                raise UserError(f"{name}={getattr(self, name)} must be {limit}")
+
+    def with_options(self, **options: Any) -> "SamplingConfig":
+        """Return a copy with some options changed.
+
+        Raises:
+            UserError: there is no such option, or its value is out of range.
+        """
+        names = [f.name for f in fields(self)]
+        for name in options:
+            if name not in names:
+                raise UserError(f"there is no sampling option {name!r}; use {', '.join(names)}")
+        return replace(self, **options)
+
+    def used(self, output_modality: OutputModality, makes_codes: bool = False) -> dict[str, Any]:
+        """Return the options that influence an output, by name.
+
+        Args:
+            output_modality: modality of the output.
+            makes_codes: whether the model's images are discrete codes.
+        """
+        image = {"guidance", "codes" if makes_codes else "denoising"}
+        groups = {"image": image, "text": {"text"}, "any": image | {"text", "any"}}[output_modality]
+        values = asdict(self)
+        return {f.name: values[f.name] for f in fields(self) if f.metadata["group"] in groups}
+
+
+def not_for_codes(sampling: SamplingConfig) -> None:
+    """Refuse options of denoising for a model whose images are discrete codes.
+
+    The number of steps is ignored instead, since recipes of both kinds of models share it.
+
+    Raises:
+        UserError: one of these options is not at its default.
+    """
+    for f in fields(sampling):
+        value = getattr(sampling, f.name)
+        if f.metadata["group"] != "denoising" or f.name == "num_inference_steps":
+            continue
+        if value != f.default:
+            raise UserError(
+                f"{f.name}={value} is an option of denoising and this model's images are discrete "
+                "codes; leave it out"
+            )
