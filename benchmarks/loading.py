@@ -54,16 +54,16 @@ def seconds(work) -> float:
 def compare(name: str, paths: str, side: int, cache: Path) -> None:
     """Print one line of the table for the tars that match `paths`."""
     data = ImageCaptionData(
-        paths, val_fraction=0.0, image_size=side, autoencoder="pixels", in_place=True,
+        paths, val_fraction=0.0, image_size=side, autoencoder="pixels", lazy_images=True,
         patch_size=16, row_length=4096, batch_size=1, vocab_size=400, cache_dir=str(cache),
         caption_drop_prob=0.0,
     )  # fmt: skip
     data.prepare_data()
     loader = data.train_dataloader()
     (rows,) = loader.dataset.corpora
-    images = rows.corpus._pictures
+    images = rows.corpus._lazy_images
     order = [int(w.documents[p]) for w in [rows._find(0)[0]] for row in w.rows for p in row]
-    places = images.places[order].tolist()
+    places = images.locations[order].tolist()
     files = [Path(file).read_bytes() for file in images.files]
     contents = [files[file][first : first + size] for file, first, size, _ in places]
     kilobytes = sum(map(len, contents)) / len(contents) / 1000

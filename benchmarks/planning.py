@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tf_lightning.data.corpus.reader import IMAGE, Corpus, seed_of
+from tf_lightning.data.corpus.reader import IMAGE, Corpus, checksum_seed
 from tf_lightning.data.packing import CorpusRows
 
 NUM_PATCHES = 256
@@ -54,7 +54,7 @@ def checks_of(parts: np.ndarray, count: int) -> np.ndarray:
     image = np.zeros((1, 1, 16, 16), np.float16)
     longest, checks = int(parts[:, 1].max()), np.empty(len(parts), np.uint32)
     for place in range(count):
-        seed = seed_of(place, count)
+        seed = checksum_seed(place, count)
         known = [zlib.crc32(bytes(4 * n), seed) for n in range(longest + 1)]
         known.append(zlib.crc32(image, seed))  # IMAGE is -1 and indexes the last entry
         checks[place::count] = np.array(known, np.uint32)[parts[place::count, 1]]

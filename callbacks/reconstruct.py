@@ -12,7 +12,7 @@ from callbacks.protocol import MetricRecord, save_numbers
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
 from tf_lightning.autoencoder.losses import code_perplexity
-from tf_lightning.data.pictures import PictureBatch
+from tf_lightning.data.image_only import ImageBatch
 from tf_lightning.errors import UserError
 from tf_lightning.training.autoencoder import AutoencoderModule, Reconstruction
 
@@ -71,7 +71,7 @@ class Reconstruct(L.Callback):
         trainer: L.Trainer,
         pl_module: AutoencoderModule,
         outputs: Reconstruction,
-        batch: PictureBatch,
+        batch: ImageBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

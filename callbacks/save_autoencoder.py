@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from callbacks.results import outside_fit, run_folder
 from tf_lightning.autoencoder.network import latent_statistics, save_network
-from tf_lightning.data.pictures import PictureData, ValPictures
+from tf_lightning.data.image_only import ImageData, ValImages
 from tf_lightning.training.autoencoder import AutoencoderModule
 
 
@@ -37,7 +37,7 @@ class SaveAutoencoder(L.Callback):
         network = copy.deepcopy(module.autoencoder).requires_grad_(False).eval().float()
         if self.half:
             network.half().float()  # what is measured is what is stored
-        data: PictureData = trainer.datamodule
+        data: ImageData = trainer.datamodule
         network.register_to_config(sample_size=max(data.image_size))
         if not module.config.num_codes:
             found = latent_statistics(network, self.pictures(data, module.device))
@@ -57,9 +57,9 @@ class SaveAutoencoder(L.Callback):
     on_train_end = save
     on_validation_end = outside_fit(save)
 
-    def pictures(self, data: PictureData, device: torch.device) -> Iterator[Tensor]:
+    def pictures(self, data: ImageData, device: torch.device) -> Iterator[Tensor]:
         """Training pictures in batches, evenly spread, as they are."""
-        pictures = ValPictures(data.stores["train"])
+        pictures = ValImages(data.stores["train"])
         step = max(1, len(pictures) // self.num_pictures)
         subset = Subset(pictures, range(0, len(pictures), step)[: self.num_pictures])
         for batch in DataLoader(subset, batch_size=data.batch_size):

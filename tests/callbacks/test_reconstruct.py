@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from callbacks.reconstruct import Reconstruct, code_use
-from tf_lightning.data.pictures import NOTHING, PictureBatch
+from tf_lightning.data.image_only import PADDING_ROW, ImageBatch
 from tf_lightning.errors import UserError
 from tf_lightning.training.autoencoder import Reconstruction
 
@@ -38,7 +38,7 @@ def measured(images, made, *, ids=None, num_codes=None, rows=None, extractor=Non
     for number in range(2):
         part = slice(3 * number, 3 * number + 3)
         outputs = Reconstruction(made[part], None, None, None if ids is None else ids[part])
-        batch = PictureBatch(images[part], rows[part])
+        batch = ImageBatch(images[part], rows[part])
         callback.on_validation_batch_end(TRAINER, module, outputs, batch, number)
     callback.on_validation_epoch_end(TRAINER, module)
     return module.logged
@@ -88,7 +88,7 @@ def test_rfid_of_the_pictures_themselves_is_nothing(pictures):
 def test_pictures_that_fill_up_a_rank_are_not_counted(pictures):
     made = pictures.clone()
     made[4] = -made[4]
-    rows = torch.tensor([0, 1, 2, 3, NOTHING])
+    rows = torch.tensor([0, 1, 2, 3, PADDING_ROW])
     with_it, without = measured(pictures, made), measured(pictures, made, rows=rows)
     assert without["val/ssim"] == pytest.approx(1) and with_it["val/ssim"] < 1
 

@@ -16,7 +16,7 @@ from tf_lightning.autoencoder.network import (
     save_network,
 )
 from tf_lightning.data import Mixture
-from tf_lightning.data.pictures import store_pictures
+from tf_lightning.data.image_only import store_images
 from tf_lightning.shapes.sources import ShapesCaptions
 
 
@@ -44,11 +44,11 @@ def test_folder_loads_with_unit_variance_and_reconstructs_as_reported(saved):
     autoencoder = load_autoencoder(str(saved))
     assert (autoencoder.latent_channels, autoencoder.downsample) == (4, 4)
     stores = {
-        split: store_pictures(ShapesCaptions(9, 5), split, saved.parent.parent / "data")
+        split: store_images(ShapesCaptions(9, 5), split, saved.parent.parent / "data")
         for split in ("train", "val")
     }
     images = {
-        split: torch.from_numpy(np.array(store.pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+        split: torch.from_numpy(np.array(store.images)).permute(0, 3, 1, 2) / 127.5 - 1
         for split, store in stores.items()
     }
     latents = autoencoder.encode(images["train"])

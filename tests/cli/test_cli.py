@@ -122,12 +122,12 @@ def test_help_names_every_command(capsys):
     for args in ([], ["-h"], ["--help"]):
         main(args)
         text = capsys.readouterr().out
-        for verb in ("fit", "validate", "test", "predict", "generate", "inspect", "encode"):
+        for verb in ("fit", "validate", "test", "predict", "generate", "inspect", "prepare"):
             assert f"tf-lightning {verb}" in text
 
 
 @pytest.mark.parametrize(
-    "verb", ["fit", "validate", "test", "predict", "generate", "inspect", "encode"]
+    "verb", ["fit", "validate", "test", "predict", "generate", "inspect", "prepare"]
 )
 def test_each_command_has_help_under_the_programs_name(verb, capsys):
     with pytest.raises(SystemExit) as stop:

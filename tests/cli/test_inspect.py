@@ -141,4 +141,4 @@ def test_pictures_without_words_are_not_inspected(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["inspect", "-c", config, f"--data.init_args.cache_dir={tmp_path}"])
     assert stop.value.code == 1
-    assert "PictureData has no documents to inspect; give" in capsys.readouterr().err
+    assert "ImageData has no documents to inspect; give" in capsys.readouterr().err

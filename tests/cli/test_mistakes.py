@@ -32,7 +32,7 @@ def checkpoint_of(run: Path) -> Path:
 def test_an_unknown_command_is_named_with_the_known_ones(fails):
     code, line = fails("fti")
     assert code == 1
-    assert "'fti'" in line and "fit, validate, test, predict, prepare, encode, generate" in line
+    assert "'fti'" in line and "fit, validate, test, predict, prepare, generate" in line
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
@@ -151,7 +151,7 @@ MISTAKES = {
     "--model.latent_channels=4": "has 3 channels but the model has latent_channels=4",
     "--model.prediction_type=x0": "x0",
     "--data.init_args.autoencoder=none/": '"none/"',
-    "--data.init_args.autoencoder=null": "the data has pictures",
+    "--data.init_args.autoencoder=null": "the data has images",
     "--data.init_args.image_first_prob=2": "image_first_prob=2.0 is not a probability",
     "--data.init_args.weights={captions: 1}": "weights are given for ['captions']",
     "--data.init_args.row_length=20": "longer than a row of 20 tokens",

@@ -57,7 +57,9 @@ def test_documents_too_long_with_their_copies_are_left_out_and_said(mixture, mon
     assert max(sum(part.ndim == 3 for part in document) for document in found) == 2
     (told,) = said
     assert told.startswith("10 of 100 documents of stories-train-")  # they take 26, or 38
-    assert told.endswith("longer than row_length=30 with clean copies of their pictures: left out")
+    assert told.endswith(
+        "longer than row_length=30 with clean copies of their images; they are left out"
+    )
 
 
 def test_a_corpus_without_room_for_its_copies_is_refused(mixture):

@@ -31,7 +31,9 @@ def test_a_cycle_meets_its_shares_at_every_place(weights):
 
 
 def test_a_source_too_rare_to_occur_is_a_user_error_and_weight_0_is_not():
-    with pytest.raises(UserError, match="weight is less than 1/1,000 of all rows; raise it"):
+    with pytest.raises(
+        UserError, match="weight of a source is less than 1/1,000 of all rows; raise"
+    ):
         even_cycle(np.array([0.9999, 0.0001]), 1000)
     assert set(even_cycle(np.array([0.9999, 0.0001]))) == {0, 1}
     assert set(even_cycle(np.array([1.0, 0.0]), 100)) == {0}

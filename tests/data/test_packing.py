@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tf_lightning.data.packing import best_fit, choose, shuffled, spread
+from tf_lightning.data.packing import best_fit, choose, permuted, split_rows
 
 
 @settings(max_examples=100, deadline=None)
@@ -35,27 +35,27 @@ def test_padding_is_within_its_limit(kind, most):
 
 def test_spreading_makes_the_rows_asked_for_and_no_empty_ones():
     rows = [[0, 1, 2], [3], [4, 5]]
-    assert spread(rows, 5)
+    assert split_rows(rows, 5)
     assert sorted(map(sorted, rows)) == [[0, 1], [2], [3], [4], [5]]
-    assert spread(rows, 5) and len(rows) == 5
-    assert not spread([[0], [1]], 3)
-    assert not spread([[0], [1]], 1)
+    assert split_rows(rows, 5) and len(rows) == 5
+    assert not split_rows([[0], [1]], 3)
+    assert not split_rows([[0], [1]], 1)
 
 
 @settings(max_examples=50, deadline=None)
 @given(count=st.integers(1, 3000), seed=st.integers(0, 2**31))
 def test_a_shuffled_order_has_each_number_once_and_any_part_of_it_alone(count, seed):
-    order = shuffled(np.arange(count), count, (seed,))
+    order = permuted(np.arange(count), count, (seed,))
     assert sorted(order) == list(range(count))
     some = np.arange(count // 3, count, 7)
-    assert (shuffled(some, count, (seed,)) == order[some]).all()
+    assert (permuted(some, count, (seed,)) == order[some]).all()
 
 
 def test_a_shuffled_order_is_random():
-    order = shuffled(np.arange(100_000), 100_000, (0, 1))
+    order = permuted(np.arange(100_000), 100_000, (0, 1))
     assert abs(np.corrcoef(order, np.arange(100_000))[0, 1]) < 0.01
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.01
-    assert (order != shuffled(np.arange(100_000), 100_000, (0, 2))).mean() > 0.99
+    assert (order != permuted(np.arange(100_000), 100_000, (0, 2))).mean() > 0.99
     parts = np.histogram(order[:10_000], bins=10)[0]  # the first tenth is spread over all tenths
     assert np.abs(parts - 1000).max() < 150
 

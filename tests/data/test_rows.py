@@ -9,7 +9,7 @@ import torch
 
 from tf_lightning.batch import document_length
 from tf_lightning.data import packing as corpus_rows
-from tf_lightning.data.corpus.reader import IMAGE, select
+from tf_lightning.data.corpus.reader import IMAGE, select_layout
 from tf_lightning.data.packing import CorpusRows
 from tf_lightning.data.stream import Rows, RowSampler, ValidationRows
 
@@ -37,9 +37,9 @@ class Documents:
     def layout(self, documents):
         parts = [part for length in self.texts for part in self.parts(length)]
         starts = np.arange(len(self) + 1) * len(self.parts(0))
-        return select(np.stack([np.zeros(len(parts), int), parts], 1), starts, documents)
+        return select_layout(np.stack([np.zeros(len(parts), int), parts], 1), starts, documents)
 
-    def remembered(self, question, answer):
+    def cached(self, question, answer):
         return answer()
 
 

@@ -63,7 +63,7 @@ def config(folder: Path, **changes) -> dict:
             "init_args": model | changes,
         },
         "data": {
-            "class_path": "tf_lightning.data.PictureData",
+            "class_path": "tf_lightning.data.ImageData",
             "init_args": {
                 "source": {
                     "class_path": "tf_lightning.shapes.sources.ShapesCaptions",

@@ -78,10 +78,10 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_path
     resumed = load(aruns.fit(tmp_path, "--ckpt_path", "last", **KINDS[kind]))
     whole = load(run)
     assert whole["global_step"] == resumed["global_step"] == 6
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "PictureData"):
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "ImageData"):
         assert bit_equal(whole[part], resumed[part]), part
     assert not bit_equal(whole["state_dict"], load(run, "step0000003")["state_dict"])
-    assert whole["PictureData"] == {"next_row": 12, "global_step": 6}
+    assert whole["ImageData"] == {"next_row": 12, "global_step": 6}
 
 
 def test_a_discriminator_that_has_not_begun_has_no_state_and_has_not_moved(trained):

@@ -21,7 +21,7 @@ from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.module import Transfusion
 
 LOOP = {"validate": "val", "test": "test", "predict": "predict"}
-OTHERS = "encode, generate, inspect, export, sizes"
+OTHERS = "generate, inspect, export, sizes"
 
 
 class ConfigParser(LightningArgumentParser):

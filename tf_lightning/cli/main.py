@@ -9,7 +9,7 @@ HELP = """\
 tf-lightning: one Transformer that writes text and draws images (Transfusion).
 
   tf-lightning prepare  -c CONFIG                             corpora ahead of `fit`, in parallel
-  tf-lightning encode   -c CONFIG                             a latent cache, over GPUs and nodes
+  tf-lightning prepare  -c CONFIG --data.encoded DIR          a latent cache, by GPUs and nodes
   tf-lightning inspect  -c CONFIG                             what they hold, counted and drawn
   tf-lightning fit      -c configs/quickstart.yaml            train; add --ckpt_path last to resume
   tf-lightning fit      -c configs/autoencoder/emoji.yaml     train an autoencoder (vae, vq, shapes)
@@ -42,10 +42,6 @@ def main(args: list[str] | None = None) -> None:
             from tf_lightning.cli.prepare import run_prepare
 
             run_prepare(args[1:])
-        elif args[0] == "encode":
-            from tf_lightning.cli.prepare import run_encode
-
-            run_encode(args[1:])
         elif args[0] == "inspect":
             from tf_lightning.cli.inspect import run_inspect
 

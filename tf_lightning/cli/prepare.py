@@ -1,65 +1,92 @@
-"""`tf-lightning prepare`: corpora made ahead of training, in parallel, as one job or several.
+"""`tf-lightning prepare`: corpora made ahead of training.
 
-`tf-lightning encode`: a latent cache, made by a Trainer over any number of ranks and nodes.
+They are made in `cache_dir` by processes of this machine, or, with `--data.encoded DIR`, in DIR by
+the ranks of a Trainer.
 """
 
-import argparse
 import os
 
 import lightning as L
 import torch
 
-from tf_lightning.cli.lightning import build
-from tf_lightning.data.encode import EncodeData, Encoder
-from tf_lightning.data.mixture import Mixture
+from tf_lightning.cli.lightning import TransfusionCLI, build
+from tf_lightning.cli.parser import Parser, positive_int
+from tf_lightning.data.corpus.distributed import ShardData, ShardEncoder
 from tf_lightning.errors import UserError
+
+DESCRIPTION = """\
+Tokenize texts and encode images once, before training. An interrupted command continues where it
+stopped when it is run again; finished shards are kept."""
+NOTES = """\
+Without --data.encoded, the corpora are written to the data's cache_dir, where `fit` finds them:
+  tf-lightning prepare -c CONFIG
+  tf-lightning fit -c CONFIG
+
+With --data.encoded DIR, the ranks of the trainer encode the images on all devices and nodes. Each
+rank writes shards (64 MB of source files) of its own:
+  tf-lightning prepare -c CONFIG --data.encoded DIR --trainer.devices 8 --trainer.num_nodes 4
+  tf-lightning fit -c CONFIG --data.encoded DIR
+
+DIR is on a disk that all ranks share. It stores the mean and the standard deviation of the
+posterior of each training image in fp16; also of its flipped copy with --data.hflip true, and of
+its other crops with --data.crops 3. Training on DIR does not read the image files. It takes the
+mode of the posterior, or samples it with --data.sample_posterior true. It refuses a DIR of another
+autoencoder, image size, patch size, hflip or crops. Callbacks that show held-out images still read
+the files. --data.num_workers sets the processes of each rank that read images.
+
+Any other value of the configuration can be changed on the command line:
+"""
 
 
 def run_prepare(args: list[str]) -> None:
-    """Prepare a configuration's corpora, or one job's part of their shards."""
-    given, rest = prepare_options().parse_known_args(args)
+    """Run `tf-lightning prepare`."""
+    parser = prepare_parser()
+    given, rest = parser.parse_known_args(args)
     if {"-h", "--help"} & set(rest):
-        prepare_options().print_help()
-    part = one_of_jobs(given.shard)
-    data = build(rest, run=False).datamodule
-    if not hasattr(data, "how_to_prepare"):
-        if part != (0, 1):
-            raise UserError("--shard is for corpora that a Transfusion reads; leave it out here")
+        parser.print_help()
+    part = parse_part(given.shard or "0/1")
+    cli = build(rest, run=False)
+    if getattr(cli.datamodule, "encoded", None):
+        if given.shard or given.processes:
+            raise UserError(
+                "--shard and --processes do not apply to --data.encoded; set the number of ranks "
+                "with --trainer.devices and --trainer.num_nodes"
+            )
+        prepare_encoded(cli)
     else:
-        on_gpu = torch.cuda.is_available() and getattr(data, "autoencoder_name", None)
-        processes = given.processes or (1 if on_gpu else os.cpu_count() or 1)
-        data.how_to_prepare = {"processes": processes, "part": part}
-    data.prepare_data()
-    if part != (0, 1) and not data.corpora:
-        print("This part is done; when all are, `tf-lightning prepare` without --shard joins them.")
-    else:
-        print(f"The corpora are in {data.cache_dir}; train on them with `tf-lightning fit`.")
+        prepare_cache(cli.datamodule, given.processes, part)
 
 
-def prepare_options() -> argparse.ArgumentParser:
-    """What `prepare` takes beside a configuration."""
-    parser = argparse.ArgumentParser("tf-lightning prepare", add_help=False, allow_abbrev=False)
-    parser.usage = "tf-lightning prepare -c CONFIG [--processes N] [--shard I/N]"
-    parser.description = (
-        "Tokenises texts and encodes pictures, once. What was interrupted goes on where it was."
+def prepare_parser() -> Parser:
+    """Create the parser of the options that are not part of the configuration."""
+    parser = Parser(
+        "prepare",
+        DESCRIPTION,
+        NOTES,
+        usage="tf-lightning prepare -c CONFIG [--processes N] [--shard I/N] [--data.encoded DIR]",
+        add_help=False,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--processes",
-        type=int,
-        help="how many shards (64 MB of files) to prepare at a time; default: one a core, or 1 "
-        "where a GPU encodes pictures",
+        type=positive_int,
+        help="number of shards (64 MB of files) to prepare at a time; default: the number of CPU "
+        "cores, or 1 if a GPU encodes images",
     )
     parser.add_argument(
         "--shard",
-        default="0/1",
         metavar="I/N",
-        help="as job I of N, 0 <= I < N, prepare every N-th shard only",
+        help="prepare only every N-th shard, beginning with shard I (0 <= I < N), as one of N jobs",
     )
     return parser
 
 
-def one_of_jobs(text: str) -> tuple[int, int]:
-    """(I, N) of "I/N"; UserError if it is none."""
+def parse_part(text: str) -> tuple[int, int]:
+    """Parse "I/N".
+
+    Raises:
+        UserError: the text is not of this form, or I is not in {0..N-1}.
+    """
     try:
         job, jobs = map(int, text.split("/"))
     except ValueError:
@@ -69,59 +96,55 @@ def one_of_jobs(text: str) -> tuple[int, int]:
     return job, jobs
 
 
-HELP = """\
-usage: tf-lightning encode -c CONFIG [--data.encoded DIR]
+def prepare_cache(
+    data: L.LightningDataModule, processes: int | None, part: tuple[int, int]
+) -> None:
+    """Prepare the corpora in the data's `cache_dir`, or one part of their shards.
 
-Tokenises texts and encodes pictures over the trainer's ranks and nodes, once, into DIR (default:
-encoded/ in the data's cache_dir): of each training picture, and of its mirror image with
---data.mirror true and of its ends with --data.crops 3, mean and standard deviation of its
-posterior in fp16. Then
-  tf-lightning fit -c CONFIG --data.encoded DIR
-trains on it without the pictures' files, on the mode or with --data.sample_posterior true on
-samples; it refuses an autoencoder, picture size, mirror, crops or patches that are not those of
-DIR.
-
-  --trainer.devices 8 --trainer.num_nodes 4   ranks; each encodes shards (64 MB of files) of its own
-  --data.num_workers 8                        processes of each rank that read pictures
-
-DIR is on a disk that all ranks share. What was killed goes on where it stopped; finished shards are
-kept. Callbacks that show held-out pictures still read these from their files. Any other value of
-the configuration can be changed behind the command:
-"""
-
-
-def run_encode(args: list[str]) -> None:
-    """Encode a configuration's corpora."""
-    if {"-h", "--help"} & set(args):
-        print(HELP)
-    cli = build(args, run=False, prog="encode")
-    data, given = cli.datamodule, cli.config.trainer
-    check(data)
-    data.encoded, folder = None, data.encoded or data.cache_dir / "encoded"
-    # Of the run's own trainer only the ranks: its callbacks and strategy are for training.
-    ranks = {name: given[name] for name in ("accelerator", "devices", "num_nodes")}
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-    trainer = L.Trainer(**ranks, **off, enable_model_summary=False)
-    work = EncodeData(data, folder)
-    with Encoder() as encoder:
-        trainer.predict(encoder, datamodule=work, return_predictions=False)
-    if not trainer.is_global_zero:
-        return
-    work.finish()
-    data.encoded = folder
-    data.prepare_data()  # opens it as training will, and plans its rows
-    print(f"The corpora are in {folder}; train on them with `tf-lightning fit -c CONFIG", end=" ")
-    print(f"--data.encoded {folder}`.")
-
-
-def check(data: L.LightningDataModule) -> None:
-    """Refuse what has no pictures to encode."""
-    if not isinstance(data, Mixture):
+    Args:
+        data: the data module.
+        processes: number of processes; None chooses it.
+        part: as in `corpus.prepare.prepare`.
+    """
+    if hasattr(data, "prepare_options"):
+        on_gpu = torch.cuda.is_available() and getattr(data, "autoencoder_name", None)
+        processes = processes or (1 if on_gpu else os.cpu_count() or 1)
+        data.prepare_options = {"processes": processes, "part": part}
+    elif part != (0, 1):
         raise UserError(
-            f"{type(data).__name__} is not for a Transfusion; encode the configuration of one"
+            f"--shard does not apply to {type(data).__name__}, which is not prepared in shards; "
+            "leave it out"
         )
+    data.prepare_data()
+    if part != (0, 1) and not data.corpora:
+        print(
+            "This part is done; when all parts are done, run `tf-lightning prepare` without "
+            "--shard to join them."
+        )
+    else:
+        print(f"The corpora are in {data.cache_dir}; train on them with `tf-lightning fit`.")
+
+
+def prepare_encoded(cli: TransfusionCLI) -> None:
+    """Prepare the corpora in the data's `encoded` folder with the ranks of a Trainer."""
+    data, config = cli.datamodule, cli.config.trainer
     if data.autoencoder_name in (None, "pixels"):
         raise UserError(
             f"autoencoder={data.autoencoder_name!r} has nothing to encode; give another "
-            "--data.autoencoder, or use `tf-lightning prepare`"
+            "--data.autoencoder, or leave --data.encoded out"
         )
+    # Only the ranks of the configured trainer are used: its callbacks, strategy are for training.
+    ranks = {name: config[name] for name in ("accelerator", "devices", "num_nodes")}
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    trainer = L.Trainer(**ranks, **off, enable_model_summary=False)
+    shards = ShardData(data.plan_encoded, data.encoded, data.num_workers)
+    with ShardEncoder() as encoder:
+        trainer.predict(encoder, datamodule=shards, return_predictions=False)
+    if not trainer.is_global_zero:
+        return
+    shards.merge_shards()
+    data.prepare_data()  # opens the corpora as training will, and plans their rows
+    print(
+        f"The corpora are in {data.encoded}; train on them with `tf-lightning fit -c CONFIG "
+        f"--data.encoded {data.encoded}`."
+    )

@@ -3,9 +3,9 @@
 from tf_lightning.data.corpus.prepare import prepare
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.documents import Skipped, Source
+from tf_lightning.data.image_only import ImageData
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.modules import EditData, ImageCaptionData, InterleavedData, TextData
-from tf_lightning.data.pictures import PictureData
 from tf_lightning.data.readers.captions import CaptionJson, CaptionRows, CaptionTars, ImageFiles
 from tf_lightning.data.readers.chat import ChatFiles
 from tf_lightning.data.readers.edits import EditFiles
@@ -27,7 +27,7 @@ __all__ = [
     "InterleavedData",
     "InterleavedFiles",
     "Mixture",
-    "PictureData",
+    "ImageData",
     "Skipped",
     "Source",
     "TextData",

@@ -1,8 +1,7 @@
-"""Several corpora trained on together, their shares given in tokens.
+"""`Mixture`, the data module of text and images: several sources, with given shares of the tokens.
 
-Arguments of the data that no run can have.
-
-The tokenizer of some sources: a file, or one trained on their text, once.
+It opens or trains the tokenizer, prepares a corpus for each source and split, and serves packed
+rows: an endless stream for training, each document once for validation.
 """
 
 import hashlib
@@ -20,159 +19,80 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Batch, pack
-from tf_lightning.data.corpus.prepare import (
-    Job,
-    Needed,
-    check_result,
-    encoded_tokenizer,
-    open_encoded,
-    plan_corpus,
-    prepare,
-)
-from tf_lightning.data.corpus.reader import Corpus, Latents
+from tf_lightning.data.corpus.encoded import EncodedRequirements, encoded_tokenizer, open_encoded
+from tf_lightning.data.corpus.prepare import PrepareJob, check_result, plan_corpus, prepare
+from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.documents import Skipped, Source, Split
-from tf_lightning.data.stream import (
-    CorpusRows,
-    Rows,
-    RowSampler,
-    StreamData,
-    StreamRow,
-    ValidationRows,
-)
+from tf_lightning.data.packing import CorpusRows
+from tf_lightning.data.stream import Rows, RowSampler, StreamData, StreamRow, ValidationRows
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
-
-def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) -> None:
-    """UserError unless each source has a weight >= 0 and one is positive."""
-    if weights is None:
-        return
-    if set(weights) != set(sources):
-        raise UserError(
-            f"weights are given for {sorted(weights)} but the sources are {sorted(sources)}; "
-            "give one for each"
-        )
-    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise UserError(f"weights are {weights}; give numbers >= 0, one of them positive")
-
-
-def check_image_size(name: str, source: Source, pixels: int) -> None:
-    """UserError where a source says how large its pictures are and patches do not divide them."""
-    side = getattr(source, "image_size", 0)
-    if side % pixels:
-        raise UserError(
-            f"{name}: image_size={side} does not divide into patches of {pixels} pixels; give a "
-            f"multiple of {pixels}"
-        )
-
-
-def check_probability(name: str, value: float) -> None:
-    """UserError unless a value is in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise UserError(f"{name}={value} is not a probability; give a number from 0 to 1")
-
-
-def check_timesteps(timestep_shift: float, timestep_distribution: str) -> None:
-    """UserError where noise levels cannot be drawn so."""
-    if timestep_shift <= 0:
-        raise UserError(
-            f"timestep_shift={timestep_shift} must be above 0; 1 leaves noise levels alone"
-        )
-    if timestep_distribution not in ("uniform", "logit_normal"):
-        raise UserError(
-            f"timestep_distribution={timestep_distribution!r} must be 'uniform' or 'logit_normal'"
-        )
-
-
-# What a tokenizer is trained on: the first of each source, up to these.
+# A tokenizer is trained on the first documents of each source, up to these limits.
 TOKENIZER_DOCUMENTS = 20_000
 TOKENIZER_CHARACTERS = 20_000_000
 
 
-def open_tokenizer(
-    file: str | Path | None, sources: dict[str, Source], vocab_size: int, cache_dir: Path
-) -> Tokenizer:
-    """The tokenizer of a file, or else the one that was, or now is, trained on the sources.
-
-    Raises:
-        UserError: the file is none, or nothing of a source can be used.
-    """
-    if file:
-        return Tokenizer(file)
-    origin = [source.fingerprint("train") for source in sources.values()]
-    digest = hashlib.sha256(repr((origin, vocab_size)).encode()).hexdigest()[:12]
-    path = cache_dir / f"tokenizer-{digest}.model"
-    if path.exists():
-        return Tokenizer(path)
-    return train_tokenizer(texts(sources), path, vocab_size)
-
-
-def texts(sources: dict[str, Source]) -> Iterator[str]:
-    """The training text of sources, of each only as much as a tokenizer needs.
-
-    Raises:
-        UserError: nothing of a source can be used.
-    """
-    for name, source in sources.items():
-        characters, documents, skipped = 0, 0, Counter()
-        for document in islice(source.documents("train"), TOKENIZER_DOCUMENTS):
-            if isinstance(document, Skipped):
-                skipped[document.reason] += 1
-                continue
-            documents += 1
-            for text in (part for part in document if isinstance(part, str)):
-                yield text
-                characters += len(text)
-            if characters > TOKENIZER_CHARACTERS:
-                break
-        check_result(name, "train", documents, dict(skipped.most_common()))
-
-
 class Mixture(StreamData):
-    """Prepares corpora once and serves their packed rows.
+    """Text and images from several sources, mixed with given shares of the tokens.
 
-    After `setup`, `tokenizer` is the Tokenizer and `source_names` the names that `Batch.source_ids`
-    and the validation loaders count.
+    The arguments come in groups: the sources and their weights; the tokenizer; how images are
+    encoded and stored (`autoencoder` to `encoded`); how documents are packed into rows
+    (`patch_size` to `batch_size`); the order of images and captions and the noise levels
+    (`image_first_prob` to `timestep_distribution`); loading.
 
     Args:
-        sources: a source of documents under each name; they may differ in image_size.
-        weights: share of the tokens each source is to have, patches counted as tokens; None: as
-            many as it has, so that every document is seen equally often. A source with 0 is only
-            validated on.
-        weights_count: what `weights` are shares of, "tokens" or "documents" (MonoFormer's 9:1 of
-            samples); a text cut into pieces by `row_length` is as many documents.
-        tokenizer: a sentencepiece file, or a checkpoint (.ckpt), whose own is then taken; None
-            trains one on the sources' text.
-        vocab_size: entries of the tokenizer that is trained.
-        autoencoder: "shapes", "shapes_vq", "pixels", a folder, a file, or a hub name; one with a
-            codebook makes pictures tokens; None: no pictures.
-        sample_posterior: train on samples of the autoencoder's posterior, another each time, not on
-            its mode; twice the room in `cache_dir`.
-        mirror: train on half of all documents with their pictures mirrored, another half each time;
-            twice the room. Not where words say what is left and right.
-        crops: 1, the middle square of a picture; 2 or 3, in turn also one or both ends of its
-            longer side: two or three times the room.
-        in_place: leave pictures in their files and tars and read them there when they are trained
-            on, with autoencoder "pixels"; `cache_dir` then has only where they are, and copies of
-            those in parquet and packed tars, as they are.
-        encoded: folder that `tf-lightning encode` wrote, and what is read then in place of the
-            sources' files; None: sources are prepared in `cache_dir`.
-        patch_size: side of a patch in latent pixels.
-        time_token: a position for the noise level before each picture's patches; true where the
-            model's `linear.time` is "token".
+        sources: the sources of documents by name. They may differ in image_size.
+        weights: share of the tokens that each source gets, image patches included; any positive
+            scale. A source with weight 0 is only validated on. null: in proportion to the sources'
+            sizes, so that each document is seen equally often.
+        weights_count: unit of `weights`, "tokens" or "documents" (MonoFormer mixes 9:1 documents).
+            A text that is cut into pieces of `row_length` counts as that many documents.
+        tokenizer: a sentencepiece file, a language model's folder, or a checkpoint (.ckpt) whose
+            tokenizer is used. null: a tokenizer is trained on the text of the sources.
+        vocab_size: entries of a trained tokenizer. Linked from the model on the command line.
+        autoencoder: "shapes", "shapes_vq", "pixels", or a folder, file or hub name of an
+            autoencoder. One with a codebook turns images into tokens. null: there are no images.
+        sample_posterior: train on a new sample of the autoencoder's posterior each time an image is
+            read, instead of its mode. Doubles the size of the stored latents.
+        hflip: flip the images of half of the documents horizontally, chosen anew in each epoch.
+            Doubles the size of the stored latents. Not for captions that mention left or right.
+        crops: square crops of each image, of which training draws one. 1: the center; 2 or 3: also
+            one or both ends of the longer side. Multiplies the size of the stored latents.
+        lazy_images: leave images in their files and tars and read them there during training. Needs
+            autoencoder "pixels". `cache_dir` then holds only their positions, and copies of the
+            image files in parquet files and compressed tars.
+        encoded: a folder that `tf-lightning prepare --data.encoded DIR` wrote. Training reads it
+            instead of the sources' files. null: the corpora are prepared in `cache_dir`.
+        patch_size: side of a patch in latent pixels. Linked from the model on the command line.
+        time_token: whether each image has one more position, for its timestep, before its patches.
+            Linked from the model on the command line.
         row_length: positions in a row.
         batch_size: rows in a batch of one rank.
-        image_first_prob: probability that a captioned picture precedes its caption (paper: 0.2).
-        caption_drop_prob: probability that a caption that comes first is dropped, for guidance,
-            or an edit's instruction, half of the time with the picture before it.
-        max_caption_t: noise limit of pictures that precede their text, in (0, 1] (paper: 0.5).
-        clean_copies: text and pictures that follow a picture read a clean copy of it, which takes
-            as much room again, in place of that limit (BAGEL).
-        timestep_shift: > 1 draws noise levels nearer to pure noise, 1 = as they are (paper).
-        timestep_distribution: of noise levels, "uniform" (paper) or "logit_normal" (usual with flows).
+        image_first_prob: probability that a captioned image precedes its caption (paper: 0.2).
+        caption_drop_prob: probability that a caption before an image is dropped, for
+            classifier-free guidance. Editing instructions are dropped with the same probability,
+            half of the time together with the image before them.
+        max_caption_t: largest noise level, in (0, 1], of images that precede their text
+            (paper: 0.5).
+        clean_copies: instead of this limit, add a clean copy of each image that precedes text or
+            another image; later parts attend to the copy (BAGEL). It takes as many positions as the
+            image.
+        timestep_shift: values above 1 draw noise levels nearer to pure noise; 1 leaves them alone
+            (paper).
+        timestep_distribution: distribution of noise levels, "uniform" (paper) or "logit_normal"
+            (common with rectified flow).
         num_workers: processes that load rows; 0 loads in the training process.
-        seed: of order and noise, >= 0.
-        cache_dir: where tokenizer and prepared corpora are kept.
+        seed: seed of the order of documents and of the noise, >= 0.
+        cache_dir: folder for the trained tokenizer and the prepared corpora.
+
+    Attributes:
+        tokenizer: the Tokenizer, after `setup`.
+        source_names: names of the sources, in the order of `Batch.source_ids` and of the validation
+            loaders.
+
+    Raises:
+        UserError: an argument is out of its range, or arguments contradict each other.
     """
 
     def __init__(
@@ -185,9 +105,9 @@ class Mixture(StreamData):
         vocab_size: int = 512,
         autoencoder: str | None = None,
         sample_posterior: bool = False,
-        mirror: bool = False,
+        hflip: bool = False,
         crops: Literal[1, 2, 3] = 1,
-        in_place: bool = False,
+        lazy_images: bool = False,
         encoded: str | None = None,
         patch_size: int = 2,
         time_token: bool = False,
@@ -211,17 +131,17 @@ class Mixture(StreamData):
         check_timesteps(timestep_shift, timestep_distribution)
         if weights_count not in ("tokens", "documents"):
             raise UserError(f"weights_count={weights_count!r} must be 'tokens' or 'documents'")
+        if lazy_images and (autoencoder != "pixels" or sample_posterior):
+            raise UserError(
+                f"lazy_images=true reads pixels, but autoencoder={autoencoder!r} would encode "
+                'them; give autoencoder "pixels" without sample_posterior, or lazy_images=false'
+            )
         self.sources, self.weights, self.weights_count = sources, weights, weights_count
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
-        if in_place and (autoencoder != "pixels" or sample_posterior):
-            raise UserError(
-                f"in_place=true reads pixels, and autoencoder={autoencoder!r} makes latents of "
-                'them; give autoencoder "pixels" without sample_posterior, or in_place=false'
-            )
-        self.in_place, self.encoded = in_place, encoded and Path(encoded)
-        self.latents = Latents(mirror, sample_posterior, in_place, crops)
+        self.lazy_images, self.encoded = lazy_images, encoded and Path(encoded)
+        self.image_storage = ImageStorageSpec(hflip, sample_posterior, lazy_images, crops)
         self.row_length, self.time_token = row_length, time_token
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
@@ -231,47 +151,52 @@ class Mixture(StreamData):
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.tokenizer: Tokenizer | None = None
         self.corpora: dict[str, dict[str, Corpus]] = {}
-        self.how_to_prepare: dict = {}  # `processes` and `part`, as `prepare` has them
+        self.prepare_options: dict = {}  # `processes` and `part` of `corpus.prepare.prepare`
 
     # Preparing
 
     def prepare_data(self) -> None:
-        """Train the tokenizer, prepare every corpus and plan its rows, where that was not done."""
+        """Train the tokenizer, prepare the corpora and plan their rows, unless done before."""
         self._open()
         if self.corpora:
             self._stream()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open what `prepare_data` made."""
+        """Open the tokenizer and the corpora."""
         if not self.corpora:
             self._open()
 
     def _open(self) -> None:
+        """Open the tokenizer and the corpora, after preparing what is missing."""
         if self.encoded:
             self.corpora = self._open_encoded()
         else:
             self.corpora = {
-                split: {name: prepare(job, **self.how_to_prepare) for name, job in jobs.items()}
-                for split, jobs in self.jobs(self.cache_dir, self.latents).items()
+                split: {name: prepare(job, **self.prepare_options) for name, job in jobs.items()}
+                for split, jobs in self.plan(self.cache_dir, self.image_storage).items()
             }
         if any(corpus is None for split in self.corpora.values() for corpus in split.values()):
-            self.corpora = {}  # another job prepares the rest
+            self.corpora = {}  # other parts of `tf-lightning prepare --shard I/N` are missing
             return
         self.image_shapes = self._image_shapes()
         self.image_shape = self.image_shapes[-1] if self.image_shapes else None
 
-    def jobs(self, directory: Path, latents: Latents) -> dict[Split, dict[str, Job]]:
-        """How each source's corpora in `directory` are made, the tokenizer first.
+    def plan(
+        self, directory: Path, image_storage: ImageStorageSpec
+    ) -> dict[Split, dict[str, PrepareJob]]:
+        """Describe the corpora of all splits and sources; trains the tokenizer if it is missing.
 
         Args:
-            directory: where they will be.
-            latents: what is kept of training's pictures; of codes, no moments.
+            directory: folder of the corpora.
+            image_storage: what is stored of training images. Codes have no moments, so that part
+                is ignored for them.
         """
-        autoencoder = self._open_autoencoder()
-        latents = replace(latents, moments=latents.moments and not self.num_codes)
-        sources, file = self.sources, self.tokenizer_file
-        self.tokenizer = open_tokenizer(file, sources, self.vocab_size, self.cache_dir)
-        plan = partial(
+        autoencoder = self._load_autoencoder()
+        moments = image_storage.moments and not self.num_codes
+        self.tokenizer = open_tokenizer(
+            self.tokenizer_file, self.sources, self.vocab_size, self.cache_dir
+        )
+        plan_one = partial(
             plan_corpus,
             directory=directory,
             tokenizer=self.tokenizer,
@@ -280,41 +205,55 @@ class Mixture(StreamData):
             patch_size=self.patch_size,
             time_token=self.time_token,
         )
-        kept = {"train": latents, "val": Latents(in_place=self.in_place)}
+        storage = {
+            "train": replace(image_storage, moments=moments),
+            "val": ImageStorageSpec(lazy=self.lazy_images),
+        }
         return {
-            split: {n: plan(s, split, name=n, latents=kept[split]) for n, s in sources.items()}
-            for split in kept
+            split: {
+                name: plan_one(source, split, name=name, image_storage=storage[split])
+                for name, source in self.sources.items()
+            }
+            for split in storage
         }
 
+    def plan_encoded(self) -> list[PrepareJob]:
+        """List the corpora of the `encoded` folder, which store the moments of training images."""
+        jobs = self.plan(self.encoded, replace(self.image_storage, moments=True))
+        return [job for by_source in jobs.values() for job in by_source.values()]
+
     def _open_encoded(self) -> dict[Split, dict[str, Corpus]]:
-        autoencoder, file = self._open_autoencoder(), self.tokenizer_file
+        """Open the tokenizer and the corpora of the `encoded` folder."""
+        autoencoder, file = self._load_autoencoder(), self.tokenizer_file
         self.tokenizer = Tokenizer(file) if file else encoded_tokenizer(self.encoded)
-        needed = Needed(
+        required = EncodedRequirements(
             tokenizer=self.tokenizer.fingerprint,
             autoencoder=autoencoder and autoencoder.fingerprint,
             downsample=autoencoder.downsample if autoencoder else 1,
             patch_size=self.patch_size,
             time_token=self.time_token,
             row_length=self.row_length,
-            mirror=self.latents.mirrored,
-            crops=self.latents.crops,
-            sample_posterior=self.latents.moments,
+            hflip=self.image_storage.hflip,
+            crops=self.image_storage.crops,
+            sample_posterior=self.image_storage.moments,
         )
         return {
             split: {
-                name: open_encoded(self.encoded, name, split, source, needed)
+                name: open_encoded(self.encoded, name, split, source, required)
                 for name, source in self.sources.items()
             }
             for split in ("train", "val")
         }
 
-    def _open_autoencoder(self):
+    def _load_autoencoder(self):
+        """Load the autoencoder, if there is one, and check that it suits the other arguments."""
         autoencoder = load_autoencoder(self.autoencoder_name) if self.autoencoder_name else None
         self.num_codes = autoencoder.num_codes if autoencoder else None
-        if self.num_codes and (self.patch_size != 1 or self.clean_copies or self.latents.moments):
+        moments = self.image_storage.moments
+        if self.num_codes and (self.patch_size != 1 or self.clean_copies or moments):
             raise UserError(
-                f'autoencoder "{self.autoencoder_name}" makes codes, each a token that nothing '
-                "noises; give patch_size: 1, clean_copies: false and sample_posterior: false"
+                f'autoencoder "{self.autoencoder_name}" turns images into tokens, which are not '
+                "noised; give patch_size: 1, clean_copies: false and sample_posterior: false"
             )
         if autoencoder:
             for name, source in self.sources.items():
@@ -322,7 +261,7 @@ class Mixture(StreamData):
         return autoencoder
 
     def _image_shapes(self) -> list[tuple[int, int, int]]:
-        """The (C, h, w) of latents, the largest last: it is what is drawn."""
+        """The (C, h, w) of all latents, the largest last: samples are generated at that size."""
         opened = [corpus for split in self.corpora.values() for corpus in split.values()]
         shapes = {corpus.image_shape for corpus in opened if corpus.image_shape}
         return sorted(shapes, key=lambda shape: (shape[1] * shape[2], shape))
@@ -330,7 +269,7 @@ class Mixture(StreamData):
     # Serving
 
     def train_dataloader(self) -> DataLoader:
-        """Batches without end, from the row that the run has reached."""
+        """Load batches without end, from the next row of the run."""
         rows = self.rows = self._stream()
         sampler = RowSampler(
             rows,
@@ -340,18 +279,19 @@ class Mixture(StreamData):
             rank=self.rank,
             world_size=self.world_size,
         )
-        times = {
-            "timestep_shift": self.timestep_shift,
-            "timestep_distribution": self.timestep_distribution,
-        }
-        return self._loader(rows, sampler, **times)
+        return self._loader(
+            rows,
+            sampler,
+            timestep_shift=self.timestep_shift,
+            timestep_distribution=self.timestep_distribution,
+        )
 
     def epochs(self) -> dict[str, float]:
-        """How often the run has read each source so far: 1.5 is one epoch and half of another."""
+        """Count the epochs of each source that the run has read, such as 1.5, by source name."""
         return dict(zip(self.source_names, self.rows.epochs(self.next_row()), strict=True))
 
     def _stream(self) -> Rows:
-        """The rows of training."""
+        """Create the stream of training rows."""
         corpora = list(self.corpora["train"].values())
         streams = [
             self._rows(
@@ -365,7 +305,7 @@ class Mixture(StreamData):
         return Rows(streams, self._token_shares(streams))
 
     def _token_shares(self, streams: list[CorpusRows]) -> list[float]:
-        """What `weights` asks for, in tokens."""
+        """Convert `weights` to shares of the tokens; they need not sum to 1."""
         if self.weights is None:
             return [stream.num_tokens for stream in streams]
         weights = [self.weights[name] for name in self.source_names]
@@ -374,27 +314,32 @@ class Mixture(StreamData):
         return [w * stream.mean_length for w, stream in zip(weights, streams, strict=True)]
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One finite loader for each source, in the order of `source_names`: each document once."""
-        self._tell_empty()
-        world = {"num_replicas": self.world_size, "rank": self.rank}
+        """Load each held-out document once: one loader for each source, as `source_names`."""
+        self._check_validation()
+        ranks = {"num_replicas": self.world_size, "rank": self.rank}
         loaders = []
         for number, corpus in enumerate(self.corpora["val"].values()):
             rows = ValidationRows(self._rows(corpus), number, self.world_size)
-            loaders.append(self._loader(rows, DistributedSampler(rows, shuffle=False, **world)))
+            loaders.append(self._loader(rows, DistributedSampler(rows, shuffle=False, **ranks)))
         return loaders
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _tell_empty(self) -> None:
-        """Say which sources hold nothing out; an evaluation of nothing at all is refused."""
+    def _check_validation(self) -> None:
+        """Warn of sources without held-out documents.
+
+        Raises:
+            UserError: no source has any, and the run is an evaluation.
+        """
         empty = [name for name, corpus in self.corpora["val"].items() if not len(corpus)]
-        told = f"no documents to validate on in {', '.join(empty)}; hold some out"
+        message = f"no documents to validate on in {', '.join(empty)}; hold some out"
         if empty and len(empty) == len(self.sources) and self.trainer.state.fn != "fit":
-            raise UserError(told)
+            raise UserError(message)
         if empty:
-            rank_zero_warn(told)
+            rank_zero_warn(message)
 
     def _rows(self, corpus: Corpus, **order) -> CorpusRows:
+        """Create the rows of a corpus; `order` are the arguments that only training has."""
         return CorpusRows(
             corpus,
             row_length=self.row_length,
@@ -403,7 +348,8 @@ class Mixture(StreamData):
             **order,
         )
 
-    def _loader(self, rows: Dataset, sampler: Sampler, **times) -> DataLoader:
+    def _loader(self, rows: Dataset, sampler: Sampler, **timesteps) -> DataLoader:
+        """Create a loader of packed batches; `timesteps` are arguments of `batch.pack`."""
         collate = partial(
             pack_rows,
             tokenizer=self.tokenizer,
@@ -413,7 +359,7 @@ class Mixture(StreamData):
             seed=self.seed,
             max_caption_t=self.max_caption_t,
             clean_copies=self.clean_copies,
-            **times,
+            **timesteps,
         )
         return DataLoader(
             rows,
@@ -425,7 +371,7 @@ class Mixture(StreamData):
         )
 
     def num_patches(self, corpus: Corpus) -> int:
-        """Positions of a picture of a corpus, the time token's too; 0 where there are none."""
+        """Count the positions of an image of a corpus with its time token; 0 without images."""
         if corpus.image_shape is None:
             return 0
         _, height, width = corpus.image_shape
@@ -433,6 +379,98 @@ class Mixture(StreamData):
 
 
 def pack_rows(rows: list[StreamRow], **arguments) -> Batch:
-    """A DataLoader's rows as one Batch."""
+    """Pack the rows of a DataLoader's batch; the other arguments are those of `batch.pack`."""
     row_ids, documents, source_ids = zip(*rows, strict=True)
     return pack(list(documents), list(row_ids), source_ids=list(source_ids), **arguments)
+
+
+# Checks of the arguments
+
+
+def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) -> None:
+    """UserError unless each source has a weight >= 0 and one weight is positive."""
+    if weights is None:
+        return
+    if set(weights) != set(sources):
+        raise UserError(
+            f"weights are given for {sorted(weights)} but the sources are {sorted(sources)}; "
+            "give one for each"
+        )
+    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise UserError(f"weights are {weights}; give numbers >= 0, one of them positive")
+
+
+def check_image_size(name: str, source: Source, pixels: int) -> None:
+    """UserError if a source's `image_size` is not a multiple of a patch's side in pixels."""
+    side = getattr(source, "image_size", 0)
+    if side % pixels:
+        raise UserError(
+            f"{name}: image_size={side} does not divide into patches of {pixels} pixels; give a "
+            f"multiple of {pixels}"
+        )
+
+
+def check_probability(name: str, value: float) -> None:
+    """UserError unless a value is in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{name}={value} is not a probability; give a number from 0 to 1")
+
+
+def check_timesteps(timestep_shift: float, timestep_distribution: str) -> None:
+    """UserError unless the shift is positive and the distribution is known."""
+    if timestep_shift <= 0:
+        raise UserError(
+            f"timestep_shift={timestep_shift} must be above 0; 1 leaves noise levels alone"
+        )
+    if timestep_distribution not in ("uniform", "logit_normal"):
+        raise UserError(
+            f"timestep_distribution={timestep_distribution!r} must be 'uniform' or 'logit_normal'"
+        )
+
+
+# The tokenizer
+
+
+def open_tokenizer(
+    file: str | Path | None, sources: dict[str, Source], vocab_size: int, cache_dir: Path
+) -> Tokenizer:
+    """Open a tokenizer file, or train a tokenizer on the sources once and keep it in `cache_dir`.
+
+    Args:
+        file: as `Mixture.tokenizer`.
+        sources: the sources by name.
+        vocab_size: entries of a trained tokenizer.
+        cache_dir: folder of trained tokenizers.
+
+    Raises:
+        UserError: the file is not a tokenizer, or a source has no usable document.
+    """
+    if file:
+        return Tokenizer(file)
+    origin = [source.fingerprint("train") for source in sources.values()]
+    digest = hashlib.sha256(repr((origin, vocab_size)).encode()).hexdigest()[:12]
+    path = cache_dir / f"tokenizer-{digest}.model"
+    if path.exists():
+        return Tokenizer(path)
+    return train_tokenizer(texts(sources), path, vocab_size)
+
+
+def texts(sources: dict[str, Source]) -> Iterator[str]:
+    """Yield training text from the start of each source, as much as a tokenizer needs.
+
+    Raises:
+        UserError: a source has no usable document.
+    """
+    for name, source in sources.items():
+        characters, documents, skipped = 0, 0, Counter()
+        for document in islice(source.documents("train"), TOKENIZER_DOCUMENTS):
+            if isinstance(document, Skipped):
+                skipped[document.reason] += 1
+                continue
+            documents += 1
+            for text in (part for part in document if isinstance(part, str)):
+                yield text
+                characters += len(text)
+            if characters > TOKENIZER_CHARACTERS:
+                break
+        check_result(name, "train", documents, dict(skipped.most_common()))

@@ -35,7 +35,7 @@ from tf_lightning.checkpoint import (
     plain_hparams,
     read_checkpoint,
 )
-from tf_lightning.data.pictures import PictureBatch
+from tf_lightning.data.image_only import ImageBatch
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
 from tf_lightning.training.optim import lr_scale, parameter_groups
@@ -179,7 +179,7 @@ class AutoencoderModule(L.LightningModule):
         """Whether the discriminator learns and judges at this step."""
         return self.discriminator is not None and self.global_step >= self.hparams.gan_start_step
 
-    def training_step(self, batch: PictureBatch, batch_index: int) -> Tensor:
+    def training_step(self, batch: ImageBatch, batch_index: int) -> Tensor:
         """All losses on one batch."""
         images = batch.images.contiguous(memory_format=torch.channels_last)
         made = self.reconstruct(images, batch.rows)
@@ -286,7 +286,7 @@ class AutoencoderModule(L.LightningModule):
             for _ in range(2)
         )
 
-    def validation_step(self, batch: PictureBatch, batch_index: int) -> Reconstruction:
+    def validation_step(self, batch: ImageBatch, batch_index: int) -> Reconstruction:
         """Reconstruct without noise; callbacks measure what is returned, of rows that count."""
         made = self.reconstruct(batch.images.contiguous(memory_format=torch.channels_last))
         made = made._replace(images=made.images.clamp(-1, 1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.corpora import Sharded
-from support.encode_runs import encode
+from support.prepare_runs import encode
 from tf_lightning.autoencoder.frozen import SHAPES, load_autoencoder
 from tf_lightning.data import Mixture
 from tf_lightning.errors import UserError
@@ -89,14 +89,20 @@ def other_scaling(tmp_path) -> str:
 @pytest.mark.parametrize(
     "changed, sentence",
     [
-        ({"autoencoder": other_scaling}, "an autoencoder of fingerprint [0-9a-f]+ and the data"),
-        ({"image_size": 128}, "image_size 64 and the data has 128; give the data what it was"),
-        ({"mirror": True}, "mirror False and the data has True; .* or encode into another folder"),
-        ({"patch_size": 4}, "patch_size 2 and the data has 4"),
-        ({"row_length": 48}, "row_length 64 and the data has 48"),
-        ({"time_token": True}, "time_token False and the data has True"),
-        ({"tokenizer": "other.model"}, "a tokenizer of fingerprint .* and the data has"),
-        ({"encoded": "nowhere"}, "nothing is encoded in nowhere; run `tf-lightning encode -c"),
+        ({"autoencoder": other_scaling}, "an autoencoder of fingerprint [0-9a-f]+, but the data"),
+        (
+            {"image_size": 128},
+            "image_size 64, but the data has 128; give the data the same",
+        ),
+        ({"hflip": True}, "hflip False, but the data has True; .* or encode into another folder"),
+        ({"patch_size": 4}, "patch_size 2, but the data has 4"),
+        ({"row_length": 48}, "row_length 64, but the data has 48"),
+        ({"time_token": True}, "time_token False, but the data has True"),
+        ({"tokenizer": "other.model"}, "a tokenizer of fingerprint .*, but the data has"),
+        (
+            {"encoded": "nowhere"},
+            "nowhere holds no encoded corpora; run .*--data.encoded nowhere`",
+        ),
     ],
 )
 def test_what_was_encoded_otherwise_is_refused(build, tmp_path, changed, sentence):
@@ -119,7 +125,7 @@ def test_samples_need_moments_and_a_corpus_prepared_without_them_has_none(build,
     build(encoded=None)
     cache = tmp_path / "cache"
     next(cache.glob("tokenizer-*.model")).rename(cache / "tokenizer.model")
-    with pytest.raises(UserError, match="sample_posterior False and the data has True"):
+    with pytest.raises(UserError, match="sample_posterior False, but the data has True"):
         build(encoded=str(cache), sample_posterior=True)
 
 
@@ -127,5 +133,5 @@ def test_a_folder_that_is_not_whole_is_refused(build, folder, tmp_path):
     part = tmp_path / "part"
     shutil.copytree(folder, part)
     next(part.glob("noise-val-*")).rename(part / "x")
-    with pytest.raises(UserError, match="holds 0 corpora of noise val and not one; run"):
+    with pytest.raises(UserError, match="holds 0 corpora of noise val instead of one; run"):
         build(encoded=str(part))

@@ -68,7 +68,7 @@ def test_training_samples_the_posterior_and_validation_takes_its_mode(build):
 
 
 def test_half_of_the_documents_are_mirrored(build):
-    corpus = build(mirror=True).corpora["train"]["captions"]
+    corpus = build(hflip=True).corpora["train"]["captions"]
     images, encode = pictures("train"), load_autoencoder("shapes").encode
     plain, mirrored = encode(images)[2], encode(images.flip(-1))[2]
     assert (plain - mirrored).abs().max() > 0.5
@@ -81,7 +81,7 @@ def test_half_of_the_documents_are_mirrored(build):
 
 
 def test_samples_belong_to_the_row_and_differ_between_epochs(build):
-    rows, again = (build(sample_posterior=True, mirror=True).train_dataloader().dataset
+    rows, again = (build(sample_posterior=True, hflip=True).train_dataloader().dataset
                    for _ in range(2))  # fmt: skip
     latents = lambda r, n: torch.stack([d[1] for d in r[n][1]])  # noqa: E731
     assert torch.equal(latents(rows, 7), latents(again, 7))
@@ -93,7 +93,7 @@ def test_samples_belong_to_the_row_and_differ_between_epochs(build):
 def test_what_is_kept_names_the_corpus_and_the_default_is_as_it_was(build):
     paths = [
         build(**options).corpora["train"]["captions"].path
-        for options in ({}, {"mirror": True}, {"sample_posterior": True})
+        for options in ({}, {"hflip": True}, {"sample_posterior": True})
     ]
     assert len(set(paths)) == 3
 
@@ -132,12 +132,12 @@ def colour_at(picture: torch.Tensor) -> str:
     return training_datasets.colour_of(image)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("lazy_images", [False, True])
 @pytest.mark.parametrize("crops", [1, 2, 3])
 def test_squares_of_a_long_picture_are_shown_in_turn_and_the_middle_in_validation(
-    in_place, crops, wide
+    lazy_images, crops, wide
 ):
-    data = wide(in_place=in_place, crops=crops, mirror=True)
+    data = wide(lazy_images=lazy_images, crops=crops, hflip=True)
     for number in range(2):
         corpus = data.corpora["train"]["wide"]
         shown = Counter(
@@ -149,20 +149,20 @@ def test_squares_of_a_long_picture_are_shown_in_turn_and_the_middle_in_validatio
         assert colour_at(data.corpora["val"]["wide"].document(number)[1]) == "lime"
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_crop_is_mirrored_as_it_is(in_place, wide):
+@pytest.mark.parametrize("lazy_images", [False, True])
+def test_a_crop_is_mirrored_as_it_is(lazy_images, wide):
     """Noise tells the views apart: each of the six is shown."""
-    data = wide(in_place=in_place)
+    data = wide(lazy_images=lazy_images)
     path = data.sources["wide"].paths.replace("metadata.jsonl", "wide.png")
     noise = np.random.default_rng(0).integers(0, 256, (8, 24, 3), np.uint8)
     Image.fromarray(noise).save(path)
-    corpus = wide(in_place=in_place, crops=3, mirror=True).corpora["train"]["wide"]
+    corpus = wide(lazy_images=lazy_images, crops=3, hflip=True).corpora["train"]["wide"]
     expected = [torch.from_numpy(noise[:, x : x + 8].copy()).permute(2, 0, 1) for x in (8, 0, 16)]
     expected += [picture.flip(-1) for picture in expected]
     found = set()
     for seed in range(80):
         picture = corpus.document(0, np.random.default_rng(seed))[1]
-        if not in_place:
+        if not lazy_images:
             picture = (picture + 1) * 127.5
         close = [(picture - view).abs().max() < 0.1 for view in map(torch.Tensor.float, expected)]
         assert sum(close) == 1
@@ -171,7 +171,7 @@ def test_a_crop_is_mirrored_as_it_is(in_place, wide):
 
 
 def test_crops_of_what_was_drawn_or_of_a_wrong_number_are_refused(build):
-    with pytest.raises(UserError, match="crops need pictures that are read from files"):
+    with pytest.raises(UserError, match="crops need images that are read from files"):
         build(crops=2)
     with pytest.raises(UserError, match="crops=4 must be 1"):
         build(crops=4)

@@ -76,7 +76,7 @@ def test_bad_samples_are_counted_by_reason(run):
         "truncated image": 2,
         "empty document": 2,
         "text is not Unicode": 1,
-        "picture of another size than the first": 1,
+        "image of another size than the first": 1,
         "longer than a row of 16 tokens": 1,
     }
 
@@ -187,7 +187,7 @@ def test_a_wholly_bad_corpus_is_a_user_error(run, split):
 
 
 def test_pictures_without_an_autoencoder_are_a_user_error(run):
-    with pytest.raises(UserError, match="the data has pictures; name an autoencoder"):
+    with pytest.raises(UserError, match="the data has images; name an autoencoder"):
         run(Given(["red", picture()]), autoencoder=None)
 
 

@@ -142,7 +142,9 @@ def test_the_command_prepares_a_jobs_part_and_joins_them(tmp_path, small_shards,
     (tmp_path / "a.yaml").write_text(json.dumps({"data": data, "model": {"transformer": sizes}}))
     arguments = ["prepare", "-c", str(tmp_path / "a.yaml"), "--processes", "1"]
     main([*arguments, "--shard", "0/2"])
-    assert "This part is done; when all are, `tf-lightning prepare`" in capsys.readouterr().out
+    assert (
+        "This part is done; when all parts are done, run `tf-lightning" in capsys.readouterr().out
+    )
     main([*arguments, "--shard=1/2"])
     assert "The corpora are in" in capsys.readouterr().out
     assert len(list((tmp_path / "cache").glob("text-train-*/answer-*.json"))) == 1

@@ -77,7 +77,7 @@ def test_a_source_without_readable_images_is_refused_in_one_sentence(imagenet, t
         mixture(imagenet, tmp_path).setup()
     assert str(error.value) == (
         "imagenet: all 4 documents of the train split are unusable (4 undecodable image); "
-        "mend them or change the data's arguments"
+        "repair them or change the data's arguments"
     )
 
 

@@ -32,7 +32,7 @@ from tf_lightning.data import (
 )
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.documents import Skipped
-from tf_lightning.data.pictures import PictureStore, store_pictures
+from tf_lightning.data.image_only import ImageStore, store_images
 from tf_lightning.errors import UserError
 
 ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 60))
@@ -180,14 +180,14 @@ def damage_one_file(folder: Path, rng: random.Random) -> tuple[Path, bytes]:
 
 
 def test_a_damaged_image_store_is_read_or_refused(tmp_path):
-    store = store_pictures(Pictures(num_documents=20), "train", tmp_path)
+    store = store_images(Pictures(num_documents=20), "train", tmp_path)
     rng, refused = random.Random(0), 0
     for _ in range(ROUNDS):
         path, whole = damage_one_file(store.path, rng)
         try:
-            opened = PictureStore(store.path)
-            assert opened.pictures.shape[1:] == (8, 8, 3)
-            assert np.asarray(opened.pictures).dtype == np.uint8
+            opened = ImageStore(store.path)
+            assert opened.images.shape[1:] == (8, 8, 3)
+            assert np.asarray(opened.images).dtype == np.uint8
         except UserError as error:
             assert "delete the folder" in str(error) and "\n" not in str(error)
             refused += 1
@@ -195,7 +195,7 @@ def test_a_damaged_image_store_is_read_or_refused(tmp_path):
     assert refused
 
 
-KINDS = {"latents": {}, "moments": {"sample_posterior": True, "mirror": True}, "in place": {}}
+KINDS = {"latents": {}, "moments": {"sample_posterior": True, "hflip": True}, "in place": {}}
 
 
 def a_corpus(kind: str, mixture, folder: Path) -> Corpus:
@@ -206,7 +206,7 @@ def a_corpus(kind: str, mixture, folder: Path) -> Corpus:
         rows = [{"image": {"bytes": as_png(x)}, "caption": f"{n}"} for n, x in enumerate(images)]
         file = write_parquet(folder / "a.parquet", rows)
         source = CaptionRows(str(file), val_fraction=0, image_size=8)
-    data = mixture({"pictures": source}, in_place=kind == "in place", **KINDS[kind])
+    data = mixture({"pictures": source}, lazy_images=kind == "in place", **KINDS[kind])
     data.setup()
     return data.corpora["train"]["pictures"]
 

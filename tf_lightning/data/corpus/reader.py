@@ -1,27 +1,24 @@
-"""What a source of documents is, and a prepared corpus on disk: memory-mapped, read by number.
+"""A prepared corpus on disk: memory-mapped, with random access by document number.
 
-A corpus is a directory of
-    tokens.bin     int32, all text ids one after another, ~id where it is read and not learned
-    latents.bin    float16 (num_images, V, S, C, h, w), unit variance; V: the picture's crops, and
-                   these mirrored (if asked); S: the latents, or mean and standard deviation (if
-                   asked); codes are uint32, C = 1
-    pictures.npy   instead, if asked: int64 (num_images, 4), file, first byte and bytes of each
-                   picture, and whether it is read_alike (in_place.py)
-    pictures.bin   then too: the files of pictures that lie in parquet and packed tars, as they are
-    parts.npy      int64 (num_parts, 2): text is (first token, length), an image (its number, -1)
+A corpus is a folder with these files:
+    corpus.json    counts, image shape, codebook size, what is stored of each image
+                   (`ImageStorageSpec`), and how many samples were skipped for each reason
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
-    checks.npy     uint32 (num_parts,): CRC-32 of what each part is made of, begun with `seed_of`
-    corpus.json    counts, image shape, codes in the codebook if there is one, and how many samples
-                   were skipped for what reason
-    answer-*.json  how many rows it takes, once that was asked
+    parts.npy      int64 (num_parts, 2): (first token, length) of a text, (number, -1) of an image
+    checks.npy     uint32 (num_parts,): CRC-32 of the content of each part, see `checksum_seed`
+    tokens.bin     int32: all token ids, one text after another; ~id for text outside of the loss
+    latents.bin    float16 (num_images, V, S, C, h, w), unit variance. V views: the crops, then the
+                   flipped crops. S: the latents, or their mean and standard deviation. Codes are
+                   uint32 with C = 1.
+    answer-*.json  results that depend on the whole corpus, such as the number of rows it fills
 
-What documents look like before they are read: which parts they have and how long these are.
+With lazy images, latents.bin is empty and there are also:
+    pictures.npy   int64 (num_images, 4): file number, first byte, number of bytes, and whether
+                   `decode` gives the prepared image
+    pictures.bin   copies of image files without a byte range of their own, in parquet files and
+                   compressed tars
 
-Pictures that stay where they are, in tars and files, and are read by number when trained on.
-
-Those in parquet and packed tars lie nowhere by themselves: the corpus has a copy of their files.
-Pillow, which every picture is prepared with, takes as long again to hand over an array as to decode
-a small picture. Where torchcodec was seen to make the same pixels, it reads them.
+Shapes: C x h x w latents, 3 x H x W pixels.
 """
 
 import hashlib
@@ -46,227 +43,120 @@ from tf_lightning.batch import Document
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import CROP_POSITIONS, load_image
 from tf_lightning.errors import UserError
+from tf_lightning.files import atomic_file
 
-Check = tuple[int, int]  # what a part's CRC-32 begins and ends with
-IMAGE = -1  # stands where a text part has its length
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The parts of some documents.
-
-    Attributes:
-        part_lengths: tokens of each text, IMAGE for an image, (num_parts,), document by document.
-        starts: document i is parts starts[i] .. starts[i + 1] - 1, (num_documents + 1,).
-    """
-
-    part_lengths: np.ndarray
-    starts: np.ndarray
-
-    def __len__(self) -> int:
-        """Number of documents."""
-        return len(self.starts) - 1
-
-    def lengths(self, num_patches: int) -> np.ndarray:
-        """Positions each document takes in a row, (num_documents,), with N patches an image."""
-        image = self.part_lengths == IMAGE
-        return 2 + self._sums(np.where(image, num_patches + 2, self.part_lengths))
-
-    def pairs(self) -> np.ndarray:
-        """Which documents are exactly one text and one image, (num_documents,) bool."""
-        images = self._sums(self.part_lengths == IMAGE)
-        return (images == 1) & (np.diff(self.starts) == 2)
-
-    def edits(self) -> np.ndarray:
-        """Which documents are exactly picture, instruction, picture, (num_documents,) bool."""
-        found = np.diff(self.starts) == 3
-        first = self.starts[:-1][found]
-        image = self.part_lengths == IMAGE
-        found[found] = image[first] & ~image[first + 1] & image[first + 2]
-        return found
-
-    def read_images(self) -> np.ndarray:
-        """How many images of each document have a part after them, (num_documents,)."""
-        image = self.part_lengths == IMAGE
-        return self._sums(image) - image[self.starts[1:] - 1]
-
-    def _sums(self, of_parts: np.ndarray) -> np.ndarray:
-        """Sums over the parts of each document."""
-        totals = np.concatenate([[0], np.cumsum(of_parts)])
-        return totals[self.starts[1:]] - totals[self.starts[:-1]]
-
-
-def select(parts: np.ndarray, starts: np.ndarray, documents: np.ndarray) -> Layout:
-    """The layout of some documents of a corpus, reading no others.
-
-    Args:
-        parts: of the corpus, (num_parts, 2), the second column as `Layout.part_lengths`.
-        starts: of the corpus, (num_documents + 1,).
-        documents: their numbers, (n,).
-    """
-    first = starts[documents]
-    counts = starts[documents + 1] - first
-    chosen = np.concatenate([[0], np.cumsum(counts)])
-    places = np.arange(chosen[-1]) + np.repeat(first - chosen[:-1], counts)
-    return Layout(parts[places, 1], chosen)
-
+IMAGE = -1  # the length of a part that is an image
+# Data types in the file and in memory.
+STORED_LATENTS, STORED_CODES = (np.float16, np.float32), (np.uint32, np.int64)
+INDEX_CHUNK = 1_000_000  # documents checked at once, to bound the memory of a large index
 
 OPEN_FILES = 64
-OWN = -1  # the number of the corpus's own file of pictures
-JPEG = 0xFF  # the first byte of its files
-UNREADABLE = RuntimeError, ValueError  # what torchcodec raises of bytes that it makes no picture of
+OWN_FILE = -1  # file number of pictures.bin
+JPEG = 0xFF  # first byte of a JPEG file
+DECODE_ERRORS = RuntimeError, ValueError  # raised by torchcodec for bytes that it cannot decode
 
-
-class InPlace:
-    """The pictures of a corpus.
-
-    Args:
-        files: names.
-        places: of each picture: the number of its file, first byte, bytes, and whether it is
-            `read_alike`, (num_images, 4).
-        image_size: side of the pictures in pixels.
-        own: the corpus's file of pictures that have no other.
-    """
-
-    def __init__(self, files: list[str], places: np.ndarray, image_size: int, own: Path):
-        self.files = [*files, str(own)]  # OWN is the last
-        self.places, self.image_size = places, image_size
-        self._opened: OrderedDict[int, int] = OrderedDict()  # descriptors, by number of the file
-
-    def read(self, number: int, check: Check, crop: int = 0) -> Tensor:
-        """Picture `number`, uint8 (3, H, W).
-
-        Args:
-            number: of the picture.
-            check: of the bytes of its file.
-            crop: which of CROP_POSITIONS; those of what is `read_alike` are one.
-
-        Raises:
-            UserError: its file is gone, or is no longer the one that was prepared.
-            ValueError: it is the corpus that is damaged.
-        """
-        file, offset, size, alike = self.places[number].tolist()
-        if not OWN <= file < len(self.files):
-            raise ValueError("picture in a file that is not listed")
-        content = np.empty(size, np.uint8)
-        try:
-            if os.preadv(self._open(file), [content], offset) != size:
-                raise BadSample("truncated file")
-            if alike:
-                return decoded(intact(content, check))
-            picture = load_image(
-                intact(content, check).tobytes(), self.image_size, CROP_POSITIONS[crop]
-            )
-        except (OSError, *UNREADABLE, BadSample) as error:
-            if file == OWN:
-                raise ValueError("damaged image") from error
-            raise UserError(
-                f"picture {number:,} at byte {offset:,} of {self.files[file]} cannot be read any "
-                "more; bring the file back as it was, or run `tf-lightning prepare` again"
-            ) from error
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-    def _open(self, file: int) -> int:
-        if file not in self._opened:
-            if len(self._opened) == OPEN_FILES:
-                os.close(self._opened.popitem(last=False)[1])
-            self._opened[file] = os.open(Path(self.files[file]), os.O_RDONLY)
-        self._opened.move_to_end(file)
-        return self._opened[file]
-
-
-def decoded(content: np.ndarray) -> Tensor:
-    """A JPEG or PNG as it is, uint8 (3, H, W), of its file's bytes; UNREADABLE if damaged."""
-    decode = decode_jpeg if content[0] == JPEG else decode_png
-    return decode(torch.from_numpy(content), mode="RGB")
-
-
-def read_alike(picture: Image.Image, content: bytes) -> bool:
-    """Whether `decoded` makes exactly this picture of its file."""
-    try:
-        pixels = decoded(np.frombuffer(bytearray(content), np.uint8))
-    except UNREADABLE:  # of another kind than JPEG and PNG
-        return False
-    return np.array_equal(pixels.numpy(), np.asarray(picture).transpose(2, 0, 1))
-
-
-CHUNK = 1_000_000  # documents checked at once
-STORED_LATENTS, STORED_CODES = (np.float16, np.float32), (np.uint32, np.int64)  # and as they serve
-
-
-@dataclass(frozen=True)
-class Latents:
-    """What is kept of each picture.
-
-    Attributes:
-        mirrored: its mirror image too, for training on either.
-        crops: how many squares of it, the middle first and then the ends of the longer side.
-        moments: mean and standard deviation of its latents, for training on samples.
-        in_place: nothing; it is read where it lies whenever it is trained on.
-    """
-
-    mirrored: bool = False
-    moments: bool = False
-    in_place: bool = False
-    crops: int = 1
-
-    def __post_init__(self) -> None:
-        if self.crops not in (1, 2, 3):
-            raise UserError(f"crops={self.crops} must be 1 (the middle), 2 or 3 (and both ends)")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """V, S."""
-        return (1 + self.mirrored) * self.crops, 1 + self.moments
-
-    def draw(self, random: np.random.Generator | None) -> tuple[int, int]:
-        """Which of the kept views a document is read with: mirrored or not, number of the crop."""
-        if random is None:
-            return 0, 0
-        mirrored = int(self.mirrored and random.random() < 0.5)
-        return mirrored, int(random.integers(self.crops)) if self.crops > 1 else 0
-
-
-def draw_latents(kept: np.ndarray, random: np.random.Generator | None) -> np.ndarray:
-    """Latents (C, h, w) of what is kept of them, (S, C, h, w): a sample, or the mean."""
-    mean, *std = kept
-    if random is None or not std:
-        return mean
-    return mean + std[0] * random.standard_normal(mean.shape, dtype=np.float32)
+Checksum = tuple[int, int]  # initial value and result of a part's CRC-32
 
 
 def refuse_damage(method: Callable) -> Callable:
-    """A method of a folder's reader that says which folder is damaged, whatever that raises."""
+    """Make a method report any error as damage of the folder `self.path`.
+
+    Raises:
+        UserError: the method raised an error other than IndexError and UserError.
+    """
 
     @wraps(method)
     def reading(self, *args):
         try:
             return method(self, *args)
-        except (IndexError, UserError):  # also how a sequence ends; told already
+        except (IndexError, UserError):  # IndexError also ends an iteration over a sequence
             raise
         except Exception as error:
             raise UserError(
-                f"{self.path} is damaged; delete the folder and have it made again"
+                f"{self.path} is damaged; delete the folder and run the command again"
             ) from error
 
     return reading
+
+
+@dataclass(frozen=True)
+class ImageStorageSpec:
+    """What a corpus stores of each image.
+
+    Attributes:
+        hflip: also a horizontally flipped copy; training draws one of the two.
+        moments: mean and standard deviation of the posterior, for training on samples.
+        lazy: only the position of the image file, which is read whenever the image is needed.
+        crops: number of square crops in {1, 2, 3}: the center, then the ends of the longer side.
+    """
+
+    hflip: bool = False
+    moments: bool = False
+    lazy: bool = False
+    crops: int = 1
+
+    def __post_init__(self) -> None:
+        if self.crops not in (1, 2, 3):
+            raise UserError(
+                f"crops={self.crops} must be 1 (the center), 2 or 3 (also the ends of the longer "
+                "side)"
+            )
+
+    @classmethod
+    def from_json(cls, values: dict) -> "ImageStorageSpec":
+        """Read what `to_json` wrote."""
+        names = {"mirrored": "hflip", "in_place": "lazy"}
+        return cls(**{names.get(name, name): value for name, value in values.items()})
+
+    def to_json(self) -> dict:
+        """Convert to the keys of corpus.json; they are part of the corpus's hash."""
+        return {
+            "mirrored": self.hflip,
+            "moments": self.moments,
+            "in_place": self.lazy,
+            "crops": self.crops,
+        }
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of views and of stored statistics of an image, (V, S)."""
+        return (1 + self.hflip) * self.crops, 1 + self.moments
+
+    def draw_view(self, random: np.random.Generator | None) -> tuple[int, int]:
+        """Draw whether to flip (0 or 1) and the number of the crop; (0, 0) without generator."""
+        if random is None:
+            return 0, 0
+        flipped = int(self.hflip and random.random() < 0.5)
+        return flipped, int(random.integers(self.crops)) if self.crops > 1 else 0
+
+
+def draw_latents(stored: np.ndarray, random: np.random.Generator | None) -> np.ndarray:
+    """Sample latents (C, h, w) from stored moments (2, C, h, w).
+
+    Without a generator or a standard deviation, (1, C, h, w), the mean is returned.
+    """
+    mean, *std = stored
+    if random is None or not std:
+        return mean
+    return mean + std[0] * random.standard_normal(mean.shape, dtype=np.float32)
 
 
 class Corpus:
     """A prepared corpus.
 
     Args:
-        path: its directory.
-        sample_posterior: whether `document` samples latents whose spread is kept too.
+        path: its folder.
+        sample_posterior: whether `document` samples latents if their moments are stored.
 
     Attributes:
-        name: the directory's name.
-        image_shape: (C, h, w) of its latents, None where it has none.
-        skipped: how many samples were left out, by reason.
-        origin: what it was made of, as `shards.plan_corpus` lists it.
+        name: name of the folder.
+        image_shape: (C, h, w) of the latents, None if there are no images.
+        image_storage: what is stored of each image.
+        skipped: number of skipped samples by reason.
+        origin: everything that determined the content, as `PrepareJob.origin` lists it.
 
     Raises:
-        UserError: the files are not what they were written as.
+        UserError: the files are damaged.
     """
 
     @refuse_damage
@@ -278,13 +168,13 @@ class Corpus:
         self.skipped: dict[str, int] = facts["skipped"]
         self.num_images, self.origin = facts["num_images"], facts["made_from"]
         self._tokens = _memmap(self.path / "tokens.bin", np.int32, (facts["num_tokens"],))
-        self.latents = Latents(**facts.get("latents", {}))
-        shape = facts["num_images"], *self.latents.shape, *(self.image_shape or ())
+        self.image_storage = ImageStorageSpec.from_json(facts.get("latents", {}))
+        shape = facts["num_images"], *self.image_storage.shape, *(self.image_shape or ())
         stored, self._dtype = STORED_CODES if facts.get("num_codes") else STORED_LATENTS
-        if self.latents.in_place:
-            places = np.asarray(np.load(self.path / "pictures.npy", mmap_mode="r"))
-            size, own = (self.image_shape or [0])[-1], self.path / "pictures.bin"
-            self._pictures = InPlace(facts["files"], places, size, own)
+        if self.image_storage.lazy:
+            locations = np.asarray(np.load(self.path / "pictures.npy", mmap_mode="r"))
+            size, own_file = (self.image_shape or [0])[-1], self.path / "pictures.bin"
+            self._lazy_images = LazyImages(facts["files"], locations, size, own_file)
         else:
             self._latents = _memmap(self.path / "latents.bin", stored, shape)
         self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))
@@ -293,7 +183,7 @@ class Corpus:
         _check_index(self._parts, self._documents, self._checks)
 
     def __reduce__(self):
-        """Travels to DataLoader workers as its path, not its content."""
+        """Pickle the path, not the content, so that DataLoader workers open the files again."""
         return Corpus, (self.path, self.sample_posterior)
 
     def __len__(self) -> int:
@@ -302,107 +192,259 @@ class Corpus:
 
     @refuse_damage
     def document(self, index: int, random: np.random.Generator | None = None) -> Document:
-        """Texts (L,) int64 and latents (C, h, w) float32, or codes (1, h, w) int64, in order.
-
-        Pictures in place are pixels, uint8 (3, H, W).
+        """Read a document.
 
         Args:
-            index: its number.
-            random: draws latents from their posterior, and one crop and all pictures of the
-                document or none mirrored, where the corpus has what that needs; None: the means of
-                the pictures' middles.
+            index: number of the document.
+            random: draws the crop, the flip (the same for all images of the document) and the
+                sample of the posterior, as far as the corpus stores them. None: the center crop,
+                unflipped, and the mean.
+
+        Returns:
+            The parts in order: texts (L,) int64; latents (C, h, w) float32, codes (1, h, w) int64,
+            or lazy images (3, H, W) uint8.
         """
         where = slice(self._documents[index], self._documents[index + 1])
         parts, checks = self._parts[where].tolist(), self._checks[where].tolist()
         _check_parts(parts, len(self._tokens), self.num_images)
-        view = self.latents.draw(random)
+        view = self.image_storage.draw_view(random)
         document = []
-        for place, ((start, length), end) in enumerate(zip(parts, checks, strict=True)):
-            check = seed_of(place, len(parts)), end
+        for place, ((start, length), crc) in enumerate(zip(parts, checks, strict=True)):
+            checksum = checksum_seed(place, len(parts)), crc
             if length == IMAGE:
-                document.append(self._picture(start, check, view, random))
+                document.append(self._image(start, checksum, view, random))
             else:
-                tokens = intact(self._tokens[start : start + length], check)
+                tokens = verified(self._tokens[start : start + length], checksum)
                 document.append(torch.from_numpy(tokens.astype(np.int64)))
         return document
 
-    def _picture(
-        self, number: int, check: Check, view: tuple[int, int], random: np.random.Generator | None
+    def _image(
+        self,
+        number: int,
+        checksum: Checksum,
+        view: tuple[int, int],
+        random: np.random.Generator | None,
     ) -> Tensor:
-        """Of a picture, latents (C, h, w) float32, codes (1, h, w) int64 or pixels uint8."""
-        mirrored, crop = view
-        if self.latents.in_place:
-            picture = self._pictures.read(number, check, crop)
-            return picture.flip(-1) if mirrored else picture
-        kept = intact(self._latents[number], check)[mirrored * self.latents.crops + crop]
-        kept = kept.astype(self._dtype)
-        return torch.from_numpy(draw_latents(kept, random if self.sample_posterior else None))
+        """Read one image as latents, codes or pixels, see `document`."""
+        flipped, crop = view
+        if self.image_storage.lazy:
+            image = self._lazy_images.read(number, checksum, crop)
+            return image.flip(-1) if flipped else image
+        views = verified(self._latents[number], checksum)
+        stored = views[flipped * self.image_storage.crops + crop].astype(self._dtype)
+        return torch.from_numpy(draw_latents(stored, random if self.sample_posterior else None))
 
     @refuse_damage
-    def layout(self, documents: np.ndarray | None = None) -> Layout:
-        """The parts of some documents, by number, or of all."""
+    def layout(self, documents: np.ndarray | None = None) -> "Layout":
+        """Describe the parts of these documents (n,), or of all, without reading them."""
         if documents is None:
             documents = np.arange(len(self))
-        return select(self._parts, self._documents, documents)
+        return select_layout(self._parts, self._documents, documents)
 
-    def remembered(self, question: str, answer: Callable[[], dict]) -> dict:
-        """What was found out about the corpus once, kept beside it; JSON.
+    def cached(self, question: str, compute: Callable[[], dict]) -> dict:
+        """Return a result from the corpus folder, or compute it and store it there as JSON.
 
         Args:
-            question: all that the answer depends on, but for the corpus.
-            answer: finds it out.
+            question: everything besides the corpus that the result depends on.
+            compute: computes the result.
         """
         digest = hashlib.sha256(question.encode()).hexdigest()[:12]
         path = self.path / f"answer-{digest}.json"
-        with suppress(OSError, ValueError):  # not there, or damaged
+        with suppress(OSError, ValueError):  # missing or damaged
             return json.loads(path.read_text())
-        found = answer()
-        with suppress(OSError):  # a folder that can only be read is none the worse
-            part = path.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(found))
-            os.replace(part, path)
+        result = compute()
+        with suppress(OSError), atomic_file(path) as partial:  # the folder may be read-only
+            partial.write_text(json.dumps(result))
+        return result
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The kinds and lengths of the parts of some documents.
+
+    Attributes:
+        part_lengths: tokens of each text, IMAGE for each image, document by document, (num_parts,).
+        starts: document i has parts starts[i] to starts[i + 1] - 1, (num_documents + 1,).
+    """
+
+    part_lengths: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.starts) - 1
+
+    def lengths(self, num_patches: int) -> np.ndarray:
+        """Count the positions of each document in a row, (num_documents,).
+
+        Args:
+            num_patches: positions of an image's patches.
+        """
+        image = self.part_lengths == IMAGE
+        return 2 + self._sums(np.where(image, num_patches + 2, self.part_lengths))
+
+    def pairs(self) -> np.ndarray:
+        """Find documents of exactly one text and one image, (num_documents,) bool."""
+        images = self._sums(self.part_lengths == IMAGE)
+        return (images == 1) & (np.diff(self.starts) == 2)
+
+    def edits(self) -> np.ndarray:
+        """Find documents of exactly image, instruction, image, (num_documents,) bool."""
+        found = np.diff(self.starts) == 3
+        first = self.starts[:-1][found]
+        image = self.part_lengths == IMAGE
+        found[found] = image[first] & ~image[first + 1] & image[first + 2]
         return found
 
+    def read_images(self) -> np.ndarray:
+        """Count the images of each document that a later part attends to, (num_documents,)."""
+        image = self.part_lengths == IMAGE
+        return self._sums(image) - image[self.starts[1:] - 1]
 
-def _memmap(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """An array in a file; an empty file, which cannot be mapped, is an empty array."""
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    if path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
-        raise ValueError("file of another size than corpus.json says")
-    return np.asarray(np.memmap(path, dtype, "r", shape=shape))  # plain arrays slice faster
+    def _sums(self, of_parts: np.ndarray) -> np.ndarray:
+        """Sum a value per part over each document, (num_documents,)."""
+        totals = np.concatenate([[0], np.cumsum(of_parts)])
+        return totals[self.starts[1:]] - totals[self.starts[:-1]]
 
 
-def seed_of(place: int, count: int) -> int:
-    """What the CRC-32 of part `place` of `count` begins with: among other parts, it is another."""
+def select_layout(parts: np.ndarray, starts: np.ndarray, documents: np.ndarray) -> Layout:
+    """Describe some documents of a corpus; the index of other documents is not read.
+
+    Args:
+        parts: parts.npy of the corpus, (num_parts, 2).
+        starts: documents.npy of the corpus, (num_documents + 1,).
+        documents: numbers of the documents, (n,).
+    """
+    first = starts[documents]
+    counts = starts[documents + 1] - first
+    chosen = np.concatenate([[0], np.cumsum(counts)])
+    places = np.arange(chosen[-1]) + np.repeat(first - chosen[:-1], counts)
+    return Layout(parts[places, 1], chosen)
+
+
+class LazyImages:
+    """The images of a corpus, read from their source files whenever they are needed.
+
+    Pillow takes as long to hand over an array as to decode a small image, so torchcodec decodes the
+    files for which it gave the same pixels when the corpus was prepared.
+
+    Args:
+        files: paths of the source files.
+        locations: file number, first byte, number of bytes and whether `decode` gives the prepared
+            image, (num_images, 4).
+        image_size: side of the images in pixels.
+        own_file: pictures.bin, with the images that have no source file of their own.
+    """
+
+    def __init__(self, files: list[str], locations: np.ndarray, image_size: int, own_file: Path):
+        self.files = [*files, str(own_file)]  # OWN_FILE is the last
+        self.locations, self.image_size = locations, image_size
+        self._descriptors: OrderedDict[int, int] = OrderedDict()  # by file number, oldest first
+
+    def read(self, number: int, checksum: Checksum, crop: int = 0) -> Tensor:
+        """Read image `number`, uint8 (3, H, W).
+
+        Args:
+            number: number of the image.
+            checksum: of the bytes of its file.
+            crop: index into CROP_POSITIONS; ignored for images that `decode` reads, which are
+                square.
+
+        Raises:
+            UserError: the source file is missing or has changed since it was prepared.
+            ValueError: the corpus is damaged.
+        """
+        file, offset, size, decodes_alike = self.locations[number].tolist()
+        if not OWN_FILE <= file < len(self.files):
+            raise ValueError("image in a file that is not listed")
+        content = np.empty(size, np.uint8)
+        try:
+            if os.preadv(self._open(file), [content], offset) != size:
+                raise BadSample("truncated file")
+            if decodes_alike:
+                return decode(verified(content, checksum))
+            file_bytes = verified(content, checksum).tobytes()
+            image = load_image(file_bytes, self.image_size, CROP_POSITIONS[crop])
+        except (OSError, *DECODE_ERRORS, BadSample) as error:
+            if file == OWN_FILE:
+                raise ValueError("damaged image") from error
+            raise UserError(
+                f"image {number:,} at byte {offset:,} of {self.files[file]} cannot be read any "
+                "more; restore the file, or run `tf-lightning prepare` again"
+            ) from error
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def _open(self, file: int) -> int:
+        """Return a file's descriptor; the least recently used one is closed if there are many."""
+        if file not in self._descriptors:
+            if len(self._descriptors) == OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[file] = os.open(Path(self.files[file]), os.O_RDONLY)
+        self._descriptors.move_to_end(file)
+        return self._descriptors[file]
+
+
+def decode(content: np.ndarray) -> Tensor:
+    """Decode the bytes of a JPEG or PNG file with torchcodec, uint8 (3, H, W).
+
+    Raises:
+        RuntimeError, ValueError: the bytes cannot be decoded (DECODE_ERRORS).
+    """
+    decoder = decode_jpeg if content[0] == JPEG else decode_png
+    return decoder(torch.from_numpy(content), mode="RGB")
+
+
+def decodes_alike(image: Image.Image, content: bytes) -> bool:
+    """Check whether `decode` gives exactly this image from the bytes of its file."""
+    try:
+        pixels = decode(np.frombuffer(bytearray(content), np.uint8))
+    except DECODE_ERRORS:  # neither JPEG nor PNG
+        return False
+    return np.array_equal(pixels.numpy(), np.asarray(image).transpose(2, 0, 1))
+
+
+def checksum_seed(place: int, count: int) -> int:
+    """Initial value of the CRC-32 of part `place` of `count`.
+
+    It differs between parts, so a checksum also finds parts that were exchanged.
+    """
     return (place << 16 | count) & 0xFFFFFFFF
 
 
-def intact(content: np.ndarray, check: Check) -> np.ndarray:
-    """What was read; ValueError unless it is what was written there."""
-    seed, end = check
-    if zlib.crc32(content, seed) != end:
-        raise ValueError("part of another content")
+def verified(content: np.ndarray, checksum: Checksum) -> np.ndarray:
+    """Return the content of a part; ValueError if its CRC-32 is wrong."""
+    seed, crc = checksum
+    if zlib.crc32(content, seed) != crc:
+        raise ValueError("the checksum of a part is wrong")
     return content
 
 
+def _memmap(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """Map a file as an array; an empty file cannot be mapped and gives an empty array."""
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    if path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
+        raise ValueError("the size of a file differs from corpus.json")
+    return np.asarray(np.memmap(path, dtype, "r", shape=shape))  # plain arrays slice faster
+
+
 def _check_index(parts: np.ndarray, documents: np.ndarray, checks: np.ndarray) -> None:
-    """ValueError unless the documents divide the parts."""
+    """ValueError unless the arrays have the right types and `documents` divides the parts."""
     kinds = [(array.dtype, array.shape[1:]) for array in (parts, documents, checks)]
     if kinds != [(np.int64, (2,)), (np.int64, ()), (np.uint32, ())] or len(documents) == 0:
-        raise ValueError("index of another kind")
+        raise ValueError("an index array has the wrong type or shape")
     if len(checks) != len(parts):
-        raise ValueError("parts without a check")
+        raise ValueError("the numbers of checksums and parts differ")
     if documents[0] != 0 or documents[-1] != len(parts):
-        raise ValueError("documents of more or fewer parts")
-    for start in range(0, len(documents), CHUNK):  # never all of a large one in memory
-        if (np.diff(documents[start : start + CHUNK + 1]) < 0).any():
-            raise ValueError("documents out of order")
+        raise ValueError("the documents do not cover the parts")
+    for start in range(0, len(documents), INDEX_CHUNK):
+        if (np.diff(documents[start : start + INDEX_CHUNK + 1]) < 0).any():
+            raise ValueError("the documents are out of order")
 
 
 def _check_parts(parts: list[list[int]], num_tokens: int, num_images: int) -> None:
-    """ValueError unless texts and images are where they are said to be."""
+    """ValueError unless all parts lie within the stored tokens and images."""
     for start, length in parts:
         end, limit = (start + 1, num_images) if length == IMAGE else (start + length, num_tokens)
         if start < 0 or length < IMAGE or end > limit:
-            raise ValueError("part outside of its file")
+            raise ValueError("a part lies outside of its file")

@@ -1,4 +1,4 @@
-"""`tf-lightning encode` of a small configuration, in this process or in several."""
+"""`tf-lightning prepare --data.encoded` of a small configuration, in one process or several."""
 
 import os
 import subprocess
@@ -25,20 +25,25 @@ def encodable(config: dict) -> None:
 
 
 def encode(folder: Path, *more: str) -> Path:
-    """Encode in this process; the folder with the corpora."""
+    """Encode in this process; return the folder of the corpora."""
     folder.mkdir(exist_ok=True)
-    main(["encode", "-c", str(runs.write_config(folder, encodable)), *more])
+    main(command(folder, *more))
     return folder / "data" / "encoded"
 
 
-def encode_apart(folder: Path, *more: str) -> subprocess.CompletedProcess:
-    """Encode in processes of its own."""
-    folder.mkdir(exist_ok=True)
+def command(folder: Path, *more: str) -> list[str]:
+    """Write the configuration; return the arguments of `tf-lightning`."""
     config = str(runs.write_config(folder, encodable))
+    return ["prepare", "-c", config, f"--data.encoded={folder / 'data' / 'encoded'}", *more]
+
+
+def encode_apart(folder: Path, *more: str) -> subprocess.CompletedProcess:
+    """Encode in another process, which may start further ranks."""
+    folder.mkdir(exist_ok=True)
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **paths}
-    command = [sys.executable, "-m", "tf_lightning", "encode", "-c", config, *more]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = [sys.executable, "-m", "tf_lightning", *command(folder, *more)]
+    return subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from support.files import write_parquet, write_tar
 from tf_lightning.data import CaptionRows, CaptionTars, ImageCaptionData, InterleavedData
-from tf_lightning.data.corpus.reader import InPlace, read_alike
+from tf_lightning.data.corpus.reader import LazyImages, decodes_alike
 from tf_lightning.data.images import load_image
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
@@ -46,7 +46,7 @@ def tars(tmp_path, monkeypatch):
 
 def read(folder, **options) -> ImageCaptionData:
     data = ImageCaptionData(
-        f"{folder}/*.tar", val_fraction=0.0, image_size=8, in_place=True,
+        f"{folder}/*.tar", val_fraction=0.0, image_size=8, lazy_images=True,
         cache_dir=str(folder / "cache"), **SIZES, **options,
     )  # fmt: skip
     data.prepare_data()
@@ -69,7 +69,7 @@ def test_pictures_in_tars_keep_their_captions_over_shards(tars):
 
 
 def test_mirrored_pictures_in_place_are_mirrored(tars):
-    corpus = read(tars, mirror=True).corpora["train"]["captions"]
+    corpus = read(tars, hflip=True).corpora["train"]["captions"]
     found = [corpus.document(3, np.random.default_rng(n))[1] for n in range(40)]
     mirrored = [torch.equal(picture, pixels(noise(3)).flip(-1)) for picture in found]
     assert 8 < sum(mirrored) < 32
@@ -99,14 +99,14 @@ def test_pictures_in_files_are_read_there(tmp_path):
     line = {"parts": ["before and after", {"image": "one.png"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
     data = InterleavedData(
-        f"{tmp_path}/a.jsonl", val_fraction=0.0, image_size=8, in_place=True,
+        f"{tmp_path}/a.jsonl", val_fraction=0.0, image_size=8, lazy_images=True,
         cache_dir=str(tmp_path / "cache"), **SIZES,
     )  # fmt: skip
     data.prepare_data()
     corpus = data.corpora["train"]["interleaved"]
     assert torch.equal(corpus.document(0)[1], pixels(noise(1)))
     (tmp_path / "one.png").write_bytes(b"another file")
-    with pytest.raises(UserError, match="picture 0 at byte 0 of .*one.png cannot be read any more"):
+    with pytest.raises(UserError, match="image 0 at byte 0 of .*one.png cannot be read any more"):
         corpus.document(0)
 
 
@@ -141,7 +141,7 @@ def test_pictures_in_parquet_and_packed_tars_are_kept_as_they_are(
     tars = CaptionTars([f"{tmp_path}/0.tar", f"{tmp_path}/1.tar.gz"], val_fraction=0, image_size=8)
     rows = CaptionRows(f"{tmp_path}/2.parquet", val_fraction=0, image_size=8)
     data = Mixture(
-        {"tars": tars, "rows": rows}, in_place=True, cache_dir=str(tmp_path / "cache"), **SIZES
+        {"tars": tars, "rows": rows}, lazy_images=True, cache_dir=str(tmp_path / "cache"), **SIZES
     )
     data.prepare_data()
     corpora = data.corpora["train"]
@@ -160,13 +160,13 @@ def test_pictures_in_parquet_and_packed_tars_are_kept_as_they_are(
 def test_what_has_no_place_is_refused(tmp_path):
     sizes = SIZES | {"row_length": 512, "patch_size": 16}
     source = {"shapes": ShapesCaptions(4, 2)}
-    data = Mixture(source, in_place=True, cache_dir=str(tmp_path), **sizes)
+    data = Mixture(source, lazy_images=True, cache_dir=str(tmp_path), **sizes)
     with pytest.raises(
-        UserError, match="in_place and crops need pictures that are read from files"
+        UserError, match="lazy_images and crops need images that are read from files"
     ):
         data.prepare_data()
     with pytest.raises(UserError, match='reads pixels, .* give autoencoder "pixels"'):
-        Mixture(source, in_place=True, **(sizes | {"autoencoder": "shapes"}))
+        Mixture(source, lazy_images=True, **(sizes | {"autoencoder": "shapes"}))
 
 
 def check_of(path: Path) -> tuple[int, int]:
@@ -202,9 +202,9 @@ def test_only_what_pillow_reads_alike_is_read_by_the_faster_decoder(save, alike,
     path = tmp_path / "picture"
     save(path)
     wanted = load_image(path, 8)
-    assert read_alike(wanted, path.read_bytes()) == alike
+    assert decodes_alike(wanted, path.read_bytes()) == alike
     place = [[0, 0, path.stat().st_size, alike]]
-    pictures = InPlace([str(path)], np.array(place), 8, tmp_path)
+    pictures = LazyImages([str(path)], np.array(place), 8, tmp_path)
     assert torch.equal(pictures.read(0, check_of(path)), pixels(wanted))
 
 
@@ -217,16 +217,16 @@ def test_a_changed_file_is_refused_whatever_reads_it(change, tmp_path):
         path.write_bytes(path.read_bytes()[:-9])
     else:
         path.write_bytes(b"x" * size)
-    with pytest.raises(UserError, match="picture 0 at byte 0 of .*cannot be read any more"):
-        InPlace([str(path)], np.array([[0, 0, size, 1]]), 8, tmp_path).read(0, check_of(path))
+    with pytest.raises(UserError, match="image 0 at byte 0 of .*cannot be read any more"):
+        LazyImages([str(path)], np.array([[0, 0, size, 1]]), 8, tmp_path).read(0, check_of(path))
 
 
 def test_another_picture_in_the_place_of_one_is_refused(tmp_path):
     path = tmp_path / "picture.bmp"  # all pictures of a size have files of a size
     noise(1).save(path)
     check = check_of(path)
-    pictures = InPlace([str(path)], np.array([[0, 0, path.stat().st_size, 0]]), 8, tmp_path)
+    pictures = LazyImages([str(path)], np.array([[0, 0, path.stat().st_size, 0]]), 8, tmp_path)
     assert torch.equal(pictures.read(0, check), pixels(noise(1)))
     noise(2).save(path)
-    with pytest.raises(UserError, match="picture 0 at byte 0 of .*cannot be read any more"):
+    with pytest.raises(UserError, match="image 0 at byte 0 of .*cannot be read any more"):
         pictures.read(0, check)

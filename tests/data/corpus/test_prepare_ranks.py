@@ -12,12 +12,12 @@ from torch.multiprocessing import ProcessExitedException
 
 from support import ranks, runs
 from support.corpora import Sharded
-from support.encode_runs import content, encodable, encode, encode_apart
 from support.files import write_lines
+from support.prepare_runs import content, encodable, encode, encode_apart
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.cli.main import main
+from tf_lightning.data.corpus import distributed
 from tf_lightning.data.corpus.reader import Corpus
-from tf_lightning.data.encode import Pieces
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import train_tokenizer
 
@@ -25,7 +25,7 @@ from tf_lightning.tokenizer.tokenizer import train_tokenizer
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
     """A folder encoded by one rank, with mirror images."""
-    return encode(tmp_path_factory.mktemp("encoded") / "one", "--data.mirror=true")
+    return encode(tmp_path_factory.mktemp("encoded") / "one", "--data.hflip=true")
 
 
 @pytest.mark.parametrize("world_size, workers", [(1, 1), (2, 1), (3, 2), (8, 3)])
@@ -33,16 +33,16 @@ def test_ranks_and_their_workers_read_each_shard_once_and_in_order(
     tmp_path, monkeypatch, world_size, workers
 ):
     shards = Sharded(22).shards("train")
-    job = SimpleNamespace(shards=shards, split="train", shard=lambda n: tmp_path / str(n))
+    job = SimpleNamespace(shards=shards, split="train", shard_path=lambda n: tmp_path / str(n))
     (tmp_path / "1").mkdir()  # finished before
     found: dict[int, list] = {}
     for rank in range(world_size):
         for worker in range(workers):
-            told = SimpleNamespace(id=worker, num_workers=workers)
-            monkeypatch.setattr("tf_lightning.data.encode.get_worker_info", lambda told=told: told)
-            monkeypatch.setattr("tf_lightning.data.encode.DOCUMENTS_AT_ONCE", 3)
-            for piece in Pieces([(job, n) for n in range(6)], rank, world_size):
-                found.setdefault(piece.place, []).append(piece)
+            info = SimpleNamespace(id=worker, num_workers=workers)
+            monkeypatch.setattr(distributed, "get_worker_info", lambda info=info: info)
+            monkeypatch.setattr(distributed, "DOCUMENTS_PER_PIECE", 3)
+            for piece in distributed.ShardPieces([(job, n) for n in range(6)], rank, world_size):
+                found.setdefault(piece.index, []).append(piece)
     assert sorted(found) == [0, 2, 3, 4, 5]
     for place, pieces in found.items():
         captions = [caption for piece in pieces for caption, _ in piece.documents]
@@ -75,30 +75,32 @@ def test_crops_are_kept_too_also_where_workers_read_the_pictures(workers, tmp_pa
         config["data"]["init_args"] |= {"sources": {"wide": source}, "num_workers": workers}
 
     config = str(runs.write_config(tmp_path, of_files))
-    main(["encode", "-c", config, "--data.crops=3", "--data.mirror=true"])
-    (path,) = (tmp_path / "data" / "encoded").glob("wide-train-*")
+    folder = tmp_path / "encoded"
+    options = ["--data.crops=3", "--data.hflip=true", f"--data.encoded={folder}"]
+    main(["prepare", "-c", config, *options])
+    (path,) = folder.glob("wide-train-*")
     kept = np.fromfile(path / "latents.bin", np.float16).reshape(6, 2, 8, 8, 8)
     squares = np.stack([noise[:, x : x + 64] for x in (48, 0, 96)])
     images = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 127.5 - 1
     expected = load_autoencoder("shapes").moments(torch.cat([images, images.flip(-1)]))
     np.testing.assert_allclose(kept, expected.numpy(), rtol=1e-3, atol=1e-4)
     with pytest.raises(SystemExit):
-        main(["fit", "-c", config, "--data.mirror=true", f"--data.encoded={path.parent}"])
-    assert "encoded with crops 3 and the data has 1" in capsys.readouterr().err
+        main(["fit", "-c", config, "--data.hflip=true", f"--data.encoded={path.parent}"])
+    assert "encoded with crops 3, but the data has 1" in capsys.readouterr().err
 
 
 def test_training_reads_it_and_nothing_else(encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(Sharded, "documents", None)
     monkeypatch.setattr(Sharded, "fingerprint", None)
     config = str(runs.write_config(tmp_path, encodable))
-    main(["fit", "-c", config, f"--data.encoded={encoded}", "--data.mirror=true"])
+    main(["fit", "-c", config, f"--data.encoded={encoded}", "--data.hflip=true"])
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
     assert not (tmp_path / "data").exists()
 
 
 def test_the_command_says_what_to_type_next_and_does_nothing_twice(encoded, capsys):
     before = {path: path.stat().st_mtime_ns for path in encoded.rglob("*.bin")}
-    encode(encoded.parents[1], "--data.mirror=true")
+    encode(encoded.parents[1], "--data.hflip=true")
     assert f"with `tf-lightning fit -c CONFIG --data.encoded {encoded}`" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in encoded.rglob("*.bin")} == before
 
@@ -106,7 +108,7 @@ def test_the_command_says_what_to_type_next_and_does_nothing_twice(encoded, caps
 def test_a_folder_of_something_else_is_refused(encoded, capsys):
     before = content(encoded)
     with pytest.raises(SystemExit):
-        encode(encoded.parents[1], "--data.mirror=false")
+        encode(encoded.parents[1], "--data.hflip=false")
     assert "was encoded from other files or with other settings; delete" in capsys.readouterr().err
     assert content(encoded) == before
 
@@ -145,7 +147,7 @@ def test_an_error_of_a_source_arrives_in_its_one_sentence(tmp_path, capsys, monk
 
 @pytest.mark.slow
 def test_two_ranks_with_workers_write_the_files_of_one(encoded, tmp_path):
-    more = ["--data.mirror=true", "--data.num_workers=2", "--trainer.devices=2"]
+    more = ["--data.hflip=true", "--data.num_workers=2", "--trainer.devices=2"]
     ended = encode_apart(tmp_path / "two", *more)
     assert ended.returncode == 0, ended.stderr
     assert content(tmp_path / "two" / "data" / "encoded") == content(encoded)
@@ -153,13 +155,14 @@ def test_two_ranks_with_workers_write_the_files_of_one(encoded, tmp_path):
 
 @pytest.mark.slow
 def test_killed_half_way_it_goes_on_and_keeps_what_was_finished(encoded, tmp_path):
-    more = ["--data.mirror=true", f"--data.tokenizer={encoded}/tokenizer.model"]  # reads no text
+    more = ["--data.hflip=true", f"--data.tokenizer={encoded}/tokenizer.model"]  # reads no text
     (tmp_path / "one").mkdir()
-    command = ["encode", "-c", str(runs.write_config(tmp_path / "one", encodable)), *more]
+    folder = tmp_path / "one" / "data" / "encoded"
+    config = str(runs.write_config(tmp_path / "one", encodable))
+    command = ["prepare", "-c", config, f"--data.encoded={folder}", *more]
     with pytest.raises(ProcessExitedException) as ended:
         ranks.together(command, 1, KILL="train 13")
     assert ended.value.exit_code == -signal.SIGKILL
-    folder = tmp_path / "one" / "data" / "encoded"
     (shards,) = folder.glob(".noise-train-*-shards")
     finished = {path.parent.name for path in shards.glob("[0-9]*/corpus.json")}
     assert {"000000", "000001"} <= finished and "000003" not in finished
