@@ -8,7 +8,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
 from tf_lightning.batch import Batch
-from tf_lightning.training.flops import Work, flops_6nd, squared_lengths, training_flops
+from tf_lightning.training.flops import Workload, flops_6nd, squared_lengths, training_flops
 
 
 class Throughput(L.Callback):
@@ -64,7 +64,7 @@ class Throughput(L.Callback):
             dtype = torch.bfloat16 if low else torch.float32
             self.peak_flops = get_available_flops(trainer.strategy.root_device, dtype)
         self.started = time.perf_counter()
-        self.window, self.images, self.window_start = Work(), {}, self.started
+        self.window, self.images, self.window_start = Workload(), {}, self.started
         self.tokens_before = self.squares_before = 0.0
 
     def on_train_batch_end(
@@ -79,11 +79,11 @@ class Throughput(L.Callback):
         self.tokens.index_add_(0, batch.source_ids, batch.row_tokens.double())
         self.squares += squared_lengths(batch)
         self.positions += batch.input_ids.numel()
-        self.window.targets += len(batch.target_index) + len(batch.code_index)
+        self.window.num_targets += len(batch.target_index) + len(batch.code_index)
         for images, copies, *size in batch.buckets:
-            work = self.images.setdefault(tuple(size), Work())
-            work.images += images
-            work.copies += copies
+            work = self.images.setdefault(tuple(size), Workload())
+            work.num_images += images
+            work.num_copies += copies
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self.log_window(trainer, pl_module)
 
@@ -92,20 +92,20 @@ class Throughput(L.Callback):
         tokens, squares = self.tokens.cpu(), self.squares.item()
         total, now = tokens.sum().item(), time.perf_counter()
         work = self.window
-        work.tokens, work.squared_lengths = (
+        work.num_tokens, work.squared_lengths = (
             total - self.tokens_before,
             squares - self.squares_before,
         )
         seconds = max(now - self.window_start, 1e-9) / trainer.world_size
-        num_images = sum(images.images for images in self.images.values())
+        num_images = sum(w.num_images for w in self.images.values())
         flops = training_flops(pl_module.net, work, None)
         flops += sum(training_flops(pl_module.net, w, size) for size, w in self.images.items())
         values = {
-            "train/tokens_per_sec": work.tokens / seconds,
+            "train/tokens_per_sec": work.num_tokens / seconds,
             "train/padding_share": 1 - total / self.positions,
-            "train/flops_per_token": flops / max(work.tokens, 1),
+            "train/flops_per_token": flops / max(work.num_tokens, 1),
             "train/flops_per_token_6n": flops_6nd(pl_module.net, 1),
-            "train/images_per_token": num_images / max(work.tokens, 1),
+            "train/images_per_token": num_images / max(work.num_tokens, 1),
             "train/tflops_per_sec": flops / seconds / 1e12,
         }
         if self.peak_flops:
@@ -115,7 +115,7 @@ class Throughput(L.Callback):
         for name, epochs in trainer.datamodule.epochs().items():
             values[f"train/epochs/{name}"] = epochs
         pl_module.log_dict(values, batch_size=1)
-        self.window, self.images, self.window_start = Work(), {}, now
+        self.window, self.images, self.window_start = Workload(), {}, now
         self.tokens_before, self.squares_before = total, squares
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from callbacks.throughput import Throughput
 from support.tiny import document, packed, tiny_net
-from tf_lightning.training.flops import Work, flops_6nd, training_flops
+from tf_lightning.training.flops import Workload, flops_6nd, training_flops
 
 
 @pytest.fixture
@@ -72,11 +72,17 @@ def test_nothing_is_read_between_the_trainers_logging_steps(clock):
 def test_flops_are_those_of_the_window_and_mfu_is_their_share_of_the_peak(clock):
     logged = log_of(batches(), every=1, world_size=2, peak_flops=1e9)
     # Targets: three words, <boi> and <eos> of a captioned picture, seven words and <eos> of a text.
-    work = [Work(20, 11**2 + 9**2, 13, 1), Work(22, 2 * 11**2, 10, 2), Work(18, 2 * 9**2, 16, 0)]
+    work = [
+        Workload(20, 11**2 + 9**2, 13, 1),
+        Workload(22, 2 * 11**2, 10, 2),
+        Workload(18, 2 * 9**2, 16, 0),
+    ]
     for step, done in enumerate(work, 1):
         flops = training_flops(tiny_net(), done, (4, 4))
-        assert logged[step]["train/flops_per_token"] == pytest.approx(flops / done.tokens)
-        assert logged[step]["train/images_per_token"] == pytest.approx(done.images / done.tokens)
+        assert logged[step]["train/flops_per_token"] == pytest.approx(flops / done.num_tokens)
+        assert logged[step]["train/images_per_token"] == pytest.approx(
+            done.num_images / done.num_tokens
+        )
         assert logged[step]["train/tflops_per_sec"] == pytest.approx(2 * flops / 1e12)
         assert logged[step]["train/mfu"] == pytest.approx(flops / 1e9)
         assert logged[step]["train/flops_per_token_6n"] == flops_6nd(tiny_net(), 1)

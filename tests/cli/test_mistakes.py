@@ -147,7 +147,7 @@ def test_another_models_checkpoint_does_not_resume(tmp_path, run, fails):
 MISTAKES = {
     "--data.init_args.vocab_size=310": "300",
     "--data.init_args.vocab_size=20": "vocab_size=20 is too small",
-    "--data.init_args.patch_size=8": "patch_size = 8 but the model has 16",
+    "--data.init_args.patch_size=8": "patch_size = 8 but the model has patch_size = 16",
     "--model.latent_channels=4": "has 3 channels but the model has latent_channels=4",
     "--model.prediction_type=x0": "x0",
     "--data.init_args.autoencoder=none/": '"none/"',
@@ -238,4 +238,4 @@ def test_a_tokenizer_other_than_the_checkpoints_is_refused(run, tmp_path, fails)
     other_words = "--data.init_args.sources.text.init_args.seed=9"
     config = runs.write_config(tmp_path)
     code, line = fails("validate", "-c", config, "--ckpt_path", checkpoint_of(run), other_words)
-    assert code == 1 and "tokenizer is not the one this checkpoint was trained with" in line
+    assert code == 1 and "tokenizer is not the one that this checkpoint was trained with" in line

@@ -28,7 +28,7 @@ from tf_lightning.model.attention import (
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
 from tf_lightning.model.unet import UNetConfig
-from tf_lightning.training.flops import Work, forward_flops, squared_lengths
+from tf_lightning.training.flops import Workload, forward_flops, squared_lengths
 
 SHAPES = ["i3", "2i3", "i2i", "ii1i2", "0i"]  # some images are followed by a part, some are not
 CODERS = pytest.mark.parametrize("unet", [None, UNetConfig((8, 16), head_dim=8)], ids=str)
@@ -185,12 +185,12 @@ def test_flops_with_copies_equal_the_counted_flops(unet):
     made, batch = net(unet), copies_of(SHAPES)
     lengths = torch.bincount(batch.document_ids[0][batch.document_ids[0] >= 0]).tolist()
     assert squared_lengths(batch).item() == sum(length**2 for length in lengths)
-    work = Work(
-        tokens=sum(lengths),
+    work = Workload(
+        num_tokens=sum(lengths),
         squared_lengths=sum(length**2 for length in lengths),
-        targets=len(batch.target_index),
-        images=batch.num_images,
-        copies=len(batch.copied),
+        num_targets=len(batch.target_index),
+        num_images=batch.num_images,
+        num_copies=len(batch.copied),
     )
     with FlopCounterMode(display=False) as counter:
         made(batch, batch.latents, batch.t, VarlenAttention(batch))

@@ -12,10 +12,9 @@ from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
 from tf_lightning.model.unet import UNetConfig
 from tf_lightning.training.flops import (
-    Work,
+    Workload,
     flops_6nd,
     forward_flops,
-    positions_ratio,
     squared_lengths,
     training_flops,
 )
@@ -43,11 +42,11 @@ def rows() -> list:
     return [[document("2i3i1", 1), document("2", 2)], [document("i2", 3), document("7", 4)]]
 
 
-def work_of(batch: Batch, patch_size: int = 2) -> Work:
+def work_of(batch: Batch, patch_size: int = 2) -> Workload:
     """Counted from the documents."""
     lengths = [document_length(d, patch_size) for row in rows() for d in row]
     squares = sum(length**2 for length in lengths)
-    return Work(sum(lengths), squares, len(batch.target_index), batch.num_images)
+    return Workload(sum(lengths), squares, len(batch.target_index), batch.num_images)
 
 
 def counted(net: TransfusionModel, batch: Batch, backward: bool = False) -> int:
@@ -85,7 +84,7 @@ def test_a_step_costs_three_forwards():
 
 def test_text_alone_has_no_patches_to_count():
     made, batch = net(), packed([[document("7")]])
-    work = Work(9, 81, len(batch.target_index), 0)
+    work = Workload(9, 81, len(batch.target_index), 0)
     assert forward_flops(made, work, None) == pytest.approx(counted(made, batch))
 
 
@@ -107,17 +106,8 @@ def test_flops_of_a_network_of_codes_are_those_counted():
         code_batch(),
     )
     targets = len(batch.target_index) + len(batch.code_index)
-    work = Work(10 + 3 + 8 + 9, 10**2 + 3**2 + 8**2 + 9**2, targets, images=3)
+    work = Workload(10 + 3 + 8 + 9, 10**2 + 3**2 + 8**2 + 9**2, targets, num_images=3)
     assert forward_flops(made, work, (2, 2)) == counted(made, batch)
-
-
-def test_a_picture_in_codes_costs_a_matched_pair_what_it_is_longer():
-    assert positions_ratio(1024, 256, words=0) == pytest.approx(1028 / 260)
-    # Against lengths of documents: of the embedded world, 64 codes or 16 patches of the quickstart.
-    codes, latents = torch.zeros(1, 8, 8, dtype=torch.long), torch.zeros(8, 8, 8)
-    words = torch.zeros(9, dtype=torch.long)
-    lengths = document_length([words, codes], 1), document_length([words, latents], 2)
-    assert positions_ratio(64, 16, words=9) == lengths[0] / lengths[1]
 
 
 def test_6n_is_near_the_count_for_the_papers_largest_model():
@@ -126,7 +116,7 @@ def test_6n_is_near_the_count_for_the_papers_largest_model():
         config = TransformerConfig(32_002, 4096, 32, 32, ffn_dim=11_008)
         made = TransfusionModel(config, 2, 8)
     length = 4096
-    flops = training_flops(made, Work(length, length**2, length, 0), None) / length
+    flops = training_flops(made, Workload(length, length**2, length, 0), None) / length
     attention = 3 * 4 * 4096 * 32 * length
     embedding = 6 * 32_002 * 4096
     norms = 6 * 65 * 4096

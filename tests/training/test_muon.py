@@ -11,7 +11,7 @@ from tf_lightning.training.optim import (
     RMS,
     MuonAdamW,
     build_optimizer,
-    orthogonal,
+    orthogonalize,
     parameter_groups,
 )
 
@@ -21,7 +21,7 @@ OPTIONS = {"lr": 0.02, "betas": (0.9, 0.95)}
 def test_an_orthogonal_matrix_has_singular_values_near_one_and_the_same_vectors():
     matrices = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-    coefficients = u.mT @ orthogonal(matrices) @ vh.mT  # diagonal: the new singular values
+    coefficients = u.mT @ orthogonalize(matrices) @ vh.mT  # diagonal: the new singular values
     values = coefficients.diagonal(dim1=-2, dim2=-1)
     assert 0.7 < values.min() and values.max() < 1.3
     torch.testing.assert_close(coefficients, torch.diag_embed(values), atol=1e-4, rtol=0)
@@ -29,14 +29,16 @@ def test_an_orthogonal_matrix_has_singular_values_near_one_and_the_same_vectors(
 
 def test_singular_values_a_hundredfold_apart_become_one_within_a_quarter():
     values = torch.logspace(0, -2, 8)
-    made = orthogonal(torch.diag(values)[None])[0].diagonal()
+    made = orthogonalize(torch.diag(values)[None])[0].diagonal()
     assert (made - 1).abs().max() < 0.27
 
 
 def test_matrices_of_one_direction_stay_bounded_in_bf16():
     generator = torch.Generator().manual_seed(0)
     columns, rows = (torch.randn(100, *shape, generator=generator) for shape in ((16, 1), (1, 40)))
-    made = orthogonal((columns @ rows).bfloat16()).float()  # the largest singular value is the norm
+    made = orthogonalize(
+        (columns @ rows).bfloat16()
+    ).float()  # the largest singular value is the norm
     assert 0.7 < torch.linalg.matrix_norm(made, 2).min()
     assert torch.linalg.matrix_norm(made, 2).max() < 1.3
 

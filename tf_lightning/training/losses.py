@@ -1,10 +1,6 @@
-"""What a batch costs a network: the losses of all its targets, before any mean.
+"""The losses of a packed batch as sums, so that the caller can average over ranks.
 
-Shapes: K targets of text, K' of images' codes.
-
-The losses of a packed row, as sums: whoever averages knows the counts of every rank.
-
-Shapes: K text targets, V vocabulary, M images.
+Shapes: K text targets, K' code targets, V vocabulary, M images.
 """
 
 from typing import NamedTuple
@@ -20,30 +16,31 @@ from tf_lightning.model.transfusion import TransfusionModel
 
 
 def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of each target, (K,); logits (K, V), targets (K,); fp32."""
+    """Cross-entropy of each target in nats, (K,) fp32; logits (K, V), targets (K,)."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """log^2 Z of each target, (K,): logits (K, V), Z = sum of exp (Chameleon Sec. 2.3; PaLM); fp32.
+    """log^2 Z of each target with Z = sum exp(logits), (K,) fp32 (Chameleon Sec. 2.3; PaLM).
 
-    A softmax is blind to a shift of its logits; this holds them where exp is exact.
+    Softmax does not change when all logits shift; this loss keeps them in the range where exp is
+    accurate.
     """
     return logits.float().logsumexp(-1).square()
 
 
 def total_loss(loss_lm: Tensor, loss_diffusion: Tensor, diffusion_weight: float) -> Tensor:
-    """L = L_LM + lambda * L_DDPM (Transfusion Eq. 4), of the two means."""
+    """L = L_LM + lambda * L_DDPM of the two means (Transfusion Eq. 4)."""
     return loss_lm + diffusion_weight * loss_diffusion
 
 
 class LossSums(NamedTuple):
-    """The terms; what a network does not learn is zero or empty."""
+    """The losses of one batch; those that the network does not learn are zero or empty."""
 
-    nll: Tensor  # (K,) cross-entropy in nats
-    code_nll: Tensor  # (K',)
-    diffusion: Tensor  # (), the denoiser's, over latent elements
-    z: Tensor  # (), log^2 Z over all K + K' targets
+    nll: Tensor  # (K,) cross-entropy of each text target, in nats
+    code_nll: Tensor  # (K',) cross-entropy of each code target, in nats
+    diffusion: Tensor  # () diffusion loss, summed over latent elements
+    z: Tensor  # () z-loss, summed over all K + K' targets
 
 
 def loss_sums(
@@ -53,14 +50,14 @@ def loss_sums(
     causal_images: bool,
     with_z: bool,
 ) -> LossSums:
-    """One forward and its losses.
+    """Run the network on a batch and return its summed losses.
 
     Args:
-        net: the network, whose images are the batch's kind.
-        batch: packed rows.
-        process: the diffusion process of the denoiser.
-        causal_images: patches see only earlier patches, as codes always do.
-        with_z: whether z is asked for.
+        net: the network.
+        batch: packed rows, whose images are latents or codes as the network requires.
+        process: the diffusion process of the latents.
+        causal_images: patches attend to earlier patches only; codes always do.
+        with_z: compute the z-loss.
     """
     attend = build_attention(batch, causal_images or net.num_codes > 0)
     if net.num_codes:

@@ -1,12 +1,10 @@
-"""The LightningModule: owns the network and its average, joins the losses, logs them.
+"""The LightningModule of a Transfusion model: building, training, validation and checkpoints.
 
-The only file that touches the trainer, the optimizer and `self.log`. Hyper-parameters are what must
-match the weights; whatever one varies at evaluation belongs to callbacks.
-
-Whether data was prepared for this model.
+It is the only file of the model's training that touches the trainer, the optimizer and `self.log`.
+Its hyper-parameters are what has to match the weights or describes the training; everything that
+one varies at evaluation belongs to callbacks.
 """
 
-from collections.abc import Mapping
 from copy import deepcopy
 
 import lightning as L
@@ -29,82 +27,51 @@ from tf_lightning.model.transfusion import (
     update_ema,
 )
 from tf_lightning.model.unet import UNetConfig, check_unet_config
-from tf_lightning.training.fsdp import shard
+from tf_lightning.training.fsdp import apply_fsdp
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
 from tf_lightning.training.optim import DECAYS, build_optimizer, lr_scale
 
 
-def check_data(
-    data: L.LightningDataModule,
-    config: TransformerConfig,
-    linear: LinearConfig | None,
-    hparams: Mapping,
-) -> None:
-    """Refuse data of another vocabulary or of pictures of another kind.
-
-    Args:
-        data: set up.
-        config: of the Transformer.
-        linear: of the linear patch coder.
-        hparams: of `Transfusion`.
-
-    Raises:
-        UserError: names what differs.
-    """
-    pairs = [
-        ("entries in the vocabulary", config.vocab_size, data.tokenizer.vocab_size),
-        ("patch_size", hparams["patch_size"], data.patch_size),
-        ("time_token", has_time_token(linear), data.time_token),
-    ]
-    if data.image_shape:
-        channels = 1 if hparams["num_codes"] else hparams["latent_channels"]
-        pairs += [
-            ("num_codes", hparams["num_codes"], data.num_codes),
-            ("latent_channels", channels, data.image_shape[0]),
-        ]
-    for name, ours, theirs in pairs:
-        if ours != theirs:
-            raise UserError(
-                f"the data has {name} = {theirs} but the model has {ours}; give both the same "
-                "value (tokenizer, vocab_size, patch_size, latent_channels, num_codes, "
-                "time_token with linear.time)"
-            )
-
-
 class Transfusion(L.LightningModule):
-    """One Transformer that predicts the next text token and denoises images.
+    """Trains one Transformer to predict the next text token and to denoise images.
 
-    With `num_codes` images are tokens, and the loss is the language model's alone (Chameleon): then
-    patch_size is 1, and what is of latents and diffusion has no meaning.
+    With `num_codes`, images are discrete tokens and the loss is the language-model loss alone
+    (Chameleon). Then patch_size is 1, and the options of latents and diffusion are ignored.
 
     Args:
         transformer: sizes of the shared Transformer.
-        patch_size: side of a patch in latent pixels; the data's must be the same.
+        patch_size: side of a patch in latent pixels; the data must have the same.
         latent_channels: channels of the autoencoder's latents.
-        unet: sizes of a U-Net patch coder; null: one linear layer in, one out.
-        linear: how the linear patch coder is told noise level and place; null: as the paper does.
-        prediction_type: what the denoiser outputs, "epsilon" (the paper), "v_prediction", or
-            "flow", which is rectified flow instead of DDPM.
-        noise_schedule: of DDPM, "cosine" (the paper) or "linear".
-        num_train_timesteps: steps of the DDPM noise schedule.
-        learned_sigma: learn the variance of a DDPM step too (iDDPM, DiT).
-        min_snr_gamma: weight images by min(SNR, gamma) (Min-SNR: 5); null: all alike.
-        causal_images: patches see only earlier patches (the paper's ablation).
-        diffusion_weight: lambda of L = L_LM + lambda * L_DDPM.
-        num_codes: of the VQ autoencoder that makes images tokens, behind the vocabulary of the
-            text; null: images are latents.
-        z_loss_weight: of log^2 Z at every target, which keeps logits small (Chameleon: 1e-5).
-        lr: peak learning rate of AdamW.
-        text_lr_ratio: that of the Transformer as a share of `lr`, in [0, 1]; what patches have of
-            their own, and the patch coder, learn at `lr`. 0 freezes it (LMFusion).
-        betas: its two decay rates.
-        muon: the blocks' matrices learn by Muon, at the same rate; the rest by AdamW.
-        weight_decay: on matrices; norms, biases and embeddings have none.
+        unet: sizes of a U-Net patch coder; null: a linear patch coder.
+        linear: options of the linear patch coder; null: those of the paper.
+        prediction_type: what the network predicts: "epsilon" (paper) or "v_prediction" of DDPM, or
+            "flow", the velocity of rectified flow.
+        noise_schedule: noise schedule of DDPM, "cosine" (paper) or "linear".
+        num_train_timesteps: number of timesteps of the DDPM noise schedule.
+        learned_sigma: also predict the variance of each DDPM step (iDDPM, DiT).
+        min_snr_gamma: weight the loss of each image by min(SNR, gamma) (Min-SNR: 5); null: no
+            weighting.
+        causal_images: let patches attend to earlier patches only (the paper's ablation).
+        diffusion_weight: lambda in L = L_LM + lambda * L_DDPM.
+        num_codes: codebook size of the VQ autoencoder that turns images into tokens; these are
+            added to the vocabulary. null: images are latents.
+        z_loss_weight: weight of log^2 Z at every target, which keeps logits small (Chameleon:
+            1e-5).
+        lr: peak learning rate.
+        text_lr_ratio: learning rate of the Transformer's text weights as a share of `lr`, in
+            [0, 1]. Image weights and the patch coder learn at `lr`. 0 freezes the text weights
+            (LMFusion).
+        betas: decay rates of AdamW.
+        muon: use Muon for the matrices of the blocks, at the same rate; AdamW for the rest.
+        weight_decay: weight decay of matrices; norms, biases and embeddings have none.
         warmup_steps: optimizer steps of linear warm-up.
-        lr_decay: from the peak to the last rate, "cosine" (the paper) or "linear".
+        lr_decay: shape of the decay to the last learning rate, "cosine" (paper) or "linear".
         min_lr_ratio: last learning rate as a share of the peak.
-        ema_decay: decay per optimizer step of the weights' average, 0 to keep none.
+        ema_decay: decay per optimizer step of the weights' moving average; 0: keep none.
         compile: compile the network with torch.compile.
+
+    Raises:
+        UserError: a value is out of range, or two options exclude each other.
     """
 
     def __init__(
@@ -151,7 +118,7 @@ class Transfusion(L.LightningModule):
             check_unet_config(unet, patch_size)
         if unet is not None and linear is not None:
             raise UserError(
-                "unet and linear are both given and a model has one patch coder; leave one out"
+                "unet and linear are both given, but a model has one patch coder; leave one out"
             )
         self.config, self.unet, self.linear = transformer, unet, linear
         self.process = build_process(
@@ -160,14 +127,14 @@ class Transfusion(L.LightningModule):
         self.net: TransfusionModel | None = None
         self.ema: TransfusionModel | None = None
         self.tokenizer_proto: bytes | None = None
-        self.loaded_step = 0  # of the checkpoint; an evaluation's own global_step is 0
+        self.loaded_step = 0  # of the loaded checkpoint; trainer.global_step is 0 in validate
         self.image_codec: dict | None = None
         self.row_length: int | None = None
 
     # ---------------------------------------------------------------- building
 
     def configure_model(self) -> None:
-        """Build the network once, inside the strategy's device and precision context."""
+        """Build the network and its average, inside the strategy's device and precision context."""
         if self.net is not None:
             return
         hparams = self.hparams
@@ -178,31 +145,62 @@ class Transfusion(L.LightningModule):
                 parameter.requires_grad_(False)
         if hparams.ema_decay > 0:
             self.ema = deepcopy(self.net).requires_grad_(False)
-        if self.device_mesh is not None:  # of ModelParallelStrategy
+        if self.device_mesh is not None:  # set by ModelParallelStrategy
             for net in filter(None, (self.net, self.ema)):
-                shard(net, self.device_mesh["data_parallel"])
+                apply_fsdp(net, self.device_mesh["data_parallel"])
         if hparams.compile:
             self.net.compile()
 
     @property
     def inference_net(self) -> TransfusionModel:
-        """The averaged weights if there are any."""
+        """The network with averaged weights, or the trained one if no average is kept."""
         return self.net if self.ema is None else self.ema
 
     def setup(self, stage: str) -> None:
-        """Refuse data that was prepared for another model; remember how to read our outputs."""
+        """Check the data, and keep what a checkpoint needs besides the weights."""
         data = self.trainer.datamodule
-        check_data(data, self.config, self.linear, self.hparams)
+        self.check_data(data)
         self.tokenizer_proto, self.row_length = data.tokenizer.proto, data.row_length
         self.image_codec = {
             "autoencoder": data.autoencoder_name,
             "latent_shape": data.image_shape and list(data.image_shape),
         }
-        if len(shapes := getattr(data, "image_shapes", ())) > 1:  # of sources of several sizes
+        shapes = getattr(data, "image_shapes", ())  # one for each resolution of the sources
+        if len(shapes) > 1:
             self.image_codec["other_shapes"] = [list(s) for s in shapes if s != data.image_shape]
 
+    def check_data(self, data: L.LightningDataModule) -> None:
+        """Check that data was prepared for this model.
+
+        Args:
+            data: a data module after its `setup`.
+
+        Raises:
+            UserError: the vocabulary, the patches or the images differ.
+        """
+        hparams, num_entries = self.hparams, data.tokenizer.vocab_size
+        channels = 1 if hparams.num_codes else hparams.latent_channels
+        vocabulary = f"set transformer.vocab_size to the {num_entries} entries of the tokenizer"
+        linear = "set the data's time_token to true with linear.time: token, else to false"
+        autoencoder = "set the model's value to that of the data's autoencoder"
+        pairs = [
+            ("vocab_size", self.config.vocab_size, num_entries, vocabulary),
+            ("patch_size", hparams.patch_size, data.patch_size, "give both the same value"),
+            ("time_token", has_time_token(self.linear), data.time_token, linear),
+        ]
+        if data.image_shape:
+            pairs += [
+                ("num_codes", hparams.num_codes, data.num_codes, autoencoder),
+                ("latent_channels", channels, data.image_shape[0], autoencoder),
+            ]
+        for name, ours, theirs, remedy in pairs:
+            if ours != theirs:
+                raise UserError(
+                    f"the data has {name} = {theirs} but the model has {name} = {ours}; {remedy}"
+                )
+
     def configure_optimizers(self) -> dict:
-        """AdamW, or Muon with it; the learning rate warms up and decays."""
+        """Build AdamW or Muon with AdamW, and the learning-rate schedule."""
         hparams = self.hparams
         names = ("lr", "betas", "weight_decay", "text_lr_ratio", "muon")
         bf16 = "bf16" in str(self.trainer.precision)
@@ -219,26 +217,26 @@ class Transfusion(L.LightningModule):
     # ---------------------------------------------------------------- training
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
-        """Draw what dropout drops from (seed, batch) alone, as noise is, so that runs resume."""
+        """Seed dropout from (seed, batch, rank), so that a resumed run drops the same elements."""
         if self.config.dropout:
-            number = batch_index * self.trainer.world_size + self.global_rank
-            generator = row_generator(self.trainer.datamodule.seed, number)
+            batch_id = batch_index * self.trainer.world_size + self.global_rank
+            generator = row_generator(self.trainer.datamodule.seed, batch_id)
             torch.manual_seed(generator.initial_seed())
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """All losses on the same packed rows."""
-        sums, weight = self.loss_sums(self.net, batch), self.hparams.z_loss_weight
-        texts, codes = len(batch.target_index), len(batch.code_index)
-        values = {"loss_lm": self.global_mean(sums.nll.sum(), texts)}
-        if self.hparams.num_codes:  # codes are tokens as any
-            values["loss_codes"] = self.global_mean(sums.code_nll.sum(), codes)
-            loss = self.global_mean(sums.nll.sum() + sums.code_nll.sum(), texts + codes)
+        """Compute and log all losses of a batch."""
+        sums, z_loss_weight = self.loss_sums(self.net, batch), self.hparams.z_loss_weight
+        num_text, num_codes = len(batch.target_index), len(batch.code_index)
+        values = {"loss_lm": self.global_mean(sums.nll.sum(), num_text)}
+        if self.hparams.num_codes:  # one mean over text tokens and codes
+            values["loss_codes"] = self.global_mean(sums.code_nll.sum(), num_codes)
+            loss = self.global_mean(sums.nll.sum() + sums.code_nll.sum(), num_text + num_codes)
         else:
             values["loss_diffusion"] = self.global_mean(sums.diffusion, batch.num_noised_elements)
             loss = total_loss(*values.values(), self.hparams.diffusion_weight)
-        if weight:
-            values["loss_z"] = self.global_mean(sums.z, texts + codes)
-            loss = loss + weight * values["loss_z"]
+        if z_loss_weight:
+            values["loss_z"] = self.global_mean(sums.z, num_text + num_codes)
+            loss = loss + z_loss_weight * values["loss_z"]
         values["loss"] = loss
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in values.items()},
@@ -248,20 +246,25 @@ class Transfusion(L.LightningModule):
         return loss
 
     def loss_sums(self, net: TransfusionModel, batch: Batch) -> LossSums:
-        """What a batch costs, before any mean."""
+        """Return the summed losses of a batch."""
         causal, with_z = self.hparams.causal_images, bool(self.hparams.z_loss_weight)
         return loss_sums(net, batch, self.process, causal, with_z)
 
     def global_mean(self, total: Tensor, count: int) -> Tensor:
-        """This rank's share of a mean over all ranks.
+        """Return this rank's share of a mean over all ranks.
 
-        DDP and FSDP average gradients over ranks; the mean of these shares over ranks is the sum of
-        totals by the sum of counts, so that 2 ranks equal 1 with the same rows.
+        DDP and FSDP average gradients over ranks. The average of these shares is the sum of all
+        totals divided by the sum of all counts, so that two ranks give the gradients of one rank
+        with the same rows.
+
+        Args:
+            total: this rank's sum.
+            count: this rank's number of terms.
         """
-        everyone = total.new_full((), float(count))  # no copy, which the device would wait for
+        all_counts = total.new_full((), float(count))  # on the device, without a synchronisation
         if self.trainer.world_size > 1:
-            everyone = self.trainer.strategy.reduce(everyone, reduce_op="sum")
-        return total * self.trainer.world_size / everyone.clamp(min=1)
+            all_counts = self.trainer.strategy.reduce(all_counts, reduce_op="sum")
+        return total * self.trainer.world_size / all_counts.clamp(min=1)
 
     def configure_gradient_clipping(
         self,
@@ -269,14 +272,18 @@ class Transfusion(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm, and log that norm."""
+        """Clip gradients by their global norm, and log the norm before clipping."""
         limit = gradient_clip_val or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shards
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP: over all shards
         self.log("train/grad_norm", norm, batch_size=1)
 
     def optimizer_step(self, *args, **kwargs) -> None:
-        """Step, then average the weights, with a decay that grows: the start is forgotten."""
+        """Step the optimizer, then update the moving average.
+
+        The decay grows to `ema_decay` over the first steps, so that the average forgets the
+        initial weights.
+        """
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
             step = self.trainer.global_step
@@ -285,7 +292,7 @@ class Transfusion(L.LightningModule):
     # ---------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        """Sums of losses, and of what has them, for each source of validation documents."""
+        """Reset the sums and counts of each validation source."""
         self.val_sums = {
             (source, name): (self._sum(), self._sum())
             for source in self.trainer.datamodule.source_names
@@ -293,29 +300,34 @@ class Transfusion(L.LightningModule):
         }
 
     def _sum(self) -> SumMetric:
-        """Over batches and ranks; NaN of a model that diverged stays NaN."""
+        """Return a sum over batches and ranks in which NaN stays NaN."""
         return SumMetric(nan_strategy="disable").set_dtype(torch.float64).to(self.device)
 
     def validation_step(
         self, batch: Batch, batch_index: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        """Sum the losses of one source, with the averaged weights; nll (K,) for callbacks."""
-        sums = self.loss_sums(self.inference_net, batch)
-        nll, code_nll = sums.nll.double(), sums.code_nll.double()
+        """Add up the losses of one source, computed with the averaged weights.
+
+        Returns:
+            "nll", the cross-entropy of each text target in nats, (K,) fp64, for callbacks.
+        """
+        losses = self.loss_sums(self.inference_net, batch)
+        nll, code_nll = losses.nll.double(), losses.code_nll.double()
         source = self.trainer.datamodule.source_names[dataloader_idx]
         for name, total, count in (
             ("loss_lm", nll.sum(), len(nll)),
             ("loss_codes", code_nll.sum(), len(code_nll)),
-            ("loss_diffusion", sums.diffusion, batch.num_noised_elements),
+            ("loss_diffusion", losses.diffusion, batch.num_noised_elements),
         ):
-            for sums, value in zip(self.val_sums[source, name], (total, count), strict=True):
-                sums.update(value)
+            sum_of_losses, num_terms = self.val_sums[source, name]
+            sum_of_losses.update(total)
+            num_terms.update(count)
         return {"nll": nll}
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/<source>/...`, means over all ranks."""
+        """Log `val/<source>/<loss>`, means over all ranks."""
         for (source, name), sums in self.val_sums.items():
-            total, count = (each.compute() for each in sums)  # the same on every rank
+            total, count = (metric.compute() for metric in sums)  # the same on every rank
             if count:
                 value = (total / count).float()
                 self.log(f"val/{source}/{name}", value, add_dataloader_idx=False)
@@ -327,13 +339,13 @@ class Transfusion(L.LightningModule):
     def predict_step(
         self, batch: Batch, batch_index: int, dataloader_idx: int = 0
     ) -> list[Document]:
-        """The documents of a batch; a callback says what is generated after them."""
+        """Return the documents of a batch, which a callback continues."""
         return unpack(batch, self.trainer.datamodule.tokenizer)
 
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep what generation needs: the tokenizer and the autoencoder's name."""
+        """Add what generation needs: the tokenizer, the autoencoder's name and the row length."""
         proto = bytearray(self.tokenizer_proto)
         checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
         checkpoint["image_codec"] = self.image_codec
@@ -342,32 +354,39 @@ class Transfusion(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path, map_location=None, **arguments):
-        """As in Lightning, also for checkpoints of older versions.
+        """Build the module of a checkpoint, including one of an older version.
 
         Args:
-            checkpoint_path: the file.
-            map_location: as in torch.load.
-            arguments: of Lightning's method, or values that replace hyper-parameters.
+            checkpoint_path: the checkpoint file.
+            map_location: see torch.load.
+            arguments: other arguments of Lightning's method, or hyper-parameters to replace.
+
+        Raises:
+            UserError: there is no such checkpoint.
         """
         hparams = read_checkpoint(checkpoint_path, mmap=True)["hyper_parameters"]
         arguments = hparams | {"_instantiator": None} | arguments
         return super().load_from_checkpoint(checkpoint_path, map_location, **arguments)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Restore them; a checkpoint always has both."""
+        """Restore the tokenizer, the autoencoder's name, the row length and the step.
+
+        Raises:
+            UserError: the data has another tokenizer than the checkpoint.
+        """
         proto = bytes(checkpoint["tokenizer"].numpy())
         if self.tokenizer_proto not in (None, proto):
             raise UserError(
-                "the data's tokenizer is not the one this checkpoint was trained with; "
-                "give the data `tokenizer: CHECKPOINT`, which takes the checkpoint's own"
+                "the data's tokenizer is not the one that this checkpoint was trained with; set "
+                "the data's `tokenizer` to the checkpoint file to use its tokenizer"
             )
         self.tokenizer_proto = proto
         self.image_codec = checkpoint["image_codec"]
         self.loaded_step = checkpoint["global_step"]
-        self.row_length = checkpoint.get("row_length")  # older ones do not have it
+        self.row_length = checkpoint.get("row_length")  # missing in old checkpoints
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As in torch, with its list of misfits cut to one sentence."""
+        """Load weights as torch does; raise UserError with one sentence if they do not fit."""
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
