@@ -1,12 +1,12 @@
-"""What every test runs under: one thread, no network, and a reason for every skip."""
+"""Conditions of every test (one thread, no network) and the fixtures of several folders."""
 
 import ipaddress
 import os
 import socket
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so set before anything
-os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning's calls of it, none of ours
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning causes them
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tf_lightning.data import Mixture
 
 DATA_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-torch.set_num_threads(1)  # two multi-threaded runs on the same cores are up to ten times slower
+torch.set_num_threads(1)  # tests that share cores are up to ten times slower with many threads
 
 
 def pytest_collection_modifyitems(items):
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real data beside the checkout."""
+    """The folder of real data beside the checkout; skips the test without it."""
     if not DATA_DIR.is_dir():
         pytest.skip("needs the real data in ../shared/data, beside the checkout")
     return DATA_DIR
@@ -37,7 +37,7 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
-    """Lets sockets reach only this machine; sessions of several processes need that much."""
+    """Refuse connections to other machines; several processes of one test may connect locally."""
     connect, connect_ex, getaddrinfo = (
         socket.socket.connect,
         socket.socket.connect_ex,
@@ -64,14 +64,14 @@ def no_network():
 
 
 def refuse_remote(address) -> None:
-    """Raises ConnectionError unless `address` (Unix path, or host first in a tuple) is local."""
+    """Raise ConnectionError unless an address, a Unix path or a tuple (host, ...), is local."""
     if not isinstance(address, tuple) or is_local(address[0]):
         return
     raise ConnectionError(f"a test wants to reach {address[0]!r}; tests run without network")
 
 
 def is_local(host: str | bytes | None) -> bool:
-    """Whether a host is this machine: none given, one of its names, or a loopback address."""
+    """Whether a host is this machine: no name, one of its names, or a loopback address."""
     host = host.decode() if isinstance(host, bytes) else host
     if host in (None, "", "localhost", "0.0.0.0", "::", socket.gethostname(), socket.getfqdn()):
         return True
@@ -83,7 +83,7 @@ def is_local(host: str | bytes | None) -> bool:
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
-    """The folder of a finished run of `runs.config`; tests leave it as it is."""
+    """The folder of a finished run of `runs.config`; all tests share it, so none may change it."""
     from support import runs
 
     return runs.fit(tmp_path_factory.mktemp("session"))
@@ -91,7 +91,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def mixture(tmp_path):
-    """A Mixture of words and pictures with arguments that suit most tests."""
+    """A function that builds a small Mixture; its arguments replace the defaults here."""
 
     def build(sources=None, weights=None, **changed) -> Mixture:
         arguments = {
@@ -109,8 +109,8 @@ def mixture(tmp_path):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """An empty folder of torchvision's weights."""
+def torchvision_folder(tmp_path, monkeypatch) -> Path:
+    """An empty folder where torchvision looks for weights."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = Path(torch.hub.get_dir(), "checkpoints")
     assert folder == tmp_path / "hub" / "checkpoints"
@@ -119,13 +119,13 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def squeeze(cache) -> Path:
-    """Random weights where SqueezeNet's are looked for."""
+def squeezenet_weights(torchvision_folder) -> Path:
+    """Random weights in the file where torchvision looks for SqueezeNet's."""
     from torchvision import models
 
     from tf_lightning.autoencoder.losses import LPIPS_WEIGHTS
 
     torch.manual_seed(0)
-    file = cache / LPIPS_WEIGHTS["squeeze"].url.rpartition("/")[2]
+    file = torchvision_folder / LPIPS_WEIGHTS["squeeze"].url.rpartition("/")[2]
     torch.save(models.squeezenet1_1().state_dict(), file)
     return file

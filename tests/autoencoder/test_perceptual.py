@@ -1,4 +1,4 @@
-"""LPIPS and self-supervised features: what they compute, and files that are absent or damaged."""
+"""LPIPS: its values, its gradients, and weights that are missing or damaged."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tf_lightning.autoencoder.losses import LPIPS, LPIPS_WEIGHTS
 from tf_lightning.errors import UserError
 
 
-def test_lpips_is_torchmetrics_and_takes_what_is_out_of_range(squeeze):
+def test_lpips_equals_torchmetrics_and_accepts_values_out_of_range(squeezenet_weights):
     ours, theirs = LPIPS("squeeze"), _NoTrainLpips(net="squeeze")
     images, others = torch.rand(2, 2, 3, 64, 64) * 2 - 1
     torch.testing.assert_close(ours(images, others), theirs(images, others).mean())
@@ -16,7 +16,7 @@ def test_lpips_is_torchmetrics_and_takes_what_is_out_of_range(squeeze):
     assert ours(images, 1.5 * others).isfinite()
 
 
-def test_frozen_networks_pass_gradients_on_and_keep_none(squeeze):
+def test_frozen_networks_pass_gradients_to_their_input_only(squeezenet_weights):
     network = LPIPS("squeeze")
     made = torch.zeros(1, 3, 64, 64, requires_grad=True)
     network(torch.rand(1, 3, 64, 64), made).backward()
@@ -25,8 +25,8 @@ def test_frozen_networks_pass_gradients_on_and_keep_none(squeeze):
 
 
 @pytest.mark.parametrize("damage", [None, b"no weights at all"])
-def test_absent_and_damaged_lpips_weights_are_one_sentence(cache, damage):
-    file = cache / LPIPS_WEIGHTS["squeeze"].url.rpartition("/")[2]
+def test_missing_or_damaged_weights_are_refused_in_one_sentence(torchvision_folder, damage):
+    file = torchvision_folder / LPIPS_WEIGHTS["squeeze"].url.rpartition("/")[2]
     if damage:
         file.write_bytes(damage)
     with pytest.raises(UserError) as told:

@@ -165,7 +165,7 @@ def test_one_backward_gives_each_network_the_gradient_of_its_own_loss(adaptive):
         torch.testing.assert_close(gradient, wanted[name], msg=name)
 
 
-def test_frozen_networks_are_neither_saved_nor_optimized(squeeze, tmp_path):  # noqa: F811
+def test_frozen_networks_are_neither_saved_nor_optimized(squeezenet_weights, tmp_path):
     changes = {"lpips_weight": 1.0, "lpips_network": "squeeze", "gan_weight": 0.0}
     run = aruns.fit(tmp_path, "--trainer.max_steps", "3", **changes)
     checkpoint = load(run)
@@ -256,7 +256,9 @@ def refused(capsys):
         (aruns.VQ | {"latent_noise": 0.1}, "latent_noise=0.1"),
     ],
 )
-def test_mistakes_are_told_before_pictures_are_read(changes, told, cache, tmp_path, refused):  # noqa: F811
+def test_mistakes_are_told_before_pictures_are_read(
+    changes, told, torchvision_folder, tmp_path, refused
+):
     assert told in refused("fit", "-c", aruns.write_config(tmp_path / "it", **changes))
     assert not (tmp_path / "it" / "data").exists()
 
