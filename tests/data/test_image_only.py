@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ AS_IT_IS = Augment(hflip=False)
 
 
 @pytest.fixture
-def tar(tmp_path) -> str:
+def tar(tmp_path) -> Path:
     files = {}
     for number, colour in enumerate(COLOURS):
         files |= {f"{number:03d}.png": encoded_image(colour), f"{number:03d}.txt": b"a colour"}
@@ -36,7 +37,7 @@ def tar(tmp_path) -> str:
 
 
 def source(tar, **arguments) -> CaptionTars:
-    return CaptionTars(tar, **{"val_fraction": 0.3, "image_size": 16} | arguments)
+    return CaptionTars(str(tar), **{"val_fraction": 0.3, "image_size": 16} | arguments)
 
 
 def colours(batches) -> list[tuple[int, ...]]:
@@ -81,7 +82,7 @@ def test_interrupted_store_leaves_nothing(tmp_path, tar):
                 yield document
 
     with pytest.raises(KeyboardInterrupt):
-        store_images(Interrupted(tar, image_size=16), "train", tmp_path / "cache")
+        store_images(Interrupted(str(tar), image_size=16), "train", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
