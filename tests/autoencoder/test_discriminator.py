@@ -1,4 +1,4 @@
-"""The patch discriminator against a second implementation, and what a patch of it sees."""
+"""The patch discriminator against a second implementation, and its receptive field."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from tf_lightning.autoencoder.losses import PatchDiscriminator
 
 
 def by_hand(state: dict, images):
-    """pix2pix's 70 x 70 network, C64-C128-C256-C512, written out."""
+    """The 70 x 70 network of pix2pix, C64-C128-C256-C512, with functional calls."""
     weights = [w for name, w in state.items() if w.ndim == 4]
     vectors = {name: w for name, w in state.items() if w.ndim == 1}
     x = F.leaky_relu(F.conv2d(images, weights[0], vectors["layers.0.bias"], 2, 1), 0.2)
@@ -20,7 +20,7 @@ def by_hand(state: dict, images):
     return F.conv2d(x, weights[4], vectors["layers.11.bias"], 1, 1)
 
 
-def test_discriminator_equals_pix2pix_written_out():
+def test_discriminator_equals_pix2pix():
     torch.manual_seed(0)
     network = PatchDiscriminator()
     assert [w.shape[0] for w in network.state_dict().values() if w.ndim == 4] == [
@@ -32,7 +32,7 @@ def test_discriminator_equals_pix2pix_written_out():
     torch.testing.assert_close(logits, by_hand(network.state_dict(), images))
 
 
-def test_a_logit_sees_seventy_pixels():
+def test_the_receptive_field_is_seventy_pixels():
     layers = [layer for layer in PatchDiscriminator().layers if isinstance(layer, torch.nn.Conv2d)]
     seen = 1
     for layer in reversed(layers):
@@ -40,7 +40,7 @@ def test_a_logit_sees_seventy_pixels():
     assert seen == 70
 
 
-def test_what_is_said_of_a_picture_depends_on_no_other():
+def test_the_logits_of_an_image_depend_on_no_other_image():
     network = PatchDiscriminator(width=8)
     images = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(network(images)[:1], network(images[:1]))

@@ -1,6 +1,6 @@
-"""Public autoencoders: their real configs and layouts of files, made narrow, with random weights.
+"""Public autoencoders: their real configs and file layouts, with narrow random networks.
 
-A file's layout is written here from the original one: no name comes from diffusers' converter.
+The original names are written here by hand, independently of diffusers' converter.
 """
 
 import json
@@ -17,7 +17,7 @@ from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# The keys of their config.json, but for the widths, which are 128, 256, 512, 512 in 32 groups.
+# The shared keys of their config.json; the real widths are 128, 256, 512, 512 in 32 groups.
 SHARED = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -53,7 +53,7 @@ CONFIGS = {
     },
 }
 SCALING = {"sd-vae-ft-mse": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "flux": (0.3611, 0.1159)}
-ORIGINAL = (  # diffusers' names and the original ones
+ORIGINAL = (  # diffusers' names and the original names
     (r"coder\.conv_norm_out", "coder.norm_out"),
     (r"mid_block\.resnets\.0", "mid.block_1"),
     (r"mid_block\.resnets\.1", "mid.block_2"),
@@ -69,7 +69,7 @@ ORIGINAL = (  # diffusers' names and the original ones
 
 
 def original(weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """As CompVis' code names them: up blocks from the last, attention as 1 x 1 convolutions."""
+    """CompVis' names: up blocks are counted from the last, attention is 1 x 1 convolutions."""
     renamed = {}
     for name, value in weights.items():
         for ours, theirs in ORIGINAL:
@@ -82,7 +82,7 @@ def original(weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
 
 
 def deprecated(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As sd-vae-ft-mse's own file names its attention."""
+    """The attention names in the file of sd-vae-ft-mse."""
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     return {
         re.sub(r"to_q|to_k|to_v|to_out\.0", lambda found: names[found[0]], name): value
@@ -91,7 +91,7 @@ def deprecated(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint of Stable Diffusion, which has more in it, in half precision."""
+    """A whole Stable Diffusion checkpoint in half precision, with other networks' weights."""
     others = {f"model.diffusion_model.{n}.weight": torch.zeros(2) for n in range(500)}
     halves = {name: value.half() for name, value in original(weights).items()}
     return others | {f"first_stage_model.{name}": value for name, value in halves.items()}
@@ -99,7 +99,7 @@ def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture(params=CONFIGS)
 def saved(request, tmp_path: Path) -> tuple[Path, AutoencoderKL]:
-    """A folder as on the hub, and the network in it."""
+    """A folder in the hub's layout, and its network."""
     config = SHARED | CONFIGS[request.param]
     torch.manual_seed(0)
     model = AutoencoderKL.from_config(config).eval()
@@ -108,25 +108,25 @@ def saved(request, tmp_path: Path) -> tuple[Path, AutoencoderKL]:
     return tmp_path, model
 
 
-def pictures() -> Tensor:
+def random_images() -> Tensor:
     return torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def test_latents_are_scaled_and_shifted_as_published(saved, request):
-    """(z - shift) * scale of the posterior's mode, and back: as diffusers' pipelines do."""
+    """(z - shift) * scale of the posterior's mode, and its inverse, as in diffusers' pipelines."""
     folder, model = saved
     scale, shift = SCALING[request.node.callspec.params["saved"]]
     loaded = load_autoencoder(str(folder))
     assert (loaded.latent_channels, loaded.downsample) == (model.config.latent_channels, 8)
     with torch.no_grad():
-        latents = (model.encode(pictures()).latent_dist.mode() - shift) * scale
+        latents = (model.encode(random_images()).latent_dist.mode() - shift) * scale
         images = model.decode(latents / scale + shift).sample.clamp(-1, 1)
-    torch.testing.assert_close(loaded.encode(pictures()), latents, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loaded.encode(random_images()), latents, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(loaded.decode(latents), images, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["ours", "ae", "whole", "old"])
-def test_a_single_file_is_the_folders_autoencoder(saved, layout):
+def test_a_single_file_loads_the_weights_of_the_folder(saved, layout):
     folder, _ = saved
     weights = load_file(folder / WEIGHTS)
     make = {"ours": dict, "ae": original, "whole": whole, "old": lambda w: original(w, "vae.")}
@@ -138,7 +138,7 @@ def test_a_single_file_is_the_folders_autoencoder(saved, layout):
 
 
 @pytest.mark.parametrize("file", ["", WEIGHTS])
-def test_attention_under_its_old_names_loads(saved, file):
+def test_deprecated_attention_names_load(saved, file):
     folder, _ = saved
     weights = load_file(folder / WEIGHTS)
     save_file(deprecated(weights), folder / WEIGHTS, metadata={"format": "pt"})
@@ -147,8 +147,8 @@ def test_attention_under_its_old_names_loads(saved, file):
 
 
 @pytest.mark.parametrize("fault", ["lacks one", "another shape", "of another program"])
-def test_a_file_that_is_not_the_configs_is_one_sentence(saved, fault):
-    """Also in a checkpoint with many other tensors; none is left random."""
+def test_weights_that_do_not_match_the_config_are_refused(saved, fault):
+    """Also in a checkpoint with many other tensors; no weight stays random."""
     folder, _ = saved
     weights = whole(load_file(folder / WEIGHTS))
     name = "first_stage_model.decoder.up.3.block.0.norm1.weight"

@@ -1,4 +1,4 @@
-"""Weights out: the whole network comes back, the text side is a Llama to `transformers`."""
+"""Export: the network round-trips, and `transformers` loads the text side as a Llama."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tf_lightning.training.module import Transfusion
 
 
 def checkpoint_of(folder, **options) -> dict:
-    """What a run from a folder's language model would save, with an average beside it."""
+    """The checkpoint of a run that starts from a folder's language model, with random weights."""
     source = open_language_model(folder)
     config = source.extended_config
     for name, value in options.items():
@@ -72,7 +72,7 @@ def test_transformers_loads_the_text_side_with_the_same_logits(
     text = "a red circle is not above a blue lobster ."
     ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)]])
     transformer = trained(checkpoint, "net" if weights == "raw" else "ema")
-    logits = theirs.double()(ids).logits  # in double precision: what is left is not rounding
+    logits = theirs.double()(ids).logits  # in float64, so that rounding does not matter
     assert logits.std() > 1
     ours = our_logits(transformer.double(), ids)[..., :300]
     torch.testing.assert_close(ours, logits, atol=1e-5, rtol=1e-5)
@@ -81,7 +81,7 @@ def test_transformers_loads_the_text_side_with_the_same_logits(
     assert their_tokenizer.eos_token_id == tokenizer.eos_id
 
 
-def test_what_was_loaded_is_written_again_tensor_by_tensor(tmp_path):
+def test_loaded_weights_are_exported_unchanged(tmp_path):
     source = tmp_path / "source"
     tiny(vocab_size=300).save_pretrained(source)
     with_sentencepiece(source)
@@ -98,7 +98,7 @@ def test_what_was_loaded_is_written_again_tensor_by_tensor(tmp_path):
     assert Tokenizer(tmp_path / "out" / "text").proto == Tokenizer(source).proto
 
 
-def test_image_weights_do_not_touch_the_text_side(tmp_path):
+def test_image_weights_are_not_in_the_text_side(tmp_path):
     source = tmp_path / "source"
     tiny(vocab_size=300).save_pretrained(source)
     with_sentencepiece(source)
@@ -119,14 +119,15 @@ def test_a_run_is_exported_and_generates_from_the_folder(run, tmp_path, capsys):
     how = {"seed": 3, "num_inference_steps": 2, "progress": False}
     first, second = (pipe("a red circle", **how).images[0] for pipe in pipes)
     assert first.tobytes() == second.tobytes()
-    main(["export", str(checkpoint), "-o", str(tmp_path / "out"), "--only", "net"])  # once more
+    # Replaces the first export.
+    main(["export", str(checkpoint), "-o", str(tmp_path / "out"), "--only", "net"])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         *("net.json", "net.safetensors", "tokenizer.bin"),
     ]
 
 
 def test_an_exported_text_side_starts_a_run(run, tmp_path):
-    """Our own text model, out as a Llama and in again."""
+    """Export our own text side as a Llama and load it."""
     checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
     export(checkpoint, tmp_path / "out", "raw", {"text"})
     source = open_language_model(tmp_path / "out" / "text")
@@ -145,9 +146,7 @@ def with_qk_norm(tmp_path) -> dict:
     return checkpoint_of(source, qk_norm=True)
 
 
-def test_what_a_llama_cannot_express_is_refused_unless_the_net_alone_is_asked_for(
-    with_qk_norm, tmp_path
-):
+def test_options_that_a_llama_lacks_are_refused_except_with_only_net(with_qk_norm, tmp_path):
     with pytest.raises(UserError, match="cannot express qk_norm=True; .* --only net"):
         export(with_qk_norm, tmp_path / "out", None, {"net", "text"})
     with pytest.raises(UserError, match="cannot express qk_norm='layer'; .* --only net"):
@@ -159,7 +158,7 @@ def test_what_a_llama_cannot_express_is_refused_unless_the_net_alone_is_asked_fo
         assert torch.equal(weight, with_qk_norm["state_dict"][name.replace("net.", "ema.", 1)])
 
 
-def test_other_files_are_never_replaced_and_nothing_is_half_written(
+def test_other_files_are_not_replaced_and_a_failed_export_changes_nothing(
     with_qk_norm, tmp_path, monkeypatch
 ):
     with pytest.raises(UserError, match="holds other files; give a new folder"):
@@ -173,7 +172,7 @@ def test_other_files_are_never_replaced_and_nothing_is_half_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_averaged_weights_that_are_not_there_and_a_damaged_folder_are_told(with_qk_norm, tmp_path):
+def test_missing_ema_weights_and_a_damaged_folder_are_refused(with_qk_norm, tmp_path):
     raw = {n: w for n, w in with_qk_norm["state_dict"].items() if n.startswith("net.")}
     checkpoint = with_qk_norm | {"state_dict": raw}
     with pytest.raises(UserError, match="has no averaged weights; give --weights raw"):

@@ -1,4 +1,4 @@
-"""Hugging Face's Llamas become ours by renaming: same logits, and clear words when not."""
+"""Hugging Face's language models load by renaming with equal logits, or are refused."""
 
 import json
 from dataclasses import asdict
@@ -37,7 +37,7 @@ def load_all(model: LanguageModel) -> dict[str, torch.Tensor]:
         ("Qwen2", {"tie_word_embeddings": True}),
     ],
 )
-def test_a_loaded_model_gives_hugging_faces_logits(tmp_path, kind, sizes):
+def test_a_loaded_model_has_hugging_faces_logits(tmp_path, kind, sizes):
     theirs = tiny(kind, **sizes)
     theirs.save_pretrained(tmp_path)
     model = open_language_model(tmp_path)
@@ -45,11 +45,11 @@ def test_a_loaded_model_gives_hugging_faces_logits(tmp_path, kind, sizes):
     transformer.load_state_dict(load_all(model))
     ids = torch.randint(50, (2, 16))
     logits = theirs(ids).logits
-    assert logits.std() > 1  # so that 1e-5 says something
+    assert logits.std() > 1  # so that 1e-5 is a strict tolerance
     torch.testing.assert_close(our_logits(transformer, ids), logits, atol=1e-5, rtol=1e-5)
 
 
-def test_a_longer_document_than_the_window_is_another_function():
+def test_a_document_longer_than_the_window_has_other_logits():
     theirs = tiny("Mistral", sliding_window=4)
     ids = torch.randint(50, (1, 9))
     wide = tiny("Mistral", sliding_window=9)(ids).logits
@@ -68,7 +68,7 @@ def test_a_longer_document_than_the_window_is_another_function():
         ("Llama", {}, None),
     ],
 )
-def test_a_window_is_found_in_the_config(tmp_path, kind, sizes, window):
+def test_the_sliding_window_is_read_from_the_config(tmp_path, kind, sizes, window):
     tiny(kind, **sizes).save_pretrained(tmp_path)
     assert open_language_model(tmp_path).window == window
 
@@ -85,7 +85,7 @@ def test_a_sharded_llama_loads_like_a_single_file(tmp_path):
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
 
 
-def test_weights_are_renamed_and_nothing_else():
+def test_weights_are_only_renamed():
     names = {
         "model.layers.0.self_attn.q_proj.weight": "layers.0.attention.wq.weight",
         "model.layers.11.mlp.down_proj.weight": "layers.11.feed_forward.w2.weight",
@@ -115,7 +115,7 @@ def test_weights_are_renamed_and_nothing_else():
         ({"hidden_size": None}, "config.json lacks hidden_size"),
     ],
 )
-def test_a_network_that_is_no_plain_llama_is_refused(tmp_path, change, message):
+def test_unsupported_architectures_are_refused(tmp_path, change, message):
     tiny().save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", change)
     with pytest.raises(UserError, match=message):
@@ -131,14 +131,14 @@ def test_a_network_that_is_no_plain_llama_is_refused(tmp_path, change, message):
         ({"model_type": "qwen2"}, "missing 6 .layers.0.attention.wk.bias, "),
     ],
 )
-def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path, change, message):
+def test_weights_that_do_not_match_the_config_are_refused(tmp_path, change, message):
     tiny().save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", change)
     with pytest.raises(UserError, match=message):
         open_language_model(tmp_path)
 
 
-def test_a_missing_shard_is_named_before_any_weight_is_read(tmp_path, monkeypatch):
+def test_a_missing_shard_is_reported_before_any_weight_is_read(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path, max_shard_size="10KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
@@ -147,7 +147,7 @@ def test_a_missing_shard_is_named_before_any_weight_is_read(tmp_path, monkeypatc
         open_language_model(tmp_path)
 
 
-def test_a_shard_that_lacks_what_its_index_names_is_refused(tmp_path):
+def test_a_shard_without_the_tensors_of_its_index_is_refused(tmp_path):
     tiny().save_pretrained(tmp_path, max_shard_size="10KB")
     first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
     second.write_bytes(first.read_bytes())
@@ -155,16 +155,14 @@ def test_a_shard_that_lacks_what_its_index_names_is_refused(tmp_path):
         open_language_model(tmp_path)
 
 
-def test_new_rows_are_the_mean_of_the_others():
+def test_new_rows_are_the_mean_row():
     weight = torch.randn(5, 3)
     extended = extend_rows(weight, 7)
     assert torch.equal(extended[:5], weight)
     torch.testing.assert_close(extended[5:], weight.mean(0).expand(2, 3))
 
 
-def test_a_name_on_the_hub_is_one_sentence_offline_and_its_copy_here_is_found(
-    tmp_path, monkeypatch
-):
+def test_a_hub_name_is_refused_offline_unless_it_is_cached(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="no folder owner/tiny, and the hub does not provide"):
         open_language_model("owner/tiny")
@@ -186,7 +184,7 @@ def test_a_name_on_the_hub_is_one_sentence_offline_and_its_copy_here_is_found(
         ({"qk_norm": "layer"}, "no qk_norm"),
     ],
 )
-def test_each_size_that_differs_is_named(tmp_path, change, message):
+def test_each_different_size_is_named(tmp_path, change, message):
     tiny().save_pretrained(tmp_path)
     model = open_language_model(tmp_path)
     model.check(model.extended_config)
@@ -203,7 +201,7 @@ def test_rows_longer_than_the_window_are_refused(tmp_path):
         model.check(model.extended_config, row_length=17)
 
 
-def test_configs_of_before_transformers_5_are_read(tmp_path):
+def test_configs_from_before_transformers_5_are_read(tmp_path):
     tiny().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())

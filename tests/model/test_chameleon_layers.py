@@ -41,9 +41,8 @@ def theirs(layer: nn.Module, x: Tensor) -> Tensor:
     cos, sin = (
         part[:, :, 0] for part in rope_angles(torch.arange(LENGTH)[None], DIM // HEADS, 10_000.0)
     )
-    sin = torch.cat(
-        [sin[..., DIM // HEADS // 2 :]] * 2, -1
-    )  # without the negative sign of the first half
+    # Without the negative sign of the first half.
+    sin = torch.cat([sin[..., DIM // HEADS // 2 :]] * 2, -1)
     mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)[None, None]
     out = layer(x, attention_mask=mask, position_embeddings=(cos, sin))
     return out if isinstance(out, Tensor) else out[0]

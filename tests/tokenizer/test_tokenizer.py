@@ -1,4 +1,4 @@
-"""Text survives the tokenizer, specials cannot be forged, and bad files are one sentence."""
+"""Texts round-trip, special tokens cannot be forged, and bad files are refused."""
 
 import io
 import pickle
@@ -23,14 +23,14 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
-def test_every_text_reads_back(tokenizer, text):
+def test_every_text_round_trips(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize(
     "text", ["  two  spaces ", "a\r\n\tb\n", "naïve 日本語 🙂", "x\x00y", "ﬁ e\u0301"]
 )
-def test_spaces_line_ends_and_unseen_characters_read_back(tokenizer, text):
+def test_spaces_line_ends_and_unseen_characters_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -75,7 +75,7 @@ def test_training_again_gives_the_same_file(tokenizer, tmp_path):
     )
 
 
-def test_a_small_corpus_fills_the_vocabulary_with_pieces_that_never_occur(tmp_path):
+def test_a_small_corpus_pads_the_vocabulary_with_unused_pieces(tmp_path):
     tokenizer = train_tokenizer(iter(["ab ab"]), tmp_path / "small.model", vocab_size=5000)
     assert tokenizer.vocab_size == 5000
     for text in ("ba ab", "<unused300>", "a <unused4997>"):
@@ -84,7 +84,7 @@ def test_a_small_corpus_fills_the_vocabulary_with_pieces_that_never_occur(tmp_pa
         assert max(ids) < 300
 
 
-def test_copies_encode_alike(tokenizer):
+def test_copies_encode_equally(tokenizer):
     for copy in (Tokenizer.from_proto(tokenizer.proto), pickle.loads(pickle.dumps(tokenizer))):
         assert copy.encode("a blue circle") == tokenizer.encode("a blue circle")
         assert copy.fingerprint == tokenizer.fingerprint
@@ -123,7 +123,7 @@ def test_a_corrupt_file_is_a_user_error(tmp_path, content):
         Tokenizer(tmp_path / "bad.model")
 
 
-def test_a_file_without_document_ends_is_a_user_error(tmp_path):
+def test_a_file_without_bos_and_eos_is_a_user_error(tmp_path):
     with (tmp_path / "bare.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(TEXTS),
@@ -142,20 +142,20 @@ def test_a_file_without_document_ends_is_a_user_error(tmp_path):
     ("texts", "vocab_size", "sentence"),
     [([], 320, "no text to train"), (TEXTS, 100, "vocab_size=100 is too small .* at least 2")],
 )
-def test_training_faults_leave_no_file(tmp_path, texts, vocab_size, sentence):
+def test_training_errors_leave_no_file(tmp_path, texts, vocab_size, sentence):
     with pytest.raises(UserError, match=sentence):
         train_tokenizer(iter(texts), tmp_path / "a.model", vocab_size)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_size_it_asks_for_is_enough(tmp_path):
-    with pytest.raises(UserError) as fault:
+def test_the_vocab_size_of_the_error_message_is_enough(tmp_path):
+    with pytest.raises(UserError) as caught:
         train_tokenizer(iter(TEXTS), tmp_path / "a.model", vocab_size=100)
-    enough = int(str(fault.value).split()[-1])
+    enough = int(str(caught.value).split()[-1])
     assert train_tokenizer(iter(TEXTS), tmp_path / "a.model", enough).vocab_size == enough
 
 
-def test_half_a_surrogate_pair_does_not_stop_training(tmp_path):
+def test_a_lone_surrogate_does_not_stop_training(tmp_path):
     assert (
         train_tokenizer(iter([*TEXTS, "bad \ud800 text"]), tmp_path / "a.model", 320).vocab_size
         == 320

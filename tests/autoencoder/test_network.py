@@ -1,4 +1,4 @@
-"""The networks: the paper's size, a VQ's losses in closed form, and noise that belongs to rows."""
+"""The trainable networks: the paper's size, a VQ's losses in closed form, and noise by row."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def small_vq(**config):
 
 
 @pytest.mark.parametrize("codes", [{}, {"latent_channels": 256, "num_codes": 16_384}])
-def test_defaults_are_of_the_papers_86_million(codes):
+def test_defaults_have_about_the_papers_86_million_parameters(codes):
     config = AutoencoderConfig(**codes)
     with torch.device("meta"):
         network = build_autoencoder(config)
@@ -34,7 +34,7 @@ def test_defaults_are_of_the_papers_86_million(codes):
     assert 83e6 < count < 88e6
 
 
-def test_the_posterior_is_diffusers():
+def test_the_posterior_equals_diffusers():
     network = build_autoencoder(AutoencoderConfig(**SMALL))
     assert isinstance(network, AutoencoderKL)
     images = torch.randn(2, 3, 8, 8)
@@ -44,13 +44,13 @@ def test_the_posterior_is_diffusers():
     torch.testing.assert_close(posterior.sample(noise), theirs.mean + theirs.std * noise)
 
 
-def test_codes_are_the_nearest_and_both_losses_have_their_weights():
+def test_codes_are_the_nearest_and_both_losses_have_the_right_weights():
     network = small_vq()
     with torch.no_grad():
         network.quantize.embedding.weight.normal_()
-    projected = torch.randn(2, 3, 4, 4, requires_grad=True)
-    codes = quantize(network, projected)
-    rows = projected.permute(0, 2, 3, 1).reshape(-1, 3)
+    encoded = torch.randn(2, 3, 4, 4, requires_grad=True)
+    codes = quantize(network, encoded)
+    rows = encoded.permute(0, 2, 3, 1).reshape(-1, 3)
     codebook = network.quantize.embedding.weight
     nearest = (rows[:, None] - codebook).square().sum(-1).argmin(1)
     assert torch.equal(codes.ids.flatten(), nearest) and codes.ids.shape == (2, 4, 4)
@@ -60,34 +60,34 @@ def test_codes_are_the_nearest_and_both_losses_have_their_weights():
     # d/dz of 0.25 |z - sg(e)|^2, and d/de of 1.0 |sg(z) - e|^2, means over N elements.
     difference = (rows - picked).detach()
     commitment = 0.25 * 2 * difference / difference.numel()
-    torch.testing.assert_close(projected.grad.permute(0, 2, 3, 1).reshape(-1, 3), commitment)
+    torch.testing.assert_close(encoded.grad.permute(0, 2, 3, 1).reshape(-1, 3), commitment)
     moved = torch.zeros_like(codebook).index_add(0, nearest, -2 * difference / difference.numel())
     torch.testing.assert_close(codebook.grad, moved)
 
 
-def test_gradients_pass_the_quantiser_as_if_it_were_not_there():
+def test_quantization_has_the_straight_through_gradient():
     network = small_vq()
-    projected = torch.randn(1, 3, 2, 2, requires_grad=True)
+    encoded = torch.randn(1, 3, 2, 2, requires_grad=True)
     direction = torch.randn(1, 3, 2, 2)
-    (quantize(network, projected).latents * direction).sum().backward()
-    torch.testing.assert_close(projected.grad, direction)
+    (quantize(network, encoded).latents * direction).sum().backward()
+    torch.testing.assert_close(encoded.grad, direction)
 
 
-def test_decoding_codes_is_diffusers_own_way():
+def test_decoding_codes_equals_diffusers():
     network = small_vq()
     images = torch.randn(2, 3, 8, 8)
     ours = decode(network, quantize(network, encode_vq(network, images)).latents)
     torch.testing.assert_close(ours, network(images).sample)
 
 
-def test_latents_are_blurred_by_their_channels_spread():
+def test_latent_noise_is_in_standard_deviations_of_a_channel():
     mean = torch.randn(2, 2, 64, 64) * torch.tensor([1.0, 5.0]).view(1, 2, 1, 1)
-    blurred = add_latent_noise(mean, mean, torch.tensor([0.0, 2.0]), torch.randn_like(mean))
-    added = (blurred - mean).std((2, 3))
+    noised = add_latent_noise(mean, mean, torch.tensor([0.0, 2.0]), torch.randn_like(mean))
+    added = (noised - mean).std((2, 3))
     torch.testing.assert_close(added, torch.tensor([[0.0, 0.0], [2.0, 10.0]]), rtol=0.05, atol=0)
 
 
-def test_noise_belongs_to_the_row_whatever_the_batch():
+def test_row_noise_depends_on_the_row_only():
     like = torch.zeros(3, 2, 4, 4)
     whole = row_noise(like, torch.tensor([5, 6, 7]), seed=1)
     part = row_noise(like[:1], torch.tensor([6]), seed=1)
@@ -99,7 +99,7 @@ def test_noise_belongs_to_the_row_whatever_the_batch():
     assert share.mean().item() == pytest.approx(0.5, abs=0.06)
 
 
-def test_sizes_that_do_not_go_together_are_one_sentence():
+def test_inconsistent_sizes_are_refused():
     with pytest.raises(UserError, match="norm_groups=32"):
         AutoencoderConfig(channels=(48, 64))
     with pytest.raises(UserError, match="num_codes=1"):

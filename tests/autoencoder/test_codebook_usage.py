@@ -1,13 +1,13 @@
-"""Which codes are in use, and where dead ones go."""
+"""CodebookUsage: when a code is dead, and where it is restarted."""
 
 import torch
 
 from tf_lightning.autoencoder.network import CodebookUsage
 
 
-def test_a_code_dies_after_so_many_steps_without_use():
+def test_a_code_is_dead_after_dead_after_steps_without_use():
     usage = CodebookUsage(3, dead_after=2)
-    assert usage.dead.all()  # nothing was picked yet
+    assert usage.dead.all()  # no code was used yet
     usage.update(torch.tensor([4, 0, 1]))
     assert usage.dead.tolist() == [False, True, False]
     usage.update(torch.tensor([1, 2, 0]))
@@ -16,7 +16,7 @@ def test_a_code_dies_after_so_many_steps_without_use():
     assert "idle" in usage.state_dict()
 
 
-def test_dead_codes_alone_are_put_on_vectors_evenly():
+def test_only_dead_codes_are_moved_and_vectors_are_chosen_evenly():
     usage = CodebookUsage(10, dead_after=1)
     usage.update(torch.tensor([1, 1] + [0] * 8))
     codebook = torch.zeros(10, 2)

@@ -1,4 +1,4 @@
-"""The autoencoders' losses against diffusers' own classes, closed forms and finite differences."""
+"""The losses of autoencoders against diffusers, torch and closed forms."""
 
 import math
 
@@ -18,7 +18,7 @@ from tf_lightning.autoencoder.losses import (
 )
 
 
-def test_kl_is_diffusers_and_torchs():
+def test_kl_equals_diffusers_and_torch():
     parameters = torch.randn(3, 8, 4, 4)
     posterior = DiagonalGaussianDistribution(parameters)
     loss = kl_loss(posterior.mean, posterior.logvar, num_elements=192)
@@ -27,25 +27,25 @@ def test_kl_is_diffusers_and_torchs():
     torch.testing.assert_close(loss, kl_divergence(q, p).sum((1, 2, 3)).mean() / 192)
 
 
-def test_kl_of_the_prior_is_nothing():
+def test_kl_of_the_prior_is_zero():
     assert kl_loss(torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2), 12) == 0
 
 
 @pytest.mark.parametrize(
     ("real", "fake", "loss"), [(2.0, -2.0, 0.0), (0.0, 0.0, 1.0), (-1.0, 3.0, 3.0), (0.5, -3, 0.25)]
 )
-def test_discriminator_pays_for_logits_on_the_wrong_side_of_one(real, fake, loss):
+def test_discriminator_loss_is_the_hinge_loss(real, fake, loss):
     given = torch.full((2, 1, 3, 3), real), torch.full((2, 1, 3, 3), float(fake))
     assert discriminator_loss(*given).item() == pytest.approx(loss)
 
 
-def test_autoencoder_wants_to_be_taken_for_real():
+def test_gan_loss_is_minus_the_mean_logit():
     fake = torch.tensor([1.0, -3.0], requires_grad=True)
     gan_loss(fake).backward()
     assert gan_loss(fake) == 1 and fake.grad.tolist() == [-0.5, -0.5]
 
 
-def test_gan_scale_makes_both_gradients_alike_at_the_last_layer():
+def test_gan_scale_equalizes_gradient_norms_at_the_last_layer():
     layer = nn.Linear(3, 2, bias=False)
     x = torch.randn(5, 3)
     reconstruction, gan = layer(x).square().mean(), 7 * layer(x).sin().mean()
@@ -67,7 +67,7 @@ def test_gan_scale_has_a_limit():
     assert gan_scale(1e3 * weight.sum(), 0 * weight.sum(), weight) == MAX_GAN_SCALE
 
 
-def test_code_perplexity_counts_codes_in_even_use():
+def test_code_perplexity_is_exp_of_the_entropy():
     assert code_perplexity(torch.tensor([5, 5, 0, 5, 0])).item() == pytest.approx(3)
     assert code_perplexity(torch.tensor([7, 0, 0])).item() == 1
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))

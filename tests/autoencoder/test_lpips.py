@@ -29,7 +29,7 @@ def test_missing_or_damaged_weights_are_refused_in_one_sentence(torchvision_fold
     file = torchvision_folder / LPIPS_WEIGHTS["squeeze"].url.rpartition("/")[2]
     if damage:
         file.write_bytes(damage)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         LPIPS("squeeze")
-    assert str(file) in str(told.value) and "lpips_weight: 0" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(file) in str(caught.value) and "lpips_weight: 0" in str(caught.value)
+    assert "\n" not in str(caught.value)

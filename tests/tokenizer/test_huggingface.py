@@ -1,4 +1,4 @@
-"""A language model's tokenizer comes along: same ids, no forged marks, padding kept apart."""
+"""Tokenizers of language models: ids of `transformers`, no forged special tokens, padding."""
 
 import json
 import pickle
@@ -18,7 +18,7 @@ TEXT = "a red circle,  naïve 日本語 🙂\n"
 def make_folder(folder, kind="json", vocab_size=300):
     """A folder with a config and a tokenizer of 290 (json) or 300 pieces."""
     folder.mkdir(exist_ok=True)
-    architecture = "Qwen2" if kind == "json" else "Llama"  # whose tokenizer `transformers` takes
+    architecture = "Qwen2" if kind == "json" else "Llama"  # whose tokenizer class fits
     tiny(architecture, vocab_size=vocab_size).config.save_pretrained(folder)
     {"json": with_json, "sentencepiece": with_sentencepiece}[kind](folder)
     return folder
@@ -34,7 +34,7 @@ def tokenizer(folder) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def test_ids_are_those_of_transformers(folder, tokenizer):
+def test_ids_equal_transformers(folder, tokenizer):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(folder)
@@ -42,14 +42,14 @@ def test_ids_are_those_of_transformers(folder, tokenizer):
     assert tokenizer.eos_id == theirs.eos_token_id
 
 
-def test_image_tokens_follow_the_models_last_row(tokenizer):
+def test_image_tokens_follow_the_last_embedding_row(tokenizer):
     assert (tokenizer.boi_id, tokenizer.eoi_id, tokenizer.vocab_size) == (300, 301, 302)
-    assert tokenizer.bos_id == tokenizer.eos_id == tokenizer.pad_id == 0  # as Qwen2 has no start
+    assert tokenizer.bos_id == tokenizer.eos_id == tokenizer.pad_id == 0  # Qwen2 has no bos token
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_texts_read_back_and_byte_counts_sum_to_their_bytes(tokenizer, text):
+def test_texts_round_trip_and_byte_counts_sum_to_their_bytes(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     inside, beginning = tokenizer.byte_counts()
@@ -64,7 +64,7 @@ def test_user_text_never_becomes_a_special_token(tokenizer, forged):
     assert tokenizer.decode(ids) == f"a {forged} b{forged}"
 
 
-def test_a_mark_that_a_text_could_forge_is_refused(tmp_path):
+def test_a_special_token_that_a_text_could_forge_is_refused(tmp_path):
     folder = make_folder(tmp_path)
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"][0]["special"] = False
@@ -79,23 +79,23 @@ def test_specials_and_padding_rows_are_dropped(tokenizer):
     assert {t.byte_counts()[0][i] for i in (t.eos_id, 295, t.boi_id, t.eoi_id)} == {0}
 
 
-def test_copies_encode_alike(tokenizer):
+def test_copies_encode_equally(tokenizer):
     for copy in (Tokenizer.from_proto(tokenizer.proto), pickle.loads(pickle.dumps(tokenizer))):
         assert copy.encode(TEXT) == tokenizer.encode(TEXT)
         assert copy.fingerprint == tokenizer.fingerprint
 
 
-def test_half_a_surrogate_pair_is_a_unicode_error(tokenizer):
+def test_a_lone_surrogate_is_a_unicode_error(tokenizer):
     with pytest.raises(UnicodeError):
         tokenizer.encode("bad \ud800")
 
 
-def test_the_file_alone_is_read_with_what_stands_beside_it(folder, tokenizer):
+def test_a_tokenizer_json_is_read_with_the_config_beside_it(folder, tokenizer):
     assert Tokenizer(folder / "tokenizer.json").fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.parametrize("rows", [300, 310])
-def test_a_sentencepiece_model_is_padded_to_the_rows(tmp_path, rows):
+def test_a_sentencepiece_model_is_padded_to_the_embedding_rows(tmp_path, rows):
     folder = make_folder(tmp_path, "sentencepiece", rows)
     plain, padded = Tokenizer(folder / "tokenizer.model"), Tokenizer(folder)
     assert padded.encode(TEXT) == plain.encode(TEXT)
@@ -104,8 +104,8 @@ def test_a_sentencepiece_model_is_padded_to_the_rows(tmp_path, rows):
 
 
 @pytest.mark.parametrize("text", [TEXT, "a", "x\x00y", "<s> </s> <unk> <0x41>", ""])
-def test_a_tokenizer_json_made_of_a_sentencepiece_model_is_the_same(tmp_path, text):
-    """As the folders of Llama 2 and Mistral have both; they differ before a first space."""
+def test_a_tokenizer_json_converted_from_sentencepiece_is_equal(tmp_path, text):
+    """The folders of Llama 2 and Mistral have both files; they differ in a leading space."""
     from transformers import AutoTokenizer
 
     folder = make_folder(tmp_path, "sentencepiece")
@@ -123,7 +123,7 @@ def test_a_tokenizer_json_made_of_a_sentencepiece_model_is_the_same(tmp_path, te
 
 @pytest.mark.parametrize("kind", ["json", "sentencepiece"])
 @pytest.mark.parametrize("rows", [280, 400])
-def test_another_models_tokenizer_is_refused(tmp_path, kind, rows):
+def test_the_tokenizer_of_another_model_is_refused(tmp_path, kind, rows):
     folder = make_folder(tmp_path, kind, rows)
     with pytest.raises(UserError, match=f"entries but its model has {rows} embedding rows; copy"):
         Tokenizer(folder)
@@ -139,7 +139,7 @@ def test_another_models_tokenizer_is_refused(tmp_path, kind, rows):
         ("tokenizer.model", "words", "tokenizer.model is not a sentencepiece model"),
     ],
 )
-def test_broken_files_are_one_sentence(tmp_path, file, content, message):
+def test_missing_and_broken_files_are_refused(tmp_path, file, content, message):
     folder = make_folder(tmp_path)
     (folder / file).unlink(missing_ok=True)
     if content is not None:
@@ -148,11 +148,11 @@ def test_broken_files_are_one_sentence(tmp_path, file, content, message):
         Tokenizer(folder)
 
 
-def test_a_file_that_names_no_end_is_refused_and_config_json_may_name_it(tmp_path):
+def test_the_eos_token_must_be_named_and_may_be_in_config_json(tmp_path):
     folder = make_folder(tmp_path)
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match="does not name an end-of-text token"):
         Tokenizer(folder)
     edit_json(folder / "config.json", {"eos_token_id": [0, 5], "bos_token_id": 1})
     tokenizer = Tokenizer(folder)
-    assert (tokenizer.eos_id, tokenizer.bos_id) == (0, 0)  # 1 is a piece of text
+    assert (tokenizer.eos_id, tokenizer.bos_id) == (0, 0)  # 1 is not a special token

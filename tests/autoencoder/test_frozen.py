@@ -1,4 +1,4 @@
-"""The frozen autoencoder: round trips, scaling, and the ways a name can be wrong."""
+"""Frozen KL autoencoders: reconstruction, normalization, loading and its errors."""
 
 import json
 import shutil
@@ -32,13 +32,13 @@ def tiny(**config) -> AutoencoderKL:
     return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2, **config)
 
 
-def test_shipped_weights_are_small_and_say_how_they_were_made():
+def test_shipped_weights_are_small_and_have_a_report():
     assert sum(file.stat().st_size for file in SHAPES.iterdir()) <= 4_000_000
     report = json.loads((SHAPES / "report.json").read_text())
     assert report["command"] and report["held_out"]["num_images"] == 2000
 
 
-def test_shipped_autoencoder_reconstructs_held_out_pictures_as_reported(shapes):
+def test_shipped_autoencoder_reconstructs_held_out_images_as_reported(shapes):
     images = shape_images(range(200), split="val")
     errors = (shapes.decode(shapes.encode(images)) - images).div(2).square().mean((1, 2, 3))
     psnr = (-10 * errors.log10()).mean().item()
@@ -48,8 +48,8 @@ def test_shipped_autoencoder_reconstructs_held_out_pictures_as_reported(shapes):
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes_vq"])
-def test_loading_takes_nothing_from_the_runs_own_random_numbers(name):
-    """Otherwise a model's first weights would depend on whether its pictures were encoded."""
+def test_loading_does_not_advance_the_random_generator(name):
+    """Otherwise a model's initial weights would depend on whether its images were encoded."""
     before = torch.get_rng_state()
     load_autoencoder(name)
     assert torch.equal(torch.get_rng_state(), before)
@@ -63,7 +63,7 @@ def test_latents_have_zero_mean_and_unit_variance_in_every_channel(shapes):
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(8), atol=0.1, rtol=0)
 
 
-def test_single_scaling_and_shift_factors_are_used_where_channels_have_none():
+def test_scaling_and_shift_factor_are_used_without_channel_statistics():
     model = tiny(scaling_factor=0.5, shift_factor=2.0)
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     expected = (model.encode(images).latent_dist.mode() - 2.0) * 0.5
@@ -87,7 +87,7 @@ def test_autocast_does_not_change_latents(shapes):
     assert torch.equal(under_autocast, shapes.encode(images))
 
 
-def test_pixels_are_their_own_latents_and_are_clipped():
+def test_pixel_autoencoder_is_the_identity_and_clips():
     pixels = load_autoencoder("pixels")
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     assert torch.equal(pixels.decode(pixels.encode(images)), images)
@@ -113,47 +113,48 @@ def test_fingerprint_changes_with_the_weights_and_with_the_scaling(shapes, folde
     assert len({changed, shapes.fingerprint, load_autoencoder(str(folder)).fingerprint}) == 3
 
 
-def one_sentence(name: str) -> str:
+def error_of(name: str) -> str:
+    """The error of loading an autoencoder, which must be one sentence."""
     with pytest.raises(UserError) as caught:
         load_autoencoder(name)
     assert "\n" not in str(caught.value) and ". " not in str(caught.value)
     return str(caught.value)
 
 
-def test_unknown_name_says_what_may_be_given():
-    assert '"shapes", "shapes_vq", "pixels"' in one_sentence("shape")
+def test_an_unknown_name_lists_the_choices():
+    assert '"shapes", "shapes_vq", "pixels"' in error_of("shape")
 
 
-def test_missing_file_is_not_looked_for_on_the_hub(tmp_path):
-    assert "there is no autoencoder" in one_sentence(str(tmp_path / "gone.safetensors"))
+def test_a_missing_file_is_not_requested_from_the_hub(tmp_path):
+    assert "there is no autoencoder" in error_of(str(tmp_path / "gone.safetensors"))
 
 
-def test_hub_name_offline_is_one_sentence(monkeypatch, tmp_path):
+def test_a_hub_name_offline_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert "owner/absent" in one_sentence("owner/absent")
+    assert "owner/absent" in error_of("owner/absent")
 
 
-def test_folder_without_config_is_one_sentence(folder):
+def test_a_folder_without_config_is_refused(folder):
     (folder / "config.json").unlink()
-    assert "config.json" in one_sentence(str(folder))
+    assert "config.json" in error_of(str(folder))
 
 
-def test_truncated_weights_are_one_sentence(folder):
+def test_truncated_weights_are_refused(folder):
     weights = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(weights[: len(weights) // 2])
-    assert str(folder) in one_sentence(str(folder))
-    assert "cannot be loaded" in one_sentence(str(folder / WEIGHTS))
+    assert str(folder) in error_of(str(folder))
+    assert "cannot be loaded" in error_of(str(folder / WEIGHTS))
 
 
 def test_weights_that_lack_a_tensor_are_refused(folder):
     weights = load_file(folder / WEIGHTS)
     del weights["encoder.conv_in.bias"]
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    assert "do not match its config.json" in one_sentence(str(folder))
-    assert "do not match its config.json" in one_sentence(str(folder / WEIGHTS))
+    assert "do not match its config.json" in error_of(str(folder))
+    assert "do not match its config.json" in error_of(str(folder / WEIGHTS))
 
 
-def test_picture_of_an_odd_size_is_one_sentence(shapes):
+def test_an_image_size_that_is_not_divisible_is_refused(shapes):
     with pytest.raises(UserError, match="multiple of 8"):
         shapes.encode(torch.zeros(1, 3, 60, 64))

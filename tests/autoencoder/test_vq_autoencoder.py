@@ -1,4 +1,4 @@
-"""Pictures to ids and back, and the ways a name can be wrong."""
+"""Frozen VQ autoencoders: encoding, decoding, loading and its errors."""
 
 import json
 
@@ -26,18 +26,18 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_ids_and_pictures_of_them(folder):
+def test_codes_have_their_shape_and_decode_as_in_diffusers(folder):
     codes = load_autoencoder(str(folder))
     assert (codes.num_codes, codes.downsample, codes.latent_channels) == (32, 4, 1)
     images = torch.rand(2, 3, 16, 24) * 2 - 1
     ids = codes.encode(images)
     assert ids.shape == (2, 1, 4, 6) and ids.dtype == torch.int64
     decoded = codes.decode(ids)
-    torch.testing.assert_close(decoded, codes.model(images).sample.clamp(-1, 1))  # diffusers' way
+    torch.testing.assert_close(decoded, codes.model(images).sample.clamp(-1, 1))
     assert codes.fingerprint == load_autoencoder(str(folder)).fingerprint
 
 
-def test_every_code_is_found_again_from_its_own_vector(folder):
+def test_the_nearest_code_of_a_code_vector_is_itself(folder):
     codes = load_autoencoder(str(folder))
     ids = torch.arange(32).view(1, 4, 8)
     vectors = codes.model.quantize.embedding(ids).permute(0, 3, 1, 2)
@@ -45,15 +45,16 @@ def test_every_code_is_found_again_from_its_own_vector(folder):
     assert torch.equal(found.view_as(ids), ids)
 
 
-def test_mistakes_are_one_sentence(folder):
+def test_wrong_sizes_codes_and_models_are_refused(folder):
     codes = load_autoencoder(str(folder))
     with pytest.raises(UserError, match="multiple of 4"):
         codes.encode(torch.zeros(1, 3, 18, 16))
     with pytest.raises(UserError, match="codebook of 32"):
         codes.decode(torch.full((1, 1, 4, 4), 32))
-    assert load_matching_autoencoder(str(folder), 8, 32).num_codes == 32  # channels are of latents
-    told = "has 32 codes but the model has 64 codes; give --model.num_codes 32 or"
-    with pytest.raises(UserError, match=told):
+    # latent_channels is ignored.
+    assert load_matching_autoencoder(str(folder), 8, 32).num_codes == 32
+    message = "has 32 codes but the model has 64 codes; give --model.num_codes 32 or"
+    with pytest.raises(UserError, match=message):
         load_matching_autoencoder(str(folder), 1, 64)
     with pytest.raises(UserError, match="has 32 codes but the model has continuous latents"):
         load_matching_autoencoder(str(folder), 1, None)
@@ -61,11 +62,11 @@ def test_mistakes_are_one_sentence(folder):
         load_matching_autoencoder("shapes", 8, 64)
 
 
-def test_the_shipped_codes_reconstruct_as_reported():
+def test_the_shipped_vq_autoencoder_reconstructs_as_reported():
     codes = load_autoencoder("shapes_vq")
     assert (codes.num_codes, codes.downsample) == (512, 8)
     pairs = captioned(ShapesCaptions(4, 32, two_objects=0.75), "val")
-    images = torch.stack([to_pixels(picture) for _, picture in pairs])
+    images = torch.stack([to_pixels(image) for _, image in pairs])
     made = codes.decode(codes.encode(images))
     psnr = -10 * ((made - images) / 2).square().mean((1, 2, 3)).log10()
     report = json.loads((SHIPPED["shapes_vq"] / "report.json").read_text())["held_out"]
