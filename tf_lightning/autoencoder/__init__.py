@@ -1,1 +1,1 @@
-"""Images to latents or codes and back: pretrained autoencoders and one to train."""
+"""Autoencoders between images and latents or codes: frozen ones, and one to train."""

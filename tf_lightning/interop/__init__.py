@@ -1,1 +1,1 @@
-"""Weights in and out: Llama-family checkpoints, exported folders, the Hugging Face hub."""
+"""Weights in and out: language models of the Llama family, and exported checkpoints."""

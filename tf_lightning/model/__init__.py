@@ -1,1 +1,1 @@
-"""The network: a Llama-style Transformer shared by text and image patches."""
+"""The network: a Llama-style Transformer for text and image patches, and the patch coders."""

@@ -1,1 +1,1 @@
-"""Text to token ids: sentencepiece models and Hugging Face tokenizer files."""
+"""Tokenizers between text and ids: sentencepiece, and language models' tokenizer.json."""
