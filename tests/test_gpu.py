@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from support import runs
-from support.by_hand import answer, draw, open_ended_net, plan
+from support.generation import generate_documents, generate_images, open_ended_net, plan
 from support.tiny import SIZES, document, mixed_batch, packed, tiny_module, tiny_net
 from tf_lightning.data import Mixture
 from tf_lightning.model.attention import FlexAttention, build_attention
@@ -58,10 +58,13 @@ def test_a_compiled_network_has_the_same_losses_for_batches_of_any_shape():
 
 def test_answers_are_the_cpus():
     how = plan("image", guidance_scale=2.0)
-    drawn = [draw(tiny_net().to(device), PROMPTS, how, 1, 2, 3) for device in ("cpu", "cuda")]
+    drawn = [
+        generate_images(tiny_net().to(device), PROMPTS, how, 1, 2, 3) for device in ("cpu", "cuda")
+    ]
     torch.testing.assert_close(drawn[1].cpu(), drawn[0], atol=1e-3, rtol=1e-3)
     here, there = (
-        answer(open_ended_net().to(device), PROMPTS, plan("text")) for device in ("cpu", "cuda")
+        generate_documents(open_ended_net().to(device), PROMPTS, plan("text"))
+        for device in ("cpu", "cuda")
     )
     for ours, theirs in zip(here, there, strict=True):
         assert [part.tolist() for part in theirs] == [part.tolist() for part in ours]

@@ -1,6 +1,9 @@
 """Imports point one way between packages and never in a circle; tests mirror the packages."""
 
 import ast
+import os
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -126,7 +129,6 @@ def test_no_files_import_each_other_in_a_circle():
     TopologicalSorter(import_graph()).prepare()  # raises CycleError with the circle
 
 
-@pytest.mark.xfail(reason="data/corpus/writer.py still does so")
 def test_our_modules_are_imported_at_the_top_of_a_file():
     """Commands load their part of the program when it is asked for, so `cli` is free to wait."""
     known = modules()
@@ -139,6 +141,12 @@ def test_our_modules_are_imported_at_the_top_of_a_file():
         and (found := our_modules(imported_names(function), known))
     ]
     assert not inside
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, tf_lightning; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
 def test_the_folders_of_the_tests_mirror_the_packages():

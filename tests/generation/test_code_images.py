@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.by_hand import collect
+from support.generation import collect
 from support.tiny import SIZES, TOKENIZER, document
 from tf_lightning.batch import Document
 from tf_lightning.errors import UserError

@@ -5,22 +5,21 @@ from types import SimpleNamespace
 import pytest
 from torch import Tensor
 
-from support.by_hand import (
+from support.generation import (
     BOI,
     EOS,
     GUIDANCES,
-    NAMES,
+    PROMPT_NAMES,
     PROMPTS,
-    answer,
-    answered_by_hand,
-    assert_same,
+    assert_documents_close,
     collect,
+    generate_documents,
+    generate_tokens,
     generation_model,
-    greedy_chain,
     open_ended_net,
     plan,
-    write,
 )
+from support.reference_generation import greedy_tokens, reference_document
 from support.tiny import LATENT_SHAPE, PATCH_SIZE, TOKENIZER, document, tiny_net
 from tf_lightning.errors import UserError
 from tf_lightning.generation.engine import generate
@@ -30,42 +29,44 @@ from tf_lightning.model.transfusion import TransfusionModel
 # ---------------------------------------------------------------- text
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=NAMES)
+@pytest.mark.parametrize("prompt", PROMPTS, ids=PROMPT_NAMES)
 def test_greedy_text_is_the_chain_of_most_likely_tokens(prompt):
     net = open_ended_net()
-    expected = greedy_chain(net, prompt, 6)
-    assert write(net, [prompt]) == [expected]
+    expected = greedy_tokens(net, prompt, 6)
+    assert generate_tokens(net, [prompt]) == [expected]
     assert len(set(expected)) > 1
 
 
 def test_prompts_of_unequal_length_in_one_batch_are_answered_as_if_alone():
     net = open_ended_net()
-    assert write(net, PROMPTS) == [write(net, [prompt])[0] for prompt in PROMPTS]
+    assert generate_tokens(net, PROMPTS) == [
+        generate_tokens(net, [prompt])[0] for prompt in PROMPTS
+    ]
 
 
 @pytest.mark.parametrize("stop", [EOS, BOI])
 def test_text_ends_before_the_stop_token_while_others_go_on(stop):
     net = open_ended_net()
-    third = greedy_chain(net, PROMPTS[0], 3)[-1]
+    third = greedy_tokens(net, PROMPTS[0], 3)[-1]
     net.transformer.output.weight[stop] = 1.01 * net.transformer.output.weight[third]
-    chains = [greedy_chain(net, prompt, 6) for prompt in PROMPTS]
+    chains = [greedy_tokens(net, prompt, 6) for prompt in PROMPTS]
     expected = [chain[: chain.index(stop)] if stop in chain else chain for chain in chains]
     assert len(expected[0]) < 6 and {len(ids) for ids in expected} > {6}
-    assert write(net, PROMPTS) == expected
+    assert generate_tokens(net, PROMPTS) == expected
 
 
 def test_drawn_text_depends_on_its_own_seed_not_on_its_batch_mates():
     net = open_ended_net()
     how = plan("text", temperature=5.0, top_p=0.9)
-    together = answer(net, PROMPTS, how)
+    together = generate_documents(net, PROMPTS, how)
     for number, (prompt, same) in enumerate(zip(PROMPTS, together, strict=True), 1):
-        assert_same(answer(net, [prompt], how, [number])[0], same)
-    assert answer(net, PROMPTS[:1], how, [9])[0][0].tolist() != together[0][0].tolist()
+        assert_documents_close(generate_documents(net, [prompt], how, [number])[0], same)
+    assert generate_documents(net, PROMPTS[:1], how, [9])[0][0].tolist() != together[0][0].tolist()
 
 
 def test_a_stop_text_ends_the_answer_once_it_is_complete():
     net = open_ended_net()
-    chain = greedy_chain(net, PROMPTS[0], 6)
+    chain = greedy_tokens(net, PROMPTS[0], 6)
     letters = SimpleNamespace(
         **vars(TOKENIZER), decode=lambda ids: "".join(chr(97 + i) for i in ids)
     )
@@ -84,7 +85,7 @@ def talkative_net(**sizes) -> TransfusionModel:
     <boi> is as likely as a token of its chain, a little more.
     """
     net = open_ended_net(**sizes)
-    third = greedy_chain(net, PROMPTS[0], 3)[-1]
+    third = greedy_tokens(net, PROMPTS[0], 3)[-1]
     net.transformer.output.weight[BOI] = 1.01 * net.transformer.output.weight[third]
     return net
 
@@ -94,9 +95,9 @@ def talkative_net(**sizes) -> TransfusionModel:
 def test_text_and_images_in_turn_are_those_of_full_forwards(guidance, causal):
     net = talkative_net()
     how = plan("any", **guidance, max_images=2, max_new_tokens=12)
-    answers = answer(net, PROMPTS, how, causal_images=causal)
+    answers = generate_documents(net, PROMPTS, how, causal_images=causal)
     for number, (prompt, given) in enumerate(zip(PROMPTS, answers, strict=True), 1):
-        assert_same(given, answered_by_hand(net, prompt, number, how, causal))
+        assert_documents_close(given, reference_document(net, prompt, number, how, causal))
     kinds = {"".join("ti"[part.ndim == 3] for part in given) for given in answers}
     assert any("tit" in kind for kind in kinds) and len(kinds) > 1
 
@@ -105,9 +106,11 @@ def test_text_and_images_in_turn_are_those_of_full_forwards(guidance, causal):
 def test_sequences_that_wait_for_room_are_answered_as_if_there_were_enough(batch_size):
     net, prompts = talkative_net(), PROMPTS * 2
     how = plan("any", "DDPMScheduler", guidance_scale=2.0, max_images=2)
-    enough = answer(net, prompts, how)
-    for given, same in zip(answer(net, prompts, how, batch_size=batch_size), enough, strict=True):
-        assert_same(given, same)
+    enough = generate_documents(net, prompts, how)
+    for given, same in zip(
+        generate_documents(net, prompts, how, batch_size=batch_size), enough, strict=True
+    ):
+        assert_documents_close(given, same)
 
 
 def test_events_of_a_prompt_come_in_order_and_end_once():
@@ -122,20 +125,22 @@ def test_events_of_a_prompt_come_in_order_and_end_once():
 
 def test_another_image_is_not_begun_where_documents_were_never_that_long():
     net, how = talkative_net(), plan("any", max_new_tokens=50)
-    free = answer(net, PROMPTS[:1], how)[0]
+    free = generate_documents(net, PROMPTS[:1], how)[0]
     before = len(free[0])
     assert [part.ndim for part in free[:2]] == [1, 3]
     # <bos>, prompt, text, <boi>, 4 patches, <eoi>, <eos>
     exact = 1 + 3 + before + 6 + 1
-    fits, short = (answer(net, PROMPTS[:1], how, max_length=n)[0] for n in (exact, exact - 1))
-    assert_same(fits, free[:2])
-    assert_same(short, free[:1])
+    fits, short = (
+        generate_documents(net, PROMPTS[:1], how, max_length=n)[0] for n in (exact, exact - 1)
+    )
+    assert_documents_close(fits, free[:2])
+    assert_documents_close(short, free[:1])
 
 
 def test_text_ends_where_documents_were_never_longer():
     net = open_ended_net()
-    ((text,),) = answer(net, PROMPTS[:1], plan("text"), max_length=8)
-    assert text.tolist() == greedy_chain(net, PROMPTS[0], 3)  # <bos>, 3, 3, <eos>
+    ((text,),) = generate_documents(net, PROMPTS[:1], plan("text"), max_length=8)
+    assert text.tolist() == greedy_tokens(net, PROMPTS[0], 3)  # <bos>, 3, 3, <eos>
 
 
 # ---------------------------------------------------------------- mistakes
@@ -144,10 +149,10 @@ def test_text_ends_where_documents_were_never_longer():
 @pytest.mark.parametrize(("kind", "least"), [("image", 6), ("text", 1)])
 def test_a_prompt_that_leaves_no_room_is_refused_with_the_limit(kind, least):
     prompt, how = document("9", 1), plan(kind)
-    assert answer(tiny_net(), [prompt], how, max_length=11 + least)
+    assert generate_documents(tiny_net(), [prompt], how, max_length=11 + least)
     told = f"the prompt takes 11 positions and its output at least {least}, but .* {10 + least};"
     with pytest.raises(UserError, match=told):
-        answer(tiny_net(), [prompt], how, max_length=10 + least)
+        generate_documents(tiny_net(), [prompt], how, max_length=10 + least)
 
 
 @pytest.mark.parametrize("kind", ["image", "text", "any"])
@@ -155,7 +160,7 @@ def test_a_network_that_diverged_is_told_apart_from_a_bad_picture(kind):
     net = tiny_net()
     net.transformer.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match=r"is not a number \(NaN or infinite\)"):
-        answer(net, PROMPTS[:1], plan(kind))
+        generate_documents(net, PROMPTS[:1], plan(kind))
 
 
 def test_an_answer_without_images_is_asked_for_by_its_name():

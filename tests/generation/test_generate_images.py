@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.by_hand import GUIDANCES, NAMES, PROCESS, PROMPTS, STEPS, draw, drawn_by_hand, plan
+from support.generation import (
+    GUIDANCES,
+    PROCESS,
+    PROMPT_NAMES,
+    PROMPTS,
+    STEPS,
+    generate_images,
+    plan,
+)
+from support.reference_generation import reference_image
 from support.tiny import LATENT_SHAPE, PATCH_SIZE, document, packed, tiny_net
 from tf_lightning.diffusion.process import DDPM
 from tf_lightning.diffusion.sampler import build_scheduler
@@ -15,20 +24,24 @@ from tf_lightning.model.unet import UNetConfig
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
-@pytest.mark.parametrize("prompt", PROMPTS, ids=NAMES)
+@pytest.mark.parametrize("prompt", PROMPTS, ids=PROMPT_NAMES)
 def test_an_image_is_what_full_forwards_by_hand_draw(prompt, guidance):
     net, how = tiny_net(), plan("image", **guidance)
-    expected = drawn_by_hand(net, prompt, torch.Generator().manual_seed(3), how)
-    torch.testing.assert_close(draw(net, [prompt], how, 3)[0], expected, atol=1e-4, rtol=1e-4)
+    expected = reference_image(net, prompt, torch.Generator().manual_seed(3), how)
+    torch.testing.assert_close(
+        generate_images(net, [prompt], how, 3)[0], expected, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("sampler", ["DDIMScheduler", "DDPMScheduler", "UniPCMultistepScheduler"])
 def test_an_image_depends_on_its_own_seed_and_prompt_not_on_its_batch_mates(sampler):
     net, how = tiny_net(), plan("image", sampler, guidance_scale=2.0)
-    together = draw(net, PROMPTS, how, 1, 2, 3, 4)
-    alone = torch.cat([draw(net, [prompt], how, n) for n, prompt in enumerate(PROMPTS, 1)])
+    together = generate_images(net, PROMPTS, how, 1, 2, 3, 4)
+    alone = torch.cat(
+        [generate_images(net, [prompt], how, n) for n, prompt in enumerate(PROMPTS, 1)]
+    )
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
-    assert not torch.isclose(draw(net, PROMPTS[:1], how, 9), together[0]).all()
+    assert not torch.isclose(generate_images(net, PROMPTS[:1], how, 9), together[0]).all()
 
 
 def calls(net: TransfusionModel, monkeypatch) -> list[tuple[Tensor, Tensor]]:
@@ -45,10 +58,14 @@ def calls(net: TransfusionModel, monkeypatch) -> list[tuple[Tensor, Tensor]]:
 def test_only_the_branches_that_guidance_needs_are_computed(monkeypatch):
     net = tiny_net()
     seen = calls(net, monkeypatch)
-    draw(net, PROMPTS, plan("image"), 1, 2, 3, 4)
-    draw(net, PROMPTS, plan("image", guidance_scale=2.0), 1, 2, 3, 4)
-    draw(net, PROMPTS, plan("image", guidance_scale=2.0, guidance_interval=(0.5, 1)), 1, 2, 3, 4)
-    draw(net, PROMPTS, plan("image", guidance_scale=2.0, image_guidance_scale=1.0), 1, 2, 3, 4)
+    generate_images(net, PROMPTS, plan("image"), 1, 2, 3, 4)
+    generate_images(net, PROMPTS, plan("image", guidance_scale=2.0), 1, 2, 3, 4)
+    generate_images(
+        net, PROMPTS, plan("image", guidance_scale=2.0, guidance_interval=(0.5, 1)), 1, 2, 3, 4
+    )
+    generate_images(
+        net, PROMPTS, plan("image", guidance_scale=2.0, image_guidance_scale=1.0), 1, 2, 3, 4
+    )
     rows = [len(latents) for latents, _ in seen]
     assert rows == [4] * 5 + [8] * 5 + [8] * 3 + [4] * 2 + [12] * 5
 
@@ -58,7 +75,7 @@ def test_a_step_computes_the_positions_of_the_image_alone(monkeypatch):
     net.transformer.layers[0].register_forward_pre_hook(
         lambda module, args: lengths.append(args[0].shape[:-1].numel())
     )
-    draw(net, [document("9i9", 1)], plan("image"), 1)
+    generate_images(net, [document("9i9", 1)], plan("image"), 1)
     prompt, begin, *steps = lengths
     assert prompt == 9 + 6 + 9 + 2 and begin == 1 and steps == [4] * STEPS
 
@@ -83,7 +100,7 @@ VARIANTS = {
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_variants_of_the_network_draw_what_full_forwards_draw(options):
     net, prompt = variant_net(**options), document("2i1", 3)
-    drawn = draw(net, [prompt], plan("image", guidance_scale=1.0), 7)
+    drawn = generate_images(net, [prompt], plan("image", guidance_scale=1.0), 7)
     scheduler = build_scheduler(PROCESS, "DDIMScheduler")
     scheduler.set_timesteps(STEPS)
     x_t = torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(7))
@@ -101,7 +118,7 @@ def test_ddpm_draws_with_the_learned_variance_of_the_whole_prompt(scale):
     net, prompt = variant_net(learned_sigma=True), document("2i1", 3)
     scheduler = build_scheduler(DDPM("v_prediction", learned_sigma=True), "DDPMScheduler")
     how = plan("image", guidance_scale=scale, scheduler=scheduler)
-    drawn = draw(net, [prompt], how, 7)
+    drawn = generate_images(net, [prompt], how, 7)
     scheduler.set_timesteps(STEPS)
     generator = torch.Generator().manual_seed(7)
     x_t = torch.randn(LATENT_SHAPE, generator=generator)

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from support.by_hand import collect
+from support.generation import collect
 from support.tiny import LATENT_SHAPE
 from tf_lightning.generation.requests import (
     GenerationOutput,

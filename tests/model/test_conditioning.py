@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.by_hand import PROCESS, STEPS, collect, generation_model, plan
+from support.generation import PROCESS, STEPS, collect, generation_model, plan
 from support.tiny import LATENT_SHAPE, PATCH_SIZE, SIZES, TOKENIZER, VOCAB_SIZE, document
 from tf_lightning.batch import document_length, pack
 from tf_lightning.diffusion.sampler import build_scheduler
