@@ -1,4 +1,4 @@
-"""`tf-lightning generate`: prompts in order, files written, mistakes told."""
+"""`tf-lightning generate`: options, prompts, written files, and refused mistakes."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def checkpoint(run) -> str:
 
 @pytest.fixture
 def picture(tmp_path) -> str:
-    """A picture that is neither square nor RGB nor of the model's size."""
+    """An image file that is neither square nor RGB nor of the model's size."""
     path = tmp_path / "in.png"
     Image.new("RGBA", (100, 80), (255, 0, 0, 128)).save(path)
     return str(path)
@@ -33,7 +33,7 @@ def picture(tmp_path) -> str:
 
 @pytest.fixture
 def fails(capsys):
-    """Runs a command that has to fail: its exit code and its one line on standard error."""
+    """Run a command that must fail; return its exit code and its line on standard error."""
 
     def command(*args: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as stop:
@@ -51,7 +51,7 @@ def prompt_of(*args: str) -> list[tuple[str, str]]:
     return options.parts
 
 
-def test_text_and_pictures_keep_the_order_they_were_typed_in():
+def test_text_and_images_keep_the_order_of_the_command_line():
     assert prompt_of("a", "b") == [("text", "a"), ("text", "b")]
     assert prompt_of("a", "--image", "x") == [("text", "a"), ("image", "x")]
     assert prompt_of("--image", "x", "a") == [("image", "x"), ("text", "a")]
@@ -61,7 +61,7 @@ def test_text_and_pictures_keep_the_order_they_were_typed_in():
     assert prompt_of("--text=-a", "--seed", "-1", "") == [("text", "-a"), ("text", "")]
 
 
-def test_words_are_answered_with_pictures_and_how_they_were_made(checkpoint, tmp_path, capsys):
+def test_text_is_answered_with_images_and_a_record_of_their_options(checkpoint, tmp_path, capsys):
     out = tmp_path / "new" / "out"
     command = [
         "generate",
@@ -99,7 +99,7 @@ def test_words_are_answered_with_pictures_and_how_they_were_made(checkpoint, tmp
     assert first.shape == (64, 64, 3) and (first != second).any()
 
 
-def test_a_seed_gives_the_same_picture_alone_and_among_others(checkpoint, tmp_path):
+def test_a_seed_gives_the_same_image_alone_and_in_a_batch(checkpoint, tmp_path):
     command = ["generate", checkpoint, "a red circle", "--num-inference-steps", "2"]
     main([*command, "-o", str(tmp_path / "many"), "-n", "3"])
     main([*command, "-o", str(tmp_path / "one"), "-n", "1", "--seed", "2"])
@@ -109,7 +109,7 @@ def test_a_seed_gives_the_same_picture_alone_and_among_others(checkpoint, tmp_pa
     assert np.abs(many - one).max() <= 1
 
 
-def test_shifted_steps_draw_another_picture_and_are_told(checkpoint, tmp_path):
+def test_shifted_steps_give_another_image_and_are_recorded(checkpoint, tmp_path):
     command = ["generate", checkpoint, "a red circle", "-n", "1", "--num-inference-steps", "3"]
     command += ["--sampler", "DPMSolverMultistepScheduler-SDE", "-o"]
     main([*command, str(tmp_path / "even")])
@@ -121,13 +121,13 @@ def test_shifted_steps_draw_another_picture_and_are_told(checkpoint, tmp_path):
     assert json.loads((tmp_path / "shifted" / "0000.json").read_text())["timestep_shift"] == 2.5
 
 
-def test_a_picture_of_any_size_and_mode_is_answered_with_words(checkpoint, picture, capsys):
+def test_an_image_of_any_size_and_mode_is_answered_with_text(checkpoint, picture, capsys):
     main(["generate", checkpoint, "--image", picture, "--max-new-tokens", "3"])
     words = capsys.readouterr().out
     assert words.endswith("\n") and len(words) > 1
 
 
-def test_the_answer_can_be_asked_for(checkpoint, picture, tmp_path, capsys):
+def test_the_output_modality_can_be_chosen(checkpoint, picture, tmp_path, capsys):
     main(["generate", checkpoint, "imagine", "--output-modality", "text", "--max-new-tokens", "3"])
     assert "Wrote" not in capsys.readouterr().out
     out = str(tmp_path / "out")
@@ -192,7 +192,7 @@ def test_a_prompt_is_required(checkpoint, fails):
         (["--code-top-k", "9"], 1, "--code-top-k does not apply: this model's images are denoised"),
     ],
 )
-def test_an_option_out_of_range_is_told_with_its_limit(
+def test_an_option_out_of_range_is_refused_with_its_limit(
     arguments, code, words, checkpoint, tmp_path, fails
 ):
     told = fails(checkpoint, "a red circle", "-o", str(tmp_path / "out"), *arguments)
@@ -200,12 +200,12 @@ def test_an_option_out_of_range_is_told_with_its_limit(
     assert not (tmp_path / "out" / "0000.png").exists()
 
 
-def test_an_empty_prompt_is_told(checkpoint, fails, tmp_path):
+def test_an_empty_prompt_is_refused_by_the_command(checkpoint, fails, tmp_path):
     code, line = fails(checkpoint, "", "-o", str(tmp_path / "out"))
     assert code == 1 and "a prompt is empty; give text or an image" in line
 
 
-def test_a_prompt_longer_than_the_models_documents_is_told(checkpoint, fails, tmp_path):
+def test_a_prompt_that_is_too_long_is_refused(checkpoint, fails, tmp_path):
     code, line = fails(checkpoint, "a red circle " * 99, "-o", str(tmp_path / "out"))
     assert code == 1 and "this model was trained on rows of 256; shorten the prompt" in line
     assert not list((tmp_path / "out").iterdir())
@@ -213,7 +213,7 @@ def test_a_prompt_longer_than_the_models_documents_is_told(checkpoint, fails, tm
 
 @pytest.fixture
 def prompts(tmp_path, picture) -> Path:
-    """A file of interleaved prompts beside the picture that it names."""
+    """A file of interleaved prompts beside the image that it names."""
     lines = [
         {"parts": [{"image": "in.png"}, {"text": "make it red"}]},
         ["a red circle"],
@@ -225,11 +225,13 @@ def prompts(tmp_path, picture) -> Path:
 
 
 def drawn(folder: Path) -> dict[str, float]:
-    """When each picture of a folder was written."""
+    """Return the time at which each image of a folder was written."""
     return {file.name: file.stat().st_mtime_ns for file in folder.glob("*.png")}
 
 
-def test_interleaved_prompts_of_a_file_are_answered_as_those_typed(checkpoint, prompts, tmp_path):
+def test_prompts_of_a_file_give_the_same_outputs_as_on_the_command_line(
+    checkpoint, prompts, tmp_path
+):
     how = ["--num-inference-steps", "2", "-n", "2"]
     main(["generate", checkpoint, "--prompts", str(prompts), "-o", str(tmp_path / "file"), *how])
     assert sorted(drawn(tmp_path / "file")) == [f"000{n}.png" for n in range(6)]
@@ -242,7 +244,7 @@ def test_interleaved_prompts_of_a_file_are_answered_as_those_typed(checkpoint, p
     assert sheet.count("<img") == 6 and "one blue square" in sheet
 
 
-def test_a_text_file_is_a_prompt_a_line(checkpoint, tmp_path):
+def test_each_line_of_a_text_file_is_a_prompt(checkpoint, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n\none blue square\n")
     arguments = ["--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "out")]
     main(["generate", checkpoint, *arguments, "--output-modality", "text", "--max-new-tokens", "3"])
@@ -254,9 +256,7 @@ def test_a_text_file_is_a_prompt_a_line(checkpoint, tmp_path):
     assert all(kind == "text" for r in records for kind, _ in r["parts"])
 
 
-def test_what_is_written_is_not_made_again_unless_something_changed(
-    checkpoint, prompts, tmp_path, capsys
-):
+def test_outputs_are_kept_unless_something_changed(checkpoint, prompts, tmp_path, capsys):
     command = ["generate", checkpoint, "--prompts", str(prompts), "-o", str(tmp_path / "out")]
     main([*command, "--num-inference-steps", "2"])
     before = drawn(tmp_path / "out")
@@ -272,7 +272,7 @@ def test_what_is_written_is_not_made_again_unless_something_changed(
     assert "Wrote 3 outputs" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_an_interrupt_keeps_what_is_written_and_the_same_command_goes_on(
+def test_an_interrupted_command_keeps_its_outputs_and_can_be_repeated(
     checkpoint, prompts, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
@@ -318,19 +318,19 @@ def test_an_interrupt_keeps_what_is_written_and_the_same_command_goes_on(
         ('[{"image": "nowhere.png"}]', "nowhere.png: missing image"),
     ],
 )
-def test_a_file_of_prompts_that_cannot_be_used_is_told(content, words, checkpoint, tmp_path, fails):
+def test_an_unusable_file_of_prompts_is_refused(content, words, checkpoint, tmp_path, fails):
     file = tmp_path / "prompts.jsonl"
     file.write_text(content)
     code, line = fails(checkpoint, "--prompts", str(file), "-o", str(tmp_path / "out"))
     assert code == 1 and words in line
 
 
-def test_prompts_of_a_file_and_a_typed_one_are_one_too_many(checkpoint, prompts, fails):
+def test_a_prompt_and_a_file_of_prompts_are_refused_together(checkpoint, prompts, fails):
     code, line = fails(checkpoint, "a red circle", "--prompts", str(prompts))
     assert code == 1 and "both a prompt and --prompts are given; leave one out" in line
 
 
-def test_a_file_that_is_no_picture_is_told(checkpoint, tmp_path, fails):
+def test_a_file_that_is_no_image_is_refused(checkpoint, tmp_path, fails):
     text = tmp_path / "in.png"
     text.write_text("not a picture")
     assert fails(checkpoint, "--image", str(text)) == (
@@ -341,14 +341,14 @@ def test_a_file_that_is_no_picture_is_told(checkpoint, tmp_path, fails):
     assert code == 1 and f"{missing}: missing image" in line
 
 
-def test_a_truncated_picture_is_told(checkpoint, run, tmp_path, fails):
+def test_a_truncated_image_is_refused(checkpoint, run, tmp_path, fails):
     path = tmp_path / "cut.png"
     path.write_bytes((run / "samples" / "0000.png").read_bytes()[:-200])
     code, line = fails(checkpoint, "--image", str(path))
     assert code == 1 and "truncated image" in line
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_anything_is_drawn(
+def test_a_folder_that_cannot_be_made_is_reported_before_generation(
     checkpoint, tmp_path, fails, monkeypatch
 ):
     monkeypatch.setattr(
@@ -360,7 +360,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_drawn(
     assert code == 1 and str(tmp_path / "file") in line
 
 
-def test_a_model_of_text_alone_refuses_pictures(tmp_path, picture, fails):
+def test_the_command_refuses_images_for_a_model_of_text_alone(tmp_path, picture, fails):
     def only_text(config: dict) -> None:
         data = config["data"]["init_args"]
         del data["sources"]["captions"]

@@ -1,4 +1,4 @@
-"""Images of codes: the grammar, guided logits, and the cache, against full forwards by hand."""
+"""Images of discrete codes against full forward passes, which use no cache."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ DRAWN = {"code_temperature": 1.0, "code_top_k": 6, "code_top_p": 0.95}
 
 
 def code_net(**sizes) -> TransfusionModel:
-    """Random weights that never end a text; bigger logits vary more."""
+    """Build a net with random weights that never ends a text; larger logits vary more."""
     torch.manual_seed(0)
     net = TransfusionModel(
         TransformerConfig(TEXT, **SIZES | sizes), 1, 1, num_codes=CODES
@@ -54,7 +54,7 @@ GUIDANCES = {
 
 
 def ids_of(parts: Document) -> list[int]:
-    """<bos> and the parts, laid out by hand."""
+    """Return the ids of <bos> and the parts."""
     ids = [BOS]
     for part in parts:
         own = part.flatten().tolist()
@@ -63,7 +63,7 @@ def ids_of(parts: Document) -> list[int]:
 
 
 def logits_by_hand(net: TransfusionModel, ids: list[int]) -> Tensor:
-    """What follows the ids, by a full causal forward."""
+    """Return the logits after the ids by a full causal forward pass."""
     layout = SimpleNamespace(
         document_ids=torch.zeros(1, len(ids), dtype=torch.long),
         image_ids=torch.full((1, len(ids)), -1),
@@ -78,7 +78,7 @@ def logits_by_hand(net: TransfusionModel, ids: list[int]) -> Tensor:
 def image_by_hand(
     net: TransfusionModel, prompt: Document, generator: torch.Generator, how: GenerationPlan
 ) -> Tensor:
-    """N codes behind <boi>, every branch a full forward, guidance by its formula."""
+    """Sample N codes after <boi>, with a full forward pass for each guidance branch."""
     scale, image_scale = how.guidance.scale, how.guidance.image_scale
     images, codes = [part for part in prompt if part.ndim == 3], []
     for _ in range(SIDE**2):
@@ -126,7 +126,7 @@ def same(given: Document, other: Document) -> bool:
 
 @pytest.mark.parametrize("codes", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
-def test_an_image_is_what_full_forwards_by_hand_draw(guidance, codes):
+def test_an_image_equals_full_forward_passes_without_a_cache(guidance, codes):
     net, how = code_net(), plan("image", **guidance, **codes)
     drawn = [image for (image,) in answer(net, PROMPTS, how)]
     for number, (prompt, image) in enumerate(zip(PROMPTS, drawn, strict=True), 1):
@@ -136,7 +136,7 @@ def test_an_image_is_what_full_forwards_by_hand_draw(guidance, codes):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=NAMES)
-def test_a_caption_is_the_chain_of_likeliest_text_behind_codes(prompt):
+def test_a_caption_after_codes_is_the_chain_of_most_probable_tokens(prompt):
     net, ids = code_net(), ids_of(prompt)
     chain = []
     for _ in range(6):
@@ -146,7 +146,7 @@ def test_a_caption_is_the_chain_of_likeliest_text_behind_codes(prompt):
 
 
 def talkative_net() -> TransfusionModel:
-    """A net that writes, draws, writes again, and would draw once more."""
+    """Build a net that generates text, an image, text again, and would begin another image."""
     net, chain = code_net(), []
     while len(chain) < 3:
         logits = text_logits_by_hand(net, ids_of([*PROMPTS[0], torch.tensor(chain).long()]))
@@ -158,7 +158,7 @@ def talkative_net() -> TransfusionModel:
 def answered_by_hand(
     net: TransfusionModel, prompt: Document, seed: int, how: GenerationPlan
 ) -> Document:
-    """Text until <boi>, an image, text again, all by full forwards."""
+    """Generate text until <boi>, an image, and text again, all by full forward passes."""
     generator, count, given = torch.Generator().manual_seed(seed), 0, []
     while count < how.sampling.max_new_tokens:
         token = text_logits_by_hand(net, ids_of([*prompt, *given])).argmax().item()
@@ -175,7 +175,7 @@ def answered_by_hand(
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
-def test_text_and_images_in_turn_are_those_of_full_forwards(guidance):
+def test_text_and_images_in_turn_equal_full_forward_passes(guidance):
     net = talkative_net()
     how = plan("any", **guidance, max_images=2, max_new_tokens=10)
     given = answer(net, PROMPTS, how)
@@ -186,7 +186,7 @@ def test_text_and_images_in_turn_are_those_of_full_forwards(guidance):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_sequences_in_any_phase_advance_together_as_if_alone(batch_size):
+def test_sequences_in_different_phases_do_not_influence_each_other(batch_size):
     net, prompts = talkative_net(), PROMPTS * 2
     how = plan("any", guidance_scale=2.0, max_images=2)
     enough = answer(net, prompts, how)
@@ -195,8 +195,8 @@ def test_sequences_in_any_phase_advance_together_as_if_alone(batch_size):
     assert all(map(same, waiting, enough)) and all(map(same, alone, enough))
 
 
-def test_every_image_is_complete_whatever_the_network_wants():
-    """Its weights want <eoi>, <eos> and words inside, and codes and <eoi> outside."""
+def test_every_image_is_complete_whatever_the_network_prefers():
+    """The weights prefer <eoi>, <eos> and text inside images, and codes and <eoi> outside."""
     net = code_net()
     rows = net.transformer.output.weight
     rows[[EOI, EOS]] = 9 * rows[TEXT:].abs().max()
@@ -209,7 +209,7 @@ def test_every_image_is_complete_whatever_the_network_wants():
             assert part.ndim == 1 and part.max() < EOI
 
 
-def test_conditional_and_unconditional_are_one_forward_and_nothing_is_read_twice(monkeypatch):
+def test_all_guidance_branches_share_a_forward_pass_and_nothing_is_read_twice(monkeypatch):
     net, shapes, read = code_net(), [], TransfusionModel.next_logits
     monkeypatch.setattr(
         TransfusionModel,
@@ -220,7 +220,7 @@ def test_conditional_and_unconditional_are_one_forward_and_nothing_is_read_twice
     assert shapes == [(8, 1)] * SIDE**2  # <boi>, then all codes but the last
 
 
-def test_a_network_that_diverged_is_told():
+def test_nan_logits_are_reported():
     net = code_net()
     net.transformer.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match="for an image's code is not a number"):

@@ -1,4 +1,4 @@
-"""Text, and text with images in turn, against full forwards by hand, which cache nothing."""
+"""Text, and text with images in turn, against full forward passes, which use no cache."""
 
 from types import SimpleNamespace
 
@@ -30,14 +30,14 @@ from tf_lightning.model.transfusion import TransfusionModel
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=PROMPT_NAMES)
-def test_greedy_text_is_the_chain_of_most_likely_tokens(prompt):
+def test_greedy_text_is_the_chain_of_most_probable_tokens(prompt):
     net = open_ended_net()
     expected = greedy_tokens(net, prompt, 6)
     assert generate_tokens(net, [prompt]) == [expected]
     assert len(set(expected)) > 1
 
 
-def test_prompts_of_unequal_length_in_one_batch_are_answered_as_if_alone():
+def test_prompts_of_unequal_length_do_not_influence_each_other():
     net = open_ended_net()
     assert generate_tokens(net, PROMPTS) == [
         generate_tokens(net, [prompt])[0] for prompt in PROMPTS
@@ -45,7 +45,7 @@ def test_prompts_of_unequal_length_in_one_batch_are_answered_as_if_alone():
 
 
 @pytest.mark.parametrize("stop", [EOS, BOI])
-def test_text_ends_before_the_stop_token_while_others_go_on(stop):
+def test_text_ends_before_the_stop_token_while_other_sequences_go_on(stop):
     net = open_ended_net()
     third = greedy_tokens(net, PROMPTS[0], 3)[-1]
     net.transformer.output.weight[stop] = 1.01 * net.transformer.output.weight[third]
@@ -55,7 +55,7 @@ def test_text_ends_before_the_stop_token_while_others_go_on(stop):
     assert generate_tokens(net, PROMPTS) == expected
 
 
-def test_drawn_text_depends_on_its_own_seed_not_on_its_batch_mates():
+def test_sampled_text_depends_on_its_own_seed_and_not_on_the_batch():
     net = open_ended_net()
     how = plan("text", temperature=5.0, top_p=0.9)
     together = generate_documents(net, PROMPTS, how)
@@ -64,7 +64,7 @@ def test_drawn_text_depends_on_its_own_seed_not_on_its_batch_mates():
     assert generate_documents(net, PROMPTS[:1], how, [9])[0][0].tolist() != together[0][0].tolist()
 
 
-def test_a_stop_text_ends_the_answer_once_it_is_complete():
+def test_a_complete_stop_string_ends_the_output():
     net = open_ended_net()
     chain = greedy_tokens(net, PROMPTS[0], 6)
     letters = SimpleNamespace(
@@ -80,9 +80,9 @@ def test_a_stop_text_ends_the_answer_once_it_is_complete():
 
 
 def talkative_net(**sizes) -> TransfusionModel:
-    """A net that writes some tokens, draws, writes again, and would draw once more.
+    """Build a net that generates text, an image, text again, and would begin another image.
 
-    <boi> is as likely as a token of its chain, a little more.
+    <boi> is a little more probable than a token of its greedy chain.
     """
     net = open_ended_net(**sizes)
     third = greedy_tokens(net, PROMPTS[0], 3)[-1]
@@ -92,7 +92,7 @@ def talkative_net(**sizes) -> TransfusionModel:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
-def test_text_and_images_in_turn_are_those_of_full_forwards(guidance, causal):
+def test_text_and_images_in_turn_equal_full_forward_passes(guidance, causal):
     net = talkative_net()
     how = plan("any", **guidance, max_images=2, max_new_tokens=12)
     answers = generate_documents(net, PROMPTS, how, causal_images=causal)
@@ -103,7 +103,7 @@ def test_text_and_images_in_turn_are_those_of_full_forwards(guidance, causal):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_sequences_that_wait_for_room_are_answered_as_if_there_were_enough(batch_size):
+def test_a_smaller_batch_size_gives_the_same_outputs(batch_size):
     net, prompts = talkative_net(), PROMPTS * 2
     how = plan("any", "DDPMScheduler", guidance_scale=2.0, max_images=2)
     enough = generate_documents(net, prompts, how)
@@ -113,7 +113,7 @@ def test_sequences_that_wait_for_room_are_answered_as_if_there_were_enough(batch
         assert_documents_close(given, same)
 
 
-def test_events_of_a_prompt_come_in_order_and_end_once():
+def test_events_of_a_prompt_are_in_order_and_end_once():
     net = talkative_net()
     events = list(generate(generation_model(net), PROMPTS, [1, 2, 3, 4], plan("any")))
     for number in range(4):
@@ -123,7 +123,7 @@ def test_events_of_a_prompt_come_in_order_and_end_once():
     assert len(images) == len(set(images)) > 0  # max_images = 1
 
 
-def test_another_image_is_not_begun_where_documents_were_never_that_long():
+def test_no_image_begins_that_would_exceed_the_rows_of_training():
     net, how = talkative_net(), plan("any", max_new_tokens=50)
     free = generate_documents(net, PROMPTS[:1], how)[0]
     before = len(free[0])
@@ -137,7 +137,7 @@ def test_another_image_is_not_begun_where_documents_were_never_that_long():
     assert_documents_close(short, free[:1])
 
 
-def test_text_ends_where_documents_were_never_longer():
+def test_text_ends_at_the_length_of_the_rows_of_training():
     net = open_ended_net()
     ((text,),) = generate_documents(net, PROMPTS[:1], plan("text"), max_length=8)
     assert text.tolist() == greedy_tokens(net, PROMPTS[0], 3)  # <bos>, 3, 3, <eos>
@@ -156,14 +156,14 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_limit(kind, least):
 
 
 @pytest.mark.parametrize("kind", ["image", "text", "any"])
-def test_a_network_that_diverged_is_told_apart_from_a_bad_picture(kind):
+def test_a_network_whose_output_is_nan_is_reported(kind):
     net = tiny_net()
     net.transformer.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match=r"is not a number \(NaN or infinite\)"):
         generate_documents(net, PROMPTS[:1], plan(kind))
 
 
-def test_an_answer_without_images_is_asked_for_by_its_name():
+def test_zero_images_are_refused():
     with pytest.raises(
         UserError, match="max_images=0 must be at least 1; ask for text to get no image"
     ):

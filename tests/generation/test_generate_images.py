@@ -1,4 +1,4 @@
-"""Images from a cache against full forwards by hand, which cache nothing."""
+"""Images of latents against full forward passes, which use no cache."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from tf_lightning.model.unet import UNetConfig
 
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
 @pytest.mark.parametrize("prompt", PROMPTS, ids=PROMPT_NAMES)
-def test_an_image_is_what_full_forwards_by_hand_draw(prompt, guidance):
+def test_an_image_equals_full_forward_passes_without_a_cache(prompt, guidance):
     net, how = tiny_net(), plan("image", **guidance)
     expected = reference_image(net, prompt, torch.Generator().manual_seed(3), how)
     torch.testing.assert_close(
@@ -34,7 +34,7 @@ def test_an_image_is_what_full_forwards_by_hand_draw(prompt, guidance):
 
 
 @pytest.mark.parametrize("sampler", ["DDIMScheduler", "DDPMScheduler", "UniPCMultistepScheduler"])
-def test_an_image_depends_on_its_own_seed_and_prompt_not_on_its_batch_mates(sampler):
+def test_an_image_depends_on_its_own_seed_and_prompt_and_not_on_the_batch(sampler):
     net, how = tiny_net(), plan("image", sampler, guidance_scale=2.0)
     together = generate_images(net, PROMPTS, how, 1, 2, 3, 4)
     alone = torch.cat(
@@ -45,7 +45,7 @@ def test_an_image_depends_on_its_own_seed_and_prompt_not_on_its_batch_mates(samp
 
 
 def calls(net: TransfusionModel, monkeypatch) -> list[tuple[Tensor, Tensor]]:
-    """The latents and noise levels that the network is given from now on."""
+    """Record the latents and noise levels that the network receives from now on."""
     seen, denoise = [], net.denoise
     monkeypatch.setattr(
         net,
@@ -98,7 +98,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_variants_of_the_network_draw_what_full_forwards_draw(options):
+def test_variants_of_the_network_equal_full_forward_passes(options):
     net, prompt = variant_net(**options), document("2i1", 3)
     drawn = generate_images(net, [prompt], plan("image", guidance_scale=1.0), 7)
     scheduler = build_scheduler(PROCESS, "DDIMScheduler")
@@ -113,8 +113,8 @@ def test_variants_of_the_network_draw_what_full_forwards_draw(options):
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_ddpm_draws_with_the_learned_variance_of_the_whole_prompt(scale):
-    """Against diffusers' loop over full forwards, the variance guided by nothing (DiT)."""
+def test_ddpm_uses_the_learned_variance_of_the_conditional_branch(scale):
+    """Compare with diffusers' loop over full forward passes; the variance is not guided (DiT)."""
     net, prompt = variant_net(learned_sigma=True), document("2i1", 3)
     scheduler = build_scheduler(DDPM("v_prediction", learned_sigma=True), "DDPMScheduler")
     how = plan("image", guidance_scale=scale, scheduler=scheduler)

@@ -1,4 +1,4 @@
-"""The two attentions over a cache against the one mask rule on whole documents."""
+"""Prefill and decode attention against the mask rule on whole documents."""
 
 import pytest
 import torch
@@ -29,12 +29,12 @@ def cache_of(net) -> KeyValueCache:
 
 
 def whole(net, batch, causal) -> torch.Tensor:
-    """Outputs for whole documents, one a row, under the dense rule."""
+    """Return the outputs of whole documents, one in each row, under the dense mask."""
     return net.transformer(vectors(batch), batch.positions, DenseAttention(batch, causal))
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_reading_computes_what_training_computes(causal):
+def test_prefill_equals_the_forward_pass_of_training(causal):
     net = tiny_net()
     batch = packed([[document("2i1", 1)], [document("3", 2)], [document("", 3)]])
     attend = PrefillAttention(cache_of(net), ROWS, batch, causal)
@@ -45,8 +45,8 @@ def test_reading_computes_what_training_computes(causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shapes", [("9i3i", "1i", "i"), ("2i", "3i", "2i"), ("2i",)])
-def test_an_image_behind_unequal_prefixes_sees_what_it_sees_in_the_whole_document(shapes, causal):
-    """Also when other values stood in its places before."""
+def test_an_image_after_unequal_prefixes_equals_the_whole_document(shapes, causal):
+    """The same holds after other values were written at these positions."""
     net, cache = tiny_net(), None
     documents = [document(shape, seed) for seed, shape in enumerate(shapes)]
     batch = packed([[d] for d in documents])
@@ -64,7 +64,7 @@ def test_an_image_behind_unequal_prefixes_sees_what_it_sees_in_the_whole_documen
         torch.testing.assert_close(out[row], same, atol=1e-5, rtol=1e-5)
 
 
-def test_tokens_behind_unequal_prefixes_are_those_of_the_whole_document():
+def test_tokens_after_unequal_prefixes_equal_the_whole_document():
     net = tiny_net()
     batch = packed([[document(shape, seed)] for seed, shape in enumerate(("9i3", "1", "i4"))])
     x, expected = vectors(batch), whole(net, batch, False)
@@ -80,7 +80,7 @@ def test_tokens_behind_unequal_prefixes_are_those_of_the_whole_document():
         starts = [start + 1 for start in starts]
 
 
-def test_rows_that_are_not_in_use_keep_what_they_hold():
+def test_unused_rows_are_not_written():
     net = tiny_net()
     cache = cache_of(net)
     for keys, values in cache.layers:
@@ -92,12 +92,12 @@ def test_rows_that_are_not_in_use_keep_what_they_hold():
         assert (keys[ROWS, :5] != 7).any(-1).all()
 
 
-def test_prefixes_of_like_length_share_a_call_and_tokens_always_do():
+def test_prefixes_of_similar_length_share_a_call_and_tokens_always_do():
     assert group_by_length([100, 2, 110, 2], num_new=4) == [[1, 3], [0, 2]]
     assert group_by_length([10, 40, 10], num_new=1000) == [[0, 1, 2]]
     assert group_by_length([100, 2, 110, 2], num_new=1) == [[0, 1, 2, 3]]
 
 
-def test_neighbours_are_selected_without_a_copy():
+def test_adjacent_rows_are_selected_by_a_slice():
     assert as_index([2, 3, 4], torch.device("cpu")) == slice(2, 5)
     assert as_index([2, 4], torch.device("cpu")).tolist() == [2, 4]

@@ -1,4 +1,4 @@
-"""A trained network read back from its checkpoint: the same pictures, the same words."""
+"""TransfusionPipeline: loading, saving, prompts, options, and reproducible outputs."""
 
 import lightning as L
 import numpy as np
@@ -22,7 +22,7 @@ SIZES = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48}
 
 
 def train(folder, sources: dict, autoencoder: str | None) -> Transfusion:
-    """A module after three steps, and its checkpoint folder/model.ckpt."""
+    """Train a module for three steps and write its checkpoint folder/model.ckpt."""
     L.seed_everything(0)
     channels = 8 if autoencoder == "shapes" else 3
     patch_size = 2 if autoencoder == "shapes" else 16
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def live(folder) -> TransfusionPipeline:
-    """A model in training, with the shipped autoencoder; its checkpoint is folder/model.ckpt."""
+    """A pipeline of a module in training; its checkpoint is folder/model.ckpt."""
     sources = {"captions": ShapesCaptions(30, 4), "text": ShapesTexts(30, 4)}
     return TransfusionPipeline.from_module(train(folder, sources, "shapes"))
 
@@ -71,26 +71,26 @@ def text_only(tmp_path_factory) -> TransfusionPipeline:
 
 
 def draw(pipe: TransfusionPipeline, prompts: list, seeds: list[int], **options) -> np.ndarray:
-    """Images (n, 64, 64, 3) as integers."""
+    """Generate one image for each prompt, (n, 64, 64, 3) integers."""
     options = {"num_inference_steps": 3, "guidance_scale": 2.0, "progress": False} | options
-    return pictures(pipe(prompts, output_modality="image", seed=seeds, **options).images)
+    return arrays(pipe(prompts, output_modality="image", seed=seeds, **options).images)
 
 
 def write(pipe: TransfusionPipeline, prompts: list, **options) -> list[str]:
     return pipe(prompts, output_modality="text", progress=False, **options).texts
 
 
-def pictures(images: list[Image.Image]) -> np.ndarray:
+def arrays(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image, int) for image in images])
 
 
-def test_a_loaded_checkpoint_draws_and_writes_as_the_module_in_training_does(live, loaded):
+def test_a_loaded_checkpoint_generates_what_the_module_in_training_does(live, loaded):
     assert (draw(live, PROMPTS, [0, 1, 2]) == draw(loaded, PROMPTS, [0, 1, 2])).all()
     pictures = [[Image.new("RGB", (64, 64), colour)] for colour in ("red", "white")]
     assert write(live, pictures) == write(loaded, pictures)
 
 
-def test_the_averaged_weights_are_the_ones_that_draw(live, folder):
+def test_images_are_generated_with_the_averaged_weights(live, folder):
     state = torch.load(folder / "model.ckpt", weights_only=True)["state_dict"]
     name = "transformer.layers.0.attention.wq.weight"
     weight = live.model.net.get_parameter(name)
@@ -105,7 +105,7 @@ def test_a_checkpoint_has_no_weights_of_the_autoencoder(live, folder):
     assert {key.split(".")[0] for key in state} == {"net", "ema"}
 
 
-def test_a_picture_depends_on_its_seed_and_prompt_not_on_its_batch_mates(loaded):
+def test_an_image_depends_on_its_seed_and_prompt_and_not_on_the_batch(loaded):
     together = draw(loaded, PROMPTS, [5, 6, 7])
     for number, (prompt, seed) in enumerate(zip(PROMPTS, [5, 6, 7], strict=True)):
         alone = draw(loaded, [prompt], [seed])[0]
@@ -121,16 +121,16 @@ def test_parts_of_a_prompt_keep_their_order(loaded):
     assert (first != second).any()
 
 
-def test_generate_draws_several_pictures_of_each_prompt(loaded):
+def test_several_images_are_generated_for_each_prompt(loaded):
     how = {"guidance_scale": 2.0, "num_inference_steps": 3, "progress": False}
     prompts = ["a red circle", ["one red square", Image.new("RGB", (64, 64), "red")]]
     out = loaded(prompts, num_outputs=2, seed=5, output_modality="image", **how)
     assert out.seeds == [5, 6, 7, 8] and len(out.images) == len(out.parts) == 4
     repeated = [["a red circle"]] * 2 + [prompts[1]] * 2
-    assert np.abs(pictures(out.images) - draw(loaded, repeated, out.seeds)).max() <= 1
+    assert np.abs(arrays(out.images) - draw(loaded, repeated, out.seeds)).max() <= 1
 
 
-def test_generate_writes_and_answers_in_any_way(loaded):
+def test_text_and_mixed_outputs_are_generated(loaded):
     how = {"max_new_tokens": 5, "num_inference_steps": 2, "progress": False}
     out = loaded(["a red", "one"], output_modality="text", **how)
     assert out.texts == write(loaded, [["a red"], ["one"]], max_new_tokens=5)
@@ -140,7 +140,7 @@ def test_generate_writes_and_answers_in_any_way(loaded):
     assert kinds and all(kind in (str, Image.Image) for kind in kinds)
 
 
-def test_a_stream_tells_the_text_that_write_returns(loaded):
+def test_a_stream_yields_the_same_text_as_a_call(loaded):
     for prompt in (["imagine"], [Image.new("RGB", (64, 64), "red")]):
         how = {"temperature": 2.0, "seed": 4, "max_new_tokens": 12}
         pieces = list(loaded.stream(prompt, **how))
@@ -148,7 +148,7 @@ def test_a_stream_tells_the_text_that_write_returns(loaded):
         assert "".join(pieces).strip() == text and len(pieces) > 1
 
 
-def test_a_stop_text_is_left_out_of_writing_and_of_the_stream(loaded):
+def test_a_stop_string_is_left_out_of_outputs_and_streams(loaded):
     how = {"temperature": 2.0, "seed": 4, "max_new_tokens": 12}
     (text,) = write(loaded, [["imagine"]], **how)
     stop = text[len(text) // 2 :][:2]
@@ -164,7 +164,7 @@ def test_an_empty_prompt_is_refused(loaded, prompts):
             loaded(["a red circle", *prompts], output_modality=modality)
 
 
-def test_no_answers_at_all_are_refused_and_no_prompts_give_none(loaded):
+def test_zero_outputs_are_refused_and_no_prompts_give_no_outputs(loaded):
     with pytest.raises(UserError, match="num_outputs=0 must be at least 1"):
         loaded("a red circle", num_outputs=0)
     for modality in ("image", "text", "any", None):
@@ -185,12 +185,12 @@ def test_a_prompt_longer_than_a_row_of_training_is_refused(loaded, live):
         write(loaded, [["a red circle " * 99]])
 
 
-def test_a_prompt_of_ids_and_latents_equals_one_of_text_and_pictures(loaded):
+def test_a_prompt_of_ids_and_latents_equals_one_of_text_and_images(loaded):
     prompt = [Image.new("RGB", (64, 64), "blue"), "make it red"]
     assert (draw(loaded, [prompt], [1]) == draw(loaded, [loaded.encode(prompt)], [1])).all()
 
 
-def test_greedy_text_needs_no_seed_and_drawn_text_follows_it(loaded):
+def test_sampled_text_depends_on_the_seed_and_greedy_text_does_not(loaded):
     prompt = [["imagine"]]
     assert write(loaded, prompt, seed=1) == write(loaded, prompt, seed=2)
     drawn = [write(loaded, prompt, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
@@ -198,14 +198,14 @@ def test_greedy_text_needs_no_seed_and_drawn_text_follows_it(loaded):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (65, 64)])
-def test_a_picture_of_another_size_is_refused_with_both_sizes(loaded, size):
+def test_an_image_of_another_size_is_refused_with_both_sizes(loaded, size):
     width, height = size
     with pytest.raises(UserError, match=f"{width} x {height} pixels, but this model reads 64 x 64"):
         write(loaded, [[Image.new("RGB", size)]])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P"])
-def test_a_picture_of_any_mode_is_read(loaded, mode):
+def test_an_image_of_any_mode_is_read(loaded, mode):
     assert loaded.encode([Image.new(mode, (64, 64))])[0].shape == (8, 8, 8)
 
 
@@ -215,7 +215,7 @@ def test_a_number_of_steps_out_of_range_is_refused(loaded, steps):
         draw(loaded, PROMPTS[:1], [0], num_inference_steps=steps)
 
 
-def test_a_model_of_text_alone_refuses_pictures_and_writes(text_only):
+def test_a_model_of_text_alone_refuses_images_and_generates_text(text_only):
     with pytest.raises(UserError, match="trained on text alone"):
         text_only("a red circle")
     with pytest.raises(UserError, match="trained on text alone"):
@@ -223,7 +223,7 @@ def test_a_model_of_text_alone_refuses_pictures_and_writes(text_only):
     assert isinstance(write(text_only, [["imagine"]])[0], str)
 
 
-def test_pixels_and_pictures_are_the_same_thing():
+def test_images_survive_the_round_trip_to_pixels():
     values = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     pixels = to_pixels(Image.fromarray(values))
     assert pixels.shape == (3, 5, 7) and pixels.min() >= -1 and pixels.max() <= 1
@@ -242,8 +242,8 @@ def test_weights_of_another_shape_are_refused_in_one_sentence(folder, live, tmp_
     assert "\n" not in str(told.value)
 
 
-def test_one_prompt_is_given_without_a_list_and_ends_in_what_it_does_not_ask_for(loaded):
-    """Words are answered with an image, and an image with words."""
+def test_one_prompt_needs_no_list_and_its_last_part_chooses_the_modality(loaded):
+    """Text is answered with an image, and an image with text."""
     how = {"num_inference_steps": 2, "max_new_tokens": 3, "progress": False}
     drawn, written = loaded("a red circle", **how), loaded(Image.new("RGB", (64, 64)), **how)
     assert len(drawn.images) == 1 and drawn.texts == [""]
@@ -260,7 +260,7 @@ def test_prompts_that_end_differently_need_a_modality():
         default_modality(["a", image])
 
 
-def test_options_replace_those_of_a_config_and_unknown_ones_are_told(loaded):
+def test_options_replace_those_of_a_config_and_unknown_ones_are_refused(loaded):
     sampling = SamplingConfig(num_inference_steps=2, guidance_scale=1.0)
     how = {"progress": False, "seed": 3}
     by_config = loaded("a red circle", sampling=sampling, **how).images[0]

@@ -14,7 +14,7 @@ from tf_lightning.generation.requests import (
 )
 
 
-def test_tokens_in_a_row_are_one_text_and_images_stand_apart():
+def test_adjacent_tokens_are_joined_into_one_text():
     first, second = torch.randn(2, *LATENT_SHAPE)
     document = to_document([3, 4, first, second, 5])
     assert [part.tolist() for part in (document[0], document[3])] == [[3, 4], [5]]
@@ -22,13 +22,13 @@ def test_tokens_in_a_row_are_one_text_and_images_stand_apart():
     assert to_document([]) == []
 
 
-def test_events_of_several_prompts_are_sorted_apart():
+def test_events_of_several_prompts_are_separated():
     events = [(1, 7), (0, 3), (1, 8), (0, None), (1, None)]
     documents = collect(iter(events), 3)
     assert [[part.tolist() for part in d] for d in documents] == [[[3]], [[7, 8]], []]
 
 
-def test_images_of_an_answer_can_be_trained_on():
+def test_images_of_an_output_can_be_trained_on():
     with torch.inference_mode():
         image = torch.randn(LATENT_SHAPE)
     (kept,) = to_document([image])
@@ -37,7 +37,7 @@ def test_images_of_an_answer_can_be_trained_on():
     torch.testing.assert_close(weight.grad, image.sum().view(1))
 
 
-def test_branches_of_a_kind_stand_together():
+def test_rows_are_grouped_by_guidance_branch():
     generator = torch.Generator()
     sequences = [
         SequenceState(

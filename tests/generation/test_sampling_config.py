@@ -77,7 +77,7 @@ def test_the_help_of_sampler_names_every_sampler():
     assert [name for name in SAMPLERS if name not in source] == []
 
 
-def test_an_unknown_option_is_told_with_the_known_ones():
+def test_an_unknown_option_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="no sampling option 'guidance'; use guidance_scale, "):
         SamplingConfig().with_options(guidance=3.0)
 

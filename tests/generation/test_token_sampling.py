@@ -1,4 +1,4 @@
-"""The next token: counts against probabilities written out by hand."""
+"""Frequencies of sampled tokens against probabilities that are given in the test."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15], dtype=torch.double)
 
 
 def drawn(count: int = 20_000, **how) -> torch.Tensor:
-    """Shares of the tokens drawn from PROBABILITIES."""
+    """Sample from PROBABILITIES and return the frequency of each token."""
     generators = [torch.Generator().manual_seed(i) for i in range(100)]
     how = {"temperature": 1.0} | how
     logits = PROBABILITIES.log().repeat(100, 1)
@@ -39,7 +39,7 @@ def drawn(count: int = 20_000, **how) -> torch.Tensor:
         ({"top_k": 4, "min_p": 0.3}, [1, 3, 4]),
     ],
 )
-def test_tokens_are_drawn_from_the_likely_ones_in_proportion(how, kept):
+def test_tokens_are_sampled_from_the_kept_ones_in_proportion(how, kept):
     expected = torch.zeros(5, dtype=torch.double)
     expected[kept] = PROBABILITIES[kept] / PROBABILITIES[kept].sum()
     likely = top_k_top_p(PROBABILITIES.unsqueeze(0).clone(), **how)[0]
@@ -53,14 +53,14 @@ def test_temperature_divides_the_logits():
     torch.testing.assert_close(drawn(temperature=0.5).double(), expected, atol=0.015, rtol=0)
 
 
-def test_greedy_takes_the_likeliest_and_draws_nothing():
+def test_greedy_takes_the_most_probable_token_and_uses_no_randomness():
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     assert sample_tokens(PROBABILITIES.log().unsqueeze(0), [generator], temperature=0.0) == [1]
     assert torch.equal(generator.get_state(), before)
 
 
-def test_a_row_is_drawn_with_its_own_generator():
+def test_a_row_is_sampled_with_its_own_generator():
     logits, how = torch.zeros(3, 1000), {"temperature": 1.0}
     generators = lambda *seeds: [torch.Generator().manual_seed(s) for s in seeds]  # noqa: E731
     together = sample_tokens(logits, generators(1, 2, 3), **how)
@@ -68,12 +68,12 @@ def test_a_row_is_drawn_with_its_own_generator():
     assert len(set(together)) == 3
 
 
-def test_the_first_of_several_stop_texts_counts():
+def test_the_first_of_several_stop_strings_counts():
     assert find_stop("one two three", ("three", "two")) == 4
     assert find_stop("one", ("two",)) is None
 
 
-def test_an_unfinished_text_is_told_up_to_what_may_become_a_stop():
+def test_an_unfinished_text_is_streamed_up_to_a_possible_stop_string():
     told = lambda text: text[: num_streamable(text, ("END", "\n\n"))]  # noqa: E731
     assert told("the") == "the"
     assert told("the E") == "the "

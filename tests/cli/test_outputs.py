@@ -1,4 +1,4 @@
-"""Answers on disk: whole, found again only if made in the same way."""
+"""Outputs of `generate` on disk, and which of them a repeated command keeps."""
 
 import json
 
@@ -11,7 +11,7 @@ RED, BLUE = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
 RECORD = {"prompt": [("text", "a <red> circle")], "seed": 7, "interval": (0.0, 1.0)}
 
 
-def test_an_answer_is_its_pictures_and_a_json_of_its_parts(tmp_path):
+def test_an_output_is_its_images_and_a_json_of_its_parts(tmp_path):
     write_output(tmp_path, "0007", RECORD, ["see", RED, "and", BLUE])
     record = json.loads((tmp_path / "0007.json").read_text())
     parts = [["text", "see"], ["image", "0007.png"], ["text", "and"], ["image", "0007-1.png"]]
@@ -22,7 +22,7 @@ def test_an_answer_is_its_pictures_and_a_json_of_its_parts(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["nothing", "seed", "picture", "json", "torn"])
-def test_only_an_answer_made_in_the_same_way_is_found_again(tmp_path, change):
+def test_only_an_output_made_in_the_same_way_is_kept(tmp_path, change):
     write_output(tmp_path, "0007", RECORD, [RED])
     record = RECORD | {"seed": 8} if change == "seed" else RECORD
     if change == "picture":
@@ -34,14 +34,14 @@ def test_only_an_answer_made_in_the_same_way_is_found_again(tmp_path, change):
     assert is_written(tmp_path, "0007", record) == (change == "nothing")
 
 
-def test_a_sheet_shows_what_is_there_and_escapes_words(tmp_path):
+def test_a_sheet_shows_written_outputs_and_escapes_text(tmp_path):
     write_output(tmp_path, "0007", RECORD, [RED, "a & b"])
     page = write_sheet(tmp_path, ["0007", "0008"]).read_text()
     assert page.count("<figure>") == 1 and 'src="0007.png"' in page
     assert "a &lt;red&gt; circle" in page and "a &amp; b" in page
 
 
-def test_a_prompt_is_known_by_its_words_and_pixels():
+def test_the_digest_of_a_prompt_depends_on_its_text_and_pixels():
     prompts = [["a", RED], ["a", BLUE], [RED, "a"], ["b", RED], ["a"]]
     assert len(set(map(digest, prompts))) == 5
     assert digest(["a", RED.copy()]) == digest(["a", RED])
