@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from support.shape_images import shape_images
-from tf_lightning.autoencoder.frozen import SHAPES, KLAutoencoder, load_autoencoder
+from tf_lightning.autoencoder.frozen import SHAPES_FOLDER, KLAutoencoder, load_autoencoder
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.world import IMAGE_SIZE
 
@@ -24,7 +24,7 @@ def shapes() -> KLAutoencoder:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return shutil.copytree(SHAPES, tmp_path / "autoencoder")
+    return shutil.copytree(SHAPES_FOLDER, tmp_path / "autoencoder")
 
 
 def tiny(**config) -> AutoencoderKL:
@@ -33,8 +33,8 @@ def tiny(**config) -> AutoencoderKL:
 
 
 def test_shipped_weights_are_small_and_have_a_report():
-    assert sum(file.stat().st_size for file in SHAPES.iterdir()) <= 4_000_000
-    report = json.loads((SHAPES / "report.json").read_text())
+    assert sum(file.stat().st_size for file in SHAPES_FOLDER.iterdir()) <= 4_000_000
+    report = json.loads((SHAPES_FOLDER / "report.json").read_text())
     assert report["command"] and report["held_out"]["num_images"] == 2000
 
 
@@ -42,7 +42,7 @@ def test_shipped_autoencoder_reconstructs_held_out_images_as_reported(shapes):
     images = shape_images(range(200), split="val")
     errors = (shapes.decode(shapes.encode(images)) - images).div(2).square().mean((1, 2, 3))
     psnr = (-10 * errors.log10()).mean().item()
-    reported = json.loads((SHAPES / "report.json").read_text())["held_out"]["psnr_db"]
+    reported = json.loads((SHAPES_FOLDER / "report.json").read_text())["held_out"]["psnr_db"]
     assert psnr == pytest.approx(reported, abs=0.5)
     assert psnr >= 32
 

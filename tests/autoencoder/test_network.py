@@ -8,7 +8,7 @@ from tf_lightning.autoencoder.network import (
     AutoencoderConfig,
     add_latent_noise,
     build_autoencoder,
-    decode,
+    decode_latents,
     encode_posterior,
     encode_vq,
     quantize,
@@ -76,7 +76,7 @@ def test_quantization_has_the_straight_through_gradient():
 def test_decoding_codes_equals_diffusers():
     network = small_vq()
     images = torch.randn(2, 3, 8, 8)
-    ours = decode(network, quantize(network, encode_vq(network, images)).latents)
+    ours = decode_latents(network, quantize(network, encode_vq(network, images)).latents)
     torch.testing.assert_close(ours, network(images).sample)
 
 

@@ -9,7 +9,7 @@ from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.cli.main import main
 from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
-from tf_lightning.interop.export import check_text, export, read_weights
+from tf_lightning.interop.export import check_exportable, export, read_weights
 from tf_lightning.interop.llama import open_language_model
 from tf_lightning.model.transformer import Transformer, TransformerConfig
 from tf_lightning.tokenizer.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ def test_options_that_a_llama_lacks_are_refused_except_with_only_net(with_qk_nor
     with pytest.raises(UserError, match="cannot express qk_norm=True; .* --only net"):
         export(with_qk_norm, tmp_path / "out", None, {"net", "text"})
     with pytest.raises(UserError, match="cannot express qk_norm='layer'; .* --only net"):
-        check_text(TransformerConfig(qk_norm="layer"))
+        check_exportable(TransformerConfig(qk_norm="layer"))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert export(with_qk_norm, tmp_path / "out", None, {"net"}) == "ema"
     again = read_weights(tmp_path / "out")["state_dict"]

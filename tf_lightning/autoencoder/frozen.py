@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tf_lightning.autoencoder.network import decode, encode_vq, quantize
+from tf_lightning.autoencoder.network import decode_latents, encode_vq, quantize
 from tf_lightning.errors import UserError
 from tf_lightning.hub import find_folder, first_sentence, is_hub_name, read_json
 
 ASSETS = Path(__file__).parents[1] / "shapes" / "assets"
-SHAPES = ASSETS / "shapes-autoencoder"
-SHIPPED = {"shapes": SHAPES, "shapes_vq": ASSETS / "shapes-vq"}
+SHAPES_FOLDER = ASSETS / "shapes-autoencoder"
+SHIPPED = {"shapes": SHAPES_FOLDER, "shapes_vq": ASSETS / "shapes-vq"}
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -86,7 +86,7 @@ class KLAutoencoder:
         Raises:
             UserError: `downsample` does not divide H or W.
         """
-        check_image_size(*images.shape[-2:], self.downsample)
+        check_divisible(*images.shape[-2:], self.downsample)
         images = images.to(torch.float32, memory_format=torch.channels_last)
         # Latents are data: they must not depend on the precision of the run.
         with torch.autocast(images.device.type, enabled=False):
@@ -143,7 +143,7 @@ class VQAutoencoder:
         Raises:
             UserError: `downsample` does not divide H or W.
         """
-        check_image_size(*images.shape[-2:], self.downsample)
+        check_divisible(*images.shape[-2:], self.downsample)
         images = images.to(torch.float32, memory_format=torch.channels_last)
         # Codes are data: they must not depend on the precision of the run.
         with torch.autocast(images.device.type, enabled=False):
@@ -163,7 +163,7 @@ class VQAutoencoder:
             )
         latents = self.model.quantize.embedding(ids[:, 0]).permute(0, 3, 1, 2)  # (B, C, h, w)
         with torch.autocast(ids.device.type, enabled=False):
-            return decode(self.model, latents).clamp(-1, 1).contiguous()
+            return decode_latents(self.model, latents).clamp(-1, 1).contiguous()
 
     def to(self, device: torch.device | str) -> "VQAutoencoder":
         """Move the weights to a device and return self."""
@@ -207,7 +207,7 @@ def hash_tensors(*tensors: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_image_size(height: int, width: int, downsample: int) -> None:
+def check_divisible(height: int, width: int, downsample: int) -> None:
     """Raise UserError unless `downsample` divides the height and the width in pixels."""
     if height % downsample or width % downsample:
         raise UserError(

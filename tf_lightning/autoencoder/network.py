@@ -94,7 +94,7 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int = 256) -> nn.Mo
     return network.to(memory_format=torch.channels_last)
 
 
-class Posterior(NamedTuple):
+class LatentPosterior(NamedTuple):
     """The normal distribution that a VAE's encoder outputs for each latent element."""
 
     mean: Tensor  # (B, C, h, w)
@@ -110,10 +110,10 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def encode_posterior(network: nn.Module, images: Tensor) -> Posterior:
+def encode_posterior(network: nn.Module, images: Tensor) -> LatentPosterior:
     """Return a VAE's posterior of images (B, 3, H, W) in [-1, 1]."""
     posterior = network.encode(images).latent_dist
-    return Posterior(at_least_float32(posterior.mean), at_least_float32(posterior.logvar))
+    return LatentPosterior(at_least_float32(posterior.mean), at_least_float32(posterior.logvar))
 
 
 class Quantized(NamedTuple):
@@ -136,7 +136,7 @@ def quantize(network: nn.Module, encoded: Tensor) -> Quantized:
     return Quantized(latents, loss, ids.view(len(encoded), *encoded.shape[2:]))
 
 
-def decode(network: nn.Module, latents: Tensor) -> Tensor:
+def decode_latents(network: nn.Module, latents: Tensor) -> Tensor:
     """Decode latents or code vectors to images (B, 3, H, W), which are not clipped."""
     latents = latents.contiguous(memory_format=torch.channels_last)
     options = {"force_not_quantize": True} if hasattr(network, "quantize") else {}

@@ -60,7 +60,7 @@ def export(checkpoint: dict, folder: Path, weights: str | None, parts: set[str])
     prefix = "ema." if weights == "ema" else "net."
     net = {n.removeprefix(prefix): w for n, w in state_dict.items() if n.startswith(prefix)}
     if "text" in parts:
-        check_text(transformer_config(checkpoint))
+        check_exportable(transformer_config(checkpoint))
     with atomic_folder(folder) as partial:
         if "net" in parts:
             write_net(checkpoint, net, weights, partial)
@@ -81,7 +81,7 @@ def transformer_config(checkpoint: dict) -> TransformerConfig:
     return TransformerConfig(**checkpoint["hyper_parameters"]["transformer"])
 
 
-def check_text(config: TransformerConfig) -> None:
+def check_exportable(config: TransformerConfig) -> None:
     """Raise UserError if the text side is not a Llama; image weights do not matter."""
     if others := unsupported_options(config):
         options = ", ".join(f"{name}={value!r}" for name, value in others.items())

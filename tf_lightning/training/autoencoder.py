@@ -15,14 +15,14 @@ from torch.func import functional_call
 from torchmetrics import SumMetric
 
 from tf_lightning.autoencoder import losses
-from tf_lightning.autoencoder.frozen import check_image_size
+from tf_lightning.autoencoder.frozen import check_divisible
 from tf_lightning.autoencoder.losses import PatchDiscriminator, ReconstructionLoss
 from tf_lightning.autoencoder.network import (
     AutoencoderConfig,
     CodebookUsage,
     add_latent_noise,
     build_autoencoder,
-    decode,
+    decode_latents,
     encode_posterior,
     encode_vq,
     quantize,
@@ -119,7 +119,7 @@ class AutoencoderModule(L.LightningModule):
         hparams = self.hparams
         if trainer.max_steps < 1:
             raise UserError(f"max_steps={trainer.max_steps} has no end; give trainer.max_steps")
-        check_image_size(*data.image_size, self.config.downsample)
+        check_divisible(*data.image_size, self.config.downsample)
         if hparams.gan_weight and not hparams.gan_start_step < trainer.max_steps:
             raise UserError(
                 f"gan_start_step={hparams.gan_start_step} is not before the last step "
@@ -218,7 +218,7 @@ class AutoencoderModule(L.LightningModule):
                 generator = row_generator(self.hparams.seed, self.global_step)
                 self.codebook_use.restart(self.codebook, vectors, generator)
             codes = quantize(self.autoencoder, projected)
-            made = decode(self.autoencoder, codes.latents)
+            made = decode_latents(self.autoencoder, codes.latents)
             return Reconstruction(made, codes.loss, projected, codes.ids)
         mean, logvar = posterior = encode_posterior(self.autoencoder, images)
         latents = mean
@@ -227,7 +227,7 @@ class AutoencoderModule(L.LightningModule):
             ramp = min(1.0, 3 * self.global_step / self.trainer.max_steps)
             strength = self.hparams.latent_noise * ramp * share
             latents = add_latent_noise(mean, posterior.sample(noise), strength, more_noise)
-        made = decode(self.autoencoder, latents)
+        made = decode_latents(self.autoencoder, latents)
         kl = losses.kl_loss(mean, logvar, images[0].numel())
         return Reconstruction(made, kl, mean, None)
 

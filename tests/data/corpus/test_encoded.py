@@ -11,7 +11,7 @@ import torch
 
 from support.corpora import Sharded
 from support.prepare_runs import encode
-from tf_lightning.autoencoder.frozen import SHAPES, load_autoencoder
+from tf_lightning.autoencoder.frozen import SHAPES_FOLDER, load_autoencoder
 from tf_lightning.data import Mixture
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import train_tokenizer
@@ -79,7 +79,7 @@ def test_it_travels_to_workers_with_its_choice(build):
 def other_scaling(tmp_path) -> str:
     """The same weights, other scaling."""
     copy = tmp_path / "other"
-    shutil.copytree(SHAPES, copy)
+    shutil.copytree(SHAPES_FOLDER, copy)
     config = json.loads((copy / "config.json").read_text())
     config["latents_std"][3] *= 1.01
     (copy / "config.json").write_text(json.dumps(config))
