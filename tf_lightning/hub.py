@@ -35,7 +35,7 @@ def find_folder(name: str | Path, files: list[str]) -> Path:
     """
     if not is_hub_name(name):
         return Path(name)
-    # Imported here because it takes a second and most commands do not use the hub.
+    # Imported here because most commands do not use the hub.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

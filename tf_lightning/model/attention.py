@@ -116,7 +116,7 @@ class FlexAttention(DenseAttention):
     """CUDA implementation: the rule is compiled into FlexAttention's kernel."""
 
     def __init__(self, batch: Batch, causal: bool = False):
-        from torch.nn.attention.flex_attention import create_block_mask
+        from torch.nn.attention.flex_attention import create_block_mask  # only needed on CUDA
 
         self.batch = batch
         rule = mask_mod(batch.document_ids, batch.image_ids, causal, hidden_positions(batch))
