@@ -35,6 +35,12 @@ def test_an_unknown_command_is_named_with_the_known_ones(fails):
     assert "'fti'" in line and "fit, validate, test, predict, prepare, generate" in line
 
 
+def test_encode_is_an_unknown_command_whose_error_names_prepare(fails):
+    code, line = fails("encode")
+    assert code == 1
+    assert "'encode'" in line and "prepare" in line
+
+
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
 def test_an_unknown_key_is_named(verb, tmp_path, fails):
     config = runs.write_config(tmp_path)

@@ -1,4 +1,4 @@
-"""Rows with clean copies of pictures: their lengths, shares and limits."""
+"""Rows with clean copies of images: lengths, shares of tokens and noise levels."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from tf_lightning.errors import UserError
 COPYING = {"image_first_prob": 0.5, "caption_drop_prob": 0.3, "clean_copies": True}
 
 
-def test_clean_copies_are_counted_in_rows_and_shares(mixture):
+def test_clean_copies_count_in_row_lengths_and_token_shares(mixture):
     sources = {"words": Words("red", 5), "pictures": Pictures(), "stories": Stories()}
     data = mixture(sources, {"words": 2, "pictures": 5, "stories": 3}, batch_size=50, **COPYING)
     data.setup()
     loader, tokens, copied = data.train_dataloader(), np.zeros(3), 0
-    for batch, _ in zip(loader, range(40), strict=False):  # a row too full would be refused
+    for batch, _ in zip(loader, range(40), strict=False):  # `pack` refuses rows that are too long
         np.add.at(tokens, batch.source_ids.numpy(), batch.row_tokens.numpy())
         copied += len(batch.copied)
         assert len(batch.patch_index) == 4 * (batch.num_images + len(batch.copied))
@@ -26,7 +26,7 @@ def test_clean_copies_are_counted_in_rows_and_shares(mixture):
 
 
 def _length(row: list) -> int:
-    """Positions of a row's documents with clean copies, counted part by part."""
+    """Count the positions of a row's documents with clean copies, part by part."""
     total = 0
     for document in row:
         total += 2
@@ -36,7 +36,7 @@ def _length(row: list) -> int:
     return total
 
 
-def test_clean_copies_of_all_documents_are_as_often_seen(mixture):
+def test_documents_with_clean_copies_are_seen_equally_often(mixture):
     sources = {"pictures": Pictures(), "stories": Stories()}
     data = mixture(sources, **(COPYING | {"caption_drop_prob": 0.0}))
     data.setup()
@@ -46,7 +46,7 @@ def test_clean_copies_of_all_documents_are_as_often_seen(mixture):
     assert shares == pytest.approx(np.array(per_epoch) / sum(per_epoch), abs=5e-3)
 
 
-def test_documents_too_long_with_their_copies_are_left_out_and_said(mixture, monkeypatch):
+def test_documents_too_long_with_their_copies_are_left_out_with_a_message(mixture, monkeypatch):
     said = []
     monkeypatch.setattr("tf_lightning.data.packing.rank_zero_info", said.append)
     data = mixture({"stories": Stories(num_documents=100)}, row_length=30, **COPYING)
@@ -56,7 +56,7 @@ def test_documents_too_long_with_their_copies_are_left_out_and_said(mixture, mon
     assert len(found) == 90
     assert max(sum(part.ndim == 3 for part in document) for document in found) == 2
     (told,) = said
-    assert told.startswith("10 of 100 documents of stories-train-")  # they take 26, or 38
+    assert told.startswith("10 of 100 documents of stories-train-")  # they need 26 or 38 positions
     assert told.endswith(
         "longer than row_length=30 with clean copies of their images; they are left out"
     )
@@ -69,10 +69,10 @@ def test_a_corpus_without_room_for_its_copies_is_refused(mixture):
         data.train_dataloader()
 
 
-def test_validation_reads_clean_copies_too(mixture):
+def test_validation_has_clean_copies(mixture):
     data = mixture({"stories": Stories()}, **COPYING)
     data.setup()
     (loader,) = data.val_dataloader()
     batches = list(loader)
     assert sum(len(batch.copied) for batch in batches) > 0
-    assert max(batch.t.max() for batch in batches) > 0.9  # none is limited
+    assert max(batch.t.max() for batch in batches) > 0.9  # no image is limited

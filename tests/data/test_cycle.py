@@ -1,4 +1,4 @@
-"""The cycle of sources: exact in any window, also across its end."""
+"""The cycle of sources has exact shares in any window, also across its end."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tf_lightning.errors import UserError
 
 @settings(max_examples=30, deadline=None)
 @given(weights=st.lists(st.floats(0.001, 1), min_size=1, max_size=9))
-def test_any_1000_rows_have_each_share_to_within_one_row(weights):
+def test_any_1000_consecutive_rows_have_each_share_to_within_one_row(weights):
     shares = np.array(weights) / sum(weights)
     cycle = even_cycle(shares)
     repeated = np.concatenate([cycle, cycle[:1000]])[:, None] == np.arange(len(shares))
@@ -23,14 +23,14 @@ def test_any_1000_rows_have_each_share_to_within_one_row(weights):
 
 @settings(max_examples=30, deadline=None)
 @given(weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=5))
-def test_a_cycle_meets_its_shares_at_every_place(weights):
+def test_every_prefix_of_a_cycle_has_its_shares(weights):
     shares = np.array(weights) / sum(weights)
     cycle = even_cycle(shares, 500)
     counts = (cycle[:, None] == np.arange(len(shares))).cumsum(0)
     assert np.abs(counts - shares * np.arange(1, 501)[:, None]).max() < len(shares)
 
 
-def test_a_source_too_rare_to_occur_is_a_user_error_and_weight_0_is_not():
+def test_a_share_too_small_to_occur_is_refused_and_a_share_of_0_is_not():
     with pytest.raises(
         UserError, match="weight of a source is less than 1/1,000 of all rows; raise"
     ):

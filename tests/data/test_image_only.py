@@ -1,4 +1,4 @@
-"""Pictures alone: stored once, in an order of (seed, row), changed or as they are."""
+"""ImageData: images are stored once and served in an order that depends on (seed, row)."""
 
 import json
 import tarfile
@@ -25,7 +25,7 @@ from tf_lightning.errors import UserError
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesEdits, ShapesTexts
 
 COLOURS = [(i, 255 - i, 7) for i in range(40)]
-AS_IT_IS = Augment(hflip=False)
+UNCHANGED = Augment(hflip=False)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def colours(batches) -> list[tuple[int, ...]]:
 # The store
 
 
-def test_store_holds_every_usable_picture_and_counts_the_others(tmp_path):
+def test_the_store_holds_usable_images_and_counts_the_others(tmp_path):
     tar = write_tar(
         tmp_path / "some.tar",
         {
@@ -73,7 +73,7 @@ def test_store_is_made_once_and_again_when_its_files_change(tmp_path, tar):
     assert other.path != first.path and len(other) == 1
 
 
-def test_interrupted_store_leaves_nothing(tmp_path, tar):
+def test_an_interrupted_store_leaves_nothing(tmp_path, tar):
     class Interrupted(CaptionTars):
         def documents(self, split):
             for number, document in enumerate(super().documents(split)):
@@ -86,7 +86,7 @@ def test_interrupted_store_leaves_nothing(tmp_path, tar):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_pictures_of_all_kinds_of_documents_are_taken(tmp_path):
+def test_images_of_all_kinds_of_documents_are_stored(tmp_path):
     edits = store_images(ShapesEdits(3, 1), "train", tmp_path)
     assert len(edits) == 6
     before, _, after = next(ShapesEdits(3, 1).documents("train"))
@@ -94,7 +94,7 @@ def test_pictures_of_all_kinds_of_documents_are_taken(tmp_path):
     assert np.array_equal(edits.images[1], np.asarray(after))
 
 
-def test_sources_without_pictures_and_of_several_sizes_are_one_sentence(tmp_path):
+def test_sources_without_images_or_of_several_sizes_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no usable image"):
         first_image(ShapesTexts(3, 1))
     with pytest.raises(UserError, match=r"undecodable image"):
@@ -117,7 +117,7 @@ def test_damaged_store_is_not_read_silently(tmp_path, tar):
         ImageStore(store.path)
 
 
-def test_image_files_are_documents_of_one_picture(tmp_path):
+def test_image_files_are_documents_of_one_image(tmp_path):
     for name in ("a/1.png", "a/2.png", "b/1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(encoded_image((9, 8, 7)))
@@ -131,18 +131,18 @@ def test_image_files_are_documents_of_one_picture(tmp_path):
 # The order
 
 
-def test_an_epoch_shows_each_picture_once_in_an_order_of_its_own(tmp_path, tar):
+def test_each_epoch_shows_each_image_once_in_another_order(tmp_path, tar):
     store = store_images(source(tar), "train", tmp_path)
-    pictures, count = TrainImages(store, AS_IT_IS, seed=3), len(store)
+    images, count = TrainImages(store, UNCHANGED, seed=3), len(store)
     seen = [
-        tuple(((pictures[r].images[:, 0, 0] + 1) * 127.5).round().int().tolist()) for r in range(80)
+        tuple(((images[r].images[:, 0, 0] + 1) * 127.5).round().int().tolist()) for r in range(80)
     ]
     first, second = seen[:count], seen[count : 2 * count]
     assert sorted(first) == sorted(second) and first != second
     assert len(set(first)) == count and set(first) <= set(COLOURS)
 
 
-def test_a_row_is_the_same_whoever_asks_and_changes_from_row_to_row(tmp_path, tar):
+def test_augmentation_depends_on_the_row_alone(tmp_path, tar):
     store = store_images(ShapesCaptions(5, 3), "train", tmp_path)
     one, two = (TrainImages(store, Augment(zoom=1.5), seed=3) for _ in range(2))
     assert torch.equal(one[27].images, two[27].images)
@@ -150,22 +150,22 @@ def test_a_row_is_the_same_whoever_asks_and_changes_from_row_to_row(tmp_path, ta
     assert len(seen) > 2 * len(store)  # more than each image and its flipped copy
 
 
-def test_validation_shows_every_picture_once_and_fills_up_for_ranks(tmp_path, tar):
+def test_validation_shows_every_image_once_and_pads_for_the_ranks(tmp_path, tar):
     store = store_images(source(tar), "val", tmp_path)
     assert len(store) % 3
-    pictures = ValImages(store, world_size=3)
-    rows = [int(pictures[row].rows) for row in range(len(pictures))]
+    images = ValImages(store, world_size=3)
+    rows = [int(images[row].rows) for row in range(len(images))]
     assert len(rows) % 3 == 0
     assert rows == [*range(len(store)), *[PADDING_ROW] * (-len(store) % 3)]
-    values = pictures[3].images
+    values = images[3].images
     np.testing.assert_array_equal(
         ((values + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), store.images[3]
     )
 
 
-def test_data_module_goes_on_where_a_run_was(tmp_path, tar):
+def test_the_data_module_resumes_where_a_run_was(tmp_path, tar):
     def data():
-        made = ImageData(source(tar), batch_size=4, augment=AS_IT_IS, cache_dir=str(tmp_path))
+        made = ImageData(source(tar), batch_size=4, augment=UNCHANGED, cache_dir=str(tmp_path))
         made.prepare_data()
         made.setup()
         return made
@@ -191,23 +191,23 @@ def test_nothing_to_validate_on_is_one_sentence(tmp_path, tar):
 # Changes
 
 
-def test_what_is_switched_off_changes_nothing():
-    picture = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+def test_changes_that_are_switched_off_are_not_made():
+    image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
     random = np.random.default_rng(0)
-    assert np.array_equal(AS_IT_IS(picture, random), picture)
-    flipped = {Augment()(picture, random).tobytes() for _ in range(20)}
-    assert flipped == {picture.tobytes(), np.ascontiguousarray(picture[:, ::-1]).tobytes()}
+    assert np.array_equal(UNCHANGED(image, random), image)
+    flipped = {Augment()(image, random).tobytes() for _ in range(20)}
+    assert flipped == {image.tobytes(), np.ascontiguousarray(image[:, ::-1]).tobytes()}
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.7, 1.0, 1.3, 2.0])
 @pytest.mark.parametrize("place", [(0.0, 1.0), (0.5, 0.5)])
-def test_zooming_keeps_the_size_and_moves_a_square_as_it_says(scale, place):
-    picture = np.full((40, 40, 3), 255, np.uint8)
-    picture[12:28, 12:28] = 0
-    out = zoomed(picture, scale, np.array(place))
+def test_zooming_keeps_the_image_size_and_scales_a_square(scale, place):
+    image = np.full((40, 40, 3), 255, np.uint8)
+    image[12:28, 12:28] = 0
+    out = zoomed(image, scale, np.array(place))
     assert out.shape == (40, 40, 3)
     dark = np.argwhere(out[..., 0] < 128)
-    first = 12 * scale + (40 - 40 * scale) * np.array(place)  # where the window puts the corner
+    first = 12 * scale + (40 - 40 * scale) * np.array(place)  # position of the square's corner
     wanted = np.clip([first, first + 16 * scale], 0, 40)
     np.testing.assert_allclose([dark.min(0), dark.max(0) + 1], wanted, atol=1)
 
@@ -217,11 +217,11 @@ def test_zoom_below_one_is_one_sentence():
         Augment(zoom=0.5)
 
 
-def test_shapes_of_a_split_are_those_of_the_world(tmp_path):
+def test_validation_shows_the_held_out_images_of_the_source(tmp_path):
     data = ImageData(ShapesCaptions(5, 3), batch_size=2, cache_dir=str(tmp_path))
     data.setup()
-    (_, picture), *_ = ShapesCaptions(5, 3).documents("val")
+    (_, expected), *_ = ShapesCaptions(5, 3).documents("val")
     image = next(iter(data.val_dataloader())).images[0]
     np.testing.assert_array_equal(
-        ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), np.asarray(picture)
+        ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), np.asarray(expected)
     )

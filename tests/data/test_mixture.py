@@ -1,4 +1,4 @@
-"""Mixture: shares of tokens as asked, exact resume, and configs that build it."""
+"""Mixture: shares of tokens, exact resume, and configurations that build it."""
 
 import json
 
@@ -14,7 +14,7 @@ from tf_lightning.errors import UserError
 
 
 class Reader(L.LightningModule):
-    """Notes which rows it is given; learns nothing."""
+    """Records the rows that it receives; learns nothing."""
 
     def __init__(self, fails_at: int | None = None):
         super().__init__()
@@ -24,7 +24,7 @@ class Reader(L.LightningModule):
     def training_step(self, batch, batch_index):
         if self.fails_at == self.global_step:
             raise KeyError("the machine is gone")
-        # Noise is a function of (seed, row), so it names the rows as well as their ids would.
+        # Noise is a function of (seed, row), so it identifies the rows.
         self.seen.append((batch.input_ids, batch.noise.sum().item(), batch.t.sum().item()))
         return 0 * self.weight.sum()
 
@@ -78,8 +78,7 @@ def test_token_shares_are_the_weights(mixture):
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.5])
-def test_document_shares_are_the_weights_where_these_count_documents(mixture, drop):
-    """MonoFormer's 9 : 1 of samples, however long they are."""
+def test_weights_of_documents_are_shares_of_documents_of_any_length(mixture, drop):
     sources = {"pictures": Pictures(), "chat": Words("blue", 40)}
     weights = {"pictures": 9, "chat": 1}
     data = mixture(
@@ -93,19 +92,19 @@ def test_document_shares_are_the_weights_where_these_count_documents(mixture, dr
     assert documents / documents.sum() == pytest.approx([0.9, 0.1], abs=0.01)
 
 
-def test_what_weights_count_is_checked(mixture):
+def test_an_unknown_weights_count_is_refused(mixture):
     with pytest.raises(UserError, match="weights_count='words' must be 'tokens' or 'documents'"):
         mixture(weights_count="words")
 
 
-def test_a_time_token_takes_a_place_in_rows_and_is_a_corpus_of_its_own(mixture):
+def test_a_time_token_takes_a_position_and_has_its_own_corpus(mixture):
     plain, token = mixture(), mixture(time_token=True)
     plain.setup(), token.setup()
     names = [data.corpora["train"]["pictures"].name for data in (plain, token)]
     assert names[0] != names[1]
     batch = next(iter(token.val_dataloader()[1]))
     lengths = batch.image_ids.flatten()[batch.image_ids.flatten() >= 0].bincount()
-    assert set(lengths.tolist()) == {5}  # 4 patches and the token
+    assert set(lengths.tolist()) == {5}  # 4 patches and the time token
     assert len(batch.patch_index) == 5 * batch.num_images
 
 
@@ -118,7 +117,7 @@ def test_without_weights_every_document_is_seen_equally_often(mixture):
     assert shares == pytest.approx(np.array(per_epoch) / sum(per_epoch), abs=1e-3)
 
 
-def test_a_source_of_weight_0_is_validated_only(mixture):
+def test_a_source_of_weight_0_is_only_validated_on(mixture):
     data = mixture(weights={"words": 1, "pictures": 0})
     data.setup()
     for batch, _ in zip(data.train_dataloader(), range(20), strict=False):
@@ -136,7 +135,7 @@ def test_validation_has_each_document_once_in_the_order_of_the_sources(mixture):
     assert all((batch.source_ids == 1).all() for batch in texts)
 
 
-def test_lightning_validates_also_where_a_source_holds_nothing_out(mixture, tmp_path):
+def test_lightning_validates_if_one_source_has_no_held_out_documents(mixture, tmp_path):
     sources = {"none": Words("red", 5, num_val=0), "some": Words("blue", 5)}
     module = Reader()
     trainer(tmp_path, limit_val_batches=1.0).validate(module, mixture(sources), verbose=False)
@@ -159,7 +158,7 @@ def test_resume_reproduces_the_uninterrupted_run(mixture, tmp_path, num_workers,
     assert not same(whole.seen[:3], whole.seen[3:6])
 
 
-def test_resume_after_a_crash_goes_on_from_the_last_checkpoint(mixture, tmp_path):
+def test_resume_after_a_crash_continues_from_the_last_checkpoint(mixture, tmp_path):
     whole, crashing, second = Reader(), Reader(fails_at=4), Reader()
     trainer(tmp_path, max_steps=6).fit(whole, mixture())
     saver = L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=3, save_last=True)
@@ -180,7 +179,7 @@ def test_epochs_cut_short_do_not_repeat_rows(mixture, tmp_path):
     assert same(cut.seen, whole.seen)
 
 
-def test_a_checkpoint_holds_for_another_batch_size(mixture, tmp_path):
+def test_a_checkpoint_resumes_with_another_batch_size(mixture, tmp_path):
     data, other = mixture(), mixture(batch_size=5)
     first = trainer(tmp_path, max_steps=4)
     first.fit(Reader(), data)
@@ -222,12 +221,12 @@ def test_a_given_tokenizer_is_used(mixture, tmp_path):
         ({"words": 0, "pictures": 0}, "give numbers >= 0, one of them positive"),
     ],
 )
-def test_weights_that_do_not_fit_are_a_user_error(mixture, weights, sentence):
+def test_invalid_weights_are_a_user_error(mixture, weights, sentence):
     with pytest.raises(UserError, match=sentence):
         mixture(weights=weights)
 
 
-def test_noise_levels_are_drawn_as_asked_in_training_and_evenly_in_validation(mixture):
+def test_noise_levels_follow_the_options_in_training_and_are_uniform_in_validation(mixture):
     kinds = {
         "uniform": {},
         "other": {"timestep_distribution": "logit_normal", "timestep_shift": 3.0},
@@ -250,7 +249,7 @@ def test_noise_levels_are_drawn_as_asked_in_training_and_evenly_in_validation(mi
         ({"timestep_distribution": "normal"}, "'normal' must be 'uniform' or 'logit_normal'"),
     ],
 )
-def test_noise_levels_that_cannot_be_drawn_are_a_user_error(mixture, changed, sentence):
+def test_invalid_noise_level_options_are_a_user_error(mixture, changed, sentence):
     with pytest.raises(UserError, match=sentence):
         mixture(**changed)
 
@@ -261,8 +260,8 @@ def test_probabilities_outside_0_and_1_are_a_user_error(mixture, name):
         mixture(**{name: 1.5})
 
 
-def test_sources_may_have_pictures_of_different_sizes(mixture):
-    """Each source's rows are those of a mixture of it alone."""
+def test_sources_may_have_images_of_different_sizes(mixture):
+    """The rows of each source equal those of a mixture of this source alone."""
     sources = {"small": Pictures(8), "large": Pictures(16, 200)}
     data = mixture(sources, {"small": 1, "large": 1}, batch_size=8)
     data.setup()
@@ -282,13 +281,13 @@ def test_sources_may_have_pictures_of_different_sizes(mixture):
 
 
 def tokenizer_of(data) -> str:
-    """The file of a mixture's tokenizer."""
+    """Return the file of a mixture's tokenizer."""
     path = data.cache_dir / "given.model"
     path.write_bytes(data.tokenizer.proto)
     return str(path)
 
 
-def test_a_config_builds_it(tmp_path):
+def test_a_config_builds_a_mixture(tmp_path):
     (tmp_path / "a.txt").write_text("words " * 400)
     config = {
         "class_path": "tf_lightning.data.Mixture",
@@ -317,7 +316,7 @@ def test_a_config_builds_it(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["TextData", "ImageCaptionData", "InterleavedData"])
-def test_a_config_builds_each_kind(kind):
+def test_a_config_builds_each_data_module(kind):
     arguments = {"paths": ["a", "b"], "row_length": 128, "cache_dir": "elsewhere"}
     data = from_config({"class_path": f"tf_lightning.data.{kind}", "init_args": arguments})
     assert (data.row_length, data.batch_size, str(data.cache_dir)) == (128, 8, "elsewhere")

@@ -1,4 +1,4 @@
-"""Packing: each document once, no row too full, little padding; random orders are permutations."""
+"""Packing has each document once and little padding; random orders are permutations."""
 
 import numpy as np
 import pytest
@@ -16,24 +16,24 @@ def test_best_fit_places_each_item_once_and_overfills_no_row(lengths, open_rows)
     assert all(0 < sum(lengths[place] for place in row) <= 30 for row in rows)
 
 
-def test_best_fit_finds_the_fullest_row_that_has_room():
+def test_best_fit_takes_the_fullest_row_that_has_room():
     assert best_fit([6, 7, 3, 4], 10) == [[0, 3], [1, 2]]
 
 
 @pytest.mark.parametrize("kind, most", [("text", 0.03), ("captions", 0.05)])
 def test_padding_is_within_its_limit(kind, most):
-    """Rows of 4,096; pieces of cut text, or captions of 5-60 tokens with 256 patches."""
+    """Rows of 4,096; cut texts, or captions of 5-60 tokens with 256 patches."""
     random = np.random.default_rng(0)
     captions = random.integers(5, 61, 20_000) + 256 + 4
     text = random.lognormal(6.2, 1.2, 20_000).astype(int) + 1
-    whole, rest = np.divmod(text, 4094)  # long text was cut where a row ends
+    whole, rest = np.divmod(text, 4094)  # long texts are cut at row ends
     text = np.concatenate([np.full(whole.sum(), 4094), rest[rest > 0]]) + 2
     lengths = random.permutation(text) if kind == "text" else captions
     rows = best_fit(lengths.tolist(), 4096)
     assert 1 - lengths.sum() / (4096 * len(rows)) <= most
 
 
-def test_spreading_makes_the_rows_asked_for_and_no_empty_ones():
+def test_split_rows_makes_the_requested_number_of_rows_and_no_empty_one():
     rows = [[0, 1, 2], [3], [4, 5]]
     assert split_rows(rows, 5)
     assert sorted(map(sorted, rows)) == [[0, 1], [2], [3], [4], [5]]
@@ -44,23 +44,23 @@ def test_spreading_makes_the_rows_asked_for_and_no_empty_ones():
 
 @settings(max_examples=50, deadline=None)
 @given(count=st.integers(1, 3000), seed=st.integers(0, 2**31))
-def test_a_shuffled_order_has_each_number_once_and_any_part_of_it_alone(count, seed):
+def test_permuted_is_a_permutation_and_any_part_of_it_can_be_computed_alone(count, seed):
     order = permuted(np.arange(count), count, (seed,))
     assert sorted(order) == list(range(count))
     some = np.arange(count // 3, count, 7)
     assert (permuted(some, count, (seed,)) == order[some]).all()
 
 
-def test_a_shuffled_order_is_random():
+def test_a_permuted_order_is_random():
     order = permuted(np.arange(100_000), 100_000, (0, 1))
     assert abs(np.corrcoef(order, np.arange(100_000))[0, 1]) < 0.01
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.01
     assert (order != permuted(np.arange(100_000), 100_000, (0, 2))).mean() > 0.99
-    parts = np.histogram(order[:10_000], bins=10)[0]  # the first tenth is spread over all tenths
+    parts = np.histogram(order[:10_000], bins=10)[0]  # the first tenth covers all tenths
     assert np.abs(parts - 1000).max() < 150
 
 
-def test_a_choice_has_exactly_its_share():
+def test_choose_chooses_exactly_the_share():
     among = np.arange(1000) % 2 == 0
     chosen = choose(np.random.default_rng(0), among, 0.2)
     assert chosen.sum() == 100 and not (chosen & ~among).any()

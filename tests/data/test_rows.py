@@ -1,4 +1,4 @@
-"""The stream of rows: complete epochs, full rows, token shares as asked, and no memory."""
+"""The stream of rows: complete epochs, full rows, token shares, and no state."""
 
 import pickle
 from collections import Counter
@@ -17,7 +17,7 @@ N = 4  # patches of a 2 x 2 image at patch size 1
 
 
 class Documents:
-    """A corpus in memory: text n is `lengths[n]` times the token n; images where asked."""
+    """A corpus in memory: text n is `lengths[n]` times the token n, with an image if `images`."""
 
     name = "documents"
 
@@ -44,7 +44,7 @@ class Documents:
 
 
 class Edits(Documents):
-    """Picture n, text n, picture -n."""
+    """Documents of image n, text n, image -n."""
 
     def document(self, index, random=None):
         images = (torch.full((1, 2, 2), float(sign * index)) for sign in (1, -1))
@@ -55,7 +55,7 @@ class Edits(Documents):
 
 
 def numbers(row) -> list[int]:
-    """Which documents a row has."""
+    """List the documents of a row."""
     return [int(part[0]) for document in row for part in document if part.ndim == 1]
 
 
@@ -88,7 +88,7 @@ def test_a_row_is_the_same_whatever_was_read_before():
 
 
 @pytest.mark.parametrize("copies", [False, True])
-def test_rows_over_many_windows_are_complete_epochs_found_at_once(monkeypatch, copies):
+def test_epochs_of_many_windows_are_complete_and_rows_are_found_directly(monkeypatch, copies):
     monkeypatch.setattr(corpus_rows, "WINDOW", 16)
     lengths = np.random.default_rng(0).integers(1, 15, 101).tolist()
     options = {"images": True, "image_first_prob": 0.3, "caption_drop_prob": 0.2}
@@ -99,7 +99,7 @@ def test_rows_over_many_windows_are_complete_epochs_found_at_once(monkeypatch, c
         row = rows.row(index)
         assert 0 < sum(document_length(d, 1) for d in row) <= 48
         counts[index // per_epoch] += len(row)
-    assert set(counts.values()) == {101}  # each epoch is complete (its texts: the next test)
+    assert set(counts.values()) == {101}  # each epoch is complete; the next test checks its texts
     far = stream(lengths, row_length=48, clean_copies=copies, **options)
     assert numbers(far.row(3 * per_epoch + 5)) == numbers(rows.row(3 * per_epoch + 5))
 
@@ -111,17 +111,17 @@ def test_windows_hold_each_document_once_and_change_from_epoch_to_epoch(monkeypa
     epochs = [[numbers(rows.row(e * size + n)) for n in range(size)] for e in range(3)]
     assert all(sorted(sum(epoch, [])) == list(range(101)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    first = epochs[0][: size // 7]  # a window holds documents of everywhere
+    first = epochs[0][: size // 7]  # a window has documents of the whole corpus
     assert max(sum(first, [])) - min(sum(first, [])) > 50
 
 
-def test_another_seed_is_another_order():
+def test_another_seed_gives_another_order():
     assert numbers(stream([1] * 50, seed=(0, 0)).row(0)) != numbers(
         stream([1] * 50, seed=(0, 1)).row(0)
     )
 
 
-def test_captions_are_turned_and_dropped_as_often_as_asked():
+def test_images_come_first_and_captions_are_dropped_with_their_probabilities():
     rows = stream([5] * 5000, images=True, image_first_prob=0.2, caption_drop_prob=0.1)
     kinds = Counter()
     for index in range(rows.rows_per_epoch):
@@ -134,7 +134,7 @@ def test_captions_are_turned_and_dropped_as_often_as_asked():
     assert kinds["TI"] / total == pytest.approx(0.8 * 0.9, abs=0.02)
 
 
-def test_edits_lose_their_instruction_and_half_of_these_their_first_picture():
+def test_edits_lose_their_instruction_and_half_of_these_their_first_image():
     corpus, kinds = Edits([5] * 5000), Counter()
     rows = CorpusRows(
         corpus, row_length=32, num_patches=N, seed=(0, 0), caption_drop_prob=0.2, image_first_prob=1
@@ -154,7 +154,7 @@ def test_edits_lose_their_instruction_and_half_of_these_their_first_picture():
         assert kinds[kind] / 5000 == pytest.approx(share, abs=0.02)
 
 
-def test_planned_lengths_are_the_rows_own_also_with_dropped_captions():
+def test_planned_lengths_equal_the_rows_lengths_with_dropped_captions():
     rows = stream([3, 9, 14] * 50, images=True, image_first_prob=0.5, caption_drop_prob=0.5)
     lengths = [
         sum(document_length(document, 1) for document in rows.row(index))
@@ -164,7 +164,7 @@ def test_planned_lengths_are_the_rows_own_also_with_dropped_captions():
     assert rows.fill == pytest.approx(sum(lengths) / (32 * len(lengths)))
 
 
-def test_a_document_drawn_twice_is_turned_differently():
+def test_a_document_drawn_twice_differs_in_its_choices():
     rows = stream([5], images=True, image_first_prob=0.5)
     firsts = {rows.row(epoch)[0][0].ndim for epoch in range(20)}
     assert firsts == {1, 3}
@@ -184,10 +184,10 @@ def test_token_shares_are_the_weights_whatever_the_fill():
     assert tokens / tokens.sum() == pytest.approx(weights, abs=0.01)
 
 
-def test_rows_of_a_source_come_in_its_order_and_none_is_left_out():
+def test_rows_of_a_source_come_in_order_without_gaps():
     rows = Rows([stream([28] * 7), stream([3] * 9)], [1.0, 3.0])
     found = {0: [], 1: []}
-    for index in range(25_000):  # over several cycles
+    for index in range(25_000):  # several cycles
         row_id, row, source = rows[index]
         assert row_id == index
         if len(found[source]) < 40:
@@ -204,7 +204,7 @@ def test_epochs_are_counted_by_source():
     assert rows.epochs(12_345) == [seen[0] / 7, seen[1] / 2]
 
 
-def test_the_stream_does_not_jump_between_cycles():
+def test_rows_of_a_source_continue_across_cycles():
     rows = Rows([stream([28] * 7), stream([3] * 9)], [1.0, 3.0])
     places = range(9_900, 10_100)
     of_first = [index for index in places if rows[index][2] == 0]
@@ -223,7 +223,7 @@ def test_validation_reads_each_document_once_caption_first():
     )
 
 
-def test_validation_gives_every_rank_as_many_rows():
+def test_validation_gives_every_rank_the_same_number_of_rows():
     rows = CorpusRows(Documents([28] * 7), row_length=30, num_patches=N)
     padded = ValidationRows(rows, 0, world_size=4)
     assert len(padded) == 8
@@ -241,7 +241,7 @@ def sampled(start=0, num_batches=6, **arguments) -> list[int]:
     return list(RowSampler(rows, lambda: start, num_batches=num_batches, **arguments))
 
 
-def test_two_ranks_read_what_one_rank_reads():
+def test_two_ranks_read_the_same_rows_as_one():
     one = sampled(start=10, batch_size=6)
     two = [sampled(start=10, batch_size=3, rank=rank, world_size=2) for rank in range(2)]
     assert one == list(range(10, 46))
@@ -250,7 +250,7 @@ def test_two_ranks_read_what_one_rank_reads():
         assert both == one[6 * step : 6 * step + 6]
 
 
-def test_a_resumed_sampler_goes_on_and_keeps_the_total():
+def test_a_resumed_sampler_continues_and_keeps_its_length():
     rows, start = Rows([stream([28] * 7)], [1.0]), 0
     sampler = RowSampler(rows, lambda: start, batch_size=4, num_batches=3)
     assert list(sampler) == list(range(12))

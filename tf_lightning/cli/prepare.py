@@ -133,7 +133,7 @@ def prepare_encoded(cli: TransfusionCLI) -> None:
             f"autoencoder={data.autoencoder_name!r} has nothing to encode; give another "
             "--data.autoencoder, or leave --data.encoded out"
         )
-    # Only the ranks of the configured trainer are used: its callbacks, strategy are for training.
+    # Only the configured number of ranks is used: callbacks and strategy are for training.
     ranks = {name: config[name] for name in ("accelerator", "devices", "num_nodes")}
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
     trainer = L.Trainer(**ranks, **off, enable_model_summary=False)

@@ -41,11 +41,14 @@ class Mixture(StreamData):
     (`patch_size` to `batch_size`); the order of images and captions and the noise levels
     (`image_first_prob` to `timestep_distribution`); loading.
 
+    After `setup`, the attribute `tokenizer` is the Tokenizer, and `source_names` are the names of
+    the sources in the order of `Batch.source_ids` and of the validation loaders.
+
     Args:
         sources: the sources of documents by name. They may differ in image_size.
-        weights: share of the tokens that each source gets, image patches included; any positive
-            scale. A source with weight 0 is only validated on. null: in proportion to the sources'
-            sizes, so that each document is seen equally often.
+        weights: share of the tokens that each source gets, image patches included. The weights need
+            not sum to 1. A source with weight 0 is only validated on. null: in proportion to the
+            sizes of the sources, so that each document is seen equally often.
         weights_count: unit of `weights`, "tokens" or "documents" (MonoFormer mixes 9:1 documents).
             A text that is cut into pieces of `row_length` counts as that many documents.
         tokenizer: a sentencepiece file, a language model's folder, or a checkpoint (.ckpt) whose
@@ -75,9 +78,9 @@ class Mixture(StreamData):
             half of the time together with the image before them.
         max_caption_t: largest noise level, in (0, 1], of images that precede their text
             (paper: 0.5).
-        clean_copies: instead of this limit, add a clean copy of each image that precedes text or
-            another image; later parts attend to the copy (BAGEL). It takes as many positions as the
-            image.
+        clean_copies: let later parts of a document attend to a clean copy of each image, instead of
+            limiting its noise level by `max_caption_t` (BAGEL). A copy takes as many positions as
+            the image.
         timestep_shift: values above 1 draw noise levels nearer to pure noise; 1 leaves them alone
             (paper).
         timestep_distribution: distribution of noise levels, "uniform" (paper) or "logit_normal"
@@ -85,11 +88,6 @@ class Mixture(StreamData):
         num_workers: processes that load rows; 0 loads in the training process.
         seed: seed of the order of documents and of the noise, >= 0.
         cache_dir: folder for the trained tokenizer and the prepared corpora.
-
-    Attributes:
-        tokenizer: the Tokenizer, after `setup`.
-        source_names: names of the sources, in the order of `Batch.source_ids` and of the validation
-            loaders.
 
     Raises:
         UserError: an argument is out of its range, or arguments contradict each other.

@@ -1,4 +1,4 @@
-"""A prepared corpus gives back the documents it was made of."""
+"""A prepared corpus returns the documents of its source; damage is found."""
 
 import pickle
 import shutil
@@ -18,7 +18,7 @@ from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 
 class Given:
-    """A source of the documents it is given; not a subclass of Source."""
+    """A source of given documents; not a subclass of Source."""
 
     def __init__(self, documents: list):
         self.given = documents
@@ -91,52 +91,52 @@ def test_pairs_are_one_text_and_one_image(corpus):
     assert corpus.layout().pairs().tolist() == [True, False, False, False, True, False, False]
 
 
-def test_edits_are_a_picture_an_instruction_and_a_picture(corpus):
+def test_edits_are_an_image_an_instruction_and_an_image(corpus):
     assert corpus.layout().edits().nonzero()[0].tolist() == [5]
 
 
-def test_images_with_a_part_after_them_are_read(corpus):
+def test_read_images_counts_images_with_a_part_after_them(corpus):
     assert corpus.layout().read_images().tolist() == [0, 0, 0, 2, 1, 1, 1]
 
 
-def test_a_copy_in_another_process_reads_the_same_files(corpus):
+def test_pickling_keeps_the_path_and_reads_the_same_files(corpus):
     pickled = pickle.dumps(corpus)
     assert len(pickled) < 1000
     assert torch.equal(pickle.loads(pickled).document(0)[1], corpus.document(0)[1])
 
 
-def test_a_source_is_whatever_has_its_two_methods():
+def test_any_class_with_the_two_methods_is_a_source():
     assert issubclass(Given, Source)
     assert not issubclass(Corpus, Source)
 
 
-def another_picture(parts, documents):
-    parts[1, 0] = 7  # document 0 says that it shows the picture of document 6
+def another_image(parts, documents):
+    parts[1, 0] = 7  # document 0 has the image of document 6
 
 
 def another_caption(parts, documents):
-    parts[0, 0] = parts[2, 0]  # document 0 says the beginning of what document 1 says
+    parts[0, 0] = parts[2, 0]  # document 0 has the first tokens of document 1
 
 
-def another_border(parts, documents):
-    documents[4] -= 1  # the text behind the second picture of document 3 goes to document 4
+def moved_boundary(parts, documents):
+    documents[4] -= 1  # the last text of document 3 becomes a part of document 4
 
 
-def pictures_changed_over(parts, documents):
-    parts[[10, 12], 0] = parts[[12, 10], 0]  # document 5 goes from the later to the earlier one
+def exchanged_images(parts, documents):
+    parts[[10, 12], 0] = parts[[12, 10], 0]  # document 5 has its images in the opposite order
 
 
 @pytest.mark.parametrize(
     "change, document",
     [
-        (another_picture, 0),
+        (another_image, 0),
         (another_caption, 0),
-        (another_border, 3),
-        (another_border, 4),
-        (pictures_changed_over, 5),
+        (moved_boundary, 3),
+        (moved_boundary, 4),
+        (exchanged_images, 5),
     ],
 )
-def test_an_index_that_pairs_wrongly_is_refused_though_all_its_numbers_are_good(
+def test_checksums_find_a_wrong_index_whose_numbers_are_in_range(
     change, document, corpus, tmp_path
 ):
     folder = shutil.copytree(corpus.path, tmp_path / "damaged")

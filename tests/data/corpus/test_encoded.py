@@ -1,4 +1,4 @@
-"""An encoded folder is read as it is, or refused in one sentence."""
+"""Training reads a matching encoded folder; other folders are refused in one sentence."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def build(folder, tmp_path):
-    """A Mixture that reads the folder, set up."""
+    """Build a Mixture that reads the folder."""
 
     def build_here(image_size: int = 64, **changed) -> Mixture:
         arguments = {
@@ -44,8 +44,7 @@ def build(folder, tmp_path):
     return build_here
 
 
-def test_it_gives_what_encoding_in_place_of_it_gives(build, tmp_path):
-    """The same corpus made by `prepare`: the same batches to the last bit."""
+def test_batches_equal_those_of_a_corpus_in_cache_dir_to_the_last_bit(build, tmp_path):
     read, made = build(), build(encoded=None)
     assert read.tokenizer.proto == made.tokenizer.proto
     batches = zip(read.train_dataloader(), made.train_dataloader(), strict=False)
@@ -56,7 +55,7 @@ def test_it_gives_what_encoding_in_place_of_it_gives(build, tmp_path):
     assert torch.equal(a.latents, b.latents) and a.num_images == 3
 
 
-def test_training_samples_the_posterior_where_asked_and_takes_the_mode_where_not(build):
+def test_training_samples_the_posterior_or_takes_the_mode_as_configured(build):
     plain, sampled = build(), build(sample_posterior=True)
     images = torch.from_numpy(np.array(Sharded().picture("train", 5))).permute(2, 0, 1)
     mean, std = load_autoencoder("shapes").moments(images[None].float() / 127.5 - 1)[0]
@@ -70,14 +69,14 @@ def test_training_samples_the_posterior_where_asked_and_takes_the_mode_where_not
     torch.testing.assert_close(draws.std(0), std, rtol=0.25, atol=2e-3)
 
 
-def test_it_travels_to_workers_with_its_choice(build):
+def test_pickling_keeps_sample_posterior(build):
     for choice in (False, True):
         corpus = build(sample_posterior=choice).corpora["train"]["noise"]
         assert pickle.loads(pickle.dumps(corpus)).sample_posterior is choice
 
 
 def other_scaling(tmp_path) -> str:
-    """The same weights, other scaling."""
+    """Copy the autoencoder with another scaling factor."""
     copy = tmp_path / "other"
     shutil.copytree(SHAPES_FOLDER, copy)
     config = json.loads((copy / "config.json").read_text())
@@ -105,7 +104,7 @@ def other_scaling(tmp_path) -> str:
         ),
     ],
 )
-def test_what_was_encoded_otherwise_is_refused(build, tmp_path, changed, sentence):
+def test_a_folder_of_other_settings_is_refused(build, tmp_path, changed, sentence):
     if "tokenizer" in changed:
         path = tmp_path / "other.model"
         train_tokenizer(iter(["quite other words"]), path, 300)
@@ -114,14 +113,14 @@ def test_what_was_encoded_otherwise_is_refused(build, tmp_path, changed, sentenc
     with pytest.raises(UserError, match=sentence) as error:
         build(**changed)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "cache").exists()  # nothing is prepared in its place
+    assert not (tmp_path / "cache").exists()  # no other corpus is prepared instead
 
 
-def test_longer_rows_hold_what_was_encoded_for_shorter_ones(build):
+def test_a_longer_row_length_is_accepted(build):
     assert build(row_length=128).corpora["train"]["noise"].num_images == 14
 
 
-def test_samples_need_moments_and_a_corpus_prepared_without_them_has_none(build, tmp_path):
+def test_sample_posterior_needs_stored_moments(build, tmp_path):
     build(encoded=None)
     cache = tmp_path / "cache"
     next(cache.glob("tokenizer-*.model")).rename(cache / "tokenizer.model")
@@ -129,7 +128,7 @@ def test_samples_need_moments_and_a_corpus_prepared_without_them_has_none(build,
         build(encoded=str(cache), sample_posterior=True)
 
 
-def test_a_folder_that_is_not_whole_is_refused(build, folder, tmp_path):
+def test_an_incomplete_folder_is_refused(build, folder, tmp_path):
     part = tmp_path / "part"
     shutil.copytree(folder, part)
     next(part.glob("noise-val-*")).rename(part / "x")

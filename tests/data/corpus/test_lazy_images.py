@@ -1,4 +1,4 @@
-"""Pictures read where they lie are the pictures, in tars and in files; nothing is copied."""
+"""Lazy images are read from their tars and files during training; they are not copied."""
 
 import gzip
 import io
@@ -29,13 +29,13 @@ def noise(seed: int) -> Image.Image:
 
 @pytest.fixture
 def tars(tmp_path, monkeypatch):
-    """Three tars of four captioned pictures; two tars a shard."""
+    """Write three tars of four captioned images; two tars make a shard."""
     for number in range(3):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
             for key in range(4):
                 file = io.BytesIO()
                 noise(4 * number + key).save(file, "PNG")
-                caption = f"a picture of noise {4 * number + key}".encode()
+                caption = f"an image of noise {4 * number + key}".encode()
                 for name, content in ((f"{key}.png", file.getvalue()), (f"{key}.txt", caption)):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
@@ -53,31 +53,31 @@ def read(folder, **options) -> ImageCaptionData:
     return data
 
 
-def pixels(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def test_pictures_in_tars_keep_their_captions_over_shards(tars):
+def test_images_in_tars_keep_their_captions_across_shards(tars):
     data = read(tars)
     assert len(data.sources["captions"].shards("train")) == 2
     corpus = data.corpora["train"]["captions"]
     assert (corpus.path / "latents.bin").stat().st_size == 0
     for number in range(12):
-        text, picture = corpus.document(number)
-        assert data.tokenizer.decode(text.tolist()) == f"a picture of noise {number}"
-        assert torch.equal(picture, pixels(noise(number)))
+        text, image = corpus.document(number)
+        assert data.tokenizer.decode(text.tolist()) == f"an image of noise {number}"
+        assert torch.equal(image, pixels(noise(number)))
 
 
-def test_mirrored_pictures_in_place_are_mirrored(tars):
+def test_lazy_images_are_flipped(tars):
     corpus = read(tars, hflip=True).corpora["train"]["captions"]
     found = [corpus.document(3, np.random.default_rng(n))[1] for n in range(40)]
-    mirrored = [torch.equal(picture, pixels(noise(3)).flip(-1)) for picture in found]
-    assert 8 < sum(mirrored) < 32
-    plain = [torch.equal(picture, pixels(noise(3))) for picture in found]
-    assert sum(plain) + sum(mirrored) == 40
+    flipped = [torch.equal(image, pixels(noise(3)).flip(-1)) for image in found]
+    assert 8 < sum(flipped) < 32
+    plain = [torch.equal(image, pixels(noise(3))) for image in found]
+    assert sum(plain) + sum(flipped) == 40
 
 
-def test_a_batch_has_them_in_minus_one_to_one(tars):
+def test_a_batch_has_pixels_in_minus_one_to_one(tars):
     data = read(tars)
     (_, documents, _), *_ = rows = [data.train_dataloader().dataset[0]]
     latents = data.train_dataloader().collate_fn(rows).latents
@@ -87,14 +87,14 @@ def test_a_batch_has_them_in_minus_one_to_one(tars):
     assert torch.equal(latents, torch.stack(shown).float() / 127.5 - 1)
 
 
-def test_workers_read_them_too(tars):
+def test_workers_read_lazy_images(tars):
     alone, workers = (read(tars, num_workers=n, batch_size=2) for n in (0, 2))
     loaders = alone.train_dataloader(), workers.train_dataloader()
     for a, b, _ in zip(*loaders, range(5), strict=False):
         assert torch.equal(a.latents, b.latents)
 
 
-def test_pictures_in_files_are_read_there(tmp_path):
+def test_image_files_are_read_in_place(tmp_path):
     noise(1).save(tmp_path / "one.png")
     line = {"parts": ["before and after", {"image": "one.png"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
@@ -117,7 +117,7 @@ def coloured_noise(seed: int, kind: str = "PNG") -> bytes:
 
 
 def write_captions(folder) -> None:
-    """A tar, a packed tar and a parquet file, each of four captioned pictures."""
+    """Write a tar, a compressed tar and a parquet file, each of four captioned images."""
     for number, pack in enumerate((lambda content: content, gzip.compress)):
         files = {}
         for key in range(4):
@@ -133,7 +133,7 @@ def write_captions(folder) -> None:
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 1])
-def test_pictures_in_parquet_and_packed_tars_are_kept_as_they_are(
+def test_image_files_in_parquet_and_compressed_tars_are_copied_unchanged(
     shard_bytes, tmp_path, monkeypatch
 ):
     write_captions(tmp_path)
@@ -145,19 +145,19 @@ def test_pictures_in_parquet_and_packed_tars_are_kept_as_they_are(
     )
     data.prepare_data()
     corpora = data.corpora["train"]
-    copied = {"tars": range(4, 8), "rows": range(8, 12)}  # what lies in 0.tar is read there
+    copied = {"tars": range(4, 8), "rows": range(8, 12)}  # 0.tar is read in place
     for name, seeds in copied.items():
-        kept = (corpora[name].path / "pictures.bin").read_bytes()
-        assert kept == b"".join(map(coloured_noise, seeds))
+        copy = (corpora[name].path / "pictures.bin").read_bytes()
+        assert copy == b"".join(map(coloured_noise, seeds))
     for name, seeds in {"tars": range(8), "rows": range(8, 12)}.items():
         assert len(corpora[name]) == len(seeds)
         for number, seed in enumerate(seeds):
-            text, picture = corpora[name].document(number)
+            text, image = corpora[name].document(number)
             assert data.tokenizer.decode(text.tolist()) == f"noise {seed}"
-            assert torch.equal(picture, pixels(noise(seed)))
+            assert torch.equal(image, pixels(noise(seed)))
 
 
-def test_what_has_no_place_is_refused(tmp_path):
+def test_generated_images_and_other_autoencoders_are_refused(tmp_path):
     sizes = SIZES | {"row_length": 512, "patch_size": 16}
     source = {"shapes": ShapesCaptions(4, 2)}
     data = Mixture(source, lazy_images=True, cache_dir=str(tmp_path), **sizes)
@@ -174,14 +174,14 @@ def check_of(path: Path) -> tuple[int, int]:
 
 
 def transparent() -> Image.Image:
-    picture = noise(1).convert("RGBA")
-    picture.putalpha(Image.linear_gradient("L").resize((8, 8)))
-    return picture
+    image = noise(1).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((8, 8)))
+    return image
 
 
 def turned() -> tuple[Image.Image, Image.Exif]:
     exif = Image.Exif()
-    exif[274] = 6  # a camera held sideways
+    exif[274] = 6  # rotated by 90 degrees
     return noise(1), exif
 
 
@@ -198,19 +198,19 @@ def turned() -> tuple[Image.Image, Image.Exif]:
     ],
     ids=["png", "jpeg", "progressive", "other size", "transparent", "turned", "bmp"],
 )
-def test_only_what_pillow_reads_alike_is_read_by_the_faster_decoder(save, alike, tmp_path):
-    path = tmp_path / "picture"
+def test_torchcodec_decodes_only_files_for_which_it_agrees_with_pillow(save, alike, tmp_path):
+    path = tmp_path / "image"
     save(path)
     wanted = load_image(path, 8)
     assert decodes_alike(wanted, path.read_bytes()) == alike
     place = [[0, 0, path.stat().st_size, alike]]
-    pictures = LazyImages([str(path)], np.array(place), 8, tmp_path)
-    assert torch.equal(pictures.read(0, check_of(path)), pixels(wanted))
+    images = LazyImages([str(path)], np.array(place), 8, tmp_path)
+    assert torch.equal(images.read(0, check_of(path)), pixels(wanted))
 
 
 @pytest.mark.parametrize("change", ["cut", "other kind"])
-def test_a_changed_file_is_refused_whatever_reads_it(change, tmp_path):
-    path = tmp_path / "picture.png"
+def test_a_changed_file_is_refused_by_both_decoders(change, tmp_path):
+    path = tmp_path / "image.png"
     noise(1).save(path)
     size = path.stat().st_size
     if change == "cut":
@@ -221,12 +221,12 @@ def test_a_changed_file_is_refused_whatever_reads_it(change, tmp_path):
         LazyImages([str(path)], np.array([[0, 0, size, 1]]), 8, tmp_path).read(0, check_of(path))
 
 
-def test_another_picture_in_the_place_of_one_is_refused(tmp_path):
-    path = tmp_path / "picture.bmp"  # all pictures of a size have files of a size
+def test_a_replaced_image_is_refused(tmp_path):
+    path = tmp_path / "image.bmp"  # the file size depends only on the image size
     noise(1).save(path)
     check = check_of(path)
-    pictures = LazyImages([str(path)], np.array([[0, 0, path.stat().st_size, 0]]), 8, tmp_path)
-    assert torch.equal(pictures.read(0, check), pixels(noise(1)))
+    images = LazyImages([str(path)], np.array([[0, 0, path.stat().st_size, 0]]), 8, tmp_path)
+    assert torch.equal(images.read(0, check), pixels(noise(1)))
     noise(2).save(path)
     with pytest.raises(UserError, match="image 0 at byte 0 of .*cannot be read any more"):
-        pictures.read(0, check)
+        images.read(0, check)

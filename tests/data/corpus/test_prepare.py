@@ -1,4 +1,4 @@
-"""Preparing: what cannot be used is counted, nothing is half-written, nothing is done twice."""
+"""Preparation counts unusable samples, leaves no partial corpus and is done once."""
 
 import json
 
@@ -14,7 +14,7 @@ from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 
 class Given:
-    """A source of the documents it is given, which counts how often it is read."""
+    """A source of given documents that counts how often it is read."""
 
     def __init__(self, *documents, fingerprint: str = "given"):
         self.given, self.name, self.reads = documents, fingerprint, 0
@@ -30,7 +30,7 @@ class Given:
         return self.name
 
 
-def picture(side: int = 8) -> Image.Image:
+def red_image(side: int = 8) -> Image.Image:
     return Image.new("RGB", (side, side), "red")
 
 
@@ -42,7 +42,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture
 def run(tmp_path, tokenizer):
-    """`prepare` with arguments that suit most tests."""
+    """Call `prepare` with arguments that suit most tests."""
 
     def prepare_here(source, split="train", **changed):
         arguments = {
@@ -60,15 +60,15 @@ def run(tmp_path, tokenizer):
 
 def test_bad_samples_are_counted_by_reason(run):
     source = Given(
-        ["red", picture()],
+        ["red", red_image()],
         Skipped("truncated image"),
         Skipped("truncated image"),
         [],
         ["", ""],
         ["half a \ud800 pair"],
-        ["red", picture(12)],
-        ["a caption of many, many words, longer than a row", picture()],
-        [picture()],
+        ["red", red_image(12)],
+        ["a caption of many, many words, longer than a row", red_image()],
+        [red_image()],
     )
     corpus = run(source)
     assert len(corpus) == 2
@@ -94,12 +94,12 @@ def test_a_document_that_fills_its_row_exactly_is_kept(run, tokenizer):
     words = "aaaaaaaaaaaaaaaa"
     texts = [words[:n] for n in range(1, len(words))]
     lengths = [len(tokenizer.encode(text)) for text in texts]
-    corpus = run(Given(*([text, picture()] for text in texts)))
+    corpus = run(Given(*([text, red_image()] for text in texts)))
     assert len(corpus) == sum(length <= 8 for length in lengths)
     assert corpus.layout().lengths(4).max() == 16
 
 
-def test_long_text_is_cut_into_rows_and_loses_nothing(run, tokenizer):
+def test_long_text_is_cut_into_rows_completely(run, tokenizer):
     text = "only text and so on " * 20
     corpus = run(Given([text[:100], text[100:]], ["red"]))
     ids = [corpus.document(n)[0].tolist() for n in range(len(corpus))]
@@ -108,7 +108,7 @@ def test_long_text_is_cut_into_rows_and_loses_nothing(run, tokenizer):
     assert tokenizer.decode(ids[-1]) == "red"
 
 
-def test_pictures_are_encoded_in_order_over_many_batches(run):
+def test_images_are_encoded_in_order_over_many_batches(run):
     greys = [Image.new("RGB", (8, 8), (n, n, n)) for n in range(200)]
     corpus = run(Given(*([grey] for grey in greys)))
     values = [corpus.document(n)[0].mean().item() * 127.5 + 127.5 for n in range(200)]
@@ -122,13 +122,13 @@ def test_a_prepared_corpus_is_used_again(run):
     assert source.reads == 1
 
 
-def test_two_at_once_make_one_corpus(run, tmp_path):
+def test_two_processes_at_once_make_one_corpus(run, tmp_path):
     class Overtaken(Given):
-        def documents(self, split):  # another process makes the same from its start to its end
-            run(Given(["red", picture()]))
+        def documents(self, split):  # another process prepares the same corpus meanwhile
+            run(Given(["red", red_image()]))
             yield from super().documents(split)
 
-    corpus = run(Overtaken(["red", picture()]))
+    corpus = run(Overtaken(["red", red_image()]))
     assert len(corpus) == 1
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [corpus.path.name]
 
@@ -158,7 +158,7 @@ def test_another_autoencoder_is_another_corpus(run):
 def test_an_interruption_leaves_nothing_behind(run, tmp_path, fault):
     class Interrupted(Given):
         def documents(self, split):
-            yield ["red", picture()]
+            yield ["red", red_image()]
             raise fault
 
     with pytest.raises(type(fault)):
@@ -186,18 +186,18 @@ def test_a_wholly_bad_corpus_is_a_user_error(run, split):
         run(source, split)
 
 
-def test_pictures_without_an_autoencoder_are_a_user_error(run):
+def test_images_without_an_autoencoder_are_a_user_error(run):
     with pytest.raises(UserError, match="the data has images; name an autoencoder"):
-        run(Given(["red", picture()]), autoencoder=None)
+        run(Given(["red", red_image()]), autoencoder=None)
 
 
-def test_pictures_that_do_not_divide_into_patches_are_a_user_error(run):
+def test_images_that_do_not_divide_into_patches_are_a_user_error(run):
     with pytest.raises(UserError, match="10x10 pixels do not divide .* multiple of 4"):
-        run(Given(["red", picture(10)]))
+        run(Given(["red", red_image(10)]))
 
 
 def test_the_facts_are_readable(run):
-    corpus = run(Given(["red", picture()], Skipped("missing image")))
+    corpus = run(Given(["red", red_image()], Skipped("missing image")))
     facts = json.loads((corpus.path / "corpus.json").read_text())
     assert (facts["num_documents"], facts["num_images"]) == (1, 1)
     assert facts["image_shape"] == [3, 8, 8]

@@ -1,4 +1,4 @@
-"""Encoding over ranks: every shard once, the same files by any number, nothing lost by a kill."""
+"""`prepare --data.encoded`: each shard once, the same files for any ranks, resumable."""
 
 import signal
 from types import SimpleNamespace
@@ -24,17 +24,17 @@ from tf_lightning.tokenizer.tokenizer import train_tokenizer
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
-    """A folder encoded by one rank, with mirror images."""
+    """A folder that one rank encoded, with flipped images."""
     return encode(tmp_path_factory.mktemp("encoded") / "one", "--data.hflip=true")
 
 
 @pytest.mark.parametrize("world_size, workers", [(1, 1), (2, 1), (3, 2), (8, 3)])
-def test_ranks_and_their_workers_read_each_shard_once_and_in_order(
+def test_ranks_and_workers_read_each_shard_once_and_in_order(
     tmp_path, monkeypatch, world_size, workers
 ):
     shards = Sharded(22).shards("train")
     job = SimpleNamespace(shards=shards, split="train", shard_path=lambda n: tmp_path / str(n))
-    (tmp_path / "1").mkdir()  # finished before
+    (tmp_path / "1").mkdir()  # this shard is finished
     found: dict[int, list] = {}
     for rank in range(world_size):
         for worker in range(workers):
@@ -50,19 +50,19 @@ def test_ranks_and_their_workers_read_each_shard_once_and_in_order(
         assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
-def test_what_is_kept_is_the_posterior_of_each_picture_and_of_its_mirror_image(encoded):
+def test_the_moments_of_each_image_and_its_flipped_copy_are_stored(encoded):
     (path,) = encoded.glob("noise-train-*")
-    kept = np.fromfile(path / "latents.bin", np.float16).reshape(14, 2, 2, 8, 8, 8)
-    pictures = np.stack([np.asarray(Sharded().picture("train", n)) for n in range(14)])
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    stored = np.fromfile(path / "latents.bin", np.float16).reshape(14, 2, 2, 8, 8, 8)
+    arrays = np.stack([np.asarray(Sharded().picture("train", n)) for n in range(14)])
+    images = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
     for view, pixels in enumerate((images, images.flip(-1))):
         expected = load_autoencoder("shapes").moments(pixels).numpy()
         assert np.ptp(expected[:, 0]) > 1
-        np.testing.assert_allclose(kept[:, view], expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(stored[:, view], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_crops_are_kept_too_also_where_workers_read_the_pictures(workers, tmp_path, capsys):
+def test_crops_are_stored_with_and_without_workers(workers, tmp_path, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (64, 160, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "wide.png")
     line = {"file_name": "wide.png", "text": "noise"}
@@ -79,17 +79,17 @@ def test_crops_are_kept_too_also_where_workers_read_the_pictures(workers, tmp_pa
     options = ["--data.crops=3", "--data.hflip=true", f"--data.encoded={folder}"]
     main(["prepare", "-c", config, *options])
     (path,) = folder.glob("wide-train-*")
-    kept = np.fromfile(path / "latents.bin", np.float16).reshape(6, 2, 8, 8, 8)
+    stored = np.fromfile(path / "latents.bin", np.float16).reshape(6, 2, 8, 8, 8)
     squares = np.stack([noise[:, x : x + 64] for x in (48, 0, 96)])
     images = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 127.5 - 1
     expected = load_autoencoder("shapes").moments(torch.cat([images, images.flip(-1)]))
-    np.testing.assert_allclose(kept, expected.numpy(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(stored, expected.numpy(), rtol=1e-3, atol=1e-4)
     with pytest.raises(SystemExit):
         main(["fit", "-c", config, "--data.hflip=true", f"--data.encoded={path.parent}"])
     assert "encoded with crops 3, but the data has 1" in capsys.readouterr().err
 
 
-def test_training_reads_it_and_nothing_else(encoded, tmp_path, monkeypatch):
+def test_training_does_not_read_the_source(encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(Sharded, "documents", None)
     monkeypatch.setattr(Sharded, "fingerprint", None)
     config = str(runs.write_config(tmp_path, encodable))
@@ -98,14 +98,14 @@ def test_training_reads_it_and_nothing_else(encoded, tmp_path, monkeypatch):
     assert not (tmp_path / "data").exists()
 
 
-def test_the_command_says_what_to_type_next_and_does_nothing_twice(encoded, capsys):
+def test_the_command_names_the_next_command_and_does_nothing_twice(encoded, capsys):
     before = {path: path.stat().st_mtime_ns for path in encoded.rglob("*.bin")}
     encode(encoded.parents[1], "--data.hflip=true")
     assert f"with `tf-lightning fit -c CONFIG --data.encoded {encoded}`" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in encoded.rglob("*.bin")} == before
 
 
-def test_a_folder_of_something_else_is_refused(encoded, capsys):
+def test_a_folder_of_other_settings_is_refused(encoded, capsys):
     before = content(encoded)
     with pytest.raises(SystemExit):
         encode(encoded.parents[1], "--data.hflip=false")
@@ -113,25 +113,35 @@ def test_a_folder_of_something_else_is_refused(encoded, capsys):
     assert content(encoded) == before
 
 
+@pytest.mark.parametrize("option", ["--shard=0/2", "--processes=2"])
+def test_options_of_the_cache_are_refused_for_an_encoded_folder(tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        encode(tmp_path, option)
+    assert "set the number of ranks with --trainer.devices" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize("autoencoder", ["pixels", "null"])
-def test_where_there_is_nothing_to_encode_the_command_says_so(tmp_path, capsys, autoencoder):
+def test_without_an_encoding_autoencoder_the_command_is_refused(tmp_path, capsys, autoencoder):
     with pytest.raises(SystemExit):
         encode(tmp_path, f"--data.autoencoder={autoencoder}", "--model.latent_channels=3")
     assert "has nothing to encode; give another --data.autoencoder" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
 
 
-def test_codes_are_encoded_without_moments(tmp_path):
+def test_codes_are_stored_without_moments(tmp_path):
     given = ["--data.autoencoder=shapes_vq", "--data.patch_size=1", "--data.row_length=128"]
     folder = encode(tmp_path, *given, "--model.num_codes=512", "--model.patch_size=1")
     (path,) = folder.glob("noise-train-*")
     codes = Corpus(path).document(3)[1]
-    picture = torch.from_numpy(np.array(Sharded().picture("train", 3))).permute(2, 0, 1)
-    expected = load_autoencoder("shapes_vq").encode(picture[None].float() / 127.5 - 1)[0]
+    image = torch.from_numpy(np.array(Sharded().picture("train", 3))).permute(2, 0, 1)
+    expected = load_autoencoder("shapes_vq").encode(image[None].float() / 127.5 - 1)[0]
     assert torch.equal(codes, expected)
 
 
-def test_an_error_of_a_source_arrives_in_its_one_sentence(tmp_path, capsys, monkeypatch):
+def test_an_error_of_a_source_in_a_worker_is_reported_in_one_sentence(
+    tmp_path, capsys, monkeypatch
+):
     def documents(self, split):
         raise UserError("there is a hole in it; mend it")
 
@@ -146,7 +156,7 @@ def test_an_error_of_a_source_arrives_in_its_one_sentence(tmp_path, capsys, monk
 
 
 @pytest.mark.slow
-def test_two_ranks_with_workers_write_the_files_of_one(encoded, tmp_path):
+def test_two_ranks_with_workers_write_the_same_files_as_one_rank(encoded, tmp_path):
     more = ["--data.hflip=true", "--data.num_workers=2", "--trainer.devices=2"]
     ended = encode_apart(tmp_path / "two", *more)
     assert ended.returncode == 0, ended.stderr
@@ -154,8 +164,11 @@ def test_two_ranks_with_workers_write_the_files_of_one(encoded, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_half_way_it_goes_on_and_keeps_what_was_finished(encoded, tmp_path):
-    more = ["--data.hflip=true", f"--data.tokenizer={encoded}/tokenizer.model"]  # reads no text
+def test_a_killed_command_continues_and_keeps_finished_shards(encoded, tmp_path):
+    more = [
+        "--data.hflip=true",
+        f"--data.tokenizer={encoded}/tokenizer.model",
+    ]
     (tmp_path / "one").mkdir()
     folder = tmp_path / "one" / "data" / "encoded"
     config = str(runs.write_config(tmp_path / "one", encodable))
@@ -166,5 +179,5 @@ def test_killed_half_way_it_goes_on_and_keeps_what_was_finished(encoded, tmp_pat
     (shards,) = folder.glob(".noise-train-*-shards")
     finished = {path.parent.name for path in shards.glob("[0-9]*/corpus.json")}
     assert {"000000", "000001"} <= finished and "000003" not in finished
-    ranks.together(command, 1, KILL="train 2")  # which is read no more
+    ranks.together(command, 1, KILL="train 2")  # documents of finished shards are not read again
     assert content(folder) == content(encoded)

@@ -1,4 +1,4 @@
-"""Preparing shard by shard: by processes, by jobs, and behind a kill, always the same corpus."""
+"""Shards prepared by processes, by several jobs or after a kill make the same corpus."""
 
 import glob
 import json
@@ -18,7 +18,7 @@ from tf_lightning.tokenizer.tokenizer import train_tokenizer
 
 @pytest.fixture
 def run(tmp_path):
-    """`prepare` with arguments that suit the tests."""
+    """Call `prepare` with arguments that suit the tests."""
     words = iter(["a red circle only text and so on 0 1 2 3 4 5 6"])
     tokenizer = train_tokenizer(words, tmp_path / "a.model", vocab_size=300)
 
@@ -37,7 +37,7 @@ def run(tmp_path):
 
 
 class Texts(FileSource):
-    """Every file is one text; a file is a shard. Processes import this module."""
+    """A source of one document a file. Spawned processes import it from this module."""
 
     def samples(self, file):
         yield "", file
@@ -58,15 +58,15 @@ def write_texts(folder, count: int = 7) -> Texts:
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr("tf_lightning.data.readers.files.SHARD_BYTES", 10)  # two files
+    monkeypatch.setattr("tf_lightning.data.readers.files.SHARD_BYTES", 10)  # two files a shard
 
 
 def content(corpus) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in corpus.path.iterdir()}
 
 
-@pytest.mark.slow  # for each process imports torch
-def test_shards_make_the_same_corpus_by_one_process_or_several(run, tmp_path, monkeypatch):
+@pytest.mark.slow  # each process imports torch
+def test_the_corpus_does_not_depend_on_the_number_of_processes(run, tmp_path, monkeypatch):
     source = write_texts(tmp_path / "texts")
     whole = content(run(source))
     monkeypatch.setattr("tf_lightning.data.readers.files.SHARD_BYTES", 10)
@@ -80,15 +80,15 @@ def test_shards_make_the_same_corpus_by_one_process_or_several(run, tmp_path, mo
 
 
 def corpus_ids(run, source, number: int) -> list[int]:
-    """The ids of text `number` alone."""
+    """Token ids of text `number`, prepared alone."""
     alone = Texts(glob.escape(str(source.files("train")[number])), val_fraction=0.0)
     return run(alone).document(0)[0].tolist()
 
 
-def test_jobs_prepare_their_parts_and_the_last_joins_them(run, tmp_path, small_shards):
+def test_jobs_prepare_their_parts_and_the_last_one_merges_them(run, tmp_path, small_shards):
     source = write_texts(tmp_path / "texts")
     assert run(source, part=(0, 2)) is None
-    assert run(source, part=(0, 2)) is None  # again: nothing left to do for it
+    assert run(source, part=(0, 2)) is None  # again: this part is complete
     assert len(run(source, part=(1, 2))) == 6
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -97,7 +97,7 @@ def test_after_a_kill_finished_shards_are_kept(run, tmp_path, small_shards, monk
     source = write_texts(tmp_path / "texts")
     last = tmp_path / "texts" / "6 [a].txt"
     times = os.stat(last).st_atime_ns, os.stat(last).st_mtime_ns
-    last.write_text("kill ")  # as long as before, and as old: the corpus is the same
+    last.write_text("kill ")  # with the same size and time, the corpus has the same hash
     os.utime(last, ns=times)
     read = []
     monkeypatch.setattr(Texts, "document", lambda self, file: read.append(file.name) or ["red"])
@@ -131,7 +131,7 @@ def test_a_process_killed_half_way_leaves_only_finished_shards(run, tmp_path, sm
     assert all((folder / name / "corpus.json").is_file() for name in finished)
 
 
-def test_the_command_prepares_a_jobs_part_and_joins_them(tmp_path, small_shards, capsys):
+def test_the_command_prepares_parts_and_merges_them(tmp_path, small_shards, capsys):
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(6):
@@ -151,7 +151,7 @@ def test_the_command_prepares_a_jobs_part_and_joins_them(tmp_path, small_shards,
 
 
 @pytest.mark.parametrize("given", ["2/2", "1", "a/b", "-1/2"])
-def test_a_part_that_is_none_is_refused(given, capsys):
+def test_a_malformed_part_is_refused(given, capsys):
     with pytest.raises(SystemExit):
         main(["prepare", "-c", "a.yaml", f"--shard={given}"])
     assert "is not I/N with 0 <= I < N; give 0/8 to 7/8 for 8 jobs" in capsys.readouterr().err
