@@ -123,7 +123,7 @@ def as_dict(config: Any) -> Any:
     return config
 
 
-def misfit(error: RuntimeError) -> UserError:
+def state_dict_error(error: RuntimeError) -> UserError:
     """Shorten the message of `load_state_dict` for weights that do not fit to one sentence."""
     first = str(error).splitlines()[1].strip().rstrip(".")
     return UserError(

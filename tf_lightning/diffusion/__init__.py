@@ -1,1 +1,1 @@
-"""Noise processes, timesteps, guidance and samplers: pure mathematics, no network."""
+"""Diffusion processes, noise levels, guidance and samplers: mathematics without a network."""

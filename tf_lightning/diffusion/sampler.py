@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tf_lightning.diffusion.process import DDPM, DiffusionProcess, RectifiedFlow
-from tf_lightning.diffusion.timesteps import shifted
+from tf_lightning.diffusion.timesteps import shift_timesteps
 from tf_lightning.errors import UserError
 
 SAMPLERS = DDPM.samplers + RectifiedFlow.samplers
@@ -82,7 +82,7 @@ def set_timesteps(scheduler, num_inference_steps: int) -> None:
         # Equal steps from 1 to 0; the scheduler's own grid spends a step on the last thousandth.
         scheduler.set_timesteps(sigmas=levels)
     elif shift != 1:
-        places = num_train_timesteps * shifted(levels, shift)
+        places = num_train_timesteps * shift_timesteps(levels, shift)
         scheduler.set_timesteps(timesteps=np.round(places).astype(int) - 1)
     else:
         scheduler.set_timesteps(num_inference_steps)

@@ -1,17 +1,22 @@
-"""Noise levels of a row's images, drawn from the randomness that is the row's own."""
+"""Noise levels of the images in a row, drawn from a random generator that belongs to the row."""
 
 import torch
 from torch import Tensor
 
 
 def row_generator(seed: int, row_id: int) -> torch.Generator:
-    """Randomness that belongs to one row, whichever rank, worker or run meets it."""
+    """Build the random generator of a row: the same on every rank, worker and resumed run."""
     mixed = (seed * 0x9E3779B97F4A7C15 + row_id * 0xBF58476D1CE4E5B9 + 1) % 2**63
     return torch.Generator().manual_seed(mixed)
 
 
-def shifted(t, shift: float):
-    """Noise levels t in [0, 1], nearer pure noise where shift > 1 (Stable Diffusion 3 Eq. 23)."""
+def shift_timesteps(t, shift: float):
+    """Move noise levels towards pure noise if shift > 1 (Stable Diffusion 3 Eq. 23).
+
+    Args:
+        t: noise levels in [0, 1]: a number, an array or a tensor.
+        shift: above 0; 1 changes nothing.
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -21,17 +26,24 @@ def sample_timesteps(
     shift: float = 1.0,
     distribution: str = "uniform",
 ) -> Tensor:
-    """Noise levels (len(limits),), image k below limits[k], evenly spread over the row.
+    """Sample noise levels of the images in a row, (len(limits),), evenly spread over the row.
 
-    One offset moves an even grid (Variational Diffusion Models, Sec. I.1): each u is uniform, and
-    the row's mean loss varies less than with independent draws. "logit_normal" makes of each the
-    sigmoid of a standard normal number (Stable Diffusion 3, Sec. 3.1). Then t is `shifted`: more
-    than 1 spends more of the training near pure noise, 1 changes nothing.
-    Images with a limit are there to be read, clean when it counts: theirs are uniform always.
+    One random offset shifts an even grid (Variational Diffusion Models, Sec. I.1). Each value is
+    uniform by itself, and the mean loss of the row varies less than with independent samples.
+
+    Images with a limit below 1 are read by later text and are clean at generation, so their levels
+    are always uniform and not shifted.
+
+    Args:
+        limits: upper limit of each image's noise level, in (0, 1].
+        generator: random generator of the row.
+        shift: see `shift_timesteps`; 1 changes nothing.
+        distribution: "uniform", or "logit_normal": the sigmoid of a standard normal number (Stable
+            Diffusion 3, Sec. 3.1).
     """
     count = len(limits)
     grid = torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)
     uniform, limit = grid / max(count, 1), torch.tensor(limits)
-    share = torch.special.ndtri(uniform).sigmoid() if distribution == "logit_normal" else uniform
-    t = torch.where(limit < 1, uniform, shifted(share, shift))
-    return t.clamp(max=1 - 2**-24) * limit  # 63 + 0.9999999 is 64 in fp32
+    level = torch.special.ndtri(uniform).sigmoid() if distribution == "logit_normal" else uniform
+    t = torch.where(limit < 1, uniform, shift_timesteps(level, shift))
+    return t.clamp(max=1 - 2**-24) * limit  # below 1 in fp32 too: 63 + 0.9999999 rounds to 64

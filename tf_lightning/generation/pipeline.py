@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tf_lightning.autoencoder.frozen import Autoencoder, load_matching_autoencoder
 from tf_lightning.batch import Document
-from tf_lightning.checkpoint import misfit
+from tf_lightning.checkpoint import state_dict_error
 from tf_lightning.data.images import to_image, to_pixels
 from tf_lightning.diffusion.process import process_from_hparams
 from tf_lightning.diffusion.sampler import build_scheduler, set_timesteps
@@ -119,7 +119,7 @@ class TransfusionPipeline:
         try:
             net.load_state_dict(weights)
         except RuntimeError as error:
-            raise misfit(error) from error
+            raise state_dict_error(error) from error
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         net = net.requires_grad_(False).eval().to(device, dtype)
         autoencoder = open_autoencoder(checkpoint["image_codec"], hparams, device)

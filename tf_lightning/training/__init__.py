@@ -1,1 +1,1 @@
-"""The LightningModules, their losses and optimizers."""
+"""The LightningModules, their losses, optimizers and sharding."""

@@ -1,9 +1,10 @@
-"""The LightningModule that trains an autoencoder: VAE or VQ, its losses, its discriminator.
+"""The LightningModule that trains an autoencoder (VAE or VQ) with an optional discriminator.
 
-One AdamW has the autoencoder and the discriminator as groups of their own. As it works element by
-element, that is two optimizers that step together, while a step is counted once, a batch goes
-through the autoencoder once, and resume, precision and ranks are the trainer's as ever.
-Shapes: B pictures of H x W pixels, C latent channels, h x w latents.
+One AdamW updates the autoencoder and the discriminator, as separate parameter groups. AdamW works
+element by element, so this equals two optimizers that step together; but Lightning counts one step,
+each batch passes through the autoencoder once, and automatic optimization still applies.
+
+Shapes: B images of H x W pixels, C latent channels, h x w latent grid.
 """
 
 from typing import Literal, NamedTuple
@@ -31,9 +32,9 @@ from tf_lightning.autoencoder.network import (
 from tf_lightning.checkpoint import (
     AUTOENCODER,
     as_dict,
-    misfit,
     plain_hparams,
     read_checkpoint,
+    state_dict_error,
 )
 from tf_lightning.data.image_only import ImageBatch
 from tf_lightning.diffusion.timesteps import row_generator
@@ -42,43 +43,49 @@ from tf_lightning.training.optim import lr_scale, parameter_groups
 
 
 class Reconstruction(NamedTuple):
-    """What an autoencoder makes of pictures."""
+    """The output of an autoencoder for a batch of images."""
 
     images: Tensor  # (B, 3, H, W), not clipped
-    bottleneck: Tensor  # KL by the picture's elements, or the quantiser's loss
-    latents: Tensor  # (B, C, h, w): the posterior's mean, or what is quantised
-    ids: Tensor | None  # (B, h, w) of a VQ
+    bottleneck_loss: Tensor  # () KL divergence per pixel element, or the codebook loss
+    latents: Tensor  # (B, C, h, w) posterior mean, or the vectors before quantisation
+    ids: Tensor | None  # (B, h, w) codes of a VQ
 
 
 class AutoencoderModule(L.LightningModule):
     """Trains an autoencoder; `callbacks.save_autoencoder` writes it for the Transformer.
 
-    L = L1 + lpips LPIPS + gan s L_GAN + kl L_KL (Transfusion App. A), means
-    over elements; a VQ has its codebook's and commitment loss, weights 1 and 0.25, in place of KL.
+    The loss is L1 + lpips_weight * LPIPS + gan_weight * s * L_GAN + kl_weight * L_KL (Transfusion
+    App. A), each a mean over elements. A VQ has the codebook loss and 0.25 times the commitment
+    loss in place of the KL term.
 
     Args:
-        network: sizes; `num_codes` makes it a VQ.
-        lpips_weight: of LPIPS; 0 needs no weights of others.
-        lpips_network: "vgg", "alex" or "squeeze".
-        gan_weight: of the discriminator's judgement; 0 trains none.
-        gan_start_step: optimizer steps before it begins.
-        adaptive_gan: scale it by s = the ratio of gradients at the last layer (VQGAN), else s = 1.
-        kl_weight: of the KL divergence to N(0, 1).
-        latent_noise: most noise on a VAE's latents, in standard deviations of a channel, reached
-            after a third of the steps; the decoder learns to mend a diffusion model's errors.
-        dead_after: steps without use after which a VQ's code is dead.
-        restart_dead_codes: put dead codes where the encoder is, all of them at the start.
-        lr: peak learning rate of AdamW; linear warm-up, cosine decay.
-        betas: its two decay rates.
-        weight_decay: on matrices and kernels.
+        network: sizes of the autoencoder; `num_codes` makes it a VQ.
+        lpips_weight: weight of LPIPS; 0 needs no pretrained weights.
+        lpips_network: backbone of LPIPS: "vgg", "alex" or "squeeze".
+        gan_weight: weight of the adversarial loss; 0: train no discriminator.
+        gan_start_step: optimizer step from which the discriminator is used.
+        adaptive_gan: scale the adversarial loss by s, the ratio of gradient norms at the last layer
+            (VQGAN); otherwise s = 1.
+        kl_weight: weight of the KL divergence to N(0, 1) of a VAE.
+        latent_noise: largest noise that is added to the latents of a VAE, in standard deviations of
+            a channel, reached after a third of the steps. It teaches the decoder to correct errors
+            of a diffusion model.
+        dead_after: steps without use after which a code of a VQ is dead.
+        restart_dead_codes: move dead codes to encoder outputs of the batch; all codes at the start.
+        lr: peak learning rate of AdamW, with linear warm-up and cosine decay.
+        betas: decay rates of AdamW.
+        weight_decay: weight decay of matrices and convolution kernels.
         warmup_steps: optimizer steps of warm-up.
-        min_lr_ratio: last learning rate as a share of the peak; 1 = constant.
-        seed: of the noise.
+        min_lr_ratio: last learning rate as a share of the peak; 1: constant.
+        seed: seed of the noise.
+
+    Raises:
+        UserError: `latent_noise` is given for a VQ.
     """
 
     def __init__(
         self,
-        network: AutoencoderConfig = AutoencoderConfig(),  # noqa: B008 - nobody changes it
+        network: AutoencoderConfig = AutoencoderConfig(),  # noqa: B008 - it is never modified
         lpips_weight: float = 1.0,
         lpips_network: Literal["vgg", "alex", "squeeze"] = "vgg",
         gan_weight: float = 0.5,
@@ -100,30 +107,30 @@ class AutoencoderModule(L.LightningModule):
         self.save_hyperparameters()
         network = AutoencoderConfig(**network)
         if network.num_codes and latent_noise:
-            raise UserError(f"latent_noise={latent_noise} is for a VAE; give a VQ latent_noise: 0")
+            raise UserError(f"latent_noise={latent_noise} is for a VAE only; set it to 0 for a VQ")
         self.config = network
         self.autoencoder: nn.Module | None = None
         self.discriminator: PatchDiscriminator | None = None
         self.codebook_use: CodebookUsage | None = None
-        self.loaded_step = 0  # of the checkpoint; an evaluation's own global_step is 0
-        self.reconstruction_loss: ReconstructionLoss | None = None  # of training alone
+        self.loaded_step = 0  # of the loaded checkpoint; trainer.global_step is 0 in validate
+        self.reconstruction_loss: ReconstructionLoss | None = None  # built for training only
 
     # ---------------------------------------------------------------- building
 
     def before_training(self, trainer: L.Trainer, data: L.LightningDataModule) -> None:
-        """Refuse what cannot be trained, and load the frozen networks, before any long work.
+        """Check the options and load the frozen networks, before any long work.
 
         Raises:
-            UserError: sizes, steps or files that do not fit.
+            UserError: sizes or steps do not fit, or a file is missing.
         """
         hparams = self.hparams
         if trainer.max_steps < 1:
-            raise UserError(f"max_steps={trainer.max_steps} has no end; give trainer.max_steps")
+            raise UserError(f"max_steps={trainer.max_steps} is unlimited; set trainer.max_steps")
         check_divisible(*data.image_size, self.config.downsample)
         if hparams.gan_weight and not hparams.gan_start_step < trainer.max_steps:
             raise UserError(
                 f"gan_start_step={hparams.gan_start_step} is not before the last step "
-                f"(max_steps={trainer.max_steps}); start earlier, or give gan_weight: 0"
+                f"(max_steps={trainer.max_steps}); start earlier, or set gan_weight to 0"
             )
         if self.reconstruction_loss is None:
             self.reconstruction_loss = ReconstructionLoss(
@@ -131,7 +138,7 @@ class AutoencoderModule(L.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Build the networks once."""
+        """Build the autoencoder and, if needed, the discriminator and the codebook statistics."""
         if self.autoencoder is not None:
             return
         self.autoencoder = build_autoencoder(self.config)
@@ -141,21 +148,21 @@ class AutoencoderModule(L.LightningModule):
             self.codebook_use = CodebookUsage(self.config.num_codes, self.hparams.dead_after)
 
     def setup(self, stage: str) -> None:
-        """Check again: a trainer of one's own asks nobody before."""
+        """Check again, because a trainer used from Python does not call `before_training`."""
         if stage == "fit":
             self.before_training(self.trainer, self.trainer.datamodule)
 
     def on_fit_start(self) -> None:
-        """Bring the frozen networks along."""
+        """Move the frozen networks to the device."""
         self.reconstruction_loss.to(self.device)
 
     def configure_optimizers(self) -> dict:
-        """AdamW with linear warm-up and cosine decay, for both networks."""
+        """Build one AdamW for both networks, and the learning-rate schedule."""
         hparams = self.hparams
         groups = parameter_groups(self.autoencoder, hparams.weight_decay)
         if self.discriminator is not None:
-            own = parameter_groups(self.discriminator, hparams.weight_decay)
-            groups += [group | {"name": f"discriminator_{group['name']}"} for group in own]
+            for group in parameter_groups(self.discriminator, hparams.weight_decay):
+                groups.append(group | {"name": f"discriminator_{group['name']}"})
         optimizer = torch.optim.AdamW(groups, lr=hparams.lr, betas=hparams.betas)
         max_steps = self.trainer.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -169,31 +176,31 @@ class AutoencoderModule(L.LightningModule):
 
     @property
     def codebook(self) -> Tensor:
-        """A VQ's codes, (num_codes, code_dim), without gradient."""
+        """Code vectors of a VQ, (num_codes, code_dim), without gradient."""
         return self.autoencoder.quantize.embedding.weight.detach()
 
     # ---------------------------------------------------------------- training
 
     @property
     def gan_started(self) -> bool:
-        """Whether the discriminator learns and judges at this step."""
+        """Whether the discriminator is used at this step."""
         return self.discriminator is not None and self.global_step >= self.hparams.gan_start_step
 
     def training_step(self, batch: ImageBatch, batch_index: int) -> Tensor:
-        """All losses on one batch."""
+        """Compute and log all losses of a batch."""
         images = batch.images.contiguous(memory_format=torch.channels_last)
         made = self.reconstruct(images, batch.rows)
         reconstruction, values = self.reconstruction_loss(images, made.images)
         if self.config.num_codes:
-            loss = reconstruction + made.bottleneck
-            values |= {"loss_codebook": made.bottleneck} | self.count_codes(made.ids)
+            loss = reconstruction + made.bottleneck_loss
+            values |= {"loss_codebook": made.bottleneck_loss} | self.count_codes(made.ids)
         else:
-            loss = reconstruction + self.hparams.kl_weight * made.bottleneck
-            values |= {"loss_kl": made.bottleneck}
+            loss = reconstruction + self.hparams.kl_weight * made.bottleneck_loss
+            values |= {"loss_kl": made.bottleneck_loss}
         if self.gan_started:
             adversarial, more = self.adversarial(images, made.images, reconstruction)
             loss, values = loss + adversarial, values | more
-        elif self.discriminator is not None:  # ranks wait for every weight's gradient
+        elif self.discriminator is not None:  # DDP waits for a gradient of every weight
             loss = loss + sum(0.0 * weight.sum() for weight in self.discriminator.parameters())
         values |= {"loss": loss}
         self.log_dict(
@@ -204,11 +211,12 @@ class AutoencoderModule(L.LightningModule):
         return loss
 
     def reconstruct(self, images: Tensor, rows: Tensor | None = None) -> Reconstruction:
-        """Through the bottleneck and back; with the noise of training if `rows` are given.
+        """Encode and decode images.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
-            rows: places in the stream (B,), which the noise belongs to.
+            rows: index of each image in the training stream, (B,), which seeds the noise of
+                training; None: no noise.
         """
         if self.config.num_codes:
             projected = encode_vq(self.autoencoder, images)
@@ -232,7 +240,7 @@ class AutoencoderModule(L.LightningModule):
         return Reconstruction(made, kl, mean, None)
 
     def count_codes(self, ids: Tensor) -> dict[str, Tensor]:
-        """Note the codes that a step picked, on all ranks; what is logged of them."""
+        """Update the codebook statistics with the codes of all ranks; return values to log."""
         counts = torch.bincount(ids.flatten(), minlength=self.config.num_codes)
         if self.trainer.world_size > 1:
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
@@ -243,10 +251,15 @@ class AutoencoderModule(L.LightningModule):
     def adversarial(
         self, images: Tensor, made: Tensor, reconstruction: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the discriminator adds to the loss, and its terms.
+        """Return the adversarial part of the loss, and values to log.
 
-        Each trains its own network alone: the discriminator sees reconstructions without their
-        history, and judges with weights that are constants.
+        Each term trains one network: the discriminator's loss uses detached reconstructions, and
+        the autoencoder's loss uses detached weights of the discriminator.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            made: their reconstructions.
+            reconstruction: the reconstruction loss, for the adaptive scale.
         """
         frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         gan = losses.gan_loss(functional_call(self.discriminator, frozen, (made,)))
@@ -254,12 +267,16 @@ class AutoencoderModule(L.LightningModule):
         if self.hparams.adaptive_gan:
             scale = losses.gan_scale(reconstruction, gan, self.autoencoder.decoder.conv_out.weight)
         real, fake = self.discriminator(images), self.discriminator(made.detach())
-        own = losses.discriminator_loss(real, fake)
-        values = {"loss_gan": gan, "loss_discriminator": own, "gan_scale": scale}
-        return own + self.hparams.gan_weight * scale * gan, values
+        loss_discriminator = losses.discriminator_loss(real, fake)
+        values = {
+            "loss_gan": gan,
+            "loss_discriminator": loss_discriminator,
+            "gan_scale": scale,
+        }
+        return loss_discriminator + self.hparams.gan_weight * scale * gan, values
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """A discriminator that has not begun has no gradient, and so no optimizer state."""
+        """Drop the discriminator's gradient before it starts, so that it has no optimizer state."""
         if self.discriminator is not None and not self.gan_started:
             for weight in self.discriminator.parameters():
                 weight.grad = None
@@ -270,7 +287,7 @@ class AutoencoderModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each network by its own norm; log the autoencoder's."""
+        """Clip the gradients of each network by its own norm; log the autoencoder's norm."""
         limit = gradient_clip_val or float("inf")
         norm = nn.utils.clip_grad_norm_(self.autoencoder.parameters(), limit)
         if self.discriminator is not None:
@@ -280,24 +297,27 @@ class AutoencoderModule(L.LightningModule):
     # ---------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        """New sums, of errors and of pictures; a NaN stays one."""
+        """Reset the sum of errors and the number of images; NaN stays NaN."""
         self.val_l1, self.val_count = (
             SumMetric(nan_strategy="disable").set_dtype(torch.float64).to(self.device)
             for _ in range(2)
         )
 
     def validation_step(self, batch: ImageBatch, batch_index: int) -> Reconstruction:
-        """Reconstruct without noise; callbacks measure what is returned, of rows that count."""
+        """Reconstruct without noise, clipped to [-1, 1]; callbacks measure the result.
+
+        Images with a negative row only fill up the batch and are not counted.
+        """
         made = self.reconstruct(batch.images.contiguous(memory_format=torch.channels_last))
         made = made._replace(images=made.images.clamp(-1, 1))
         error = (made.images - batch.images).abs().mean((1, 2, 3))
-        counts = batch.rows >= 0
-        self.val_l1.update(error[counts].sum())
-        self.val_count.update(counts.sum())
+        is_counted = batch.rows >= 0
+        self.val_l1.update(error[is_counted].sum())
+        self.val_count.update(is_counted.sum())
         return made
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean error of pictures in [-1, 1]."""
+        """Log the mean absolute error of pixels in [-1, 1]."""
         self.log("val/loss_l1", self.val_l1.compute() / self.val_count.compute())
 
     test_step = validation_step
@@ -307,30 +327,33 @@ class AutoencoderModule(L.LightningModule):
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Say what it is of."""
+        """Record the autoencoder type."""
         checkpoint["autoencoder"] = "vq" if self.config.num_codes else "vae"
         checkpoint["hyper_parameters"] = plain_hparams(checkpoint["hyper_parameters"])
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path, map_location=None, **arguments):
-        """As in Lightning, also for checkpoints of older versions.
+        """Build the module of a checkpoint, including one of an older version.
 
         Args:
-            checkpoint_path: the file.
-            map_location: as in torch.load.
-            arguments: of Lightning's method, or values that replace hyper-parameters.
+            checkpoint_path: the checkpoint file.
+            map_location: see torch.load.
+            arguments: other arguments of Lightning's method, or hyper-parameters to replace.
+
+        Raises:
+            UserError: there is no such checkpoint.
         """
         hparams = read_checkpoint(checkpoint_path, AUTOENCODER, mmap=True)["hyper_parameters"]
         arguments = hparams | {"_instantiator": None} | arguments
         return super().load_from_checkpoint(checkpoint_path, map_location, **arguments)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Remember its step."""
+        """Restore the step."""
         self.loaded_step = checkpoint["global_step"]
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As in torch, with its list of misfits cut to one sentence."""
+        """Load weights as torch does; raise UserError with one sentence if they do not fit."""
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
-            raise misfit(error) from error
+            raise state_dict_error(error) from error

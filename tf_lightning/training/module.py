@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import SumMetric
 
 from tf_lightning.batch import Batch, Document, unpack
-from tf_lightning.checkpoint import as_dict, misfit, plain_hparams, read_checkpoint
+from tf_lightning.checkpoint import as_dict, plain_hparams, read_checkpoint, state_dict_error
 from tf_lightning.diffusion.process import build_process
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
@@ -390,4 +390,4 @@ class Transfusion(L.LightningModule):
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
-            raise misfit(error) from error
+            raise state_dict_error(error) from error
