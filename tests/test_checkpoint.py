@@ -19,7 +19,7 @@ from tf_lightning.checkpoint import AUTOENCODER, OLD_CONFIGS, read_checkpoint
 from tf_lightning.cli.main import main
 from tf_lightning.data import Mixture
 from tf_lightning.errors import UserError
-from tf_lightning.generation.pipeline import load
+from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.interop.export import export, read_weights
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.unet import UNetConfig
@@ -146,8 +146,14 @@ def test_an_old_checkpoint_has_the_hyper_parameters_of_a_new_one(old, new):
 
 
 def test_an_old_checkpoint_generates(old, new):
-    for name, weight in load(old, "cpu").net.state_dict().items():
-        assert torch.equal(weight, load(new, "cpu").net.state_dict()[name])
+    ours, theirs = (TransfusionPipeline.from_pretrained(path, "cpu") for path in (old, new))
+    for name, weight in ours.model.net.state_dict().items():
+        assert torch.equal(weight, theirs.model.net.state_dict()[name])
+    pictures = [
+        pipeline("a red circle", num_inference_steps=2, progress=False).images[0].tobytes()
+        for pipeline in (ours, theirs)
+    ]
+    assert pictures[0] == pictures[1]
 
 
 def test_an_old_checkpoint_validates(old, run, capsys):

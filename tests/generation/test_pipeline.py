@@ -236,8 +236,8 @@ def test_weights_of_another_shape_are_refused_in_one_sentence(folder, live, tmp_
     checkpoint = read_checkpoint(folder / "model.ckpt")
     checkpoint["hyper_parameters"]["transformer"]["dim"] = 64
     torch.save(checkpoint, tmp_path / "wide.ckpt")
-    state_dict_error = r"do not fit this model \(size mismatch for transformer\."
-    with pytest.raises(UserError, match=state_dict_error) as told:
+    misfit = r"do not fit this model \(size mismatch for transformer\."
+    with pytest.raises(UserError, match=misfit) as told:
         TransfusionPipeline.from_pretrained(tmp_path / "wide.ckpt")
     assert "\n" not in str(told.value)
 
