@@ -84,6 +84,15 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_path
     assert whole["ImageData"] == {"next_row": 12, "global_step": 6}
 
 
+def test_the_position_in_the_data_is_found_in_an_old_checkpoint(trained):
+    """ImageData was PictureData in checkpoints of version 0.1."""
+    _, run = trained
+    checkpoint = load(run)
+    checkpoint["PictureData"] = checkpoint.pop("ImageData")
+    small_module().on_load_checkpoint(checkpoint)
+    assert checkpoint["ImageData"] == {"next_row": 12, "global_step": 6}
+
+
 def test_a_discriminator_that_has_not_begun_has_no_state_and_has_not_moved(trained):
     _, run = trained
     early, late = load(run, "step0000003"), load(run)

@@ -350,6 +350,10 @@ class AutoencoderModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the step."""
         self.loaded_step = checkpoint["global_step"]
+        # Lightning stores the state of a data module under its class name; ImageData was
+        # PictureData in checkpoints of version 0.1.
+        if "PictureData" in checkpoint:
+            checkpoint["ImageData"] = checkpoint.pop("PictureData")
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """Load weights as torch does; raise UserError with one sentence if they do not fit."""
