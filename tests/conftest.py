@@ -11,7 +11,7 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning causes them
 import pytest
 import torch
 
-from support.corpora import Pictures, Words
+from support.sources import GreyImages, RepeatedWord
 from tf_lightning.data import Mixture
 
 DATA_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -102,7 +102,7 @@ def mixture(tmp_path):
             "vocab_size": 300,
             "cache_dir": str(tmp_path / "cache"),
         }
-        sources = sources or {"words": Words("red", 5), "pictures": Pictures()}
+        sources = sources or {"words": RepeatedWord("red", 5), "pictures": GreyImages()}
         return Mixture(sources, weights, **(arguments | changed))
 
     return build

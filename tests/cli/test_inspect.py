@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from support import runs
-from support.corpora import Pictures, Stories, Words
 from support.files import encoded_image, write_tar
+from support.sources import GreyImages, InterleavedImages, RepeatedWord
 from tf_lightning.batch import pack
 from tf_lightning.cli.inspect import (
     COPY,
@@ -60,7 +60,7 @@ def test_a_drawn_row_has_each_positions_colour_in_its_place(row_length):
 
 
 def test_counts_are_those_of_the_documents(mixture):
-    data = mixture({"pictures": Pictures(num_documents=30), "words": Words("red", 5)})
+    data = mixture({"pictures": GreyImages(num_documents=30), "words": RepeatedWord("red", 5)})
     data.setup()
     corpus = data.corpora["train"]["pictures"]
     tokens = sum(len(data.tokenizer.encode(f"grey {n}")) for n in range(30))
@@ -85,7 +85,11 @@ def test_a_histogram_counts_every_length_once():
 
 
 def test_documents_are_picked_of_every_source_with_their_parts_in_order(mixture):
-    sources = {"words": Words("red", 5), "stories": Stories(), "pictures": Pictures()}
+    sources = {
+        "words": RepeatedWord("red", 5),
+        "stories": InterleavedImages(),
+        "pictures": GreyImages(),
+    }
     data = mixture(sources, caption_drop_prob=0.0, image_first_prob=0.0)
     data.setup()
     shown = pick_documents(data, 9)

@@ -3,14 +3,18 @@
 import numpy as np
 import pytest
 
-from support.corpora import Pictures, Stories, Words
+from support.sources import GreyImages, InterleavedImages, RepeatedWord
 from tf_lightning.errors import UserError
 
 COPYING = {"image_first_prob": 0.5, "caption_drop_prob": 0.3, "clean_copies": True}
 
 
 def test_clean_copies_count_in_row_lengths_and_token_shares(mixture):
-    sources = {"words": Words("red", 5), "pictures": Pictures(), "stories": Stories()}
+    sources = {
+        "words": RepeatedWord("red", 5),
+        "pictures": GreyImages(),
+        "stories": InterleavedImages(),
+    }
     data = mixture(sources, {"words": 2, "pictures": 5, "stories": 3}, batch_size=50, **COPYING)
     data.setup()
     loader, tokens, copied = data.train_dataloader(), np.zeros(3), 0
@@ -37,7 +41,7 @@ def _length(row: list) -> int:
 
 
 def test_documents_with_clean_copies_are_seen_equally_often(mixture):
-    sources = {"pictures": Pictures(), "stories": Stories()}
+    sources = {"pictures": GreyImages(), "stories": InterleavedImages()}
     data = mixture(sources, **(COPYING | {"caption_drop_prob": 0.0}))
     data.setup()
     rows = data.train_dataloader().dataset
@@ -49,7 +53,7 @@ def test_documents_with_clean_copies_are_seen_equally_often(mixture):
 def test_documents_too_long_with_their_copies_are_left_out_with_a_message(mixture, monkeypatch):
     said = []
     monkeypatch.setattr("tf_lightning.data.packing.rank_zero_info", said.append)
-    data = mixture({"stories": Stories(num_documents=100)}, row_length=30, **COPYING)
+    data = mixture({"stories": InterleavedImages(num_documents=100)}, row_length=30, **COPYING)
     data.setup()
     (rows,) = data.train_dataloader().dataset.corpora
     found = [document for n in range(rows.rows_per_epoch) for document in rows.row(n)]
@@ -63,14 +67,14 @@ def test_documents_too_long_with_their_copies_are_left_out_with_a_message(mixtur
 
 
 def test_a_corpus_without_room_for_its_copies_is_refused(mixture):
-    data = mixture({"pictures": Pictures(num_documents=1)}, row_length=13, **COPYING)
+    data = mixture({"pictures": GreyImages(num_documents=1)}, row_length=13, **COPYING)
     data.setup()
     with pytest.raises(UserError, match="1 of 1 documents .* row_length=13 .*; raise row_length"):
         data.train_dataloader()
 
 
 def test_validation_has_clean_copies(mixture):
-    data = mixture({"stories": Stories()}, **COPYING)
+    data = mixture({"stories": InterleavedImages()}, **COPYING)
     data.setup()
     (loader,) = data.val_dataloader()
     batches = list(loader)

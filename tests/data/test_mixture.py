@@ -8,7 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from support.corpora import Pictures, Words
+from support.sources import GreyImages, RepeatedWord
 from tf_lightning.data import TextFiles
 from tf_lightning.errors import UserError
 
@@ -68,7 +68,11 @@ def test_batches_are_packed_rows_with_their_sources(mixture):
 
 
 def test_token_shares_are_the_weights(mixture):
-    sources = {"short": Words("red", 2), "long": Words("blue", 20), "pictures": Pictures()}
+    sources = {
+        "short": RepeatedWord("red", 2),
+        "long": RepeatedWord("blue", 20),
+        "pictures": GreyImages(),
+    }
     data = mixture(sources, {"short": 2, "long": 5, "pictures": 3}, batch_size=50)
     data.setup()
     tokens = np.zeros(3)
@@ -79,7 +83,7 @@ def test_token_shares_are_the_weights(mixture):
 
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 def test_weights_of_documents_are_shares_of_documents_of_any_length(mixture, drop):
-    sources = {"pictures": Pictures(), "chat": Words("blue", 40)}
+    sources = {"pictures": GreyImages(), "chat": RepeatedWord("blue", 40)}
     weights = {"pictures": 9, "chat": 1}
     data = mixture(
         sources, weights, weights_count="documents", batch_size=50, caption_drop_prob=drop
@@ -109,7 +113,7 @@ def test_a_time_token_takes_a_position_and_has_its_own_corpus(mixture):
 
 
 def test_without_weights_every_document_is_seen_equally_often(mixture):
-    data = mixture({"few": Words("red", 20, 50), "many": Words("blue", 2, 2000)})
+    data = mixture({"few": RepeatedWord("red", 20, 50), "many": RepeatedWord("blue", 2, 2000)})
     data.setup()
     rows = data.train_dataloader().dataset
     per_epoch = [corpus.rows_per_epoch for corpus in rows.corpora]
@@ -126,7 +130,9 @@ def test_a_source_of_weight_0_is_only_validated_on(mixture):
 
 
 def test_validation_has_each_document_once_in_the_order_of_the_sources(mixture):
-    data = mixture(sources={"pictures": Pictures(num_val=30), "words": Words("red", 5, num_val=40)})
+    data = mixture(
+        sources={"pictures": GreyImages(num_val=30), "words": RepeatedWord("red", 5, num_val=40)}
+    )
     data.setup()
     texts, images = data.val_dataloader()[1], data.val_dataloader()[0]
     assert sum(batch.num_images for batch in images) == 30
@@ -136,7 +142,7 @@ def test_validation_has_each_document_once_in_the_order_of_the_sources(mixture):
 
 
 def test_lightning_validates_if_one_source_has_no_held_out_documents(mixture, tmp_path):
-    sources = {"none": Words("red", 5, num_val=0), "some": Words("blue", 5)}
+    sources = {"none": RepeatedWord("red", 5, num_val=0), "some": RepeatedWord("blue", 5)}
     module = Reader()
     trainer(tmp_path, limit_val_batches=1.0).validate(module, mixture(sources), verbose=False)
     assert {index for index, _, _ in module.validated} == {1}
@@ -197,8 +203,8 @@ def test_the_loader_is_as_long_as_the_run(mixture, tmp_path):
 
 def test_preparing_happens_once(mixture, monkeypatch):
     mixture().prepare_data()
-    monkeypatch.setattr(Words, "documents", None)
-    monkeypatch.setattr(Pictures, "documents", None)
+    monkeypatch.setattr(RepeatedWord, "documents", None)
+    monkeypatch.setattr(GreyImages, "documents", None)
     data = mixture()
     data.setup()
     assert len(data.corpora["train"]["words"]) == 300
@@ -208,7 +214,7 @@ def test_a_given_tokenizer_is_used(mixture, tmp_path):
     data = mixture()
     data.setup()
     (tmp_path / "mine.model").write_bytes(data.tokenizer.proto)
-    other = mixture({"other": Words("green", 3)}, tokenizer=str(tmp_path / "mine.model"))
+    other = mixture({"other": RepeatedWord("green", 3)}, tokenizer=str(tmp_path / "mine.model"))
     other.setup()
     assert other.tokenizer.proto == data.tokenizer.proto
 
@@ -262,7 +268,7 @@ def test_probabilities_outside_0_and_1_are_a_user_error(mixture, name):
 
 def test_sources_may_have_images_of_different_sizes(mixture):
     """The rows of each source equal those of a mixture of this source alone."""
-    sources = {"small": Pictures(8), "large": Pictures(16, 200)}
+    sources = {"small": GreyImages(8), "large": GreyImages(16, 200)}
     data = mixture(sources, {"small": 1, "large": 1}, batch_size=8)
     data.setup()
     assert data.image_shapes == [(3, 8, 8), (3, 16, 16)] and data.image_shape == (3, 16, 16)

@@ -170,7 +170,7 @@ def two_sizes(config: dict) -> None:
         if callback["class_path"].split(".")[-1] in NAMED
     ]
     small = {
-        "class_path": "support.corpora.Pictures",
+        "class_path": "support.sources.GreyImages",
         "init_args": {"side": 32, "num_documents": 30},
     }
     sources = {"captions": runs.shapes("Captions", 30), "grey": small}
@@ -189,7 +189,18 @@ def test_a_run_on_two_resolutions_trains_predicts_and_generates_the_larger(tmp_p
     main(["predict", "-c", config, "--ckpt_path", checkpoint])
     (written,) = tmp_path.rglob("text-0.jsonl")
     assert len(written.read_text().splitlines()) == runs.NUM_VAL + 20
-    main(["generate", checkpoint, "grey 3", "--steps", "2", "-n", "1", "-o", str(tmp_path / "out")])
+    main(
+        [
+            "generate",
+            checkpoint,
+            "grey 3",
+            "--num-inference-steps",
+            "2",
+            "-n1",
+            "-o",
+            str(tmp_path / "out"),
+        ]
+    )
     assert Image.open(tmp_path / "out" / "0000.png").size == (64, 64)
     capsys.readouterr()
     main(["inspect", "-c", config])

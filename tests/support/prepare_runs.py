@@ -17,7 +17,7 @@ def encodable(config: dict) -> None:
     config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
     config["trainer"]["limit_val_batches"] = 0
     config["data"]["init_args"] |= {
-        "sources": {"noise": {"class_path": "support.corpora.Sharded"}},
+        "sources": {"noise": {"class_path": "support.sources.ShardedNoise"}},
         "autoencoder": "shapes",
         "patch_size": 2,
         "row_length": 64,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support.corpora import Pictures, Words
+from support.sources import GreyImages, RepeatedWord
 
 ROWS_PER_STEP, STEPS = 8, 3
 
@@ -14,7 +14,7 @@ def rows_seen(mixture, ranks: int, workers: int, resumed_at: int) -> list[tuple]
     """The rows of some steps of all ranks, in the stream's order; resumed after some steps."""
     by_rank = []
     for rank in range(ranks):
-        sources = {"words": Words("red", 5, 40), "pictures": Pictures(num_documents=30)}
+        sources = {"words": RepeatedWord("red", 5, 40), "pictures": GreyImages(num_documents=30)}
         data = mixture(sources, {"words": 1, "pictures": 2}, batch_size=ROWS_PER_STEP // ranks)
         data.num_workers = workers
         data.trainer = SimpleNamespace(

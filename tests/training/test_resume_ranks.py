@@ -18,7 +18,7 @@ def test_two_sharded_ranks_equal_one_and_their_file_is_anyones(tmp_path):
     check_two_ranks(tmp_path, json.dumps(ranks.SHARDED), "all", muon=True)
     file = str(tmp_path / "ranks2" / "run" / "checkpoints" / "last.ckpt")
     drawn = tmp_path / "drawn"
-    main(["generate", file, "a red circle", "--steps", "2", "-n", "1", "-o", str(drawn)])
+    main(["generate", file, "a red circle", "--num-inference-steps", "2", "-n1", "-o", str(drawn)])
     assert (drawn / "0000.png").is_file()
 
 

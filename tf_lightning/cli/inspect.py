@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Batch, Document, as_latents, document_length, is_image
-from tf_lightning.cli.generate import write_picture, write_text
 from tf_lightning.cli.parser import Parser, positive_int
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.images import to_image
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
+from tf_lightning.files import atomic_file
 
 PAD, TEXT, SPECIAL, IMAGE, COPY = range(5)
 KINDS = ("padding", "text", "<bos> <boi> <eoi> <eos>", "image", "clean copy")
@@ -198,10 +198,13 @@ def run_inspect(args: list[str]) -> None:
     rows, padding = _rows(data, options.rows)
     report += f"\npadding of the first {options.rows} rows of training: {padding:.1%}\n"
     print(report)
-    write_text(folder / "report.txt", report)
-    write_picture(folder / "rows.png", rows)
+    with atomic_file(folder / "report.txt") as file:
+        file.write_text(report)
+    with atomic_file(folder / "rows.png") as file:
+        rows.save(file, format="PNG")
     shown = pick_documents(data, options.documents, options.seed)
-    write_picture(folder / "documents.png", draw_documents(shown))
+    with atomic_file(folder / "documents.png") as file:
+        draw_documents(shown).save(file, format="PNG")
     print(f"Wrote {folder}/documents.png ({len(shown)} documents), rows.png and report.txt.")
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from support.corpora import Sharded
 from support.prepare_runs import encode
+from support.sources import ShardedNoise
 from tf_lightning.autoencoder.frozen import SHAPES_FOLDER, load_autoencoder
 from tf_lightning.data import Mixture
 from tf_lightning.errors import UserError
@@ -37,7 +37,7 @@ def build(folder, tmp_path):
             "caption_drop_prob": 0.0,
             "image_first_prob": 0.0,
         }
-        data = Mixture({"noise": Sharded(image_size=image_size)}, **(arguments | changed))
+        data = Mixture({"noise": ShardedNoise(image_size=image_size)}, **(arguments | changed))
         data.setup()
         return data
 
@@ -57,7 +57,7 @@ def test_batches_equal_those_of_a_corpus_in_cache_dir_to_the_last_bit(build, tmp
 
 def test_training_samples_the_posterior_or_takes_the_mode_as_configured(build):
     plain, sampled = build(), build(sample_posterior=True)
-    images = torch.from_numpy(np.array(Sharded().picture("train", 5))).permute(2, 0, 1)
+    images = torch.from_numpy(np.array(ShardedNoise().image("train", 5))).permute(2, 0, 1)
     mean, std = load_autoencoder("shapes").moments(images[None].float() / 127.5 - 1)[0]
     document = lambda data, n: data.corpora["train"]["noise"].document(  # noqa: E731
         5, np.random.default_rng(n)

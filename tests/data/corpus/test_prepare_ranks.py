@@ -11,9 +11,9 @@ from PIL import Image
 from torch.multiprocessing import ProcessExitedException
 
 from support import ranks, runs
-from support.corpora import Sharded
 from support.files import write_lines
 from support.prepare_runs import content, encodable, encode, encode_apart
+from support.sources import ShardedNoise
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.cli.main import main
 from tf_lightning.data.corpus import distributed
@@ -32,7 +32,7 @@ def encoded(tmp_path_factory):
 def test_ranks_and_workers_read_each_shard_once_and_in_order(
     tmp_path, monkeypatch, world_size, workers
 ):
-    shards = Sharded(22).shards("train")
+    shards = ShardedNoise(22).shards("train")
     job = SimpleNamespace(shards=shards, split="train", shard_path=lambda n: tmp_path / str(n))
     (tmp_path / "1").mkdir()  # this shard is finished
     found: dict[int, list] = {}
@@ -53,7 +53,7 @@ def test_ranks_and_workers_read_each_shard_once_and_in_order(
 def test_the_moments_of_each_image_and_its_flipped_copy_are_stored(encoded):
     (path,) = encoded.glob("noise-train-*")
     stored = np.fromfile(path / "latents.bin", np.float16).reshape(14, 2, 2, 8, 8, 8)
-    arrays = np.stack([np.asarray(Sharded().picture("train", n)) for n in range(14)])
+    arrays = np.stack([np.asarray(ShardedNoise().image("train", n)) for n in range(14)])
     images = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
     for view, pixels in enumerate((images, images.flip(-1))):
         expected = load_autoencoder("shapes").moments(pixels).numpy()
@@ -90,8 +90,8 @@ def test_crops_are_stored_with_and_without_workers(workers, tmp_path, capsys):
 
 
 def test_training_does_not_read_the_source(encoded, tmp_path, monkeypatch):
-    monkeypatch.setattr(Sharded, "documents", None)
-    monkeypatch.setattr(Sharded, "fingerprint", None)
+    monkeypatch.setattr(ShardedNoise, "documents", None)
+    monkeypatch.setattr(ShardedNoise, "fingerprint", None)
     config = str(runs.write_config(tmp_path, encodable))
     main(["fit", "-c", config, f"--data.encoded={encoded}", "--data.hflip=true"])
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
@@ -134,7 +134,7 @@ def test_codes_are_stored_without_moments(tmp_path):
     folder = encode(tmp_path, *given, "--model.num_codes=512", "--model.patch_size=1")
     (path,) = folder.glob("noise-train-*")
     codes = Corpus(path).document(3)[1]
-    image = torch.from_numpy(np.array(Sharded().picture("train", 3))).permute(2, 0, 1)
+    image = torch.from_numpy(np.array(ShardedNoise().image("train", 3))).permute(2, 0, 1)
     expected = load_autoencoder("shapes_vq").encode(image[None].float() / 127.5 - 1)[0]
     assert torch.equal(codes, expected)
 
@@ -145,7 +145,7 @@ def test_an_error_of_a_source_in_a_worker_is_reported_in_one_sentence(
     def documents(self, split):
         raise UserError("there is a hole in it; mend it")
 
-    monkeypatch.setattr(Sharded, "documents", documents)
+    monkeypatch.setattr(ShardedNoise, "documents", documents)
     vocabulary = tmp_path / "a.model"
     train_tokenizer(iter(["noise 0 1 2 3 4 5 6 7 8 9"]), vocabulary, runs.VOCAB_SIZE)
     with pytest.raises(SystemExit):

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from support import training_datasets
-from support.corpora import Pictures
 from support.files import encoded_image, write_lines, write_parquet
+from support.sources import GreyImages
 from support.training_datasets import COLOURS, colour_of
 from tf_lightning.data import (
     CaptionJson,
@@ -180,7 +180,7 @@ def damage_one_file(folder: Path, rng: random.Random) -> tuple[Path, bytes]:
 
 
 def test_a_damaged_image_store_is_read_or_refused(tmp_path):
-    store = store_images(Pictures(num_documents=20), "train", tmp_path)
+    store = store_images(GreyImages(num_documents=20), "train", tmp_path)
     rng, refused = random.Random(0), 0
     for _ in range(ROUNDS):
         path, whole = damage_one_file(store.path, rng)
@@ -200,7 +200,7 @@ KINDS = {"latents": {}, "moments": {"sample_posterior": True, "hflip": True}, "i
 
 def a_corpus(kind: str, mixture, folder: Path) -> Corpus:
     """Prepare 20 captioned images; for "in place" they are in a parquet file."""
-    source = Pictures(num_documents=20)
+    source = GreyImages(num_documents=20)
     if kind == "in place":
         images = [image for _, image in source.documents("train")]
         rows = [{"image": {"bytes": as_png(x)}, "caption": f"{n}"} for n, x in enumerate(images)]

@@ -1,4 +1,4 @@
-"""Small corpora that tests make up: no files."""
+"""Synthetic sources of documents: no files."""
 
 import os
 import signal
@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 
-class Words:
-    """Texts of a given length: no files, no pictures."""
+class RepeatedWord:
+    """Texts of one word repeated `words` times and the document's number."""
 
     def __init__(self, word: str, words: int, num_documents: int = 300, num_val: int = 20):
         self.word, self.words, self.num = word, words, {"train": num_documents, "val": num_val}
@@ -21,8 +21,8 @@ class Words:
         return repr((split, vars(self)))
 
 
-class Pictures:
-    """Captioned pictures of one colour."""
+class GreyImages:
+    """Captioned square images of one grey level."""
 
     def __init__(self, side: int = 8, num_documents: int = 300, num_val: int = 20):
         self.side, self.num = side, {"train": num_documents, "val": num_val}
@@ -36,19 +36,23 @@ class Pictures:
         return repr((split, vars(self)))
 
 
-class Stories(Pictures):
-    """Pictures before, between and behind texts; every tenth has four pictures."""
+class InterleavedImages(GreyImages):
+    """Images before, between and after texts; every tenth document has four images."""
 
     def documents(self, split: str):
-        picture = Image.new("RGB", (self.side, self.side))
+        image = Image.new("RGB", (self.side, self.side))
         shapes = ["i{}i", "{}i{}", "i{}i{}", "ii", "i"] * 2
         for number in range(self.num[split]):
             shape = "iiii" if number % 10 == 9 else shapes[number % 10]
-            yield [picture if part == "i" else "a word" for part in shape.replace("{}", "t")]
+            yield [image if part == "i" else "a word" for part in shape.replace("{}", "t")]
 
 
-class Sharded:
-    """Captioned noise in shards of 4 documents; where KILL says, `kill -9` comes between two."""
+class ShardedNoise:
+    """Captioned noise in shards of 4 documents.
+
+    If the environment variable KILL is "SPLIT NUMBER", the process kills itself with SIGKILL before
+    that document.
+    """
 
     def __init__(self, num_documents: int = 14, num_val: int = 3, image_size: int = 64):
         self.num, self.image_size = {"train": num_documents, "val": num_val}, image_size
@@ -58,18 +62,18 @@ class Sharded:
         for number in range(self.num[split])[self.first : self.end]:
             if os.environ.get("KILL") == f"{split} {number}":
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield [f"noise {number}", self.picture(split, number)]
+            yield [f"noise {number}", self.image(split, number)]
 
-    def picture(self, split: str, number: int) -> Image.Image:
+    def image(self, split: str, number: int) -> Image.Image:
         random = np.random.default_rng((number, split == "val"))
         size = self.image_size // 8
         colours = random.integers(0, 256, (size, size, 3), np.uint8)
         return Image.fromarray(colours).resize((self.image_size, self.image_size))
 
-    def shards(self, split: str) -> list["Sharded"]:
+    def shards(self, split: str) -> list["ShardedNoise"]:
         found = []
         for first in range(0, self.num[split], 4):
-            found.append(Sharded(*self.num.values(), self.image_size))
+            found.append(ShardedNoise(*self.num.values(), self.image_size))
             found[-1].first, found[-1].end = first, first + 4
         return found
 
