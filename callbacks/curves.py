@@ -1,4 +1,4 @@
-"""Draws what a run's validations measured against its steps, from its TensorBoard events.
+"""Plots the validation metrics of a run against its steps, from its TensorBoard events.
 
 python -m callbacks.curves runs/quickstart docs/curves.png
 python -m callbacks.curves runs/quickstart loss.png --tags 'val/*/loss_*' train/loss
@@ -20,12 +20,13 @@ TAGS = ["val/fid*", "val/clip_score*", "val/composition*/overall", "val/*/perple
 
 
 def read_curves(run: Path, patterns: Sequence[str]) -> dict[str, Line]:
-    """(optimizer steps, value) of each tag that fits a pattern, in the patterns' order.
+    """Read the points (optimizer steps, value) of each tag that matches a pattern.
 
-    Where a resumed run measured a step again, the later value stands.
+    The tags are in the order of the patterns. If a resumed run repeated a step, its later value is
+    used.
 
     Raises:
-        UserError: no events in the folder, or no such tag.
+        UserError: the folder has no events, or no tag matches.
     """
     if not any(run.glob("events.out.tfevents.*")):
         raise UserError(f"{run} has no TensorBoard events; give the folder of a run, runs/NAME")
@@ -33,27 +34,27 @@ def read_curves(run: Path, patterns: Sequence[str]) -> dict[str, Line]:
     tags = events.Tags()[SCALARS]
     found = {tag: None for pattern in patterns for tag in tags if fnmatchcase(tag, pattern)}
     if not found:
-        raise UserError(f"{run} logged nothing that fits {' '.join(patterns)}; {suggestion(tags)}")
-    # Lightning logs under the number of the last batch, counted from 0.
+        raise UserError(f"{run} has no tag that matches {' '.join(patterns)}; {suggestion(tags)}")
+    # Lightning logs the index of the last step, which counts from 0.
     return {t: sorted({e.step + 1: e.value for e in events.Scalars(t)}.items()) for t in found}
 
 
 def suggestion(tags: Sequence[str]) -> str:
-    """What could be asked for."""
+    """List the available tags."""
     measured = sorted(tag for tag in tags if tag.startswith("val/"))
-    return f"it has {', '.join(measured or sorted(tags)) or 'no scalars'}"
+    return f"available are {', '.join(measured or sorted(tags)) or 'none'}"
 
 
 def main(args: list[str] | None = None) -> None:
-    """Read, draw, write."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m callbacks.curves",
-        description="Draw what a run's validations measured against its steps, a panel a number.",
+        description="Plot the validation metrics of a run against its steps, one panel each.",
     )
     parser.add_argument("run", type=Path, help="folder of the run, such as runs/quickstart")
-    parser.add_argument("out", type=Path, help="PNG to write")
-    told = "names of numbers, * fits anything (default: %(default)s)"
-    parser.add_argument("--tags", nargs="+", default=TAGS, metavar="NAME", help=told)
+    parser.add_argument("out", type=Path, help="PNG file to write")
+    tags_help = "names of metrics; * matches any text (default: %(default)s)"
+    parser.add_argument("--tags", nargs="+", default=TAGS, metavar="TAG", help=tags_help)
     options = parser.parse_args(args)
     lines = read_curves(options.run, options.tags)
     page = line_plots({tag.removeprefix("val/"): line for tag, line in lines.items()}, "step")

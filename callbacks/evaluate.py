@@ -1,7 +1,7 @@
-"""Validation that samples: pictures and captions of fixed prompts, made once, measured, shown.
+"""Validation with samples: images and captions of fixed prompts are generated, scored and shown.
 
-The same in `fit` and in `validate`; what may change between evaluations of one checkpoint is here,
-not in the model.
+`fit` and `validate` use the same code. Everything that may vary between evaluations of a checkpoint
+is an option of this callback and not of the model.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,14 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
+from callbacks.contact_sheet import Tile, contact_sheet
 from callbacks.metrics import ImageQuality, SampleMetric
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
-from callbacks.protocol import MetricRecord, prompts_hash, save_numbers
+from callbacks.protocol import MetricRecord, prompts_hash, save_records
 from callbacks.results import run_folder
 from callbacks.sampling import (
     Kind,
@@ -25,7 +28,6 @@ from callbacks.sampling import (
     sample,
     shares,
 )
-from callbacks.show import show
 from callbacks.text_perplexity import TextPerplexity
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
@@ -33,9 +35,9 @@ from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.training.module import Transfusion
 
-MODULE_PROTOCOL = {  # of what the module itself logs at validation
+MODULE_PROTOCOL = {  # definitions of the losses that the module logs at validation
     "loss_lm": "mean nll in nats over text targets",
-    "loss_codes": "mean nll in nats over pictures' codes and the <eoi> behind",
+    "loss_codes": "mean nll in nats over image codes and the <eoi> after them",
     "loss_diffusion": "mean squared error over latent elements",
 }
 
@@ -43,24 +45,24 @@ MODULE_PROTOCOL = {  # of what the module itself logs at validation
 class Evaluate(L.Callback):
     """Samples at every validation and logs `val/<metric>[<label>]`.
 
-    Pictures, captions and text go to TensorBoard. `validate` and `test` also print a table and
-    write `metrics.json` into a folder of their own, with the plot `guidance.png` for several
-    guidance scales; `fit` writes `metrics/step<N>-<tag>.json`. In `fit` a measurement that fails is
-    a warning, else an error.
+    Images, captions and texts are shown in TensorBoard. `validate` and `test` also print a table,
+    and write `metrics.json` and, for several guidance scales, the plot `guidance.png` into a folder
+    of their own. `fit` writes `metrics/step<N>-<tag>.json`. A failed evaluation is a warning in
+    `fit` and an error otherwise.
 
     Args:
-        prompts: what is asked, and the real pictures.
+        prompts: the prompts and the real images.
         metrics: metrics of the samples.
         generate_images: generate an image for each prompt.
         caption_images: generate a caption for each prompt's image.
         sampling: how images, captions and texts are sampled.
-        guidance_scales: measure the images with each of these in place of sampling.guidance_scale.
-        seed: first noise of the first prompt; the next prompts' follow.
-        weights: "ema", the average if the model keeps one, or "raw".
+        guidance_scales: score images of each of these scales instead of sampling.guidance_scale.
+        seed: prompt i is sampled with seed + i.
+        weights: "ema" for the EMA weights if the model has them, or "raw".
         batch_size: prompts sampled together.
         num_shown: prompts shown in TensorBoard, at most a batch.
-        texts: beginnings of texts that the model continues, shown in TensorBoard.
-        tag: names the prompts in TensorBoard and in the files, where a run has several of these.
+        texts: beginnings of texts that the model continues in TensorBoard.
+        tag: name of the prompts in TensorBoard and in files, for a run with several evaluations.
     """
 
     def __init__(
@@ -79,27 +81,31 @@ class Evaluate(L.Callback):
         tag: str = "val",
     ):
         self.prompt_set, self.metrics = prompts, list(metrics)
-        self.makes = {"generated": generate_images, "captioned": caption_images}
+        self.enabled = {"generated": generate_images, "captioned": caption_images}
         if guidance_scales is not None and not guidance_scales:
-            raise UserError("guidance_scales=[] measures nothing; give one number or more, or null")
+            raise UserError("guidance_scales=[] has no scale; give one number or more, or null")
         self.sampling, self.seed = sampling, seed
         self.scales = list(guidance_scales or [sampling.guidance_scale])
         for scale in self.scales:
             sampling.with_options(guidance_scale=scale)  # refuses a scale that is not finite
         self.weights, self.batch_size = weights, batch_size
         self.num_shown, self.texts, self.tag = num_shown, list(texts), tag
-        self.numbers: list[MetricRecord] = []
+        self.records: list[MetricRecord] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Load the metrics' networks now: what does not fit is told before hours of training."""
+        """Check the options and load the metrics' networks, so that mistakes stop before training.
+
+        Raises:
+            UserError: an option or a metric does not fit the model or the prompts.
+        """
         refuse_shards(pl_module, self)
         self.sampling = resolve_sampling(self.sampling, pl_module)
         try:
             for metric in self.metrics:
-                if not self.makes[metric.kind]:
+                if not self.enabled[metric.kind]:
                     option = "generate_images" if metric.kind == "generated" else "caption_images"
                     raise UserError(
-                        f"{type(metric).__name__} measures {metric.kind} images, but {option} is "
+                        f"{type(metric).__name__} scores {metric.kind} images, but {option} is "
                         "false; set it to true or remove the metric"
                     )
                 metric.open(self.prompt_set)
@@ -107,52 +113,52 @@ class Evaluate(L.Callback):
             raise UserError(str(error)) from error
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
-        """Sample, measure, log."""
-        self.numbers = []
+        """Sample, compute the metrics and log them."""
+        self.records = []
         if trainer.sanity_checking:
             return
         try:
-            self.numbers = self.evaluate(trainer, pl_module)
-        except ValueError as error:  # the same on every rank
+            self.records = self.evaluate(trainer, pl_module)
+        except ValueError as error:  # the same error on every rank
             if trainer.state.fn != "fit":
                 raise UserError(str(error)) from error
-            rank_zero_warn(f"step {trainer.global_step} is not measured: {error}")
-        for number in self.numbers:
-            value = torch.tensor(number.value, dtype=torch.float64)
-            pl_module.log(number.name, value, add_dataloader_idx=False)
+            rank_zero_warn(f"the evaluation at step {trainer.global_step} failed: {error}")
+        for record in self.records:
+            value = torch.tensor(record.value, dtype=torch.float64)
+            pl_module.log(record.name, value, add_dataloader_idx=False)
 
     on_test_epoch_end = on_validation_epoch_end
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
-        """Write the numbers, the module's own among them, with what they depend on."""
+        """Write all values with their protocols, also the losses and the text perplexity."""
         if trainer.sanity_checking:
             return
         folder = run_folder(trainer)  # on every rank
-        if trainer.is_global_zero and len(self.scales) > 1 and self.numbers:
+        if trainer.is_global_zero and len(self.scales) > 1 and self.records:
             with atomic_file(folder / "guidance.png") as file:
                 self.plot().save(file, format="PNG")
-        numbers = [*self.numbers, *text_numbers(trainer)]
-        numbers += module_numbers(trainer, pl_module, numbers)
-        save_numbers(trainer, pl_module, numbers, self.tag)
+        records = [*self.records, *text_records(trainer)]
+        records += module_records(trainer, pl_module, records)
+        save_records(trainer, pl_module, records, self.tag)
 
     on_test_end = on_validation_end
 
     def evaluate(self, trainer: L.Trainer, module: Transfusion) -> list[MetricRecord]:
-        """Every number of every guidance scale.
+        """Sample and return the records of all metrics, for every guidance scale.
 
         Raises:
-            ValueError: nothing to ask, too few samples, or samples that are not finite; on all
-                ranks alike.
+            ValueError: there are no prompts, too few samples, or samples that are not finite; it is
+                raised on all ranks.
         """
         prompts = self.prompt_set.prompts(trainer.datamodule)
-        if self.makes["captioned"] and not all(prompt.picture for prompt in prompts):
-            raise UserError("these prompts have no pictures to caption; give caption_images: false")
+        if self.enabled["captioned"] and not all(prompt.image for prompt in prompts):
+            raise UserError("these prompts have no images to caption; set caption_images: false")
         pipe = TransfusionPipeline.from_module(module, ema=self.weights == "ema")
         for metric in self.metrics:
             metric.to(module.device)
             metric.reset()
-        self.see_real(trainer)
-        self.show_texts(trainer, pipe)
+        self.add_real(trainer)
+        self.log_texts(trainer, pipe)
         facts = {
             "prompts": self.prompt_set.facts["dataset"],
             "num_prompts": len(prompts),
@@ -162,22 +168,22 @@ class Evaluate(L.Callback):
             "image_size": pipe.model.latent_shape and pipe.image_size,
             "seed": self.seed,
         }
-        numbers = self.score(trainer, pipe, prompts, "captioned", self.sampling, facts)
+        records = self.score(trainer, pipe, prompts, "captioned", self.sampling, facts)
         for scale in self.scales:
             suffix = f"@{scale:g}" if len(self.scales) > 1 else ""
             sampling = self.sampling.with_options(guidance_scale=scale)
-            numbers += self.score(trainer, pipe, prompts, "generated", sampling, facts, suffix)
-        return numbers
+            records += self.score(trainer, pipe, prompts, "generated", sampling, facts, suffix)
+        return records
 
-    def see_real(self, trainer: L.Trainer) -> None:
-        """Let the measures that compare with real pictures see them, the first time."""
-        lacking = [m for m in self.metrics if isinstance(m, ImageQuality) and m.needs_real]
-        if not lacking:
+    def add_real(self, trainer: L.Trainer) -> None:
+        """Pass the real images to the metrics that still need them, at the first evaluation."""
+        metrics = [m for m in self.metrics if isinstance(m, ImageQuality) and m.needs_real]
+        if not metrics:
             return
-        pictures = self.prompt_set.real_pictures(trainer.datamodule)
-        share = pictures[trainer.global_rank :: trainer.world_size]
-        together(trainer, lambda: [metric.see_real(share) for metric in lacking])
-        for metric in lacking:
+        images = self.prompt_set.real_images(trainer.datamodule)
+        share = images[trainer.global_rank :: trainer.world_size]
+        raise_on_all_ranks(trainer, lambda: [metric.add_real(share) for metric in metrics])
+        for metric in metrics:
             metric.keep_real()
 
     def score(
@@ -193,7 +199,7 @@ class Evaluate(L.Callback):
         """Generate the images or the captions of all prompts, and compute the metrics of them.
 
         Args:
-            trainer: the run's trainer.
+            trainer: trainer of the run.
             pipe: the model.
             prompts: prompts of all ranks.
             kind: "generated" images or "captioned" images.
@@ -202,11 +208,11 @@ class Evaluate(L.Callback):
             suffix: ends the names of the metrics.
         """
         metrics = [metric for metric in self.metrics if metric.kind == kind]
-        if not self.makes[kind]:
+        if not self.enabled[kind]:
             return []
         for metric in metrics:
             metric.reset()
-        samples = sample(
+        batches = sample(
             pipe,
             prompts,
             shares(len(prompts), self.batch_size, trainer.global_rank, trainer.world_size),
@@ -217,14 +223,14 @@ class Evaluate(L.Callback):
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
 
-        def take() -> None:
-            for sampled in samples:
+        def update_metrics() -> None:
+            for batch in batches:
                 for metric in metrics:
-                    metric.update(sampled)
-                if sampled.indices.start == 0:
-                    self.show(trainer, sampled, suffix)
+                    metric.update(batch)
+                if batch.indices.start == 0:  # rank zero's first batch
+                    self.log_samples(trainer, batch, suffix)
 
-        together(trainer, take)
+        raise_on_all_ranks(trainer, update_metrics)
         modality = "image" if kind == "generated" else "text"
         facts = facts | sampling.used(modality, makes_codes=bool(pipe.model.net.num_codes))
         values: dict[str, float] = {}
@@ -237,13 +243,14 @@ class Evaluate(L.Callback):
             for name, value in values.items()
         ]
 
-    def show(self, trainer: L.Trainer, sampled: SampleBatch, suffix: str) -> None:
-        """The first batch, which rank zero has, in TensorBoard."""
+    def log_samples(self, trainer: L.Trainer, batch: SampleBatch, suffix: str) -> None:
+        """Show the first samples of a batch in TensorBoard."""
         if isinstance(trainer.logger, TensorBoardLogger) and self.num_shown:
-            show(trainer, self.prompt_set, sampled.first(self.num_shown), self.tag + suffix)
+            shown, tag = batch.first(self.num_shown), self.tag + suffix
+            log_samples(trainer, self.prompt_set, shown, tag)
 
-    def show_texts(self, trainer: L.Trainer, pipe: TransfusionPipeline) -> None:
-        """Continuations of `texts`, by rank zero, in TensorBoard."""
+    def log_texts(self, trainer: L.Trainer, pipe: TransfusionPipeline) -> None:
+        """Show continuations of `texts` in TensorBoard, on rank zero."""
         if isinstance(trainer.logger, TensorBoardLogger) and self.texts and trainer.is_global_zero:
             sampling = self.sampling.with_options(temperature=1.0)
             how = {"batch_size": len(self.texts), "progress": False, "sampling": sampling}
@@ -251,47 +258,82 @@ class Evaluate(L.Callback):
             whole = "\n\n".join(f"{a} {b}" for a, b in zip(self.texts, ends, strict=True))
             trainer.logger.experiment.add_text(f"text/{self.tag}", whole, trainer.global_step)
 
-    def plot(self):
-        """Each metric against the guidance scale."""
+    def plot(self) -> Image.Image:
+        """Plot each metric against the guidance scale."""
         lines: dict[str, list[tuple[float, float]]] = {}
-        for number in self.numbers:
-            if "guidance_scale" not in number.protocol:
+        for record in self.records:
+            if "guidance_scale" not in record.protocol:
                 continue
-            title = number.name.rpartition("@")[0].removeprefix("val/")
-            point = number.protocol["guidance_scale"], number.value
+            title = record.name.rpartition("@")[0].removeprefix("val/")
+            point = record.protocol["guidance_scale"], record.value
             lines.setdefault(title, []).append(point)
         return line_plots(lines, "guidance scale")
 
 
-def together(trainer: L.Trainer, work: Callable[[], object]) -> None:
-    """Does this rank's share of work; a ValueError of one rank is raised on all of them.
+def raise_on_all_ranks(trainer: L.Trainer, work: Callable[[], object]) -> None:
+    """Do this rank's share of the work, and raise a ValueError of any rank on all ranks.
 
-    Without that the others would wait for it for ever.
+    Otherwise the other ranks would wait forever for the rank that failed.
     """
-    told = None
+    message = None
     try:
         work()
     except ValueError as error:
-        told = str(error)
+        message = str(error)
     if trainer.world_size > 1:
-        everyone = [None] * trainer.world_size
-        torch.distributed.all_gather_object(everyone, told)
-        told = next((message for message in everyone if message), None)
-    if told:
-        raise UserError(told)
+        messages = [None] * trainer.world_size
+        torch.distributed.all_gather_object(messages, message)
+        message = next((found for found in messages if found), None)
+    if message:
+        raise UserError(message)
 
 
-def text_numbers(trainer: L.Trainer) -> list[MetricRecord]:
-    """What another callback measured of the text at this validation."""
+def log_samples(trainer: L.Trainer, prompts: PromptSet, batch: SampleBatch, tag: str) -> None:
+    """Show samples in TensorBoard, marked right or wrong where the prompt set can judge them.
+
+    Generated images are shown above their prompts as `generated/<tag>`. Images above their
+    generated captions are shown as `captioned/<tag>`, beside a table `captions/<tag>`.
+    """
+    writer, step = trainer.logger.experiment, trainer.global_step
+    if batch.captions is None:
+        title = f"generated/{tag}"
+        tiles = [
+            Tile(image, prompt.text, prompts.judge(prompt, image))
+            for prompt, image in zip(batch.prompts, batch.images, strict=True)
+        ]
+    else:
+        title = f"captioned/{tag}"
+        tiles = [
+            Tile(image, caption, prompts.judge_caption(prompt, caption))
+            for prompt, image, caption in zip(
+                batch.prompts, batch.images, batch.captions, strict=True
+            )
+        ]
+        writer.add_text(f"captions/{tag}", caption_table(batch), step)
+    sheet = contact_sheet([(f"{title}, step {step}", tiles)], columns=2)
+    writer.add_image(title, pil_to_tensor(sheet), step)
+
+
+def caption_table(batch: SampleBatch) -> str:
+    """Return a Markdown table of the reference captions and the generated caption of each image."""
+    rows = [
+        f"| {'<br>'.join(prompt.references[:5])} | {caption} |"
+        for prompt, caption in zip(batch.prompts, batch.captions, strict=True)
+    ]
+    return "\n".join(["| reference captions | generated caption |", "|---|---|", *rows])
+
+
+def text_records(trainer: L.Trainer) -> list[MetricRecord]:
+    """Return the records of the TextPerplexity callback at this validation."""
     callbacks = [c for c in trainer.callbacks if isinstance(c, TextPerplexity)]
-    return [number for callback in callbacks for number in callback.numbers]
+    return [record for callback in callbacks for record in callback.records]
 
 
-def module_numbers(
-    trainer: L.Trainer, module: Transfusion, ours: Sequence[MetricRecord]
+def module_records(
+    trainer: L.Trainer, module: Transfusion, others: Sequence[MetricRecord]
 ) -> list[MetricRecord]:
-    """What the module logged of its losses at this validation."""
-    known = {number.name for number in ours}
+    """Return records of the losses that the module logged at this validation."""
+    known = {record.name for record in others}
     weights = "raw" if module.ema is None else "ema"
     return [
         MetricRecord(

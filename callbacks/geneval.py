@@ -1,4 +1,4 @@
-"""Composition on the embedded world by its oracle, in GenEval's tasks; GenEval's folder for it."""
+"""GenEval: its tasks on the embedded world, judged by the oracle, and the folder of its script."""
 
 from collections import Counter
 from itertools import groupby
@@ -16,14 +16,15 @@ from tf_lightning.shapes.world import Meaning
 
 
 class ShapesComposition(SampleMetric):
-    """What the embedded world's oracle finds right in drawn pictures, task by task.
+    """Share of generated images that the oracle of the embedded world finds right, by task.
 
-    `composition[<label>]/<task>` for GenEval's tasks and `overall`, their mean. A picture of one
-    object answers single_object (the shape) and colors; one of two answers two_object (the shapes),
-    color_attr (each with its colour) and position (all that and the relation).
+    The values are `composition[<label>]/<task>` for GenEval's tasks, and `overall` for their mean.
+    A prompt with one object has the tasks single_object (the shape) and colors. One with two
+    objects has two_object (the shapes), color_attr (each shape with its colour) and position (also
+    the relation).
 
     Args:
-        label: names the protocol in the brackets.
+        label: name of the protocol in brackets.
     """
 
     kind: Kind = "generated"
@@ -33,50 +34,52 @@ class ShapesComposition(SampleMetric):
         self.score = Composition(self.name, judge="the embedded world's oracle")
 
     def to(self, device: torch.device) -> "ShapesComposition":
-        """Move the sums."""
+        """Move the sums to a device."""
         self.score.to(device)
         return self
 
-    def update(self, sampled: SampleBatch) -> None:
-        """Judge drawn pictures."""
-        for prompt, drawn in zip(sampled.prompts, sampled.images, strict=True):
-            for task, right in verdicts(prompt.about, drawn).items():
+    def update(self, batch: SampleBatch) -> None:
+        """Judge generated images."""
+        for prompt, image in zip(batch.prompts, batch.images, strict=True):
+            for task, right in verdicts(prompt.about, image).items():
                 self.score.update(task, right)
 
     def compute(self) -> dict[str, float]:
-        """A number a task, and the overall one."""
+        """Return the share of each task and their mean, by name."""
         return {f"{self.name}/{task}": float(v) for task, v in self.score.compute().items()}
 
     def reset(self) -> None:
-        """Forget the verdicts."""
+        """Remove all verdicts."""
         self.score.reset()
 
     @property
     def protocol(self) -> dict[str, dict]:
-        """The same for every task."""
+        """Protocol of each task, by name; it is the same for all."""
         tasks = [*self.score.counts, "overall"]
         return {f"{self.name}/{task}": self.score.protocol for task in tasks}
 
 
-def verdicts(asked: Meaning, picture: Image.Image) -> dict[str, bool]:
-    """Each task that a prompt of this meaning sets, and whether the picture solves it."""
-    reading = read(np.asarray(picture.convert("RGB")))
+def verdicts(meaning: Meaning, image: Image.Image) -> dict[str, bool]:
+    """Judge an image by each task of a prompt with this meaning."""
+    reading = read(np.asarray(image.convert("RGB")))
     shapes = Counter(thing.shape for thing in reading.objects)
     kinds = Counter((thing.shape, thing.colour) for thing in reading.objects)
-    wanted = Counter(shape for shape, _ in asked.objects)
-    has_shapes, has_kinds = wanted <= shapes, Counter(asked.objects) <= kinds
-    if len(asked.objects) == 1:
+    expected_shapes = Counter(shape for shape, _ in meaning.objects)
+    has_shapes, has_kinds = expected_shapes <= shapes, Counter(meaning.objects) <= kinds
+    if len(meaning.objects) == 1:
         return {"single_object": has_shapes, "colors": has_kinds}
-    return {"two_object": has_shapes, "color_attr": has_kinds, "position": reading.meaning == asked}
+    position = reading.meaning == meaning
+    return {"two_object": has_shapes, "color_attr": has_kinds, "position": position}
 
 
 class GenEvalFolder(SampleMetric):
-    """Writes drawn pictures where GenEval's own script looks for them; measures nothing itself.
+    """Writes generated images in the layout of GenEval's own script; it computes no values.
 
-    For `callbacks.published_prompts.GenEvalPrompts`. `folder`/NNNNN/metadata.jsonl and samples/NNNN.png.
+    It needs the prompts of `callbacks.published_prompts.GenEvalPrompts` and writes
+    `folder`/NNNNN/metadata.jsonl and `folder`/NNNNN/samples/NNNN.png.
 
     Args:
-        folder: of all prompts.
+        folder: folder of all prompts.
     """
 
     kind: Kind = "generated"
@@ -86,29 +89,29 @@ class GenEvalFolder(SampleMetric):
         self.folder = Path(folder)
 
     def to(self, device: torch.device) -> "GenEvalFolder":
-        """Nothing to move."""
+        """Do nothing: there are no tensors."""
         return self
 
-    def update(self, sampled: SampleBatch) -> None:
-        """Write pictures; a prompt's have to be in one batch.
+    def update(self, batch: SampleBatch) -> None:
+        """Write generated images.
 
         Raises:
-            ValueError: they are not.
+            ValueError: the images of a prompt are not all in this batch.
         """
-        pairs = zip(sampled.prompts, sampled.images, strict=True)
+        pairs = zip(batch.prompts, batch.images, strict=True)
         for (number, copies), group in groupby(pairs, key=lambda pair: pair[0].about):
-            together = list(group)
-            if len(together) != copies:
+            members = list(group)
+            if len(members) != copies:
                 raise ValueError(
-                    f"prompt {number} has {len(together)} of its {copies} pictures in a batch; "
-                    f"give a batch_size that is a multiple of {copies}"
+                    f"the batch has {len(members)} of {copies} images of prompt {number}; give a "
+                    f"batch_size that is a multiple of {copies}"
                 )
-            metadata = together[0][0].metadata
-            write_samples(self.folder, number, metadata, [picture for _, picture in together])
+            metadata = members[0][0].metadata
+            write_samples(self.folder, number, metadata, [image for _, image in members])
 
     def compute(self) -> dict[str, float]:
-        """No number."""
+        """Return no values."""
         return {}
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        """Do nothing: written files stay."""

@@ -1,7 +1,7 @@
-"""What is measured of the samples: each measure hands them to metrics of `evaluation`.
+"""Metrics of samples: each passes generated images or captions to metrics of `evaluation`.
 
-A number's name is `<metric>[<label>]`. The label says the protocol, so that nobody takes a figure
-of the embedded world's own judge for one of Inception or CLIP ViT-L.
+A value is named `<metric>[<label>]`. The label names the protocol, so that a value of the embedded
+world's own CLIP is not mistaken for one of Inception or CLIP ViT-L.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchvision.transforms.functional import pil_to_tensor
 
-from callbacks.prompts import OpenPicture, PromptSet, square
+from callbacks.prompts import OpenImage, PromptSet, square
 from callbacks.sampling import Kind, SampleBatch
 from evaluation import clip_score
 from evaluation.bleu import BLEU4
@@ -29,58 +29,60 @@ from evaluation.kid import KID
 from tf_lightning import shapes
 
 SHAPES_CLIP = Path(shapes.__file__).parent / "assets" / "shapes-clip"
-REAL_BATCH = 64
+REAL_BATCH = 64  # real images whose features are extracted together
 
 
 class SampleMetric(ABC):
-    """Something measured of samples; every rank updates it with its own share.
+    """A metric of generated images or captions; each rank updates it with its own samples.
 
-    `of` says which samples; `protocol` has what each number depends on beside the samples, by its
-    name.
+    `kind` is the kind of samples. `protocol` maps the name of each value to everything it depends
+    on beside the samples.
     """
 
     kind: Kind
     protocol: dict[str, dict]
 
-    def open(self, prompts: PromptSet) -> None:  # noqa: B027 - most load nothing
-        """Load what is needed for these prompts.
+    def open(self, prompts: PromptSet) -> None:  # noqa: B027 - most metrics load nothing
+        """Load the networks and reference files for a prompt set.
 
         Raises:
-            ValueError: something is absent or does not fit.
+            ValueError: a file is missing or does not fit the prompt set.
         """
 
     @abstractmethod
     def to(self, device: torch.device) -> "SampleMetric":
-        """Move networks and sums."""
+        """Move networks and sums to a device."""
 
     @abstractmethod
-    def update(self, sampled: SampleBatch) -> None:
+    def update(self, batch: SampleBatch) -> None:
         """Add samples."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
-        """The numbers by their names, of all ranks' samples.
+        """Return the values over the samples of all ranks, by name.
 
         Raises:
-            ValueError: too few samples.
+            ValueError: there are too few samples.
         """
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget the samples."""
+        """Remove all samples."""
 
 
 class ImageQuality(SampleMetric):
-    """FID, KID and Inception Score: one pass of one network over the drawn pictures.
+    """FID, KID and Inception Score from one pass of one network over the generated images.
 
     Args:
-        label: names the protocol in the brackets.
-        extractor: "shapes" for the embedded world's own, "inception", or an open_clip model.
-        weights: file of Inception's weights, or tag or file of open_clip's; None: as they come.
-        scores: which of "fid", "kid" and "inception_score".
-        references: folder where the real pictures' statistics are kept; None: in memory.
-        kid_subset_size: pictures in a subset of KID, at most as many as are drawn.
-        splits: of the Inception Score.
+        label: name of the protocol in brackets.
+        extractor: network of the features: "shapes" for the CLIP of the embedded world,
+            "inception", or an open_clip model.
+        weights: file of Inception's weights, or tag or file of the open_clip model's; None: the
+            default weights.
+        scores: which of "fid", "kid" and "inception_score" to compute.
+        references: folder for the statistics of the real images; None: keep them in memory.
+        kid_subset_size: images in a subset of KID; at most the number of prompts.
+        splits: number of splits of the Inception Score.
     """
 
     kind: Kind = "generated"
@@ -100,14 +102,14 @@ class ImageQuality(SampleMetric):
         self.kid_subset_size, self.splits = kid_subset_size, splits
 
     def open(self, prompts: PromptSet) -> None:
-        """Load the network and the reference, if its file is there."""
+        """Load the network, and the reference files that exist."""
         extractor = load_extractor(self.extractor, self.weights)
         self.image_size = prompts.image_size
         self.scores = ImageScores(
             extractor, [self._build(name, extractor, prompts.facts) for name in self.names]
         )
 
-    def _build(self, score: str, extractor: Extractor, about: dict) -> FID | KID | InceptionScore:
+    def _build(self, score: str, extractor: Extractor, facts: dict) -> FID | KID | InceptionScore:
         name = f"{score}[{self.label}]"
         if score == "inception_score":
             return InceptionScore(extractor, name, splits=self.splits)
@@ -115,55 +117,60 @@ class ImageQuality(SampleMetric):
         reference = Path(self.references, file) if self.references else None
         if score == "kid":
             size = self.kid_subset_size
-            return KID(extractor, name, reference, real_facts=about, subset_size=size)
-        return FID(extractor, name, reference, real_facts=about)
+            return KID(extractor, name, reference, real_facts=facts, subset_size=size)
+        return FID(extractor, name, reference, real_facts=facts)
 
     def to(self, device: torch.device) -> "ImageQuality":
-        """Move the network and the sums."""
+        """Move the network and the sums to a device."""
         self.device = device
         self.scores.to(device)
         return self
 
     @property
     def needs_real(self) -> bool:
-        """Whether the real pictures' statistics are still to be made."""
+        """Whether the statistics of the real images must be computed."""
         return self.scores.needs_real
 
-    def see_real(self, pictures: Sequence[OpenPicture]) -> None:
-        """Add this rank's share of the real pictures."""
-        for start in range(0, len(pictures), REAL_BATCH):
-            opened = [open_picture() for open_picture in pictures[start : start + REAL_BATCH]]
+    def add_real(self, images: Sequence[OpenImage]) -> None:
+        """Add this rank's share of the real images."""
+        for start in range(0, len(images), REAL_BATCH):
+            opened = [open_image() for open_image in images[start : start + REAL_BATCH]]
             self.scores.update(self._tensor(opened), real=True)
 
     def keep_real(self) -> None:
-        """They were all, on every rank."""
+        """Fix the real images' statistics; call on every rank after its share was added."""
         self.scores.keep_real()
 
-    def update(self, sampled: SampleBatch) -> None:
-        """Add drawn pictures, at the size of the real ones."""
-        self.scores.update(self._tensor(sampled.images), real=False)
+    def update(self, batch: SampleBatch) -> None:
+        """Add generated images, resized to the size of the real ones."""
+        self.scores.update(self._tensor(batch.images), real=False)
 
-    def _tensor(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _tensor(self, images: Sequence[Image.Image]) -> Tensor:
+        """Convert images to uint8 (n, 3, H, W)."""
         if self.image_size:
-            pictures = [square(picture, self.image_size) for picture in pictures]
-        return torch.stack([pil_to_tensor(picture) for picture in pictures]).to(self.device)
+            images = [square(image, self.image_size) for image in images]
+        return torch.stack([pil_to_tensor(image) for image in images]).to(self.device)
 
     def compute(self) -> dict[str, float]:
-        """One number a score."""
+        """Return one value for each score."""
         return self.scores.compute()
 
     def reset(self) -> None:
-        """Forget the drawn pictures."""
+        """Remove the generated images."""
         self.scores.reset()
 
     @property
     def protocol(self) -> dict[str, dict]:
-        """By name."""
+        """Protocol of each score, by name."""
         return self.scores.protocol
 
 
 def load_extractor(name: str, weights: str | None) -> Extractor:
-    """The network of `ImageQuality`."""
+    """Load the network of `ImageQuality`.
+
+    Raises:
+        ValueError: the network is unknown, or its weights are absent and cannot be downloaded.
+    """
     if name == "inception":
         return inception(weights)
     if name != "shapes":
@@ -178,27 +185,30 @@ def load_extractor(name: str, weights: str | None) -> Extractor:
 
 
 class UnitLength(nn.Module):
-    """Features (B, F) scaled to length sqrt(F): as CLIP compares them, at an ordinary scale."""
+    """Scales features (B, F) to length sqrt(F): CLIP compares directions only.
+
+    At this length a feature has a mean square of 1.
+    """
 
     def __init__(self, tower: Extractor):
         super().__init__()
         self.tower = tower
 
     def forward(self, images: Tensor) -> Features:
-        """uint8 (B, 3, H, W) -> Features."""
+        """Extract features of uint8 images (B, 3, H, W)."""
         pooled = self.tower(images).pooled
         return Features(F.normalize(pooled) * pooled.shape[1] ** 0.5)
 
 
 class CLIPScore(SampleMetric):
-    """CLIP score: how well drawn pictures fit their prompts.
+    """CLIP score: how well generated images match their prompts.
 
     Args:
-        label: names the protocol in the brackets.
-        model: "shapes" for the embedded world's own, else as open_clip names it.
+        label: name of the protocol in brackets.
+        model: "shapes" for the CLIP of the embedded world, or an open_clip model.
         pretrained: tag or file of the weights.
-        prefix: put before every prompt.
-        scale: of the cosine.
+        prefix: text put before every prompt.
+        scale: factor of the cosine.
     """
 
     kind: Kind = "generated"
@@ -222,34 +232,34 @@ class CLIPScore(SampleMetric):
         self.score.facts["model"] = "shapes-clip" if self.model == "shapes" else self.model
 
     def to(self, device: torch.device) -> "CLIPScore":
-        """Move the model and the sums."""
+        """Move the model and the sums to a device."""
         self.score.to(device)
         return self
 
-    def update(self, sampled: SampleBatch) -> None:
-        """Add drawn pictures with their prompts."""
-        pixels = sampled.pixels.to(self.score.device)
-        self.score.update(pixels, [prompt.text for prompt in sampled.prompts])
+    def update(self, batch: SampleBatch) -> None:
+        """Add generated images with their prompts."""
+        pixels = batch.pixels.to(self.score.device)
+        self.score.update(pixels, [prompt.text for prompt in batch.prompts])
 
     def compute(self) -> dict[str, float]:
-        """One number."""
+        """Return the score."""
         return {self.name: float(self.score.compute())}
 
     def reset(self) -> None:
-        """Forget the pairs."""
+        """Remove all pairs."""
         self.score.reset()
 
     @property
     def protocol(self) -> dict[str, dict]:
-        """By name."""
+        """Protocol of the score, by name."""
         return {self.name: self.score.protocol}
 
 
 class CaptionScores(SampleMetric):
-    """CIDEr-D and BLEU-4 of the captions written for the prompts' pictures.
+    """CIDEr-D and BLEU-4 of the captions generated for the prompts' images.
 
     Args:
-        label: names the protocol in the brackets.
+        label: name of the protocol in brackets.
     """
 
     kind: Kind = "captioned"
@@ -258,25 +268,25 @@ class CaptionScores(SampleMetric):
         self.scores: list[Metric] = [CIDEr(f"cider[{label}]"), BLEU4(f"bleu4[{label}]")]
 
     def to(self, device: torch.device) -> "CaptionScores":
-        """Move the sums."""
+        """Move the sums to a device."""
         self.scores = [score.to(device) for score in self.scores]
         return self
 
-    def update(self, sampled: SampleBatch) -> None:
-        """Add written captions with their pictures' own."""
+    def update(self, batch: SampleBatch) -> None:
+        """Add generated captions with the reference captions of their images."""
         for score in self.scores:
-            score.update(sampled.captions, [prompt.references for prompt in sampled.prompts])
+            score.update(batch.captions, [prompt.references for prompt in batch.prompts])
 
     def compute(self) -> dict[str, float]:
-        """Two numbers."""
+        """Return both scores, by name."""
         return {score.name: float(score.compute()) for score in self.scores}
 
     def reset(self) -> None:
-        """Forget the captions."""
+        """Remove all captions."""
         for score in self.scores:
             score.reset()
 
     @property
     def protocol(self) -> dict[str, dict]:
-        """By name."""
+        """Protocol of both scores, by name."""
         return {score.name: score.protocol for score in self.scores}

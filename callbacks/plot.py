@@ -1,11 +1,11 @@
-"""Line plots without a plotting library: one panel a metric, drawn by Pillow."""
+"""Line plots drawn with Pillow, without a plotting library: one panel for each metric."""
 
 from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw
 
 PANEL = (360, 260)  # width, height
-LEFT, RIGHT, TOP, BOTTOM = 70, 20, 36, 40  # of the axes in a panel
+LEFT, RIGHT, TOP, BOTTOM = 70, 20, 36, 40  # margins of the axes in a panel
 COLUMNS = 3
 LABEL = 50  # width of a number below a panel
 COLOURS = ("steelblue", "darkorange", "seagreen", "crimson")
@@ -14,7 +14,12 @@ Line = Sequence[tuple[float, float]]
 
 
 def line_plots(lines: Mapping[str, Line | Mapping[str, Line]], x_label: str) -> Image.Image:
-    """A page of panels, each with its title, its line or several with names, and their values."""
+    """Draw a page of panels, each with its title and one line or several named lines.
+
+    Args:
+        lines: points (x, y) of each panel's line, or of its named lines, by the panel's title.
+        x_label: label of all horizontal axes.
+    """
     width, height = PANEL
     columns = min(COLUMNS, len(lines))
     page = Image.new("RGB", (columns * width, -(-len(lines) // columns) * height), "white")
@@ -32,33 +37,34 @@ def draw_panel(
     lines: Mapping[str, Line],
     x_label: str,
 ) -> None:
-    """One panel with its upper left corner at `corner`; at most four lines."""
+    """Draw a panel of at most four lines with its upper left corner at `corner`."""
     draw, (left, top), (width, height) = ImageDraw.Draw(page), corner, PANEL
     points = [point for line in lines.values() for point in sorted(line)]
     xs, ys = zip(*points, strict=True)
-    across = scale(xs, left + LEFT, left + width - RIGHT)
-    up = scale(ys, top + height - BOTTOM, top + TOP)
+    x_pixels = scale(xs, left + LEFT, left + width - RIGHT)
+    y_pixels = scale(ys, top + height - BOTTOM, top + TOP)
     draw.text((left + width / 2, top + 8), title, "black", anchor="ma")
     box = (left + LEFT - 8, top + TOP - 8, left + width - RIGHT + 8, top + height - BOTTOM + 8)
     draw.rectangle(box, outline="grey")
     draw.text((left + width / 2, top + height - 18), x_label, "black", anchor="ma")
-    placed, start = list(zip(across, up, strict=True)), 0
-    for place, ((name, line), colour) in enumerate(zip(lines.items(), COLOURS, strict=False)):
-        mine, start = placed[start : start + len(line)], start + len(line)
-        draw.line(mine, colour, 2)
-        for x, y in mine:
+    pixels, start = list(zip(x_pixels, y_pixels, strict=True)), 0
+    for number, ((name, line), colour) in enumerate(zip(lines.items(), COLOURS, strict=False)):
+        line_pixels, start = pixels[start : start + len(line)], start + len(line)
+        draw.line(line_pixels, colour, 2)
+        for x, y in line_pixels:
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        draw.text((left + width - RIGHT, top + TOP + 12 * place), name, colour, anchor="ra")
-    free = left + width
-    for value, x in sorted(zip(xs, across, strict=True), reverse=True):  # the last has its label
+        draw.text((left + width - RIGHT, top + TOP + 12 * number), name, colour, anchor="ra")
+    free = left + width  # right end of the room for the next number
+    # From right to left, so that the last number always has room.
+    for value, x in sorted(zip(xs, x_pixels, strict=True), reverse=True):
         if x <= free:
             draw.text((x, top + height - BOTTOM + 10), f"{value:.4g}", "black", anchor="ma")
             free = x - LABEL
-    for value, y in {min(ys): max(up), max(ys): min(up)}.items():
+    for value, y in {min(ys): max(y_pixels), max(ys): min(y_pixels)}.items():
         draw.text((left + LEFT - 12, y), f"{value:.5g}", "black", anchor="rm")
 
 
 def scale(values: Sequence[float], low: float, high: float) -> list[float]:
-    """Values mapped linearly so that the least is at `low` and the greatest at `high`."""
+    """Map values linearly, the smallest to `low` and the largest to `high`; equal ones between."""
     least, spread = min(values), max(values) - min(values)
     return [low + (high - low) * ((value - least) / spread if spread else 0.5) for value in values]

@@ -1,6 +1,6 @@
-"""What `tf-lightning predict` writes: captions for held-out pictures, or pictures for captions.
+"""Output of `tf-lightning predict`: captions of validation images, or images of their captions.
 
-Any number of ranks may write, and a run that was stopped goes on where it was, with as many ranks.
+Any number of ranks may write. A run that was stopped continues, also with another number of ranks.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
 from torch import Tensor
 
 from callbacks.results import run_folder
@@ -25,16 +26,16 @@ from tf_lightning.generation.sampling import SamplingConfig
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Answers each captioned picture and appends a line to `predict/<output_modality>-<rank>.jsonl`.
+    """Writes a line to `predict/<output_modality>-<rank>.jsonl` for each captioned image.
 
-    With "text", a picture is answered with a caption, beside the document's own; with "image", a
-    caption is answered with a picture, in `predict/images/`. Documents that any rank has answered
-    before, with the same checkpoint and settings, are left out.
+    With "text", it generates a caption for the image; the line has it beside the document's own
+    caption. With "image", it generates an image for the caption and writes it to `predict/images/`.
+    Documents that any rank has answered before with the same checkpoint and options are skipped.
 
     Args:
         output_modality: "text" for captions, "image" for images.
         sampling: how they are sampled.
-        seed: with the document, names a picture's first noise.
+        seed: seed of the samples, together with the content of each document.
     """
 
     def __init__(
@@ -47,12 +48,12 @@ class PredictionWriter(BasePredictionWriter):
         self.output_modality, self.sampling, self.seed = output_modality, sampling, seed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a sampler that does not fit."""
+        """Check the sampling options against the model."""
         if self.output_modality == "image":
             self.sampling = resolve_sampling(self.sampling, pl_module)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See what is there; leave out of this rank's file what another run wrote."""
+        """Read the existing lines; remove lines of other runs from this rank's file."""
         self.pipe = TransfusionPipeline.from_module(pl_module)
         self.folder = run_folder(trainer)
         checkpoint = Path(trainer.ckpt_path)
@@ -60,12 +61,12 @@ class PredictionWriter(BasePredictionWriter):
         settings = (str(checkpoint), checkpoint.stat().st_mtime_ns, used, self.seed)
         self.run = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
         self.path = self.folder / f"{self.output_modality}-{trainer.global_rank}.jsonl"
-        mine = lines_of(self.path, self.run) if self.path.exists() else []
+        kept = read_lines(self.path, self.run) if self.path.exists() else []
         with atomic_file(self.path) as file:
-            file.write_text("".join(json.dumps(line) + "\n" for line in mine))
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         files = self.folder.glob(f"{self.output_modality}-*.jsonl")
-        self.written = {line["key"] for file in files for line in lines_of(file, self.run)}
-        self.found = len(self.written)
+        self.done = {line["key"] for file in files for line in read_lines(file, self.run)}
+        self.num_found = len(self.done)
 
     def write_on_batch_end(
         self,
@@ -77,25 +78,25 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Answer the batch's captioned pictures, one line each."""
+        """Answer the captioned images of a batch and append one line for each."""
         pairs = [sorted(document, key=lambda part: part.ndim) for document in prediction]
         pairs = [pair for pair in pairs if [part.ndim for part in pair] == [1, 3]]
-        missing = {key: pair for pair in pairs if (key := key_of(pair)) not in self.written}
+        missing = {key: pair for pair in pairs if (key := document_key(pair)) not in self.done}
         captions, images = zip(*missing.values(), strict=True) if missing else ((), ())
         if self.output_modality == "text":
             answers = self.generate(images, missing).texts
         else:
             generated = self.generate(captions, missing).images
-            answers = [self._keep(key, i) for key, i in zip(missing, generated, strict=True)]
+            answers = [self._save_image(key, i) for key, i in zip(missing, generated, strict=True)]
         with self.path.open("a") as file:
             for key, caption, answer in zip(missing, captions, answers, strict=True):
                 own = self.pipe.model.tokenizer.decode(caption.tolist()).strip()
                 line = {"key": key, "run": self.run, "caption": own, "answer": answer}
                 file.write(json.dumps(line) + "\n")
-        self.written |= missing.keys()
+        self.done |= missing.keys()
 
     def generate(self, prompts: Sequence[Tensor], keys: Iterable[str]) -> GenerationOutput:
-        """Answer prompts of one part each, each with the seed of its document's key."""
+        """Answer prompts of one part each, with a seed from each document's key."""
         return self.pipe(
             [[prompt] for prompt in prompts],
             output_modality=self.output_modality,
@@ -105,29 +106,29 @@ class PredictionWriter(BasePredictionWriter):
             sampling=self.sampling,
         )
 
-    def _keep(self, key: str, picture) -> str:
-        """Write a picture; its name."""
+    def _save_image(self, key: str, image: Image.Image) -> str:
+        """Write an image; return its path relative to the folder."""
         (self.folder / "images").mkdir(exist_ok=True)
         with atomic_file(self.folder / "images" / f"{key}.png") as file:
-            picture.save(file, format="PNG")
+            image.save(file, format="PNG")
         return f"images/{key}.png"
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where it is."""
-        new = len(self.written) - self.found
-        rank_zero_info(f"Wrote {new} lines to {self.path}; {self.found} were there already")
+        """Report the file and the number of lines."""
+        new = len(self.done) - self.num_found
+        rank_zero_info(f"Wrote {new} lines to {self.path}; {self.num_found} were already there")
 
 
-def key_of(document: Document) -> str:
-    """Names a document by its content, on whatever rank it is met."""
+def document_key(document: Document) -> str:
+    """Return 16 hexadecimal digits that identify a document by its content."""
     sha = hashlib.sha256()
     for part in document:
         sha.update(part.cpu().to(torch.float64).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
-def lines_of(file: Path, run: str) -> list[dict[str, str]]:
-    """The whole lines of a file that a run wrote; a killed run may leave half of one."""
+def read_lines(file: Path, run: str) -> list[dict[str, str]]:
+    """Read the lines of a run; skip an incomplete line that a killed run left."""
     lines = []
     for text in file.read_text().splitlines():
         try:

@@ -1,4 +1,4 @@
-"""What a model is asked at validation: captions to draw, true pictures to compare and caption."""
+"""Prompt sets of an evaluation: captions to generate images for, real images to caption."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,27 +18,27 @@ from tf_lightning.shapes.oracle import read
 from tf_lightning.shapes.sources import scene_image
 from tf_lightning.shapes.world import Meaning, draw_scene, generator, place
 
-SEED_OFFSET = 2_000  # these pictures are neither the validation's nor the final report's
+SEED_OFFSET = 2_000  # separates these images from those of validation and of the final report
 
-OpenPicture = Callable[[], Image.Image]
+OpenImage = Callable[[], Image.Image]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question: words to draw, and where there is one the true picture with its captions."""
+    """A caption to generate an image for, and optionally its real image with all its captions."""
 
     text: str
-    picture: OpenPicture | None = None
+    image: OpenImage | None = None
     references: tuple[str, ...] = ()
-    about: Any = None  # what its set and the measures made for that set know of it
-    metadata: dict = field(default_factory=dict)  # as the set's file has it
+    about: Any = None  # facts for the prompt set's `judge` methods and for its own metrics
+    metadata: dict = field(default_factory=dict)  # the prompt's entry in the set's file
 
 
 class PromptSet(ABC):
-    """Fixed prompts in a fixed order, and the real pictures that drawn ones are compared with.
+    """Fixed prompts in a fixed order, and the real images to compare generated images with.
 
-    `facts` are the `dataset` and how its pictures came to their size, `resize`; `image_size` is the
-    side of the real pictures, to which drawn ones are resized (None: neither is resized).
+    `facts` hold the name of the `dataset` and how its images were resized (`resize`). `image_size`
+    is the side of the real images; generated images are resized to it (None: neither is resized).
     """
 
     facts: dict[str, str | int]
@@ -46,33 +46,37 @@ class PromptSet(ABC):
 
     @abstractmethod
     def prompts(self, data: L.LightningDataModule) -> Sequence[Prompt]:
-        """The prompts; `data` is the run's.
+        """Return the prompts.
+
+        Args:
+            data: data module of the run.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there are no prompts.
         """
 
     @abstractmethod
-    def real_pictures(self, data: L.LightningDataModule) -> Sequence[OpenPicture]:
-        """The pictures that the distribution of drawn ones is compared with."""
+    def real_images(self, data: L.LightningDataModule) -> Sequence[OpenImage]:
+        """Return the images whose distribution is compared with that of the generated images."""
 
-    def judge(self, prompt: Prompt, picture: Image.Image) -> bool | None:
-        """Whether a drawn picture is right; None where nobody can tell."""
+    def judge(self, prompt: Prompt, image: Image.Image) -> bool | None:
+        """Whether a generated image is right; None if that cannot be judged."""
         return None
 
-    def judge_words(self, prompt: Prompt, words: str) -> bool | None:
-        """Whether a written caption is right; None where nobody can tell."""
+    def judge_caption(self, prompt: Prompt, caption: str) -> bool | None:
+        """Whether a generated caption is right; None if that cannot be judged."""
         return None
 
 
 class ShapesPrompts(PromptSet):
-    """The embedded world: captions of scenes, those with two objects of held-out meanings only.
+    """Captions of the embedded world; scenes with two objects have held-out meanings only.
 
     Args:
-        count: prompts.
-        real_per_prompt: real pictures of each prompt's meaning, at other places and sizes. With
-            the meanings the same, FID tells errors of drawing from the luck of the draw.
-        seed: of the scenes, >= 0.
+        count: number of prompts.
+        real_per_prompt: real images of each prompt's meaning, at other positions and sizes. Since
+            their meanings are those of the prompts, FID measures the quality of the images and not
+            the random choice of meanings.
+        seed: seed of the scenes, >= 0.
     """
 
     image_size = None
@@ -80,7 +84,8 @@ class ShapesPrompts(PromptSet):
     def __init__(self, count: int = 128, real_per_prompt: int = 8, seed: int = 0):
         if min(count, real_per_prompt) < 1:
             raise UserError(
-                f"count={count} and real_per_prompt={real_per_prompt} ask nothing; give 1 or more"
+                f"count={count} and real_per_prompt={real_per_prompt} are out of range; give 1 or "
+                "more of each"
             )
         self.count, self.real_per_prompt, self.seed = count, real_per_prompt, seed
         self.facts = {
@@ -90,40 +95,38 @@ class ShapesPrompts(PromptSet):
         }
 
     def prompts(self, data: L.LightningDataModule | None = None) -> list[Prompt]:
-        """A caption of each scene, its picture, and every wording of its meaning."""
-        asked = []
+        """Return a caption of each scene, with its image and all captions of its meaning."""
+        found = []
         for index in range(self.count):
             rng = generator(SEED_OFFSET + self.seed, index, "val")
             scene = draw_scene(rng, split="val")
-            words = captions(scene.meaning)
-            asked.append(
-                Prompt(caption(scene, rng), partial(scene_image, scene), words, scene.meaning)
-            )
-        return asked
+            text, image = caption(scene, rng), partial(scene_image, scene)
+            found.append(Prompt(text, image, captions(scene.meaning), scene.meaning))
+        return found
 
-    def real_pictures(self, data: L.LightningDataModule | None = None) -> list[OpenPicture]:
-        """Other pictures of the prompts' meanings."""
+    def real_images(self, data: L.LightningDataModule | None = None) -> list[OpenImage]:
+        """Return other images of the prompts' meanings."""
         meanings = [prompt.about for prompt in self.prompts()] * self.real_per_prompt
         return [partial(self._real, meaning, index) for index, meaning in enumerate(meanings)]
 
     def _real(self, meaning: Meaning, index: int) -> Image.Image:
         return scene_image(place(meaning, generator(SEED_OFFSET + self.seed, index, "train")))
 
-    def judge(self, prompt: Prompt, picture: Image.Image) -> bool:
-        """As the oracle reads it."""
-        return read(np.asarray(picture.convert("RGB"))).meaning == prompt.about
+    def judge(self, prompt: Prompt, image: Image.Image) -> bool:
+        """Whether the oracle reads the prompt's meaning from the image."""
+        return read(np.asarray(image.convert("RGB"))).meaning == prompt.about
 
-    def judge_words(self, prompt: Prompt, words: str) -> bool:
-        """As the grammar reads them."""
-        return parse(words) == prompt.about
+    def judge_caption(self, prompt: Prompt, caption: str) -> bool:
+        """Whether the caption has the prompt's meaning."""
+        return parse(caption) == prompt.about
 
 
 class HeldOut(PromptSet):
-    """Captioned pictures that a source of the run's data keeps from training.
+    """Captioned images from the validation split of one of the run's data sources.
 
     Args:
-        source: its name in the data's `sources`.
-        count: prompts, the first of the split; fewer where it has fewer.
+        source: name of the source in the data's `sources`.
+        count: number of prompts, from the start of the split; all of a smaller split.
     """
 
     image_size = None
@@ -133,48 +136,46 @@ class HeldOut(PromptSet):
         self.facts = {"dataset": f"{source} held-out", "resize": "as trained on"}
 
     def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
-        """Each picture with its one caption."""
+        """Return the caption of each image with the image."""
         if self.source not in data.sources:
             raise UserError(
                 f"the data has no source {self.source!r}; name one of {', '.join(data.sources)}"
             )
-        pairs = [*islice(captioned(data.sources[self.source], "val"), self.count)]
+        pairs = [*islice(caption_pairs(data.sources[self.source], "val"), self.count)]
         if not pairs:
             raise UserError(
-                f"source {self.source!r} holds no captioned picture out; give it a validation split"
+                f"source {self.source!r} has no captioned image in its validation split; hold some "
+                "out or name another source"
             )
-        return [Prompt(words, partial(as_it_is, true), (words,)) for words, true in pairs]
+        return [Prompt(text, partial(as_image, image), (text,)) for text, image in pairs]
 
-    def real_pictures(self, data: L.LightningDataModule) -> list[OpenPicture]:
-        """All pictures of the split."""
-        return [partial(as_it_is, p) for _, p in captioned(data.sources[self.source], "val")]
-
-
-def as_it_is(picture: Image.Image | np.ndarray) -> Image.Image:
-    """A picture that is in memory already."""
-    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    def real_images(self, data: L.LightningDataModule) -> list[OpenImage]:
+        """Return all images of the split."""
+        pairs = caption_pairs(data.sources[self.source], "val")
+        return [partial(as_image, image) for _, image in pairs]
 
 
-def captioned(source: Source, split: Split) -> Iterator[tuple[str, Image.Image]]:
-    """Caption and picture of the documents that are just these."""
+def as_image(image: Image.Image | np.ndarray) -> Image.Image:
+    """Convert an array to an image; return an image unchanged."""
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
+def caption_pairs(source: Source, split: Split) -> Iterator[tuple[str, Image.Image]]:
+    """Yield (caption, image) of every document that consists of one text and one image."""
     for document in source.documents(split):
-        kinds = sorted(isinstance(part, str) for part in document_parts(document))
-        if kinds == [False, True]:
-            words, true = sorted(document, key=lambda part: not isinstance(part, str))
-            yield words, as_it_is(true)
+        parts: RawDocument = [] if isinstance(document, Skipped) else document
+        if sorted(isinstance(part, str) for part in parts) == [False, True]:
+            text, image = sorted(parts, key=lambda part: not isinstance(part, str))
+            yield text, as_image(image)
 
 
-def document_parts(document: RawDocument | Skipped) -> RawDocument:
-    """The parts of a document; none of one that is skipped."""
-    return [] if isinstance(document, Skipped) else document
-
-
-def square(picture: Image.Image, side: int) -> Image.Image:
-    """A picture centre cropped along its longer edge, then resized by Lanczos to side x side."""
-    if picture.size == (side, side):
-        return picture
-    short = min(picture.size)
-    left, top = (picture.width - short) // 2, (picture.height - short) // 2
-    # Cropped first: Pillow's own `box`, as in ImageOps.fit, lets what lies outside shine through.
-    cropped = picture.crop((left, top, left + short, top + short))
+def square(image: Image.Image, side: int) -> Image.Image:
+    """Centre crop an image along its longer edge and resize it to side x side with Lanczos."""
+    if image.size == (side, side):
+        return image
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    # Crop first: with Pillow's `box` argument, as in ImageOps.fit, the filter at the border also
+    # uses pixels outside the box.
+    cropped = image.crop((left, top, left + short, top + short))
     return cropped.resize((side, side), Image.Resampling.LANCZOS)

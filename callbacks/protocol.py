@@ -1,4 +1,4 @@
-"""`metrics.json`: every number with everything it depends on."""
+"""`metrics.json`: every metric value with everything it depends on."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ PACKAGES = (
     *("torch", "lightning", "torchmetrics", "torch-fidelity", "open_clip_torch"),
     *("diffusers", "pillow", "tf-lightning"),
 )
-TOLD = {  # a table's heading: the key in a protocol
+COLUMNS = {  # heading in the printed table: key in a protocol
     "prompts": "num_prompts",
     "weights": "weights",
     "guidance": "guidance_scale",
@@ -35,7 +35,7 @@ TOLD = {  # a table's heading: the key in a protocol
 
 @dataclass(frozen=True)
 class MetricRecord:
-    """A measured value."""
+    """A metric value with its name and its protocol: everything that the value depends on."""
 
     name: str
     value: float
@@ -43,43 +43,38 @@ class MetricRecord:
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of the prompts' texts, a line each."""
+    """Return the first 12 hexadecimal digits of the SHA-256 of the prompts' texts, one a line."""
     text = "\n".join(prompt.text for prompt in prompts)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def installed_version(package: str) -> str | None:
-    """None of what is not installed, as a checkout that is merely on Python's path."""
+    """Return the version of a package; None if it is not installed, such as an unbuilt checkout."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def versions() -> dict[str, str | None]:
-    """What the libraries are, and we."""
-    return {name: installed_version(name) for name in PACKAGES}
-
-
-def write_numbers(
-    path: Path, numbers: Sequence[MetricRecord], *, checkpoint: str | None, global_step: int
+def write_records(
+    path: Path, records: Sequence[MetricRecord], *, checkpoint: str | None, global_step: int
 ) -> None:
-    """Writes the file whole or not at all.
+    """Write records as a JSON file with the checkpoint and the versions of the libraries.
 
     Args:
-        path: of the JSON file; its folder is made.
-        numbers: those that are not finite become null, since JSON has no NaN; what was measured.
-        checkpoint: file that the weights were read from; None while training.
-        global_step: optimizer steps that made the weights.
+        path: file to write; its folder is created.
+        records: the records; values that are not finite become null, since JSON has no NaN.
+        checkpoint: file of the weights; None during training.
+        global_step: optimizer steps of the weights.
     """
     content = {
         "checkpoint": checkpoint and Path(checkpoint).name,
         "checkpoint_hash": file_hash(checkpoint) if checkpoint else None,
         "global_step": global_step,
-        "versions": versions(),
+        "versions": {name: installed_version(name) for name in PACKAGES},
         "numbers": [
-            vars(number) | {"value": number.value if math.isfinite(number.value) else None}
-            for number in numbers
+            vars(record) | {"value": record.value if math.isfinite(record.value) else None}
+            for record in records
         ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,12 +82,18 @@ def write_numbers(
         file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def save_numbers(
-    trainer: L.Trainer, module: L.LightningModule, numbers: Sequence[MetricRecord], tag: str = "val"
+def save_records(
+    trainer: L.Trainer, module: L.LightningModule, records: Sequence[MetricRecord], tag: str = "val"
 ) -> None:
-    """Write what a validation measured, a file a step while training; else tell it, too.
+    """Write the records of a validation: one file a step in `fit`, `metrics.json` otherwise.
 
-    To be called on every rank; rank zero writes.
+    Outside `fit` the records are also printed. Call it on every rank; rank zero writes.
+
+    Args:
+        trainer: trainer of the run.
+        module: module that was evaluated.
+        records: records of all metrics.
+        tag: part of the file name that distinguishes several evaluations of a run.
     """
     folder = run_folder(trainer)
     if not trainer.is_global_zero:
@@ -100,29 +101,30 @@ def save_numbers(
     step = trainer.global_step or module.loaded_step
     if trainer.state.fn == "fit":
         path = folder / f"metrics/step{step:07d}-{tag}.json"
-        write_numbers(path, numbers, checkpoint=None, global_step=step)
+        write_records(path, records, checkpoint=None, global_step=step)
         return
     path = folder / ("metrics.json" if tag == "val" else f"metrics-{tag}.json")
-    write_numbers(path, numbers, checkpoint=trainer.ckpt_path, global_step=step)
-    print_numbers(numbers)
+    write_records(path, records, checkpoint=trainer.ckpt_path, global_step=step)
+    print_records(records)
     rank_zero_info(f"Wrote {path}")
 
 
-def print_numbers(numbers: Sequence[MetricRecord]) -> None:
-    """One table of names and values; below it how the samples were made, or beside where it varies.
+def print_records(records: Sequence[MetricRecord]) -> None:
+    """Print a table of names and values.
 
-    (A sweep varies the guidance. What is the same in every row would leave no room for the names.)
+    A setting that varies between records has a column (in a sweep, the guidance scale). Settings
+    that are equal for all records are printed once in the caption, to leave room for the names.
     """
-    told = {
-        heading: [str(number.protocol.get(key, "")) for number in numbers]
-        for heading, key in TOLD.items()
+    settings = {
+        heading: [str(record.protocol.get(key, "")) for record in records]
+        for heading, key in COLUMNS.items()
     }
-    said = {heading: {*column} - {""} for heading, column in told.items()}
-    varies = [heading for heading, values in said.items() if len(values) > 1]
-    common = [f"{heading} {values.pop()}" for heading, values in said.items() if len(values) == 1]
-    whole = [Column(heading, no_wrap=True) for heading in ("number", "value")]
-    table = Table(*whole, *varies, caption=", ".join(common))
-    for row, number in enumerate(numbers):
-        more = [told[heading][row] for heading in varies]
-        table.add_row(escape(number.name), f"{number.value:.6g}", *more)
+    values = {heading: {*column} - {""} for heading, column in settings.items()}
+    varying = [heading for heading, found in values.items() if len(found) > 1]
+    common = [f"{heading} {found.pop()}" for heading, found in values.items() if len(found) == 1]
+    fixed = [Column(heading, no_wrap=True) for heading in ("metric", "value")]
+    table = Table(*fixed, *varying, caption=", ".join(common))
+    for row, record in enumerate(records):
+        more = [settings[heading][row] for heading in varying]
+        table.add_row(escape(record.name), f"{record.value:.6g}", *more)
     Console().print(table)

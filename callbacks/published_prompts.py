@@ -1,4 +1,4 @@
-"""Prompt sets of published protocols, read from local copies in the layout they are shared in."""
+"""Prompt sets of published protocols, read from local copies in their original layout."""
 
 import json
 import random
@@ -10,26 +10,26 @@ from typing import Literal
 import lightning as L
 from PIL import Image
 
-from callbacks.prompts import OpenPicture, Prompt, PromptSet, square
+from callbacks.prompts import OpenImage, Prompt, PromptSet, square
 from evaluation.composition import read_prompts
 from tf_lightning.errors import UserError
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 class CocoPrompts(PromptSet):
-    """COCO val2014: random captions to draw, compared with the validation pictures.
+    """COCO val2014: images generated from random captions, compared with the validation images.
 
-    `root`/annotations/captions_val2014.json and `root`/val2014/COCO_val2014_*.jpg, as COCO's own
-    archives unpack. Captions are drawn without replacement from all 202,654.
+    It reads `root`/annotations/captions_val2014.json and `root`/val2014/COCO_val2014_*.jpg, the
+    layout of COCO's own archives. Captions are drawn without replacement from all 202,654.
 
     Args:
-        root: folder of the two.
-        count: captions.
-        real: "all" pictures of the folder (40,504; GigaGAN's script), or "matched", those of the
-            captions drawn (the DALL-E and Imagen tradition).
-        image_size: real and drawn pictures are centre cropped and resized to it by Lanczos.
-        seed: of the choice of captions.
+        root: folder with annotations/ and val2014/.
+        count: number of captions.
+        real: "all" images of the folder (40,504; as in GigaGAN's script), or "matched": the images
+            of the drawn captions (as in DALL-E and Imagen).
+        image_size: real and generated images are centre cropped and resized to it with Lanczos.
+        seed: seed of the choice of captions.
     """
 
     def __init__(
@@ -48,42 +48,45 @@ class CocoPrompts(PromptSet):
         }
 
     def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
-        """The captions drawn, each with its picture and all captions of that picture."""
+        """Draw captions, each with its image and all captions of that image."""
         content = read_json(self.root / "annotations" / "captions_val2014.json")
         files = {image["id"]: image["file_name"] for image in content["images"]}
-        told: dict[int, list[str]] = {}
-        for note in content["annotations"]:
-            told.setdefault(note["image_id"], []).append(note["caption"].strip())
-        notes = sorted(content["annotations"], key=lambda note: note["id"])
-        if len(notes) < self.count:
-            raise UserError(f"{self.root} has {len(notes)} captions; give a count of at most that")
+        captions: dict[int, list[str]] = {}
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
+        annotations = sorted(content["annotations"], key=lambda annotation: annotation["id"])
+        if len(annotations) < self.count:
+            raise UserError(
+                f"{self.root} has {len(annotations)} captions, fewer than count={self.count}; "
+                "lower count"
+            )
         return [
             Prompt(
-                note["caption"].strip(),
-                self._open(self.root / "val2014" / files[note["image_id"]]),
-                tuple(told[note["image_id"]]),
+                annotation["caption"].strip(),
+                self._open(self.root / "val2014" / files[annotation["image_id"]]),
+                tuple(captions[annotation["image_id"]]),
             )
-            for note in random.Random(self.seed).sample(notes, self.count)
+            for annotation in random.Random(self.seed).sample(annotations, self.count)
         ]
 
-    def real_pictures(self, data: L.LightningDataModule) -> list[OpenPicture]:
-        """All pictures of the folder, or one for each caption."""
+    def real_images(self, data: L.LightningDataModule) -> list[OpenImage]:
+        """Return all images of the folder, or the image of each drawn caption."""
         if self.real == "all":
-            return [self._open(path) for path in picture_files(self.root / "val2014")]
-        return [prompt.picture for prompt in self.prompts(data)]
+            return [self._open(path) for path in image_files(self.root / "val2014")]
+        return [prompt.image for prompt in self.prompts(data)]
 
-    def _open(self, path: Path) -> OpenPicture:
-        return partial(open_picture, path, self.image_size)
+    def _open(self, path: Path) -> OpenImage:
+        return partial(open_image, path, self.image_size)
 
 
 class KarpathyPrompts(PromptSet):
-    """Karpathy's split of COCO: pictures to caption, with their five captions.
+    """Karpathy's split of COCO: images to caption, each with five reference captions.
 
     Args:
-        annotations: his dataset_coco.json.
-        images: folder with val2014/ in it (and train2014/ for some splits).
-        split: "test" (5,000 pictures), "val", "train" or "restval".
-        count: the first pictures of the split; None: all.
+        annotations: the file dataset_coco.json.
+        images: folder with val2014/, and with train2014/ for the splits that use it.
+        split: "test" (5,000 images), "val", "train" or "restval".
+        count: number of images, from the start of the split; None: all.
     """
 
     image_size = None
@@ -96,31 +99,34 @@ class KarpathyPrompts(PromptSet):
         self.facts = {"dataset": f"coco karpathy {split}", "resize": "as the model reads"}
 
     def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
-        """The pictures of the split with their captions, the first of which is the text."""
+        """Return the images of the split with their captions; the first caption is the text."""
         images = [i for i in read_json(self.annotations)["images"] if i["split"] == self.split]
         if not images:
-            raise UserError(f"{self.annotations} has no picture in its split {self.split!r}")
-        asked = []
+            raise UserError(
+                f"{self.annotations} has no image in the split {self.split!r}; name another split"
+            )
+        found = []
         for image in images[: self.count]:
-            told = tuple(sentence["raw"].strip() for sentence in image["sentences"])
+            captions = tuple(sentence["raw"].strip() for sentence in image["sentences"])
             path = self.images / image["filepath"] / image["filename"]
-            asked.append(Prompt(told[0], partial(open_picture, path, None), told))
-        return asked
+            found.append(Prompt(captions[0], partial(open_image, path, None), captions))
+        return found
 
-    def real_pictures(self, data: L.LightningDataModule) -> list[OpenPicture]:
-        """The split's."""
-        return [prompt.picture for prompt in self.prompts(data)]
+    def real_images(self, data: L.LightningDataModule) -> list[OpenImage]:
+        """Return the images of the split."""
+        return [prompt.image for prompt in self.prompts(data)]
 
 
 class ImageNetPrompts(PromptSet):
-    """ImageNet's classes by name, as MonoFormer is asked for them; no pictures to caption.
+    """ImageNet's classes by name, with MonoFormer's prompt; there are no images to caption.
 
     Args:
-        synsets: LOC_synset_mapping.txt, a line "n01440764 tench, Tinca tinca" a class.
-        images: folder of real pictures, a folder a class.
-        per_class: drawn pictures of each class; 50 of 1000 classes make the usual 50,000.
-        template: around the class's first name.
-        image_size: real and drawn pictures are centre cropped and resized to it by Lanczos.
+        synsets: the file LOC_synset_mapping.txt, with a line "n01440764 tench, Tinca tinca" for
+            each class.
+        images: folder of real images, with a folder for each class.
+        per_class: generated images of each class; 50 of 1000 classes make the usual 50,000.
+        template: prompt, in which {} is replaced by the first name of the class.
+        image_size: real and generated images are centre cropped and resized to it with Lanczos.
     """
 
     def __init__(
@@ -139,24 +145,26 @@ class ImageNetPrompts(PromptSet):
         }
 
     def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
-        """Every class in turn, `per_class` times."""
+        """Return the prompts of all classes, `per_class` times."""
         lines = read_text(self.synsets).splitlines()
         names = [line.split(" ", 1)[1].split(",")[0].strip() for line in lines if " " in line]
         if not names:
-            raise UserError(f"{self.synsets} names no class; it needs lines 'n01440764 tench'")
+            raise UserError(
+                f"{self.synsets} has no class; it needs lines such as 'n01440764 tench'"
+            )
         return [Prompt(self.template.format(name)) for name in names] * self.per_class
 
-    def real_pictures(self, data: L.LightningDataModule) -> list[OpenPicture]:
-        """Every picture of every class."""
-        return [partial(open_picture, path, self.image_size) for path in picture_files(self.images)]
+    def real_images(self, data: L.LightningDataModule) -> list[OpenImage]:
+        """Return all images of all classes."""
+        return [partial(open_image, path, self.image_size) for path in image_files(self.images)]
 
 
 class GenEvalPrompts(PromptSet):
-    """GenEval's 553 prompts, four pictures each, for `callbacks.geneval.GenEvalFolder`.
+    """GenEval's 553 prompts with four images each, for `callbacks.geneval.GenEvalFolder`.
 
     Args:
-        file: its evaluation_metadata.jsonl.
-        copies: pictures of each prompt.
+        file: the file evaluation_metadata.jsonl.
+        copies: number of images of each prompt.
     """
 
     image_size = None
@@ -166,43 +174,51 @@ class GenEvalPrompts(PromptSet):
         self.facts = {"dataset": "geneval", "resize": "none"}
 
     def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
-        """Each prompt, `copies` times in a row."""
-        read_text(self.file)
+        """Return each prompt `copies` times in a row."""
+        read_text(self.file)  # raises the error for an unreadable file
         return [
             Prompt(metadata["prompt"], about=(number, self.copies), metadata=metadata)
             for number, metadata in enumerate(read_prompts(self.file))
             for _ in range(self.copies)
         ]
 
-    def real_pictures(self, data: L.LightningDataModule) -> list[OpenPicture]:
-        """There are none."""
+    def real_images(self, data: L.LightningDataModule) -> list[OpenImage]:
+        """Return no images: GenEval does not compare distributions."""
         return []
 
 
-def open_picture(path: Path, image_size: int | None) -> Image.Image:
-    """An RGB picture, centre cropped to a square and resized by Lanczos; None: as it is.
+def open_image(path: Path, image_size: int | None) -> Image.Image:
+    """Open an RGB image; centre crop and resize it with Lanczos if `image_size` is given.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         with Image.open(path) as file:
-            picture = file.convert("RGB")
+            image = file.convert("RGB")
     except OSError as error:
-        raise UserError(f"{path} is no readable picture; complete the local copy") from error
-    return picture if image_size is None else square(picture, image_size)
+        raise UserError(f"{path} cannot be read as an image; complete the local copy") from error
+    return image if image_size is None else square(image, image_size)
 
 
-def picture_files(folder: Path) -> Sequence[Path]:
-    """The pictures in a folder and its folders, by name."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+def image_files(folder: Path) -> Sequence[Path]:
+    """List the image files in a folder and its subfolders, sorted by path.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise UserError(f"there are no pictures in {folder}; give the folder of a local copy")
+        raise UserError(f"there are no images in {folder}; give the folder of a local copy")
     return found
 
 
 def read_text(path: Path) -> str:
-    """A text file's content."""
+    """Read a text file.
+
+    Raises:
+        UserError: the file is missing or not text.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -210,7 +226,11 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file's content."""
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or not JSON.
+    """
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:

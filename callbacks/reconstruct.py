@@ -1,4 +1,4 @@
-"""How well an autoencoder reconstructs held-out pictures: PSNR, SSIM, rFID, a grid, codes used."""
+"""Metrics of an autoencoder on validation images: PSNR, SSIM, rFID and the use of its codes."""
 
 import lightning as L
 import torch
@@ -8,7 +8,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from torchvision.utils import make_grid
 
 from callbacks.metrics import load_extractor
-from callbacks.protocol import MetricRecord, save_numbers
+from callbacks.protocol import MetricRecord, save_records
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
 from tf_lightning.autoencoder.losses import code_perplexity
@@ -17,25 +17,27 @@ from tf_lightning.errors import UserError
 from tf_lightning.training.autoencoder import AutoencoderModule, Reconstruction
 
 DEFINITIONS = {
-    "psnr": "dB, mean over pictures, values in [-1, 1] clipped",
-    "ssim": "Gaussian window of 11, values in [-1, 1] clipped",
-    "code_use": "share of all codes that occur in the pictures",
-    "code_perplexity": "exp(entropy) of the codes' frequencies in the pictures",
-    "dead_codes": "codes that do not occur in the pictures",
+    "psnr": "dB, mean over images, values clipped to [-1, 1]",
+    "ssim": "Gaussian window of 11, values clipped to [-1, 1]",
+    "code_use": "share of all codes that occur in the images",
+    "code_perplexity": "exp(entropy) of the code frequencies in the images",
+    "dead_codes": "number of codes that do not occur in the images",
 }
 
 
 class Reconstruct(L.Callback):
-    """Logs `val/psnr`, `val/ssim`, `val/rfid[<extractor>]`, and a VQ's `val/code_use` and so on.
+    """Logs `val/psnr`, `val/ssim` and `val/rfid[<extractor>]`.
 
-    TensorBoard shows pictures over their reconstructions. `validate` and `test` print a table and
+    For a VQ autoencoder it also logs `val/code_use`, `val/code_perplexity` and `val/dead_codes`.
+    TensorBoard shows images above their reconstructions. `validate` and `test` print a table and
     write `metrics.json`; `fit` writes `metrics/step<N>-val.json`.
 
     Args:
-        extractor: network of the rFID: "shapes" for the embedded world's own, "inception", or an
-            open_clip model; null measures none.
-        weights: file of Inception's weights, or tag or file of open_clip's; null: as they come.
-        num_shown: pictures in the grid, at most a batch.
+        extractor: network of the rFID: "shapes" for the CLIP of the embedded world, "inception", or
+            an open_clip model; null: no rFID.
+        weights: file of Inception's weights, or tag or file of the open_clip model's; null: the
+            default weights.
+        num_shown: images in the grid, at most a batch.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class Reconstruct(L.Callback):
         self.scores: ImageScores | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Load the extractor now: what is absent is told before hours of training."""
+        """Load the extractor, so that missing weights are reported before training."""
         self.psnr = PeakSignalNoiseRatio((-1.0, 1.0), reduction="elementwise_mean", dim=(1, 2, 3))
         self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
         if self.extractor is None:
@@ -57,14 +59,14 @@ class Reconstruct(L.Callback):
         self.scores = ImageScores(extractor, [FID(extractor, f"rfid[{self.extractor}]")])
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
-        """Forget the last validation."""
+        """Reset all metrics."""
         for metric in (self.psnr, self.ssim, self.scores):
             if metric is not None:
                 metric.to(pl_module.device)
                 metric.reset()
         num_codes = pl_module.config.num_codes
         self.counts = num_codes and torch.zeros(num_codes, device=pl_module.device)
-        self.num_pictures = 0
+        self.num_images = 0
 
     def on_validation_batch_end(
         self,
@@ -75,34 +77,36 @@ class Reconstruct(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take what counts of a batch; show the first."""
+        """Add the images of a batch that are not padding; show the first batch."""
         counted = batch.rows >= 0
-        images, made = batch.images[counted], outputs.images[counted].float()
-        self.num_pictures += len(images)
+        images = batch.images[counted]
+        reconstructed = outputs.images[counted].float()
+        self.num_images += len(images)
         if not len(images):
             return
-        self.psnr.update(made, images)
-        self.ssim.update(made, images)
+        self.psnr.update(reconstructed, images)
+        self.ssim.update(reconstructed, images)
         if self.scores is not None:
             self.scores.update(images, real=True)
-            self.scores.update(made, real=False)
+            self.scores.update(reconstructed, real=False)
         if self.counts is not None:
             ids = outputs.ids[counted].flatten()
             self.counts += torch.bincount(ids, minlength=len(self.counts))
         if batch_idx == 0 and not trainer.sanity_checking:
-            self.show(trainer, images[: self.num_shown], made[: self.num_shown])
+            self.show(trainer, images[: self.num_shown], reconstructed[: self.num_shown])
 
-    def show(self, trainer: L.Trainer, images: Tensor, made: Tensor) -> None:
-        """A row of pictures over a row of reconstructions, and so on."""
+    def show(self, trainer: L.Trainer, images: Tensor, reconstructed: Tensor) -> None:
+        """Log a grid: rows of images, each above the row of their reconstructions."""
         if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
             return
-        rows = [part for pair in zip(images.split(8), made.split(8), strict=True) for part in pair]
+        pairs = zip(images.split(8), reconstructed.split(8), strict=True)
+        rows = [part for pair in pairs for part in pair]
         grid = make_grid(torch.cat(rows) / 2 + 0.5, nrow=min(8, len(images)))
         writer = trainer.logger.experiment
         writer.add_image("reconstructions/val", grid.cpu(), trainer.global_step)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
-        """Log the numbers."""
+        """Log the values."""
         values = {"psnr": self.psnr.compute(), "ssim": self.ssim.compute()}
         if self.scores is not None:
             values |= self.scores.compute()
@@ -110,19 +114,23 @@ class Reconstruct(L.Callback):
             counts = pl_module.all_gather(self.counts).view(-1, len(self.counts)).sum(0)
             values |= code_use(counts)
         protocol = {} if self.scores is None else self.scores.protocol
-        pictures = torch.tensor(self.num_pictures, device=pl_module.device)
-        facts = {"num_pictures": int(pl_module.all_gather(pictures).sum())}
-        self.numbers = [
-            MetricRecord(f"val/{name}", float(value), facts | said(name, protocol))
+        num_images = torch.tensor(self.num_images, device=pl_module.device)
+        facts = {"num_images": int(pl_module.all_gather(num_images).sum())}
+        self.records = [
+            MetricRecord(
+                f"val/{name}",
+                float(value),
+                facts | protocol.get(name, {"definition": DEFINITIONS.get(name)}),
+            )
             for name, value in values.items()
         ]
-        for number in self.numbers:
-            pl_module.log(number.name, torch.tensor(number.value, dtype=torch.float64))
+        for record in self.records:
+            pl_module.log(record.name, torch.tensor(record.value, dtype=torch.float64))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
-        """Write the numbers with what they depend on."""
+        """Write the values with their protocols."""
         if not trainer.sanity_checking:
-            save_numbers(trainer, pl_module, self.numbers)
+            save_records(trainer, pl_module, self.records)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
@@ -130,13 +138,8 @@ class Reconstruct(L.Callback):
     on_test_end = on_validation_end
 
 
-def said(name: str, protocol: dict[str, dict]) -> dict:
-    """What a number depends on."""
-    return protocol[name] if name in protocol else {"definition": DEFINITIONS[name]}
-
-
 def code_use(counts: Tensor) -> dict[str, float]:
-    """How much of a codebook occurs, of counts (num_codes,)."""
+    """Measure the use of a codebook from the counts (num_codes,) of its codes."""
     return {
         "code_use": float((counts > 0).double().mean()),
         "code_perplexity": float(code_perplexity(counts)),

@@ -1,38 +1,38 @@
-"""Does a model draw the picture it is asked for? For a small corpus that it has seen."""
+"""Retrieval accuracy: whether a model has learnt to generate each image of a small training set."""
 
 import json
-from collections.abc import Iterator
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
 from torch import Tensor
 
 from callbacks.contact_sheet import Tile, contact_sheet
+from callbacks.prompts import caption_pairs
 from callbacks.results import outside_fit, run_folder
 from callbacks.sampling import image_protocol, refuse_shards, resolve_sampling
-from tf_lightning.data.documents import RawDocument, Skipped, Source, Split
 from tf_lightning.data.images import to_pixels
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.training.module import Transfusion
 
+BATCH_SIZE = 32  # prompts sampled together
+
 
 class RetrievalAccuracy(L.Callback):
-    """Draws captions of training pictures; counts whose nearest training picture is their own.
+    """Generates images from captions of training images and searches their nearest real images.
 
-    Nearest by squared pixel distance among all pictures of the source, as they are on disk and
-    held-out ones included, so chance is one by their number. Runs when training ends, and on a
-    checkpoint given to `validate` or `test`; writes `retrieval.json` and the contact sheet
-    `retrieval.png`.
+    The accuracy is the share of generated images whose nearest image is the one that the caption
+    belongs to. The search covers all N images of the source, validation images included, by squared
+    pixel distance, so chance level is 1/N. It runs at the end of `fit`, and in `validate` and
+    `test`. It writes `retrieval.json` and the contact sheet `retrieval.png`.
 
     Args:
-        source: name of the corpus in the data's `sources`.
-        num_prompts: captions, evenly spread over the corpus.
+        source: name of the source in the data's `sources`.
+        num_prompts: number of captions, evenly spread over the training split.
         sampling: how images are sampled.
-        seed: the first picture's noise; the next pictures' follow.
+        seed: prompt i is sampled with seed + i.
     """
 
     def __init__(
@@ -46,52 +46,51 @@ class RetrievalAccuracy(L.Callback):
         self.sampling = sampling
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a sampler that does not fit before the training, not after it."""
+        """Check the sampling options, so that mistakes stop before training."""
         refuse_shards(pl_module, self)
         self.sampling = resolve_sampling(self.sampling, pl_module)
 
-    def examine(self, trainer: L.Trainer, module: Transfusion) -> None:
-        """Draw, compare, write."""
+    def examine(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
+        """Generate images, find their nearest images and write the results, on rank zero."""
         folder = run_folder(trainer)  # on every rank
         if not trainer.is_global_zero:
             return
-        module.eval()
-        pipe = TransfusionPipeline.from_module(module)
+        pl_module.eval()
+        pipe = TransfusionPipeline.from_module(pl_module)
         source = trainer.datamodule.sources[self.source]
-        seen, held_out = (captioned(source, split) for split in ("train", "val"))
-        count = min(self.num_prompts, len(seen))
-        asked = torch.linspace(0, len(seen) - 1, count).round().long().tolist()
-        words = [seen[index][0] for index in asked]
+        train, val = ([*caption_pairs(source, split)] for split in ("train", "val"))
+        count = min(self.num_prompts, len(train))
+        indices = torch.linspace(0, len(train) - 1, count).round().long().tolist()
+        captions = [train[index][0] for index in indices]
         seeds = [self.seed + number for number in range(count)]
-        drawn = []
-        for start in range(0, count, 32):
-            part = slice(start, start + 32)
+        generated = []
+        for start in range(0, count, BATCH_SIZE):
+            part = slice(start, start + BATCH_SIZE)
             with trainer.precision_plugin.forward_context():
                 output = pipe(
-                    words[part],
+                    captions[part],
                     output_modality="image",
                     seed=seeds[part],
-                    batch_size=32,
+                    batch_size=BATCH_SIZE,
                     progress=False,
                     sampling=self.sampling,
                 )
-            drawn += output.images
-        pictures = [picture for _, picture in seen + held_out]
-        nearest = nearest_pictures(*(torch.stack([*map(to_pixels, p)]) for p in (drawn, pictures)))
-        right = [found == index for found, index in zip(nearest.tolist(), asked, strict=True)]
-        tiles = [Tile(*tile) for tile in zip(drawn, words, right, strict=True)]
-        title = (
-            f"{sum(right)} of {count} drawn pictures are nearest to their own of {len(pictures)}"
-        )
+            generated += output.images
+        images = [image for _, image in train + val]
+        pixels = (torch.stack([*map(to_pixels, some)]) for some in (generated, images))
+        nearest = nearest_images(*pixels)
+        right = [found == index for found, index in zip(nearest.tolist(), indices, strict=True)]
+        tiles = [Tile(*tile) for tile in zip(generated, captions, right, strict=True)]
+        title = f"{sum(right)} of {count} images are nearest to their own of {len(images)} images"
         with atomic_file(folder / "retrieval.png") as file:
             contact_sheet([(title, tiles)]).save(file, format="PNG")
         report = {
             "retrieval_accuracy": sum(right) / count,
             "num_prompts": count,
-            "num_images": len(pictures),
+            "num_images": len(images),
             "seed": self.seed,
-            "global_step": trainer.global_step or module.loaded_step,
-            **image_protocol(self.sampling, module),
+            "global_step": trainer.global_step or pl_module.loaded_step,
+            **image_protocol(self.sampling, pl_module),
         }
         with atomic_file(folder / "retrieval.json") as file:
             file.write_text(json.dumps(report, indent=2) + "\n")
@@ -102,21 +101,6 @@ class RetrievalAccuracy(L.Callback):
     on_test_end = examine
 
 
-def captioned(source: Source, split: Split) -> list[tuple[str, Image.Image]]:
-    """Caption and picture of the documents that are just these."""
-    pairs = [
-        [*sorted(d, key=lambda part: not isinstance(part, str))] for d in usable(source, split)
-    ]
-    return [
-        (pair[0], pair[1]) for pair in pairs if [isinstance(p, str) for p in pair] == [True, False]
-    ]
-
-
-def usable(source: Source, split: Split) -> Iterator[RawDocument]:
-    """The documents of a split that are not skipped."""
-    return (d for d in source.documents(split) if not isinstance(d, Skipped))
-
-
-def nearest_pictures(drawn: Tensor, pictures: Tensor) -> Tensor:
-    """For each of drawn (n, 3, H, W) the index of the nearest of pictures (m, 3, H, W), (n,)."""
-    return torch.cdist(drawn.flatten(1), pictures.flatten(1)).argmin(1)
+def nearest_images(generated: Tensor, images: Tensor) -> Tensor:
+    """Return the index (n,) of the nearest of `images` (m, 3, H, W) to each of `generated`."""
+    return torch.cdist(generated.flatten(1), images.flatten(1)).argmin(1)

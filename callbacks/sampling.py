@@ -1,4 +1,4 @@
-"""Draws and captions what validation asks: each prompt once, whatever the number of processes."""
+"""Sampling for callbacks: each prompt once, for any number of ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -25,30 +25,34 @@ Kind = Literal["generated", "captioned"]
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Some prompts with what the model made of them; n prompts, H x W pixels."""
+    """Prompts with the images generated from them, or with the captions of their images."""
 
     prompts: Sequence[Prompt]
     indices: range  # of the prompts in the whole set
-    images: Sequence[Image.Image]  # generated images, or the prompts' own when captioned
+    images: Sequence[Image.Image]  # generated images, or the prompts' own images
     captions: Sequence[str] | None = None  # captions generated for `images`
 
     @cached_property
     def pixels(self) -> Tensor:
-        """The pictures, uint8 (n, 3, H, W)."""
-        return torch.stack([pil_to_tensor(picture) for picture in self.images])
+        """The images, uint8 (B, 3, H, W)."""
+        return torch.stack([pil_to_tensor(image) for image in self.images])
 
     def first(self, count: int) -> "SampleBatch":
-        """At most `count` of them."""
+        """Return the first `count` samples, or all of fewer."""
         parts = (self.prompts, self.indices, self.images, self.captions)
         return SampleBatch(*(part and part[:count] for part in parts))
 
 
 def refuse_shards(module: Transfusion, callback: object) -> None:
-    """UserError where ranks, which draw unequal numbers of steps, would wait for each other."""
+    """Refuse to sample a sharded model: ranks with fewer steps would wait for the others forever.
+
+    Raises:
+        UserError: the model is sharded.
+    """
     if module.device_mesh is not None:
         raise UserError(
-            f"{type(callback).__name__} cannot sample a sharded model; leave it out of this run "
-            "and give it the checkpoint on one device (save_distributed_checkpoint: false)"
+            f"{type(callback).__name__} cannot sample a sharded model; remove it from this run "
+            "and evaluate the checkpoint on one device (save_distributed_checkpoint: false)"
         )
 
 
@@ -80,9 +84,10 @@ def image_protocol(sampling: SamplingConfig, module: Transfusion) -> dict[str, A
 
 
 def shares(count: int, batch_size: int, rank: int, world_size: int) -> list[range]:
-    """This rank's batches of `count` prompts: whole batches in turn, so that none is repeated.
+    """Return a rank's batches of the indices of `count` prompts.
 
-    The batches are the same for any number of ranks, and so is every picture.
+    The ranks take whole batches in turn, so no prompt is repeated, and the batches are the same for
+    any number of ranks.
     """
     starts = range(0, count, batch_size)
     return [range(s, min(s + batch_size, count)) for s in starts[rank::world_size]]
@@ -112,15 +117,15 @@ def sample(
         progress: show a progress bar.
     """
     for indices in tqdm(batches, desc=kind.title(), disable=not progress, leave=False):
-        asked = [prompts[i] for i in indices]
-        how = {"seed": [seed + i for i in indices], "batch_size": len(asked), "progress": False}
+        batch = [prompts[i] for i in indices]
+        how = {"seed": [seed + i for i in indices], "batch_size": len(batch), "progress": False}
         if kind == "generated":
-            texts = [prompt.text for prompt in asked]
+            texts = [prompt.text for prompt in batch]
             with precision():
                 output = pipe(texts, output_modality="image", sampling=sampling, **how)
-            yield SampleBatch(asked, indices, output.images)
+            yield SampleBatch(batch, indices, output.images)
         else:
-            images = [square(prompt.picture(), pipe.image_size) for prompt in asked]
+            images = [square(prompt.image(), pipe.image_size) for prompt in batch]
             with precision():
                 output = pipe(images, output_modality="text", sampling=sampling, **how)
-            yield SampleBatch(asked, indices, images, output.texts)
+            yield SampleBatch(batch, indices, images, output.texts)

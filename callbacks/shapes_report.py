@@ -1,6 +1,6 @@
-"""The embedded world's own examination: generated pictures, captions and text judged by its oracle.
+"""The final report on the embedded world: images, captions and text judged by its oracle.
 
-Two-object prompts and pictures are of meanings that no training picture shows.
+Prompts and images with two objects have held-out meanings, which no training image shows.
 """
 
 import json
@@ -32,41 +32,50 @@ from tf_lightning.shapes.oracle import read
 from tf_lightning.shapes.world import Meaning, draw_scene, generator, render
 from tf_lightning.training.module import Transfusion
 
-SEED_OFFSET = 1_000  # the examination's pictures are none of the validation's
+SEED_OFFSET = 1_000  # separates these images from those of validation
+BATCH_SIZE = 64  # prompts sampled together
+CAPTION_TOKENS = 32  # limit of a caption's length; the longest caption of the grammar is shorter
 
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out caption with its true picture."""
+    """A held-out caption with its meaning and its real image."""
 
     prompt: str
     meaning: Meaning
-    picture: Image.Image
+    image: Image.Image
 
 
 def questions(count: int, num_objects: int | None, seed: int) -> list[Question]:
-    """Held-out scenes with a caption each; `num_objects` None mixes 1 and 2 as training does."""
-    asked = []
+    """Draw held-out scenes with a caption each.
+
+    Args:
+        count: number of scenes.
+        num_objects: 1 or 2; None: drawn at random, with the probabilities of the training data.
+        seed: seed of the scenes.
+    """
+    found = []
     for index in range(count):
         rng = generator(SEED_OFFSET + seed, index, "val")
         scene = draw_scene(rng, num_objects, split="val")
-        picture = Image.fromarray(render(scene))
-        asked.append(Question(caption(scene, rng), scene.meaning, picture))
-    return asked
+        image = Image.fromarray(render(scene))
+        found.append(Question(caption(scene, rng), scene.meaning, image))
+    return found
 
 
 class ShapesReport(L.Callback):
-    """Examines the model when training ends, and whenever a checkpoint is validated or tested.
+    """Judges the model on the embedded world at the end of `fit`, and in `validate` and `test`.
 
-    Writes into the run's folder `samples/NNNN.png` with `samples/samples.jsonl` (file, prompt, what
-    the oracle read, right or wrong), `report.json` and the contact sheet `sheet.png`. The report's
-    seconds are those that the callback `Throughput` counted.
+    It writes into the run's folder: the generated images `samples/NNNN.png` with
+    `samples/samples.jsonl` (file, prompt, reading of the oracle, right or wrong), `report.json`,
+    and the contact sheet `sheet.png`. The times in the report are from the callback `Throughput`.
 
     Args:
-        num_prompts: prompts with one object, prompts with two, pictures to caption, and texts.
+        num_prompts: number of prompts with one object, of prompts with two objects, of images to
+            caption, and of texts.
         sampling: how images are sampled; without a sampler DDPM, the best for the small model, or
             Euler for a rectified flow.
-        seed: of the prompts and of the first noise.
+        seed: seed of the prompts and of the samples.
     """
 
     def __init__(
@@ -78,31 +87,35 @@ class ShapesReport(L.Callback):
         self.num_prompts, self.sampling, self.seed = num_prompts, sampling, seed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a sampler that does not fit."""
+        """Check the sampling options, so that mistakes stop before training."""
         refuse_shards(pl_module, self)
         self.sampling = resolve_sampling(self.sampling, pl_module, "DDPMScheduler")
 
-    def examine(self, trainer: L.Trainer, module: Transfusion) -> None:
-        """All questions, on rank zero; writes the files and logs the scores."""
+    def examine(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
+        """Generate and judge images and captions, and write the results, on rank zero."""
         folder = run_folder(trainer)  # on every rank
         if not trainer.is_global_zero:
             return
-        rank_zero_info("Judging pictures and captions ...")
-        module.eval()
-        pipe = TransfusionPipeline.from_module(module)
+        rank_zero_info("Generating and judging images and captions ...")
+        pl_module.eval()
+        pipe = TransfusionPipeline.from_module(pl_module)
         one, two = (questions(self.num_prompts, count, self.seed) for count in (1, 2))
         asked = one + two
         with trainer.precision_plugin.forward_context():
-            drawn = self.draw(pipe, asked)
-        readings = [read(np.asarray(picture)) for picture in drawn]
+            generated = self.generate(pipe, asked)
+        readings = [read(np.asarray(image)) for image in generated]
         right = [r.meaning == q.meaning for r, q in zip(readings, asked, strict=True)]
         shown = questions(self.num_prompts, None, self.seed + 1)
         with trainer.precision_plugin.forward_context():
-            images = [q.picture for q in shown]
-            how = {"batch_size": max(len(images), 1), "progress": False, "max_new_tokens": 32}
-            written = pipe(images, output_modality="text", **how).texts
-        understood = [parse(text) == q.meaning for text, q in zip(written, shown, strict=True)]
-        perplexity, bound = text_perplexity(pipe, module, self.num_prompts, self.seed)
+            captions = pipe(
+                [question.image for question in shown],
+                output_modality="text",
+                batch_size=max(len(shown), 1),
+                progress=False,
+                max_new_tokens=CAPTION_TOKENS,
+            ).texts
+        understood = [parse(text) == q.meaning for text, q in zip(captions, shown, strict=True)]
+        perplexity, bound = text_perplexity(pipe, pl_module, self.num_prompts, self.seed)
         report = {
             **seconds_of(trainer),
             "num_parameters": sum(p.numel() for p in pipe.model.net.parameters()),
@@ -113,10 +126,10 @@ class ShapesReport(L.Callback):
             "perplexity_bound": bound,
             "counts": dict.fromkeys(("one_object", "two_objects", "captions", "texts"), len(one)),
             "seed": self.seed,
-            "global_step": trainer.global_step or module.loaded_step,
-            "weights": "raw" if module.ema is None else "ema",
+            "global_step": trainer.global_step or pl_module.loaded_step,
+            "weights": "raw" if pl_module.ema is None else "ema",
             "precision": trainer.precision,
-            **image_protocol(self.sampling, module),
+            **image_protocol(self.sampling, pl_module),
         }
         verdicts = [
             {"file": f"{i:04d}.png", "prompt": q.prompt, "read": str(r), "right": ok}
@@ -124,16 +137,15 @@ class ShapesReport(L.Callback):
         ]
         samples = folder / "samples"
         samples.mkdir(parents=True, exist_ok=True)
-        for verdict, picture in zip(verdicts, drawn, strict=True):
+        for verdict, image in zip(verdicts, generated, strict=True):
             with atomic_file(samples / verdict["file"]) as file:
-                picture.save(file, format="PNG")
-        lines = (json.dumps(verdict) + "\n" for verdict in verdicts)
+                image.save(file, format="PNG")
         with atomic_file(samples / "samples.jsonl") as file:
-            file.write_text("".join(lines))
+            file.write_text("".join(json.dumps(verdict) + "\n" for verdict in verdicts))
         with atomic_file(folder / "report.json") as file:
             file.write_text(json.dumps(report, indent=2) + "\n")
         with atomic_file(folder / "sheet.png") as file:
-            page = sheet(asked, drawn, right, shown, written, understood)
+            page = sheet(asked, generated, right, shown, captions, understood)
             page.save(file, format="PNG")
         last = folder / "checkpoints" / "last.ckpt"
         rank_zero_info(summary(folder, last if last.exists() else trainer.ckpt_path, report))
@@ -142,25 +154,24 @@ class ShapesReport(L.Callback):
     on_validation_end = outside_fit(examine)
     on_test_end = examine
 
-    def draw(self, pipe: TransfusionPipeline, asked: Sequence[Question]) -> list[Image.Image]:
-        """One picture a question, 64 at a time."""
-        drawn: list[Image.Image] = []
-        for start in range(0, len(asked), 64):
-            part = asked[start : start + 64]
-            seeds = [self.seed + start + i for i in range(len(part))]
-            drawn += pipe(
-                [q.prompt for q in part],
+    def generate(self, pipe: TransfusionPipeline, asked: Sequence[Question]) -> list[Image.Image]:
+        """Generate an image for each question."""
+        images: list[Image.Image] = []
+        for start in range(0, len(asked), BATCH_SIZE):
+            part = asked[start : start + BATCH_SIZE]
+            images += pipe(
+                [question.prompt for question in part],
                 output_modality="image",
-                seed=seeds,
-                batch_size=64,
+                seed=[self.seed + start + i for i in range(len(part))],
+                batch_size=BATCH_SIZE,
                 progress=False,
                 sampling=self.sampling,
             ).images
-        return drawn
+        return images
 
 
 def seconds_of(trainer: L.Trainer) -> dict[str, float]:
-    """Wall-clock time of the fit, and what its validations took of it; 0 if it was not measured."""
+    """Return the seconds of the fit and of its validations; 0 without the callback Throughput."""
     clocks = [c for c in trainer.callbacks if isinstance(c, Throughput)]
     return {
         "train_seconds": round(sum(clock.fit_seconds for clock in clocks), 1),
@@ -172,9 +183,9 @@ def seconds_of(trainer: L.Trainer) -> dict[str, float]:
 def text_perplexity(
     pipe: TransfusionPipeline, module: Transfusion, count: int, seed: int
 ) -> tuple[float, float]:
-    """Perplexity of held-out text, and that of the grammar itself on the same tokens.
+    """Return the model's perplexity on held-out texts, and that of the grammar on the same tokens.
 
-    Each document's first token is left out on both sides: it is always the word "imagine".
+    Both leave out the first token of each document, which is always the word "imagine".
     """
     texts = [draw_text(generator(SEED_OFFSET + seed, index, "val")) for index in range(count)]
     documents = [pipe.encode(text) for text in texts]
@@ -185,7 +196,7 @@ def text_perplexity(
         row_length=max(len(document[0]) for document in documents) + 2,
         patch_size=module.hparams.patch_size,
     ).to(module.device)
-    metric = Perplexity(sync_on_compute=False).to(module.device)  # rank zero is alone here
+    metric = Perplexity(sync_on_compute=False).to(module.device)  # only rank zero computes this
     nll = module.loss_sums(pipe.model.net, batch).nll
     add_text(metric, nll, batch, TextBytes(pipe.model.tokenizer, module.device))
     perplexity = metric.compute()["perplexity"].item()
@@ -217,7 +228,7 @@ def sheet(
         for question, image, ok in zip(asked, generated, right, strict=True)
     ]
     captioned = [
-        Tile(question.picture, text, ok)
+        Tile(question.image, text, ok)
         for question, text, ok in zip(shown, captions, understood, strict=True)
     ]
     one, two, words = (f"{share(part)} right" for part in (right[:half], right[half:], understood))
@@ -236,14 +247,16 @@ def share(verdicts: Sequence[bool]) -> str:
 
 
 def summary(folder: Path, checkpoint: str | Path | None, report: dict) -> str:
-    """What was found, what was written, and what to type next."""
+    """Return the scores, the files that were written, and the commands to type next."""
     here = os.path.relpath(Path(sys.executable).parent)
     command = "" if here.startswith("..") else f"{here}/"  # .venv/bin/ after `make quickstart`
+    one, two, captions = (report[k] for k in ("one_object", "two_objects", "caption_accuracy"))
+    perplexity, bound = report["perplexity"], report["perplexity_bound"]
     return f"""
-one object right       {report["one_object"]:7.1%}   (prompts judged by the world's oracle)
-two objects right      {report["two_objects"]:7.1%}   (meanings that no training picture shows)
-captions right         {report["caption_accuracy"]:7.1%}   (held-out pictures)
-text's perplexity      {report["perplexity"]:7.3f}   (at best {report["perplexity_bound"]:.3f})
+Images of one object right    {one:7.1%}   (prompts judged by the oracle)
+Images of two objects right   {two:7.1%}   (meanings unseen in training)
+Captions right                {captions:7.1%}   (held-out images)
+Text perplexity               {perplexity:7.3f}   (lower bound {bound:.3f})
 Wrote {folder}/sheet.png, samples/ and report.json. Next:
   {command}tf-lightning generate {checkpoint} "a red circle above a blue square" -o out
   {command}tf-lightning generate {checkpoint} --image {folder}/samples/0000.png

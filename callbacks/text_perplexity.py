@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of the text that is validated on, source by source."""
+"""Perplexity and bits per byte of the validation text, for each source."""
 
 import lightning as L
 import torch
@@ -20,17 +20,17 @@ COUNTED = "text, <boi> and <eos>; no document starts, patches or padding"
 class TextPerplexity(L.Callback):
     """Logs `val/<source>/perplexity` and `val/<source>/bits_per_byte` at every validation.
 
-    Of the averaged weights, if the model keeps them. Counted is every text target but the first of
-    its document, which nothing foretells: words, the <boi> that begins a picture, and <eos>. The
-    bytes are those of the UTF-8 text that these targets decode to; <boi> and <eos>, whose nll
-    counts, have none. A source without text has neither number.
+    The EMA weights are evaluated if the model keeps them. All text targets count except the first
+    of a document, which has no context: words, the <boi> before an image, and <eos>. The bytes are
+    those of the UTF-8 text that the targets decode to. <boi> and <eos> have no bytes, but their nll
+    counts. A source without text has no values.
     """
 
     def __init__(self):
-        self.numbers: list[MetricRecord] = []
+        self.records: list[MetricRecord] = []
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
-        """Start anew."""
+        """Create an empty metric for each source."""
         names = trainer.datamodule.source_names
         self.metrics = {name: Perplexity(name).to(pl_module.device) for name in names}
         self.text_bytes = TextBytes(trainer.datamodule.tokenizer, pl_module.device)
@@ -49,19 +49,20 @@ class TextPerplexity(L.Callback):
         add_text(metric, outputs["nll"], batch, self.text_bytes)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
-        """Log."""
-        self.numbers = []
+        """Log the values of each source."""
+        self.records = []
         weights = "raw" if pl_module.ema is None else "ema"
         for source, metric in self.metrics.items():
             try:
                 found = metric.compute()
-            except ValueError:  # no text, on every rank alike
+            except ValueError:  # the source has no text; all ranks raise this
                 continue
             for name, value in found.items():
-                told = {"definition": DEFINITION[name], "counted": COUNTED, "weights": weights}
-                number = MetricRecord(f"val/{source}/{name}", value.item(), told | metric.protocol)
-                self.numbers.append(number)
-                pl_module.log(number.name, value, add_dataloader_idx=False)
+                facts = {"definition": DEFINITION[name], "counted": COUNTED, "weights": weights}
+                protocol = facts | metric.protocol
+                record = MetricRecord(f"val/{source}/{name}", value.item(), protocol)
+                self.records.append(record)
+                pl_module.log(record.name, value, add_dataloader_idx=False)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
@@ -69,19 +70,19 @@ class TextPerplexity(L.Callback):
 
 
 class TextBytes:
-    """How many bytes of text targets stand for."""
+    """Counts the bytes that text targets decode to."""
 
     def __init__(self, tokenizer: Tokenizer, device: torch.device):
         self.counts = torch.tensor(tokenizer.byte_counts(), device=device)  # (2, V)
         self.begins = torch.tensor([tokenizer.bos_id, tokenizer.eoi_id], device=device)
 
     def __call__(self, targets: Tensor, inputs: Tensor) -> Tensor:
-        """Bytes of each target (K,), given the ids (K,) before them."""
+        """Return the bytes of each target (K,), given the input ids (K,) before them."""
         return self.counts[torch.isin(inputs, self.begins).long(), targets]
 
 
 def add_text(metric: Perplexity, nll: Tensor, batch: Batch, text_bytes: TextBytes) -> None:
-    """Adds a batch's text targets, with nll (K,), but for the first of each document."""
+    """Add a batch's text targets with their nll (K,), except the first target of each document."""
     at = batch.target_index
     counted = batch.positions.flatten()[at] > 0
     targets, inputs = batch.labels.flatten()[at], batch.input_ids.flatten()[at]

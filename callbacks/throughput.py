@@ -1,4 +1,4 @@
-"""How fast a run is and what it is fed: tokens/s, FLOPs, padding, mixture, time of validations."""
+"""Speed of a run and the composition of its data: tokens, FLOPs, padding, mixture, validations."""
 
 import time
 
@@ -12,25 +12,32 @@ from tf_lightning.training.flops import Workload, flops_6nd, squared_lengths, tr
 
 
 class Throughput(L.Callback):
-    """Logs `train/tokens_per_sec`, `train/padding_share` and `train/mixture/<source>`.
+    """Logs speed, FLOPs, padding and mixture of the training, and the time of its validations.
 
-    Also `train/epochs/<source>`, how often the run has read each source so far;
-    `train/flops_per_token`, forward and backward as `tf_lightning.training.flops` counts them, beside
-    `train/flops_per_token_6n`, the papers' 6 N; `train/images_per_token`, since pictures of codes
-    take more tokens than those of patches; `train/tflops_per_sec`; and `train/mfu`, its share of
-    what the devices can do.
+    Of the steps since the last log, over all ranks and without the time of validations:
 
-    Counts are kept on the device and read only when the trainer logs, so that no step waits. Speed
-    and FLOPs are of this window and all ranks, validations left out; shares are of all tokens since
-    the start of this process.
+    - `train/tokens_per_sec`
+    - `train/flops_per_token`: forward and backward, as `tf_lightning.training.flops` counts them
+    - `train/images_per_token`: an image of codes takes more tokens than one of patches
+    - `train/tflops_per_sec`
+    - `train/mfu`: model FLOPs utilisation, the share of the devices' peak
 
-    Each validation within `fit` logs `val/seconds`, sampling and measuring included, and
-    `val/time_share`, what all so far took of the fit's wall-clock time, which a resumed run goes on
-    counting from its checkpoint.
+    Of all steps since the start of this process:
+
+    - `train/padding_share`: share of positions that are padding
+    - `train/mixture/<source>`: share of tokens from a source
+    - `train/epochs/<source>`: how often the run has read a source, resumed steps included
+
+    `train/flops_per_token_6n` is the papers' constant estimate, 6 N. Each validation within `fit`
+    logs `val/seconds`, with the time of sampling and metrics, and `val/time_share`, the share of
+    all validations in the wall-clock time of the fit. A resumed run continues to count from its
+    checkpoint.
+
+    Counts are kept on the device and read only when the trainer logs, so that no step waits.
 
     Args:
-        peak_flops: FLOPs a second that one device can do at best; null: what Lightning knows of
-            this device at this precision, and no `train/mfu` if it knows nothing (CPUs).
+        peak_flops: peak FLOPs per second of one device; null: Lightning's value for this device and
+            precision. Without a value (CPUs) there is no `train/mfu`.
     """
 
     def __init__(self, peak_flops: float | None = None):
@@ -40,16 +47,16 @@ class Throughput(L.Callback):
 
     @property
     def fit_seconds(self) -> float:
-        """Trained and validated so far."""
+        """Wall-clock seconds of training and validation so far."""
         running = 0.0 if self.started is None else time.perf_counter() - self.started
         return self.fit_before + running
 
     def state_dict(self) -> dict[str, float]:
-        """Both times, so that a resumed run reports the whole."""
+        """Return both times, so that a resumed run reports the total."""
         return {"fit_seconds": self.fit_seconds, "validation_seconds": self.validation_seconds}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on counting."""
+        """Continue from the times of a checkpoint."""
         self.fit_before = state_dict["fit_seconds"]
         self.validation_seconds = state_dict["validation_seconds"]
 
@@ -60,11 +67,10 @@ class Throughput(L.Callback):
         self.squares = torch.zeros((), dtype=torch.float64, device=pl_module.device)
         self.positions = 0
         if self.peak_flops is None:
-            low = "bf16" in str(trainer.precision)
-            dtype = torch.bfloat16 if low else torch.float32
+            dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
             self.peak_flops = get_available_flops(trainer.strategy.root_device, dtype)
         self.started = time.perf_counter()
-        self.window, self.images, self.window_start = Workload(), {}, self.started
+        self.window, self.image_work, self.window_start = Workload(), {}, self.started
         self.tokens_before = self.squares_before = 0.0
 
     def on_train_batch_end(
@@ -75,20 +81,20 @@ class Throughput(L.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Count; log at the trainer's interval."""
+        """Count the batch; log at the trainer's interval."""
         self.tokens.index_add_(0, batch.source_ids, batch.row_tokens.double())
         self.squares += squared_lengths(batch)
         self.positions += batch.input_ids.numel()
         self.window.num_targets += len(batch.target_index) + len(batch.code_index)
         for images, copies, *size in batch.buckets:
-            work = self.images.setdefault(tuple(size), Workload())
+            work = self.image_work.setdefault(tuple(size), Workload())
             work.num_images += images
             work.num_copies += copies
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self.log_window(trainer, pl_module)
 
     def log_window(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the counts, log them, restart the window."""
+        """Read and log the counts; restart the window."""
         tokens, squares = self.tokens.cpu(), self.squares.item()
         total, now = tokens.sum().item(), time.perf_counter()
         work = self.window
@@ -97,9 +103,9 @@ class Throughput(L.Callback):
             squares - self.squares_before,
         )
         seconds = max(now - self.window_start, 1e-9) / trainer.world_size
-        num_images = sum(w.num_images for w in self.images.values())
+        num_images = sum(w.num_images for w in self.image_work.values())
         flops = training_flops(pl_module.net, work, None)
-        flops += sum(training_flops(pl_module.net, w, size) for size, w in self.images.items())
+        flops += sum(training_flops(pl_module.net, w, size) for size, w in self.image_work.items())
         values = {
             "train/tokens_per_sec": work.num_tokens / seconds,
             "train/padding_share": 1 - total / self.positions,
@@ -115,25 +121,25 @@ class Throughput(L.Callback):
         for name, epochs in trainer.datamodule.epochs().items():
             values[f"train/epochs/{name}"] = epochs
         pl_module.log_dict(values, batch_size=1)
-        self.window, self.images, self.window_start = Workload(), {}, now
+        self.window, self.image_work, self.window_start = Workload(), {}, now
         self.tokens_before, self.squares_before = total, squares
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the validation's clock."""
+        """Start the clock of the validation."""
         self.validation_start = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count and log what it took; the window of training goes on as if it had not been."""
-        if self.started is None:  # not in `fit`, or its sanity check
+        """Log the time of the validation and exclude it from the training window."""
+        if self.started is None:  # outside `fit`, or in its sanity check
             return
         seconds = time.perf_counter() - self.validation_start
         self.validation_seconds += seconds
         self.window_start += seconds
         share = self.validation_seconds / self.fit_seconds
-        for logger in trainer.loggers:  # no self.log here: a validation's end is past its results
+        for logger in trainer.loggers:  # self.log is not allowed in this hook
             values = {"val/seconds": seconds, "val/time_share": share}
             logger.log_metrics(values, step=trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock; what other callbacks do with the trained model is no fit."""
+        """Stop the clock: other callbacks' work on the trained model is not part of the fit."""
         self.fit_before, self.started = self.fit_seconds, None

@@ -1,4 +1,4 @@
-"""The perplexity of a model that only knows how frequent each token is: what training must beat."""
+"""Perplexity of a model that knows only the frequency of each token: a baseline for training."""
 
 import lightning as L
 import numpy as np
@@ -11,13 +11,13 @@ from tf_lightning.data.corpus.reader import Corpus
 class UnigramBaseline(L.Callback):
     """Logs `val/<source>/perplexity_unigram` beside `val/<source>/perplexity`, for text sources.
 
-    Token frequencies of the training split (one added to each count, so that none is impossible),
-    scored on the tokens of the validation split that the perplexity counts: all but each
-    document's first, and its end.
+    The token frequencies are those of the training split, with one added to each count so that no
+    token is impossible. They are evaluated on the tokens that `val/<source>/perplexity` counts: all
+    tokens of a validation document except the first, and its end.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Count once."""
+        """Compute the perplexities once."""
         data = trainer.datamodule
         self.perplexity = {
             name: unigram_perplexity(
@@ -31,13 +31,13 @@ class UnigramBaseline(L.Callback):
         }
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log."""
+        """Log the perplexity of each source."""
         for name, value in self.perplexity.items():
             pl_module.log(f"val/{name}/perplexity_unigram", value, add_dataloader_idx=False)
 
 
 def unigram_perplexity(train: Corpus, val: Corpus, *, vocab_size: int, eos_id: int) -> float:
-    """exp(cross-entropy) of `val`'s tokens under `train`'s frequencies."""
+    """Compute exp(cross-entropy) of the tokens of `val` under the frequencies of `train`."""
     counts = token_counts(train, vocab_size, eos_id, first=True) + 1
     scored = token_counts(val, vocab_size, eos_id, first=False)
     log_probs = np.log(counts / counts.sum())
@@ -45,7 +45,14 @@ def unigram_perplexity(train: Corpus, val: Corpus, *, vocab_size: int, eos_id: i
 
 
 def token_counts(corpus: Corpus, vocab_size: int, eos_id: int, *, first: bool) -> np.ndarray:
-    """How often each token is a document's text or its end, (vocab_size,)."""
+    """Count each token over the documents and their ends, (vocab_size,).
+
+    Args:
+        corpus: the documents.
+        vocab_size: number of tokens.
+        eos_id: token of a document's end.
+        first: count also the first token of each document.
+    """
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for index in range(len(corpus)):
         tokens = unmasked_ids(torch.cat(corpus.document(index)))

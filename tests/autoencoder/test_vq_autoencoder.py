@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from callbacks.prompts import captioned
+from callbacks.prompts import caption_pairs
 from tf_lightning.autoencoder.frozen import SHIPPED, load_autoencoder, load_matching_autoencoder
 from tf_lightning.autoencoder.network import AutoencoderConfig, build_autoencoder, save_network
 from tf_lightning.data.images import to_pixels
@@ -65,7 +65,7 @@ def test_wrong_sizes_codes_and_models_are_refused(folder):
 def test_the_shipped_vq_autoencoder_reconstructs_as_reported():
     codes = load_autoencoder("shapes_vq")
     assert (codes.num_codes, codes.downsample) == (512, 8)
-    pairs = captioned(ShapesCaptions(4, 32, two_objects=0.75), "val")
+    pairs = caption_pairs(ShapesCaptions(4, 32, two_objects=0.75), "val")
     images = torch.stack([to_pixels(image) for _, image in pairs])
     made = codes.decode(codes.encode(images))
     psnr = -10 * ((made - images) / 2).square().mean((1, 2, 3)).log10()

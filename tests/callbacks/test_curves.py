@@ -1,4 +1,4 @@
-"""Curves are what the events say, in the order that was asked for."""
+"""Curves have the points of the events, in the order of the patterns."""
 
 import pytest
 from PIL import Image
@@ -25,7 +25,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_points_are_steps_and_values_and_a_resumed_run_has_each_once(folder):
+def test_a_resumed_run_has_one_point_for_each_step(folder):
     lines = read_curves(folder, ["val/*perplexity", "val/fid*"])
     assert lines == {
         "val/text/perplexity": [(1000, 2.25), (2000, 1.0), (3000, 0.5)],
@@ -34,20 +34,22 @@ def test_points_are_steps_and_values_and_a_resumed_run_has_each_once(folder):
     assert list(lines) == ["val/text/perplexity", "val/fid[shapes]"]
 
 
-def test_no_point_of_a_long_curve_is_left_out(folder):
+def test_a_long_curve_has_all_its_points(folder):
     assert len(read_curves(folder, ["train/loss"])["train/loss"]) == 1500
 
 
-def test_one_command_draws_them(folder, capsys):
+def test_the_command_writes_a_plot(folder, capsys):
     main([str(folder), str(folder / "new" / "curves.png")])
     page = Image.open(folder / "new" / "curves.png")
     assert page.size == line_plots({"a": [(0, 0)], "b": [(0, 0)]}, "step").size
     assert "val/fid[shapes], val/text/perplexity" in capsys.readouterr().out
 
 
-def test_what_is_not_there_is_told_in_one_sentence(folder, tmp_path):
+def test_missing_events_and_tags_are_reported_in_one_sentence(folder, tmp_path):
     with pytest.raises(UserError, match="has no TensorBoard events"):
         read_curves(tmp_path / "none", ["val/*"])
-    with pytest.raises(UserError, match=r"nothing that fits val/kid\*; it has val/fid.shapes."):
+    with pytest.raises(
+        UserError, match=r"no tag that matches val/kid\*; available are val/fid.shapes."
+    ):
         main([str(folder), str(folder / "curves.png"), "--tags", "val/kid*"])
     assert not (folder / "curves.png").exists()

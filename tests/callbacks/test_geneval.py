@@ -1,4 +1,4 @@
-"""Each task asks for its own part of a meaning; GenEval's folder is complete or not begun."""
+"""GenEval's tasks judge parts of the meaning; its folder has all images of a prompt."""
 
 import json
 
@@ -13,7 +13,7 @@ from tf_lightning.shapes.world import Object, Scene
 
 
 def scene(first: str, second: str, swapped: bool = False) -> Scene:
-    """Two objects such as "red circle", the first left of the second, or the other way round."""
+    """Two objects such as "red circle", the first left of the second; `swapped` exchanges them."""
     places = (45.0, 18.0) if swapped else (18.0, 45.0)
     things = [
         (*reversed(words.split()), x) for words, x in zip((first, second), places, strict=True)
@@ -22,7 +22,7 @@ def scene(first: str, second: str, swapped: bool = False) -> Scene:
 
 
 ASKED = scene("red circle", "blue square").meaning
-CASES = {  # what is drawn: whether the objects, their colours, all and the relation are right
+CASES = {  # the image: whether the shapes, their colours, and also the relation are right
     ("red circle", "blue square", False): (True, True, True),
     ("red circle", "blue square", True): (True, True, False),
     ("blue circle", "red square", False): (True, False, False),
@@ -30,10 +30,10 @@ CASES = {  # what is drawn: whether the objects, their colours, all and the rela
 }
 
 
-@pytest.mark.parametrize("drawn", CASES)
-def test_two_objects_are_judged_by_shape_colour_and_place(drawn):
-    found = verdicts(ASKED, scene_image(scene(*drawn)))
-    assert (found["two_object"], found["color_attr"], found["position"]) == CASES[drawn]
+@pytest.mark.parametrize("shown", CASES)
+def test_two_objects_are_judged_by_shape_colour_and_position(shown):
+    found = verdicts(ASKED, scene_image(scene(*shown)))
+    assert (found["two_object"], found["color_attr"], found["position"]) == CASES[shown]
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def test_one_object_is_judged_by_shape_and_colour(colour, shape, right):
     assert (found["single_object"], found["colors"]) == right
 
 
-def test_true_pictures_score_one_and_blank_ones_nothing():
+def test_real_images_score_one_and_blank_images_zero():
     asked, score = ShapesPrompts(30).prompts(), ShapesComposition()
-    score.update(SampleBatch(asked, range(30), [prompt.picture() for prompt in asked]))
+    score.update(SampleBatch(asked, range(30), [prompt.image() for prompt in asked]))
     values = score.compute()
     assert set(values.values()) == {1.0} and "composition[shapes]/overall" in values
     assert set(score.protocol) == set(values)
@@ -58,11 +58,11 @@ def test_true_pictures_score_one_and_blank_ones_nothing():
     assert set(score.compute().values()) == {0.0}
 
 
-def test_the_folder_has_a_prompts_metadata_and_pictures(tmp_path):
+def test_the_folder_has_the_metadata_and_images_of_each_prompt(tmp_path):
     metadata = {"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}
     asked = [Prompt("a dog", about=(n, 2), metadata=metadata) for n in (0, 0, 1, 1)]
-    pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue", "white")]
-    GenEvalFolder(str(tmp_path)).update(SampleBatch(asked, range(4), pictures))
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue", "white")]
+    GenEvalFolder(str(tmp_path)).update(SampleBatch(asked, range(4), images))
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     each = ("metadata.jsonl", "samples/0000.png", "samples/0001.png")
     assert files == [f"{n:05d}/{name}" for n in (0, 1) for name in each]
@@ -70,9 +70,9 @@ def test_the_folder_has_a_prompts_metadata_and_pictures(tmp_path):
     assert Image.open(tmp_path / "00001" / "samples" / "0000.png").getpixel((0, 0)) == (0, 0, 255)
 
 
-def test_a_prompt_whose_pictures_are_in_two_batches_is_refused(tmp_path):
+def test_a_prompt_with_images_in_two_batches_is_refused(tmp_path):
     asked = [Prompt("a dog", about=(0, 4))] * 3
-    made = SampleBatch(asked, range(3), [Image.new("RGB", (8, 8))] * 3)
+    batch = SampleBatch(asked, range(3), [Image.new("RGB", (8, 8))] * 3)
     with pytest.raises(ValueError, match="a multiple of 4"):
-        GenEvalFolder(str(tmp_path)).update(made)
+        GenEvalFolder(str(tmp_path)).update(batch)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Fine-tuning begins with the weights of another run, and nothing else of it."""
+"""Fine-tuning starts from the weights of another run and takes nothing else from it."""
 
 import shutil
 
@@ -17,7 +17,7 @@ def checkpoint(run) -> str:
 
 
 def write_config(run, folder, checkpoint, change=lambda config: None):
-    """A run that begins with a checkpoint, on the same data without preparing it again."""
+    """Write a run that starts from a checkpoint and uses the prepared data of the session's run."""
 
     def edit(config: dict) -> None:
         config["data"]["init_args"]["cache_dir"] = str(run.parent / "data")
@@ -37,13 +37,13 @@ def weights(path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def still(config: dict) -> None:
-    """A learning rate that changes nothing."""
+def frozen(config: dict) -> None:
+    """Set a learning rate of 0."""
     config["model"]["lr"] = 0.0
 
 
-def test_a_run_begins_with_the_averaged_weights_of_another(run, tmp_path, checkpoint):
-    main(["fit", "-c", str(write_config(run, tmp_path, checkpoint, still))])
+def test_a_run_starts_from_the_ema_weights_of_another(run, tmp_path, checkpoint):
+    main(["fit", "-c", str(write_config(run, tmp_path, checkpoint, frozen))])
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == runs.MAX_STEPS
     theirs, ours = weights(checkpoint), weights(last)
@@ -53,11 +53,11 @@ def test_a_run_begins_with_the_averaged_weights_of_another(run, tmp_path, checkp
     assert not torch.equal(theirs[f"net.{name}"], theirs[f"ema.{name}"])
 
 
-def test_the_transformer_alone_may_be_taken(run, tmp_path, checkpoint):
-    """As MonoFormer begins with a language model: the image side is another, and new."""
+def test_only_the_transformer_may_be_loaded(run, tmp_path, checkpoint):
+    """As MonoFormer starts from a language model: the image side differs and is new."""
 
     def monoformer(config: dict) -> None:
-        still(config)
+        frozen(config)
         linear = {"time": "adaln", "pos_embed": "sincos", "zero_init": "input"}
         config["model"] |= {"linear": linear, "learned_sigma": True, "noise_schedule": "linear"}
         config["trainer"]["callbacks"][-1]["init_args"]["transformer_only"] = True
@@ -71,7 +71,7 @@ def test_the_transformer_alone_may_be_taken(run, tmp_path, checkpoint):
     assert ours["net.patch_coder.patch_decoder.weight"].std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_image_weights_start_as_copies_beside_a_frozen_text_side(run, tmp_path, checkpoint):
+def test_image_weights_start_as_copies_of_a_frozen_text_side(run, tmp_path, checkpoint):
     def own(config: dict) -> None:
         config["model"] |= {"text_lr_ratio": 0.0, "ema_decay": 0.0}
         config["model"]["transformer"]["modality_weights"] = "all"
@@ -82,15 +82,15 @@ def test_image_weights_start_as_copies_beside_a_frozen_text_side(run, tmp_path, 
         start = theirs["ema." + name.removeprefix("net.").replace("image_layers.", "layers.")]
         trained = "image_layers" in name or "patch_coder" in name
         assert torch.equal(value, start) != trained, name
-        assert (value - start).abs().max() < 0.05, name  # six steps from it
+        assert (value - start).abs().max() < 0.05, name  # after six steps
 
 
-def test_a_resumed_run_goes_on_from_its_own_checkpoint(run, tmp_path, checkpoint):
+def test_a_resumed_run_continues_from_its_own_checkpoint(run, tmp_path, checkpoint):
     copy = tmp_path / "start.ckpt"
     shutil.copy(checkpoint, copy)
     config = str(write_config(run, tmp_path, str(copy)))
     main(["fit", "-c", config, "--trainer.max_steps", "3"])
-    copy.unlink()  # so that reading it again would end the run
+    copy.unlink()  # reading it again would stop the run
     main(["fit", "-c", config, "--ckpt_path", "last"])
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == runs.MAX_STEPS
@@ -103,7 +103,7 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(run, tmp_path, checkpoint
         (lambda c: c["data"]["init_args"]["sources"].pop("text"), "tokenizer is not the one"),
     ],
 )
-def test_weights_or_a_tokenizer_that_do_not_fit_are_told(
+def test_weights_or_a_tokenizer_that_do_not_fit_are_refused(
     change, words, run, tmp_path, checkpoint, capsys
 ):
     config = write_config(run, tmp_path, checkpoint, change)
@@ -113,9 +113,9 @@ def test_weights_or_a_tokenizer_that_do_not_fit_are_told(
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_other_data_is_trained_on_with_the_tokenizer_of_the_checkpoint(run, tmp_path, checkpoint):
+def test_other_data_uses_the_tokenizer_of_the_checkpoint(run, tmp_path, checkpoint):
     def fewer(config: dict) -> None:
-        still(config)
+        frozen(config)
         config["data"]["init_args"]["sources"].pop("text")
         config["data"]["init_args"] |= {
             "tokenizer": checkpoint,
@@ -127,16 +127,16 @@ def test_other_data_is_trained_on_with_the_tokenizer_of_the_checkpoint(run, tmp_
     ours, theirs = Tokenizer(last), Tokenizer(checkpoint)
     assert ours.proto == theirs.proto
     assert ours.encode("a red circle") == theirs.encode("a red circle")
-    assert not list((tmp_path / "data").glob("tokenizer-*"))  # none was trained
+    assert not list((tmp_path / "data").glob("tokenizer-*"))  # no tokenizer was trained
 
 
-def test_a_checkpoint_that_is_none_has_no_tokenizer(tmp_path):
+def test_a_file_that_is_not_a_checkpoint_has_no_tokenizer(tmp_path):
     (tmp_path / "bad.ckpt").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         Tokenizer(tmp_path / "bad.ckpt")
 
 
-def test_a_missing_checkpoint_is_told(run, tmp_path, capsys):
+def test_a_missing_checkpoint_is_reported(run, tmp_path, capsys):
     config = write_config(run, tmp_path, str(tmp_path / "none.ckpt"))
     with pytest.raises(SystemExit):
         main(["fit", "-c", str(config)])

@@ -1,4 +1,4 @@
-"""A run begins with a language model: its text as likely as before, the rest new and named."""
+"""A run starts from a language model: its text perplexity stays, and new parts are reported."""
 
 import shutil
 
@@ -18,7 +18,7 @@ from tf_lightning.interop.llama import open_language_model
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 from tf_lightning.training.module import Transfusion
 
-KINDS = {  # what each begins from, and its tokenizer
+KINDS = {  # the source model and its tokenizer
     "llama": ("Llama", {"vocab_size": 300}, with_sentencepiece),
     "qwen2": ("Qwen2", {"vocab_size": 300, "tie_word_embeddings": True}, with_json),
     "llama3": ("Llama", {"vocab_size": 300, "rope_parameters": LLAMA3_ROPE}, with_json),
@@ -44,7 +44,7 @@ def sizes_of(folder, capsys) -> dict:
 
 
 def write_config(tmp_path, folder, sizes, change=lambda config: None):
-    """A run of one step that begins with a folder."""
+    """Write a short run that starts from a folder."""
 
     def edit(config: dict) -> None:
         start = {"class_path": "callbacks.init_from.InitFrom"}
@@ -60,7 +60,7 @@ def write_config(tmp_path, folder, sizes, change=lambda config: None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_begins_with_its_weights_and_says_what_is_new(kind, tmp_path, capsys, caplog):
+def test_a_run_starts_from_its_weights_and_reports_new_tensors(kind, tmp_path, capsys, caplog):
     folder = make_folder(tmp_path / "source", kind)
     sizes = sizes_of(folder, capsys)
 
@@ -95,8 +95,8 @@ def test_a_run_begins_with_its_weights_and_says_what_is_new(kind, tmp_path, caps
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_perplexity_of_text_is_the_source_models(kind, tmp_path):
-    """Against `transformers` on the same ids: what it gives without <boi> and <eoi>."""
+def test_the_text_perplexity_is_that_of_the_source_model(kind, tmp_path):
+    """Compares with `transformers` on the same ids, which has no <boi> and <eoi>."""
     folder = make_folder(tmp_path, kind)
     source = open_language_model(folder)
     module = Transfusion(source.extended_config, patch_size=2, latent_channels=3)
@@ -114,11 +114,11 @@ def test_the_perplexity_of_text_is_the_source_models(kind, tmp_path):
     old, grown = text_perplexities(module, batch)
     assert old == pytest.approx(loss.exp().item(), rel=1e-6)
     assert grown == pytest.approx(loss.exp().item(), rel=1e-6)
-    assert grown > old  # so that the new entries are there
+    assert grown > old  # the new entries take a little probability
 
 
-def test_the_new_entries_can_be_learnt(tmp_path, folder):
-    """Their logits start low and are not held there."""
+def test_the_new_entries_can_be_learned(tmp_path, folder):
+    """Their logits start low and can rise."""
     source = open_language_model(folder)
     module = Transfusion(source.extended_config, patch_size=2, latent_channels=3)
     module.configure_model()
@@ -136,7 +136,7 @@ def test_the_new_entries_can_be_learnt(tmp_path, folder):
 
 @pytest.fixture
 def fails(tmp_path, folder, capsys):
-    """Starts a run that has to fail before anything is prepared: its one sentence."""
+    """Start a run that must fail before data is prepared; return its one sentence."""
     sizes = sizes_of(folder, capsys)
 
     def command(change=lambda config: None) -> str:
@@ -150,13 +150,13 @@ def fails(tmp_path, folder, capsys):
     return command
 
 
-def test_other_sizes_are_named(fails, folder):
+def test_sizes_that_differ_are_named(fails, folder):
     line = fails(lambda config: config["model"]["transformer"].update(dim=64, ffn_dim=80))
     assert f"{folder} needs model.transformer to have dim=32 (not 64), ffn_dim=48 (not 80)" in line
     assert f"`tf-lightning sizes {folder}`" in line
 
 
-def test_a_tokenizer_of_the_datas_own_is_refused(fails, tmp_path, folder):
+def test_another_tokenizer_of_the_data_is_refused(fails, tmp_path, folder):
     line = fails(lambda config: config["data"]["init_args"].update(tokenizer=None))
     assert "the data would train its own tokenizer; give the data tokenizer: " in line
     other = make_folder(tmp_path / "other", "qwen2")
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(fails, folder):
     assert "model_type='gpt2' but only 'llama', 'mistral', 'qwen2' are supported" in fails()
 
 
-def test_new_rows_that_take_probability_from_the_text_end_the_run(
+def test_new_rows_that_take_probability_from_the_text_stop_the_run(
     tmp_path, folder, capsys, monkeypatch
 ):
     config = write_config(tmp_path, folder, sizes_of(folder, capsys))
@@ -185,7 +185,7 @@ def test_new_rows_that_take_probability_from_the_text_end_the_run(
     assert "the text perplexity at step 0 is " in capsys.readouterr().err
 
 
-def test_an_exported_network_starts_a_run_as_its_checkpoint_does(run, tmp_path):
+def test_a_run_starts_from_an_exported_network_as_from_its_checkpoint(run, tmp_path):
     export(read_checkpoint(run / "checkpoints/last.ckpt"), tmp_path / "out", None, {"net"})
 
     def change(config: dict) -> None:

@@ -1,4 +1,4 @@
-"""The embedded world's judges mean something: better pictures and matched captions score better."""
+"""Metrics of the embedded world rank images and captions by their quality."""
 
 import pytest
 import torch
@@ -28,26 +28,26 @@ def prompts() -> ShapesPrompts:
 
 
 @pytest.fixture(scope="module")
-def pictures(prompts) -> dict[str, list[Image.Image]]:
-    """Pictures of the prompts, from right to worthless."""
-    true = [prompt.picture() for prompt in prompts.prompts()]
-    pixels = torch.stack([to_pixels(picture) for picture in true])
+def images(prompts) -> dict[str, list[Image.Image]]:
+    """Images of the prompts, from right to noise."""
+    true = [prompt.image() for prompt in prompts.prompts()]
+    pixels = torch.stack([to_pixels(image) for image in true])
     autoencoder, noises = load_autoencoder("shapes"), torch.Generator().manual_seed(0)
     latents = autoencoder.encode(pixels)
     noise = torch.randn(pixels.shape, generator=noises)
     return {
-        "true": true,
+        "real": true,
         "reconstructed": [*map(to_image, autoencoder.decode(latents))],
         "noise": [*map(to_image, noise)],
     }
 
 
-def sampled(prompts, pictures) -> SampleBatch:
-    return SampleBatch(prompts.prompts(), range(COUNT), pictures)
+def sampled(prompts, images) -> SampleBatch:
+    return SampleBatch(prompts.prompts(), range(COUNT), images)
 
 
 def tiny_model(folder) -> tuple[Transfusion, list[Document]]:
-    """A model that knows nothing, and what to train it on: captioned pictures of the world."""
+    """An untrained model, and captioned images of the embedded world to train it."""
     told = []
     for index in range(256):
         rng = generator(7, index, "train")
@@ -70,7 +70,7 @@ def tiny_model(folder) -> tuple[Transfusion, list[Document]]:
 
 
 def train_to(step: int, start: int, module: Transfusion, documents, optimizer) -> None:
-    """Optimizer steps from `start` on, each of a row of 32 documents, filled to its end."""
+    """Take the optimizer steps from `start` to `step`, each with a full row of 32 documents."""
     tokenizer = Tokenizer.from_proto(module.tokenizer_proto)
     options = {"tokenizer": tokenizer, "patch_size": 4, "timestep_shift": 2.5}
     for number in range(start, step):
@@ -86,7 +86,7 @@ def train_to(step: int, start: int, module: Transfusion, documents, optimizer) -
 
 
 @pytest.fixture(scope="module")
-def drawn(prompts, tmp_path_factory) -> dict[str, list[Image.Image]]:
+def generated(prompts, tmp_path_factory) -> dict[str, list[Image.Image]]:
     """What a real model draws in the course of its training, half a minute long."""
     module, documents = tiny_model(tmp_path_factory.mktemp("tiny"))
     optimizer = torch.optim.AdamW(module.net.parameters(), lr=3e-3, betas=(0.9, 0.99), fused=True)
@@ -101,45 +101,49 @@ def drawn(prompts, tmp_path_factory) -> dict[str, list[Image.Image]]:
 
 
 @pytest.fixture(scope="module")
-def scores(prompts, pictures, drawn) -> dict[str, dict[str, float]]:
-    """FID, KID and CLIP score of each kind of pictures."""
-    measures = [ImageQuality(scores=["fid", "kid"], kid_subset_size=64), CLIPScore()]
-    for measure in measures:
-        measure.open(prompts)
-        measure.to(torch.device("cpu"))
-    measures[0].see_real(prompts.real_pictures())
-    measures[0].keep_real()
+def scores(prompts, images, generated) -> dict[str, dict[str, float]]:
+    """FID, KID and CLIP score of each kind of images."""
+    metrics = [ImageQuality(scores=["fid", "kid"], kid_subset_size=64), CLIPScore()]
+    for metric in metrics:
+        metric.open(prompts)
+        metric.to(torch.device("cpu"))
+    metrics[0].add_real(prompts.real_images())
+    metrics[0].keep_real()
     found = {}
-    for kind, some in (pictures | drawn).items():
+    for kind, some in (images | generated).items():
         found[kind] = {}
-        for measure in measures:
-            measure.reset()
-            measure.update(sampled(prompts, some))
-            found[kind] |= measure.compute()
-    assert not measures[0].needs_real
+        for metric in metrics:
+            metric.reset()
+            metric.update(sampled(prompts, some))
+            found[kind] |= metric.compute()
+    assert not metrics[0].needs_real
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fid[shapes]", "kid[shapes]", "clip_score[shapes]"])
-def test_true_pictures_beat_reconstructions_beat_a_half_trained_model_beats_noise(name, scores):
+def test_scores_rank_real_images_reconstructions_a_half_trained_model_and_noise(name, scores):
     early, late = scores["hardly trained"][name], scores["half-trained"][name]
     assert late > early if name.startswith("clip") else late < early
-    values = [scores[kind][name] for kind in ("true", "reconstructed", "half-trained", "noise")]
-    if not name.startswith("clip"):  # no cosine tells blotches of colour from noise
+    values = [scores[kind][name] for kind in ("real", "reconstructed", "half-trained", "noise")]
+    if not name.startswith(
+        "clip"
+    ):  # the CLIP score does not distinguish patches of colour from noise
         values.insert(3, early)
-    if name == "kid[shapes]":  # unbiased: it cannot tell reconstructions of 37 dB from the truth
+    if (
+        name == "kid[shapes]"
+    ):  # it is unbiased and does not distinguish reconstructions of 37 dB from real images
         assert abs(values[1] - values[0]) < 0.005
         values[1] = values[0]
     assert values == sorted(values, reverse=name.startswith("clip"))
     assert abs(values[-1] - values[0]) > 5 * abs(values[1] - values[0])
 
 
-def test_a_caption_fits_its_own_picture_better_than_another_of_another_meaning(prompts, pictures):
+def test_an_image_scores_higher_with_its_own_caption_than_with_another(prompts, images):
     fit = CLIPScore()
     fit.open(prompts)
     asked = prompts.prompts()
-    pixels = torch.stack([pil_to_tensor(picture) for picture in pictures["true"]])
+    pixels = torch.stack([pil_to_tensor(image) for image in images["real"]])
     matched = fit.score.cosines(pixels, [prompt.text for prompt in asked])
     turned = asked[1:] + asked[:1]
     others = fit.score.cosines(pixels, [prompt.text for prompt in turned])
@@ -149,7 +153,7 @@ def test_a_caption_fits_its_own_picture_better_than_another_of_another_meaning(p
 
 
 def test_an_exchanged_relation_or_colour_lowers_the_score(prompts):
-    pictures = torch.stack([pil_to_tensor(p.picture()) for p in prompts.prompts()])
+    pictures = torch.stack([pil_to_tensor(p.image()) for p in prompts.prompts()])
     fit = CLIPScore()
     fit.open(prompts)
     pairs = [(i, p.about) for i, p in enumerate(prompts.prompts()) if p.about.relation == "left of"]
@@ -161,15 +165,15 @@ def test_an_exchanged_relation_or_colour_lowers_the_score(prompts):
         assert right > fit.score.cosines(picture, [wrong]) + 0.1
 
 
-def test_features_have_one_length(prompts, pictures):
+def test_all_features_have_the_same_length(prompts, images):
     extractor = load_extractor("shapes", None)
-    images = torch.stack([pil_to_tensor(picture) for picture in pictures["true"][:4]])
+    images = torch.stack([pil_to_tensor(image) for image in images["real"][:4]])
     features = extractor(images).pooled
     assert features.shape == (4, extractor.num_features)
     torch.testing.assert_close(features.norm(dim=1), torch.full((4,), 8.0))
 
 
-def test_drawn_pictures_are_resized_as_the_real_ones(prompts):
+def test_generated_images_are_resized_to_the_size_of_the_real_ones(prompts):
     scores = ImageQuality()
     scores.open(prompts)
     scores.image_size = 32
@@ -177,20 +181,20 @@ def test_drawn_pictures_are_resized_as_the_real_ones(prompts):
     assert scores._tensor([Image.new("RGB", (48, 64))]).shape == (1, 3, 32, 32)
 
 
-def test_references_are_kept_and_those_of_another_set_refused(prompts, tmp_path):
+def test_references_are_kept_and_those_of_another_prompt_set_are_refused(prompts, tmp_path):
     def opened(some_prompts) -> ImageQuality:
         scores = ImageQuality(references=str(tmp_path))
         scores.open(some_prompts)
         return scores.to(torch.device("cpu"))
 
     first = opened(prompts)
-    first.see_real(prompts.real_pictures())
+    first.add_real(prompts.real_images())
     first.keep_real()
     again = opened(prompts)
     assert not again.needs_real
     for scores in (first, again):
-        scores.see_real(prompts.real_pictures()[:70])  # must not count any more
-        scores.update(sampled(prompts, [prompt.picture() for prompt in prompts.prompts()]))
+        scores.add_real(prompts.real_images()[:70])  # must not be counted again
+        scores.update(sampled(prompts, [prompt.image() for prompt in prompts.prompts()]))
     assert first.compute() == again.compute()
     other = ShapesPrompts(count=COUNT, real_per_prompt=2)
     other.facts["resize"] = "lanczos 32"
@@ -209,13 +213,13 @@ def test_captions_are_scored_against_every_reference(prompts):
     assert scores.compute()["cider[shapes]"] == 0.0 < best
 
 
-def test_weights_that_are_absent_are_told_in_one_sentence(prompts, tmp_path, monkeypatch):
+def test_missing_weights_are_reported_in_one_sentence(prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for measure in (
+    for metric in (
         ImageQuality(extractor="inception"),
         ImageQuality(extractor="inception", weights=str(tmp_path / "none.pth")),
         CLIPScore(model="ViT-L-14", pretrained="openai"),
     ):
         with pytest.raises(ValueError) as told:
-            measure.open(prompts)
+            metric.open(prompts)
         assert "\n" not in str(told.value)

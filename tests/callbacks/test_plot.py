@@ -1,4 +1,4 @@
-"""Points lie where their values say."""
+"""Points are plotted at the pixels of their values."""
 
 import numpy as np
 from PIL import ImageColor
@@ -11,7 +11,7 @@ def test_values_map_linearly_onto_pixels():
     assert scale([3.0, 3.0], 0, 10) == [5, 5]
 
 
-def test_a_panel_a_metric_with_a_dot_at_each_point():
+def test_each_metric_has_a_panel_with_a_dot_at_each_point():
     lines = {"fid": [(5.0, 10.0), (1.0, 30.0)], "clip": [(1.0, 2.0)], "a": [(0, 0)], "b": [(0, 0)]}
     page = line_plots(lines, "guidance scale")
     width, height = PANEL
@@ -25,7 +25,7 @@ def test_a_panel_a_metric_with_a_dot_at_each_point():
     assert tuple(pixels[TOP + 5, width - RIGHT]) != blue
 
 
-def test_several_lines_of_a_panel_share_its_axes():
+def test_the_lines_of_a_panel_share_its_axes():
     page = line_plots({"fid": {"one": [(1.0, 30.0), (5.0, 20.0)], "two": [(5.0, 10.0)]}}, "steps")
     pixels, (width, height) = np.asarray(page), PANEL
     blue, orange = ImageColor.getrgb("steelblue"), ImageColor.getrgb("darkorange")
@@ -34,7 +34,7 @@ def test_several_lines_of_a_panel_share_its_axes():
     assert tuple(pixels[height - BOTTOM, width - RIGHT]) == orange
 
 
-def test_numbers_below_a_panel_do_not_overlap_and_the_last_is_there():
+def test_numbers_below_a_panel_do_not_overlap_and_include_the_last():
     def labels(xs):
         page = np.asarray(line_plots({"fid": [(x, 0.0) for x in xs]}, ""))
         return (page[PANEL[1] - BOTTOM + 10 : PANEL[1] - BOTTOM + 22] < 128).all(2).any(0)

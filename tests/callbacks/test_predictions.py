@@ -1,4 +1,4 @@
-"""What `predict` writes, and that it goes on where it was."""
+"""`predict` answers each document once and continues after it was stopped."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from callbacks.predictions import PredictionWriter, key_of, lines_of
+from callbacks.predictions import PredictionWriter, document_key, read_lines
 from support import runs
 from tf_lightning.cli.main import main
 from tf_lightning.generation.pipeline import TransfusionPipeline
@@ -17,12 +17,12 @@ from tf_lightning.shapes.sources import ShapesCaptions
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory) -> Path:
-    """A folder for the predictions of the session's run, which stays as it is."""
+    """A folder for the predictions, so that the session's run stays unchanged."""
     return tmp_path_factory.mktemp("predict")
 
 
 def predict(run: Path, folder: Path, *arguments: str, writer: dict | None = None) -> Path:
-    """Run the command on the session's checkpoint; the folder that it writes to."""
+    """Run the command on the session's checkpoint and return the folder of its output."""
 
     def change(config: dict) -> None:
         config["data"]["init_args"]["cache_dir"] = str(run.parent / "data")
@@ -44,17 +44,17 @@ def own_captions() -> list[str]:
     return sorted(caption for caption, _ in source.documents("val"))
 
 
-def test_each_held_out_picture_gets_a_caption_beside_its_own(run, folder):
+def test_each_validation_image_gets_a_caption_beside_its_own(run, folder):
     lines = read(predict(run, folder) / "text-0.jsonl")
     assert sorted(line["caption"] for line in lines) == own_captions()
     assert all(isinstance(line["answer"], str) for line in lines)
 
 
-def test_a_run_that_was_killed_goes_on_where_it_was(run, folder, monkeypatch):
+def test_a_run_that_was_killed_continues(run, folder, monkeypatch):
     file = predict(run, folder) / "text-0.jsonl"
     whole = file.read_text()
     lines = whole.splitlines(keepends=True)
-    # The first line is another rank's, the second whole, the third torn; the rest never written.
+    # Line 1 is in another rank's file, line 2 is complete, line 3 is cut, the rest is missing.
     (file.parent / "text-7.jsonl").write_text(lines[0])
     file.write_text(lines[1] + lines[2][:20])
     asked, generate = [], TransfusionPipeline.__call__
@@ -71,32 +71,32 @@ def test_a_run_that_was_killed_goes_on_where_it_was(run, folder, monkeypatch):
     asked.clear()
     predict(
         run, folder, writer={"sampling": {"max_new_tokens": 3}}
-    )  # other settings: everything again
+    )  # other options: everything is generated again
     assert len(asked) == len(read(file)) == len(lines)
 
 
-def test_captions_are_answered_with_pictures(run, folder):
+def test_captions_are_answered_with_images(run, folder):
     how = {"output_modality": "image", "sampling": {"num_inference_steps": 2}}
     out = predict(run, folder, writer=how)
     lines = read(out / "image-0.jsonl")
     assert sorted(line["caption"] for line in lines) == own_captions()
-    pictures = [np.asarray(Image.open(out / line["answer"])) for line in lines]
-    assert all(picture.shape == (64, 64, 3) for picture in pictures)
-    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+    images = [np.asarray(Image.open(out / line["answer"])) for line in lines]
+    assert all(image.shape == (64, 64, 3) for image in images)
+    assert len({image.tobytes() for image in images}) == len(images)
 
 
-def test_pictures_follow_the_sampler_and_its_shift(run, tmp_path, capsys):
+def test_images_depend_on_the_sampler_and_its_shift(run, tmp_path, capsys):
     how = {"num_inference_steps": 3, "sampler": "DDPMScheduler"}
 
     def writer(**changed) -> dict:
         return {"output_modality": "image", "sampling": how | changed}
 
-    def pictures(shift: float) -> dict[str, bytes]:
+    def images(shift: float) -> dict[str, bytes]:
         out = predict(run, tmp_path, writer=writer(timestep_shift=shift))
         names = [line["answer"] for line in read(out / "image-0.jsonl")]
         return {name: (out / name).read_bytes() for name in names}
 
-    even, shifted = pictures(1.0), pictures(2.5)
+    even, shifted = images(1.0), images(2.5)
     assert even.keys() == shifted.keys() and even != shifted
     new = tmp_path / "new"
     new.mkdir()
@@ -117,18 +117,18 @@ def test_two_ranks_answer_each_document_once(run, tmp_path, folder):
     assert told(ranks[0] + ranks[1]) == told(alone)
 
 
-def test_a_document_is_named_by_its_content():
+def test_the_key_of_a_document_depends_on_its_content():
     text, image = torch.tensor([3, 4]), torch.randn(3, 4, 4)
-    assert key_of([text, image]) == key_of([text.clone(), image.clone()])
+    assert document_key([text, image]) == document_key([text.clone(), image.clone()])
     others = [[text + 1, image], [text, image + 1], [text]]
-    assert len({key_of(d) for d in [[text, image], *others]}) == 4
+    assert len({document_key(d) for d in [[text, image], *others]}) == 4
 
 
-def test_lines_of_another_run_and_torn_ones_are_left_out(tmp_path):
+def test_incomplete_lines_and_lines_of_another_run_are_skipped(tmp_path):
     file = tmp_path / "text-0.jsonl"
     file.write_text('{"run": "a", "key": "1"}\n{"run": "b", "key": "2"}\n{"run": "a", "k')
-    assert lines_of(file, "a") == [{"run": "a", "key": "1"}]
+    assert read_lines(file, "a") == [{"run": "a", "key": "1"}]
 
 
-def test_answers_are_written_batch_by_batch():
+def test_answers_are_written_after_each_batch():
     assert PredictionWriter().interval.on_batch and not PredictionWriter().interval.on_epoch

@@ -1,4 +1,4 @@
-"""A number is written with everything it depends on, whole or not at all."""
+"""Metric values are written with everything they depend on."""
 
 import hashlib
 import json
@@ -12,26 +12,26 @@ from callbacks.prompts import Prompt
 from callbacks.protocol import (
     MetricRecord,
     installed_version,
-    print_numbers,
+    print_records,
     prompts_hash,
-    save_numbers,
-    write_numbers,
+    save_records,
+    write_records,
 )
 
-NUMBERS = [MetricRecord("val/fid[shapes]", 1.25, {"guidance_scale": 3.0, "weights": "ema"})]
+RECORDS = [MetricRecord("val/fid[shapes]", 1.25, {"guidance_scale": 3.0, "weights": "ema"})]
 
 
-def test_prompts_are_hashed_in_order():
+def test_the_hash_depends_on_the_order_of_prompts():
     asked = [Prompt("a"), Prompt("b")]
     assert prompts_hash(asked) == hashlib.sha256(b"a\nb").hexdigest()[:12]
     assert prompts_hash(asked[::-1]) != prompts_hash(asked)
 
 
-def test_the_file_has_the_checkpoints_hash_the_versions_and_each_protocol(tmp_path):
+def test_the_file_has_the_hash_of_the_checkpoint_the_versions_and_each_protocol(tmp_path):
     checkpoint = tmp_path / "last.ckpt"
     checkpoint.write_bytes(b"weights")
     path = tmp_path / "made" / "metrics.json"
-    write_numbers(path, NUMBERS, checkpoint=str(checkpoint), global_step=7)
+    write_records(path, RECORDS, checkpoint=str(checkpoint), global_step=7)
     content = json.loads(path.read_text())
     assert content["checkpoint_hash"] == hashlib.sha256(b"weights").hexdigest()[:12]
     assert (content["checkpoint"], content["global_step"]) == ("last.ckpt", 7)
@@ -47,19 +47,19 @@ def test_the_file_has_the_checkpoints_hash_the_versions_and_each_protocol(tmp_pa
 
 
 def test_the_table_keeps_brackets_in_names(capsys):
-    print_numbers(NUMBERS)
+    print_records(RECORDS)
     printed = capsys.readouterr().out
     assert "val/fid[shapes]" in printed and "1.25" in printed and "ema" in printed
 
 
-def test_a_number_that_is_not_finite_is_null_since_json_has_no_nan(tmp_path):
+def test_a_value_that_is_not_finite_is_null(tmp_path):
     numbers = [
         MetricRecord("a", float("nan"), {}),
         MetricRecord("b", float("inf"), {}),
         MetricRecord("c", 1.5, {}),
     ]
     path = tmp_path / "metrics.json"
-    write_numbers(path, numbers, checkpoint=None, global_step=1)
+    write_records(path, numbers, checkpoint=None, global_step=1)
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -68,7 +68,7 @@ def test_a_number_that_is_not_finite_is_null_since_json_has_no_nan(tmp_path):
     assert [number["value"] for number in read["numbers"]] == [None, None, 1.5]
 
 
-def test_what_is_not_installed_has_no_version():
+def test_a_package_that_is_not_installed_has_no_version():
     assert installed_version("no-such-package") is None
     assert installed_version("torch") == metadata.version("torch")
 
@@ -82,7 +82,7 @@ def test_what_is_not_installed_has_no_version():
         (TrainerFn.VALIDATING, "coco", "validate/metrics-coco.json"),
     ],
 )
-def test_training_keeps_a_file_a_step_and_an_evaluation_tells_its_one(
+def test_fit_writes_a_file_for_each_step_and_an_evaluation_prints_its_values(
     fn, tag, place, tmp_path, capsys
 ):
     (tmp_path / "last.ckpt").write_bytes(b"weights")
@@ -95,10 +95,10 @@ def test_training_keeps_a_file_a_step_and_an_evaluation_tells_its_one(
         ckpt_path=str(tmp_path / "last.ckpt"),
     )
     module = SimpleNamespace(loaded_step=9)
-    save_numbers(trainer, module, NUMBERS, tag)
-    assert not (tmp_path / place).exists()  # another rank's
+    save_records(trainer, module, RECORDS, tag)
+    assert not (tmp_path / place).exists()  # other ranks write nothing
     trainer.is_global_zero = True
-    save_numbers(trainer, module, NUMBERS, tag)
+    save_records(trainer, module, RECORDS, tag)
     content = json.loads((tmp_path / place).read_text())
     assert content["global_step"] == (7 if fit else 9)
     assert content["checkpoint"] == (None if fit else "last.ckpt")

@@ -1,4 +1,4 @@
-"""RetrievalAccuracy: the nearest picture, and what it says of a model that remembers or does not."""
+"""Retrieval accuracy: the nearest image, and the accuracy of models that remember or do not."""
 
 import json
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.plugins import Precision
 from PIL import Image
 
-from callbacks.retrieval import RetrievalAccuracy, nearest_pictures
+from callbacks.retrieval import RetrievalAccuracy, nearest_images
 from tf_lightning.data.documents import Skipped
 from tf_lightning.data.images import to_image
 from tf_lightning.generation.pipeline import TransfusionPipeline
@@ -16,21 +16,21 @@ from tf_lightning.generation.requests import GenerationOutput
 from tf_lightning.generation.sampling import SamplingConfig
 
 
-def test_the_nearest_picture_is_the_one_of_least_squared_distance():
+def test_the_nearest_image_has_the_smallest_squared_distance():
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(40, 3, 8, 8, generator=generator) * 2 - 1
-    pictures = torch.rand(70, 3, 8, 8, generator=generator) * 2 - 1
+    generated = torch.rand(40, 3, 8, 8, generator=generator) * 2 - 1
+    images = torch.rand(70, 3, 8, 8, generator=generator) * 2 - 1
     expected = [
-        min(range(70), key=lambda index: ((picture - pictures[index]) ** 2).mean().item())
-        for picture in drawn
+        min(range(70), key=lambda index: ((image - images[index]) ** 2).mean().item())
+        for image in generated
     ]
-    assert nearest_pictures(drawn, pictures).tolist() == expected
+    assert nearest_images(generated, images).tolist() == expected
 
 
-def test_a_picture_with_little_noise_is_nearest_to_itself():
-    pictures = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    noisy = pictures + 0.01 * torch.randn(pictures.shape, generator=torch.Generator())
-    assert nearest_pictures(noisy, pictures).tolist() == list(range(300))
+def test_an_image_with_little_noise_is_nearest_to_itself():
+    images = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy = images + 0.01 * torch.randn(images.shape, generator=torch.Generator())
+    assert nearest_images(noisy, images).tolist() == list(range(300))
 
 
 def grey(number: int) -> Image.Image:
@@ -38,7 +38,7 @@ def grey(number: int) -> Image.Image:
 
 
 class Greys:
-    """Ten captioned pictures of one grey each, two of them held out; and what is no pair."""
+    """Ten captioned images of one grey each, two of them for validation, and other documents."""
 
     def documents(self, split):
         if split == "val":
@@ -56,7 +56,7 @@ SHIFTED = {"sampler": "DPMSolverMultistepScheduler", "timestep_shift": 2.5}
 
 
 class Memory:
-    """Draws what belongs to each caption, or always the first picture."""
+    """Answers each caption with its own image, or always with the first image."""
 
     def __init__(self, remembers: bool):
         self.remembers = remembers
@@ -67,7 +67,7 @@ class Memory:
 
 
 @pytest.mark.parametrize(("remembers", "accuracy"), [(True, 1.0), (False, 0.2)])
-def test_accuracy_is_the_share_of_prompts_drawn_nearest_to_their_own(
+def test_accuracy_is_the_share_of_images_nearest_to_their_own(
     remembers, accuracy, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(TransfusionPipeline, "from_module", lambda module: Memory(remembers))

@@ -1,4 +1,4 @@
-"""Each prompt once, in batches that do not depend on the number of processes."""
+"""Each prompt is sampled once, in batches that do not depend on the number of ranks."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -23,13 +23,13 @@ SAMPLING = SamplingConfig(guidance_scale=2.0, max_new_tokens=5)
 def test_ranks_share_the_batches_of_one_process(count, batch_size, world_size):
     alone = shares(count, batch_size, 0, 1)
     together = [shares(count, batch_size, rank, world_size) for rank in range(world_size)]
-    assert [place for places in alone for place in places] == list(range(count))
+    assert [index for indices in alone for index in indices] == list(range(count))
     assert sorted((r for rank in together for r in rank), key=lambda r: r.start) == alone
-    assert count == 0 or together[0][0].start == 0  # what TensorBoard shows is rank zero's
+    assert count == 0 or together[0][0].start == 0  # rank zero shows the first batch in TensorBoard
 
 
 class Fake:
-    """Notes what it is asked."""
+    """A pipeline that records its calls."""
 
     image_size = 8
 
@@ -50,12 +50,12 @@ HOW = {"seed": 7, "precision": nullcontext, "progress": False}
 
 def test_the_seed_of_a_prompt_depends_on_its_index_alone():
     pipe = Fake()
-    (made,) = sample(pipe, PROMPTS, shares(5, 2, 1, 2), SAMPLING, kind="generated", **HOW)
+    (batch,) = sample(pipe, PROMPTS, shares(5, 2, 1, 2), SAMPLING, kind="generated", **HOW)
     ((prompts, modality, sampling, how),) = pipe.calls
     assert (prompts, modality, sampling) == (["p2", "p3"], "image", SAMPLING)
     assert how["seed"] == [9, 10] and how["batch_size"] == 2
-    assert made.indices == range(2, 4) and made.captions is None
-    assert made.pixels.shape == (2, 3, 8, 8) and made.pixels.dtype == torch.uint8
+    assert batch.indices == range(2, 4) and batch.captions is None
+    assert batch.pixels.shape == (2, 3, 8, 8) and batch.pixels.dtype == torch.uint8
 
 
 def test_images_are_captioned_at_the_size_of_the_model():
@@ -66,7 +66,7 @@ def test_images_are_captioned_at_the_size_of_the_model():
     assert made[0].first(2).captions == ["up to 5"] * 2 and len(made[0].first(2).indices) == 2
 
 
-def test_the_network_computes_in_the_precision_asked_for():
+def test_the_network_computes_in_the_requested_precision():
     low = partial(torch.autocast, "cpu", torch.bfloat16)
     for kind in ("generated", "captioned"):
         pipe = Fake()

@@ -1,4 +1,4 @@
-"""The folder that training writes: what it holds, and that the Transformer's side reads it."""
+"""The folder of a trained autoencoder: its content, and its use by Transfusion."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tf_lightning.shapes.sources import ShapesCaptions
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A VAE's run without validation's extractor; the folder it wrote."""
+    """The folder of a KL autoencoder trained without GAN loss."""
     return aruns.fit(tmp_path_factory.mktemp("vae"), gan_weight=0.0) / "autoencoder"
 
 

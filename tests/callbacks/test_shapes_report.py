@@ -1,4 +1,4 @@
-"""The examination gives full marks to truth, none to error, and says what it saw."""
+"""The report scores right answers 1, wrong answers 0, and records every verdict."""
 
 import json
 import math
@@ -29,7 +29,7 @@ COUNT, SEED = 6, 3
 
 @pytest.fixture(scope="module")
 def module(tmp_path_factory) -> Transfusion:
-    """A module that finds every next token equally probable."""
+    """A module for which every next token is equally probable."""
     texts = (text for (text,) in ShapesTexts(200, 1).documents("train"))
     tokenizer = train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "t.model", 300)
     config = TransformerConfig(vocab_size=300, dim=32, num_layers=1, num_heads=2, ffn_dim=48)
@@ -41,40 +41,40 @@ def module(tmp_path_factory) -> Transfusion:
     return module
 
 
-class Knowing(TransfusionPipeline):
-    """Draws the true picture of each prompt, and writes a true caption of each picture."""
+class Correct(TransfusionPipeline):
+    """Answers each prompt with its real image and each image with a right caption."""
 
     def __call__(self, prompts, *, output_modality, **options) -> GenerationOutput:
-        answer = {"image": self.draw, "text": self.write}[output_modality]
+        answer = {"image": self.image, "text": self.caption}[output_modality]
         return GenerationOutput([[answer(prompt)] for prompt in prompts], [])
 
-    def draw(self, prompt: str) -> Image.Image:
+    def image(self, prompt: str) -> Image.Image:
         asked = questions(COUNT, 1, SEED) + questions(COUNT, 2, SEED)
-        return {question.prompt: question.picture for question in asked}[prompt]
+        return {question.prompt: question.image for question in asked}[prompt]
 
-    def write(self, picture: Image.Image) -> str:
-        return captions(read(np.asarray(picture)).meaning)[-1]
+    def caption(self, image: Image.Image) -> str:
+        return captions(read(np.asarray(image)).meaning)[-1]
 
 
-class Mistaken(Knowing):
-    """Always a picture and a caption of something else."""
+class Wrong(Correct):
+    """Answers every prompt with a blank image and every image with a wrong caption."""
 
-    def draw(self, prompt: str) -> Image.Image:
+    def image(self, prompt: str) -> Image.Image:
         return Image.new("RGB", (64, 64), "white")
 
-    def write(self, picture: Image.Image) -> str:
+    def caption(self, image: Image.Image) -> str:
         return "one red square and more"
 
 
 def timed() -> Throughput:
-    """A clock that stood still after 90 seconds, 10 of them validations."""
+    """A stopped clock of a fit of 90 seconds, 10 of them in validations."""
     clock = Throughput()
     clock.load_state_dict({"fit_seconds": 90.0, "validation_seconds": 10.0})
     return clock
 
 
-def examined(module, model_class, folder, monkeypatch) -> dict:
-    """The report of an examination at step 5."""
+def report_of(module, model_class, folder, monkeypatch) -> dict:
+    """The report of a pipeline class at step 5."""
     build = TransfusionPipeline.from_module.__func__
     monkeypatch.setattr(TransfusionPipeline, "from_module", lambda m: build(model_class, m))
     trainer = SimpleNamespace(
@@ -93,45 +93,43 @@ def verdicts(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "samples" / "samples.jsonl").open()]
 
 
-def test_truth_gets_full_marks(module, tmp_path, monkeypatch):
-    report = examined(module, Knowing, tmp_path, monkeypatch)
+def test_right_answers_score_one(module, tmp_path, monkeypatch):
+    report = report_of(module, Correct, tmp_path, monkeypatch)
     assert report["one_object"] == report["two_objects"] == report["caption_accuracy"] == 1.0
     assert all(verdict["right"] is True for verdict in verdicts(tmp_path))
 
 
-def test_error_gets_none(module, tmp_path, monkeypatch):
-    report = examined(module, Mistaken, tmp_path, monkeypatch)
+def test_wrong_answers_score_zero(module, tmp_path, monkeypatch):
+    report = report_of(module, Wrong, tmp_path, monkeypatch)
     assert report["one_object"] == report["two_objects"] == report["caption_accuracy"] == 0.0
     assert all(verdict["right"] is False for verdict in verdicts(tmp_path))
 
 
-def test_half_the_objects_right_is_half_a_mark(module, tmp_path, monkeypatch):
-    class OneObjectOnly(Knowing):
-        def draw(self, prompt: str) -> Image.Image:
+def test_one_and_two_objects_are_scored_separately(module, tmp_path, monkeypatch):
+    class OneObjectOnly(Correct):
+        def image(self, prompt: str) -> Image.Image:
             blank = Image.new("RGB", (64, 64), "white")
-            return super().draw(prompt) if len(parse(prompt).objects) == 1 else blank
+            return super().image(prompt) if len(parse(prompt).objects) == 1 else blank
 
-    report = examined(module, OneObjectOnly, tmp_path, monkeypatch)
+    report = report_of(module, OneObjectOnly, tmp_path, monkeypatch)
     assert (report["one_object"], report["two_objects"]) == (1.0, 0.0)
 
 
-def test_each_sample_is_a_picture_with_its_prompt_reading_and_verdict(
-    module, tmp_path, monkeypatch
-):
-    examined(module, Knowing, tmp_path, monkeypatch)
+def test_each_sample_is_an_image_with_its_prompt_reading_and_verdict(module, tmp_path, monkeypatch):
+    report_of(module, Correct, tmp_path, monkeypatch)
     lines = verdicts(tmp_path)
     assert [line["file"] for line in lines] == [f"{i:04d}.png" for i in range(2 * COUNT)]
     for line in lines:
         assert line.keys() == {"file", "prompt", "read", "right"}
-        picture = np.asarray(Image.open(tmp_path / "samples" / line["file"]))
-        reading = read(picture)
+        image = np.asarray(Image.open(tmp_path / "samples" / line["file"]))
+        reading = read(image)
         assert reading.meaning == parse(line["prompt"])
         assert line["read"] == str(reading)
     assert Image.open(tmp_path / "sheet.png").width > 500
 
 
-def test_the_report_says_what_was_measured_and_how(module, tmp_path, monkeypatch):
-    report = examined(module, Knowing, tmp_path, monkeypatch)
+def test_the_report_has_the_scores_and_their_protocol(module, tmp_path, monkeypatch):
+    report = report_of(module, Correct, tmp_path, monkeypatch)
     num_parameters = sum(parameter.numel() for parameter in module.net.parameters())
     expected = {
         "num_parameters": num_parameters,
@@ -148,13 +146,13 @@ def test_the_report_says_what_was_measured_and_how(module, tmp_path, monkeypatch
     }
 
 
-def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary(module):
+def test_the_perplexity_of_a_uniform_prediction_is_the_size_of_the_vocabulary(module):
     perplexity, bound = text_perplexity(TransfusionPipeline.from_module(module), module, 20, SEED)
     assert perplexity == pytest.approx(300, rel=1e-5)
     assert 1 < bound < 5
 
 
-def test_the_bound_is_the_perplexity_of_the_grammar_itself_on_the_same_tokens(module, monkeypatch):
+def test_the_bound_is_the_perplexity_of_the_grammar_on_the_same_tokens(module, monkeypatch):
     texts = ["imagine a red circle . the circle is red ."] * 2
     drawn = iter(texts)
     monkeypatch.setattr("callbacks.shapes_report.draw_text", lambda rng: next(drawn))
@@ -162,14 +160,14 @@ def test_the_bound_is_the_perplexity_of_the_grammar_itself_on_the_same_tokens(mo
     _, bound = text_perplexity(pipe, module, 2, SEED)
     counted = sum(
         len(pipe.model.tokenizer.encode(text)) for text in texts
-    )  # the first out, <eos> in
+    )  # without the first token, with <eos>
     assert bound == pytest.approx(math.exp(-sum(map(text_log_prob, texts)) / counted))
 
 
-def test_questions_repeat_and_two_objects_are_of_meanings_never_trained_on():
+def test_questions_repeat_and_those_with_two_objects_have_held_out_meanings():
     asked = questions(30, 2, SEED)
     assert asked[:5] == questions(5, 2, SEED) != questions(5, 2, SEED + 1)
     for question in asked:
         assert held_out(question.meaning) and parse(question.prompt) == question.meaning
-        assert read(np.asarray(question.picture)).meaning == question.meaning
+        assert read(np.asarray(question.image)).meaning == question.meaning
     assert {len(q.meaning.objects) for q in questions(30, None, SEED)} == {1, 2}

@@ -1,4 +1,4 @@
-"""Text is scored as by hand: document by document, and counted on the words themselves."""
+"""Perplexity and bits per byte equal a computation by hand, document by document."""
 
 import math
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ def module(data) -> Transfusion:
 
 
 def validated(module: Transfusion, data: Mixture, folder) -> tuple[dict[str, float], dict]:
-    """All that a validation logs, and the numbers' protocols."""
+    """Logged values of a validation, and the protocols of its records."""
     callback = TextPerplexity()
     trainer = L.Trainer(
         **{"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "logger": False},
@@ -53,12 +53,12 @@ def validated(module: Transfusion, data: Mixture, folder) -> tuple[dict[str, flo
     )
     trainer.validate(module, data, verbose=False)
     logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    return logged, {number.name: number.protocol for number in callback.numbers}
+    return logged, {record.name: record.protocol for record in callback.records}
 
 
 @torch.no_grad()
 def nll_of(net: TransfusionModel, text: Tensor, data: Mixture) -> Tensor:
-    """-log p of every token of a document after its first, and of its end."""
+    """-log p of every token of a document except the first, and of its end."""
     ids = torch.cat([torch.tensor([1]), text, torch.tensor([2])])
     assert (data.tokenizer.bos_id, data.tokenizer.eos_id) == (1, 2)
     options = {"tokenizer": data.tokenizer, "row_length": len(ids)}
@@ -69,7 +69,7 @@ def nll_of(net: TransfusionModel, text: Tensor, data: Mixture) -> Tensor:
     return -log_probs[torch.arange(1, len(ids) - 1), ids[2:]]
 
 
-def test_text_is_scored_as_document_by_document_by_hand(module, data, tmp_path):
+def test_text_scores_equal_those_of_single_documents(module, data, tmp_path):
     logged, protocols = validated(module, data, tmp_path)
     documents = [part for i in range(7) for part in data.corpora["val"]["text"].document(i)]
     nll = torch.cat([nll_of(module.ema, text, data) for text in documents])
@@ -82,18 +82,16 @@ def test_text_is_scored_as_document_by_document_by_hand(module, data, tmp_path):
     protocol = protocols["val/text/bits_per_byte"]
     assert (protocol["num_tokens"], protocol["num_bytes"]) == (len(nll), num_bytes)
     raw = torch.cat([nll_of(module.net, text, data) for text in documents])
-    assert abs(raw.mean() - nll.mean()) > 1e-3 * nll.mean()  # the average was asked
+    assert abs(raw.mean() - nll.mean()) > 1e-3 * nll.mean()  # the EMA weights were evaluated
 
 
-def test_words_after_a_picture_count_whole_and_its_beginning_and_the_end_count_no_bytes(
-    module, data, tmp_path
-):
+def test_boi_and_eos_count_as_tokens_without_bytes(module, data, tmp_path):
     _, protocols = validated(module, data, tmp_path)
     num_tokens = num_bytes = 0
     for index in range(7):
         first, second = data.corpora["val"]["captions"].document(index)
         text = (first if first.ndim == 1 else second).tolist()
-        assert first.ndim == 1  # words, <boi>, picture, <eos>; the first word is left out
+        assert first.ndim == 1  # words, <boi>, image, <eos>; the first word is not counted
         num_tokens += len(text) - 1 + 2
         whole, begun = data.tokenizer.decode(text), data.tokenizer.decode(text[:1])
         num_bytes += len(whole.encode()) - len(begun.encode())
@@ -102,7 +100,7 @@ def test_words_after_a_picture_count_whole_and_its_beginning_and_the_end_count_n
 
 
 def counted(document: list, data: Mixture) -> tuple[int, int]:
-    """Tokens and bytes that a batch of one document counts."""
+    """Counted tokens and bytes of a batch of one document."""
     options = {"tokenizer": data.tokenizer, "row_length": 128, "patch_size": runs.PATCH_SIZE}
     batch = pack([[document]], [0], **options)
     trainer = SimpleNamespace(datamodule=data)
@@ -114,21 +112,21 @@ def counted(document: list, data: Mixture) -> tuple[int, int]:
     return int(metric.num_tokens), int(metric.num_bytes)
 
 
-def test_what_is_counted_in_documents_of_several_parts(data):
-    picture = torch.zeros(3, 64, 64)
+def test_counts_of_documents_with_several_parts(data):
+    image = torch.zeros(3, 64, 64)
     words = torch.tensor(data.tokenizer.encode("a red circle"))
     spaced = torch.tensor(data.tokenizer.encode(" é\n"))
     first = len(data.tokenizer.decode(words[:1].tolist()))
-    # <boi> comes first and is left out; then all words and <eos>
-    assert counted([picture, words], data) == (len(words) + 1, len("a red circle"))
-    assert counted([picture, spaced], data) == (len(spaced) + 1, len(" é\n".encode()))
-    # the first word is left out; <boi>, then the second text whole, and <eos>
+    # <boi> is first and is not counted; all words and <eos> are
+    assert counted([image, words], data) == (len(words) + 1, len("a red circle"))
+    assert counted([image, spaced], data) == (len(spaced) + 1, len(" é\n".encode()))
+    # the first word is not counted; <boi>, the whole second text and <eos> are
     tokens, num_bytes = 2 * len(words) + 1, 2 * len("a red circle") - first
-    assert counted([words, picture, words], data) == (tokens, num_bytes)
-    assert counted([picture], data) == (0, 0)
+    assert counted([words, image, words], data) == (tokens, num_bytes)
+    assert counted([image], data) == (0, 0)
 
 
-def test_a_source_without_text_has_no_number(module, data, tmp_path, monkeypatch):
+def test_a_source_without_text_has_no_values(module, data, tmp_path, monkeypatch):
     whole = Corpus.document
 
     def without_captions(corpus: Corpus, index: int, random=None) -> list[Tensor]:
@@ -143,8 +141,8 @@ def test_a_source_without_text_has_no_number(module, data, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_two_processes_log_what_one_does_and_keep_nothing_in_a_checkpoint(run, tmp_path):
-    """Batches of one row, so that the ranks' batches are those of one process."""
+def test_two_processes_log_the_values_of_one_and_the_checkpoint_has_no_metric(run, tmp_path):
+    """Uses batches of one row, so that two ranks have the batches of one process."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     config.pop("ckpt_path", None)
     text = {"class_path": "callbacks.text_perplexity.TextPerplexity"}

@@ -1,4 +1,4 @@
-"""Tokens counted by hand."""
+"""Throughput equals tokens and FLOPs counted by hand."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from tf_lightning.training.flops import Workload, flops_6nd, training_flops
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes one second further each time it is read."""
+    """A clock that advances by one second at each reading."""
     seconds = iter(range(100))
     monkeypatch.setattr("callbacks.throughput.time.perf_counter", lambda: float(next(seconds)))
 
@@ -20,8 +20,8 @@ def clock(monkeypatch):
 def log_of(
     batches: list, every: int, world_size: int = 1, peak_flops: float | None = None
 ) -> dict[int, dict[str, float]]:
-    """What is logged at which step."""
-    data = SimpleNamespace(source_names=["pictures", "text"], epochs=dict)
+    """Logged values by step."""
+    data = SimpleNamespace(source_names=["images", "text"], epochs=dict)
     trainer = SimpleNamespace(
         datamodule=data, log_every_n_steps=every, global_step=0, world_size=world_size,
         precision="32-true", strategy=SimpleNamespace(root_device=torch.device("cpu")),
@@ -41,10 +41,10 @@ def log_of(
 
 
 def batches() -> list:
-    """Three batches of two rows of 20: 11, 9; 11, 11; 9, 9 tokens."""
-    pictures, text = [document("3i")], [document("7")]
-    assert [packed([row]).row_tokens.item() for row in (pictures, text)] == [11, 9]
-    rows = [[pictures, text], [pictures, pictures], [text, text]]
+    """Three batches of two rows of 20 positions, with 11 and 9, 11 and 11, and 9 and 9 tokens."""
+    images, text = [document("3i")], [document("7")]
+    assert [packed([row]).row_tokens.item() for row in (images, text)] == [11, 9]
+    rows = [[images, text], [images, images], [text, text]]
     sources = [[0, 1], [0, 0], [1, 1]]
     return [packed(r, row_length=20, source_ids=s) for r, s in zip(rows, sources, strict=True)]
 
@@ -53,25 +53,25 @@ def test_padding_and_mixture_are_shares_of_all_tokens_so_far(clock):
     logged = log_of(batches(), every=1)
     assert logged[1]["train/padding_share"] == pytest.approx(1 - 20 / 40)
     assert logged[3]["train/padding_share"] == pytest.approx(1 - 60 / 120)
-    assert logged[1]["train/mixture/pictures"] == pytest.approx(11 / 20)
-    assert logged[2]["train/mixture/pictures"] == pytest.approx(33 / 42)
-    assert logged[3]["train/mixture/pictures"] == pytest.approx(33 / 60)
+    assert logged[1]["train/mixture/images"] == pytest.approx(11 / 20)
+    assert logged[2]["train/mixture/images"] == pytest.approx(33 / 42)
+    assert logged[3]["train/mixture/images"] == pytest.approx(33 / 60)
     assert logged[3]["train/mixture/text"] == pytest.approx(27 / 60)
 
 
-def test_speed_is_that_of_the_window_over_all_ranks(clock):
+def test_speed_is_of_the_window_and_all_ranks(clock):
     speeds = {step: v["train/tokens_per_sec"] for step, v in log_of(batches(), every=1).items()}
     assert speeds == {1: 20, 2: 22, 3: 18}
 
 
-def test_nothing_is_read_between_the_trainers_logging_steps(clock):
+def test_counts_are_read_only_at_the_trainers_logging_steps(clock):
     logged = log_of(batches(), every=3, world_size=2)
     assert list(logged) == [3] and logged[3]["train/tokens_per_sec"] == 2 * 60
 
 
-def test_flops_are_those_of_the_window_and_mfu_is_their_share_of_the_peak(clock):
+def test_flops_are_of_the_window_and_mfu_is_their_share_of_the_peak(clock):
     logged = log_of(batches(), every=1, world_size=2, peak_flops=1e9)
-    # Targets: three words, <boi> and <eos> of a captioned picture, seven words and <eos> of a text.
+    # Targets: three words, <boi> and <eos> of a captioned image, seven words and <eos> of a text.
     work = [
         Workload(20, 11**2 + 9**2, 13, 1),
         Workload(22, 2 * 11**2, 10, 2),
@@ -92,8 +92,8 @@ def test_a_device_of_unknown_speed_has_no_mfu(clock):
     assert "train/mfu" not in log_of(batches(), every=3)[3]
 
 
-def test_a_validation_is_timed_and_no_part_of_the_trainings_window(clock):
-    data = SimpleNamespace(source_names=["pictures", "text"], epochs=dict)
+def test_validations_are_timed_and_excluded_from_the_training_window(clock):
+    data = SimpleNamespace(source_names=["images", "text"], epochs=dict)
     logger, logged = SimpleNamespace(), {}
     logger.log_metrics = lambda values, step: logged.setdefault(step, {}).update(values)
     trainer = SimpleNamespace(
@@ -103,12 +103,12 @@ def test_a_validation_is_timed_and_no_part_of_the_trainings_window(clock):
     log_train = lambda values, **_: logged.setdefault(trainer.global_step, {}).update(values)  # noqa: E731
     module = SimpleNamespace(device="cpu", net=tiny_net(), log_dict=log_train)
     callback = Throughput()
-    callback.on_validation_start(trainer, module)  # 0: the sanity check is no part of a fit
+    callback.on_validation_start(trainer, module)  # 0: the sanity check is not part of the fit
     callback.on_validation_end(trainer, module)
     assert not logged and callback.fit_seconds == 0
     callback.on_train_start(trainer, module)  # 1
     callback.on_validation_start(trainer, module)  # 2
-    callback.on_validation_end(trainer, module)  # 3, and asked for the fit's time at 4
+    callback.on_validation_end(trainer, module)  # 3; the fit's time is read at 4
     assert logged[1] == {"val/seconds": 1, "val/time_share": pytest.approx(1 / 3)}
     trainer.global_step = 2
     callback.on_train_batch_end(trainer, module, torch.zeros(()), batches()[0], 0)  # 5
@@ -118,9 +118,9 @@ def test_a_validation_is_timed_and_no_part_of_the_trainings_window(clock):
     assert callback.fit_seconds == 6
 
 
-def test_times_go_on_from_a_checkpoint(clock):
+def test_times_continue_from_a_checkpoint(clock):
     resumed = Throughput()
     resumed.load_state_dict({"fit_seconds": 100.0, "validation_seconds": 10.0})
     resumed.started = 0.0
-    assert resumed.fit_seconds == 100  # the clock stands at 0
+    assert resumed.fit_seconds == 100  # the clock reads 0
     assert resumed.state_dict() == {"fit_seconds": 101, "validation_seconds": 10}

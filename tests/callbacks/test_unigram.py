@@ -1,3 +1,5 @@
+"""The unigram baseline equals a count by hand."""
+
 import math
 from collections import Counter
 
@@ -13,7 +15,7 @@ class Documents(list):
         return [torch.tensor(self[index])]
 
 
-def test_unigram_perplexity_is_that_of_the_smoothed_frequencies():
+def test_unigram_perplexity_equals_that_of_smoothed_frequencies():
     train, val, eos = [[3, 3, 4], [5]], [[4, 3, 6], [5, 5]], 1
     counts = Counter({token: 1 for token in range(8)})
     for document in train:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks.prompts import as_it_is
+from callbacks.prompts import as_image
 from support import ranks, runs
 from support.tiny import PICTURE_OF_CODES as PICTURE
 from support.tiny import SIZES, TOKENIZER, code_batch
@@ -144,7 +144,7 @@ def test_a_matched_pair_sees_the_same_documents_in_rows_of_the_same_length(tmp_p
     picture = sorted(next(ShapesCaptions(24, 4).documents("train")), key=lambda p: type(p) is str)[
         0
     ]
-    expected = load_autoencoder("shapes_vq").encode(to_pixels(as_it_is(picture))[None])[0]
+    expected = load_autoencoder("shapes_vq").encode(to_pixels(as_image(picture))[None])[0]
     assert torch.equal(stored, expected)
 
 
