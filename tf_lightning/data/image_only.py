@@ -24,13 +24,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tf_lightning.data.corpus.prepare import format_reasons, summary
 from tf_lightning.data.corpus.reader import refuse_damage
 from tf_lightning.data.documents import Skipped, Source, Split
-from tf_lightning.data.stream import ENDLESS, RowSampler, StreamData
+from tf_lightning.data.stream import ENDLESS, StreamData
 from tf_lightning.errors import UserError
 
 FORMAT = 1  # version of the files; a higher number makes every store be made again
@@ -113,9 +113,9 @@ class ImageData(StreamData):
         seed: int = 0,
         cache_dir: str = "data",
     ):
-        super().__init__(batch_size)
+        super().__init__(batch_size, num_workers)
         self.source, self.augment = source, augment
-        self.num_workers, self.seed, self.cache_dir = num_workers, seed, Path(cache_dir)
+        self.seed, self.cache_dir = seed, Path(cache_dir)
         self.stores: dict[str, ImageStore] = {}
 
     @property
@@ -146,32 +146,14 @@ class ImageData(StreamData):
     def train_dataloader(self) -> DataLoader:
         """Load batches without end, from the next image of the run."""
         images = TrainImages(self.stores["train"], self.augment, self.seed)
-        sampler = RowSampler(
-            images,
-            self.next_row,
-            batch_size=self.batch_size,
-            num_batches=self.num_batches(),
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        return self._loader(images, sampler)
+        return self.loader(images, self.train_sampler(images))
 
     def val_dataloader(self) -> DataLoader:
         """Load each held-out image once."""
         images = ValImages(self.stores["val"], self.world_size)
-        ranks = {"num_replicas": self.world_size, "rank": self.rank}
-        return self._loader(images, DistributedSampler(images, shuffle=False, **ranks))
+        return self.loader(images, self.val_sampler(images))
 
     test_dataloader = predict_dataloader = val_dataloader
-
-    def _loader(self, images: Dataset, sampler: Sampler) -> DataLoader:
-        return DataLoader(
-            images,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
 
 
 class TrainImages(Dataset):

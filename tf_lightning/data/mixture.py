@@ -6,16 +6,15 @@ rows: an endless stream for training, each document once for validation.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader
 
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Batch, pack
@@ -24,7 +23,7 @@ from tf_lightning.data.corpus.prepare import PrepareJob, check_result, plan_corp
 from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.documents import Skipped, Source, Split
 from tf_lightning.data.packing import CorpusRows
-from tf_lightning.data.stream import Rows, RowSampler, StreamData, StreamRow, ValidationRows
+from tf_lightning.data.stream import Rows, StreamData, StreamRow, ValidationRows
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
@@ -121,7 +120,7 @@ class Mixture(StreamData):
         seed: int = 0,
         cache_dir: str = "data",
     ):
-        super().__init__(batch_size)
+        super().__init__(batch_size, num_workers)
         check_weights(sources, weights)
         check_probability("image_first_prob", image_first_prob)
         check_probability("caption_drop_prob", caption_drop_prob)
@@ -145,7 +144,6 @@ class Mixture(StreamData):
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
         self.timestep_shift = timestep_shift
         self.timestep_distribution = timestep_distribution
-        self.num_workers = num_workers
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.tokenizer: Tokenizer | None = None
         self.corpora: dict[str, dict[str, Corpus]] = {}
@@ -269,20 +267,10 @@ class Mixture(StreamData):
     def train_dataloader(self) -> DataLoader:
         """Load batches without end, from the next row of the run."""
         rows = self.rows = self._stream()
-        sampler = RowSampler(
-            rows,
-            self.next_row,
-            batch_size=self.batch_size,
-            num_batches=self.num_batches(),
-            rank=self.rank,
-            world_size=self.world_size,
+        collate = self._collate(
+            timestep_shift=self.timestep_shift, timestep_distribution=self.timestep_distribution
         )
-        return self._loader(
-            rows,
-            sampler,
-            timestep_shift=self.timestep_shift,
-            timestep_distribution=self.timestep_distribution,
-        )
+        return self.loader(rows, self.train_sampler(rows), collate)
 
     def epochs(self) -> dict[str, float]:
         """Count the epochs of each source that the run has read, such as 1.5, by source name."""
@@ -312,14 +300,14 @@ class Mixture(StreamData):
         return [w * stream.mean_length for w, stream in zip(weights, streams, strict=True)]
 
     def val_dataloader(self) -> list[DataLoader]:
-        """Load each held-out document once: one loader for each source, as `source_names`."""
+        """Load each held-out document once: one loader a source, in the order of `source_names`."""
         self._check_validation()
-        ranks = {"num_replicas": self.world_size, "rank": self.rank}
-        loaders = []
-        for number, corpus in enumerate(self.corpora["val"].values()):
-            rows = ValidationRows(self._rows(corpus), number, self.world_size)
-            loaders.append(self._loader(rows, DistributedSampler(rows, shuffle=False, **ranks)))
-        return loaders
+        corpora = self.corpora["val"].values()
+        datasets = [
+            ValidationRows(self._rows(corpus), number, self.world_size)
+            for number, corpus in enumerate(corpora)
+        ]
+        return [self.loader(rows, self.val_sampler(rows), self._collate()) for rows in datasets]
 
     test_dataloader = predict_dataloader = val_dataloader
 
@@ -346,9 +334,9 @@ class Mixture(StreamData):
             **order,
         )
 
-    def _loader(self, rows: Dataset, sampler: Sampler, **timesteps) -> DataLoader:
-        """Create a loader of packed batches; `timesteps` are arguments of `batch.pack`."""
-        collate = partial(
+    def _collate(self, **timesteps) -> Callable[[list[StreamRow]], Batch]:
+        """Return the function that packs rows; `timesteps` are arguments of `batch.pack`."""
+        return partial(
             pack_rows,
             tokenizer=self.tokenizer,
             row_length=self.row_length,
@@ -358,14 +346,6 @@ class Mixture(StreamData):
             max_caption_t=self.max_caption_t,
             clean_copies=self.clean_copies,
             **timesteps,
-        )
-        return DataLoader(
-            rows,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
         )
 
     def num_patches(self, corpus: Corpus) -> int:

@@ -7,10 +7,12 @@ integer, the next row.
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import lightning as L
 import numpy as np
-from torch.utils.data import Dataset, DistributedSampler
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from tf_lightning.batch import Row
 from tf_lightning.data.packing import CorpusRows
@@ -101,7 +103,7 @@ class RowSampler(DistributedSampler):
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Dataset,
         start: Callable[[], int],
         *,
         batch_size: int,
@@ -129,11 +131,12 @@ class StreamData(L.LightningDataModule):
 
     Args:
         batch_size: rows in a batch of one rank.
+        num_workers: processes that load rows; 0 loads in the training process.
     """
 
-    def __init__(self, batch_size: int):
+    def __init__(self, batch_size: int, num_workers: int):
         super().__init__()
-        self.batch_size = batch_size
+        self.batch_size, self.num_workers = batch_size, num_workers
         self._first_row = self._first_step = 0
 
     @property
@@ -159,6 +162,35 @@ class StreamData(L.LightningDataModule):
         rows_per_step = self.batch_size * self.world_size * self.trainer.accumulate_grad_batches
         steps = self.trainer.global_step - self._first_step
         return self._first_row + steps * rows_per_step
+
+    def train_sampler(self, rows: Dataset) -> RowSampler:
+        """Sample this rank's rows of the stream without end, from the next row of the run."""
+        return RowSampler(
+            rows,
+            self.next_row,
+            batch_size=self.batch_size,
+            num_batches=self.num_batches(),
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def val_sampler(self, rows: Dataset) -> DistributedSampler:
+        """Sample this rank's rows of a finite dataset once, in order."""
+        ranks = {"num_replicas": self.world_size, "rank": self.rank}
+        return DistributedSampler(rows, shuffle=False, **ranks)
+
+    def loader(
+        self, rows: Dataset, sampler: Sampler, collate: Callable[[list], Any] | None = None
+    ) -> DataLoader:
+        """Load the sampled rows in batches; `collate` makes a batch of a list of rows."""
+        return DataLoader(
+            rows,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the stream, for the checkpoint; valid for any number of ranks."""

@@ -286,19 +286,8 @@ def _finish(job: PrepareJob) -> None:
         shutil.rmtree(job.shards_folder)  # the same shards would fail again
         raise
     shutil.rmtree(job.shards_folder, ignore_errors=True)
-    rank_zero_info(report(name, split, facts))
-
-
-def report(name: str, split: Split, facts: dict) -> str:
-    """Describe a corpus in one line: `summary` with the number of tokens and images.
-
-    Args:
-        name: name of the source.
-        split: "train" or "val".
-        facts: content of corpus.json.
-    """
     details = f" ({facts['num_tokens']:,} tokens, {facts['num_images']:,} images)"
-    return summary(name, split, facts["num_documents"], facts["skipped"], details)
+    rank_zero_info(summary(name, split, facts["num_documents"], facts["skipped"], details))
 
 
 def summary(
