@@ -1,4 +1,4 @@
-"""A run of the command line in seconds: 64 x 64 shapes in 16 patches, two narrow layers."""
+"""A run of the command line that takes seconds: 64 x 64 shapes in 16 patches, two narrow layers."""
 
 import copy
 import os
@@ -31,11 +31,11 @@ EVALUATE = {
 
 
 class Killed(Exception):
-    """What ends a run that `StopAt` stops."""
+    """Raised by `StopAt`."""
 
 
 class StopAt(L.Callback):
-    """Ends a run after some optimizer steps, as a crash would."""
+    """Crash a run after `step` optimizer steps."""
 
     def __init__(self, step: int):
         self.step = step
@@ -46,7 +46,7 @@ class StopAt(L.Callback):
 
 
 class KillAt(L.Callback):
-    """Ends a rank, or all, after some optimizer steps, as `kill -9` does: nothing in order."""
+    """Kill a rank, or all if None, with SIGKILL after `step` optimizer steps."""
 
     def __init__(self, step: int, rank: int | None = None):
         self.step, self.rank = step, rank
@@ -57,7 +57,7 @@ class KillAt(L.Callback):
 
 
 def shapes(kind: str, num_documents: int, **arguments) -> dict:
-    """The config of one of the embedded world's sources."""
+    """The config of a source of the embedded world: Captions, Texts or Edits."""
     arguments = {"num_documents": num_documents, "num_val": NUM_VAL} | arguments
     return {
         "class_path": f"tf_lightning.shapes.sources.Shapes{kind}",
@@ -65,19 +65,48 @@ def shapes(kind: str, num_documents: int, **arguments) -> dict:
     }
 
 
+def trainer_config(folder: Path, callbacks: dict[str, dict]) -> dict:
+    """A Trainer of MAX_STEPS steps on the CPU that writes to `folder`/run.
+
+    Args:
+        folder: parent of the run's folder.
+        callbacks: arguments by class path, besides the checkpoint's (one every 3 steps).
+    """
+    checkpoint = {
+        "every_n_train_steps": 3,
+        "save_top_k": -1,
+        "save_last": "link",
+        "filename": "step{step:07d}",
+        "auto_insert_metric_name": False,
+        "save_on_train_epoch_end": False,
+        "enable_version_counter": False,
+    }
+    callbacks = {"lightning.pytorch.callbacks.ModelCheckpoint": checkpoint, **callbacks}
+    logger = {"save_dir": str(folder), "name": "run", "version": "", "default_hp_metric": False}
+    return {
+        "accelerator": "cpu",
+        "precision": "32-true",  # the same numbers on every CPU
+        "devices": 1,
+        "max_steps": MAX_STEPS,
+        "gradient_clip_val": 1.0,
+        "use_distributed_sampler": False,
+        "val_check_interval": 3,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": logger,
+        },
+        "callbacks": [{"class_path": k, "init_args": v} for k, v in callbacks.items()],
+    }
+
+
 def config(folder: Path) -> dict:
     """The whole configuration of a run in `folder`/run."""
     few = {"sampling": {"guidance_scale": 2.0, "num_inference_steps": 2}}
     callbacks = {
-        "lightning.pytorch.callbacks.ModelCheckpoint": {
-            "every_n_train_steps": 3,
-            "save_top_k": -1,
-            "save_last": "link",
-            "filename": "step{step:07d}",
-            "auto_insert_metric_name": False,
-            "save_on_train_epoch_end": False,
-            "enable_version_counter": False,
-        },
         "lightning.pytorch.callbacks.LearningRateMonitor": {"logging_interval": "step"},
         "callbacks.throughput.Throughput": {},
         "callbacks.text_perplexity.TextPerplexity": {},
@@ -89,27 +118,9 @@ def config(folder: Path) -> dict:
         "callbacks.retrieval.RetrievalAccuracy": {"source": "captions", "num_prompts": 4, **few},
         "callbacks.predictions.PredictionWriter": {},
     }
-    logger = {"save_dir": str(folder), "name": "run", "version": "", "default_hp_metric": False}
     return {
         "seed_everything": 0,
-        "trainer": {
-            "accelerator": "cpu",
-            "precision": "32-true",  # the same numbers on every CPU
-            "devices": 1,
-            "max_steps": MAX_STEPS,
-            "gradient_clip_val": 1.0,
-            "use_distributed_sampler": False,
-            "val_check_interval": 3,
-            "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": logger,
-            },
-            "callbacks": [{"class_path": k, "init_args": v} for k, v in callbacks.items()],
-        },
+        "trainer": trainer_config(folder, callbacks),
         "model": {
             "transformer": {
                 "vocab_size": VOCAB_SIZE,
@@ -143,16 +154,22 @@ def config(folder: Path) -> dict:
     }
 
 
-def write_config(folder: Path, change=lambda config: None) -> Path:
-    """The configuration as a file, after `change` has edited it."""
-    values = copy.deepcopy(config(folder))
+def save_config(folder: Path, values: dict, change=lambda config: None) -> Path:
+    """Write a copy of a configuration to `folder`/config.yaml after `change` has edited it."""
+    values = copy.deepcopy(values)
     change(values)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
+def write_config(folder: Path, change=lambda config: None) -> Path:
+    """Write the configuration to a file after `change` has edited it."""
+    return save_config(folder, config(folder), change)
+
+
 def fit(folder: Path, *arguments: str) -> Path:
-    """Train; the run's folder."""
+    """Train; return the folder of the run."""
     main(["fit", "-c", str(write_config(folder)), *arguments])
     return folder / "run"

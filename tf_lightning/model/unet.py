@@ -161,16 +161,7 @@ class UNetPatchCoder(nn.Module):
         return patches[:count], [skip[:count] for skip in skips]
 
     def decode(self, hidden: Tensor, size: tuple[int, int], skips: Sequence[Tensor]) -> Tensor:
-        """Decode hidden states to the denoiser's output.
-
-        Args:
-            hidden: outputs of the Transformer at the patches, (M, N, D).
-            size: (h, w) of the latents.
-            skips: skips from `encode` of the same images.
-
-        Returns:
-            (M, out_channels, h, w).
-        """
+        """Decode hidden states (M, N, D) with the skips of `encode`; see `LinearPatchCoder`."""
         time, *states = map(pad_empty, skips)
         grid = [side // self.patch_size for side in size]
         x = self.patch_decoder(pad_empty(hidden)).transpose(1, 2).unflatten(2, grid)

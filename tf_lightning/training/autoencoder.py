@@ -333,16 +333,7 @@ class AutoencoderModule(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path, map_location=None, **arguments):
-        """Build the module of a checkpoint, including one of an older version.
-
-        Args:
-            checkpoint_path: the checkpoint file.
-            map_location: see torch.load.
-            arguments: other arguments of Lightning's method, or hyper-parameters to replace.
-
-        Raises:
-            UserError: there is no such checkpoint.
-        """
+        """Build the module of a checkpoint; see `Transfusion.load_from_checkpoint`."""
         hparams = read_checkpoint(checkpoint_path, AUTOENCODER, mmap=True)["hyper_parameters"]
         arguments = hparams | {"_instantiator": None} | arguments
         return super().load_from_checkpoint(checkpoint_path, map_location, **arguments)
