@@ -1,6 +1,4 @@
-"""Packing: what stands where, what is to be predicted, and whose randomness it is."""
-
-import math
+"""Packing: the layout of rows, their targets, and their noise."""
 
 import pytest
 import torch
@@ -13,13 +11,12 @@ from tf_lightning.batch import (
     document_length,
     max_noise_levels,
 )
-from tf_lightning.diffusion.timesteps import row_generator, sample_timesteps
 
 BOS, EOS, BOI, EOI = 1, 2, 18, 19
 NONE = IGNORE_INDEX
 
 
-def test_a_row_is_laid_out_as_written_by_hand():
+def test_a_row_has_the_layout_written_by_hand():
     a, b, c = torch.tensor([5, 6]), torch.tensor([7]), torch.tensor([8, 9, 10])
     picture = document("i")[0]
     batch = packed([[[a, picture, b], [c]]], row_length=18)
@@ -56,7 +53,7 @@ def test_a_row_is_laid_out_as_written_by_hand():
 
 @given(rows=random_rows())
 @settings(deadline=None, max_examples=50)
-def test_positions_of_any_row_are_those_told_part_by_part(rows):
+def test_positions_of_any_row_equal_those_of_a_simpler_layout(rows):
     batch = packed(rows, row_length=100)
     places = [layout(row) for row in rows]
     assert batch.row_tokens.tolist() == [len(row) for row in places]
@@ -92,8 +89,8 @@ def test_a_target_is_the_next_text_token_of_its_document(rows):
             assert places & set(here.tolist()) == expected
 
 
-def test_a_token_that_is_not_learned_is_read_and_no_target():
-    """It stands in its document as ~id; all else of the batch is as if it were learned."""
+def test_a_masked_token_is_read_but_not_a_target():
+    """It is stored as ~id, and everything else in the batch stays the same."""
     learned = [torch.tensor([5, 6, 7, 8]), document("i")[0], torch.tensor([9, 10])]
     given = [torch.tensor([5, ~6, ~7, 8]), learned[1], torch.tensor([~9, 10])]
     one, two = packed([[learned]]), packed([[given]])
@@ -106,7 +103,7 @@ def test_a_token_that_is_not_learned_is_read_and_no_target():
     assert len(two.target_index) == len(one.target_index) - 3
 
 
-def test_a_document_without_text_teaches_no_text():
+def test_a_document_without_text_has_no_targets():
     batch = packed([[document("i"), document("2")]])
     assert batch.target_index.tolist() == [8, 9, 10]
     assert batch.num_images == 1
@@ -115,7 +112,7 @@ def test_a_document_without_text_teaches_no_text():
 @pytest.mark.parametrize(
     "shape, limits",
     [
-        ("i3", [0.5]),  # described afterwards
+        ("i3", [0.5]),  # captioned afterwards
         ("3i", [1.0]),
         ("i", [1.0]),  # its caption was dropped
         ("i3i", [0.5, 1.0]),  # an edit
@@ -123,38 +120,12 @@ def test_a_document_without_text_teaches_no_text():
         ("3i3", [1.0]),
     ],
 )
-def test_only_an_image_before_all_text_is_kept_readable(shape, limits):
+def test_only_an_image_before_all_text_has_a_limit_on_t(shape, limits):
     assert max_noise_levels(document(shape), 0.5) == limits
 
 
-def test_times_are_uniform_below_their_limits():
-    limits = [1.0, 0.5, 1.0, 0.25]
-    times = torch.stack([sample_timesteps(limits, row_generator(0, row)) for row in range(2000)])
-    for column, limit in zip(times.T, limits, strict=True):
-        assert stats.kstest(column.numpy(), stats.uniform(scale=limit).cdf).pvalue > 1e-3
-        assert 0 <= column.min() and column.max() < limit
-
-
-def test_shifted_times_undo_to_uniform_ones():
-    times = torch.stack(
-        [sample_timesteps([1.0] * 4, row_generator(0, r), shift=3) for r in range(2000)]
-    )
-    uniform = times / (3 - 2 * times)  # the inverse of t = 3 u / (1 + 2 u)
-    assert stats.kstest(uniform.flatten().numpy(), stats.uniform().cdf).pvalue > 1e-3
-
-
-def test_logit_normal_times_are_sigmoids_of_normal_numbers_and_may_be_shifted():
-    def draw(row, shift):
-        return sample_timesteps([1.0] * 4, row_generator(0, row), shift, "logit_normal")
-
-    times = torch.stack([draw(row, 1.0) for row in range(2000)])
-    assert stats.kstest(times.logit().flatten().numpy(), "norm").pvalue > 1e-3
-    shifted = torch.stack([draw(row, 3.0) for row in range(20)])
-    torch.testing.assert_close(shifted.logit(), times[:20].logit() + math.log(3))
-
-
-def test_both_distributions_are_of_the_same_draws():
-    """The order of a row's noise levels, and the noise drawn after them, stay."""
+def test_both_distributions_use_the_same_random_numbers():
+    """The order of a row's noise levels and the noise sampled after them are equal."""
     uniform, other = (
         packed([[document("iii")]], timestep_distribution=name)
         for name in ("uniform", "logit_normal")
@@ -164,38 +135,7 @@ def test_both_distributions_are_of_the_same_draws():
     assert not torch.allclose(uniform.t, other.t)
 
 
-@pytest.mark.parametrize("largest", [False, True])
-def test_the_ends_of_the_logit_normal_are_finite(monkeypatch, largest):
-    share = torch.tensor([1 - 2**-24 if largest else 0.0])
-    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: share)
-    times = sample_timesteps([1.0] * 64, torch.Generator(), distribution="logit_normal")
-    assert times.isfinite().all() and 0 <= times.min() and times.max() < 1
-
-
-def test_times_of_a_row_are_spread_evenly():
-    times = sample_timesteps([1.0] * 8, row_generator(3, 5)).sort().values
-    assert torch.allclose(times.diff(), torch.full((7,), 1 / 8), atol=1e-6)
-
-
-def test_a_time_never_rounds_up_to_its_limit(monkeypatch):
-    largest = torch.tensor([1 - 2**-24])
-    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: largest)
-    assert sample_timesteps([1.0] * 64, torch.Generator()).max() < 1
-    assert sample_timesteps([1.0] * 64, torch.Generator(), shift=3).max() < 1
-
-
-def test_pictures_to_be_read_have_uniform_levels_whatever_the_others_have():
-    limits = [0.5, 1.0] * 4
-    draw = lambda row: sample_timesteps(limits, row_generator(0, row), 3.0, "logit_normal")  # noqa: E731
-    times = torch.stack([draw(row) for row in range(2000)])
-    read, drawn = times[:, 0::2], times[:, 1::2]
-    assert read.max() <= 0.5
-    shares = torch.histc(read / 0.5, bins=10, min=0, max=1) / read.numel()
-    torch.testing.assert_close(shares, torch.full((10,), 0.1), atol=0.02, rtol=0)
-    assert drawn.median() == pytest.approx(0.75, abs=0.02)  # 3 u / (1 + 2 u) at u = 1/2
-
-
-def test_noise_belongs_to_the_row_wherever_it_is_packed():
+def test_the_noise_of_a_row_does_not_depend_on_its_batch():
     first, second = [document("2i", 1), document("i", 2)], [document("i3", 3)]
     together = packed([first, second], row_ids=[7, 40], seed=5)
     alone = packed([second], row_ids=[40], seed=5)
@@ -204,7 +144,7 @@ def test_noise_belongs_to_the_row_wherever_it_is_packed():
 
 
 @pytest.mark.parametrize("other", [{"row_ids": [8], "seed": 5}, {"row_ids": [7], "seed": 6}])
-def test_another_row_or_seed_has_other_noise(other):
+def test_noise_differs_between_rows_and_seeds(other):
     rows = [[document("2i")]]
     one, two = packed(rows, row_ids=[7], seed=5), packed(rows, **other)
     assert not torch.isclose(one.noise, two.noise).any()
@@ -228,7 +168,7 @@ def test_documents_longer_than_the_row_are_refused():
         packed([[document("5")]], row_length=6)
 
 
-def test_a_moved_batch_is_the_same_batch():
+def test_a_batch_is_moved_with_all_its_fields():
     batch = packed([[document("2i")]], source_ids=[3])
     moved = batch.to("cpu")
     assert moved.buckets == batch.buckets == [(1, 0, 4, 4)]

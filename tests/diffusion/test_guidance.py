@@ -1,4 +1,4 @@
-"""Guidance: the formulas at points whose answer is known."""
+"""Guidance formulas at points with a known result."""
 
 import torch
 
@@ -15,7 +15,7 @@ def test_guidance_extrapolates_from_unconditional_to_conditional():
     assert [guide(cond, uncond, s).item() for s in (0, 1, 2.5)] == [1, 3, 6]
 
 
-def test_editing_follows_text_and_pictures_apart():
+def test_editing_guides_text_and_images_separately():
     cond, seen, uncond = outputs(3)
     same = torch.testing.assert_close
     same(guide_edit(cond, seen, uncond, 1.0, 1.0), cond)
@@ -36,7 +36,7 @@ def test_rescaled_guidance_has_the_spread_of_the_conditional_output():
     torch.testing.assert_close(rescale(guided, cond, 0.5), half)
 
 
-def test_rescaling_is_diffusers_own():
+def test_rescaling_equals_diffusers():
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     cond, uncond = outputs(2)
@@ -45,17 +45,17 @@ def test_rescaling_is_diffusers_own():
     torch.testing.assert_close(rescale(guided, cond, 0.7), theirs)
 
 
-def test_branches_are_only_those_that_the_scales_need():
+def test_there_are_only_the_branches_that_the_scales_need():
     everything, nothing = (True, True), (False, False)
     assert Guidance(1.0).branches == [everything]
     assert Guidance(3.0).branches == [everything, nothing]
     assert Guidance(1.0, image_scale=1.5).branches == [everything, (False, True), nothing]
 
 
-def test_outputs_are_combined_as_the_branches_are_ordered():
+def test_outputs_are_combined_in_the_order_of_the_branches():
     cond, seen, uncond = outputs(3)
     same = torch.testing.assert_close
-    same(Guidance(3.0).combine([cond], 2), cond)  # outside of the interval
+    same(Guidance(3.0).combine([cond], 2), cond)  # outside the interval
     same(Guidance(3.0).combine([cond, uncond], 2), guide(cond, uncond, 3.0))
     edit = Guidance(7.0, image_scale=1.5)
     same(edit.combine([cond, seen, uncond], 2), guide_edit(cond, seen, uncond, 7.0, 1.5))
@@ -63,14 +63,14 @@ def test_outputs_are_combined_as_the_branches_are_ordered():
     same(rescaled, rescale(guide(cond, uncond, 3.0), cond, 0.7))
 
 
-def test_a_learned_variance_is_that_of_the_whole_prompt():
+def test_the_learned_variance_is_that_of_the_full_prompt():
     cond, uncond = outputs(2)
     combined = Guidance(3.0, rescale=0.7).combine([cond, uncond], 1)
     alone = Guidance(3.0, rescale=0.7).combine([cond[:, :1], uncond[:, :1]], 1)
     assert torch.equal(combined, torch.cat([alone, cond[:, 1:]], 1))
 
 
-def test_guidance_acts_inside_of_its_interval():
+def test_guidance_acts_inside_its_interval():
     guidance = Guidance(2.0, interval=(0.2, 0.6))
     assert [guidance.acts_at(t) for t in (0.1, 0.2, 0.6, 0.7)] == [False, True, True, False]
     assert not Guidance(1.0).acts_at(0.5)

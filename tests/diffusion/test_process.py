@@ -62,7 +62,7 @@ def test_noising_of_a_flow_matches_diffusers():
     torch.testing.assert_close(ours, expected)
 
 
-def test_the_flow_is_the_derivative_of_the_noised_by_t():
+def test_the_flow_target_is_the_derivative_of_x_t():
     flow = RectifiedFlow()
     latents, noise = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
     later, earlier = (
@@ -80,7 +80,7 @@ def test_the_schedule_ends_in_noise_alone():
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_latents_are_read_back_from_every_exact_prediction(prediction_type):
+def test_exact_predictions_give_back_latents_and_noise(prediction_type):
     process, t = build_process(prediction_type), torch.tensor([0.02, 0.3, 0.5, 0.8, 0.97])
     latents, noise = torch.randn(2, 5, 3, 4, 4)
     x_t = process.add_noise(latents, noise, t)
@@ -95,7 +95,7 @@ def test_latents_are_read_back_from_every_exact_prediction(prediction_type):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_any_output_is_converted_to_the_x_0_of_diffusers(prediction_type):
+def test_predicted_x_0_equals_that_of_diffusers(prediction_type):
     from diffusers.schedulers import DDIMScheduler
 
     scheduler = DDIMScheduler(
@@ -112,7 +112,7 @@ def test_any_output_is_converted_to_the_x_0_of_diffusers(prediction_type):
         torch.testing.assert_close(ours[index], step.pred_original_sample)
 
 
-def test_the_target_is_what_the_prediction_type_names():
+def test_the_target_is_the_quantity_that_the_prediction_type_names():
     latents, noise = torch.randn(2, 1, 3, 4, 4)
     t = torch.tensor([0.7])
     assert torch.equal(DDPM("epsilon").target(latents, noise, t), noise)
@@ -134,7 +134,7 @@ def losses(process: DiffusionProcess, t: Tensor, error: Tensor) -> Tensor:
     return torch.stack([process.loss_sum(*part) for part in parts])
 
 
-def test_min_snr_weights_are_those_of_the_paper():
+def test_min_snr_weights_equal_the_papers():
     from diffusers.training_utils import compute_snr
 
     snr = compute_snr(reference(), TIMESTEPS)
@@ -160,7 +160,7 @@ def test_a_weighted_error_is_the_clipped_snr_times_the_error_in_x_0(prediction_t
     torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-4)
 
 
-def test_a_clean_image_of_a_flow_weighs_nothing():
+def test_min_snr_gives_a_clean_image_of_a_flow_no_weight():
     flow = RectifiedFlow(min_snr_gamma=5.0)
     assert losses(flow, torch.zeros(1), torch.ones(1, 1, 1, 1)) == 0
 
@@ -177,7 +177,7 @@ def latents_and_noise() -> Tensor:
 
 
 def mean_output(process: DiffusionProcess, t: Tensor, x_t: Tensor) -> Tensor:
-    """The best output for standard normal data, where all is Gaussian: E[target | x_t]."""
+    """The best output E[target | x_t] for standard normal data, in closed form."""
     alpha_t, sigma_t = process.coefficients(t)
     variance = alpha_t**2 + sigma_t**2
     x_0, epsilon = alpha_t / variance * x_t, sigma_t / variance * x_t
@@ -189,7 +189,7 @@ def mean_output(process: DiffusionProcess, t: Tensor, x_t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
-def test_the_analytic_denoiser_of_gaussian_data_has_the_analytic_loss_and_no_other_beats_it(
+def test_the_analytic_denoiser_of_gaussian_data_has_the_smallest_loss(
     prediction_type,
 ):
     process, t = build_process(prediction_type), torch.tensor([0.3])
@@ -199,8 +199,8 @@ def test_the_analytic_denoiser_of_gaussian_data_has_the_analytic_loss_and_no_oth
     alpha_t, sigma_t = (c.item() for c in process.coefficients(t))
     best = mean_output(process, t, x_t)
     loss = process.loss_sum(best, latents, noise, t) / latents.numel()
-    # The variance of the target given x_t: of eps alpha^2, of v 1, of eps - x_0 (alpha + sigma)^2,
-    # each over alpha^2 + sigma^2, which is 1 for DDPM.
+    # Variance of the target given x_t: alpha^2 for eps, 1 for v, (alpha + sigma)^2 for the flow,
+    # each divided by alpha^2 + sigma^2, which is 1 for DDPM.
     expected = {"epsilon": alpha_t**2, "v_prediction": 1.0, "flow": 1.0}[prediction_type]
     variance = alpha_t**2 + sigma_t**2
     assert loss.item() == pytest.approx(expected / variance, rel=0.02)
@@ -208,7 +208,7 @@ def test_the_analytic_denoiser_of_gaussian_data_has_the_analytic_loss_and_no_oth
         assert process.loss_sum(other, latents, noise, t) / latents.numel() > loss
 
 
-def test_a_flow_is_given_t_itself_and_ddpm_its_step():
+def test_the_network_receives_t_of_a_flow_and_the_rounded_t_of_ddpm():
     assert torch.equal(RectifiedFlow().model_timesteps(T), T)
     ddpm = DDPM(num_train_timesteps=1000)
     assert ddpm.timesteps(T).tolist() == [0, 0, 200, 500, 900, 999]
@@ -216,7 +216,7 @@ def test_a_flow_is_given_t_itself_and_ddpm_its_step():
     torch.testing.assert_close(ddpm.model_timesteps(T), expected)
 
 
-def test_a_flow_goes_straight_from_the_latents_to_the_noise():
+def test_a_flow_interpolates_linearly_between_latents_and_noise():
     latents, noise = latents_and_noise()
     flow = RectifiedFlow()
     for index, t in enumerate(T.tolist()):
@@ -224,7 +224,7 @@ def test_a_flow_goes_straight_from_the_latents_to_the_noise():
         torch.testing.assert_close(x_t, torch.lerp(latents[index], noise[index], t))
 
 
-def test_the_schedule_is_the_one_named():
+def test_the_noise_schedule_is_selected_by_name():
     cosine, linear = DDPM(), DDPM(noise_schedule="linear")
     assert linear.alphas_cumprod[500].item() == pytest.approx(
         math.prod(1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(501)), rel=1e-5
@@ -232,7 +232,7 @@ def test_the_schedule_is_the_one_named():
     assert not torch.isclose(cosine.alphas_cumprod[500], linear.alphas_cumprod[500], rtol=0.1)
 
 
-def test_min_snr_weighs_each_image():
+def test_min_snr_weights_each_image():
     latents, noise = latents_and_noise()
     output = torch.randn(SHAPE)
     plain, weighted = DDPM("v_prediction"), DDPM("v_prediction", min_snr_gamma=5.0)
@@ -277,7 +277,7 @@ def test_an_impossible_process_is_refused_in_one_sentence(arguments, message):
 def hybrid_by_hand(
     process: DiffusionProcess, output: Tensor, latents: Tensor, noise: Tensor
 ) -> float:
-    """L_simple + 0.001 * 1000 * L_vlb, from diffusers' step and torch's distributions, in fp64."""
+    """L_simple + 0.001 * 1000 * L_vlb from diffusers' steps and torch's distributions, in fp64."""
     from diffusers.schedulers import DDPMScheduler
     from torch.distributions import Normal, kl_divergence
 
@@ -302,7 +302,7 @@ def hybrid_by_hand(
             else scheduler.get_velocity(x_0, epsilon, torch.tensor([timestep]))
         )
         total += ((prediction - target) ** 2).sum().item()
-        # diffusers' mean of the posterior, for a given x_0: the step of an exact "sample" model.
+        # diffusers' posterior mean for a given x_0 is the step of a "sample" model that outputs it.
         sample = DDPMScheduler(
             1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False
         )
@@ -324,7 +324,7 @@ def hybrid_by_hand(
             drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype)
             means.append(stepped - sample._get_variance(timestep).sqrt() * drawn)
         log_variance = scheduler._get_variance(timestep, predicted_variance=v)
-        if timestep == 0:  # diffusers' least variance is 1e-20 there, iDDPM's that of timestep 1
+        if timestep == 0:  # diffusers clips to 1e-20 there; iDDPM uses timestep 1
             least, most = scheduler._get_variance(1, variance_type="fixed_small"), 1 - alpha_bar
             log_variance = ((v + 1) * most.log() + (1 - v) * least.log()) / 2
         predicted = Normal(means[1], (0.5 * log_variance).exp())
@@ -349,7 +349,7 @@ def test_the_hybrid_loss_equals_a_second_implementation(prediction_type):
     assert ours == pytest.approx(hybrid_by_hand(process, output, latents, noise), rel=2e-3)
 
 
-def test_the_variational_term_teaches_the_variance_alone():
+def test_the_variational_term_trains_the_variance_only():
     latents, noise = latents_and_noise()
     output = torch.randn(6, 6, 4, 4).requires_grad_(True)
     DDPM(learned_sigma=True).loss_sum(output, latents, noise, T).backward()
@@ -359,7 +359,7 @@ def test_the_variational_term_teaches_the_variance_alone():
     assert output.grad[:, 3:].abs().sum() > 0
 
 
-def test_no_images_have_no_loss():
+def test_the_loss_of_no_images_is_zero():
     empty, t = torch.empty(0, 1, 1, 1), torch.empty(0)
     for learned, channels in ((False, 1), (True, 2)):
         output = torch.empty(0, channels, 1, 1)

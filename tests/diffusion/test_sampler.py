@@ -1,4 +1,4 @@
-"""Denoising: exact models give their distribution back, and diffusers' own loop agrees."""
+"""Samplers: exact models sample their distribution, and steps equal those of diffusers' loop."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from tf_lightning.diffusion.sampler import (
 )
 from tf_lightning.errors import UserError
 
-# diffusers 0.42 on numpy 2: its own affair
+# diffusers 0.42 raises this warning with numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 MEAN, STD = 1.5, 0.6
@@ -58,8 +58,8 @@ def denoised(
     ("sampler", "kind", "shift"),
     [(*pair, 1.0) for pair in PAIRS] + [(*pair, 1.6) for pair in SHIFTED],
 )
-def test_an_exact_model_gives_its_distribution_back(sampler, kind, shift):
-    """250 steps, the paper's number; an image's values are independent, so 64 x 256 samples."""
+def test_an_exact_model_samples_its_distribution(sampler, kind, shift):
+    """250 steps as in the paper; the values of an image are independent samples."""
     noise = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     latents = denoised(sampler, kind, lambda x, t: exact_output(x, t, kind), noise, 250, shift)
     assert latents.mean().item() == pytest.approx(MEAN, abs=0.02)
@@ -67,12 +67,12 @@ def test_an_exact_model_gives_its_distribution_back(sampler, kind, shift):
 
 
 def model(x_t: Tensor, t: float) -> Tensor:
-    """Any smooth function of both."""
+    """A smooth function of x_t and t."""
     return torch.tanh(x_t + 0.3) * (1 + t)
 
 
 def diffusers_own_loop(sampler: str, kind: str, noise: Tensor, steps: int) -> Tensor:
-    """As diffusers' pipelines write it, on their scheduler with the settings that its docs give."""
+    """The loop of diffusers' pipelines, with the scheduler options that its docs recommend."""
     import diffusers.schedulers as schedulers
 
     if kind == "flow":
@@ -108,14 +108,14 @@ def diffusers_own_loop(sampler: str, kind: str, noise: Tensor, steps: int) -> Te
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
 @pytest.mark.parametrize(("sampler", "kind"), PAIRS)
-def test_the_steps_are_those_of_diffusers_own_loop(sampler, kind, steps):
+def test_steps_equal_those_of_diffusers_loop(sampler, kind, steps):
     noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     ours = denoised(sampler, kind, model, noise, steps)
     torch.testing.assert_close(ours, diffusers_own_loop(sampler, kind, noise, steps))
 
 
 @pytest.mark.parametrize("sampler", DDPM.samplers)
-def test_schedulers_use_the_schedule_of_training_and_start_at_its_last_step(sampler):
+def test_schedulers_use_the_noise_schedule_of_training_and_start_at_its_last_timestep(sampler):
     scheduler = build_scheduler(DDPM("v_prediction"), sampler)
     torch.testing.assert_close(scheduler.alphas_cumprod, ALPHAS_CUMPROD, atol=2e-6, rtol=1e-3)
     scheduler.set_timesteps(20)
@@ -124,8 +124,8 @@ def test_schedulers_use_the_schedule_of_training_and_start_at_its_last_step(samp
 
 
 @pytest.mark.parametrize("sampler", DDPM.samplers)
-def test_an_error_in_the_noise_is_not_blown_up_where_no_image_is_left(sampler):
-    """From the end on, latents with a standard deviation over 100 of the same error."""
+def test_an_error_in_epsilon_is_not_amplified_at_pure_noise(sampler):
+    """With steps from the last timestep, the same error gives a standard deviation over 100."""
     noise = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     error = 0.02 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
     model = lambda x, t: exact_output(x, t, "epsilon") + error  # noqa: E731
@@ -138,7 +138,7 @@ def test_an_error_in_the_noise_is_not_blown_up_where_no_image_is_left(sampler):
     ("kind", "schedule", "first"),
     [("v_prediction", "cosine", 999), ("epsilon", "linear", 999), ("epsilon", "cosine", 989)],
 )
-def test_only_noise_of_the_cosine_schedule_is_not_asked_for_at_its_end(kind, schedule, first):
+def test_only_epsilon_with_the_cosine_schedule_skips_the_last_timesteps(kind, schedule, first):
     scheduler = build_scheduler(DDPM(kind, schedule), "DDPMScheduler")
     scheduler.set_timesteps(250)
     assert scheduler.timesteps[0] == first
@@ -152,7 +152,7 @@ def test_only_noise_of_the_cosine_schedule_is_not_asked_for_at_its_end(kind, sch
         ("FlowMatchEulerDiscreteScheduler", "flow", [1.0, 0.8, 0.6, 0.4, 0.2]),
     ],
 )
-def test_the_model_is_asked_once_a_step_at_its_noise_level(sampler, kind, levels):
+def test_the_model_is_called_once_a_step_at_its_noise_level(sampler, kind, levels):
     seen = []
     denoised(sampler, kind, lambda x, t: seen.append(t) or x, torch.randn(2, 1, 2, 2), 5)
     assert seen == pytest.approx(levels)
@@ -163,20 +163,20 @@ def test_the_model_is_asked_once_a_step_at_its_noise_level(sampler, kind, levels
 def test_shifted_steps_are_at_stable_diffusion_3s_noise_levels(sampler, kind, shift):
     seen, steps = [], 20
     denoised(sampler, kind, lambda x, t: seen.append(t) or x, torch.randn(2, 1, 2, 2), steps, shift)
-    top = {"epsilon": 0.99}.get(kind, 1.0)  # the cosine schedule's noise is not asked for above
+    top = {"epsilon": 0.99}.get(kind, 1.0)  # epsilon is not predicted above
     even = top - top * np.arange(steps) / steps
-    if sampler == "FlowMatchHeunDiscreteScheduler":  # its grid ends a thousandth above 0, shifted
+    if sampler == "FlowMatchHeunDiscreteScheduler":  # its last step is at 0.001, shifted
         last = shift / 1000 / (1 + (shift - 1) / 1000)
         even, seen = np.linspace(1, last, steps), [seen[0], *seen[1::2]]
     share = even / top
     expected = top * shift * share / (1 + (shift - 1) * share)
-    off = 0.001 if kind != "flow" else 0.0  # the first of 1,000 levels is 0
+    off = 0.001 if kind != "flow" else 0.0  # the lowest of 1,000 levels is 0
     assert seen == pytest.approx(expected - off, abs=6e-4 if off else 1e-5)
 
 
 @pytest.mark.parametrize(("sampler", "kind"), SHIFTED)
 @pytest.mark.parametrize("shift", [0.4, 1.0, 2.5])
-def test_all_the_steps_that_a_shift_allows_are_at_different_levels(sampler, kind, shift):
+def test_the_largest_number_of_shifted_steps_has_distinct_levels(sampler, kind, shift):
     scheduler = build_scheduler(build_process(kind), sampler, shift)
     steps = int(
         scheduler.config.num_train_timesteps * (min(shift, 1 / shift) if kind != "flow" else 1)
@@ -189,7 +189,7 @@ def test_all_the_steps_that_a_shift_allows_are_at_different_levels(sampler, kind
 
 
 @pytest.mark.parametrize("sampler", DDPM.evenly_spaced_samplers)
-def test_a_shift_is_refused_where_diffusers_has_none(sampler):
+def test_a_shift_is_refused_for_evenly_spaced_samplers(sampler):
     with pytest.raises(UserError, match=f"timestep_shift=2 does not fit {sampler}.* one of DDPM"):
         build_scheduler(DDPM("v_prediction"), sampler, timestep_shift=2)
 

@@ -1,4 +1,4 @@
-"""Pictures as codes through the whole house: packed, stored, trained, resumed, and refused."""
+"""Images as discrete tokens: packing, storage, training, resume, generation and refusals."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from tf_lightning.training.module import Transfusion
 BOS, EOS, BOI, EOI, NONE = 1, 2, 18, 19, IGNORE_INDEX
 
 
-def test_codes_are_packed_as_tokens_and_all_of_them_are_to_be_predicted():
+def test_codes_are_packed_as_tokens_and_all_of_them_are_targets():
     batch = code_batch()
     first = [
         # id, label, image: <bos> 5 6 <boi> 23 20 30 23 <eoi> <eos>
@@ -38,7 +38,7 @@ def test_codes_are_packed_as_tokens_and_all_of_them_are_to_be_predicted():
         *((23, 20, 0), (20, 30, 0), (30, 23, 0), (23, EOI, 0), (EOI, EOS, -1), (EOS, NONE, -1)),
     ]
     alone = [
-        # without a caption no text is learnt, as where pictures are latents
+        # without a caption there are no text targets, as with latents
         *((BOS, NONE, -1), (BOI, 23, -1), (23, 20, 1), (20, 30, 1), (30, 23, 1), (23, EOI, 1)),
         *((EOI, NONE, -1), (EOS, NONE, -1)),
     ]
@@ -54,7 +54,7 @@ def test_codes_are_packed_as_tokens_and_all_of_them_are_to_be_predicted():
     assert torch.equal(unpack(batch, TOKENIZER)[3][0], PICTURE.flip(-1))
 
 
-def test_text_targets_are_those_of_patches_in_the_same_places():
+def test_codes_and_patches_have_the_same_text_targets():
     latents = torch.randn(3, 2, 2)
     document = [torch.tensor([5, 6]), PICTURE, torch.tensor([7])]
     pair = [
@@ -73,14 +73,14 @@ def tiny_module(**changed) -> Transfusion:
     return module
 
 
-def test_the_loss_is_the_lms_on_everything_and_z_loss(monkeypatch):
+def test_the_loss_is_the_lm_loss_of_all_tokens_plus_z_loss(monkeypatch):
     module, batch = tiny_module(), code_batch()
     logged = {}
     trainer = SimpleNamespace(world_size=1)
     monkeypatch.setattr(Transfusion, "trainer", trainer)
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     loss = module.training_step(batch, 0)
-    # By hand: each document alone, every position's label, one mean over all of them.
+    # By hand: each document alone, the label of every position, one mean over all of them.
     nll, z, kinds = [], [], []
     for row in range(2):
         for number in range(2):
@@ -128,7 +128,7 @@ def told(part: torch.Tensor) -> str:
     return "picture" if part.ndim == 3 else str(part.tolist())
 
 
-def test_a_matched_pair_sees_the_same_documents_in_rows_of_the_same_length(tmp_path):
+def test_latents_and_codes_have_the_same_documents_in_rows_of_the_same_length(tmp_path):
     pair = pair_of_mixtures(tmp_path)
     shown = []
     for data in pair:
@@ -149,7 +149,7 @@ def test_a_matched_pair_sees_the_same_documents_in_rows_of_the_same_length(tmp_p
 
 
 def chameleon(config: dict) -> None:
-    """The tests' run in codes, with everything of Chameleon's that may be on."""
+    """The tests' run with codes and every option of Chameleon."""
     config["model"] |= {"num_codes": 512, "patch_size": 1, "z_loss_weight": 1e-5}
     own = {"norm_order": "post", "qk_norm": "layer", "dropout": 0.1}
     config["model"]["transformer"] |= own
@@ -163,7 +163,7 @@ def run(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def test_the_same_callbacks_measure_it_and_say_how_codes_were_drawn(run):
+def test_the_same_callbacks_evaluate_it_and_record_how_codes_were_sampled(run):
     numbers = json.loads((run / "metrics" / "step0000006-val.json").read_text())["numbers"]
     protocols = {number["name"]: number["protocol"] for number in numbers}
     assert {"val/fid[shapes]", "val/clip_score[shapes]", "val/cider[shapes]"} <= protocols.keys()
@@ -194,7 +194,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_with_dropout(run,
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """Three steps of one rank, without dropout, whose draws are each rank's own."""
+    """Three steps of one rank, without dropout, whose random numbers differ between ranks."""
     folder = tmp_path_factory.mktemp("alone")
     ranks.fit(runs.write_config(folder, without_dropout), 1, "auto")
     return folder
@@ -208,7 +208,7 @@ def without_dropout(config: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", json.dumps(ranks.SHARDED)], ids=["ddp", "sharded"])
-def test_two_ranks_equal_one_though_some_have_no_codes(alone, tmp_path, strategy):
+def test_two_ranks_equal_one_although_some_batches_have_no_codes(alone, tmp_path, strategy):
     cache = f"--data.init_args.cache_dir={alone}/data"
     ranks.fit(runs.write_config(tmp_path, without_dropout), 2, strategy, cache)
     codec = {"autoencoder": "shapes_vq", "patch_size": 1}
@@ -218,7 +218,7 @@ def test_two_ranks_equal_one_though_some_have_no_codes(alone, tmp_path, strategy
     ranks.check_same(alone / "run", tmp_path / "run", losses, 3)
 
 
-def test_its_pictures_are_complete_and_its_captions_are_words(run, tmp_path):
+def test_it_generates_whole_images_and_captions(run, tmp_path):
     pipe = TransfusionPipeline.from_pretrained(run / "checkpoints" / "last.ckpt")
     out = pipe(["a red circle", "a blue square"], num_outputs=2, progress=False)
     assert [picture.size for picture in out.images] == [(64, 64)] * 4
@@ -258,13 +258,13 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("argument", MISFITS)
-def test_what_does_not_fit_is_told_before_anything_is_prepared(argument, tmp_path, fails):
+def test_incompatible_options_are_reported_before_anything_is_prepared(argument, tmp_path, fails):
     line = fails("fit", "-c", runs.write_config(tmp_path, chameleon), argument)
     assert MISFITS[argument] in line
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob("data/*-train-*"))
 
 
-def test_a_vq_of_another_codebook_than_the_checkpoints_is_refused(run, tmp_path, fails):
+def test_a_vq_with_another_codebook_than_the_checkpoints_is_refused(run, tmp_path, fails):
     sizes = {"layers_per_block": 1, "norm_groups": 2, "mid_attention": False, "num_codes": 32}
     save_network(build_autoencoder(AutoencoderConfig((4, 8), **sizes)), tmp_path / "vq", {})
     checkpoint = run / "checkpoints" / "last.ckpt"
@@ -274,7 +274,7 @@ def test_a_vq_of_another_codebook_than_the_checkpoints_is_refused(run, tmp_path,
     for verb in ("validate", "predict"):
         assert told in fails(verb, "-c", config, "--ckpt_path", checkpoint, other)
     content = torch.load(checkpoint, weights_only=True)
-    content["image_codec"]["autoencoder"] = str(tmp_path / "vq")  # replaced since the training
+    content["image_codec"]["autoencoder"] = str(tmp_path / "vq")  # replaced after training
     torch.save(content, tmp_path / "moved.ckpt")
     assert told in fails("generate", tmp_path / "moved.ckpt", "a red circle", "-o", tmp_path / "o")
     assert not (tmp_path / "o").exists() and not list(tmp_path.glob("data/*-val-*"))

@@ -1,4 +1,4 @@
-"""Row r is one and the same for any number of ranks and workers, also behind a resume."""
+"""Row r is the same for any number of ranks and workers, also after a resume."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ ROWS_PER_STEP, STEPS = 8, 3
 
 
 def rows_seen(mixture, ranks: int, workers: int, resumed_at: int) -> list[tuple]:
-    """The rows of some steps of all ranks, in the stream's order; resumed after some steps."""
+    """Rows of some steps of all ranks in the order of the stream, resumed after some steps."""
     by_rank = []
     for rank in range(ranks):
         sources = {"words": RepeatedWord("red", 5, 40), "pictures": GreyImages(num_documents=30)}
@@ -31,7 +31,7 @@ def rows_seen(mixture, ranks: int, workers: int, resumed_at: int) -> list[tuple]
 
 
 def rows_of(batch) -> list[tuple]:
-    """Everything a batch says of each row."""
+    """All fields of each row of a batch."""
     found = []
     for row in range(len(batch.input_ids)):
         images = batch.image_ids[row][batch.image_ids[row] >= 0].unique()
@@ -49,7 +49,7 @@ def test_ranks_and_workers_see_the_rows_of_one_process(mixture, ranks, workers):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_what_is_read_behind_a_resume_is_what_was_to_come(mixture):
+def test_a_resumed_run_reads_the_next_rows(mixture):
     whole, resumed = rows_seen(mixture, 1, 0, 0), rows_seen(mixture, 2, 1, 1)
     assert len({row[0].numpy().tobytes() for row in whole}) > 20  # rows differ
     for a, b in zip(whole[ROWS_PER_STEP:], resumed, strict=False):

@@ -1,4 +1,4 @@
-"""FLOPs from sizes, against PyTorch's counter."""
+"""FLOPs computed from sizes, against PyTorch's counter."""
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ from tf_lightning.training.flops import (
 NETS = {
     "linear": {},
     "grouped queries": {"num_kv_heads": 2},
-    "feed-forward of their own": {"modality_weights": "ffn"},
-    "all of their own": {"modality_weights": "all"},
+    "separate feed-forward": {"modality_weights": "ffn"},
+    "all separate": {"modality_weights": "all"},
     "AdaLN": {"linear": LinearConfig(time="adaln", pos_embed="sincos"), "learned_sigma": True},
 }
 UNETS = {1: (8,), 2: (8, 16), 4: (8, 12, 16)}
@@ -43,14 +43,14 @@ def rows() -> list:
 
 
 def work_of(batch: Batch, patch_size: int = 2) -> Workload:
-    """Counted from the documents."""
+    """The workload of `rows`, computed from the documents."""
     lengths = [document_length(d, patch_size) for row in rows() for d in row]
     squares = sum(length**2 for length in lengths)
     return Workload(sum(lengths), squares, len(batch.target_index), batch.num_images)
 
 
 def counted(net: TransfusionModel, batch: Batch, backward: bool = False) -> int:
-    """What PyTorch's counter sees."""
+    """FLOPs that PyTorch counts."""
     with FlopCounterMode(display=False) as counter:
         logits, output = net(batch, batch.latents, batch.t, VarlenAttention(batch))
         if backward:
@@ -63,32 +63,32 @@ def repacked(patch_size: int) -> Batch:
 
 
 @pytest.mark.parametrize("sizes", NETS.values(), ids=NETS)
-def test_forward_flops_are_those_counted(sizes):
+def test_forward_flops_equal_those_counted(sizes):
     made, batch = net(**sizes), packed(rows())
     assert forward_flops(made, work_of(batch), (4, 4)) == counted(made, batch)
 
 
 @pytest.mark.parametrize("patch_size, channels", UNETS.items())
-def test_forward_flops_of_a_unet_are_those_counted(patch_size, channels):
+def test_forward_flops_of_a_unet_equal_those_counted(patch_size, channels):
     unet = UNetConfig(channels, num_blocks=2, head_dim=8)
     made, batch = net(unet, patch_size, learned_sigma=True), repacked(patch_size)
     assert forward_flops(made, work_of(batch, patch_size), (4, 4)) == counted(made, batch)
 
 
-def test_a_step_costs_three_forwards():
-    """But for the gradient of inputs that need none: the patches and the time's sinusoids."""
+def test_a_training_step_costs_three_forward_passes():
+    """Up to the gradients of the patches and of the timestep sinusoids, which are not computed."""
     made, batch = net(), packed(rows())
     ours = training_flops(made, work_of(batch), (4, 4))
     assert ours == pytest.approx(counted(made, batch, backward=True), rel=0.03)
 
 
-def test_text_alone_has_no_patches_to_count():
+def test_text_has_no_flops_of_patches():
     made, batch = net(), packed([[document("7")]])
     work = Workload(9, 81, len(batch.target_index), 0)
     assert forward_flops(made, work, None) == pytest.approx(counted(made, batch))
 
 
-def test_squared_lengths_are_those_of_the_documents():
+def test_squared_lengths_are_summed_over_documents():
     batch = packed(rows())
     assert squared_lengths(batch).item() == work_of(batch).squared_lengths
     assert squared_lengths(packed([[]], row_length=4)).item() == 0
@@ -100,7 +100,7 @@ def test_6nd_counts_the_weights_a_token_meets():
     assert flops_6nd(plain, 10) == flops_6nd(own, 10) == 60 * parameters
 
 
-def test_flops_of_a_network_of_codes_are_those_counted():
+def test_flops_of_a_network_with_codes_equal_those_counted():
     made, batch = (
         TransfusionModel(TransformerConfig(20, 32, 2, 4, ffn_dim=48), 1, 1, num_codes=11),
         code_batch(),
@@ -110,8 +110,8 @@ def test_flops_of_a_network_of_codes_are_those_counted():
     assert forward_flops(made, work, (2, 2)) == counted(made, batch)
 
 
-def test_6n_is_near_the_count_for_the_papers_largest_model():
-    """Attention over 4,096 positions is what 6 N leaves out, the embedding what it should."""
+def test_6n_differs_from_the_count_by_attention_embedding_and_norms():
+    """For the paper's 7B model: 6 N omits attention, and includes the embedding and the norms."""
     with torch.device("meta"):
         config = TransformerConfig(32_002, 4096, 32, 32, ffn_dim=11_008)
         made = TransfusionModel(config, 2, 8)

@@ -16,7 +16,7 @@ def test_lm_loss_is_the_negative_log_probability_of_each_target():
     torch.testing.assert_close(lm_loss(logits, targets), expected)
 
 
-def test_lm_loss_of_no_target_adds_nothing():
+def test_lm_loss_of_no_target_is_zero():
     logits = torch.randn(0, 11, requires_grad=True)
     total = lm_loss(logits, torch.empty(0, dtype=torch.long)).sum()
     total.backward()
@@ -27,7 +27,7 @@ def test_z_loss_is_the_squared_logarithm_of_the_partition_function():
     logits = 3 * torch.randn(6, 11) - 2
     expected = torch.tensor([math.log(sum(map(math.exp, row))) ** 2 for row in logits.tolist()])
     torch.testing.assert_close(z_loss(logits), expected)
-    # A shift moves it and no other loss; its gradient is 2 log Z softmax.
+    # A shift of all logits changes this loss only; its gradient is 2 log Z softmax.
     logits.requires_grad_()
     z_loss(logits).sum().backward()
     by_hand = 2 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1)

@@ -1,4 +1,4 @@
-"""The LightningModule: losses, average, validation, learning rates."""
+"""The LightningModule: losses, moving average, validation."""
 
 import lightning as L
 import pytest
@@ -24,7 +24,7 @@ from tf_lightning.training.module import Transfusion
 def losses_by_hand(
     net: TransfusionModel, batch: Batch, prediction_type: str
 ) -> tuple[float, float]:
-    """Both sums, from diffusers' schedule, the dense mask and log-probabilities."""
+    """Sums of both losses, from diffusers' schedule, the dense mask and log-probabilities."""
     scheduler = DDPMScheduler(
         1000, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type
     )
@@ -49,7 +49,7 @@ def test_loss_sums_agree_with_an_independent_computation(prediction_type):
     nll, _, squared_error, _ = module.loss_sums(module.net, batch)
     expected = losses_by_hand(module.net, batch, prediction_type)
     assert (nll.sum().item(), squared_error.item()) == pytest.approx(expected, rel=1e-4)
-    # Targets: texts, <boi> where it comes next, <eos>; none where the caption was dropped.
+    # Targets are text, the <boi> after text, and <eos>; none in a document without a caption.
     assert len(nll) == (5 + 2) + (7 + 1) + 0 + (1 + 4 + 1) + (1 + 2 + 1 + 1)
 
 
@@ -65,8 +65,8 @@ def test_an_unknown_prediction_type_is_refused():
         tiny_module(prediction_type="x0")
 
 
-def test_the_default_model_keeps_its_losses_to_the_bit_and_its_names():
-    """The formulas written as they were before there were other objectives and coders."""
+def test_the_default_losses_equal_their_formulas_to_the_last_bit():
+    """The formulas are written out for epsilon and the linear patch coder."""
     module, batch = tiny_module(), mixed_batch()
     table = cosine_alphas_cumprod()
     timesteps = (batch.t * 1000).long()
@@ -104,9 +104,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("changed", VARIANTS.values(), ids=VARIANTS)
-def test_every_variant_teaches_every_weight_with_and_without_pictures(changed):
+def test_every_variant_gives_every_weight_a_gradient_with_and_without_images(changed):
     module = tiny_module(**changed)
-    for name, part in module.net.named_parameters():  # no branch starts at zero
+    for name, part in module.net.named_parameters():  # so that no branch starts at zero
         if part.ndim > 1 and not part.any():
             torch.nn.init.normal_(part, std=0.1)
         assert part.isfinite().all(), name
@@ -116,11 +116,11 @@ def test_every_variant_teaches_every_weight_with_and_without_pictures(changed):
         (nll.sum() + loss_diffusion).backward()
         for name, part in module.net.patch_coder.named_parameters():
             assert part.grad is not None, name
-            # row and column embeddings beyond the grid are not reached, but the tensor is
+            # Row and column embeddings beyond the grid have no gradient, but their tensor has.
             assert part.grad.any() == taught, name
 
 
-def test_a_flows_loss_is_the_one_computed_by_hand():
+def test_the_loss_of_a_flow_equals_the_one_computed_by_hand():
     module, batch = tiny_module(prediction_type="flow"), mixed_batch()
     t = batch.t.view(-1, 1, 1, 1)
     noised = (1 - t) * batch.latents + t * batch.noise
@@ -138,19 +138,19 @@ def test_a_flows_loss_is_the_one_computed_by_hand():
         ({"lr_decay": "slow"}, "lr_decay='slow' must be one of .'cosine', 'linear'."),
     ],
 )
-def test_arguments_that_do_not_go_together_are_refused_before_anything_is_built(changed, message):
+def test_incompatible_arguments_are_refused_before_anything_is_built(changed, message):
     with pytest.raises(UserError, match=message):
         Transfusion(TransformerConfig(vocab_size=VOCAB_SIZE, **SIZES), patch_size=2, **changed)
 
 
-def test_causal_images_change_the_denoisers_loss():
+def test_causal_images_change_the_diffusion_loss():
     batch = mixed_batch()
     both, causal = (tiny_module(causal_images=causal) for causal in (False, True))
     errors = [module.loss_sums(module.net, batch).diffusion for module in (both, causal)]
     assert not torch.isclose(*errors, rtol=1e-3)
 
 
-def test_a_batch_of_text_gives_the_patch_coder_gradients_of_zero():
+def test_a_batch_of_text_gives_the_patch_coder_zero_gradients():
     module, batch = tiny_module(), packed([[document("9")]])
     nll, _, squared_error, _ = module.loss_sums(module.net, batch)
     (nll.sum() + squared_error).backward()
@@ -163,7 +163,7 @@ def test_a_batch_of_text_gives_the_patch_coder_gradients_of_zero():
 
 
 class Watcher(L.Callback):
-    """Keeps the weights after every step, and the gradients' norm before they are clipped."""
+    """Records the weights after every step and the gradient norm before clipping."""
 
     def __init__(self):
         self.weights, self.norms, self.logged = [], [], []
@@ -179,7 +179,7 @@ class Watcher(L.Callback):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A module, its data, its trainer and what was watched, after four steps from Python."""
+    """A module, its data, its trainer and the Watcher after four steps."""
     folder = tmp_path_factory.mktemp("module")
     L.seed_everything(0)
     config = TransformerConfig(vocab_size=runs.VOCAB_SIZE, **SIZES)
@@ -204,7 +204,7 @@ def trained(tmp_path_factory):
     return module, data, trainer, watcher
 
 
-def test_the_logged_gradient_norm_is_the_true_one_before_clipping(trained):
+def test_the_logged_gradient_norm_is_that_before_clipping(trained):
     module, _, _, watcher = trained
     assert watcher.logged == pytest.approx(watcher.norms, rel=1e-5)
     assert min(watcher.norms) > 0.5
@@ -212,7 +212,7 @@ def test_the_logged_gradient_norm_is_the_true_one_before_clipping(trained):
     assert left.item() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_the_average_forgets_the_start_first_and_then_decays_as_asked(trained):
+def test_the_decay_of_the_average_grows_to_ema_decay(trained):
     module, _, _, watcher = trained
     L.seed_everything(0)
     start = Transfusion(module.config, patch_size=16, latent_channels=3)
@@ -227,7 +227,7 @@ def test_the_average_forgets_the_start_first_and_then_decays_as_asked(trained):
 
 
 def validated(trainer: L.Trainer, module: Transfusion, data: Mixture) -> dict[str, float]:
-    """All that a validation logs."""
+    """Validate; return all logged values."""
     trainer.validate(module, data, verbose=False)
     return {name: value.item() for name, value in trainer.logged_metrics.items()}
 

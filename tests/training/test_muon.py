@@ -1,4 +1,4 @@
-"""Muon against PyTorch's own class, and against what orthogonal means."""
+"""Muon against PyTorch's class and against the definition of orthogonality."""
 
 import copy
 
@@ -18,7 +18,7 @@ from tf_lightning.training.optim import (
 OPTIONS = {"lr": 0.02, "betas": (0.9, 0.95)}
 
 
-def test_an_orthogonal_matrix_has_singular_values_near_one_and_the_same_vectors():
+def test_an_orthogonalised_matrix_has_singular_values_near_one_and_the_same_vectors():
     matrices = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
     coefficients = u.mT @ orthogonalize(matrices) @ vh.mT  # diagonal: the new singular values
@@ -27,13 +27,13 @@ def test_an_orthogonal_matrix_has_singular_values_near_one_and_the_same_vectors(
     torch.testing.assert_close(coefficients, torch.diag_embed(values), atol=1e-4, rtol=0)
 
 
-def test_singular_values_a_hundredfold_apart_become_one_within_a_quarter():
+def test_singular_values_that_differ_a_hundredfold_become_one_within_a_quarter():
     values = torch.logspace(0, -2, 8)
     made = orthogonalize(torch.diag(values)[None])[0].diagonal()
     assert (made - 1).abs().max() < 0.27
 
 
-def test_matrices_of_one_direction_stay_bounded_in_bf16():
+def test_matrices_of_rank_one_stay_bounded_in_bf16():
     generator = torch.Generator().manual_seed(0)
     columns, rows = (torch.randn(100, *shape, generator=generator) for shape in ((16, 1), (1, 40)))
     made = orthogonalize(
@@ -48,7 +48,7 @@ def gradients(step: int, *shapes: tuple[int, int]) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def test_with_its_coefficients_matrices_move_as_pytorchs_muon_moves_them(monkeypatch):
+def test_updates_equal_those_of_pytorchs_muon_with_its_coefficients(monkeypatch):
     monkeypatch.setattr(muon, "COEFFICIENTS", [(3.4445, -4.7750, 2.0315)] * 5)
     shapes = [(16, 24), (24, 16), (16, 16), (24, 16)]
     ours, theirs = ([torch.nn.Parameter(x) for x in gradients(99, *shapes)] for _ in range(2))
@@ -63,10 +63,10 @@ def test_with_its_coefficients_matrices_move_as_pytorchs_muon_moves_them(monkeyp
     for a, b, start in zip(ours, theirs, gradients(99, *shapes), strict=True):
         moved = (b - start).abs().max()
         assert moved > 0.02
-        torch.testing.assert_close(a, b, atol=0.03 * moved.item(), rtol=0)  # bf16 both
+        torch.testing.assert_close(a, b, atol=0.03 * moved.item(), rtol=0)  # both compute in bf16
 
 
-def test_an_update_is_as_large_as_adamws_in_either_precision():
+def test_an_update_is_as_large_as_adamws_in_both_precisions():
     for bf16 in (False, True):
         (start,) = gradients(0, (32, 48))
         parameter = torch.nn.Parameter(start.clone())
@@ -79,7 +79,7 @@ def test_an_update_is_as_large_as_adamws_in_either_precision():
 
 
 def stepped(muon: bool):
-    """A net, its optimizer after three steps, and the weights before."""
+    """A network and its optimizer after three steps, and the weights before."""
     net = tiny_net().requires_grad_(True)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     facts = {"weight_decay": 0.1, "text_lr_ratio": 1.0, "muon": muon, "bf16": False}
@@ -92,7 +92,7 @@ def stepped(muon: bool):
     return net, optimizer, before
 
 
-def test_what_is_no_matrix_of_a_block_moves_exactly_as_with_adamw():
+def test_other_parameters_move_exactly_as_with_adamw():
     (ours, optimizer, before), (plain, _, _) = stepped(muon=True), stepped(muon=False)
     matrices = {id(p) for p in ours.transformer.block_matrices()}
     assert len(matrices) == 2 * 7
@@ -103,7 +103,7 @@ def test_what_is_no_matrix_of_a_block_moves_exactly_as_with_adamw():
         assert optimizer.state[a].keys() == keys
 
 
-def test_an_optimizer_goes_on_from_its_state():
+def test_an_optimizer_continues_from_its_state():
     net, optimizer, _ = stepped(muon=True)
     other, resumed, _ = stepped(muon=True)
     for parameter in other.parameters():

@@ -1,4 +1,4 @@
-"""The learning rate against PyTorch's schedules, and which weights decay."""
+"""The learning rate against PyTorch's schedules, and the weights that have weight decay."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def test_the_warm_up_is_linear_and_reaches_the_peak():
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
-def test_the_decay_equals_pytorchs(decay):
+def test_the_learning_rate_decays_as_in_pytorch(decay):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     schedule = (
         CosineAnnealingLR(optimizer, T_max=90, eta_min=0.05)
@@ -27,7 +27,7 @@ def test_the_decay_equals_pytorchs(decay):
         schedule.step()
 
 
-def test_the_learning_rate_stays_at_its_least_past_the_end():
+def test_the_learning_rate_stays_at_its_minimum_after_the_last_step():
     assert lr_scale(100, 10, 100, 0.05) == lr_scale(500, 10, 100, 0.05) == pytest.approx(0.05)
 
 
@@ -36,7 +36,7 @@ def test_a_run_without_warm_up_starts_at_the_peak():
 
 
 @pytest.mark.parametrize("qk_norm", [True, "layer"])
-def test_matrices_decay_and_vectors_and_embeddings_do_not(qk_norm):
+def test_only_matrices_have_weight_decay(qk_norm):
     net = tiny_net(qk_norm=qk_norm).requires_grad_(True)
     decay, rest = parameter_groups(net, 0.1)
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)

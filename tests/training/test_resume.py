@@ -20,7 +20,7 @@ from tf_lightning.tokenizer.tokenizer import Tokenizer
 
 
 def variant_config(config: dict) -> None:
-    """All new parts at once, without what draws pictures."""
+    """Several variants at once, without callbacks that generate images."""
     config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:3]
     config["model"] |= {"patch_size": 2, "learned_sigma": True, "min_snr_gamma": 5.0}
     config["model"]["unet"] = {"channels": [4, 8], "num_blocks": 1, "head_dim": 8}
@@ -50,7 +50,7 @@ def load(run: Path, name: str = "last") -> dict:
     return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
 
 
-def test_a_checkpoint_holds_the_two_networks_the_tokenizer_and_the_autoencoders_name(run):
+def test_a_checkpoint_contains_both_networks_the_tokenizer_and_the_autoencoders_name(run):
     checkpoint = load(run)
     assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"net", "ema"}
     assert checkpoint["image_codec"] == {"autoencoder": "pixels", "latent_shape": [3, 64, 64]}
@@ -75,8 +75,8 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_with_its_workers_resumes_to_the_same_bits(run, tmp_path):
-    """kill -9 two steps behind a checkpoint; the uninterrupted run had no workers."""
+def test_a_run_killed_with_its_workers_resumes_bit_identically(run, tmp_path):
+    """It is killed two steps after a checkpoint; the uninterrupted run has no workers."""
     workers = "--data.init_args.num_workers=2"
     config = str(runs.write_config(tmp_path))
     kill = ["--trainer.callbacks+=support.runs.KillAt", "--trainer.callbacks.step=5"]
@@ -89,7 +89,7 @@ def test_a_run_killed_with_its_workers_resumes_to_the_same_bits(run, tmp_path):
         assert bit_equal(whole[part], resumed[part]), part
 
 
-def test_a_resumed_run_goes_on_counting_its_seconds(run, tmp_path):
+def test_a_resumed_run_continues_to_count_seconds(run, tmp_path):
     first = load(run, "step0000003")
     (state,) = [s for name, s in first["callbacks"].items() if "Throughput" in name]
     state |= {"fit_seconds": 1000.0, "validation_seconds": 100.0}

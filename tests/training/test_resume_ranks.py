@@ -1,4 +1,4 @@
-"""Two ranks compute what one does, before and behind a resume."""
+"""Two ranks compute the same as one, before and after a resume."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ from tf_lightning.cli.main import main
 
 
 @pytest.mark.slow
-def test_two_sharded_ranks_equal_one_and_their_file_is_anyones(tmp_path):
-    """FSDP2 on two CPU processes: losses, weights, average, a resume, a picture.
+def test_two_sharded_ranks_equal_one_and_their_checkpoint_loads_on_one_device(tmp_path):
+    """FSDP2 on two CPU processes: losses, weights, moving average, resume, and an image.
 
-    With weights of the pictures' own and Muon; test_chameleon.py has it without either.
+    With separate image weights and Muon; test_chameleon.py covers FSDP2 without them.
     """
     check_two_ranks(tmp_path, json.dumps(ranks.SHARDED), "all", muon=True)
     file = str(tmp_path / "ranks2" / "run" / "checkpoints" / "last.ckpt")
@@ -23,7 +23,7 @@ def test_two_sharded_ranks_equal_one_and_their_file_is_anyones(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_and_a_run_goes_on_with_twice_or_half_of_them(tmp_path):
+def test_two_ranks_equal_one_and_a_run_resumes_with_twice_or_half_as_many(tmp_path):
     check_two_ranks(tmp_path, "ddp", swapped=True)
 
 
@@ -34,10 +34,10 @@ def check_two_ranks(
     swapped: bool = False,
     muon: bool = False,
 ) -> None:
-    """Losses and weights of three steps, and of three more behind a resume.
+    """Compare losses and weights of two runs over three steps, and three more after a resume.
 
-    The second run has two ranks or, `swapped`, two runs change the number of ranks when they
-    resume, in opposite ways.
+    The first run has one rank and the second has two. With `swapped`, they exchange these numbers
+    when they resume.
     """
     more = [f"--data.init_args.cache_dir={tmp_path}/data"]
     more += [f"--model.transformer.modality_weights={modality_weights}"]

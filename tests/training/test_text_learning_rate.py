@@ -1,4 +1,4 @@
-"""The text side frozen, or learning at a rate of its own (LMFusion)."""
+"""Text parameters that are frozen or have their own learning rate (LMFusion)."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ def optimizer_of(module: Transfusion) -> torch.optim.Optimizer:
 
 
 def stepped(module: Transfusion) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
-    """After one optimizer step on both losses: the optimizer, and the weights before it."""
+    """Take one optimizer step on both losses; return the optimizer and the weights before it."""
     optimizer = optimizer_of(module)
     before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
     nll, _, loss_diffusion, _ = module.loss_sums(module.net, mixed_batch())
@@ -46,7 +46,7 @@ def test_frozen_weights_get_no_gradient_and_no_optimizer_state(modality_weights)
         assert torch.equal(parameter, before[name]) != image, name
 
 
-def test_the_text_side_learns_at_its_own_rate():
+def test_text_parameters_have_their_own_learning_rate():
     config = TransformerConfig(VOCAB_SIZE, **SIZES, modality_weights="all")
     rates = {"lr": 1e-3, "text_lr_ratio": 0.1, "weight_decay": 0.0, "warmup_steps": 1}
     module = Transfusion(config, latent_channels=3, **rates)
@@ -57,13 +57,13 @@ def test_the_text_side_learns_at_its_own_rate():
     names = [group["name"] for group in optimizer.param_groups]
     assert names == ["decay", "no_decay", "text_decay", "text_no_decay"]
     for name, parameter in module.net.named_parameters():
-        # Adam's first step is the learning rate.
+        # The first step of Adam is as large as the learning rate.
         step = (parameter - before[name]).abs().max().item()
         expected = 1e-3 if is_image_side(name) else 1e-4
         assert step == pytest.approx(expected, rel=0.05), name
 
 
-def test_a_text_step_of_a_frozen_text_side_runs():
+def test_a_batch_of_text_can_be_trained_on_with_frozen_text_parameters():
     config = TransformerConfig(VOCAB_SIZE, **SIZES, modality_weights="all")
     module = Transfusion(config, latent_channels=3, text_lr_ratio=0.0)
     module.configure_model()

@@ -1,4 +1,4 @@
-"""What is refused of sharded runs; that they compute what one process does is in test_resume.py."""
+"""Errors of sharded runs; test_resume_ranks.py compares them with one process."""
 
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ def test_an_unsharded_model_is_not_refused():
     refuse_shards(SimpleNamespace(device_mesh=None), None)
 
 
-def test_a_folder_of_shards_is_one_sentence(tmp_path):
+def test_reading_a_sharded_checkpoint_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "meta.pt").write_bytes(b"")
     with pytest.raises(
         UserError, match="is a sharded checkpoint.*save_distributed_checkpoint: fal"

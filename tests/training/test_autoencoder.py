@@ -1,4 +1,4 @@
-"""Training an autoencoder: which loss moves which network, exact resume, ranks, mistakes."""
+"""Training an autoencoder: gradients of each loss, exact resume, ranks, and mistakes."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ KINDS = {"vae": {}, "vq": aruns.VQ}
 
 @pytest.fixture(scope="module", params=KINDS)
 def trained(request, tmp_path_factory) -> tuple[str, Path]:
-    """A kind and the folder of its finished run; tests leave it as it is."""
+    """The autoencoder's type and the folder of its finished run; tests do not modify it."""
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, aruns.fit(folder, **KINDS[request.param])
 
@@ -35,10 +35,10 @@ def logged(run: Path) -> EventAccumulator:
     return EventAccumulator(str(run), {"images": 0, "scalars": 0}).Reload()
 
 
-# A run's life
+# A run
 
 
-def test_losses_and_measures_are_logged_under_their_names(trained):
+def test_losses_and_metrics_are_logged_under_their_names(trained):
     kind, run = trained
     events = logged(run)
     steps = {tag: len(events.Scalars(tag)) for tag in events.Tags()["scalars"]}
@@ -93,7 +93,7 @@ def test_the_position_in_the_data_is_found_in_an_old_checkpoint(trained):
     assert checkpoint["ImageData"] == {"next_row": 12, "global_step": 6}
 
 
-def test_a_discriminator_that_has_not_begun_has_no_state_and_has_not_moved(trained):
+def test_a_discriminator_that_has_not_started_has_no_state_and_its_first_weights(trained):
     _, run = trained
     early, late = load(run, "step0000003"), load(run)
 
@@ -115,7 +115,7 @@ def test_a_discriminator_that_has_not_begun_has_no_state_and_has_not_moved(train
     assert len(moved) > len(names) // 2
 
 
-def test_validate_on_a_checkpoint_equals_validation_in_the_run(trained, tmp_path):
+def test_validate_on_a_checkpoint_equals_validation_in_fit(trained, tmp_path):
     _, run = trained
     checkpoint = str(run / "checkpoints" / "last.ckpt")
     main(["validate", "-c", str(run / "config.yaml"), "--ckpt_path", checkpoint])
@@ -129,7 +129,7 @@ def test_validate_on_a_checkpoint_equals_validation_in_the_run(trained, tmp_path
     assert one == two
 
 
-# Which loss moves which network
+# Gradients of each loss
 
 
 def small_module(**arguments) -> AutoencoderModule:
@@ -152,7 +152,7 @@ def test_one_backward_gives_each_network_the_gradient_of_its_own_loss(adaptive):
     reconstruction = (made - images).abs().mean()
     (reconstruction + ours.adversarial(images, made, reconstruction)[0]).backward()
 
-    # The usual two steps, each with the other network frozen.
+    # The usual implementation: two steps, each with the other network frozen.
     theirs.discriminator.requires_grad_(False)
     made = theirs.reconstruct(images).images
     reconstruction = (made - images).abs().mean()
@@ -186,11 +186,11 @@ def test_frozen_networks_are_neither_saved_nor_optimized(squeezenet_weights, tmp
     assert len(logged(run).Scalars("train/loss_lpips")) == 3
 
 
-def test_a_vq_begins_with_codes_where_its_encoder_is(tmp_path):
+def test_a_vq_starts_with_codes_at_its_encoder_outputs(tmp_path):
     changes = aruns.VQ | {"lr": 0.0, "gan_weight": 0.0}
     run = aruns.fit(tmp_path / "on", "--trainer.max_steps", "3", **changes)
     codebook = load(run)["state_dict"]["autoencoder.quantize.embedding.weight"]
-    assert codebook.abs().max() > 1 / 16  # diffusers' own start is uniform within 1/16
+    assert codebook.abs().max() > 1 / 16  # diffusers initialises uniformly within 1/16
     changes["restart_dead_codes"] = False
     run = aruns.fit(tmp_path / "off", "--trainer.max_steps", "3", **changes)
     codebook = load(run)["state_dict"]["autoencoder.quantize.embedding.weight"]
@@ -198,17 +198,17 @@ def test_a_vq_begins_with_codes_where_its_encoder_is(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_with_the_same_pictures(tmp_path):
+def test_two_ranks_equal_one_with_the_same_images(tmp_path):
     def few(config: dict) -> None:
-        # In double precision: a convolution rounds one picture otherwise than two, and Adam
-        # enlarges that.
+        # In double precision: a convolution rounds one image differently from two, and Adam
+        # amplifies the difference.
         config["trainer"] |= {"max_steps": 4, "val_check_interval": 4, "precision": "64-true"}
         config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 4
 
     values = {}
     for ranks, pictures in ((1, 2), (2, 1)):
         folder = tmp_path / f"ranks{ranks}"
-        # The scale is of each rank's own gradients, and blur's unit of its own pictures.
+        # The adaptive scale and the unit of the latent noise depend on the images of each rank.
         path = aruns.write_config(folder, few, adaptive_gan=False, latent_noise=0.0)
         arguments = ["fit", "-c", str(path), f"--data.init_args.batch_size={pictures}"]
         arguments += [f"--trainer.devices={ranks}"]
@@ -227,8 +227,8 @@ def test_two_ranks_equal_one_with_the_same_pictures(tmp_path):
         if name.startswith("autoencoder."):
             theirs = second["state_dict"][name]
             torch.testing.assert_close(weight, theirs, atol=1e-6, rtol=0, msg=name)
-    # Adam's first step is the gradient's sign, which rounding decides where it is nearly nothing:
-    # of the discriminator, which has made one, the gradients are compared.
+    # The first step of Adam is the sign of the gradient, which rounding decides near zero. The
+    # discriminator has taken one step only, so its gradients are compared.
     states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (first, second)]
     assert states[0].keys() == states[1].keys()
     for number, state in states[0].items():
@@ -242,7 +242,7 @@ def test_two_ranks_equal_one_with_the_same_pictures(tmp_path):
 
 @pytest.fixture
 def refused(capsys):
-    """Runs a command that has to fail: its one sentence."""
+    """Run a command that has to fail; return its error message."""
 
     def command(*args) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -265,7 +265,7 @@ def refused(capsys):
         (aruns.VQ | {"latent_noise": 0.1}, "latent_noise=0.1"),
     ],
 )
-def test_mistakes_are_told_before_pictures_are_read(
+def test_mistakes_are_reported_before_images_are_read(
     changes, told, torchvision_folder, tmp_path, refused
 ):
     assert told in refused("fit", "-c", aruns.write_config(tmp_path / "it", **changes))

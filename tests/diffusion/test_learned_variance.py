@@ -1,4 +1,4 @@
-"""The variational term against diffusers, torch's distributions and closed forms."""
+"""The learned variance against diffusers, torch's distributions and closed forms."""
 
 import math
 
@@ -30,8 +30,8 @@ def at(timestep: int = T) -> Posterior:
     return Posterior(*(table[timestep] for table in posterior_tables(cosine_betas())))
 
 
-def test_the_posterior_is_the_product_of_its_two_gaussians():
-    """q(x_{t-1} | x_t, x_0) by Bayes: precisions add (a second derivation of DDPM Eq. 7)."""
+def test_the_posterior_is_the_product_of_two_gaussians():
+    """Bayes' rule for q(x_{t-1} | x_t, x_0): precisions add. This derives DDPM Eq. 7 again."""
     alphas_cumprod = (1 - cosine_betas()).cumprod(0)
     beta, previous = cosine_betas()[T].item(), alphas_cumprod[T - 1].item()
     forward, prior = (1 - beta) / beta, 1 / (1 - previous)  # precisions in x_{t-1}
@@ -44,7 +44,7 @@ def test_the_posterior_is_the_product_of_its_two_gaussians():
     assert posterior.x_t_weight.item() == pytest.approx(x_t_weight, rel=1e-5)
 
 
-def test_no_table_is_infinite_though_the_last_step_has_no_variance():
+def test_all_tables_are_finite_although_the_last_step_has_no_variance():
     tables = posterior_tables(cosine_betas())
     assert all(table.isfinite().all() for table in tables)
     assert tables.log_variance[0] == tables.log_variance[1]
@@ -52,7 +52,7 @@ def test_no_table_is_infinite_though_the_last_step_has_no_variance():
     assert tables.x_t_weight[0].item() == 0
 
 
-def test_the_log_variance_is_diffusers_learned_range():
+def test_the_log_variance_equals_diffusers_learned_range():
     from diffusers.schedulers import DDPMScheduler
 
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range")
@@ -61,20 +61,20 @@ def test_the_log_variance_is_diffusers_learned_range():
     torch.testing.assert_close(learned_log_variance(v, at()), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_divergences_are_torchs():
+def test_normal_kl_equals_torchs():
     mean_p, mean_q, log_p, log_q = torch.randn(4, 50, dtype=torch.float64)
     expected = kl_divergence(Normal(mean_p, (log_p / 2).exp()), Normal(mean_q, (log_q / 2).exp()))
     torch.testing.assert_close(normal_kl(mean_p, log_p, mean_q, log_q), expected)
 
 
-def test_the_bins_hold_all_the_mass():
+def test_the_masses_of_all_bins_sum_to_one():
     bins = torch.arange(-300, 301, dtype=torch.float64) * 2 / 255
     zero = torch.tensor(0.0, dtype=torch.float64)
     mass = (-bin_nll(bins, zero + 0.013, zero + math.log(0.2**2))).exp()
     assert mass.sum().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_the_true_posterior_has_no_divergence_and_the_last_step_is_scored_by_its_likelihood():
+def test_the_true_posterior_has_no_kl_and_the_last_step_is_scored_by_its_likelihood():
     x_0, x_t = torch.randn(2, 2, 1, 3, 3)
     tables = torch.stack(posterior_tables(cosine_betas()))[:, [0, T]].view(4, 2, 1, 1, 1)
     smallest = torch.full_like(x_0, -1.0)  # beta_tilde itself
@@ -88,30 +88,31 @@ def test_the_true_posterior_has_no_divergence_and_the_last_step_is_scored_by_its
     )
 
 
-# Sampling with it
+# Sampling with a learned variance
 
 MEAN, STD = 1.5, 0.6
 
 
 def exact_step(x_t: Tensor, t: int, previous: int) -> Tensor:
-    """What a perfect network outputs for latents of Normal(MEAN, STD), in closed form: eps and v.
+    """Output of a perfect network for latents of Normal(MEAN, STD) in closed form: eps and v.
 
-    x_s given x_t is normal; its variance is beta_tilde's and what x_0 given x_t adds through its
-    weight in the mean. v is where the logarithm of that stands between beta_tilde's and beta's.
+    x_previous given x_t is normal. Its variance is beta_tilde plus the variance of x_0 given x_t
+    times the squared weight of x_0 in the mean. v interpolates the logarithm of this variance
+    between log beta_tilde and log beta.
     """
     alphas_cumprod = cosine_alphas_cumprod().double()
     alpha, before = alphas_cumprod[t], alphas_cumprod[previous] if previous >= 0 else 1.0
     gain = (x_t - alpha.sqrt() * MEAN) / (alpha * STD**2 + 1 - alpha)
-    unsure = STD**2 * (1 - alpha) / (alpha * STD**2 + 1 - alpha)  # variance of x_0 given x_t
+    variance_x_0 = STD**2 * (1 - alpha) / (alpha * STD**2 + 1 - alpha)
     beta = 1 - alpha / before
     smallest = torch.as_tensor((1 - before) / (1 - alpha) * beta).clamp(min=1e-20)
     weight = torch.as_tensor(before).sqrt() * beta / (1 - alpha)
-    share = ((smallest + weight**2 * unsure).log() - smallest.log()) / (beta / smallest).log()
+    share = ((smallest + weight**2 * variance_x_0).log() - smallest.log()) / (beta / smallest).log()
     return torch.cat([(1 - alpha).sqrt() * gain, (2 * share - 1).expand_as(x_t)], 1).float()
 
 
 def sampled(learned_sigma: bool, steps: int = 10) -> Tensor:
-    """64 x 256 values, drawn in few steps by a perfect network."""
+    """Sample 64 x 256 values in few steps with a perfect network."""
     noise = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = build_scheduler(DDPM(learned_sigma=learned_sigma), "DDPMScheduler")
     generators = [torch.Generator().manual_seed(i) for i in range(64)]
@@ -123,7 +124,7 @@ def sampled(learned_sigma: bool, steps: int = 10) -> Tensor:
 
 
 def test_a_perfect_variance_makes_few_steps_exact():
-    """The last step, whose beta_tilde is 0, adds what the network says too."""
+    """The last step too adds the predicted variance, although its beta_tilde is 0."""
     learned, fixed = sampled(True), sampled(False)
     assert learned.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert learned.std().item() == pytest.approx(STD, rel=0.02)
@@ -132,8 +133,8 @@ def test_a_perfect_variance_makes_few_steps_exact():
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_a_step_has_the_mean_and_the_variance_that_training_scores(kind, schedule):
-    """One of all steps, against the tables of the loss."""
+def test_a_step_has_the_mean_and_variance_that_the_loss_assumes(kind, schedule):
+    """Compare one step of a scheduler with the tables of the loss."""
     process = DDPM(kind, schedule, learned_sigma=True)
     scheduler = build_scheduler(process, "DDPMScheduler")
     x_t, output = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
@@ -152,7 +153,7 @@ def test_a_step_has_the_mean_and_the_variance_that_training_scores(kind, schedul
 
 
 @pytest.mark.parametrize("sampler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_samplers_without_a_variance_leave_it_out(sampler):
+def test_samplers_without_a_learned_variance_ignore_it(sampler):
     x_t, output = torch.randn(2, 3, 4, 4), torch.randn(2, 6, 4, 4)
     drawn = []
     for given in (output, output[:, :3]):
