@@ -2,12 +2,13 @@
 
 Hyper-parameters are saved as plain dicts of numbers and strings, so that a checkpoint names no
 class of this package and outlives a change of modules. Checkpoints of version 0.1 and before differ
-in four ways, which `read_checkpoint` undoes:
+in five ways, which `upgrade` undoes:
 
 * Those written from Python contain pickled config dataclasses (OLD_CONFIGS).
 * Some config fields had other names (RENAMED_FIELDS).
 * Autoencoders had arguments that are gone (REMOVED_HPARAMS).
 * Those written by the command line name the LightningModule's class and its instantiator.
+* A data module had another name, under which Lightning stores its state (RENAMED_STATES).
 """
 
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ RENAMED_FIELDS = {
     "transformer": {"image_weights": "modality_weights"},
     "linear": {"place": "pos_embed"},
 }
+RENAMED_STATES = {"PictureData": "ImageData"}
 REMOVED_HPARAMS = {"feature_weight", "feature_model"}
 
 
@@ -92,8 +94,15 @@ def read_checkpoint(path: str | Path, kind: str = TRANSFUSION, mmap: bool = Fals
 
 
 def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Replace the hyper-parameters of a checkpoint by `plain_hparams`; return the checkpoint."""
+    """Bring a checkpoint of an older version to the present format, in place, and return it.
+
+    `read_checkpoint` calls it. Where Lightning reads a checkpoint by itself, the LightningModule
+    calls it in `on_load_checkpoint`.
+    """
     checkpoint["hyper_parameters"] = plain_hparams(checkpoint.get("hyper_parameters", {}))
+    for old, new in RENAMED_STATES.items():
+        if old in checkpoint:
+            checkpoint[new] = checkpoint.pop(old)
     return checkpoint
 
 

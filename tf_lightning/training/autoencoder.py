@@ -35,6 +35,7 @@ from tf_lightning.checkpoint import (
     plain_hparams,
     read_checkpoint,
     state_dict_error,
+    upgrade,
 )
 from tf_lightning.data.image_only import ImageBatch
 from tf_lightning.diffusion.timesteps import row_generator
@@ -340,11 +341,8 @@ class AutoencoderModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the step."""
+        upgrade(checkpoint)
         self.loaded_step = checkpoint["global_step"]
-        # Lightning stores the state of a data module under its class name; ImageData was
-        # PictureData in checkpoints of version 0.1.
-        if "PictureData" in checkpoint:
-            checkpoint["ImageData"] = checkpoint.pop("PictureData")
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """Load weights as torch does; raise UserError with one sentence if they do not fit."""

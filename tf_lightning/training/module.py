@@ -14,7 +14,13 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import SumMetric
 
 from tf_lightning.batch import Batch, Document, unpack
-from tf_lightning.checkpoint import as_dict, plain_hparams, read_checkpoint, state_dict_error
+from tf_lightning.checkpoint import (
+    as_dict,
+    plain_hparams,
+    read_checkpoint,
+    state_dict_error,
+    upgrade,
+)
 from tf_lightning.diffusion.process import build_process
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
@@ -374,6 +380,7 @@ class Transfusion(L.LightningModule):
         Raises:
             UserError: the data has another tokenizer than the checkpoint.
         """
+        upgrade(checkpoint)
         proto = bytes(checkpoint["tokenizer"].numpy())
         if self.tokenizer_proto not in (None, proto):
             raise UserError(
