@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from callbacks.contact_sheet import FONT_SIZE, IMAGE_SIZE, TILE_WIDTH, TITLE_SIZE
 from support import runs
 from tf_lightning.cli.main import main
 
@@ -83,7 +84,9 @@ def test_validation_shows_pictures_captions_and_text(events):
     for name in ("generated/val", "captioned/val"):
         assert [image.step for image in events.Images(name)] == [3, 6]
         image = events.Images(name)[0]
-        assert (image.width, image.height) == (2 * 250, 60 + 252)  # two tiles under a title
+        title = round(2 * 1.25 * TITLE_SIZE)
+        assert image.width == 2 * TILE_WIDTH and image.height > title + IMAGE_SIZE  # one row
+        assert image.height < title + 1.5 * IMAGE_SIZE + 8 * FONT_SIZE
     tables = events.Tensors("captions/val/text_summary")
     assert [table.step for table in tables] == [3, 6]
     assert tables[0].tensor_proto.string_val[0].decode().count("\n| ") == 2
