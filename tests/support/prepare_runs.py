@@ -1,18 +1,34 @@
-"""`tf-lightning prepare --data.encoded` of a small configuration, in one process or several."""
+"""Sources and commands for tests of `tf-lightning prepare`, in one process or several."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from support import runs
 from tf_lightning.cli.main import main
+from tf_lightning.data.readers.files import FileSource
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+class CaptionedRed(FileSource):
+    """A captioned image for each text file. A file with the text "kill" kills its reader."""
+
+    def samples(self, file):
+        yield "", file
+
+    def document(self, sample):
+        if sample.read_text() == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [sample.read_text(), Image.new("RGB", (8, 8), "red")]
+
+
 def encodable(config: dict) -> None:
-    """Captioned noise in shards of 4, the autoencoder of the embedded world."""
+    """Change a configuration to captioned noise in shards of 4 and the "shapes" autoencoder."""
     config["model"] |= {"patch_size": 2, "latent_channels": 8}
     config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
     config["trainer"]["limit_val_batches"] = 0
@@ -47,6 +63,6 @@ def encode_apart(folder: Path, *more: str) -> subprocess.CompletedProcess:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All files of a folder, by their names in it."""
+    """Read all files of a folder, by relative path."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

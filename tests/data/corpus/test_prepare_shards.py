@@ -3,15 +3,13 @@
 import glob
 import json
 import os
-import signal
 
 import pytest
-from PIL import Image
 
+from support.prepare_runs import CaptionedRed
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.cli.main import main
 from tf_lightning.data.corpus.prepare import plan_corpus, prepare
-from tf_lightning.data.readers.files import FileSource
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import train_tokenizer
 
@@ -36,24 +34,12 @@ def run(tmp_path):
     return prepare_here
 
 
-class Texts(FileSource):
-    """A source of one document a file. Spawned processes import it from this module."""
-
-    def samples(self, file):
-        yield "", file
-
-    def document(self, sample):
-        if sample.read_text() == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return [sample.read_text(), Image.new("RGB", (8, 8), "red")]
-
-
-def write_texts(folder, count: int = 7) -> Texts:
+def write_texts(folder, count: int = 7) -> CaptionedRed:
     folder.mkdir()
     for number in range(count):
         (folder / f"{number} [a].txt").write_text(f"red {number}")
     (folder / "3 [a].txt").write_text("a caption of many, many words, longer than a row")
-    return Texts(f"{glob.escape(str(folder))}/*.txt", val_fraction=0.0)
+    return CaptionedRed(f"{glob.escape(str(folder))}/*.txt", val_fraction=0.0)
 
 
 @pytest.fixture
@@ -81,7 +67,7 @@ def test_the_corpus_does_not_depend_on_the_number_of_processes(run, tmp_path, mo
 
 def corpus_ids(run, source, number: int) -> list[int]:
     """Token ids of text `number`, prepared alone."""
-    alone = Texts(glob.escape(str(source.files("train")[number])), val_fraction=0.0)
+    alone = CaptionedRed(glob.escape(str(source.files("train")[number])), val_fraction=0.0)
     return run(alone).document(0)[0].tolist()
 
 
@@ -100,15 +86,17 @@ def test_after_a_kill_finished_shards_are_kept(run, tmp_path, small_shards, monk
     last.write_text("kill ")  # with the same size and time, the corpus has the same hash
     os.utime(last, ns=times)
     read = []
-    monkeypatch.setattr(Texts, "document", lambda self, file: read.append(file.name) or ["red"])
-    whole = Texts.samples
+    monkeypatch.setattr(
+        CaptionedRed, "document", lambda self, file: read.append(file.name) or ["red"]
+    )
+    whole = CaptionedRed.samples
 
     def samples(self, file):
         if file == last and file.read_text() == "kill ":
             raise KeyboardInterrupt
         return whole(self, file)
 
-    monkeypatch.setattr(Texts, "samples", samples)
+    monkeypatch.setattr(CaptionedRed, "samples", samples)
     with pytest.raises(KeyboardInterrupt):
         run(source)
     assert len(read) == 6
