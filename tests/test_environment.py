@@ -1,4 +1,4 @@
-"""pyproject, constraints, conda and Makefile name one environment; tests run in it offline."""
+"""pyproject.toml, constraints.txt, environment.yml and the Makefile agree; tests run offline."""
 
 import shutil
 import socket
@@ -28,14 +28,14 @@ def direct_dependencies() -> dict[str, tuple[set[str], SpecifierSet]]:
 
 
 def pins() -> dict[str, str]:
-    """Version of each line of constraints.txt, by canonical name."""
+    """Pinned versions of constraints.txt, by canonical name."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): version for name, version in pairs}
 
 
 def conda_dependencies() -> tuple[list[str], list[str]]:
-    """What environment.yml asks of conda, and what of pip inside it."""
+    """The dependencies of environment.yml: those of conda and those of pip."""
     *conda, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     return conda, pip["pip"]
 

@@ -1,4 +1,4 @@
-"""On a CUDA device: what the CPU computes, and no step that makes the host wait for the device."""
+"""CUDA gives the results of the CPU, and training steps do not synchronize with the device."""
 
 import lightning as L
 import pytest
@@ -18,14 +18,14 @@ PROMPTS = [document("4", 1), document("2i3", 2), document("9", 3)]
 
 
 def losses(module: Transfusion, batch) -> tuple[float, float]:
-    """Both sums; their gradients are left in the module."""
+    """Sums of the text loss and the diffusion loss; computes their gradients in the module."""
     sums = module.loss_sums(module.net, batch)
     (sums.nll.sum() + sums.diffusion).backward()
     return sums.nll.sum().item(), sums.diffusion.item()
 
 
 @pytest.mark.parametrize("modality_weights", ["shared", "all"])
-def test_losses_and_gradients_are_the_cpus(modality_weights):
+def test_losses_and_gradients_equal_those_of_the_cpu(modality_weights):
     sizes = TransformerConfig(vocab_size=20, modality_weights=modality_weights, **SIZES)
     modules = [tiny_module() for _ in range(2)]
     for module in modules:
@@ -41,7 +41,7 @@ def test_losses_and_gradients_are_the_cpus(modality_weights):
         torch.testing.assert_close(theirs.grad.cpu(), ours.grad, atol=1e-3, rtol=1e-3)
 
 
-def test_bf16_autocast_is_the_same_loss_roughly():
+def test_bf16_autocast_gives_roughly_the_same_losses():
     module, batch = tiny_module().to("cuda"), mixed_batch().to("cuda")
     exact = losses(module, batch)
     with torch.autocast("cuda", torch.bfloat16):
@@ -56,7 +56,7 @@ def test_a_compiled_network_has_the_same_losses_for_batches_of_any_shape():
         assert losses(compiled, batch) == pytest.approx(losses(plain, batch), rel=1e-3)
 
 
-def test_answers_are_the_cpus():
+def test_generated_images_and_texts_equal_those_of_the_cpu():
     how = plan("image", guidance_scale=2.0)
     drawn = [
         generate_images(tiny_net().to(device), PROMPTS, how, 1, 2, 3) for device in ("cpu", "cuda")
@@ -70,18 +70,18 @@ def test_answers_are_the_cpus():
         assert [part.tolist() for part in theirs] == [part.tolist() for part in ours]
 
 
-class NoWaiting(L.Callback):
-    """Between a batch's arrival and the end of its step nothing may wait for the device."""
+class ForbidSynchronization(L.Callback):
+    """Raise an error if the host waits for the device during a training step."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx > 1:  # the first ones compile
+        if batch_idx > 1:  # the first steps compile
             torch.cuda.set_sync_debug_mode("error")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_training_step_never_waits_for_the_device(tmp_path):
+def test_training_steps_do_not_synchronize_with_the_device(tmp_path):
     config = TransformerConfig(vocab_size=runs.VOCAB_SIZE, **SIZES)
     module = Transfusion(config, patch_size=16, latent_channels=3, warmup_steps=1)
     data = Mixture(
@@ -94,7 +94,7 @@ def test_a_training_step_never_waits_for_the_device(tmp_path):
         **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
         **{"enable_checkpointing": False, "num_sanity_val_steps": 0, "limit_val_batches": 0},
         **{"use_distributed_sampler": False, "gradient_clip_val": 0.5},
-        callbacks=[NoWaiting()],
+        callbacks=[ForbidSynchronization()],
     )
     trainer.fit(module, data)
     assert trainer.global_step == 6

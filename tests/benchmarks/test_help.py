@@ -1,4 +1,4 @@
-"""Every benchmark explains itself, as a script that is run from a checkout."""
+"""Every benchmark runs as a script and explains itself with --help."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""The page of a matched pair: budgets and values computed by hand."""
+"""benchmarks/pair.py: budgets and values of two runs, computed by hand."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from benchmarks import pair
 
 
 def make_run(folder, images_per_token: float, flops_6n: float, fids: dict[int, float]):
-    """A run of rows of 100 positions, two a step, half of them padding."""
+    """Write the logs of a run with two rows of 100 positions per step, half of them padding."""
     with SummaryWriter(str(folder)) as writer:
         for name, value in {
             "padding_share": 0.5, "flops_per_token": 2e6, "flops_per_token_6n": flops_6n,
@@ -28,7 +28,7 @@ def make_run(folder, images_per_token: float, flops_6n: float, fids: dict[int, f
     return folder
 
 
-def test_budgets_are_equal_on_both_sides_and_values_are_between_validations(tmp_path, capsys):
+def test_budgets_are_equal_for_both_runs_and_values_are_interpolated(tmp_path, capsys):
     folders = [tmp_path / "patches", tmp_path / "codes"]
     make_run(folders[0], 0.04, 3e6, {100: 9.0, 200: 5.0})
     make_run(folders[1], 0.01, 6e6, {100: 20.0, 200: 10.0})
@@ -50,6 +50,6 @@ def test_budgets_are_equal_on_both_sides_and_values_are_between_validations(tmp_
     assert (tmp_path / "page.png").is_file() and told in capsys.readouterr().out
 
 
-def test_a_run_that_was_never_validated_is_told(tmp_path):
+def test_a_run_without_validation_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="has no metrics/step"):
         pair.read_run(tmp_path)

@@ -130,7 +130,7 @@ def test_two_processes_compute_the_values_of_one(run, tmp_path):
     alone = values(validate(run, tmp_path))
     config = validate_config(run, tmp_path / "two")
     command = ["validate", "-c", str(config), "--ckpt_path", checkpoint_of(run)]
-    ranks.together([*command, "--trainer.devices=2", "--trainer.strategy=ddp"], 2)
+    ranks.run_ranks([*command, "--trainer.devices=2", "--trainer.strategy=ddp"], 2)
     together = values(tmp_path / "two" / "run" / "validate" / "metrics.json")
     assert together == pytest.approx(alone, rel=1e-5, abs=1e-9)
 

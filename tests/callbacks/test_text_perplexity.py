@@ -157,7 +157,7 @@ def test_two_processes_log_the_values_of_one_and_the_checkpoint_has_no_metric(ru
         config["trainer"] |= {"devices": devices, "strategy": "ddp" if devices == 2 else "auto"}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         command = ["validate", "-c", str(folder / "config.yaml")]
-        ranks.together([*command, "--ckpt_path", str(run / "checkpoints/last.ckpt")], devices)
+        ranks.run_ranks([*command, "--ckpt_path", str(run / "checkpoints/last.ckpt")], devices)
         names, values = next(folder.rglob("metrics.csv")).read_text().splitlines()
         found.append(dict(zip(names.split(","), values.split(","), strict=True)))
     alone, together = ({k: float(v) for k, v in row.items() if v} for row in found)

@@ -6,7 +6,7 @@ WORDS = "a the red blue cat dog on in of table is n't and two".split()
 
 
 def captions(count: int, seed: int) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """Written captions, and one to five references of each; some are empty, some are equal."""
+    """Tokenized captions with one to five references each; some are empty, some equal."""
     rng = random.Random(seed)
 
     def sentence() -> list[str]:

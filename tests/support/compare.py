@@ -1,11 +1,11 @@
-"""Comparison of what runs leave behind."""
+"""Comparison of checkpoints."""
 
 import torch
 from torch import Tensor
 
 
 def bit_equal(a, b) -> bool:
-    """Equal in every bit, down to the last tensor of nested dicts and lists."""
+    """Whether two nested structures of dicts, lists and tensors are equal in every bit."""
     if isinstance(a, Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):

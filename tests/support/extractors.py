@@ -1,4 +1,4 @@
-"""Networks for the metrics to look through: real layouts with random weights, and a tiny one."""
+"""Networks for metrics: Inception with random weights, a tiny CLIP, and features a test chooses."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ TINY_CLIP = {
 
 
 def random_inception(path: Path) -> Path:
-    """Random weights in the layout of torch-fidelity's Inception: 566 tensors."""
+    """Write random weights in the format of torch-fidelity's Inception (566 tensors)."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "load_state_dict_from_url", lambda *args, **kwargs: {})
@@ -45,13 +45,13 @@ def random_inception(path: Path) -> Path:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The published file is from before torch's zip format.
+    # The published file is older than torch's zip format.
     torch.save(network.state_dict(), path, _use_new_zipfile_serialization=False)
     return path
 
 
 def tiny_clip(folder: Path) -> Path:
-    """A folder with a CLIP of one narrow layer a tower, as `local-dir:` wants it."""
+    """Write a CLIP with one narrow layer per tower into a folder that `local-dir:` accepts."""
     torch.manual_seed(0)
     network = open_clip.CLIP(**TINY_CLIP["model_cfg"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def tiny_clip(folder: Path) -> Path:
 
 
 class FirstPixels(nn.Module):
-    """Features that a test can choose: the first numbers of a picture, as float32 of uint8."""
+    """An extractor whose features are the first values of an image, uint8 as float32."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -73,5 +73,6 @@ class FirstPixels(nn.Module):
 
 
 def first_pixels(num_features: int) -> Extractor:
+    """The extractor `FirstPixels` as metrics take it."""
     sizes = {"num_features": num_features, "num_classes": num_features}
     return Extractor(FirstPixels(num_features), **sizes, name="first-pixels", weights_hash="none")

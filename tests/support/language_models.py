@@ -1,4 +1,4 @@
-"""Tiny random language models of `transformers`, in folders with their tokenizers."""
+"""Tiny random language models of `transformers`, their tokenizers, and our logits."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ LLAMA3_ROPE = {
 
 
 def tiny(kind: str = "Llama", **sizes):
-    """A random model "for causal LM" of `transformers`; its norms are not all ones."""
+    """A random causal language model of `transformers`; its norm weights are random too."""
     import transformers
 
     torch.manual_seed(0)
@@ -45,14 +45,14 @@ def tiny(kind: str = "Llama", **sizes):
 
 
 def with_sentencepiece(folder: Path, vocab_size: int = 300) -> None:
-    """A tokenizer.model of `vocab_size` pieces."""
+    """Write a tokenizer.model of `vocab_size` pieces."""
     made = train_tokenizer(iter(TEXTS), folder / "made.model", vocab_size + 2)
     (folder / "made.model").unlink()
     (folder / "tokenizer.model").write_bytes(made.proto)
 
 
 def with_json(folder: Path, vocab_size: int = 290) -> None:
-    """A tokenizer.json as Qwen2's: byte-level pairs, one special token, no start of a text."""
+    """Write a tokenizer.json like Qwen2's: byte-level BPE, one special token, no <bos>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -70,13 +70,13 @@ def with_json(folder: Path, vocab_size: int = 290) -> None:
 
 
 def edit_json(file: Path, change: dict) -> None:
-    """Change values of a file's JSON object; None takes one out."""
+    """Change values of the JSON object in a file; None removes a key."""
     content = json.loads(file.read_text()) | change
     file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
 def our_logits(transformer: Transformer, ids: torch.Tensor) -> torch.Tensor:
-    """Logits (B, T, V) of one document a row."""
+    """Our logits (B, T, V) for rows of one document each."""
     rows, length = ids.shape
     empty = torch.empty(0)
     batch = Batch(

@@ -1,4 +1,4 @@
-"""Transformer sizes of the papers, as in configs/model."""
+"""Transformer sizes of the Transfusion paper, from configs/model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,6 @@ PAPER_SIZES = {  # millions of parameters with 32,000 entries in the vocabulary
 
 
 def paper_config(name: str) -> TransformerConfig:
-    """The sizes of configs/model, with Llama 2's vocabulary."""
+    """The Transformer of configs/model/NAME.yaml, with Llama 2's vocabulary."""
     settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     return replace(TransformerConfig(**settings["transformer"]), vocab_size=32_000)

@@ -1,4 +1,4 @@
-"""The same run by one process and by two, which differ in nothing but who computes what."""
+"""Runs of the command line by one process and by several ranks, and their comparison."""
 
 import multiprocessing
 import os
@@ -16,48 +16,50 @@ from tf_lightning.data import Mixture
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
 
 TIMEOUT = 180  # seconds
-# Ranks begin as copies of a process that has imported all this and computed nothing.
+# New ranks are forks of a server process that has imported these modules.
 multiprocessing.set_forkserver_preload(
     ["tf_lightning.cli.lightning", "callbacks.evaluate", "callbacks.metrics", "diffusers"]
 )
 
 
-def together(command: list[str], ranks: int, **environment: str) -> None:
-    """A command by processes of their own, told their ranks as a cluster tells them.
+def run_ranks(command: list[str], ranks: int, **environment: str) -> None:
+    """Run a command in several processes, with the environment variables of a cluster's ranks.
 
-    Raises torch's ProcessExitedException or ProcessRaisedException for the first that fails.
+    Raises:
+        ProcessExitedException, ProcessRaisedException: (of torch) the first rank that fails.
+        TimeoutError: a rank has not ended after TIMEOUT seconds.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     environment |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     started = torch.multiprocessing.start_processes(
-        be_rank, (command, environment), ranks, join=False, start_method="forkserver"
+        _run_rank, (command, environment), ranks, join=False, start_method="forkserver"
     )
-    if not any(started.join(TIMEOUT) for _ in range(ranks)):  # it returns when one has ended
+    if not any(started.join(TIMEOUT) for _ in range(ranks)):  # join returns after each process
         for process in started.processes:
             process.kill()
         raise TimeoutError(f"a rank has not ended after {TIMEOUT} s")
 
 
-def be_rank(rank: int, command: list[str], environment: dict[str, str]) -> None:
-    """One process of `together`."""
+def _run_rank(rank: int, command: list[str], environment: dict[str, str]) -> None:
+    """Run the command as one rank of `run_ranks`."""
     os.environ |= environment | {"LOCAL_RANK": str(rank)}
-    rank_zero_only.rank = rank  # read from the environment when it is imported
+    rank_zero_only.rank = rank  # it was read from the environment at import
     torch.set_num_threads(1)
     main(command)
 
 
 def two_rank_config(config: dict) -> None:
-    """Three steps; with one row a rank, some rank has no picture and some step has none at all."""
+    """Train 3 steps; with one row per rank, some ranks have no image and some steps have none."""
     data = config["data"]["init_args"]
     data["weights"] = {"captions": 0.5, "text": 0.5}
     config["trainer"] |= {"max_steps": 3, "limit_val_batches": 0, "callbacks": []}
     config["trainer"]["callbacks"] = runs.config(Path())["trainer"]["callbacks"][:1]
 
 
-def pictures_in_rows(cache_dir: Path, count: int, **codec) -> list[int]:
-    """How many pictures each of the first rows of `two_rank_config` has."""
+def images_in_rows(cache_dir: Path, count: int, **codec) -> list[int]:
+    """The number of images in each of the first `count` rows of `two_rank_config`."""
     codec = {"autoencoder": "pixels", "patch_size": 16} | codec
     data = Mixture(
         {"captions": ShapesCaptions(runs.NUM_CAPTIONS, 6), "text": ShapesTexts(40, 6)},
@@ -71,7 +73,7 @@ def pictures_in_rows(cache_dir: Path, count: int, **codec) -> list[int]:
 
 
 def logged(run: Path, names: tuple[str, ...]) -> list[float]:
-    """Numbers of every step."""
+    """The logged train/NAME of every step, for each name."""
     events = EventAccumulator(str(run)).Reload()
     return [event.value for name in names for event in events.Scalars(f"train/{name}")]
 
@@ -88,20 +90,21 @@ SHARDED = {
 
 
 def fit(config: Path, ranks: int, strategy: str, *more: str) -> None:
-    """Two rows a step by one rank, in this process, or by two in their own."""
+    """Train with two rows per step, by one rank in this process or by two ranks."""
     command = ["fit", "-c", str(config), f"--trainer.devices={ranks}", *more]
     command += [f"--data.init_args.batch_size={2 // ranks}"]
     if ranks == 1:
         return main(command)
-    together([*command, f"--trainer.strategy={strategy}"], ranks)
+    run_ranks([*command, f"--trainer.strategy={strategy}"], ranks)
 
 
 def check_same(one: Path, other: Path, losses: tuple[str, ...], num_steps: int) -> None:
-    """Two runs have the same losses and gradient norms, and end with the same weights."""
+    """Assert that two runs have the same losses, gradient norms and final weights."""
     names = (*losses, "grad_norm")
     first, second = (logged(run, names) for run in (one, other))
     assert len(first) == len(names) * num_steps
-    assert first == pytest.approx(second, rel=1e-5)  # Adam would hide a wrong scale
+    # Weights alone would hide a wrong scale of gradients, which Adam ignores.
+    assert first == pytest.approx(second, rel=1e-5)
     first, second = (
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for run in (one, other)

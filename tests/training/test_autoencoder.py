@@ -11,7 +11,7 @@ from torch import nn
 from support import autoencoder_runs as aruns
 from support import runs
 from support.compare import bit_equal
-from support.ranks import together
+from support.ranks import run_ranks
 from tf_lightning.autoencoder import losses
 from tf_lightning.autoencoder.network import AutoencoderConfig
 from tf_lightning.cli.main import main
@@ -215,7 +215,7 @@ def test_two_ranks_equal_one_with_the_same_images(tmp_path):
         if ranks == 1:
             main(arguments)
         else:
-            together([*arguments, "--trainer.strategy=ddp"], ranks)
+            run_ranks([*arguments, "--trainer.strategy=ddp"], ranks)
         values[ranks] = folder / "run"
     one, two = (logged(run) for run in values.values())
     assert one.Tags()["scalars"] == two.Tags()["scalars"]

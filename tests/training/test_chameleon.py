@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks.prompts import as_image
 from support import ranks, runs
-from support.tiny import PICTURE_OF_CODES as PICTURE
+from support.tiny import IMAGE_CODES as PICTURE
 from support.tiny import SIZES, TOKENIZER, code_batch
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.autoencoder.network import AutoencoderConfig, build_autoencoder, save_network
@@ -212,7 +212,7 @@ def test_two_ranks_equal_one_although_some_batches_have_no_codes(alone, tmp_path
     cache = f"--data.init_args.cache_dir={alone}/data"
     ranks.fit(runs.write_config(tmp_path, without_dropout), 2, strategy, cache)
     codec = {"autoencoder": "shapes_vq", "patch_size": 1}
-    pictures = ranks.pictures_in_rows(alone / "data", 6, **codec)
+    pictures = ranks.images_in_rows(alone / "data", 6, **codec)
     assert 0 in pictures and max(pictures) > 0
     losses = ("loss", "loss_lm", "loss_codes", "loss_z")
     ranks.check_same(alone / "run", tmp_path / "run", losses, 3)

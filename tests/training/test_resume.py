@@ -81,7 +81,7 @@ def test_a_run_killed_with_its_workers_resumes_bit_identically(run, tmp_path):
     config = str(runs.write_config(tmp_path))
     kill = ["--trainer.callbacks+=support.runs.KillAt", "--trainer.callbacks.step=5"]
     with pytest.raises(ProcessExitedException) as ended:
-        ranks.together(["fit", "-c", config, workers, *kill], 1)
+        ranks.run_ranks(["fit", "-c", config, workers, *kill], 1)
     assert ended.value.exit_code == -signal.SIGKILL
     assert load(tmp_path / "run")["global_step"] == 3
     resumed, whole = load(runs.fit(tmp_path, "--ckpt_path", "last", workers)), load(run)

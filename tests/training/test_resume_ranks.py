@@ -49,7 +49,7 @@ def check_two_ranks(
         ranks.fit(config, first, strategy, *more)
         then = 3 - first if swapped else first
         ranks.fit(config, then, strategy, *more, "--trainer.max_steps=6", "--ckpt_path=last")
-    pictures = ranks.pictures_in_rows(tmp_path / "data", 6)
+    pictures = ranks.images_in_rows(tmp_path / "data", 6)
     assert 0 in pictures and max(pictures) > 0
     losses = ("loss", "loss_lm", "loss_diffusion")
     ranks.check_same(*(tmp_path / f"ranks{n}" / "run" for n in (1, 2)), losses, 6)

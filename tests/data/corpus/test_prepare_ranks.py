@@ -174,10 +174,10 @@ def test_a_killed_command_continues_and_keeps_finished_shards(encoded, tmp_path)
     config = str(runs.write_config(tmp_path / "one", encodable))
     command = ["prepare", "-c", config, f"--data.encoded={folder}", *more]
     with pytest.raises(ProcessExitedException) as ended:
-        ranks.together(command, 1, KILL="train 13")
+        ranks.run_ranks(command, 1, KILL="train 13")
     assert ended.value.exit_code == -signal.SIGKILL
     (shards,) = folder.glob(".noise-train-*-shards")
     finished = {path.parent.name for path in shards.glob("[0-9]*/corpus.json")}
     assert {"000000", "000001"} <= finished and "000003" not in finished
-    ranks.together(command, 1, KILL="train 2")  # documents of finished shards are not read again
+    ranks.run_ranks(command, 1, KILL="train 2")  # documents of finished shards are not read again
     assert content(folder) == content(encoded)
