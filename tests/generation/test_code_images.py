@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.generation import collect
+from support.generation import BOI, BOS, EOI, EOS, collect
+from support.reference_generation import continue_document
 from support.tiny import SIZES, TOKENIZER, document
 from tf_lightning.batch import Document
 from tf_lightning.errors import UserError
@@ -18,7 +19,7 @@ from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
 
-BOS, EOS, BOI, EOI, TEXT, CODES, SIDE = 1, 2, 18, 19, 20, 11, 2
+TEXT, CODES, SIDE = 20, 11, 2
 GREEDY = {"code_temperature": 0.0}
 DRAWN = {"code_temperature": 1.0, "code_top_k": 6, "code_top_p": 0.95}
 
@@ -159,19 +160,13 @@ def answered_by_hand(
     net: TransfusionModel, prompt: Document, seed: int, how: GenerationPlan
 ) -> Document:
     """Generate text until <boi>, an image, and text again, all by full forward passes."""
-    generator, count, given = torch.Generator().manual_seed(seed), 0, []
-    while count < how.sampling.max_new_tokens:
-        token = text_logits_by_hand(net, ids_of([*prompt, *given])).argmax().item()
-        images = sum(part.ndim == 3 for part in given)
-        if token == BOI and images < how.max_images:
-            given.append(image_by_hand(net, [*prompt, *given], generator, how))
-        elif token in (BOI, EOS):
-            break
-        else:
-            before = [given.pop()] if given and given[-1].ndim == 1 else []
-            given.append(torch.cat([*before, torch.tensor([token])]))
-            count += 1
-    return given
+    generator = torch.Generator().manual_seed(seed)
+    return continue_document(
+        prompt,
+        how,
+        lambda parts: text_logits_by_hand(net, ids_of(parts)).argmax().item(),
+        lambda parts: image_by_hand(net, parts, generator, how),
+    )
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)

@@ -3,6 +3,7 @@
 Sequences are built part by part under the dense mask, without `pack` and without a cache.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -101,15 +102,36 @@ def reference_image(
 def reference_document(
     net: TransfusionModel, prompt: Document, seed: int, plan: GenerationPlan, causal: bool = False
 ) -> Document:
-    """The document that continues a prompt: text until <boi>, an image, text again."""
+    """The document that continues a prompt, greedily, with images of continuous latents."""
     generator = torch.Generator().manual_seed(seed)
+    return continue_document(
+        prompt,
+        plan,
+        lambda parts: next_token(net, parts, causal),
+        lambda parts: reference_image(net, parts, generator, plan, causal),
+    )
+
+
+def continue_document(
+    prompt: Document,
+    plan: GenerationPlan,
+    next_token: Callable[[Document], int],
+    next_image: Callable[[Document], Tensor],
+) -> Document:
+    """Continue a prompt with text until <boi>, an image, text again, and so on.
+
+    Args:
+        prompt: the document to continue.
+        plan: limits of text tokens and images.
+        next_token: gives the token after a document.
+        next_image: gives the image after a document and <boi>.
+    """
     output: Document = []
     count = images = 0
     while count < plan.sampling.max_new_tokens:
-        token = next_token(net, [*prompt, *output], causal)
+        token = next_token([*prompt, *output])
         if token == BOI and images < plan.max_images:
-            seen = [*prompt, *output]
-            output.append(reference_image(net, seen, generator, plan, causal))
+            output.append(next_image([*prompt, *output]))
             images += 1
         elif token in (EOS, BOI):
             break
