@@ -231,12 +231,15 @@ def sheet(
         Tile(question.image, text, ok)
         for question, text, ok in zip(shown, captions, understood, strict=True)
     ]
-    one, two, words = (f"{share(part)} right" for part in (right[:half], right[half:], understood))
+    one, two, words = (share(part) for part in (right[:half], right[half:], understood))
     return contact_sheet(
         [
-            (f"Images of prompts with one object: {one}", images[:half][:5]),
-            (f"Images of prompts with two objects, unseen in training: {two}", images[half:][:10]),
-            (f"Captions of held-out images: {words}", captioned[:5]),
+            (f"One object: {one} images right", images[:half][:5]),
+            (
+                f"Two objects, in combinations unseen in training: {two} images right",
+                images[half:][:10],
+            ),
+            (f"Captions of held-out images: {words} right", captioned[:5]),
         ]
     )
 

@@ -164,8 +164,8 @@ UNMEASURABLE = {
 def test_an_evaluation_that_fails_is_reported_in_one_sentence(sentence, run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         validate(run, tmp_path, **UNMEASURABLE[sentence])
-    told = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert stop.value.code == 1 and len(told) == 1 and sentence in told[0]
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 1 and len(errors) == 1 and sentence in errors[0]
     assert not (tmp_path / "run" / "validate").exists()
 
 
@@ -186,9 +186,9 @@ def test_training_that_diverges_is_reported_at_each_validation_and_continues(tmp
     config = runs.write_config(tmp_path, only_evaluate(tmp_path))
     config.write_text(config.read_text().replace("verbose: false\n", ""))
     huge = ["--model.lr=1e30", "--trainer.gradient_clip_val=null", "--trainer.max_steps=6"]
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as warnings:
         main(["fit", "-c", str(config), *huge])
-    sentences = [str(w.message) for w in told if "the evaluation at" in str(w.message)]
+    sentences = [str(w.message) for w in warnings if "the evaluation at" in str(w.message)]
     assert [sentence[18:25] for sentence in sentences] == ["step 3 ", "step 6 "]
     assert all("not a number (NaN or infinite)" in s and "\n" not in s for s in sentences)
     found = values(tmp_path / "run" / "metrics" / "step0000006-val.json")

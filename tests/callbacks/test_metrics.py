@@ -48,12 +48,12 @@ def sampled(prompts, images) -> SampleBatch:
 
 def tiny_model(folder) -> tuple[Transfusion, list[Document]]:
     """An untrained model, and captioned images of the embedded world to train it."""
-    told = []
+    pairs = []
     for index in range(256):
         rng = generator(7, index, "train")
         scene = draw_scene(rng, split="train")
-        told.append((caption(scene, rng), to_pixels(scene_image(scene))))
-    texts, pixels = zip(*told, strict=True)
+        pairs.append((caption(scene, rng), to_pixels(scene_image(scene))))
+    texts, pixels = zip(*pairs, strict=True)
     tokenizer = train_tokenizer(iter(texts), folder / "t.model", 400)
     latents = load_autoencoder("shapes").encode(torch.stack(pixels))
     documents = [
@@ -153,16 +153,16 @@ def test_an_image_scores_higher_with_its_own_caption_than_with_another(prompts, 
 
 
 def test_an_exchanged_relation_or_colour_lowers_the_score(prompts):
-    pictures = torch.stack([pil_to_tensor(p.image()) for p in prompts.prompts()])
+    images = torch.stack([pil_to_tensor(p.image()) for p in prompts.prompts()])
     fit = CLIPScore()
     fit.open(prompts)
     pairs = [(i, p.about) for i, p in enumerate(prompts.prompts()) if p.about.relation == "left of"]
     places = [i for i, _ in pairs]
     ((first, second),) = {tuple(f"a {c} {s}" for s, c in m.objects) for _, m in pairs[:1]}
-    picture = pictures[places[:1]]
-    right = fit.score.cosines(picture, [f"{first} left of {second}"])
+    image = images[places[:1]]
+    right = fit.score.cosines(image, [f"{first} left of {second}"])
     for wrong in (f"{second} left of {first}", f"{first} above {second}"):
-        assert right > fit.score.cosines(picture, [wrong]) + 0.1
+        assert right > fit.score.cosines(image, [wrong]) + 0.1
 
 
 def test_all_features_have_the_same_length(prompts, images):
@@ -220,6 +220,6 @@ def test_missing_weights_are_reported_in_one_sentence(prompts, tmp_path, monkeyp
         ImageQuality(extractor="inception", weights=str(tmp_path / "none.pth")),
         CLIPScore(model="ViT-L-14", pretrained="openai"),
     ):
-        with pytest.raises(ValueError) as told:
+        with pytest.raises(ValueError) as error:
             metric.open(prompts)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(error.value)

@@ -113,8 +113,8 @@ def test_two_ranks_answer_each_document_once(run, tmp_path, folder):
     assert all(ranks)
     assert sorted(line["caption"] for lines in ranks for line in lines) == own_captions()
     alone = read(predict(run, folder) / "text-0.jsonl")
-    told = lambda lines: sorted((line["caption"], line["answer"]) for line in lines)  # noqa: E731
-    assert told(ranks[0] + ranks[1]) == told(alone)
+    answers = lambda lines: sorted((line["caption"], line["answer"]) for line in lines)  # noqa: E731
+    assert answers(ranks[0] + ranks[1]) == answers(alone)
 
 
 def test_the_key_of_a_document_depends_on_its_content():

@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch.plugins import Precision
 from PIL import Image
 
-from callbacks.shapes_report import ShapesReport, questions, text_perplexity
+from callbacks import shapes_report
+from callbacks.contact_sheet import contact_sheet
+from callbacks.shapes_report import ShapesReport, questions, sheet, text_perplexity
 from callbacks.throughput import Throughput
 from support.tiny import PATCH_SIZE
 from tf_lightning.generation.pipeline import TransfusionPipeline
@@ -154,8 +156,8 @@ def test_the_perplexity_of_a_uniform_prediction_is_the_size_of_the_vocabulary(mo
 
 def test_the_bound_is_the_perplexity_of_the_grammar_on_the_same_tokens(module, monkeypatch):
     texts = ["imagine a red circle . the circle is red ."] * 2
-    drawn = iter(texts)
-    monkeypatch.setattr("callbacks.shapes_report.draw_text", lambda rng: next(drawn))
+    given = iter(texts)
+    monkeypatch.setattr("callbacks.shapes_report.draw_text", lambda rng: next(given))
     pipe = TransfusionPipeline.from_module(module)
     _, bound = text_perplexity(pipe, module, 2, SEED)
     counted = sum(
@@ -171,3 +173,21 @@ def test_questions_repeat_and_those_with_two_objects_have_held_out_meanings():
         assert held_out(question.meaning) and parse(question.prompt) == question.meaning
         assert read(np.asarray(question.image)).meaning == question.meaning
     assert {len(q.meaning.objects) for q in questions(30, None, SEED)} == {1, 2}
+
+
+def test_the_sheet_has_a_section_for_each_score(monkeypatch):
+    sections = []
+    monkeypatch.setattr(
+        shapes_report, "contact_sheet", lambda found: sections.extend(found) or contact_sheet(found)
+    )
+    asked, shown = questions(8, 1, SEED) + questions(8, 2, SEED), questions(8, None, SEED)
+    right = [True, False] * 4 + [True] * 6 + [False] * 2
+    captions = [question.prompt for question in shown]
+    page = sheet(asked, [q.image for q in asked], right, shown, captions, [True] * 8)
+    assert page.width > 1000
+    titles = [title for title, _ in sections]
+    scores = ["50.0% of 8 images right", "75.0% of 8 images right", "100.0% of 8 right"]
+    assert all(title.endswith(score) for title, score in zip(titles, scores, strict=True))
+    assert [len(tiles) for _, tiles in sections] == [5, 8, 5]
+    assert [tile.caption for tile in sections[0][1]] == [question.prompt for question in asked[:5]]
+    assert [tile.right for tile in sections[1][1]] == right[8:]

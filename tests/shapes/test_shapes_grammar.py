@@ -35,8 +35,8 @@ ORANGE_ABOVE_BLUE = Meaning((("circle", "orange"), ("square", "blue")), "above")
 def all_texts():
     for meaning in MEANINGS:
         for statement, count in product(statements(meaning), range(1, MAX_FACTS + 1)):
-            for told in product(facts(meaning), repeat=count):
-                yield " . ".join([f"imagine {statement}", *told]) + " ."
+            for stated in product(facts(meaning), repeat=count):
+                yield " . ".join([f"imagine {statement}", *stated]) + " ."
 
 
 def test_every_caption_of_every_meaning_is_parsed():

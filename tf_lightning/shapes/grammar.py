@@ -118,14 +118,14 @@ def text_log_prob(document: str) -> float:
     """
     if not document.endswith(" ."):
         return -math.inf
-    statement, *told = document.removesuffix(" .").split(" . ")
+    statement, *stated = document.removesuffix(" .").split(" . ")
     meaning, log_prob = _statements_with_log_probs().get(statement, (None, -math.inf))
-    if meaning is None or not 1 <= len(told) <= MAX_FACTS:
+    if meaning is None or not 1 <= len(stated) <= MAX_FACTS:
         return -math.inf
     known = facts(meaning)
-    if not all(fact in known for fact in told):
+    if not all(fact in known for fact in stated):
         return -math.inf
-    return log_prob - math.log(MAX_FACTS) - len(told) * math.log(len(known))
+    return log_prob - math.log(MAX_FACTS) - len(stated) * math.log(len(known))
 
 
 def statements(meaning: Meaning) -> tuple[str, ...]:
