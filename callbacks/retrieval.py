@@ -62,15 +62,13 @@ class RetrievalAccuracy(L.Callback):
         count = min(self.num_prompts, len(train))
         indices = torch.linspace(0, len(train) - 1, count).round().long().tolist()
         captions = [train[index][0] for index in indices]
-        seeds = [self.seed + number for number in range(count)]
         generated = []
         for start in range(0, count, BATCH_SIZE):
-            part = slice(start, start + BATCH_SIZE)
             with trainer.precision_plugin.forward_context():
                 output = pipe(
-                    captions[part],
+                    captions[start : start + BATCH_SIZE],
                     output_modality="image",
-                    seed=seeds[part],
+                    seed=self.seed + start,
                     batch_size=BATCH_SIZE,
                     progress=False,
                     sampling=self.sampling,

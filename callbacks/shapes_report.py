@@ -158,11 +158,10 @@ class ShapesReport(L.Callback):
         """Generate an image for each question."""
         images: list[Image.Image] = []
         for start in range(0, len(asked), BATCH_SIZE):
-            part = asked[start : start + BATCH_SIZE]
             images += pipe(
-                [question.prompt for question in part],
+                [question.prompt for question in asked[start : start + BATCH_SIZE]],
                 output_modality="image",
-                seed=[self.seed + start + i for i in range(len(part))],
+                seed=self.seed + start,
                 batch_size=BATCH_SIZE,
                 progress=False,
                 sampling=self.sampling,

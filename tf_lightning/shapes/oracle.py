@@ -21,9 +21,8 @@ from tf_lightning.shapes.world import (
     coverage,
 )
 
-FOREGROUND = (
-    60.0  # distance from the background in RGB; that of a pixel half covered by yellow is 103
-)
+# Distance from the background in RGB; that of a pixel half covered by a yellow object is 103.
+FOREGROUND = 60.0
 MIN_BLOB = 6  # pixels; smaller blobs are ignored
 COLOUR_TOLERANCE = 60.0  # distance in RGB; the two closest colours are 100 apart
 PURITY = 0.9  # smallest share of a blob's interior that has its colour
