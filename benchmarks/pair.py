@@ -1,10 +1,10 @@
 """Compare two runs on one page: every metric they share, at equal tokens and at equal 6 N D.
 
-    python benchmarks/pair.py runs/linear runs/chameleon --out runs/pair
+    python benchmarks/pair.py runs/baseline runs/chameleon --out runs/pair
 
 The runs must have the same row length, batch size and data, and must be validated several times
 (`--trainer.val_check_interval 240`). For example:
-    tf-lightning fit -c configs/quickstart.yaml -c configs/experiments/linear.yaml
+    tf-lightning fit -c configs/quickstart.yaml -c configs/experiments/baseline.yaml
     tf-lightning fit -c configs/quickstart.yaml -c configs/experiments/chameleon.yaml
 
 `--out`.md has a column for each run and budget. Its first lines give the steps, tokens, FLOPs and

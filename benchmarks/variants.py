@@ -26,7 +26,7 @@ from tf_lightning.cli.main import main as tf_lightning
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ROOT / "configs" / "experiments"
 INITIAL_MODELS = {"monoformer": ROOT / "configs" / "shapes_text.yaml"}
-DEFAULT = ["linear", "epsilon", "flow", "causal", "unet", "unet_patch4", "patch4", "mot"]
+DEFAULT = ["baseline", "epsilon", "flow", "causal", "unet", "unet_patch4", "patch4", "mot"]
 DEFAULT += ["monoformer", "chameleon"]
 COLUMNS = {
     "one object": ("one_object", "{:.1%}"),
@@ -128,9 +128,7 @@ def table(rows: dict[str, dict]) -> str:
 
 def save_every(base: Path) -> int:
     """Optimizer steps between the checkpoints of a recipe."""
-    callbacks = yaml.safe_load(base.read_text())["trainer"]["callbacks"]
-    saves = (c for c in callbacks if c["class_path"].endswith("ModelCheckpoint"))
-    return next(saves)["init_args"]["every_n_train_steps"]
+    return yaml.safe_load(base.read_text())["checkpoint"]["every_n_train_steps"]
 
 
 def main(args: list[str] | None = None) -> None:

@@ -37,7 +37,7 @@ class InitFrom(L.Callback):
 
     A language model: it initialises the Transformer. The patch coder and the vocabulary rows of
     <boi> and <eoi> are new. Give the data `tokenizer: FOLDER`, and pass --model the file that
-    `tf-lightning sizes FOLDER` prints. The callback reports the perplexity on the text of the first
+    `tf-lightning model-config FOLDER` prints. The callback reports the perplexity on the text of the first
     batch and compares it with the source model's.
 
     A resumed run ignores this callback and continues from its own checkpoint.

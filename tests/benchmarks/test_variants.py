@@ -11,9 +11,15 @@ from support import runs
 STEPS = 3
 
 
+def save_as_recipes_do(config: dict) -> None:
+    """Move ModelCheckpoint from the list of callbacks to its own key."""
+    saves, *others = config["trainer"]["callbacks"]
+    config["trainer"]["callbacks"], config["checkpoint"] = others, saves["init_args"]
+
+
 def make_table(folder, *names: str) -> list[list[str]]:
     """The table's cells, of three steps each of the tests' own recipe."""
-    base = runs.write_config(folder)
+    base = runs.write_config(folder, save_as_recipes_do)
     options = ["--variants", *names, f"--steps={STEPS}", f"--out={folder}/out", f"--base={base}"]
     variants.main(options)
     lines = (folder / "out" / "table.md").read_text().splitlines()
@@ -22,26 +28,26 @@ def make_table(folder, *names: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_the_table_has_a_row_a_variant_and_is_resumed(tmp_path, monkeypatch):
-    head, _, linear = make_table(tmp_path, "linear")
-    assert head == ["variant", *variants.COLUMNS] and linear[0] == "linear"
-    report = json.loads((tmp_path / "out" / "linear" / "report.json").read_text())
-    assert linear[1] == f"{report['one_object']:.1%}"
-    assert linear[6] == f"{report['num_parameters']:,}"
+    head, _, baseline = make_table(tmp_path, "baseline")
+    assert head == ["variant", *variants.COLUMNS] and baseline[0] == "baseline"
+    report = json.loads((tmp_path / "out" / "baseline" / "report.json").read_text())
+    assert baseline[1] == f"{report['one_object']:.1%}"
+    assert baseline[6] == f"{report['num_parameters']:,}"
 
     commands = []
     original = variants.tf_lightning
     monkeypatch.setattr(
         variants, "tf_lightning", lambda args: (commands.append(args[0]), original(args))
     )
-    _, _, first, second = make_table(tmp_path, "linear", "mot_ffn")
-    assert first == linear and commands == ["fit"]  # of mot_ffn alone
-    assert second[0] == "mot_ffn" and second[6] != linear[6]
-    assert second[7] == linear[7] and float(linear[7]) > 0  # as many FLOPs
+    _, _, first, second = make_table(tmp_path, "baseline", "mot_ffn")
+    assert first == baseline and commands == ["fit"]  # of mot_ffn alone
+    assert second[0] == "mot_ffn" and second[6] != baseline[6]
+    assert second[7] == baseline[7] and float(baseline[7]) > 0  # as many FLOPs
     config = (tmp_path / "out" / "mot_ffn" / "config.yaml").read_text()
     assert "modality_weights: ffn" in config
 
     (tmp_path / "out" / "mot_ffn" / "report.json").unlink()  # killed while being examined
-    _, _, _, again = make_table(tmp_path, "linear", "mot_ffn")
+    _, _, _, again = make_table(tmp_path, "baseline", "mot_ffn")
     assert commands == ["fit", "validate"] and again[:-1] == second[:-1]
 
 

@@ -38,8 +38,8 @@ def folder(tmp_path):
 
 
 def sizes_of(folder, capsys) -> dict:
-    """What `tf-lightning sizes` prints, as its file would be read."""
-    main(["sizes", str(folder)])
+    """What `tf-lightning model-config` prints, as its file would be read."""
+    main(["model-config", str(folder)])
     return yaml.safe_load(capsys.readouterr().out)["transformer"]
 
 
@@ -153,7 +153,7 @@ def fails(tmp_path, folder, capsys):
 def test_sizes_that_differ_are_named(fails, folder):
     line = fails(lambda config: config["model"]["transformer"].update(dim=64, ffn_dim=80))
     assert f"{folder} needs model.transformer to have dim=32 (not 64), ffn_dim=48 (not 80)" in line
-    assert f"`tf-lightning sizes {folder}`" in line
+    assert f"`tf-lightning model-config {folder}`" in line
 
 
 def test_another_tokenizer_of_the_data_is_refused(fails, tmp_path, folder):

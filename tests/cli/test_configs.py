@@ -1,5 +1,7 @@
-"""Every recipe in configs/ parses, and holds together."""
+"""Every recipe in configs/ parses, is short, and agrees with the others."""
 
+import copy
+from collections import Counter
 from itertools import takewhile
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from tf_lightning.cli.lightning import ALWAYS, CALLBACKS, LINKED, LOGGER, TRAINER
 from tf_lightning.cli.main import main
 from tf_lightning.diffusion.process import build_process
 from tf_lightning.diffusion.sampler import resolve_sampler
@@ -20,28 +23,113 @@ EXPERIMENTS = sorted(path.name for path in CONFIGS.glob("experiments/*.yaml"))
 EVALUATIONS = sorted(path.name for path in CONFIGS.glob("eval/*.yaml"))
 AUTOENCODERS = sorted(path.name for path in CONFIGS.glob("autoencoder/*.yaml"))
 MODELS = sorted(path.name for path in CONFIGS.glob("model/*.yaml"))
+SIZES = sorted(name for name in MODELS if name[0].isdigit())
+TRAINED = [CONFIGS / name for name in RECIPES]
+TRAINED += [CONFIGS / "autoencoder" / name for name in AUTOENCODERS]
 
 
 @pytest.fixture
 def parsed(capsys):
-    """The whole configuration of a command, with nothing built."""
+    """Returns the whole configuration of a command, with nothing built.
+
+    The linked options of the data are filled in from the model, as a run would.
+    """
 
     def parse(*args: str) -> dict:
         with pytest.raises(SystemExit) as stop:
             main([*args, "--print_config=skip_null"])
         assert stop.value.code == 0
-        return yaml.safe_load(capsys.readouterr().out)
+        config = yaml.safe_load(capsys.readouterr().out)
+        model, data = config["model"]["init_args"], config["data"]["init_args"]
+        if config["model"]["class_path"].endswith("Transfusion"):
+            assert not LINKED.keys() & data.keys()
+            data |= {
+                "patch_size": model["patch_size"],
+                "vocab_size": model["transformer"]["vocab_size"],
+                "time_token": model.get("linear", {}).get("time") == "token",
+            }
+        return config
 
     return parse
 
 
+def flat(config: dict, path: str = "") -> dict[str, object]:
+    """Returns the values under their dotted names."""
+    found: dict[str, object] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
+
+
+def with_classes(said: dict) -> dict:
+    """Returns what a file says with `init_args` where it leaves the default class unnamed."""
+    said = copy.deepcopy(said)
+    for section in (said, said.get("trainer", {})):
+        for key in section.keys() & {"model", "data", "logger"}:
+            if "class_path" not in section[key] and "init_args" not in section[key]:
+                section[key] = {"init_args": section[key]}
+    return said
+
+
+def load(file: Path) -> dict:
+    """Returns what a file says."""
+    return yaml.safe_load(file.read_text())
+
+
 def test_there_are_recipes_and_nothing_else():
-    tested = {CONFIGS / name for name in RECIPES} | {CONFIGS / "model" / name for name in MODELS}
+    tested = {*TRAINED, SMALL} | {CONFIGS / "model" / name for name in MODELS}
     tested |= {CONFIGS / "experiments" / name for name in EXPERIMENTS}
     tested |= {CONFIGS / "eval" / name for name in EVALUATIONS}
-    tested |= {CONFIGS / "autoencoder" / name for name in AUTOENCODERS} | {SMALL}
     assert AUTOENCODERS and RECIPES and MODELS and EXPERIMENTS and EVALUATIONS
     assert set(CONFIGS.rglob("*.yaml")) == tested
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_a_recipe_is_short_and_names_no_path_outside_the_working_directory(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= 45
+    assert "../" not in text and "/home" not in text and "/tmp" not in text
+
+
+def test_what_six_recipes_share_is_a_default_of_the_command():
+    said = [flat(load(file)) for file in TRAINED]
+    shared = Counter((key, str(value)) for values in said for key, value in values.items())
+    assert [pair for pair, count in shared.items() if count >= 6] == []
+
+
+@pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)
+def test_a_recipe_does_not_repeat_a_default(file):
+    said = flat(load(file))
+    defaults = {f"trainer.{key}": value for key, value in TRAINER.items()}
+    defaults |= {f"trainer.logger.{key}": value for key, value in LOGGER["init_args"].items()}
+    for key, (_, values) in ALWAYS.items():
+        defaults |= {f"{key}.{name}": value for name, value in values.items()}
+    defaults["seed_everything"] = 0
+    repeated = {key for key, value in said.items() if key in defaults and defaults[key] == value}
+    assert repeated == set()
+    listed = said.get("trainer.callbacks", []) + said.get("trainer.callbacks+", [])
+    names = {item if isinstance(item, str) else item["class_path"] for item in listed}
+    assert not names & {default["class_path"] for default in CALLBACKS}
+
+
+def test_a_run_has_the_default_callbacks_in_order(parsed):
+    config = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"))
+    names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
+    assert names[:2] == [default["class_path"] for default in CALLBACKS]
+    # The throughput of training must not count the time of an evaluation.
+    assert names.index("callbacks.throughput.Throughput") < names.index(
+        "callbacks.evaluate.Evaluate"
+    )
+    for key, (_, values) in ALWAYS.items():
+        assert config[key].items() >= values.items()
+
+
+def test_a_later_file_can_take_all_callbacks_out(parsed, tmp_path):
+    (tmp_path / "none.yaml").write_text("trainer: {callbacks: []}")
+    config = parsed(
+        "fit", "-c", str(CONFIGS / "quickstart.yaml"), "-c", str(tmp_path / "none.yaml")
+    )
+    assert config["trainer"]["callbacks"] == []
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -53,49 +141,36 @@ def test_every_recipe_parses_for_every_command(verb, name, parsed):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_goes_with_a_recipe(name, parsed):
     quickstart = str(CONFIGS / "quickstart.yaml")
-    given = yaml.safe_load((CONFIGS / "model" / name).read_text())
-    model = parsed("fit", "-c", quickstart, "--model", str(CONFIGS / "model" / name))["model"]
+    given = load(CONFIGS / "model" / name)
+    config = parsed("fit", "-c", quickstart, "--model", str(CONFIGS / "model" / name))
+    model = config["model"]["init_args"]
     assert model["transformer"].items() >= given["transformer"].items()
     assert model["patch_size"] == given["patch_size"]
-    quickstarts = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())["model"]
-    assert model["lr"] == given.get("lr", quickstarts["lr"])
+    assert model["lr"] == given.get("lr", load(CONFIGS / "quickstart.yaml")["model"]["lr"])
 
 
-@pytest.mark.parametrize("size", sorted(set(MODELS) - {"chameleon.yaml"}))
+@pytest.mark.parametrize("size", SIZES)
 def test_chameleon_keeps_the_trunk_of_every_size(size, parsed):
     files = [str(CONFIGS / "model" / name) for name in (size, "chameleon.yaml")]
     command = ["fit", "-c", str(CONFIGS / "quickstart.yaml"), "--model", files[0]]
-    own, twin = parsed(*command)["model"], parsed(*command, "--model", files[1])["model"]
+    own = parsed(*command)["model"]["init_args"]
+    twin = parsed(*command, "--model", files[1])["model"]["init_args"]
     differing = {key for key, value in flat(own).items() if flat(twin)[key] != value}
     norms = {"transformer.norm_order", "transformer.qk_norm"}
     stabilising = norms | {"z_loss_weight", "lr", "min_lr_ratio"}
     assert differing == stabilising | {"patch_size"} and twin["transformer"]["qk_norm"] == "layer"
     assert twin["lr"] * twin["min_lr_ratio"] == pytest.approx(1.5e-5) == 3e-4 * 0.05
-    vq = yaml.safe_load((CONFIGS / "autoencoder" / "vq.yaml").read_text())
+    vq = load(CONFIGS / "autoencoder" / "vq.yaml")
     assert twin["num_codes"] == vq["model"]["init_args"]["network"]["num_codes"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_model_and_data_of_a_recipe_agree(name, parsed):
-    config = parsed("fit", "-c", str(CONFIGS / name))
-    model, data = config["model"], config["data"]["init_args"]
-    assert model["patch_size"] == data["patch_size"]
-    assert data.get("tokenizer") or model["transformer"]["vocab_size"] == data["vocab_size"]
-    if data.get("autoencoder") == "pixels":
-        assert model["latent_channels"] == 3
-
-
-@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_saves_its_last_step_and_resumes_in_its_own_folder(name, parsed):
-    trainer = parsed("fit", "-c", str(CONFIGS / name))["trainer"]
-    arguments = {
-        callback["class_path"].rpartition(".")[2]: callback.get("init_args", {})
-        for callback in trainer["callbacks"]
-    }
-    saves = arguments["ModelCheckpoint"]
+    config = parsed("fit", "-c", str(CONFIGS / name))
+    trainer, saves = config["trainer"], config["checkpoint"]
     assert trainer["max_steps"] % saves["every_n_train_steps"] == 0
     assert saves["save_last"] == "link"
-    # Otherwise a resumed run writes last-v1.ckpt beside a last.ckpt that stays behind.
+    # Otherwise a resumed run writes last-v1.ckpt beside an outdated last.ckpt.
     assert saves["enable_version_counter"] is False
     logger = trainer["logger"]["init_args"]
     assert logger["version"] == "" and logger["name"] == name.removesuffix(".yaml")
@@ -109,18 +184,10 @@ def test_a_recipe_begins_with_its_command(name):
     assert any(f"fit -c configs/{name}" in line for line in head)
 
 
-def flat(config: dict, path: str = "") -> dict[str, object]:
-    """Values under their dotted names."""
-    found: dict[str, object] = {}
-    for key, value in config.items():
-        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-    return found
-
-
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_changes_what_it_says_and_makes_a_network(name, parsed):
     file = CONFIGS / "experiments" / name
-    said = flat(yaml.safe_load(file.read_text()))
+    said = flat(with_classes(load(file)))
     assert said["trainer.logger.init_args.name"] == file.stem  # a run folder of its own
     config = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"), "-c", str(file))
     added = said.pop("trainer.callbacks+", [])  # behind the recipe's own
@@ -131,8 +198,7 @@ def test_an_experiment_changes_what_it_says_and_makes_a_network(name, parsed):
         assert callback["class_path"] == given["class_path"]
         assert callback["init_args"].items() >= given["init_args"].items()
 
-    model, data = config["model"], config["data"]["init_args"]
-    assert model["patch_size"] == data["patch_size"]
+    model = config["model"]["init_args"]
     assert 8 % model["patch_size"] == 0  # latents of the embedded world have 8 x 8
     for callback in config["trainer"]["callbacks"]:
         sampling = (callback.get("init_args") or {}).get("sampling") or {}
@@ -143,11 +209,11 @@ def test_an_experiment_changes_what_it_says_and_makes_a_network(name, parsed):
     assert sum(p.numel() for p in module.net.parameters()) < 12e6
 
 
-def test_an_experiment_is_another_than_the_base():
-    base = flat(yaml.safe_load((CONFIGS / "quickstart.yaml").read_text()))
-    for name in set(EXPERIMENTS) - {"linear.yaml"}:
-        said = flat(yaml.safe_load((CONFIGS / "experiments" / name).read_text()))
-        del said["trainer.logger.init_args.name"]
+def test_an_experiment_differs_from_the_base():
+    base = flat(load(CONFIGS / "quickstart.yaml"))
+    for name in set(EXPERIMENTS) - {"baseline.yaml"}:
+        said = flat(load(CONFIGS / "experiments" / name))
+        del said["trainer.logger.name"]
         assert said and not said.items() <= base.items(), name
 
 
@@ -167,7 +233,7 @@ def test_an_experiment_can_be_made_small(name, parsed):
     as_it_is = flat(parsed("fit", *(f"--config={file}" for file in files)))
     small = flat(parsed("fit", *(f"--config={file}" for file in [*files, SMALL])))
     changed = {key for key, value in small.items() if as_it_is[key] != value}
-    assert changed == flat(yaml.safe_load(SMALL.read_text())).keys()
+    assert changed == flat(with_classes(load(SMALL))).keys()
     assert small.keys() == as_it_is.keys()
 
 
@@ -182,7 +248,7 @@ def test_every_evaluation_goes_with_a_recipe_and_writes_elsewhere(name, parsed):
     assert logger["name"] not in {recipe.removesuffix(".yaml") for recipe in RECIPES}
     assert logger.get("version") is None  # a new folder each time
     head = (CONFIGS / "eval" / name).read_text().split("verbose:")[0]
-    assert f"configs/eval/{name} --ckpt_path" in head
+    assert f"-c configs/eval/{name}" in head and "--ckpt_path" in head
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
@@ -194,19 +260,25 @@ def test_an_autoencoder_parses_saves_its_last_step_and_begins_with_its_command(n
     module = AutoencoderModule(**config["model"]["init_args"])
     with torch.device("meta"):
         module.configure_model()
-    trainer = config["trainer"]
-    callbacks = {c["class_path"]: c.get("init_args", {}) for c in trainer["callbacks"]}
-    saves = callbacks["lightning.pytorch.callbacks.ModelCheckpoint"]
+    trainer, saves = config["trainer"], config["checkpoint"]
     assert trainer["max_steps"] % saves["every_n_train_steps"] == 0
     assert saves["save_last"] == "link" and saves["enable_version_counter"] is False
-    assert {"callbacks.reconstruct.Reconstruct", "callbacks.save_autoencoder.SaveAutoencoder"} <= {
-        *callbacks
-    }
+    assert [callback["class_path"] for callback in trainer["callbacks"]] == [
+        "callbacks.reconstruct.Reconstruct",
+        "callbacks.save_autoencoder.SaveAutoencoder",
+    ]
     assert trainer["use_distributed_sampler"] is False
     logger = trainer["logger"]["init_args"]
     assert logger["version"] == ""
     assert logger["name"] not in {recipe.removesuffix(".yaml") for recipe in RECIPES}
-    assert f"fit -c configs/autoencoder/{name}" in file.read_text().split("seed_everything:")[0]
+    assert f"fit -c configs/autoencoder/{name}" in file.read_text().split("trainer:")[0]
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_an_autoencoder_inherits_no_default_of_transfusion(name, parsed):
+    said = load(CONFIGS / "autoencoder" / name)["model"]["init_args"]
+    model = parsed("fit", "-c", str(CONFIGS / "autoencoder" / name))["model"]["init_args"]
+    assert model["weight_decay"] == said.get("weight_decay", 0.0)  # Transfusion's is 0.1
 
 
 def test_the_papers_autoencoders_differ_in_the_bottleneck_alone(parsed):
@@ -228,29 +300,37 @@ def test_the_papers_autoencoders_differ_in_the_bottleneck_alone(parsed):
     assert vae[network + "latent_channels"] == 8
 
 
-def test_the_quickstarts_evaluation_is_whole_and_has_its_data(parsed):
-    config = parsed("validate", "-c", str(CONFIGS / "eval" / "quickstart.yaml"))
-    trained = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"))
-    assert config["data"] == trained["data"]
-
-
-def test_monoformers_language_model_is_the_quickstarts_trunk_and_text(parsed):
+def test_monoformers_language_model_has_the_quickstarts_transformer_and_text(parsed):
     text = parsed("fit", "-c", str(CONFIGS / "shapes_text.yaml"))
     quickstart = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"))
-    assert text["model"]["transformer"] == quickstart["model"]["transformer"]
+    ours, theirs = (c["model"]["init_args"]["transformer"] for c in (text, quickstart))
+    assert ours == theirs
     for name in ("sources", "vocab_size", "row_length", "cache_dir"):  # so the same tokenizer
         assert text["data"]["init_args"][name] == quickstart["data"]["init_args"][name]
     assert text["data"]["init_args"]["weights"] == {"captions": 0.0, "text": 1.0, "edits": 0.0}
-    experiment = yaml.safe_load((CONFIGS / "experiments" / "monoformer.yaml").read_text())
+    experiment = load(CONFIGS / "experiments" / "monoformer.yaml")
     start = experiment["trainer"]["callbacks+"][0]["init_args"]["checkpoint"]
     logger = text["trainer"]["logger"]["init_args"]
     assert start == f"{logger['save_dir']}/{logger['name']}/checkpoints/last.ckpt"
 
 
+def test_the_edits_experiment_has_the_quickstarts_data_with_more_edits(parsed):
+    files = [str(CONFIGS / name) for name in ("quickstart.yaml", "experiments/edits.yaml")]
+    base = flat(parsed("fit", "-c", files[0])["data"])
+    edits = flat(parsed("fit", "-c", files[0], "-c", files[1])["data"])
+    changed = {key for key in edits if edits[key] != base.get(key)}
+    assert changed == {
+        "init_args.sources.edits.init_args.num_documents",
+        *(f"init_args.weights.{name}" for name in ("captions", "text", "edits")),
+        "init_args.tokenizer",
+        "init_args.max_caption_t",
+    }
+
+
 @pytest.mark.parametrize("name", ["monoformer.yaml", "monoformer_chat.yaml"])
 def test_monoformer_is_tinyllama_with_the_papers_numbers(name, parsed):
     config = parsed("fit", "-c", str(CONFIGS / name))
-    model, data = config["model"], config["data"]["init_args"]
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
     module = Transfusion(**model)
     with torch.device("meta"):
         module.configure_model()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from support import runs
-from tf_lightning.cli.main import main
+from tf_lightning.cli.main import VERBS, main
 
 
 @pytest.fixture
@@ -32,7 +32,8 @@ def checkpoint_of(run: Path) -> Path:
 def test_an_unknown_command_is_named_with_the_known_ones(fails):
     code, line = fails("fti")
     assert code == 1
-    assert "'fti'" in line and "fit, validate, test, predict, prepare, generate" in line
+    assert "'fti'; did you mean 'fit'?" in line
+    assert all(verb in line for verb in VERBS)
 
 
 def test_encode_is_an_unknown_command_whose_error_names_prepare(fails):
@@ -151,9 +152,10 @@ def test_another_models_checkpoint_does_not_resume(tmp_path, run, fails):
 
 
 MISTAKES = {
-    "--data.init_args.vocab_size=310": "300",
-    "--data.init_args.vocab_size=20": "vocab_size=20 is too small",
-    "--data.init_args.patch_size=8": "patch_size = 8 but the model has patch_size = 16",
+    "--data.init_args.vocab_size=310": "give --model.transformer.vocab_size",
+    "--model.transformer.vocab_size=20": "vocab_size=20 is too small",
+    "--data.patch_size=8": "the data takes patch_size from the model; give --model.patch_size",
+    "--data.time_token=true": "the data takes time_token from the model; give --model.linear.time",
     "--model.latent_channels=4": "has 3 channels but the model has latent_channels=4",
     "--model.prediction_type=x0": "x0",
     "--data.init_args.autoencoder=none/": '"none/"',

@@ -13,20 +13,18 @@ RECIPE = Path(__file__).resolve().parents[2] / "configs" / "mixture.yaml"
 
 @pytest.mark.slow
 def test_the_shares_that_a_run_logs_are_those_that_its_config_asks_for(data_dir, tmp_path):
-    """1,000 rows, of the recipe with a small model and fewer edits."""
+    """Reads 1,000 rows of the recipe with a small model and fewer edits."""
     config = yaml.safe_load(RECIPE.read_text())
     config["trainer"] |= {"max_steps": 250, "val_check_interval": 250, "limit_val_batches": 1}
-    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
+    config["trainer"]["logger"]["save_dir"] = str(tmp_path)
     sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64}
     config["model"]["transformer"] |= sizes
-    data = config["data"]["init_args"]
+    data = config["data"]
     data["cache_dir"] = str(tmp_path / "data")
     for source in data["sources"].values():
         options = source["init_args"]
         for name in options.keys() & {"paths", "val_paths"}:
-            options[name] = [
-                path.replace("../shared/data", str(data_dir)) for path in options[name]
-            ]
+            options[name] = [path.replace("datasets", str(data_dir)) for path in options[name]]
     data["sources"]["edits"]["init_args"] |= {"num_documents": 300, "num_val": 4}
     file = tmp_path / "mixture.yaml"
     file.write_text(yaml.safe_dump(config))

@@ -252,7 +252,7 @@ MISFITS = {
     "--data.init_args.autoencoder=shapes": "has continuous latents but the model has 512 codes",
     "--model.num_codes=null": "has 512 codes but the model has continuous latents",
     "--model.patch_size=2": "makes each image code a token",
-    "--data.init_args.patch_size=2": "give patch_size: 1",
+    "--data.init_args.clean_copies=true": "give patch_size: 1, clean_copies: false",
     "--model.transformer.modality_weights=all": "modality_weights: shared",
 }
 

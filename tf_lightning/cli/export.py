@@ -1,4 +1,4 @@
-"""`tf-lightning export`: weights out of a checkpoint; `sizes`: a language model's as a config."""
+"""`tf-lightning export`: write a checkpoint's weights. `model-config`: a language model's sizes."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,29 +12,41 @@ from tf_lightning.interop.llama import open_language_model
 from tf_lightning.model.transformer import TransformerConfig
 
 EXPORT = """\
-Writes FOLDER/net.safetensors and net.json: the whole network, which `tf-lightning generate FOLDER`
-takes; and FOLDER/text: its text side as a Llama, for
-  transformers.AutoModelForCausalLM.from_pretrained("FOLDER/text")
-without the patch coder, image weights and the rows of <boi> and <eoi>. An option that a Llama lacks
-(QK-norm) is refused; --only net leaves the text side out.
+writes
+  FOLDER/net.safetensors, net.json   the whole network, for `tf-lightning generate FOLDER`
+  FOLDER/text                        its text side as a Llama, for
+    transformers.AutoModelForCausalLM.from_pretrained("FOLDER/text")
+
+The Llama leaves out the patch encoder and decoder, the weights for image patches, and the
+embeddings of <boi> and <eoi>. A model with an option that a Llama lacks, such as qk_norm, is
+refused; then --only net writes the network alone.
 """
-SIZES = """\
+MODEL_CONFIG = """\
 To start from a Llama, Mistral or Qwen2:
-  tf-lightning sizes FOLDER > model.yaml
-  tf-lightning fit -c CONFIG --model model.yaml --data.init_args.tokenizer FOLDER \\
+  tf-lightning model-config FOLDER > model.yaml
+  tf-lightning fit -c CONFIG --model model.yaml --data.tokenizer FOLDER \\
     --trainer.callbacks+=callbacks.init_from.InitFrom --trainer.callbacks.checkpoint=FOLDER
-FOLDER holds config.json, safetensors and tokenizer, or is a name on the Hugging Face hub.
+
+FOLDER contains config.json, safetensors files and a tokenizer, or is a name on the Hugging Face
+hub.
 """
 
 
 def run_export(args: list[str]) -> None:
-    """Parse, read, write, and say what comes next."""
-    parser = Parser("export", "Take the weights out of a checkpoint.", EXPORT)
+    """Write a checkpoint's weights, and print how to use them."""
+    parser = Parser("export", "Write the weights of a checkpoint for other programs.", EXPORT)
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT", help="a file that `tf-lightning fit` wrote")
-    add("-o", "--out", type=Path, required=True, metavar="FOLDER", help="is made, or replaced")
-    add("--weights", choices=("ema", "raw"), help="(default: the average, if there is one)")
-    add("--only", choices=("net", "text"), help="one of the two (default: both)")
+    add("checkpoint", metavar="CKPT", help="checkpoint of `tf-lightning fit`")
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="created or replaced",
+    )
+    add("--weights", choices=("ema", "raw"), help="(default: the EMA weights, if there are any)")
+    add("--only", choices=("net", "text"), help="write one of the two (default: both)")
     options = parser.parse_args(args)
     checkpoint = read_checkpoint(options.checkpoint)
     parts = {options.only} if options.only else {"net", "text"}
@@ -45,20 +57,22 @@ def run_export(args: list[str]) -> None:
     if "text" in parts:
         print(
             f'The text: transformers.AutoModelForCausalLM.from_pretrained("{options.out}/text"), '
-            "or a run that starts from it: see `tf-lightning sizes --help`"
+            "or a run that starts from it: see `tf-lightning model-config --help`"
         )
 
 
-def run_sizes(args: list[str]) -> None:
-    """Print the `transformer:` of a network that starts from a language model."""
-    parser = Parser("sizes", "Print a language model's sizes as a --model file.", SIZES)
-    parser.add_argument("folder", metavar="FOLDER", help="of the language model, or its hub name")
+def run_model_config(args: list[str]) -> None:
+    """Print the `transformer:` section for a model that starts from a language model."""
+    about = "Print the sizes of a language model as a file for --model."
+    parser = Parser("model-config", about, MODEL_CONFIG)
+    parser.add_argument("folder", metavar="FOLDER", help="language model: folder or hub name")
     model = open_language_model(parser.parse_args(args).folder)
-    plain, sizes = asdict(TransformerConfig()), asdict(model.extended_config)
-    told = {name: value for name, value in sizes.items() if value != plain[name]}
-    told |= {name: sizes[name] for name in ("vocab_size", "dim", "num_layers", "num_heads")}
-    told |= {name: sizes[name] for name in ("num_kv_heads", "ffn_dim", "rope_theta", "norm_eps")}
-    print(f"# The sizes of {model.folder} with <boi> and <eoi>: fit --model THIS_FILE")
+    defaults, sizes = asdict(TransformerConfig()), asdict(model.extended_config)
+    always = ("vocab_size", "dim", "num_layers", "num_heads")
+    always += ("num_kv_heads", "ffn_dim", "rope_theta", "norm_eps")
+    shown = {name: value for name, value in sizes.items() if value != defaults[name]}
+    shown |= {name: sizes[name] for name in always}
+    print(f"# Sizes of {model.folder} with <boi> and <eoi>, for fit --model THIS_FILE")
     if model.window:
         print(f"# It attends to {model.window} tokens: data.row_length must not be larger.")
-    print(yaml.safe_dump({"transformer": {"qk_norm": False, **told}}, sort_keys=False), end="")
+    print(yaml.safe_dump({"transformer": {"qk_norm": False, **shown}}, sort_keys=False), end="")

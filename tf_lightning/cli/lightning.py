@@ -1,6 +1,8 @@
-"""LightningCLI for Transfusion and autoencoders: any data module, errors in one sentence."""
+"""LightningCLI with this project's defaults, links between model and data, and one-line errors."""
 
+import inspect
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -9,23 +11,88 @@ from typing import NoReturn
 
 import lightning as L
 import torch
-import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from tf_lightning.autoencoder.frozen import load_matching_autoencoder
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
 from tf_lightning.cli.parser import stop
+from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
+from tf_lightning.model.patches import has_time_token
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.module import Transfusion
 
 LOOP = {"validate": "val", "test": "test", "predict": "predict"}
-OTHERS = "generate, inspect, export, sizes"
+
+# Defaults of every recipe. A recipe states what differs.
+
+TRAINER = {
+    "accelerator": "auto",
+    "devices": 1,
+    "precision": None,  # bf16-mixed where the hardware multiplies it faster, else 32-true
+    "gradient_clip_val": 1.0,
+    "use_distributed_sampler": False,  # the data modules divide rows among ranks themselves
+    "check_val_every_n_epoch": None,  # val_check_interval counts steps: the stream has no epochs
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 25,
+}
+LOGGER = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    # An empty version makes runs/NAME the run's folder, so that --ckpt_path last finds it.
+    "init_args": {"save_dir": "runs", "name": "run", "version": "", "default_hp_metric": False},
+}
+# `callbacks:` of a configuration replaces this list, `callbacks+:` appends to it.
+CALLBACKS = [
+    {"class_path": "callbacks.throughput.Throughput"},
+    {"class_path": "callbacks.text_perplexity.TextPerplexity"},
+]
+# Callbacks of every run, each configured under a key of its own.
+ALWAYS: dict[str, tuple[type[Callback], dict]] = {
+    "progress_bar": (TQDMProgressBar, {}),
+    "checkpoint": (
+        ModelCheckpoint,
+        {
+            "save_top_k": -1,
+            "save_last": "link",
+            "filename": "step{step:07d}",
+            "auto_insert_metric_name": False,
+            "save_on_train_epoch_end": False,
+            # A resumed run would otherwise write last-v1.ckpt beside an outdated last.ckpt.
+            "enable_version_counter": False,
+        },
+    ),
+    "learning_rate_monitor": (LearningRateMonitor, {"logging_interval": "step"}),
+}
+# Options of the data that follow the model.
+LINKED = {
+    "patch_size": "--model.patch_size",
+    "vocab_size": "--model.transformer.vocab_size",
+    "time_token": "--model.linear.time",
+}
 
 
 class ConfigParser(LightningArgumentParser):
     """Parses a run's configuration; a mistake is reported in one line and exits with code 2."""
+
+    def get_defaults(self, *args, **kwargs) -> Namespace:
+        """Return the defaults, with the default classes of `model` and `data` named only.
+
+        Their arguments get defaults after parsing. jsonargparse would otherwise hand those of the
+        default class on to another class that a configuration names.
+        """
+        defaults = super().get_defaults(*args, **kwargs)
+        for key in ("model", "data"):
+            if isinstance(defaults.get(key), Namespace):
+                defaults[key].pop("init_args", None)
+        return defaults
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Report a mistake and exit with code 2."""
@@ -33,10 +100,10 @@ class ConfigParser(LightningArgumentParser):
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Writes config.yaml when training starts; what is refused or evaluated leaves an older one."""
+    """Writes config.yaml when training starts, so that a refused run or an evaluation keeps it."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing yet: data and checkpoint may still not fit the model."""
+        """Write nothing yet: data and checkpoint may still not fit the model."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""
@@ -44,13 +111,32 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 class TransfusionCLI(LightningCLI):
-    """Checks the checkpoint before anything is built; says a config's mistake in one sentence."""
+    """Adds defaults and links, checks the checkpoint first, and reports mistakes in one line."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Set the defaults, add the callbacks of every run, and link the data to the model."""
+        # With a default class, `model:` and `data:` may hold the arguments of the class directly.
+        parser.set_defaults({"model": {"class_path": class_path(Transfusion)}})
+        parser.set_defaults({"data": {"class_path": class_path(Mixture)}})
+        parser.set_defaults({"trainer.logger": LOGGER, "trainer.callbacks": CALLBACKS})
+        for key, (callback, defaults) in ALWAYS.items():
+            parser.add_class_arguments(callback, key, sub_configs=True)
+            parser.set_defaults({f"{key}.{name}": value for name, value in defaults.items()})
+        model, data = "model.init_args", "data.init_args"
+        parser.link_arguments(f"{model}.patch_size", f"{data}.patch_size")
+        parser.link_arguments(f"{model}.transformer.vocab_size", f"{data}.vocab_size")
+        parser.link_arguments(f"{model}.linear", f"{data}.time_token", compute_fn=has_time_token)
+        # Data without continuous latents has no such attribute, and the model's value stays.
+        parser.link_arguments(
+            "data.latent_channels", f"{model}.latent_channels", apply_on="instantiate"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
-        """Parse; refuse a checkpoint that is missing or damaged."""
+        """Parse, and refuse a checkpoint that is missing or damaged."""
+        refuse_linked(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         verb = self.config.get("subcommand")
-        if verb is None:  # `prepare`
+        if verb is None:  # built for `prepare` or `inspect`
             return
         path = self.config[verb].get("ckpt_path")
         if verb != "fit" and not path:
@@ -73,9 +159,9 @@ class TransfusionCLI(LightningCLI):
             self.config = self.parser.parse_object({verb: {"model": hparams}}, self.config)
 
     def kind(self, verb: str) -> str:
-        """Of the checkpoints that belong to this configuration."""
-        name = f"{AutoencoderModule.__module__}.{AutoencoderModule.__name__}"
-        return AUTOENCODER if self.config[verb].model.get("class_path") == name else TRANSFUSION
+        """Return the kind of checkpoint that the configured model reads."""
+        trains_autoencoder = self.config[verb].model.class_path == class_path(AutoencoderModule)
+        return AUTOENCODER if trains_autoencoder else TRANSFUSION
 
     def before_instantiate_classes(self) -> None:
         """Choose the precision where the config leaves it open; config.yaml records the choice."""
@@ -85,18 +171,40 @@ class TransfusionCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer from the config."""
+        config = self.config.get(self.config.get("subcommand") or "", self.config)
         try:
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
-            cause: BaseException = error  # jsonargparse wraps what a constructor says
-            while cause.__cause__:
+            cause: BaseException = error  # jsonargparse wraps the message of a constructor
+            while cause.__cause__ and not isinstance(cause, UserError):
                 cause = cause.__cause__
             raise UserError(" ".join(str(cause).split())) from error
         if isinstance(self.model, Transfusion):
-            check_pictures(self.model, self.datamodule)
+            check_autoencoder(self.model, self.datamodule, config.model.init_args.latent_channels)
+
+    def instantiate_trainer(self, **kwargs) -> L.Trainer:
+        """Build the trainer with the callbacks of every run before those of `trainer.callbacks`.
+
+        A callback of every run is left out where the list has one of its class, or where
+        `enable_progress_bar`, `enable_checkpointing` or `logger` is false.
+        """
+        built = self.config_init.get(self.subcommand) or self.config_init
+        listed = built.trainer.callbacks or []
+        listed = listed if isinstance(listed, list) else [listed]
+        switches = {
+            "progress_bar": built.trainer.enable_progress_bar,
+            "checkpoint": built.trainer.enable_checkpointing,
+            "learning_rate_monitor": built.trainer.logger,
+        }
+        always = [
+            built[key]
+            for key, (callback, _) in ALWAYS.items()
+            if switches[key] is not False and not any(isinstance(own, callback) for own in listed)
+        ]
+        return super().instantiate_trainer(callbacks=[*always, *listed], **kwargs)
 
     def before_fit(self) -> None:
-        """Refuse a damaged file that `--ckpt_path last` would resume, and a run that cannot be."""
+        """Refuse a damaged file that `--ckpt_path last` would resume, and an impossible run."""
         if isinstance(self.model, AutoencoderModule):
             self.model.before_training(self.trainer, self.datamodule)
         resumed = self.config.fit.ckpt_path
@@ -111,22 +219,45 @@ class TransfusionCLI(LightningCLI):
                 callback.before_training(self.model, self.datamodule)
 
 
+def class_path(cls: type) -> str:
+    """Return the path under which a configuration names a class."""
+    return f"{cls.__module__}.{cls.__name__}"
+
+
+def refuse_linked(args: list[str]) -> None:
+    """Refuse an option of the data on the command line that the model's value would overwrite."""
+    for arg in args:
+        option = re.match(r"--data\.(?:init_args\.)?(\w+)(?:=|$)", arg)
+        if option and option[1] in LINKED:
+            name = option[1]
+            raise UserError(f"{arg}: the data takes {name} from the model; give {LINKED[name]}")
+
+
 def refuse_nothing(verb: str, trainer: Mapping) -> None:
-    """Lightning does nothing at all, and says nothing, where a limit is 0."""
+    """Refuse a limit of 0, with which Lightning silently does nothing."""
     limits = ["max_steps", "max_epochs"] if verb == "fit" else [f"limit_{LOOP[verb]}_batches"]
     for name in limits:
         if trainer[name] == 0:
             raise UserError(f"{verb} with {name}=0 has nothing to do; give 1 or more")
 
 
-def check_pictures(model: Transfusion, data: L.LightningDataModule) -> None:
-    """Refuse an autoencoder that is not the model's before a picture is encoded."""
+def check_autoencoder(model: Transfusion, data: L.LightningDataModule, configured: int) -> None:
+    """Refuse an autoencoder that does not fit the model, before any image is encoded.
+
+    Args:
+        model: built with the latent channels of the data's autoencoder.
+        data: names its autoencoder, if it has one.
+        configured: `latent_channels` of the configuration or the checkpoint; the default of
+            Transfusion counts as not configured.
+    """
     if name := getattr(data, "autoencoder_name", None):
-        load_matching_autoencoder(name, model.hparams.latent_channels, model.hparams.num_codes)
+        default = inspect.signature(Transfusion).parameters["latent_channels"].default
+        channels = model.hparams.latent_channels if configured == default else configured
+        load_matching_autoencoder(name, channels, model.hparams.num_codes)
 
 
 def fast_precision(accelerator: str) -> str:
-    """Which of "bf16-mixed" and "32-true" the hardware multiplies faster.
+    """Return the precision that the hardware multiplies faster, "bf16-mixed" or "32-true".
 
     A CPU without AVX-512 BF16 or AMX emulates bf16, five times slower than fp32.
     """
@@ -138,64 +269,45 @@ def fast_precision(accelerator: str) -> str:
 
 
 def quiet() -> None:
-    """Leave out what Lightning tells its own developers and what a user cannot act on."""
+    """Silence messages of Lightning and torchmetrics that a user cannot act on."""
     noise = ("💡 Tip:", "TPU available")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: not record.getMessage().startswith(noise))
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning 2.6
-    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")  # evaluations
-    warnings.filterwarnings("ignore", ".*before the ``update`` method")  # the data says it: empty
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # a verb of ours has fewer
+    # An evaluation has other callbacks than the run that wrote the checkpoint.
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")
+    # The data module itself warns of a source without validation documents.
+    warnings.filterwarnings("ignore", ".*before the ``update`` method")
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # inspect removes options
     warnings.filterwarnings("ignore", ".*does not have many workers")  # rows are cheap to load
 
 
-def names_model_class(args: list[str]) -> bool:
-    """Whether a configuration or an argument says which class its model is of.
-
-    Without one it is Transfusion's, whose arguments then stand under `model:` themselves.
-    """
-    for option, following in zip(args, [*args[1:], ""], strict=True):
-        name, _, value = option.partition("=")
-        if name.startswith(("--model.class_path", "--model.help")):
-            return True
-        if name in ("-c", "--config", "--model") and holds_model_class(Path(value or following)):
-            return True
-    return False
-
-
-def holds_model_class(file: Path) -> bool:
-    """Whether a file of a configuration, or of its `model:` alone, names the model's class."""
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return False  # the parser says what is wrong with it
-    model = content.get("model", content) if isinstance(content, dict) else None
-    return isinstance(model, dict) and "class_path" in model
-
-
 def build(args: list[str], run: bool = True, prog: str = "prepare") -> TransfusionCLI:
-    """Parse the arguments, build what they name and, with `run`, run its verb."""
+    """Parse the arguments, build data, model and trainer, and with `run` run the verb.
+
+    Args:
+        args: the command line; with `run` it begins with the verb.
+        run: run fit, validate, test or predict; otherwise only build.
+        prog: verb shown in the usage when `run` is false.
+    """
     quiet()
-    subclass = names_model_class(args)
     return TransfusionCLI(
-        L.LightningModule if subclass else Transfusion,
+        L.LightningModule,
         L.LightningDataModule,
-        subclass_mode_model=subclass,
+        subclass_mode_model=True,
         subclass_mode_data=True,
+        trainer_defaults=TRAINER,
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
         parser_class=ConfigParser,
         parser_kwargs={"prog": "tf-lightning" if run else f"tf-lightning {prog}"},
-        args=None if args == sys.argv[1:] else args,  # it warns when both are given
+        args=None if args == sys.argv[1:] else args,  # Lightning warns when both are given
         run=run,
     )
 
 
 def run_lightning(args: list[str]) -> None:
     """Run fit, validate, test or predict."""
-    verbs = [*TransfusionCLI.subcommands(), "prepare"]
-    if args[0] not in verbs and not args[0].startswith("-"):
-        raise UserError(f"unknown command {args[0]!r}; use one of {', '.join(verbs)}, {OTHERS}")
     build(args)

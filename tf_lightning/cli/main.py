@@ -1,59 +1,55 @@
-"""The command line: LightningCLI's fit, validate, test and predict, and the verbs beside them."""
+"""The command `tf-lightning`: find the verb, run it, and report a mistake in one line.
 
+Nothing heavy is imported before a verb runs, so `--help`, `--version` and a misspelt verb are
+answered at once.
+"""
+
+import importlib
 import sys
+from difflib import get_close_matches
+from importlib.metadata import version
 
+from tf_lightning.cli.help import OVERVIEW, print_verb_help
 from tf_lightning.cli.parser import stop
 from tf_lightning.errors import UserError
 
-HELP = """\
-tf-lightning: one Transformer that writes text and draws images (Transfusion).
-
-  tf-lightning prepare  -c CONFIG                             corpora ahead of `fit`, in parallel
-  tf-lightning prepare  -c CONFIG --data.encoded DIR          a latent cache, by GPUs and nodes
-  tf-lightning inspect  -c CONFIG                             what they hold, counted and drawn
-  tf-lightning fit      -c configs/quickstart.yaml            train; add --ckpt_path last to resume
-  tf-lightning fit      -c configs/autoencoder/emoji.yaml     train an autoencoder (vae, vq, shapes)
-  tf-lightning validate -c CONFIG --ckpt_path CKPT            evaluate a checkpoint
-  tf-lightning test     -c CONFIG --ckpt_path CKPT            the same, once, at the end
-  tf-lightning predict  -c CONFIG --ckpt_path CKPT            captions for held-out pictures
-  tf-lightning generate CKPT "a red circle" -o out            a picture from words
-  tf-lightning generate CKPT --image in.png                   words from a picture
-  tf-lightning export   CKPT -o FOLDER                        weights, and the text as a Llama
-  tf-lightning sizes    FOLDER                                a language model's, as a --model file
-
-CONFIG is the YAML file the run was trained with. Any value in it can be changed on the command
-line, as in --trainer.max_steps 100. `tf-lightning VERB --help` lists what VERB takes;
-add --print_config to see a run's whole configuration without running it.
-"""
+LIGHTNING = ("fit", "validate", "test", "predict")
+# Verb: the module in tf_lightning.cli and the function that runs it.
+VERBS = {
+    **dict.fromkeys(LIGHTNING, ("lightning", "run_lightning")),
+    "prepare": ("prepare", "run_prepare"),
+    "inspect": ("inspect", "run_inspect"),
+    "generate": ("generate", "run_generate"),
+    "export": ("export", "run_export"),
+    "model-config": ("export", "run_model_config"),
+}
 
 
 def main(args: list[str] | None = None) -> None:
     """Run one command; a user's mistake ends in one sentence and exit code 1 or 2."""
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
-        print(HELP)
-        return
+        print(OVERVIEW)
+    elif args[0] == "--version":
+        print(f"tf-lightning {version('tf-lightning')}")
+    elif args[0] in LIGHTNING and {"-h", "--help"} & set(args):
+        print_verb_help(args)
+    else:
+        run(args)
+
+
+def run(args: list[str]) -> None:
+    """Run the verb that the arguments begin with."""
+    verb = args[0]
+    if verb not in VERBS and not verb.startswith("-"):
+        nearest = get_close_matches(verb, VERBS, n=1)
+        guess = f"; did you mean {nearest[0]!r}?" if nearest else ";"
+        stop(f"unknown command {verb!r}{guess} The commands are {', '.join(VERBS)}", code=1)
+    # Options before the verb, such as `-c CONFIG fit`, are LightningCLI's.
+    module, function = VERBS.get(verb, VERBS["fit"])
     try:
-        if args[0] == "generate":
-            from tf_lightning.cli.generate import run_generate
-
-            run_generate(args[1:])
-        elif args[0] == "prepare":
-            from tf_lightning.cli.prepare import run_prepare
-
-            run_prepare(args[1:])
-        elif args[0] == "inspect":
-            from tf_lightning.cli.inspect import run_inspect
-
-            run_inspect(args[1:])
-        elif args[0] in ("export", "sizes"):
-            from tf_lightning.cli import export as export_command
-
-            getattr(export_command, f"run_{args[0]}")(args[1:])
-        else:
-            from tf_lightning.cli.lightning import run_lightning
-
-            run_lightning(args)
+        runner = getattr(importlib.import_module(f"tf_lightning.cli.{module}"), function)
+        runner(args if function == "run_lightning" else args[1:])
     except UserError as error:
         stop(str(error), code=1)
     except OSError as error:  # a folder that cannot be written, a full disk

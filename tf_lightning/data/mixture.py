@@ -8,7 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -240,6 +240,18 @@ class Mixture(StreamData):
             }
             for split in ("train", "val")
         }
+
+    @cached_property
+    def latent_channels(self) -> int:
+        """Channels of the autoencoder's latents, which the command line gives to the model.
+
+        Raises:
+            AttributeError: the data has no continuous latents; the model's own value then stays.
+        """
+        autoencoder = load_autoencoder(self.autoencoder_name) if self.autoencoder_name else None
+        if autoencoder is None or autoencoder.num_codes:
+            raise AttributeError(f"autoencoder={self.autoencoder_name!r} has no latents")
+        return autoencoder.latent_channels
 
     def _load_autoencoder(self):
         """Load the autoencoder, if there is one, and check that it suits the other arguments."""

@@ -280,7 +280,7 @@ class LanguageModel:
         if differ:
             raise UserError(
                 f"{self.folder} needs model.transformer to have {', '.join(differ)}; give --model "
-                f"the file that `tf-lightning sizes {self.folder}` prints"
+                f"the file that `tf-lightning model-config {self.folder}` prints"
             )
         if row_length and self.window and row_length > self.window:
             raise UserError(

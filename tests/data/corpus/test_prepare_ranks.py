@@ -130,7 +130,7 @@ def test_without_an_encoding_autoencoder_the_command_is_refused(tmp_path, capsys
 
 
 def test_codes_are_stored_without_moments(tmp_path):
-    given = ["--data.autoencoder=shapes_vq", "--data.patch_size=1", "--data.row_length=128"]
+    given = ["--data.autoencoder=shapes_vq", "--data.row_length=128"]
     folder = encode(tmp_path, *given, "--model.num_codes=512", "--model.patch_size=1")
     (path,) = folder.glob("noise-train-*")
     codes = Corpus(path).document(3)[1]

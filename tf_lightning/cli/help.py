@@ -1,0 +1,198 @@
+"""The help of `tf-lightning` and of fit, validate, test and predict.
+
+LightningCLI's own help lists 400 lines of options and imports torch first. The screens here name
+the recipes and classes instead. They are plain text, and a test compares them with the code.
+"""
+
+import importlib
+
+OVERVIEW = """\
+tf-lightning: one Transformer that writes text and generates images (Transfusion).
+
+usage: tf-lightning COMMAND ...
+
+  tf-lightning fit -c configs/quickstart.yaml             train; add --ckpt_path last to resume
+  tf-lightning validate -c CONFIG --ckpt_path CKPT        evaluate a checkpoint
+  tf-lightning test -c CONFIG --ckpt_path CKPT            the same, with results under test/
+  tf-lightning predict -c CONFIG --ckpt_path CKPT         caption held-out images, into files
+
+  tf-lightning generate CKPT "a red circle" -o out        generate images from text
+  tf-lightning generate CKPT --image in.png               describe an image
+
+  tf-lightning prepare -c CONFIG                          prepare the data before training
+  tf-lightning prepare -c CONFIG --data.encoded DIR       the same over GPUs and nodes
+  tf-lightning inspect -c CONFIG                          count the data and draw it
+
+  tf-lightning export CKPT -o FOLDER                      write the weights for other programs
+  tf-lightning model-config FOLDER                        write a language model's sizes as YAML
+
+CONFIG is the YAML file of a run, such as configs/quickstart.yaml. The command line changes any
+value in it, as in --trainer.max_steps 100. `tf-lightning COMMAND --help` explains one command."""
+
+FIT = """\
+usage: tf-lightning fit -c CONFIG [-c MORE] [--KEY VALUE ...]
+
+Train a model. Its folder runs/NAME receives config.yaml, checkpoints, TensorBoard's events and the
+samples and scores of each validation.
+
+  tf-lightning fit -c configs/quickstart.yaml                       train
+  tf-lightning fit -c configs/quickstart.yaml --model.lr 1e-3       change a value
+  tf-lightning fit -c configs/quickstart.yaml --ckpt_path last      resume, if it was started
+"""
+EVALUATE = """\
+usage: tf-lightning {verb} -c CONFIG [-c MORE] --ckpt_path CKPT [--KEY VALUE ...]
+
+{purpose}
+
+  tf-lightning {verb} -c configs/quickstart.yaml --ckpt_path runs/quickstart/checkpoints/last.ckpt
+  tf-lightning {verb} -c CONFIG --ckpt_path CKPT --data.batch_size 8         change a value
+  tf-lightning {verb} -c CONFIG -c configs/eval/karpathy.yaml --ckpt_path CKPT     another protocol
+
+The model has the sizes of the checkpoint, whatever the configuration says.
+"""
+PURPOSES = {
+    "validate": """\
+Evaluate a checkpoint on the validation documents. Tables are printed; scores and samples are
+written to the folder of the configuration's logger.""",
+    "test": "Evaluate a checkpoint as `validate` does, with results under test/.",
+    "predict": """\
+Write the model's answers to the validation documents, by default captions of images, with the
+callback PredictionWriter. An interrupted command continues where it stopped.""",
+}
+KEYS = """\
+Keys of a configuration:
+  trainer       Lightning's Trainer: max_steps, val_check_interval, devices, precision, strategy,
+                logger.name (the folder's name), callbacks (replaces the list), callbacks+ (appends)
+  model, data   arguments of Transfusion and Mixture; class_path and init_args name another class
+  checkpoint    when to save: every_n_train_steps, save_top_k
+  progress_bar, learning_rate_monitor, seed_everything, ckpt_path
+"""
+RECIPES = {
+    "quickstart.yaml": "coloured shapes: no download, no GPU, 15 minutes",
+    "my_pictures.yaml": "your own captioned images: --data.paths FOLDER",
+    "emoji.yaml": "captioned emoji, with an autoencoder of their own",
+    "mixture.yaml": "three kinds of data in one model",
+    "wikitext.yaml": "a language model on plain text",
+    "shapes_text.yaml": "a language model on the quickstart's texts",
+    "edit.yaml": "image editing, from a trained model",
+    "monoformer.yaml": "MonoFormer on ImageNet, from TinyLlama",
+    "monoformer_chat.yaml": "MonoFormer on captions and chats, from TinyLlama",
+    "autoencoder/": "autoencoders: shapes, shapes_vq, emoji, vae, vq",
+    "experiments/": "one change to the quickstart each, behind it: -c quickstart.yaml -c flow.yaml",
+    "model/": "the paper's sizes: --model configs/model/7b.yaml",
+    "eval/": "evaluation protocols, for validate: COCO, Karpathy, ImageNet, GenEval",
+}
+MODELS = {
+    "tf_lightning.training.module.Transfusion": "text and images in one Transformer; the default",
+    "tf_lightning.training.autoencoder.AutoencoderModule": "trains an autoencoder for images",
+}
+DATA = {
+    "tf_lightning.data.Mixture": "several sources with shares; the default",
+    "tf_lightning.data.TextData": "text files",
+    "tf_lightning.data.ImageCaptionData": "captioned images",
+    "tf_lightning.data.InterleavedData": "documents of text and images in any order",
+    "tf_lightning.data.EditData": "image edits: image, instruction, image",
+    "tf_lightning.data.ImageData": "images alone, for an autoencoder",
+}
+SOURCES = {
+    "tf_lightning.data.TextFiles": "text: .txt, .jsonl, .json, .parquet",
+    "tf_lightning.data.CaptionTars": "captioned images in WebDataset tars",
+    "tf_lightning.data.CaptionRows": "captioned images in .jsonl, .csv, .parquet",
+    "tf_lightning.data.CaptionJson": "captioned images in COCO's, Karpathy's or LLaVA's JSON",
+    "tf_lightning.data.ClassFolders": "images in one folder a class",
+    "tf_lightning.data.ImageFiles": "images alone",
+    "tf_lightning.data.InterleavedFiles": "interleaved documents",
+    "tf_lightning.data.EditFiles": "image edits",
+    "tf_lightning.data.ChatFiles": "conversations",
+    "tf_lightning.shapes.sources.ShapesCaptions": "the embedded world's captioned images",
+    "tf_lightning.shapes.sources.ShapesTexts": "the embedded world's texts",
+    "tf_lightning.shapes.sources.ShapesEdits": "the embedded world's image edits",
+}
+CALLBACKS = {
+    "callbacks.evaluate.Evaluate": "generates images and captions, and scores them",
+    "callbacks.text_perplexity.TextPerplexity": "perplexity and bits per byte; a default",
+    "callbacks.throughput.Throughput": "tokens and FLOPs per second; a default",
+    "callbacks.retrieval.RetrievalAccuracy": "whether captions give back training images",
+    "callbacks.shapes_report.ShapesReport": "the quickstart's report.json and sheet.png",
+    "callbacks.unigram.UnigramBaseline": "perplexity of token frequencies, to compare with",
+    "callbacks.predictions.PredictionWriter": "writes the answers of predict",
+    "callbacks.init_from.InitFrom": "starts from a checkpoint or a language model",
+    "callbacks.reconstruct.Reconstruct": "scores an autoencoder's reconstructions",
+    "callbacks.save_autoencoder.SaveAutoencoder": "writes an autoencoder for diffusers",
+}
+GROUPS = {
+    "Models (--model.class_path)": MODELS,
+    "Data modules (--data.class_path)": DATA,
+    "Sources of a Mixture (data.sources) and of ImageData (data.source)": SOURCES,
+    "Callbacks (trainer.callbacks)": CALLBACKS,
+}
+MORE = """\
+More:
+  tf-lightning {verb} --help NAME                options of trainer, checkpoint, or a class above
+  tf-lightning {verb} --help all                 every option, as LightningCLI prints it
+  tf-lightning {verb} -c CONFIG --print_config   every value of a run, without running it"""
+
+# Name on the help screen: class and prefix of its options.
+TOPICS = {
+    "trainer": ("lightning.pytorch.Trainer", "trainer"),
+    "checkpoint": ("lightning.pytorch.callbacks.ModelCheckpoint", "checkpoint"),
+    "model": ("tf_lightning.training.module.Transfusion", "model"),
+    "data": ("tf_lightning.data.Mixture", "data"),
+    **{path.rpartition(".")[2]: (path, "model") for path in MODELS},
+    **{path.rpartition(".")[2]: (path, "data") for path in DATA},
+    **{path.rpartition(".")[2]: (path, None) for path in [*SOURCES, *CALLBACKS]},
+}
+
+
+def print_verb_help(args: list[str]) -> None:
+    """Print the help of a verb, or of the topic behind `--help`, and exit.
+
+    Args:
+        args: verb and arguments, among them -h or --help.
+    """
+    verb, position = args[0], min(args.index(flag) for flag in ("-h", "--help") if flag in args)
+    topic = next(iter(args[position + 1 :]), "")
+    if topic == "all":
+        from tf_lightning.cli.lightning import run_lightning  # imports torch
+
+        run_lightning([verb, "--help"])
+    elif topic in TOPICS:
+        print_options(verb, topic)
+    else:
+        print(verb_help(verb))
+    raise SystemExit(0)
+
+
+def verb_help(verb: str) -> str:
+    """Return the help screen of fit, validate, test or predict."""
+    head = FIT if verb == "fit" else EVALUATE.format(verb=verb, purpose=PURPOSES[verb])
+    lines = [head, KEYS, "Recipes (configs/):", *_aligned(RECIPES)]
+    for title, classes in GROUPS.items():
+        module = _shared_module(classes)
+        where = f", in {module}" if module else ""
+        names = {path.removeprefix(f"{module}."): line for path, line in classes.items()}
+        lines += ["", f"{title}{where}:", *_aligned(names)]
+    return "\n".join([*lines, "", MORE.format(verb=verb)])
+
+
+def _aligned(rows: dict[str, str]) -> list[str]:
+    width = max(map(len, rows))
+    return [f"  {name:{width}}  {line}" for name, line in rows.items()]
+
+
+def _shared_module(paths: dict[str, str]) -> str:
+    modules = {path.rpartition(".")[0] for path in paths}
+    return modules.pop() if len(modules) == 1 else ""
+
+
+def print_options(verb: str, topic: str) -> None:
+    """Print the arguments of one class with their help."""
+    from jsonargparse import ArgumentParser  # takes a while, and the class imports torch
+
+    path, prefix = TOPICS[topic]
+    module, _, name = path.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    usage = f"tf-lightning {verb} -c CONFIG [--KEY VALUE ...]"
+    parser = ArgumentParser(usage=usage, description=f"Arguments of {path}.", add_help=False)
+    parser.add_class_arguments(cls, prefix, fail_untyped=False)
+    parser.print_help()
