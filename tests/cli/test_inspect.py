@@ -1,4 +1,4 @@
-"""`inspect` counts what is there and draws what stands where."""
+"""`inspect` counts the data and draws documents and rows."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_counts_are_those_of_the_documents(mixture):
     tokens = sum(len(data.tokenizer.encode(f"grey {n}")) for n in range(30))
     first, *bars = describe("pictures train", corpus, 4, 64)
     assert first == (
-        f"pictures train: 30 documents, {tokens} text tokens, 30 pictures of 4 patches, "
+        f"pictures train: 30 documents, {tokens} text tokens, 30 images of 4 patches, "
         f"{tokens + 30 * (4 + 4)} positions"
     )
     assert sum(int(bar.split("tokens")[1].split()[0]) for bar in bars) == 30

@@ -37,7 +37,19 @@ def test_a_folder_of_captioned_images_is_trained_on_and_captioned(my_pictures):
     run = my_pictures.parent / "runs" / "my_pictures"
     checkpoint = run / "checkpoints" / "last.ckpt"
     assert checkpoint.is_file() and (run / "config.yaml").is_file()
-    main(["generate", str(checkpoint), "all red", "-n", "1", "--steps", "1", "-o", "out"])
+    main(
+        [
+            "generate",
+            str(checkpoint),
+            "all red",
+            "-n",
+            "1",
+            "--num-inference-steps",
+            "1",
+            "-o",
+            "out",
+        ]
+    )
     assert Image.open(next(Path("out").glob("*.png"))).size == (64, 64)
     main(["predict", *common, "--ckpt_path", str(checkpoint)])
     assert list(run.rglob("*.jsonl"))

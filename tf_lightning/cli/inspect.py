@@ -1,8 +1,8 @@
-"""`tf-lightning inspect`: what a configuration's data holds, and how the model sees it.
+"""`tf-lightning inspect`: count the data of a configuration and draw what the model sees.
 
-What a model is trained on, drawn: documents with their pictures in place, and packed rows.
+Three files are written: counts and histograms, a sheet of documents, and a drawing of packed rows.
 
-Shapes: B rows, T places a row.
+Shapes: B rows, T positions in a row.
 """
 
 import textwrap
@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Batch, Document, as_latents, document_length, is_image
+from tf_lightning.cli.lightning import build
 from tf_lightning.cli.parser import Parser, positive_int
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.images import to_image
@@ -23,7 +24,7 @@ from tf_lightning.files import atomic_file
 
 PAD, TEXT, SPECIAL, IMAGE, COPY = range(5)
 KINDS = ("padding", "text", "<bos> <boi> <eoi> <eos>", "image", "clean copy")
-# Two tones of each, for a document or an image and the next one.
+# Two tones of each kind, alternating between neighbouring documents or images.
 TONES = np.array(
     [
         [(225, 225, 225), (225, 225, 225)],
@@ -34,16 +35,17 @@ TONES = np.array(
     ],
     np.uint8,
 )
-LINE, STRIP, LABEL = 1024, 22, 18  # pixels: a line's width, a strip's height, of the words above it
-COLUMN, PICTURE, GAP = 300, 128, 10
-MAX_CHARACTERS = 500  # of a text
+# Sizes in pixels.
+LINE_WIDTH, STRIP_HEIGHT, LABEL_HEIGHT = 1024, 22, 18
+COLUMN_WIDTH, MIN_IMAGE_WIDTH, GAP = 300, 128, 10
+MAX_CHARACTERS = 500  # of a text on the sheet
 FONT = ImageFont.load_default(13)
 
-Shown = tuple[str, list[str | Image.Image]]  # a title, texts and pictures in order
+Shown = tuple[str, list[str | Image.Image]]  # title; texts and images in order
 
 
 def kinds(batch: Batch, tokenizer) -> np.ndarray:
-    """What each position holds, (B, T): PAD, TEXT, SPECIAL, IMAGE or COPY."""
+    """Return the kind of each position, (B, T): PAD, TEXT, SPECIAL, IMAGE or COPY."""
     ids, image_ids = batch.input_ids.numpy(), batch.image_ids.numpy()
     specials = [tokenizer.bos_id, tokenizer.boi_id, tokenizer.eoi_id, tokenizer.eos_id]
     found = np.where(np.isin(ids, specials), SPECIAL, TEXT)
@@ -54,14 +56,16 @@ def kinds(batch: Batch, tokenizer) -> np.ndarray:
 
 
 def draw_rows(batch: Batch, tokenizer, titles: Sequence[str]) -> Image.Image:
-    """Each row as strips from left to right; a number stands where each document begins."""
+    """Draw each row as strips from left to right, with a number where each document begins."""
     held, documents = kinds(batch, tokenizer), batch.document_ids.numpy()
     images = batch.image_ids.numpy()
     drawn = [
         _draw_row(*row, title) for *row, title in zip(held, documents, images, titles, strict=True)
     ]
     legend = _legend()
-    page = Image.new("RGB", (LINE + 2 * GAP, sum(p.height for p in [legend, *drawn])), "white")
+    page = Image.new(
+        "RGB", (LINE_WIDTH + 2 * GAP, sum(p.height for p in [legend, *drawn])), "white"
+    )
     top = 0
     for part in [legend, *drawn]:
         page.paste(part, (GAP, top))
@@ -72,12 +76,12 @@ def draw_rows(batch: Batch, tokenizer, titles: Sequence[str]) -> Image.Image:
 def _draw_row(
     held: np.ndarray, documents: np.ndarray, images: np.ndarray, title: str
 ) -> Image.Image:
-    """One row of T positions, as many lines of LINE pixels as it takes."""
-    width = max(1, LINE // len(held))  # of a position
-    line = LINE // width
-    height = STRIP + LABEL
+    """Draw one row of T positions in lines of LINE_WIDTH pixels."""
+    width = max(1, LINE_WIDTH // len(held))  # pixels of a position
+    line = LINE_WIDTH // width
+    height = STRIP_HEIGHT + LABEL_HEIGHT
     lines = -(-len(held) // line)
-    page = Image.new("RGB", (LINE, LABEL + 4 + lines * (height + 4)), "white")
+    page = Image.new("RGB", (LINE_WIDTH, LABEL_HEIGHT + 4 + lines * (height + 4)), "white")
     draw = ImageDraw.Draw(page)
     draw.text((0, 2), title, "black", FONT)
     tone = np.where(images >= 0, images, documents) % 2
@@ -85,13 +89,13 @@ def _draw_row(
     begins = np.flatnonzero(np.diff(documents, prepend=-2) != 0)
     for number in range(lines):
         here = slice(number * line, (number + 1) * line)
-        top = LABEL + 4 + number * (height + 4)
-        pixels = colours[None, here].repeat(STRIP, 0).repeat(width, 1)
-        page.paste(Image.fromarray(pixels), (0, top + LABEL))
-        free = 0  # where the next number may stand
+        top = LABEL_HEIGHT + 4 + number * (height + 4)
+        pixels = colours[None, here].repeat(STRIP_HEIGHT, 0).repeat(width, 1)
+        page.paste(Image.fromarray(pixels), (0, top + LABEL_HEIGHT))
+        free = 0  # where the next number does not overlap the last
         for begin in begins[(begins >= here.start) & (begins < here.stop)]:
             left = int(begin - here.start) * width
-            draw.line((left, top + LABEL - 4, left, top + LABEL - 1), "black")
+            draw.line((left, top + LABEL_HEIGHT - 4, left, top + LABEL_HEIGHT - 1), "black")
             if documents[begin] >= 0 and left >= free:
                 label = str(documents[begin])
                 draw.text((left, top + 1), label, "black", FONT)
@@ -100,7 +104,7 @@ def _draw_row(
 
 
 def _legend() -> Image.Image:
-    page = Image.new("RGB", (LINE, 34), "white")
+    page = Image.new("RGB", (LINE_WIDTH, 34), "white")
     draw, left = ImageDraw.Draw(page), 0
     for tones, name in zip(TONES, KINDS, strict=True):
         for tone in tones:
@@ -113,14 +117,14 @@ def _legend() -> Image.Image:
 
 
 def draw_documents(documents: Sequence[Shown], columns: int = 4) -> Image.Image:
-    """A sheet of documents from top to bottom, each under its title, where there is most room."""
+    """Draw documents in columns, each at the end of the shortest column."""
     cells = [_draw_document(*document) for document in documents]
     heights, places = [GAP] * columns, []
     for cell in cells:
         column = heights.index(min(heights))
-        places.append((GAP + column * (COLUMN + GAP), heights[column]))
+        places.append((GAP + column * (COLUMN_WIDTH + GAP), heights[column]))
         heights[column] += cell.height + GAP
-    page = Image.new("RGB", (GAP + columns * (COLUMN + GAP), max(heights)), "white")
+    page = Image.new("RGB", (GAP + columns * (COLUMN_WIDTH + GAP), max(heights)), "white")
     for cell, place in zip(cells, places, strict=True):
         page.paste(cell, place)
     return page
@@ -130,8 +134,8 @@ def _draw_document(title: str, parts: list[str | Image.Image]) -> Image.Image:
     pieces = [_draw_text(title, "dimgrey")]
     pieces += [_draw_text(p) if isinstance(p, str) else _enlarged(p) for p in parts]
     height = sum(piece.height + 4 for piece in pieces) + 8
-    page = Image.new("RGB", (COLUMN, height), "white")
-    ImageDraw.Draw(page).rectangle((0, 0, COLUMN - 1, height - 1), outline="silver")
+    page = Image.new("RGB", (COLUMN_WIDTH, height), "white")
+    ImageDraw.Draw(page).rectangle((0, 0, COLUMN_WIDTH - 1, height - 1), outline="silver")
     top = 6
     for piece in pieces:
         page.paste(piece, (8, top))
@@ -139,21 +143,19 @@ def _draw_document(title: str, parts: list[str | Image.Image]) -> Image.Image:
     return page
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
-    """Its pixels as they are, where it is small."""
-    scale = max(1, PICTURE // picture.width) * picture.width
-    size = (
-        min(scale, COLUMN - 16),
-        round(picture.height * min(scale, COLUMN - 16) / picture.width),
-    )
-    return picture.resize(size, Image.Resampling.NEAREST)
+def _enlarged(image: Image.Image) -> Image.Image:
+    """Enlarge a small image by a whole factor, and fit a large one into its column."""
+    width = max(1, MIN_IMAGE_WIDTH // image.width) * image.width
+    width = min(width, COLUMN_WIDTH - 16)
+    height = round(image.height * width / image.width)
+    return image.resize((width, height), Image.Resampling.NEAREST)
 
 
 def _draw_text(text: str, colour: str = "black") -> Image.Image:
     more = len(text) - MAX_CHARACTERS
     shown = text[:MAX_CHARACTERS] + (f" ... and {more:,} characters more" if more > 0 else "")
     lines = [row for line in shown.splitlines() for row in textwrap.wrap(line, 42) or [""]]
-    page = Image.new("RGB", (COLUMN - 16, 17 * max(1, len(lines))), "white")
+    page = Image.new("RGB", (COLUMN_WIDTH - 16, 17 * max(1, len(lines))), "white")
     ImageDraw.Draw(page).multiline_text((0, 0), "\n".join(lines), colour, FONT, spacing=3)
     return page
 
@@ -163,27 +165,25 @@ examples:
   tf-lightning inspect -c configs/quickstart.yaml
   tf-lightning inspect -c configs/emoji.yaml -o look --documents 40
 
-It prepares the data as `prepare` does, unless that was done, and writes
-  report.txt      documents, tokens, pictures, what was skipped and why, how long documents are
-  documents.png   documents as the model is shown them: text from its tokens, pictures from its
-                  latents, captions dropped and turned about as in training
-  rows.png        the first rows of training: what stands at each position, and in which document
-Any value of the configuration can be changed behind it, as in --data.row_length 1024.
+The data is prepared first, as `prepare` does. Then three files are written:
+  report.txt      documents, tokens, images, skipped samples with reasons, lengths of documents
+  documents.png   documents as the model sees them: text decoded from its tokens, images decoded from
+                  their latents, with captions dropped and parts reordered as in training
+  rows.png        the first rows of training: the kind of each position, and its document
+Options of the configuration may follow, as in --data.row_length 1024.
 """
-ROWS_SEARCHED = 500  # for documents of every source
-BAR = 40  # characters
+ROWS_SEARCHED = 500  # rows searched for documents of every source
+BAR_LENGTH = 40  # characters
 
 
 def run_inspect(args: list[str]) -> None:
-    """Prepare, count, draw, and say what was written."""
+    """Prepare the data, count it, draw it, and print what was written."""
     options, rest = _parser().parse_known_args(args)
-    from tf_lightning.cli.lightning import build
-
     data = build(["-c", str(options.config), *rest], run=False, prog="inspect").datamodule
     if not isinstance(data, Mixture):
         raise UserError(
             f"{type(data).__name__} has no documents to inspect; give the configuration of a "
-            "Transfusion, whose data are text or documents with pictures"
+            "Transfusion model, whose data has text"
         )
     data.prepare_data()
     data.setup()
@@ -198,13 +198,12 @@ def run_inspect(args: list[str]) -> None:
     rows, padding = _rows(data, options.rows)
     report += f"\npadding of the first {options.rows} rows of training: {padding:.1%}\n"
     print(report)
-    with atomic_file(folder / "report.txt") as file:
-        file.write_text(report)
-    with atomic_file(folder / "rows.png") as file:
-        rows.save(file, format="PNG")
+    with atomic_file(folder / "report.txt") as partial:
+        partial.write_text(report)
     shown = pick_documents(data, options.documents, options.seed)
-    with atomic_file(folder / "documents.png") as file:
-        draw_documents(shown).save(file, format="PNG")
+    for name, drawing in {"rows.png": rows, "documents.png": draw_documents(shown)}.items():
+        with atomic_file(folder / name) as partial:
+            drawing.save(partial, format="PNG")
     print(f"Wrote {folder}/documents.png ({len(shown)} documents), rows.png and report.txt.")
 
 
@@ -215,30 +214,28 @@ def _parser() -> Parser:
         EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument("-c", "--config", required=True, help="YAML file of a run")
-    told = "folder to write (default: inspect/ in the data's cache_dir)"
-    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help=told)
-    for name, default, what in (
-        ("documents", 24, "documents to draw"),
-        ("rows", 8, "rows to draw"),
-    ):
-        told = f"{what}, the same number of each source as far as it goes (default: {default})"
-        told = told if name == "documents" else f"{what}, from the first on (default: {default})"
-        parser.add_argument(f"--{name}", type=positive_int, default=default, metavar="N", help=told)
-    told = "of the choice of documents (default: 0)"
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=told)
+    add = parser.add_argument
+    add("-c", "--config", required=True, help="YAML file of a run")
+    add("-o", "--out", type=Path, metavar="FOLDER",
+        help="folder to write (default: inspect/ in the data's cache_dir)")  # fmt: skip
+    add("--documents", type=positive_int, default=24, metavar="N",
+        help="documents to draw, equally many from each source (default: 24)")  # fmt: skip
+    add("--rows", type=positive_int, default=8, metavar="N",
+        help="rows to draw, from the first one on (default: 8)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N",
+        help="seed for choosing the documents (default: 0)")  # fmt: skip
     return parser
 
 
 def describe(title: str, corpus: Corpus, num_patches: int, row_length: int) -> list[str]:
-    """Counts, reasons for skipping, and a histogram of lengths in tokens, patches counted."""
+    """Describe a corpus: counts, reasons for skipping, and a histogram of lengths in positions."""
     count = len(corpus)
     layout = corpus.layout()
     lengths, alone = layout.lengths(num_patches), layout.lengths(0)
     images = int((layout.lengths(1) - alone).sum())
     tokens = int(alone.sum()) - 2 * count - 2 * images  # without <bos>, <eos>, <boi>, <eoi>
     lines = [
-        f"{title}: {count:,} documents, {tokens:,} text tokens, {images:,} pictures "
+        f"{title}: {count:,} documents, {tokens:,} text tokens, {images:,} images "
         f"of {num_patches} patches, {int(lengths.sum()):,} positions",
         *(f"  skipped {number:,}: {reason}" for reason, number in corpus.skipped.items()),
     ]
@@ -246,27 +243,27 @@ def describe(title: str, corpus: Corpus, num_patches: int, row_length: int) -> l
 
 
 def histogram(lengths: np.ndarray, longest: int) -> list[str]:
-    """A bar for each doubling of length: documents of so many tokens.
+    """Draw one bar for each doubling of length, as lines of text.
 
     Args:
         lengths: positions of each document, (num_documents,).
-        longest: the row's length.
+        longest: row length, which no document exceeds.
     """
     edges = [1]
     while edges[-1] < longest:
         edges.append(min(2 * edges[-1], longest))
-    edges[-1] += 1  # the last bar holds the longest too
+    edges[-1] += 1  # the last bar includes the row length
     counts, _ = np.histogram(lengths, edges)
     used = np.flatnonzero(counts)
     return [
         f"  {edges[i]:>7,} to {edges[i + 1] - 1:>7,} tokens {counts[i]:>11,} "
-        f"{'#' * -(-BAR * int(counts[i]) // int(counts.max()))}".rstrip()
+        f"{'#' * -(-BAR_LENGTH * int(counts[i]) // int(counts.max()))}".rstrip()
         for i in range(used[0], used[-1] + 1)
     ]
 
 
 def _rows(data: Mixture, count: int) -> tuple[Image.Image, float]:
-    """The first rows of training, drawn; and how much of them is padding."""
+    """Draw the first rows of training, and return their share of padding."""
     loader = data.train_dataloader()
     batch = loader.collate_fn([loader.dataset[row] for row in range(count)])
     fill = batch.row_tokens / data.row_length
@@ -278,7 +275,7 @@ def _rows(data: Mixture, count: int) -> tuple[Image.Image, float]:
 
 
 def pick_documents(data: Mixture, count: int, seed: int = 0) -> list[Shown]:
-    """Random documents of training, of every source as many as of another where it has them."""
+    """Pick random training documents, equally many of each source if it has enough."""
     dataset, random = data.train_dataloader().dataset, np.random.default_rng(seed)
     share = -(-count // len(data.source_names))
     found: dict[str, list[Document]] = {name: [] for name in data.source_names}

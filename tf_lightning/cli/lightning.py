@@ -96,7 +96,29 @@ class ConfigParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Report a mistake and exit with code 2."""
-        stop(message, code=2, hint="`tf-lightning VERB --help` lists the keys.")
+        if not self.exit_on_error:  # the parser of one class; the outer one adds the key
+            super().error(message, ex)
+        stop(explain(message), code=2, hint="`tf-lightning VERB --help` lists the keys.")
+
+
+def explain(message: str) -> str:
+    """Shorten jsonargparse's report about the arguments of a class to the one that is wrong.
+
+    The report lists the errors of all types that a key accepts, such as "or null".
+    """
+    problem = re.search(
+        r"""Parser key "([\w.]+)".*?class_path '([\w.]+)':\s*(.*?)\s*(?:- Problem|Given value|$)""",
+        message,
+        re.DOTALL,
+    )
+    if not problem:
+        return message
+    key, name, reason = problem.groups()
+    reason = reason.replace("- Expected a <class 'NoneType'>", "").strip()
+    option = re.match(r"(?:Option '|unrecognized arguments: --)([\w.]+)", reason)
+    return (
+        f"--{key}.{option[1]} is not an option of {name}" if option else f"{key}: {name}: {reason}"
+    )
 
 
 class SaveFitConfig(SaveConfigCallback):
