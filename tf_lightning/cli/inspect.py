@@ -167,7 +167,7 @@ examples:
 
 The data is prepared first, as `prepare` does. Then three files are written:
   report.txt      documents, tokens, images, skipped samples with reasons, lengths of documents
-  documents.png   documents as the model sees them: text decoded from its tokens, images decoded from
+  documents.png   documents as the model sees them: text decoded from its tokens, images from
                   their latents, with captions dropped and parts reordered as in training
   rows.png        the first rows of training: the kind of each position, and its document
 Options of the configuration may follow, as in --data.row_length 1024.
