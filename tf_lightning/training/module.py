@@ -50,8 +50,8 @@ class Transfusion(L.LightningModule):
         latent_channels: channels of the autoencoder's latents.
         unet: sizes of a U-Net patch coder; null: a linear patch coder.
         linear: options of the linear patch coder; null: those of the paper.
-        prediction_type: what the network predicts: "epsilon" (paper) or "v_prediction" of DDPM, or
-            "flow", the velocity of rectified flow.
+        prediction_type: what the network predicts: epsilon (paper) or v_prediction of DDPM, or
+            flow, which is the velocity of rectified flow.
         noise_schedule: noise schedule of DDPM, "cosine" (paper) or "linear".
         num_train_timesteps: number of timesteps of the DDPM noise schedule.
         learned_sigma: also predict the variance of each DDPM step (iDDPM, DiT).
