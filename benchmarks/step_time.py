@@ -29,11 +29,10 @@ from torch import Tensor, nn
 
 from plain_llama import PlainLlama
 from tf_lightning.batch import Batch, Document, document_length, pack
-from tf_lightning.diffusion.process import add_noise, cosine_alphas_cumprod, diffusion_loss_sum
-from tf_lightning.model.attention import build_attention
+from tf_lightning.diffusion.process import DDPM
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
-from tf_lightning.training.losses import lm_loss, total_loss
+from tf_lightning.training.losses import loss_sums, total_loss
 
 LIMIT = 1.15
 CONFIG = TransformerConfig(vocab_size=4096, dim=256, num_layers=6, num_heads=4, ffn_dim=704)
@@ -96,16 +95,11 @@ def packed(draw: Callable[[random.Random], Document], row_length: int = ROW_LENG
 # ---------------------------------------------------------------- the steps
 
 
-def our_step(net: TransfusionModel, batch: Batch, alphas_cumprod: Tensor) -> None:
+def our_step(net: TransfusionModel, batch: Batch, process: DDPM) -> None:
     """Compute the losses of `Transfusion.training_step` and their gradients."""
-    timesteps = (batch.t * len(alphas_cumprod)).long()
-    alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    noised = add_noise(batch.latents, batch.noise, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
-    attend = build_attention(batch)
-    logits, output = net(batch, noised, timesteps / len(alphas_cumprod), attend)
-    loss_lm = lm_loss(logits, batch.labels.flatten()[batch.target_index]).mean()
-    loss_diffusion = diffusion_loss_sum(output, batch.noise) / batch.noise.numel()
-    total_loss(loss_lm, loss_diffusion, 5.0).backward()
+    sums = loss_sums(net, batch, process, causal_images=False, with_z=False)
+    loss_diffusion = sums.diffusion / batch.num_noised_elements
+    total_loss(sums.nll.mean(), loss_diffusion, 5.0).backward()
 
 
 def plain_step(llama: PlainLlama, ids: Tensor, target_index: Tensor) -> None:
@@ -147,13 +141,13 @@ def compare(
         llama = PlainLlama(config, batch.input_ids.shape[1])
     for model in (net, llama):
         model.compile(disable=not compiled)
-    alphas_cumprod = cosine_alphas_cumprod().to(device)
+    process = DDPM().to(device)
     everywhere = torch.arange(batch.input_ids.numel(), device=device)
     real = batch.row_tokens.sum().item() / len(everywhere)
     times = []
     for _ in range(repeats + 2):
         plain = seconds(plain_step, llama, batch.input_ids, everywhere)
-        ours = seconds(our_step, net, batch, alphas_cumprod)
+        ours = seconds(our_step, net, batch, process)
         strict = seconds(plain_step, llama, batch.input_ids, batch.target_index) * real
         times.append((plain, ours / plain, ours / strict))
     return tuple(map(statistics.median, zip(*times[2:], strict=True)))  # the first rounds warm up

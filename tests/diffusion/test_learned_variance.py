@@ -18,7 +18,7 @@ from tf_lightning.diffusion.learned_variance import (
 from tf_lightning.diffusion.process import (
     DDPM,
     NOISE_SCHEDULES,
-    cosine_alphas_cumprod,
+    alphas_cumprod,
     cosine_betas,
 )
 from tf_lightning.diffusion.sampler import DenoisingState, build_scheduler
@@ -32,8 +32,8 @@ def at(timestep: int = T) -> Posterior:
 
 def test_the_posterior_is_the_product_of_two_gaussians():
     """Bayes' rule for q(x_{t-1} | x_t, x_0): precisions add. This derives DDPM Eq. 7 again."""
-    alphas_cumprod = (1 - cosine_betas()).cumprod(0)
-    beta, previous = cosine_betas()[T].item(), alphas_cumprod[T - 1].item()
+    alpha_bars = (1 - cosine_betas()).cumprod(0)
+    beta, previous = cosine_betas()[T].item(), alpha_bars[T - 1].item()
     forward, prior = (1 - beta) / beta, 1 / (1 - previous)  # precisions in x_{t-1}
     variance = 1 / (forward + prior)
     posterior = at()
@@ -100,8 +100,8 @@ def exact_step(x_t: Tensor, t: int, previous: int) -> Tensor:
     times the squared weight of x_0 in the mean. v interpolates the logarithm of this variance
     between log beta_tilde and log beta.
     """
-    alphas_cumprod = cosine_alphas_cumprod().double()
-    alpha, before = alphas_cumprod[t], alphas_cumprod[previous] if previous >= 0 else 1.0
+    alpha_bars = alphas_cumprod(cosine_betas()).double()
+    alpha, before = alpha_bars[t], alpha_bars[previous] if previous >= 0 else 1.0
     gain = (x_t - alpha.sqrt() * MEAN) / (alpha * STD**2 + 1 - alpha)
     variance_x_0 = STD**2 * (1 - alpha) / (alpha * STD**2 + 1 - alpha)
     beta = 1 - alpha / before

@@ -13,7 +13,7 @@ from tf_lightning.diffusion.process import (
     RectifiedFlow,
     alphas_cumprod,
     build_process,
-    cosine_alphas_cumprod,
+    cosine_betas,
     linear_betas,
     process_from_hparams,
 )
@@ -32,7 +32,7 @@ def reference(num_train_timesteps: int = 1000, beta_schedule: str = "squaredcos_
 @pytest.mark.parametrize("num_train_timesteps", [10, 1000])
 def test_alphas_cumprod_matches_diffusers(num_train_timesteps):
     expected = reference(num_train_timesteps).alphas_cumprod
-    ours = cosine_alphas_cumprod(num_train_timesteps)
+    ours = alphas_cumprod(cosine_betas(num_train_timesteps))
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, atol=2e-6, rtol=1e-3)
 
@@ -73,7 +73,7 @@ def test_the_flow_target_is_the_derivative_of_x_t():
 
 
 def test_the_schedule_ends_in_noise_alone():
-    ours = cosine_alphas_cumprod()
+    ours = alphas_cumprod(cosine_betas())
     assert ours[0] > 0.999
     assert ours[-1] < 1e-6
     assert (ours.diff() < 0).all()

@@ -8,8 +8,8 @@ from torch import Tensor
 from tf_lightning.diffusion.process import (
     DDPM,
     RectifiedFlow,
+    alphas_cumprod,
     build_process,
-    cosine_alphas_cumprod,
     cosine_betas,
 )
 from tf_lightning.diffusion.sampler import (
@@ -24,7 +24,7 @@ from tf_lightning.errors import UserError
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 MEAN, STD = 1.5, 0.6
-ALPHAS_CUMPROD = cosine_alphas_cumprod()
+ALPHAS_CUMPROD = alphas_cumprod(cosine_betas())
 PAIRS = [(sampler, kind) for sampler in DDPM.samplers for kind in ("epsilon", "v_prediction")]
 PAIRS += [(sampler, "flow") for sampler in RectifiedFlow.samplers]
 SHIFTED = [pair for pair in PAIRS if pair[0] not in DDPM.evenly_spaced_samplers]

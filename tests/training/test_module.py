@@ -10,7 +10,7 @@ from support import runs
 from support.tiny import SIZES, VOCAB_SIZE, document, mixed_batch, packed, tiny_module
 from tf_lightning.batch import IGNORE_INDEX, Batch
 from tf_lightning.data import Mixture
-from tf_lightning.diffusion.process import cosine_alphas_cumprod
+from tf_lightning.diffusion.process import alphas_cumprod, cosine_betas
 from tf_lightning.errors import UserError
 from tf_lightning.model.attention import DenseAttention, build_attention
 from tf_lightning.model.patches import LinearConfig
@@ -68,7 +68,7 @@ def test_an_unknown_prediction_type_is_refused():
 def test_the_default_losses_equal_their_formulas_to_the_last_bit():
     """The formulas are written out for epsilon and the linear patch coder."""
     module, batch = tiny_module(), mixed_batch()
-    table = cosine_alphas_cumprod()
+    table = alphas_cumprod(cosine_betas())
     timesteps = (batch.t * 1000).long()
     alpha_bar = table[timesteps].view(-1, 1, 1, 1)
     noised = alpha_bar.sqrt() * batch.latents + (1 - alpha_bar).sqrt() * batch.noise

@@ -103,11 +103,6 @@ def alphas_cumprod(betas: Tensor) -> Tensor:
     return (1 - betas).cumprod(0).float()
 
 
-def cosine_alphas_cumprod(num_train_timesteps: int = 1000) -> Tensor:
-    """alpha_bar_t of the cosine schedule, (num_train_timesteps,) fp32."""
-    return alphas_cumprod(cosine_betas(num_train_timesteps))
-
-
 NOISE_SCHEDULES = {"cosine": cosine_betas, "linear": linear_betas}
 DIFFUSERS_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 
