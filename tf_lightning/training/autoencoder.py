@@ -345,7 +345,7 @@ class AutoencoderModule(L.LightningModule):
         self.loaded_step = checkpoint["global_step"]
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """Load weights as torch does; raise UserError with one sentence if they do not fit."""
+        """Load weights as torch does, with an error message of one sentence."""
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
