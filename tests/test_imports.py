@@ -153,4 +153,4 @@ def test_the_folders_of_the_tests_mirror_the_packages():
     files = [*modules().values(), *python_files("benchmarks")]
     packages = {f.parent.relative_to(ROOT).as_posix().removeprefix("tf_lightning/") for f in files}
     folders = {file.parent.relative_to(ROOT / "tests").as_posix() for file in python_files("tests")}
-    assert folders - {".", "support"} == packages - {"tf_lightning"}
+    assert folders - {".", "support", "docs"} == packages - {"tf_lightning"}

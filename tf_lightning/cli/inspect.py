@@ -179,7 +179,8 @@ BAR_LENGTH = 40  # characters
 def run_inspect(args: list[str]) -> None:
     """Prepare the data, count it, draw it, and print what was written."""
     options, rest = _parser().parse_known_args(args)
-    data = build(["-c", str(options.config), *rest], run=False, prog="inspect").datamodule
+    recipes = [word for file in options.config for word in ("-c", file)]
+    data = build([*recipes, *rest], run=False, prog="inspect").datamodule
     if not isinstance(data, Mixture):
         raise UserError(
             f"{type(data).__name__} has no documents to inspect; give the configuration of a "
@@ -215,7 +216,8 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-c", "--config", required=True, help="YAML file of a run")
+    add("-c", "--config", action="append", required=True, metavar="FILE",
+        help="YAML file of a run; further files change its values")  # fmt: skip
     add("-o", "--out", type=Path, metavar="FOLDER",
         help="folder to write (default: inspect/ in the data's cache_dir)")  # fmt: skip
     add("--documents", type=positive_int, default=24, metavar="N",

@@ -1,0 +1,74 @@
+"""Links, files and names in the documentation exist."""
+
+import dataclasses
+import pydoc
+import re
+
+import pytest
+import yaml
+
+from support.markdown import PAGES, ROOT, blocks, commands, name, prose
+from tf_lightning import SamplingConfig
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+CLASS = re.compile(r"(?<![\w./-])(?:tf_lightning|callbacks|evaluation)(?:\.(?!md\b|py\b)\w+)+")
+REPOSITORY_FILE = re.compile(r"^(configs|benchmarks|docs|tests)/[\w./*-]*$")
+
+
+def anchors(page) -> set[str]:
+    """The anchors that headings get."""
+    titles = HEADING.findall(prose(page))
+    plain = [re.sub(r"[^\w\s-]", "", title).strip().lower() for title in titles]
+    return {re.sub(r"[\s-]+", "-", title) for title in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for link in LINK.findall(prose(page)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{name(page)} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{name(page)} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_file_that_a_command_or_a_sentence_names_exists(page):
+    words = [word for words in commands(page) for word in words]
+    words += re.findall(r"`([^`\s]+)`", prose(page))
+    for word in words:
+        if REPOSITORY_FILE.match(word):
+            assert list(ROOT.glob(word)), f"{name(page)} names {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_class_that_a_page_names_can_be_imported(page):
+    text = prose(page) + "\n".join(block.text for block in blocks(page))
+    for dotted in CLASS.findall(text):
+        assert pydoc.locate(dotted) is not None, f"{name(page)} names {dotted}"
+
+
+def test_the_navigation_lists_every_page_once():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+
+    def pages(entries) -> list[str]:
+        if isinstance(entries, str):
+            return [entries]
+        values = entries.values() if isinstance(entries, dict) else entries
+        return [page for entry in values for page in pages(entry)]
+
+    there = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert sorted(pages(nav)) == sorted(there)
+
+
+def test_the_guide_lists_every_sampling_option():
+    lines = (ROOT / "docs" / "generation.md").read_text().splitlines()
+    listed = [line.split("`")[1] for line in lines if re.match(r"\| `\w+` \| ", line)]
+    for field in dataclasses.fields(SamplingConfig):
+        assert field.name in listed
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
