@@ -129,3 +129,31 @@ def squeezenet_weights(torchvision_folder) -> Path:
     file = torchvision_folder / LPIPS_WEIGHTS["squeeze"].url.rpartition("/")[2]
     torch.save(models.squeezenet1_1().state_dict(), file)
     return file
+
+
+@pytest.fixture
+def fails(capsys):
+    """A function that runs a command that must fail, and returns its exit code and error line."""
+    from tf_lightning.cli.main import main
+
+    def run_command(*arguments) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tf-")]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("tf-lightning: error: ") and len(lines[0]) < 400
+        return stop.value.code, lines[0]
+
+    return run_command
+
+
+@pytest.fixture
+def refused(fails):
+    """A function that runs a command that must exit with code 1, and returns its error line."""
+
+    def run_command(*arguments) -> str:
+        code, line = fails(*arguments)
+        assert code == 1
+        return line
+
+    return run_command

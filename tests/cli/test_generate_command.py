@@ -31,20 +31,6 @@ def picture(tmp_path) -> str:
     return str(path)
 
 
-@pytest.fixture
-def fails(capsys):
-    """Run a command that must fail; return its exit code and its line on standard error."""
-
-    def command(*args: str) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as stop:
-            main(["generate", *args])
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tf-")]
-        assert len(lines) == 1
-        return stop.value.code, lines[0]
-
-    return command
-
-
 def prompt_of(*args: str) -> list[tuple[str, str]]:
     options = build_parser().parse_args(name_texts(["CKPT", *args]))
     assert options.checkpoint == "CKPT"
@@ -156,7 +142,7 @@ def test_help_is_printed_without_torch():
 
 
 def test_a_prompt_is_required(checkpoint, fails):
-    code, line = fails(checkpoint)
+    code, line = fails("generate", checkpoint)
     assert code == 1 and "there is no prompt" in line
 
 
@@ -195,18 +181,18 @@ def test_a_prompt_is_required(checkpoint, fails):
 def test_an_option_out_of_range_is_refused_with_its_limit(
     arguments, code, words, checkpoint, tmp_path, fails
 ):
-    told = fails(checkpoint, "a red circle", "-o", str(tmp_path / "out"), *arguments)
+    told = fails("generate", checkpoint, "a red circle", "-o", str(tmp_path / "out"), *arguments)
     assert told[0] == code and words in told[1]
     assert not (tmp_path / "out" / "0000.png").exists()
 
 
 def test_an_empty_prompt_is_refused_by_the_command(checkpoint, fails, tmp_path):
-    code, line = fails(checkpoint, "", "-o", str(tmp_path / "out"))
+    code, line = fails("generate", checkpoint, "", "-o", str(tmp_path / "out"))
     assert code == 1 and "a prompt is empty; give text or an image" in line
 
 
 def test_a_prompt_that_is_too_long_is_refused(checkpoint, fails, tmp_path):
-    code, line = fails(checkpoint, "a red circle " * 99, "-o", str(tmp_path / "out"))
+    code, line = fails("generate", checkpoint, "a red circle " * 99, "-o", str(tmp_path / "out"))
     assert code == 1 and "this model was trained on rows of 256; shorten the prompt" in line
     assert not list((tmp_path / "out").iterdir())
 
@@ -321,30 +307,30 @@ def test_an_interrupted_command_keeps_its_outputs_and_can_be_repeated(
 def test_an_unusable_file_of_prompts_is_refused(content, words, checkpoint, tmp_path, fails):
     file = tmp_path / "prompts.jsonl"
     file.write_text(content)
-    code, line = fails(checkpoint, "--prompts", str(file), "-o", str(tmp_path / "out"))
+    code, line = fails("generate", checkpoint, "--prompts", str(file), "-o", str(tmp_path / "out"))
     assert code == 1 and words in line
 
 
 def test_a_prompt_and_a_file_of_prompts_are_refused_together(checkpoint, prompts, fails):
-    code, line = fails(checkpoint, "a red circle", "--prompts", str(prompts))
+    code, line = fails("generate", checkpoint, "a red circle", "--prompts", str(prompts))
     assert code == 1 and "both a prompt and --prompts are given; leave one out" in line
 
 
 def test_a_file_that_is_no_image_is_refused(checkpoint, tmp_path, fails):
     text = tmp_path / "in.png"
     text.write_text("not a picture")
-    assert fails(checkpoint, "--image", str(text)) == (
+    assert fails("generate", checkpoint, "--image", str(text)) == (
         *(1, f"tf-lightning: error: {text}: undecodable image; give a PNG or JPEG file"),
     )
     missing = str(tmp_path / "nowhere.png")
-    code, line = fails(checkpoint, "--image", missing)
+    code, line = fails("generate", checkpoint, "--image", missing)
     assert code == 1 and f"{missing}: missing image" in line
 
 
 def test_a_truncated_image_is_refused(checkpoint, run, tmp_path, fails):
     path = tmp_path / "cut.png"
     path.write_bytes((run / "samples" / "0000.png").read_bytes()[:-200])
-    code, line = fails(checkpoint, "--image", str(path))
+    code, line = fails("generate", checkpoint, "--image", str(path))
     assert code == 1 and "truncated image" in line
 
 
@@ -356,7 +342,7 @@ def test_a_folder_that_cannot_be_made_is_reported_before_generation(
         lambda *args, **kwargs: 1 / 0,
     )
     (tmp_path / "file").write_text("")
-    code, line = fails(checkpoint, "a red circle", "-o", str(tmp_path / "file"))
+    code, line = fails("generate", checkpoint, "a red circle", "-o", str(tmp_path / "file"))
     assert code == 1 and str(tmp_path / "file") in line
 
 
@@ -371,6 +357,6 @@ def test_the_command_refuses_images_for_a_model_of_text_alone(tmp_path, picture,
     main(["fit", "-c", str(runs.write_config(tmp_path, only_text))])
     checkpoint = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     for prompt in (["a red circle"], ["--image", picture]):
-        code, line = fails(checkpoint, *prompt, "-o", str(tmp_path / "out"))
+        code, line = fails("generate", checkpoint, *prompt, "-o", str(tmp_path / "out"))
         assert code == 1 and "trained on text alone" in line
     main(["generate", checkpoint, "imagine", "--output-modality", "text", "--max-new-tokens", "2"])

@@ -7,22 +7,7 @@ import pytest
 import torch
 
 from support import runs
-from tf_lightning.cli.main import VERBS, main
-
-
-@pytest.fixture
-def fails(capsys):
-    """Runs a command that has to fail: its exit code and its one line on standard error."""
-
-    def command(*args) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tf-")]
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("tf-lightning: error: ") and len(lines[0]) < 400
-        return stop.value.code, lines[0]
-
-    return command
+from tf_lightning.cli.main import VERBS
 
 
 def checkpoint_of(run: Path) -> Path:

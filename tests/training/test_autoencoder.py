@@ -45,6 +45,8 @@ def test_losses_and_metrics_are_logged_under_their_names(trained):
     always = ["train/loss", "train/loss_l1", "train/grad_norm"]
     always += {"vae": ["train/loss_kl"], "vq": ["train/loss_codebook"]}[kind]
     always += ["train/code_perplexity", "train/dead_codes"] if kind == "vq" else []
+    groups = ("decay", "no_decay", "discriminator_decay", "discriminator_no_decay")
+    always += [f"lr-AdamW/{group}" for group in groups]
     gan = ["train/loss_gan", "train/loss_discriminator", "train/gan_scale"]
     val = ["val/loss_l1", "val/psnr", "val/ssim", "val/rfid[shapes]"]
     val += ["val/code_use", "val/code_perplexity", "val/dead_codes"] if kind == "vq" else []
@@ -238,21 +240,6 @@ def test_two_ranks_equal_one_with_the_same_images(tmp_path):
 
 
 # Mistakes
-
-
-@pytest.fixture
-def refused(capsys):
-    """Run a command that has to fail; return its error message."""
-
-    def command(*args) -> str:
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        assert stop.value.code == 1
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tf-")]
-        assert len(lines) == 1 and len(lines[0]) < 500, lines
-        return lines[0]
-
-    return command
 
 
 @pytest.mark.parametrize(

@@ -236,17 +236,6 @@ def test_it_generates_whole_images_and_captions(run, tmp_path):
     assert (out / "0000.png").is_file()
 
 
-@pytest.fixture
-def fails(capsys):
-    def command(*args) -> str:
-        with pytest.raises(SystemExit):
-            main([str(arg) for arg in args])
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line[:3] == "tf-"]
-        return line
-
-    return command
-
-
 MISFITS = {
     "--model.num_codes=256": "has 512 codes but the model has 256 codes",
     "--data.init_args.autoencoder=shapes": "has continuous latents but the model has 512 codes",
@@ -258,13 +247,13 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("argument", MISFITS)
-def test_incompatible_options_are_reported_before_anything_is_prepared(argument, tmp_path, fails):
-    line = fails("fit", "-c", runs.write_config(tmp_path, chameleon), argument)
+def test_incompatible_options_are_reported_before_anything_is_prepared(argument, tmp_path, refused):
+    line = refused("fit", "-c", runs.write_config(tmp_path, chameleon), argument)
     assert MISFITS[argument] in line
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob("data/*-train-*"))
 
 
-def test_a_vq_with_another_codebook_than_the_checkpoints_is_refused(run, tmp_path, fails):
+def test_a_vq_with_another_codebook_than_the_checkpoints_is_refused(run, tmp_path, refused):
     sizes = {"layers_per_block": 1, "norm_groups": 2, "mid_attention": False, "num_codes": 32}
     save_network(build_autoencoder(AutoencoderConfig((4, 8), **sizes)), tmp_path / "vq", {})
     checkpoint = run / "checkpoints" / "last.ckpt"
@@ -272,9 +261,11 @@ def test_a_vq_with_another_codebook_than_the_checkpoints_is_refused(run, tmp_pat
     other = f"--data.init_args.autoencoder={tmp_path}/vq"
     told = "has 32 codes but the model has 512 codes"
     for verb in ("validate", "predict"):
-        assert told in fails(verb, "-c", config, "--ckpt_path", checkpoint, other)
+        assert told in refused(verb, "-c", config, "--ckpt_path", checkpoint, other)
     content = torch.load(checkpoint, weights_only=True)
     content["image_codec"]["autoencoder"] = str(tmp_path / "vq")  # replaced after training
     torch.save(content, tmp_path / "moved.ckpt")
-    assert told in fails("generate", tmp_path / "moved.ckpt", "a red circle", "-o", tmp_path / "o")
+    assert told in refused(
+        "generate", tmp_path / "moved.ckpt", "a red circle", "-o", tmp_path / "o"
+    )
     assert not (tmp_path / "o").exists() and not list(tmp_path.glob("data/*-val-*"))
