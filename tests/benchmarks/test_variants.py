@@ -1,4 +1,4 @@
-"""The table of variants: made on tiny settings, and resumed."""
+"""benchmarks/variants.py: a tiny table is written and continued."""
 
 import json
 
@@ -18,7 +18,7 @@ def save_as_recipes_do(config: dict) -> None:
 
 
 def make_table(folder, *names: str) -> list[list[str]]:
-    """The table's cells, of three steps each of the tests' own recipe."""
+    """Cells of the table for variants of the tests' small run, trained for STEPS steps."""
     base = runs.write_config(folder, save_as_recipes_do)
     options = ["--variants", *names, f"--steps={STEPS}", f"--out={folder}/out", f"--base={base}"]
     variants.main(options)
@@ -27,7 +27,7 @@ def make_table(folder, *names: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_the_table_has_a_row_a_variant_and_is_resumed(tmp_path, monkeypatch):
+def test_the_table_has_a_row_per_variant_and_is_continued(tmp_path, monkeypatch):
     head, _, baseline = make_table(tmp_path, "baseline")
     assert head == ["variant", *variants.COLUMNS] and baseline[0] == "baseline"
     report = json.loads((tmp_path / "out" / "baseline" / "report.json").read_text())
@@ -40,24 +40,24 @@ def test_the_table_has_a_row_a_variant_and_is_resumed(tmp_path, monkeypatch):
         variants, "tf_lightning", lambda args: (commands.append(args[0]), original(args))
     )
     _, _, first, second = make_table(tmp_path, "baseline", "mot_ffn")
-    assert first == baseline and commands == ["fit"]  # of mot_ffn alone
+    assert first == baseline and commands == ["fit"]  # for mot_ffn only
     assert second[0] == "mot_ffn" and second[6] != baseline[6]
-    assert second[7] == baseline[7] and float(baseline[7]) > 0  # as many FLOPs
+    assert second[7] == baseline[7] and float(baseline[7]) > 0  # the same FLOPs
     config = (tmp_path / "out" / "mot_ffn" / "config.yaml").read_text()
     assert "modality_weights: ffn" in config
 
-    (tmp_path / "out" / "mot_ffn" / "report.json").unlink()  # killed while being examined
+    (tmp_path / "out" / "mot_ffn" / "report.json").unlink()  # as if killed during validation
     _, _, _, again = make_table(tmp_path, "baseline", "mot_ffn")
     assert commands == ["fit", "validate"] and again[:-1] == second[:-1]
 
 
-def test_a_variant_that_begins_with_a_language_model_has_it_trained_first_and_once(
+def test_the_language_model_that_a_variant_starts_from_is_trained_first_and_once(
     tmp_path, monkeypatch
 ):
     commands = []
 
     def run(args: list[str]) -> None:
-        """Ends as a training does: with a checkpoint of its last step."""
+        """Write the checkpoint that a training leaves."""
         commands.append(args)
         name = "shapes_text" if "shapes_text" in " ".join(args[:3]) else "monoformer"
         folder = tmp_path / name / "checkpoints"
@@ -77,7 +77,7 @@ def test_a_variant_that_begins_with_a_language_model_has_it_trained_first_and_on
     assert [args[0] for args in commands] == ["fit", "fit", "validate"]
 
 
-def test_a_report_of_an_earlier_step_does_not_count(tmp_path):
+def test_a_report_of_an_earlier_step_is_ignored(tmp_path):
     assert variants.read_report(tmp_path, 9) is None and variants.steps_done(tmp_path) == 0
     (tmp_path / "report.json").write_text('{"global_step": 6}')
     assert variants.read_report(tmp_path, 9) is None
@@ -87,26 +87,26 @@ def test_a_report_of_an_earlier_step_does_not_count(tmp_path):
     assert variants.steps_done(tmp_path) == 6
 
 
-def test_the_last_validations_metrics_are_read(tmp_path):
+def test_the_metrics_of_the_last_validation_are_read(tmp_path):
     assert variants.last_metrics(tmp_path, 6) == {}
     (tmp_path / "metrics").mkdir()
     numbers = [{"name": "val/fid[shapes]", "value": 1.5, "protocol": {}}]
     path = tmp_path / "metrics" / "step0000006-val.json"
     path.write_text(json.dumps({"global_step": 6, "numbers": numbers}))
     assert variants.last_metrics(tmp_path, 6) == {"fid[shapes]": 1.5}
-    (tmp_path / "validate").mkdir()  # of a fit that ended before it was measured
+    (tmp_path / "validate").mkdir()  # by a later validate
     path.rename(tmp_path / "validate" / "metrics.json")
     assert variants.last_metrics(tmp_path, 6) == {"fid[shapes]": 1.5}
     assert variants.last_metrics(tmp_path, 9) == {}
 
 
-def test_numbers_that_a_report_lacks_are_dashes():
+def test_missing_values_are_dashes():
     cells = variants.table({"a": {"one_object": 0.5}}).splitlines()[2].split(" | ")
     assert cells[1] == "50.0%" and set(cells[2:]) == {"-", "- |"}
 
 
 @pytest.mark.parametrize("steps", ["0", "1000"])
-def test_steps_that_would_not_be_saved_are_refused(steps, capsys):
+def test_a_number_of_steps_without_a_last_checkpoint_is_refused(steps, capsys):
     with pytest.raises(SystemExit):
         variants.main(["--steps", steps])
     assert "must be a multiple of 300" in capsys.readouterr().err
