@@ -1,14 +1,16 @@
 """Links, files and names in the documentation exist."""
 
 import dataclasses
+import inspect
 import pydoc
 import re
 
 import pytest
 import yaml
 
+from callbacks.evaluate import Evaluate
 from support.markdown import PAGES, ROOT, blocks, commands, name, prose
-from tf_lightning import SamplingConfig
+from tf_lightning import Mixture, SamplingConfig
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -63,11 +65,33 @@ def test_the_navigation_lists_every_page_once():
     assert sorted(pages(nav)) == sorted(there)
 
 
+def options_under(page: str, heading: str) -> set[str]:
+    """The names in the first column of the tables below a heading of a guide."""
+    text = (ROOT / "docs" / page).read_text()
+    section = re.split(r"^## ", text.partition(f"\n## {heading}\n")[2], flags=re.MULTILINE)[0]
+    cells = re.findall(r"^\| (`.*?`) \| ", section, re.MULTILINE)
+    return {option for cell in cells for option in re.findall(r"`(\w+)`", cell)}
+
+
 def test_the_guide_lists_every_sampling_option():
-    lines = (ROOT / "docs" / "generation.md").read_text().splitlines()
-    listed = [line.split("`")[1] for line in lines if re.match(r"\| `\w+` \| ", line)]
-    for field in dataclasses.fields(SamplingConfig):
-        assert field.name in listed
+    fields = {field.name for field in dataclasses.fields(SamplingConfig)}
+    assert options_under("generation.md", "Options") == fields
+
+
+@pytest.mark.parametrize(
+    "page, heading, cls",
+    [("data.md", "Options", Mixture), ("evaluation.md", "Change the protocol", Evaluate)],
+)
+def test_the_guides_list_options_that_exist(page, heading, cls):
+    options = options_under(page, heading)
+    assert options and options <= inspect.signature(cls).parameters.keys()
+
+
+def test_the_page_about_the_code_names_files_that_exist():
+    named = re.findall(r"`([\w/]+(?:/|\.py))`", prose(ROOT / "docs" / "architecture.md"))
+    assert len(named) > 20
+    for path in named:
+        assert (ROOT / path).exists() or (ROOT / "tf_lightning" / path).exists(), path
 
 
 def test_the_readme_is_short():
