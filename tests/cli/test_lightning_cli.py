@@ -1,9 +1,13 @@
-"""What the command line decides by itself."""
+"""What the command line decides by itself: defaults, links, precision, and short messages."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from tf_lightning.cli.lightning import fast_precision
+from support import runs
+from tf_lightning.cli.lightning import TransfusionCLI, build, explain, fast_precision
+from tf_lightning.training.autoencoder import AutoencoderModule
 
 
 @pytest.mark.parametrize(
@@ -20,3 +24,101 @@ def test_a_cpu_multiplies_bf16_only_where_it_has_the_instructions(
 def test_a_torch_that_does_not_tell_gets_full_precision(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert fast_precision("cpu") == "32-true"
+
+
+def built(folder: Path, *args: str, change=lambda config: None) -> TransfusionCLI:
+    """Returns the command with data, model and trainer built, and nothing run."""
+    return build(["-c", str(runs.write_config(folder, change)), *args], run=False)
+
+
+def callbacks_of(command: TransfusionCLI) -> list[str]:
+    return [type(callback).__name__ for callback in command.trainer.callbacks]
+
+
+def without_callbacks(config: dict) -> None:
+    config["trainer"]["callbacks"] = []
+    config["trainer"]["enable_progress_bar"] = True
+
+
+def test_the_callbacks_of_every_run_come_first(tmp_path):
+    names = callbacks_of(built(tmp_path, change=without_callbacks))
+    assert names[:2] == ["TQDMProgressBar", "LearningRateMonitor"]
+    assert names[-1] == "ModelCheckpoint"  # Lightning moves it to the end
+
+
+def test_a_callback_that_the_configuration_lists_is_not_added_a_second_time(tmp_path):
+    """Configurations written before the command had default callbacks list them."""
+
+    def list_all(config: dict) -> None:
+        names = ("TQDMProgressBar", "LearningRateMonitor", "ModelCheckpoint")
+        paths = [f"lightning.pytorch.callbacks.{name}" for name in names]
+        config["trainer"]["callbacks"] = [{"class_path": path} for path in paths]
+        config["trainer"]["enable_progress_bar"] = True
+
+    names = callbacks_of(built(tmp_path, change=list_all))
+    for name in ("TQDMProgressBar", "LearningRateMonitor", "ModelCheckpoint"):
+        assert names.count(name) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "left_out"),
+    [
+        ("enable_progress_bar", "TQDMProgressBar"),
+        ("enable_checkpointing", "ModelCheckpoint"),
+        ("logger", "LearningRateMonitor"),
+    ],
+)
+def test_what_a_run_switches_off_has_no_callback(option, left_out, tmp_path):
+    command = built(tmp_path, f"--trainer.{option}=false", change=without_callbacks)
+    assert left_out not in callbacks_of(command)
+
+
+def test_the_data_follows_the_model_whatever_the_file_says(tmp_path):
+    def disagree(config: dict) -> None:
+        config["model"]["linear"] = {"time": "token", "pos_embed": "sincos"}
+        config["data"]["init_args"] |= {"patch_size": 4, "vocab_size": 310, "time_token": False}
+
+    data = built(tmp_path, "--model.patch_size=8", change=disagree).datamodule
+    assert (data.patch_size, data.vocab_size, data.time_token) == (8, runs.VOCAB_SIZE, True)
+
+
+def test_the_model_takes_its_latent_channels_from_the_autoencoder(tmp_path):
+    def leave_out(config: dict) -> None:
+        del config["model"]["latent_channels"]
+
+    pixels = built(tmp_path, change=leave_out).model
+    assert pixels.hparams.latent_channels == 3
+    latents = built(tmp_path, "--data.autoencoder=shapes", "--model.patch_size=2", change=leave_out)
+    assert latents.model.hparams.latent_channels == 8
+    text = built(tmp_path, "--data.autoencoder=null", "--model.latent_channels=5").model
+    assert text.hparams.latent_channels == 5  # nothing to take it from
+
+
+def test_another_class_inherits_no_argument_of_the_default_class(tmp_path):
+    command = built(
+        tmp_path,
+        change=lambda config: config.update(
+            model={"class_path": "tf_lightning.training.autoencoder.AutoencoderModule"},
+            data={
+                "class_path": "tf_lightning.data.ImageData",
+                "init_args": {"source": runs.shapes("Captions", 9)},
+            },
+        ),
+    )
+    own = AutoencoderModule().hparams
+    for name in ("lr", "weight_decay", "warmup_steps", "min_lr_ratio"):
+        assert command.model.hparams[name] == own[name]
+    assert tuple(command.model.hparams["betas"]) == own["betas"]
+
+
+def test_an_option_that_a_class_lacks_is_named_with_its_key():
+    report = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'LightningModule'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'a.Model':
+        Option 'size' is not accepted
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>"""
+    assert explain(report) == "--model.size is not an option of a.Model"
+    assert explain("something else") == "something else"

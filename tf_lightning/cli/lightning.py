@@ -26,7 +26,6 @@ from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
 from tf_lightning.cli.parser import stop
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
-from tf_lightning.model.patches import has_time_token
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.module import Transfusion
 
@@ -147,7 +146,7 @@ class TransfusionCLI(LightningCLI):
         model, data = "model.init_args", "data.init_args"
         parser.link_arguments(f"{model}.patch_size", f"{data}.patch_size")
         parser.link_arguments(f"{model}.transformer.vocab_size", f"{data}.vocab_size")
-        parser.link_arguments(f"{model}.linear", f"{data}.time_token", compute_fn=has_time_token)
+        parser.link_arguments(f"{model}.linear", f"{data}.time_token", compute_fn=time_token)
         # Data without continuous latents has no such attribute, and the model's value stays.
         parser.link_arguments(
             "data.latent_channels", f"{model}.latent_channels", apply_on="instantiate"
@@ -244,6 +243,14 @@ class TransfusionCLI(LightningCLI):
 def class_path(cls: type) -> str:
     """Return the path under which a configuration names a class."""
     return f"{cls.__module__}.{cls.__name__}"
+
+
+def time_token(linear: Namespace | None) -> bool:
+    """Whether the linear patch encoder of a configuration puts the noise level into a token."""
+    if linear is None:
+        return False
+    arguments = linear.get("init_args", linear)  # jsonargparse wraps an optional dataclass
+    return arguments["time"] == "token"
 
 
 def refuse_linked(args: list[str]) -> None:
