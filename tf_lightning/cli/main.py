@@ -43,8 +43,8 @@ def run(args: list[str]) -> None:
     verb = args[0]
     if verb not in VERBS and not verb.startswith("-"):
         nearest = get_close_matches(verb, VERBS, n=1)
-        guess = f"; did you mean {nearest[0]!r}?" if nearest else ";"
-        stop(f"unknown command {verb!r}{guess} The commands are {', '.join(VERBS)}", code=1)
+        advice = f"did you mean {nearest[0]!r}? The commands are" if nearest else "use one of"
+        stop(f"unknown command {verb!r}; {advice} {', '.join(VERBS)}", code=1)
     # Options before the verb, such as `-c CONFIG fit`, are LightningCLI's.
     module, function = VERBS.get(verb, VERBS["fit"])
     try:
