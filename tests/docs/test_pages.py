@@ -4,10 +4,12 @@ import dataclasses
 import inspect
 import pydoc
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
+import tf_lightning
 from callbacks.evaluate import Evaluate
 from support.markdown import PAGES, ROOT, blocks, commands, name, prose
 from tf_lightning import Mixture, SamplingConfig
@@ -85,6 +87,12 @@ def test_the_guide_lists_every_sampling_option():
 def test_the_guides_list_options_that_exist(page, heading, cls):
     options = options_under(page, heading)
     assert options and options <= inspect.signature(cls).parameters.keys()
+
+
+def test_the_reference_has_every_public_name():
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    shown = re.findall(r"^::: [\w.]+\.(\w+)$", "\n".join(map(Path.read_text, pages)), re.MULTILINE)
+    assert set(tf_lightning.__all__) <= set(shown)
 
 
 def test_the_page_about_the_code_names_files_that_exist():
