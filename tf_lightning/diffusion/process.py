@@ -29,6 +29,7 @@ from tf_lightning.diffusion.learned_variance import (
 )
 from tf_lightning.errors import UserError
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 SDE = "-SDE"  # suffix of a sampler name: the stochastic variant of that solver
 MIN_EPSILON_ALPHA = 0.015  # smallest alpha_t at which predicted noise is converted to x_0
 
@@ -365,9 +366,6 @@ class RectifiedFlow(nn.Module):
         )
         scheduler.num_levels, scheduler.step_shift = self.num_train_timesteps, 1.0
         return scheduler
-
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 
 
 def build_process(
