@@ -1,7 +1,7 @@
-"""Every protocol of configs/eval runs as it stands, on miniatures and random weights of its layout.
+"""Every protocol of configs/eval runs on miniature datasets with networks of random weights.
 
-Only counts are changed. CLIP's networks are narrow ones under the real names, from a cache as the
-hub's.
+Only the counts are changed. CLIP's networks are narrow ones under the real names, in a cache
+like the hub's.
 """
 
 import copy
@@ -50,7 +50,7 @@ COUNTS = {"coco30k-matched": "count", "coco30k-val2014full": "count", "imagenet5
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A home with torch's and the hub's cache."""
+    """A folder with the caches of torch and of the Hugging Face hub."""
     home = tmp_path_factory.mktemp("home")
     random_inception(home / "hub" / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[-1])
     clip = tiny_clip(home / "clip") / "open_clip_model.safetensors"
@@ -65,7 +65,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def home(weights, tmp_path, monkeypatch) -> Path:
-    """The folder where commands are typed, with the datasets in it."""
+    """The working directory, with miniature datasets in it."""
     monkeypatch.setenv("TORCH_HOME", str(weights))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(weights / "hf"))
     for model in HUB:
@@ -79,7 +79,7 @@ def home(weights, tmp_path, monkeypatch) -> Path:
 
 
 def few(name: str, run: Path, home: Path) -> list[str]:
-    """The configuration with few prompts, steps and real pictures, and what goes before it."""
+    """Returns the options of a run whose protocol has few prompts, steps and real images."""
     config = yaml.safe_load((EVAL / f"{name}.yaml").read_text())
     evaluate = config["trainer"]["callbacks"][-1]["init_args"]
     evaluate["sampling"] |= {"num_inference_steps": 2, "max_new_tokens": 4}
@@ -90,8 +90,8 @@ def few(name: str, run: Path, home: Path) -> list[str]:
     for measure in evaluate["metrics"]:
         if isinstance(measure, dict) and "ImageQuality" in measure["class_path"]:
             measure["init_args"] |= {"kid_subset_size": 4, "splits": 2}
-    config["trainer"]["enable_progress_bar"] = True  # the run's own configuration has none
-    config["trainer"]["logger"]["save_dir"] = "runs"  # the run's own is a folder of all tests
+    config["trainer"]["enable_progress_bar"] = True  # the configuration of the tests' run has none
+    config["trainer"]["logger"]["save_dir"] = "runs"  # the tests' run has another folder
     (home / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return ["-c", str(run / "config.yaml"), "-c", str(home / f"{name}.yaml")]
 

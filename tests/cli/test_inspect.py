@@ -37,7 +37,7 @@ def packed(rows, **options):
     return pack(rows, list(range(len(rows))), **options)
 
 
-def test_every_position_is_of_the_kind_that_packing_put_there():
+def test_the_kind_of_each_position_is_the_one_that_was_packed():
     batch = packed([[[WORDS, LATENTS], [WORDS]], [[LATENTS, WORDS]]], clean_copies=True)
     b, t, i, c = SPECIAL, TEXT, IMAGE, COPY
     expected = [
@@ -48,7 +48,7 @@ def test_every_position_is_of_the_kind_that_packing_put_there():
 
 
 @pytest.mark.parametrize("row_length", [16, 1500])
-def test_a_drawn_row_has_each_positions_colour_in_its_place(row_length):
+def test_a_drawn_row_shows_each_position_in_the_colour_of_its_kind(row_length):
     batch = packed([[[WORDS, LATENTS]] * 2], row_length=row_length)
     drawn = np.asarray(draw_rows(batch, Specials, ["a row"]))
     (held,) = kinds(batch, Specials)
@@ -59,7 +59,7 @@ def test_a_drawn_row_has_each_positions_colour_in_its_place(row_length):
         assert pixel in TONES[held[place]].tolist(), place
 
 
-def test_counts_are_those_of_the_documents(mixture):
+def test_the_counts_equal_those_of_the_documents(mixture):
     data = mixture({"pictures": GreyImages(num_documents=30), "words": RepeatedWord("red", 5)})
     data.setup()
     corpus = data.corpora["train"]["pictures"]
@@ -84,7 +84,7 @@ def test_a_histogram_counts_every_length_once():
     ]
 
 
-def test_documents_are_picked_of_every_source_with_their_parts_in_order(mixture):
+def test_documents_of_every_source_are_picked_with_their_parts_in_order(mixture):
     sources = {
         "words": RepeatedWord("red", 5),
         "stories": InterleavedImages(),
@@ -101,7 +101,7 @@ def test_documents_are_picked_of_every_source_with_their_parts_in_order(mixture)
     assert [parts for _, parts in pick_documents(data, 9, seed=1)][0] != shown[0][1]
 
 
-def test_the_command_writes_what_it_says(tmp_path, capsys):
+def test_the_command_writes_the_files_that_it_names(tmp_path, capsys):
     config = runs.write_config(tmp_path)
     main(["inspect", "-c", str(config), "-o", str(tmp_path / "look"), "--documents", "6"])
     out = capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_the_command_writes_what_it_says(tmp_path, capsys):
         assert Image.open(tmp_path / "look" / f"{name}.png").width > 1000
 
 
-def test_what_was_skipped_is_told_by_reason(tmp_path, capsys):
+def test_skipped_samples_are_counted_by_reason(tmp_path, capsys):
     files = {"0.png": encoded_image("red"), "0.txt": b"red", "1.png": b"bad", "1.txt": b"bad"}
     tar = write_tar(tmp_path / "a.tar", files)
 
@@ -133,14 +133,14 @@ def test_what_was_skipped_is_told_by_reason(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["--documents", "0"], ["-c", "none.yaml"], []])
-def test_mistakes_are_told_without_traceback(arguments, capsys):
+def test_mistakes_are_reported_without_a_traceback(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["inspect", *arguments])
     assert stop.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_pictures_without_words_are_not_inspected(tmp_path, capsys):
+def test_images_without_text_are_refused(tmp_path, capsys):
     config = "configs/autoencoder/shapes.yaml"
     with pytest.raises(SystemExit) as stop:
         main(["inspect", "-c", config, f"--data.init_args.cache_dir={tmp_path}"])

@@ -1,4 +1,4 @@
-"""The command line: each mistake is answered with one sentence."""
+"""Each mistake on the command line is answered with one sentence."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_an_unknown_key_in_the_file_is_named(section, tmp_path, fails):
         ("predict", "limit_predict_batches"),
     ],
 )
-def test_a_limit_that_leaves_nothing_to_do_is_named(verb, limit, tmp_path, fails):
+def test_a_limit_of_zero_is_refused_by_name(verb, limit, tmp_path, fails):
     more = [] if verb == "fit" else ["--ckpt_path", tmp_path / "any.ckpt"]
     config = runs.write_config(tmp_path)
     code, line = fails(verb, "-c", config, f"--trainer.{limit}=0", *more)
@@ -74,7 +74,7 @@ def test_a_config_file_that_is_no_yaml_is_refused(tmp_path, fails):
 
 @pytest.fixture
 def bad_checkpoint(run, tmp_path):
-    """A file by the name of what is wrong with it."""
+    """Writes a file with a fault, by the name of the fault."""
 
     def make(fault: str) -> Path:
         path = tmp_path / f"{fault}.ckpt"
@@ -86,7 +86,8 @@ def bad_checkpoint(run, tmp_path):
         elif fault == "foreign":
             torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
         elif fault == "pickle":
-            torch.save({"state_dict": {}, "image_codec": Path}, path)  # a class: refused unread
+            a_class = Path  # which torch.load(weights_only=True) refuses
+            torch.save({"state_dict": {}, "image_codec": a_class}, path)
         elif fault == "folder":
             path.mkdir()
         return path
@@ -156,13 +157,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("argument", MISTAKES)
-def test_a_value_that_does_not_fit_is_told_in_one_sentence(argument, tmp_path, fails):
+def test_a_wrong_value_is_answered_with_one_sentence(argument, tmp_path, fails):
     code, line = fails("fit", "-c", runs.write_config(tmp_path), argument)
     assert code == 1 and MISTAKES[argument] in line
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_pictures_that_do_not_fit_are_refused_before_anything_is_prepared(tmp_path, fails):
+def test_images_that_do_not_fit_the_model_are_refused_before_anything_is_prepared(tmp_path, fails):
     config = runs.write_config(tmp_path)
     pictures = {"class_path": "tf_lightning.data.CaptionTars"}
     pictures["init_args"] = {"paths": "none.tar", "image_size": 40}
@@ -187,7 +188,7 @@ def test_pictures_that_do_not_fit_are_refused_before_anything_is_prepared(tmp_pa
         ),
     ],
 )
-def test_what_cannot_sample_the_model_is_refused_before_training(
+def test_a_sampler_that_does_not_fit_the_model_is_refused_before_training(
     kind, setting, told, tmp_path, fails
 ):
     def change(config: dict) -> None:
@@ -205,7 +206,7 @@ def test_what_cannot_sample_the_model_is_refused_before_training(
 @pytest.mark.parametrize(
     ("content", "sentence"), [(None, "no file matches"), ("", "unusable"), ("{}\n", "unusable")]
 )
-def test_a_corpus_of_nothing_is_told_and_leaves_nothing_half_written(
+def test_a_file_without_documents_is_refused_and_nothing_half_written_is_left(
     content, sentence, tmp_path, fails
 ):
     files = tmp_path / "corpus.jsonl"

@@ -1,4 +1,4 @@
-"""configs/mixture.yaml: emoji, Wikipedia text and the embedded world's edits train together."""
+"""configs/mixture.yaml trains on emoji, Wikipedia text and image edits in the given shares."""
 
 from pathlib import Path
 
