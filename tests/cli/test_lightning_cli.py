@@ -103,12 +103,14 @@ def test_another_class_inherits_no_argument_of_the_default_class(tmp_path):
                 "class_path": "tf_lightning.data.ImageData",
                 "init_args": {"source": runs.shapes("Captions", 9)},
             },
+            trainer={"enable_progress_bar": False},
         ),
     )
     own = AutoencoderModule().hparams
     for name in ("lr", "weight_decay", "warmup_steps", "min_lr_ratio"):
         assert command.model.hparams[name] == own[name]
     assert tuple(command.model.hparams["betas"]) == own["betas"]
+    assert not {"Throughput", "TextPerplexity"} & set(callbacks_of(command))
 
 
 def test_an_option_that_a_class_lacks_is_named_with_its_key():

@@ -48,7 +48,8 @@ LOGGER = {
     # An empty version makes runs/NAME the run's folder, so that --ckpt_path last finds it.
     "init_args": {"save_dir": "runs", "name": "run", "version": "", "default_hp_metric": False},
 }
-# `callbacks:` of a configuration replaces this list, `callbacks+:` appends to it.
+# `callbacks:` of a configuration replaces this list, `callbacks+:` appends to it. Models other than
+# Transfusion run without these two.
 CALLBACKS = [
     {"class_path": "callbacks.throughput.Throughput"},
     {"class_path": "callbacks.text_perplexity.TextPerplexity"},
@@ -115,13 +116,16 @@ def explain(message: str) -> str:
     key, name, reason = problem.groups()
     reason = reason.replace("- Expected a <class 'NoneType'>", "").strip()
     option = re.match(r"(?:Option '|unrecognized arguments: --)([\w.]+)", reason)
-    return (
-        f"--{key}.{option[1]} is not an option of {name}" if option else f"{key}: {name}: {reason}"
-    )
+    if option:
+        return f"--{key}.{option[1]} is not an option of {name}"
+    return f"{key}: {name}: {reason}"
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Writes config.yaml when training starts, so that a refused run or an evaluation keeps it."""
+    """Writes config.yaml when training starts.
+
+    A run that is refused before, and an evaluation, leave the file of an earlier run as it is.
+    """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write nothing yet: data and checkpoint may still not fit the model."""
@@ -212,6 +216,9 @@ class TransfusionCLI(LightningCLI):
         built = self.config_init.get(self.subcommand) or self.config_init
         listed = built.trainer.callbacks or []
         listed = listed if isinstance(listed, list) else [listed]
+        if not isinstance(self.model, Transfusion):
+            only_transfusion = {default["class_path"] for default in CALLBACKS}
+            listed = [own for own in listed if class_path(type(own)) not in only_transfusion]
         switches = {
             "progress_bar": built.trainer.enable_progress_bar,
             "checkpoint": built.trainer.enable_checkpointing,
