@@ -83,7 +83,7 @@ RECIPES = {
     "eval/": "evaluation protocols, for validate: COCO, Karpathy, ImageNet, GenEval",
 }
 MODELS = {
-    "tf_lightning.training.module.Transfusion": "text and images in one Transformer; the default",
+    "tf_lightning.Transfusion": "text and images in one Transformer; the default",
     "tf_lightning.training.autoencoder.AutoencoderModule": "trains an autoencoder for images",
 }
 DATA = {
@@ -136,7 +136,7 @@ More:
 TOPICS = {
     "trainer": ("lightning.pytorch.Trainer", "trainer"),
     "checkpoint": ("lightning.pytorch.callbacks.ModelCheckpoint", "checkpoint"),
-    "model": ("tf_lightning.training.module.Transfusion", "model"),
+    "model": ("tf_lightning.Transfusion", "model"),
     "data": ("tf_lightning.data.Mixture", "data"),
     **{path.rpartition(".")[2]: (path, "model") for path in MODELS},
     **{path.rpartition(".")[2]: (path, "data") for path in DATA},
