@@ -107,8 +107,9 @@ def test_weights_or_a_tokenizer_that_do_not_fit_are_refused(
     change, words, run, tmp_path, checkpoint, capsys
 ):
     config = write_config(run, tmp_path, checkpoint, change)
+    own_data = f"--data.init_args.cache_dir={tmp_path / 'data'}"  # it may train a tokenizer
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "-c", str(config)])
+        main(["fit", "-c", str(config), own_data])
     assert stop.value.code == 1 and words in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.ckpt"))
 
