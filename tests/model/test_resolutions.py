@@ -205,4 +205,4 @@ def test_a_run_on_two_resolutions_trains_predicts_and_generates_the_larger(tmp_p
     capsys.readouterr()
     main(["inspect", "-c", config])
     report = capsys.readouterr().out
-    assert "pictures of 16 patches" in report and "pictures of 4 patches" in report
+    assert "images of 16 patches" in report and "images of 4 patches" in report
