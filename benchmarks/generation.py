@@ -9,7 +9,7 @@ Our generation is timed in turns with two others, in one process:
            guidance, and `generate_text_only` with its cache
 
 The peer is not a dependency of this project; without it, its columns are left out. To compare with
-it, make an environment of its own that also sees ours, and run this file with its python:
+it, make another environment that also contains ours, and run this file with its python:
     python -m venv /tmp/peer
     cd /tmp/peer/lib/python3*/site-packages
     echo CHECKOUT > ours.pth; echo CHECKOUT/.venv/lib/python3.11/site-packages >> ours.pth
@@ -92,13 +92,13 @@ def answer(
         pass
 
 
-def pictures(steps: int, guidance_scale: float = 1.0) -> GenerationPlan:
+def image_plan(steps: int, guidance_scale: float = 1.0) -> GenerationPlan:
     """One image, DDIM."""
     sampling = SamplingConfig(guidance_scale=guidance_scale, num_inference_steps=steps)
     return GenerationPlan("image", sampling, build_scheduler(DDPM()), steps)
 
 
-def words(count: int) -> GenerationPlan:
+def text_plan(count: int) -> GenerationPlan:
     """Greedy text."""
     return GenerationPlan("text", SamplingConfig(max_new_tokens=count))
 
@@ -200,7 +200,7 @@ def time_steps(
         runs = {}
         for name, count in (("few", FEW), ("many", MANY)):
             ours = partial(answer, generation_model(net), [[prompt]])
-            runs[f"ours {name}"] = partial(ours, pictures(count))
+            runs[f"ours {name}"] = partial(ours, image_plan(count))
             runs[f"plain {name}"] = partial(denoise, llama, prefix, NUM_PATCHES, count)
         found = medians(runs, options.threads, options.repeats)
         ours, plain = per_evaluation(found, "ours"), per_evaluation(found, "plain")
@@ -220,7 +220,7 @@ def time_text(
     """Time 128 tokens after a prompt of 16; whether each limit is met."""
     prompt, count = text(16), 128
     runs = {
-        "ours": lambda: answer(generation_model(net), [[prompt]], words(count)),
+        "ours": lambda: answer(generation_model(net), [[prompt]], text_plan(count)),
         "plain": lambda: write_text(llama, prompt, count),
     }
     if peer is not None:
@@ -245,8 +245,8 @@ def time_batches(options) -> list[bool]:
     prompts = [[text(5 + n % 4, 512)] for n in range(16)]
     met = []
     for name, asked, how, limit in (
-        ("16 captions of 20 tokens after unequal prompts", captions, words(20), 4.0),
-        ("16 guided quickstart images of 10 steps", prompts, pictures(10, 3.0), 2.0),
+        ("16 captions of 20 tokens after unequal prompts", captions, text_plan(20), 4.0),
+        ("16 guided quickstart images of 10 steps", prompts, image_plan(10, 3.0), 2.0),
     ):
         runs = {
             size: lambda n=n, asked=asked, how=how: answer(model, asked, how, batch_size=n)

@@ -85,8 +85,8 @@ def sampler_table(
                 **how(row),
             )
             right = [
-                read(np.asarray(picture)).meaning == question.meaning
-                for picture, question in zip(out.images, asked, strict=True)
+                read(np.asarray(image)).meaning == question.meaning
+                for image, question in zip(out.images, asked, strict=True)
             ]
             shares.append(f"{np.mean(right):.1%}")
         print(f"| {name(row)} | {row[1]} | " + " | ".join(shares) + " |", flush=True)
@@ -123,14 +123,14 @@ def edit_table(
             batch_size=batch_size,
             **how(row),
         )
-        pictures = [np.asarray(picture) for picture in out.images]
+        images = [np.asarray(image) for image in out.images]
         done = [
-            carried_out(picture, before, after)
-            for picture, (before, _, after) in zip(pictures, edits, strict=True)
+            carried_out(image, before, after)
+            for image, (before, _, after) in zip(images, edits, strict=True)
         ]
         meant = [
-            read(picture).meaning == after.meaning
-            for picture, (_, _, after) in zip(pictures, edits, strict=True)
+            read(image).meaning == after.meaning
+            for image, (_, _, after) in zip(images, edits, strict=True)
         ]
         guided = f"{scale:g}" + (f", of the image {image_scale:g}" if image_scale else "")
         shares = f"{np.mean(done):.1%} | {np.mean(meant):.1%}"

@@ -50,7 +50,7 @@ def python_files(folder: str) -> list[Path]:
 
 
 def modules() -> dict[str, Path]:
-    """Our modules by dotted name; a package's own file is `package.__init__`."""
+    """Our modules by dotted name; the file of a package itself is `package.__init__`."""
     files = [
         f for folder in ("tf_lightning", "evaluation", "callbacks") for f in python_files(folder)
     ]
@@ -58,7 +58,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported_names(node: ast.AST) -> set[str]:
-    """Dotted names that are imported anywhere below `node`, also inside functions."""
+    """Dotted names of all imports below `node`, including those inside functions."""
     names = set()
     for child in ast.walk(node):
         if isinstance(child, ast.Import):
@@ -70,7 +70,7 @@ def imported_names(node: ast.AST) -> set[str]:
 
 
 def our_modules(names: set[str], known: dict[str, Path]) -> set[str]:
-    """The modules of `known` that these names stand in."""
+    """The modules of `known` that define these names."""
     found = set()
     for name in names:
         while name:
@@ -82,14 +82,14 @@ def our_modules(names: set[str], known: dict[str, Path]) -> set[str]:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """What each of our modules imports of ours."""
+    """The modules of this project that each module imports."""
     known = modules()
     trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in known.items()}
     return {name: our_modules(imported_names(tree), known) for name, tree in trees.items()}
 
 
 def listed(module: str) -> str:
-    """The entry of LAYERS that a module belongs to."""
+    """The entry of LAYERS for a module."""
     name = module
     while name not in LAYER:
         name = name.rpartition(".")[0]
@@ -97,7 +97,7 @@ def listed(module: str) -> str:
     return name
 
 
-def test_imports_are_found_wherever_they_stand():
+def test_imports_are_found_at_any_depth():
     source = "import a.b as c, d\ndef f():\n    from e.f import g\n"
     assert imported_names(ast.parse(source)) == {"a.b", "d", "e.f.g"}
     known = dict.fromkeys(["a.__init__", "a.b", "e.f", "e.__init__"])
@@ -105,7 +105,7 @@ def test_imports_are_found_wherever_they_stand():
 
 
 @pytest.mark.parametrize("folder", FORBIDDEN)
-def test_what_a_folder_must_not_import(folder):
+def test_no_folder_imports_a_forbidden_package(folder):
     found = {
         (file.relative_to(ROOT).as_posix(), name)
         for file in python_files(folder)
@@ -130,7 +130,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 def test_our_modules_are_imported_at_the_top_of_a_file():
-    """Commands load their part of the program when it is asked for, so `cli` is free to wait."""
+    """`cli` is exempt: a command imports what it needs when it runs, so that --help is fast."""
     known = modules()
     inside = [
         f"{module}.{function.name} imports {', '.join(found)}"
