@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from tf_lightning.batch import Batch, pack, unpack
-from tf_lightning.checkpoint import read_checkpoint
+from tf_lightning.checkpoint import read_checkpoint, select_weights
 from tf_lightning.errors import UserError
 from tf_lightning.hub import is_hub_name
 from tf_lightning.interop.export import read_weights
@@ -106,10 +106,7 @@ class InitFrom(L.Callback):
         module.on_load_checkpoint(checkpoint)  # refuses a checkpoint of another tokenizer
         module.image_codec, module.row_length = codec
         module.loaded_step = 0
-        weights = checkpoint["state_dict"]
-        has_ema = any(name.startswith("ema.") for name in weights)
-        prefix = "ema." if has_ema else "net."
-        return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        return select_weights(checkpoint["state_dict"])[0]
 
     def _load(self, module: Transfusion, weights: dict[str, Tensor]) -> None:
         """Load `weights` into the network and its EMA; weights that are not loaded stay."""

@@ -13,7 +13,6 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from callbacks.prompts import Prompt, square
-from tf_lightning.diffusion.process import process_from_hparams
 from tf_lightning.diffusion.sampler import resolve_sampler
 from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
@@ -69,7 +68,7 @@ def resolve_sampling(
     Raises:
         UserError: an option does not fit the model.
     """
-    process = process_from_hparams(module.hparams)
+    process = module.process
     if process is None:
         not_for_codes(sampling)
         return sampling
@@ -80,7 +79,7 @@ def resolve_sampling(
 
 def image_protocol(sampling: SamplingConfig, module: Transfusion) -> dict[str, Any]:
     """Return the sampling options that the module's images depend on, for a report."""
-    return sampling.used("image", makes_codes=bool(module.hparams["num_codes"]))
+    return sampling.used("image", makes_codes=module.process is None)
 
 
 def shares(count: int, batch_size: int, rank: int, world_size: int) -> list[range]:

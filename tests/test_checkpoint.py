@@ -15,7 +15,7 @@ import torch
 
 from support import autoencoder_runs, runs
 from support.tiny import SIZES
-from tf_lightning.checkpoint import AUTOENCODER, OLD_CONFIGS, read_checkpoint
+from tf_lightning.checkpoint import AUTOENCODER, OLD_CONFIGS, read_checkpoint, select_weights
 from tf_lightning.cli.main import main
 from tf_lightning.data import Mixture
 from tf_lightning.errors import UserError
@@ -230,3 +230,13 @@ def test_an_old_autoencoders_checkpoint_validates_and_loads_as_a_module(tmp_path
     capsys.readouterr()
     main(["validate", "-c", config, "--trainer.limit_val_batches=1", "--ckpt_path", str(old)])
     assert "val/loss_l1" in capsys.readouterr().out
+
+
+def test_the_average_is_selected_unless_raw_weights_are_asked_for():
+    raw, averaged = torch.zeros(1), torch.ones(1)
+    both = {"net.a": raw, "ema.a": averaged}
+    assert select_weights(both) == ({"a": averaged}, "ema")
+    assert select_weights(both, "raw") == ({"a": raw}, "raw")
+    assert select_weights({"net.a": raw}) == ({"a": raw}, "raw")
+    with pytest.raises(UserError, match="no averaged weights; give --weights raw"):
+        select_weights({"net.a": raw}, "ema")

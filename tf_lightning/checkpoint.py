@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tf_lightning.errors import UserError
 
@@ -130,6 +131,31 @@ def as_dict(config: Any) -> Any:
     if isinstance(config, PickledConfig):
         return {name: as_dict(value) for name, value in config.items()}
     return config
+
+
+def select_weights(
+    state_dict: Mapping[str, Tensor], weights: str | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """Select the network's weights from the state dict of a `Transfusion`.
+
+    Args:
+        state_dict: holds the trained network under "net." and, if there is one, its moving average
+            under "ema.".
+        weights: "ema" or "raw"; None: the average if there is one.
+
+    Returns:
+        The weights under the network's own names, and which they are, "ema" or "raw".
+
+    Raises:
+        UserError: the average is asked for and there is none.
+    """
+    has_ema = any(name.startswith("ema.") for name in state_dict)
+    weights = weights or ("ema" if has_ema else "raw")
+    if weights == "ema" and not has_ema:
+        raise UserError("the checkpoint has no averaged weights; give --weights raw")
+    prefix = "ema." if weights == "ema" else "net."
+    selected = {n.removeprefix(prefix): w for n, w in state_dict.items() if n.startswith(prefix)}
+    return selected, weights
 
 
 def state_dict_error(error: RuntimeError) -> UserError:

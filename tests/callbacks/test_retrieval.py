@@ -11,6 +11,7 @@ from PIL import Image
 from callbacks.retrieval import RetrievalAccuracy, nearest_images
 from tf_lightning.data.documents import Skipped
 from tf_lightning.data.images import to_image
+from tf_lightning.diffusion.process import DDPM
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.requests import GenerationOutput
 from tf_lightning.generation.sampling import SamplingConfig
@@ -79,7 +80,7 @@ def test_accuracy_is_the_share_of_images_nearest_to_their_own(
         precision_plugin=Precision(),
     )
     module = torch.nn.Linear(1, 1)
-    module.hparams = {"prediction_type": "epsilon", "num_codes": None}
+    module.process = DDPM()
     module.device_mesh = None  # not sharded
     callback = RetrievalAccuracy(
         "captions", num_prompts=5, sampling=SamplingConfig(**SHIFTED), seed=4

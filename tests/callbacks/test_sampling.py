@@ -12,6 +12,7 @@ from PIL import Image
 
 from callbacks.prompts import Prompt
 from callbacks.sampling import image_protocol, resolve_sampling, sample, shares
+from tf_lightning.diffusion.process import process_from_hparams
 from tf_lightning.errors import UserError
 from tf_lightning.generation.requests import GenerationOutput
 from tf_lightning.generation.sampling import SamplingConfig
@@ -76,7 +77,7 @@ def test_the_network_computes_in_the_requested_precision():
 
 
 def module_of(**hparams) -> SimpleNamespace:
-    return SimpleNamespace(hparams={"num_codes": None} | hparams)
+    return SimpleNamespace(process=process_from_hparams(hparams))
 
 
 def test_the_sampler_is_named_and_a_default_that_does_not_fit_is_not_used():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tf_lightning.autoencoder.frozen import Autoencoder, load_matching_autoencoder
 from tf_lightning.batch import Document
-from tf_lightning.checkpoint import state_dict_error
+from tf_lightning.checkpoint import select_weights, state_dict_error
 from tf_lightning.data.images import to_image, to_pixels
 from tf_lightning.diffusion.process import process_from_hparams
 from tf_lightning.diffusion.sampler import build_scheduler, set_timesteps
@@ -109,11 +109,8 @@ class TransfusionPipeline:
             UserError: the file is missing, damaged, or not a model of this project.
         """
         checkpoint = read_weights(path)
-        state_dict = checkpoint.pop("state_dict")
-        averaged = any(name.startswith("ema.") for name in state_dict)
-        prefix = "ema." if averaged else "net."
-        checkpoint.setdefault("weights", "ema" if averaged else "raw")  # a folder names its own
-        weights = {n.removeprefix(prefix): w for n, w in state_dict.items() if n.startswith(prefix)}
+        weights, kind = select_weights(checkpoint.pop("state_dict"))
+        checkpoint.setdefault("weights", kind)  # an exported folder says which it holds
         hparams = checkpoint["hyper_parameters"]
         net = build_network(hparams)
         try:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tf_lightning.checkpoint import read_checkpoint, upgrade
+from tf_lightning.checkpoint import read_checkpoint, select_weights, upgrade
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_folder
 from tf_lightning.hub import find_folder, read_json
@@ -52,13 +52,7 @@ def export(checkpoint: dict, folder: Path, weights: str | None, parts: set[str])
     """
     if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds other files; give a new folder")
-    state_dict = checkpoint["state_dict"]
-    has_ema = any(name.startswith("ema.") for name in state_dict)
-    weights = weights or ("ema" if has_ema else "raw")
-    if weights == "ema" and not has_ema:
-        raise UserError("the checkpoint has no averaged weights; give --weights raw")
-    prefix = "ema." if weights == "ema" else "net."
-    net = {n.removeprefix(prefix): w for n, w in state_dict.items() if n.startswith(prefix)}
+    net, weights = select_weights(checkpoint["state_dict"], weights)
     if "text" in parts:
         check_exportable(transformer_config(checkpoint))
     with atomic_folder(folder) as partial:

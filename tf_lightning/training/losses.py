@@ -46,7 +46,7 @@ class LossSums(NamedTuple):
 def loss_sums(
     net: TransfusionModel,
     batch: Batch,
-    process: DiffusionProcess,
+    process: DiffusionProcess | None,
     causal_images: bool,
     with_z: bool,
 ) -> LossSums:
@@ -55,7 +55,7 @@ def loss_sums(
     Args:
         net: the network.
         batch: packed rows, whose images are latents or codes as the network requires.
-        process: the diffusion process of the latents.
+        process: the diffusion process of the latents; not used for images of discrete codes.
         causal_images: patches attend to earlier patches only; codes always do.
         with_z: compute the z-loss.
     """

@@ -21,7 +21,7 @@ from tf_lightning.checkpoint import (
     state_dict_error,
     upgrade,
 )
-from tf_lightning.diffusion.process import build_process
+from tf_lightning.diffusion.process import process_from_hparams
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
 from tf_lightning.model.patches import LinearConfig, has_time_token
@@ -127,9 +127,7 @@ class Transfusion(L.LightningModule):
                 "unet and linear are both given, but a model has one patch coder; leave one out"
             )
         self.config, self.unet, self.linear = transformer, unet, linear
-        self.process = build_process(
-            prediction_type, noise_schedule, num_train_timesteps, learned_sigma, min_snr_gamma
-        )
+        self.process = process_from_hparams(self.hparams)  # None: images are discrete codes
         self.net: TransfusionModel | None = None
         self.ema: TransfusionModel | None = None
         self.tokenizer_proto: bytes | None = None
