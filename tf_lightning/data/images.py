@@ -1,4 +1,4 @@
-"""Image files to RGB images of the model's size, and RGB images to tensors and back.
+"""Load image files as RGB, and convert RGB to and from tensors.
 
 Shapes: H x W pixels.
 """
@@ -81,9 +81,9 @@ def load_image(file: bytes | Path, image_size: int, crop: float = CENTER) -> Ima
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB, on a white background."""
-    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it at 255
-        grey = (np.asarray(image) // 256).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+    if image.mode.startswith("I"):  # 16-bit gray: convert() would clip it at 255
+        gray = (np.asarray(image) // 256).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(gray).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

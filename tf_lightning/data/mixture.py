@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -26,6 +26,9 @@ from tf_lightning.data.packing import CorpusRows
 from tf_lightning.data.stream import Rows, StreamData, StreamRow, ValidationRows
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
+
+WeightsUnit = Literal["tokens", "documents"]
+TimestepDistribution = Literal["uniform", "logit_normal"]
 
 # A tokenizer is trained on the first documents of each source, up to these limits.
 TOKENIZER_DOCUMENTS = 20_000
@@ -97,7 +100,7 @@ class Mixture(StreamData):
         sources: dict[str, Source],
         weights: dict[str, float] | None = None,
         *,
-        weights_count: Literal["tokens", "documents"] = "tokens",
+        weights_count: WeightsUnit = "tokens",
         tokenizer: str | None = None,
         vocab_size: int = 512,
         autoencoder: str | None = None,
@@ -115,7 +118,7 @@ class Mixture(StreamData):
         max_caption_t: float = 0.5,
         clean_copies: bool = False,
         timestep_shift: float = 1.0,
-        timestep_distribution: Literal["uniform", "logit_normal"] = "uniform",
+        timestep_distribution: TimestepDistribution = "uniform",
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str = "data",
@@ -126,7 +129,7 @@ class Mixture(StreamData):
         check_probability("caption_drop_prob", caption_drop_prob)
         check_probability("max_caption_t", max_caption_t)
         check_timesteps(timestep_shift, timestep_distribution)
-        if weights_count not in ("tokens", "documents"):
+        if weights_count not in get_args(WeightsUnit):
             raise UserError(f"weights_count={weights_count!r} must be 'tokens' or 'documents'")
         if lazy_images and (autoencoder != "pixels" or sample_posterior):
             raise UserError(
@@ -378,7 +381,7 @@ def pack_rows(rows: list[StreamRow], **arguments) -> Batch:
 
 
 def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) -> None:
-    """UserError unless each source has a weight >= 0 and one weight is positive."""
+    """Raise UserError unless each source has a weight >= 0 and one weight is positive."""
     if weights is None:
         return
     if set(weights) != set(sources):
@@ -391,7 +394,7 @@ def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) 
 
 
 def check_image_size(name: str, source: Source, pixels: int) -> None:
-    """UserError if a source's `image_size` is not a multiple of a patch's side in pixels."""
+    """Raise UserError if a source's `image_size` is not a multiple of a patch's side in pixels."""
     side = getattr(source, "image_size", 0)
     if side % pixels:
         raise UserError(
@@ -401,18 +404,18 @@ def check_image_size(name: str, source: Source, pixels: int) -> None:
 
 
 def check_probability(name: str, value: float) -> None:
-    """UserError unless a value is in [0, 1]."""
+    """Raise UserError unless a value is in [0, 1]."""
     if not 0 <= value <= 1:
         raise UserError(f"{name}={value} is not a probability; give a number from 0 to 1")
 
 
 def check_timesteps(timestep_shift: float, timestep_distribution: str) -> None:
-    """UserError unless the shift is positive and the distribution is known."""
+    """Raise UserError unless the shift is positive and the distribution is known."""
     if timestep_shift <= 0:
         raise UserError(
             f"timestep_shift={timestep_shift} must be above 0; 1 leaves noise levels alone"
         )
-    if timestep_distribution not in ("uniform", "logit_normal"):
+    if timestep_distribution not in get_args(TimestepDistribution):
         raise UserError(
             f"timestep_distribution={timestep_distribution!r} must be 'uniform' or 'logit_normal'"
         )

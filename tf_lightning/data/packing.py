@@ -1,8 +1,8 @@
 """Rows of one corpus: its documents are packed into rows anew in each epoch, without global state.
 
 The corpus is divided at random into windows of documents, once. In each epoch each window is packed
-anew, into the same number of rows as in the first epoch. Where a row lies is therefore arithmetic,
-so any row of any epoch is found at once, and only its window is read.
+anew, into the same number of rows as in the first epoch. The position of a row is therefore
+computed, not searched, and only the row's window is read.
 """
 
 import json
@@ -217,8 +217,8 @@ def best_fit(
 ) -> list[list[int]]:
     """Pack items into rows: each goes to the open row where it leaves the least room.
 
-    In random order this pads less than first-fit decreasing where lengths are alike, as those of
-    captioned images are (2.6% against 2.8%, or 4.4% against 6.4% in short rows), and 0.3% more on
+    In random order this pads less than first-fit decreasing where lengths are alike, as with
+    captioned images (2.6% against 2.8%, or 4.4% against 6.4% in short rows), and 0.3% more on
     text.
 
     Args:
@@ -263,7 +263,7 @@ def split_rows(rows: list[list[int]], count: int) -> bool:
 
 # Random orders and choices
 
-ROUNDS = 4  # of the Feistel network
+ROUNDS = 4  # rounds of the Feistel network
 
 
 def permuted(places: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarray:

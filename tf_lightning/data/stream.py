@@ -210,12 +210,16 @@ class StreamData(L.LightningDataModule):
 def even_cycle(shares: np.ndarray, length: int = CYCLE, exact: int = EXACT) -> np.ndarray:
     """Assign a source to each row of a cycle, so that any `exact` consecutive rows have its shares.
 
-    This also holds across the cycle's end. The cycle consists of blocks of `exact` rows. Each block
-    has the whole part of a source's rows per block, always in the same positions. In K positions of
-    each block the sources still lack rows. A table of blocks (down) and these positions (across) is
-    filled with the missing rows column by column (McNaughton's wrap-around rule). A source that
-    continues in the next column does so at least two blocks earlier, so any K consecutive left-over
-    positions hold no source twice.
+    This also holds across the cycle's end. The cycle consists of blocks of `exact` rows. A source
+    has a fixed number of rows in each block: its rows per block, rounded down. They have the same
+    positions in every block. K is the number of remaining positions in a block. A table of blocks
+    (down) and remaining positions (across) is filled with the missing rows column by column
+    (McNaughton's wrap-around rule). A source that continues in the next column does so at least two
+    blocks earlier, so any K consecutive remaining positions hold no source twice.
+
+    Example: 2 sources, shares 0.7 and 0.3, a cycle of 10 rows and blocks of 5. Per block the
+    sources should have 3.5 and 1.5 rows: 3 and 1 are fixed, and K = 1. The one remaining position
+    goes to the first source in one block and to the second source in the other block.
 
     Args:
         shares: share of the rows of each source, summing to 1.

@@ -1,6 +1,6 @@
 """Preparation of corpora by the ranks of a Trainer, on any number of devices and nodes.
 
-Each rank writes shards of its own. The DataLoader workers of a rank read its shards piece by piece;
+Each rank writes its own shards. The DataLoader workers of a rank read its shards piece by piece;
 the rank itself tokenizes and encodes the pieces in order, so a shard's files do not depend on the
 number of ranks and workers.
 """
@@ -31,7 +31,7 @@ Shard = tuple[PrepareJob, int]  # a job and the number of a shard
 class ShardPiece(NamedTuple):
     """Some consecutive documents of a shard."""
 
-    index: int  # of the shard in the list of all ranks' shards
+    index: int  # index of the shard in ShardData.shards
     documents: list[RawDocument | Skipped]
     last: bool = False  # the shard has no further pieces
 
@@ -73,8 +73,8 @@ class ShardData(L.LightningDataModule):
     """The shards of several jobs, served to `ShardEncoder`.
 
     Args:
-        plan: makes the list of jobs. The first call may train the tokenizer; it is made by one
-            process, before the others call it.
+        plan: makes the list of jobs. Rank 0 calls it first, because the first call may train the
+            tokenizer.
         folder: the folder to write, on a disk that all ranks share; it holds nothing else.
         num_workers: processes of each rank that read documents.
     """

@@ -111,7 +111,7 @@ def plan_corpus(
         patch_size,
         *(["time_token"] if time_token else []),
     ]
-    # Corpora of the default storage were prepared before there was a choice, so they lack this.
+    # The default storage is not part of the digest.
     if image_storage != ImageStorageSpec():
         origin.append(image_storage.to_json())
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]

@@ -15,8 +15,8 @@ A corpus is a folder with these files:
 With lazy images, latents.bin is empty and there are also:
     pictures.npy   int64 (num_images, 4): file number, first byte, number of bytes, and whether
                    `decode` gives the prepared image
-    pictures.bin   copies of image files without a byte range of their own, in parquet files and
-                   compressed tars
+    pictures.bin   copies of image files that have no byte range in the source: images in parquet
+                   files and compressed tars
 
 Shapes: C x h x w latents, 3 x H x W pixels.
 """
@@ -81,12 +81,12 @@ def refuse_damage(method: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class ImageStorageSpec:
-    """What a corpus stores of each image.
+    """How a corpus stores each image.
 
     Attributes:
-        hflip: also a horizontally flipped copy; training draws one of the two.
-        moments: mean and standard deviation of the posterior, for training on samples.
-        lazy: only the position of the image file, which is read whenever the image is needed.
+        hflip: also store a horizontally flipped copy; training draws one of the two.
+        moments: store mean and standard deviation of the posterior, for training on samples.
+        lazy: store only the position of the image file, which is read when the image is needed.
         crops: number of square crops in {1, 2, 3}: the center, then the ends of the longer side.
     """
 
@@ -333,7 +333,7 @@ class LazyImages:
         locations: file number, first byte, number of bytes and whether `decode` gives the prepared
             image, (num_images, 4).
         image_size: side of the images in pixels.
-        own_file: pictures.bin, with the images that have no source file of their own.
+        own_file: pictures.bin, with copies of images that have no byte range in a source file.
     """
 
     def __init__(self, files: list[str], locations: np.ndarray, image_size: int, own_file: Path):
@@ -346,7 +346,7 @@ class LazyImages:
 
         Args:
             number: number of the image.
-            checksum: of the bytes of its file.
+            checksum: checksum of the file's bytes.
             crop: index into CROP_POSITIONS; ignored for images that `decode` reads, which are
                 square.
 
@@ -412,7 +412,7 @@ def checksum_seed(place: int, count: int) -> int:
 
 
 def verified(content: np.ndarray, checksum: Checksum) -> np.ndarray:
-    """Return the content of a part; ValueError if its CRC-32 is wrong."""
+    """Return the content of a part; raise ValueError if its CRC-32 is wrong."""
     seed, crc = checksum
     if zlib.crc32(content, seed) != crc:
         raise ValueError("the checksum of a part is wrong")
@@ -429,7 +429,7 @@ def _memmap(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _check_index(parts: np.ndarray, documents: np.ndarray, checks: np.ndarray) -> None:
-    """ValueError unless the arrays have the right types and `documents` divides the parts."""
+    """Raise ValueError unless the arrays have the right types and `documents` divides the parts."""
     kinds = [(array.dtype, array.shape[1:]) for array in (parts, documents, checks)]
     if kinds != [(np.int64, (2,)), (np.int64, ()), (np.uint32, ())] or len(documents) == 0:
         raise ValueError("an index array has the wrong type or shape")
@@ -443,7 +443,7 @@ def _check_index(parts: np.ndarray, documents: np.ndarray, checks: np.ndarray) -
 
 
 def _check_parts(parts: list[list[int]], num_tokens: int, num_images: int) -> None:
-    """ValueError unless all parts lie within the stored tokens and images."""
+    """Raise ValueError unless all parts lie within the stored tokens and images."""
     for start, length in parts:
         end, limit = (start + 1, num_images) if length == IMAGE else (start + length, num_tokens)
         if start < 0 or length < IMAGE or end > limit:

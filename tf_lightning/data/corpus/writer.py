@@ -65,10 +65,10 @@ class CorpusWriter:
         self.parts, self.documents = array("q"), array("q", [0])
         self.num_tokens = self.num_images = 0
         self.image_size: tuple[int, int] | None = None  # width, height in pixels
-        self.checks = array("I")  # CRC-32 of each part, or its initial value until it is encoded
+        self.checks = array("I")  # uint32 CRC-32 of each part; the seed until it is encoded
         self.waiting: list[tuple[Image.Image, int]] = []  # images to encode, and their part numbers
         self.files: dict[str, int] = {}  # numbers of the files with lazy images
-        self.locations = array("q")  # of lazy images, as `LazyImages` takes them
+        self.locations = array("q")  # int64 rows of pictures.npy, four numbers per lazy image
         self.tokens_file = (folder / "tokens.bin").open("wb")
         self.latents_file = (folder / "latents.bin").open("wb")
         self.own_file = (folder / "pictures.bin").open("wb") if image_storage.lazy else None

@@ -168,7 +168,7 @@ class CaptionJson(ImagePathSource):
 
 
 def coco(content: dict[str, Any], folder: Path) -> Iterator[tuple[str, list | BadSample]]:
-    """Yield each annotation: images[{id, file_name}], annotations[{image_id, caption}]."""
+    """Yield each annotation. Layout: images[{id, file_name}], annotations[{image_id, caption}]."""
     files = {image["id"]: folder / image["file_name"] for image in content["images"]}
     for annotation in content["annotations"]:
         key = annotation["image_id"]
@@ -176,7 +176,7 @@ def coco(content: dict[str, Any], folder: Path) -> Iterator[tuple[str, list | Ba
 
 
 def karpathy(content: dict[str, Any], folder: Path) -> Iterator[tuple]:
-    """Yield each sentence: images[{filepath, filename, split, sentences[{raw}]}]."""
+    """Yield each sentence. Layout: images[{filepath, filename, split, sentences[{raw}]}]."""
     for image in content["images"]:
         file = folder / image.get("filepath", "") / image["filename"]
         for sentence in image["sentences"]:
@@ -188,7 +188,10 @@ def karpathy(content: dict[str, Any], folder: Path) -> Iterator[tuple]:
 
 
 def llava(content: list[Any], folder: Path) -> Iterator[tuple[str, list | BadSample]]:
-    """Yield each conversation: {"image": path or paths, "conversations": [{from, value}]}."""
+    """Yield each conversation.
+
+    Layout: a list of {"image": path or paths, "conversations": [{from, value}]}.
+    """
     for number, record in enumerate(content):
         try:
             names = record.get("image") or []
@@ -237,7 +240,7 @@ def caption_source(
     """Create the source for captioned images whose format is that of the first path.
 
     Args:
-        paths: files, globs or folders to train on; of a folder, its CAPTION_FILES are read.
+        paths: files, globs or folders to train on. For a folder, its CAPTION_FILES are read.
         val_paths: files, globs or folders to validate on.
         images: folder that paths of images are relative to; tars contain their images.
         options: the other arguments of the source.

@@ -9,6 +9,8 @@ from tf_lightning.data.documents import BadSample, ContextText, Split
 from tf_lightning.data.readers.files import ImageFileSource
 from tf_lightning.errors import UserError
 
+CLASS_PROMPT = "Please generate an image of {}"  # MonoFormer's prompt; {} is the class name
+
 
 @dataclass(eq=False)
 class ClassFolders(ImageFileSource):
@@ -25,7 +27,7 @@ class ClassFolders(ImageFileSource):
     """
 
     names: str | None = None
-    prompt: str = "Please generate an image of {}"
+    prompt: str = CLASS_PROMPT
     learn_prompts: bool = False
 
     def __post_init__(self):
