@@ -76,7 +76,7 @@ class Batch:
 
     @property
     def num_images(self) -> int:
-        """M, without synchronising with the device."""
+        """M, without synchronizing with the device."""
         return len(self.latents)
 
     @property
@@ -388,9 +388,9 @@ def group_by_resolution(
         copied: index of the image that each clean copy repeats.
 
     Returns:
-        The buckets; the order in which images and then copies stand in the batch, (M + M',), as
-        indices of images and, from M on, of copies; and the rank of each of these by which patches
-        are sorted, (M + M',): bucket by bucket, images before copies.
+        `buckets`.
+        `order` (M + M',): permutation of images, then copies, by bucket. Copies count from M on.
+        `ranks` (M + M',): sort key of each image's patches: bucket by bucket, images before copies.
     """
     shapes = [tuple(image.shape[-2:]) for image in images]
     resolutions = sorted(set(shapes))

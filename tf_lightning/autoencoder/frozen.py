@@ -222,7 +222,7 @@ def load_autoencoder(name: str) -> Autoencoder:
 
     Args:
         name: one of
-            "shapes" or "shapes_vq", the autoencoders of the embedded world (64 x 64 pixels);
+            "shapes" or "shapes_vq", the autoencoders of the shapes world (64 x 64 pixels);
             "pixels", the identity;
             a folder with config.json and diffusion_pytorch_model.safetensors;
             a .safetensors file with config.json beside it, which is an autoencoder under its

@@ -1,8 +1,8 @@
 """Losses of the autoencoders (Transfusion App. A): L1 + LPIPS + 0.5 GAN + 1e-6 KL.
 
-The paper gives the weights but not the reductions. Ours are those of latent diffusion (Rombach
-2022, App. G, and its code), from which the weights come: every loss is a mean per element of the
-images. The paper's fifth term, 0.2 times the distance of MoCo features, is left out.
+The paper gives the weights but not the reductions. We use the reductions of latent diffusion
+(Rombach 2022, App. G, and its code), from which the weights come: every loss is a mean per element
+of the images. The paper's fifth term, 0.2 times the distance of MoCo features, is left out.
 
 Shapes: B images of H x W pixels, C latent channels, h x w latents.
 """

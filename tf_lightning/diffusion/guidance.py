@@ -11,17 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly images follow their prompt; the options are those of `SamplingConfig`.
+    """How strongly images follow their prompt. The options come from `SamplingConfig`.
 
-    Without `image_scale`, the output is led away from the output without any prompt, which the
-    network learns where training drops a caption. With `image_scale`, the text and the images of
-    the prompt are weighted separately, and the network is evaluated three times.
+    Without `image_scale`, the output is extrapolated away from the unconditional output, which is
+    learned from documents without caption. With `image_scale`, the text and the images of the
+    prompt are weighted separately, and the network is evaluated three times.
 
     Attributes:
-        scale: of the whole prompt, or of its text if `image_scale` is given; 1 turns guidance off.
-        image_scale: of the images in the prompt; None: `scale` for everything.
-        interval: lowest and highest noise level at which it acts (Kynkaanniemi et al. 2024).
-        rescale: phi of `rescale`, in [0, 1]; 0 turns it off.
+        scale: guidance scale of the whole prompt, or of its text if `image_scale` is given; 1 turns
+            guidance off.
+        image_scale: guidance scale of the images in the prompt; None: `scale` for everything.
+        interval: lowest and highest noise level at which guidance acts (Kynkaanniemi et al. 2024).
+        rescale: phi of the function `rescale`, in [0, 1]; 0 turns it off.
     """
 
     scale: float
@@ -73,9 +74,10 @@ def guide_edit(
 
 
 def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
-    """Give `guided` the standard deviation of `cond`, by share phi (Lin et al. 2023, Eq. 15-16).
+    """Interpolate with weight phi towards the standard deviation of `cond`.
 
-    Large guidance scales increase the standard deviation of the output, which overexposes images.
+    Large guidance scales increase the standard deviation of the output, which overexposes images
+    (Lin et al. 2023, Eq. 15-16).
     """
     dims = (1, 2, 3)
     same_spread = guided * (cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 VLB_WEIGHT = 0.001  # lambda of L_simple + lambda L_vlb (iDDPM Eq. 16)
-BIN = 2 / 255  # width of the bins in which the last step is scored: one grey level in [-1, 1]
+BIN = 2 / 255  # width of the bins in which the last step is scored: one gray level in [-1, 1]
 
 
 class Posterior(NamedTuple):

@@ -35,7 +35,7 @@ MIN_EPSILON_ALPHA = 0.015  # smallest alpha_t at which predicted noise is conver
 
 
 class DiffusionProcess(Protocol):
-    """What training and sampling need to know about a diffusion process."""
+    """Interface of a diffusion process for training and sampling."""
 
     prediction_type: str
     """One of PREDICTION_TYPES."""
@@ -73,8 +73,8 @@ class DiffusionProcess(Protocol):
     def build_scheduler(self, sampler: str, timestep_shift: float) -> Any:
         """Build the diffusers scheduler `sampler`, one of `samplers`.
 
-        Two attributes are added to it: `num_levels`, the number of timesteps that noise level 1
-        stands for, and `step_shift`, the shift that `sampler.set_timesteps` still has to apply.
+        Two attributes are added to it. `num_levels`: timesteps per unit of t. `step_shift`: shift
+        for `sampler.set_timesteps` to apply; 1 if the scheduler shifts.
         """
 
 

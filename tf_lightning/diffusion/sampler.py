@@ -55,7 +55,7 @@ def build_scheduler(
     Args:
         process: the model's diffusion process.
         sampler: one of `process.samplers`; None: `process.default_sampler`.
-        timestep_shift: more than 1 takes more of the steps near pure noise (Stable Diffusion 3
+        timestep_shift: values above 1 spend more steps near pure noise (Stable Diffusion 3
             Eq. 23).
 
     Raises:
@@ -67,7 +67,7 @@ def build_scheduler(
 
 
 def set_timesteps(scheduler, num_inference_steps: int) -> None:
-    """Set the scheduler's steps; their noise levels stay on the CPU, where reading them is free.
+    """Set the scheduler's timesteps. Timesteps stay on the CPU to avoid a device sync.
 
     Raises:
         UserError: there are too few or too many steps.
@@ -127,7 +127,7 @@ class DenoisingState:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step was made, so that x_t is clean."""
+        """Whether all steps are done."""
         return self.done == len(self.timesteps)
 
     def step(self, output: Tensor) -> None:

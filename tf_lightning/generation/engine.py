@@ -1,12 +1,11 @@
 """The generation loop: text until <boi>, an image, <eoi>, text again (Transfusion Sec. 3).
 
-A prompt is a Document, and so is the output. All sequences in the same phase advance together: in
-each turn, one forward pass adds a token to every sequence that writes, and another one makes a
-denoising step of every image. An image of discrete codes (Chameleon) is written token by token
+A prompt is a Document, and so is the output. Each turn: one pass for all text sequences, one for
+all images being denoised. An image of discrete codes (Chameleon) is written token by token
 among the text of other sequences: N codes follow <boi>, then <eoi>; codes stand nowhere else.
 
-The KV cache keeps what was read, so nothing is computed twice. An output depends on its own prompt,
-seed and options, and not on the other sequences of the batch.
+The KV cache keeps the keys and values of all processed positions, so none is computed twice. An
+output depends on its prompt, seed and options, and not on the other sequences of the batch.
 
 Shapes: n sequences, N positions of an image, V vocabulary (codes last), latents C x h x w.
 """
@@ -70,7 +69,7 @@ def generate(
 
 
 class _Engine:
-    """Advances sequences through their phases, those in the same phase together."""
+    """Advances sequences through their phases; sequences in the same phase advance together."""
 
     def __init__(
         self,
@@ -204,7 +203,7 @@ class _Engine:
         if not logits.isfinite().all():
             raise UserError(not_a_number("a text token"))
         logits = logits[:, : self.model.net.text_vocab_size]
-        if self.model.net.num_codes:  # it has learned <eoi> only after codes
+        if self.model.net.num_codes:  # <eoi> is trained only after codes
             logits[:, self.tokenizer.eoi_id] = -torch.inf
         tokens = sample_tokens(
             logits,
@@ -261,7 +260,7 @@ class _Engine:
         """Sample the next code of each image, or end the image after its last code.
 
         Args:
-            sequences: have read <boi> or a code.
+            sequences: their last token was <boi> or a code.
             outputs: logits (n, V) of each guidance branch.
         """
         for sequence, code in zip(sequences, self._next_codes(sequences, outputs), strict=True):
@@ -353,7 +352,7 @@ class _Engine:
             yield from self._finish_images(batch)
 
     def _finish_images(self, batch: DenoisingBatch) -> Iterator[Event]:
-        """Hand over finished images; if their sequences go on, read the images clean."""
+        """Yield finished images; with 'any', cache them clean."""
         images = batch.state.x_t
         if not images.isfinite().all():
             raise UserError(not_a_number("an image"))

@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of every position that was read, so that none is computed twice.
+"""The KV cache: keys and values of all processed positions, so that none is computed twice.
 
 A cache row holds the prefix of one sequence. Two attention objects fill the cache through the
 interface of model/attention.py, so the Transformer does not know about it:
@@ -16,11 +16,11 @@ from tf_lightning.batch import Batch
 from tf_lightning.model.attention import VarlenAttention, sdpa
 from tf_lightning.model.transformer import TransformerConfig
 
-MAX_LENGTH_RATIO = 1.25  # of the longest to the shortest prefix in one attention call
+MAX_LENGTH_RATIO = 1.25  # longest by shortest prefix in one attention call
 
 
 class KeyValueCache:
-    """Keys and values of every layer, (R, capacity, G, K) each; its users count the lengths."""
+    """Keys and values of every layer, (R, capacity, G, K) each. Callers track row lengths."""
 
     def __init__(self, config: TransformerConfig, rows: int, capacity: int, like: Tensor):
         """Allocate on the device and in the dtype of `like`, a weight of the network."""
@@ -65,10 +65,11 @@ class PrefillAttention(VarlenAttention):
 
 
 class DecodeAttention:
-    """Attention of L new positions after the prefix of each of n rows; they see it and each other.
+    """Attention of L new positions in each of n rows.
 
-    They are cached after the prefix until something else is written there: an image overwrites
-    itself at every denoising step, and stays once the length of its row is raised.
+    L new positions per row attend to the row's cached prefix and to each other. Their keys are
+    written after the prefix. Each denoising step overwrites them; raising the row's length keeps
+    them.
 
     Args:
         cache: holds the prefixes.
@@ -107,7 +108,7 @@ class DecodeAttention:
         return (starts + self.positions).flatten()
 
     def _group(self, members: list[int], rows: list[int], lengths: list[int]):
-        """Prepare one attention call: members among the n, cache rows, longest end, mask."""
+        """Return (member index, cache rows, longest end, mask) of one call."""
         among, device = [lengths[i] for i in members], self.cache.device
         places = self.positions[as_index(members, device)]  # (g, L)
         end = max(among) + places.shape[1]

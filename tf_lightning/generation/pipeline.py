@@ -103,7 +103,7 @@ class TransfusionPipeline:
             dtype: precision of the weights, and of the network through autocast; None: float32.
 
         Returns:
-            The model with its averaged weights, if the run kept an average.
+            The model with its EMA weights, if the run kept them.
 
         Raises:
             UserError: the file is missing, damaged, or not a model of this project.
@@ -129,7 +129,7 @@ class TransfusionPipeline:
 
         Args:
             module: a `Transfusion` whose data was set up.
-            ema: use the averaged weights if the module has them.
+            ema: use the EMA weights if the module has them.
         """
         hparams = dict(module.hparams)
         autoencoder = open_autoencoder(module.image_codec, hparams, module.device)
@@ -200,7 +200,7 @@ class TransfusionPipeline:
             batch_size: outputs that are generated together.
             progress: show a progress bar.
             sampling: how to sample; None: the defaults of `SamplingConfig`.
-            options: fields of `SamplingConfig` that replace those of `sampling`.
+            options: fields of `SamplingConfig` that replace fields of `sampling`.
 
         Raises:
             UserError: a prompt or an option does not fit the model.
@@ -275,7 +275,7 @@ class TransfusionPipeline:
             output_modality: "image", "text" or "any", as in `__call__`.
             seed: all randomness follows from it.
             sampling: how to sample; None: the defaults of `SamplingConfig`.
-            options: fields of `SamplingConfig` that replace those of `sampling`.
+            options: fields of `SamplingConfig` that replace fields of `sampling`.
         """
         plan = self.plan(output_modality, (sampling or SamplingConfig()).with_options(**options))
         stop, ids, shown = plan.sampling.stop, [], 0  # shown: number of characters

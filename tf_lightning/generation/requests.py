@@ -1,4 +1,4 @@
-"""What is generated from which model, and the state of each sequence on its way.
+"""Data structures of generation: model, plan, output and sequence state.
 
 Shapes: N positions of an image (patches and time token, or codes), latents C x h x w.
 """
@@ -20,7 +20,7 @@ from tf_lightning.errors import UserError
 from tf_lightning.generation.sampling import OutputModality, SamplingConfig
 from tf_lightning.model.transfusion import TransfusionModel
 
-# The index of the prompt with a text token, an image (C, h, w), or None at the end of its output.
+# Index of the prompt with a text token, an image (C, h, w), or None at the end of its output.
 Event = tuple[int, int | Tensor | None]
 
 # Text, images, and parts that are token ids or latents already, in any order.
@@ -30,7 +30,7 @@ Prompt = str | Image.Image | RawDocument
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """What `TransfusionPipeline` returns: outputs in the order of the prompts.
+    """Outputs of `TransfusionPipeline`, in the order of the prompts.
 
     Attributes:
         parts: the text and images of each output, in the order in which they were generated.
@@ -59,23 +59,23 @@ class GenerationPlan:
     """Exactly one image ("image"), no images ("text"), or the model decides ("any")."""
     sampling: SamplingConfig
     scheduler: Any = None
-    """Of diffusers, with its steps set; None for text and for images of codes."""
+    """diffusers scheduler with its timesteps set; None for text and for images of codes."""
     num_image_steps: int = 0
     """Network evaluations of an image: denoising steps, or codes."""
 
     @property
     def max_images(self) -> int:
-        """Most images of an output."""
+        """Maximum number of images of an output."""
         return {"image": 1, "text": 0, "any": self.sampling.max_images}[self.output_modality]
 
     @property
     def max_text_tokens(self) -> int:
-        """Most text tokens of an output."""
+        """Maximum number of text tokens of an output."""
         return 0 if self.output_modality == "image" else self.sampling.max_new_tokens
 
     @property
     def max_steps(self) -> int:
-        """Most network evaluations of an output, for its share of the progress bar."""
+        """Maximum number of network evaluations of an output, for its share of the progress bar."""
         return self.max_text_tokens + self.max_images * self.num_image_steps
 
     @property
@@ -131,7 +131,7 @@ class GenerationModel:
         return torch.autocast(weight.device.type, weight.dtype)
 
     def capacity(self, prompt: Document, plan: GenerationPlan) -> int:
-        """Return the positions of a prompt and the longest output to it.
+        """Return the number of positions of a prompt with its longest output.
 
         Raises:
             UserError: the prompt leaves no room for the shortest output.
@@ -161,13 +161,13 @@ class GuidanceBranch:
 class SequenceState:
     """A sequence that is being generated."""
 
-    index: int  # of the prompt
+    index: int  # index of the prompt
     branches: list[GuidanceBranch]  # the first reads everything
     generator: torch.Generator
-    steps_left: int  # of its share of the progress bar
+    steps_left: int  # progress-bar steps not yet counted
     token: int | None = None  # the token that the network reads next
-    text: list[int] = field(default_factory=list)  # since the last image
-    codes: list[int] = field(default_factory=list)  # of the unfinished image
+    text: list[int] = field(default_factory=list)  # tokens since the last image
+    codes: list[int] = field(default_factory=list)  # codes of the unfinished image
     num_text_tokens: int = 0
     num_images: int = 0
 

@@ -6,12 +6,12 @@ imports no torch, so that `tf-lightning generate --help` answers at once.
 
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tf_lightning.errors import UserError
 
 OutputModality = Literal["image", "text", "any"]
-OUTPUT_MODALITIES = ("image", "text", "any")
+OUTPUT_MODALITIES = get_args(OutputModality)
 
 GROUPS = {
     "guidance": "options of images",
@@ -31,8 +31,8 @@ def option(default: Any, group: str) -> Any:
 class SamplingConfig:
     """How images and text are sampled from a trained model.
 
-    Options that an output does not need are ignored: text ignores those of images, and a model of
-    latents ignores those of codes.
+    Options that an output does not need are ignored: text ignores the options of images, and a
+    model of latents ignores the options of codes.
 
     Raises:
         UserError: a value is out of its range.
@@ -41,12 +41,12 @@ class SamplingConfig:
     guidance_scale: float = option(3.0, "guidance")
     """How strongly images follow the prompt (classifier-free guidance); 1 turns it off."""
     image_guidance_scale: float | None = option(None, "guidance")
-    """How strongly they follow the images in the prompt, for editing (InstructPix2Pix uses 1.5);
-    by default the same as guidance_scale."""
+    """How strongly images follow the images in the prompt, for editing (InstructPix2Pix uses
+    1.5); by default the same as guidance_scale."""
     guidance_interval: tuple[float, float] = option((0.0, 1.0), "denoising")
     """Lowest and highest noise level, in [0, 1], at which guidance acts."""
     guidance_rescale: float = option(0.0, "denoising")
-    """Share of the correction against overexposed images, in [0, 1]; 0 turns it off."""
+    """Strength of the correction for overexposure, in [0, 1]; 0 turns it off."""
     num_inference_steps: int = option(50, "denoising")
     """Denoising steps of an image, from 1 to 1000."""
     sampler: str | None = option(None, "denoising")
@@ -60,15 +60,15 @@ class SamplingConfig:
     code_temperature: float = option(1.0, "codes")
     """Divides the logits of image codes; 0 always takes the most probable code."""
     code_top_k: int | None = option(None, "codes")
-    """Sample from this many most probable codes; by default from all."""
+    """Sample from the k most probable codes; by default from all."""
     code_top_p: float = option(1.0, "codes")
     """Sample from the fewest codes that together have this probability, in (0, 1]."""
     max_new_tokens: int = option(64, "text")
-    """Most text tokens of an output."""
+    """Maximum number of text tokens in an output."""
     temperature: float = option(0.0, "text")
     """Divides the logits of text; 0 always takes the most probable token."""
     top_k: int | None = option(None, "text")
-    """Sample from this many most probable tokens; by default from all."""
+    """Sample from the k most probable tokens; by default from all."""
     top_p: float = option(1.0, "text")
     """Sample from the fewest tokens that together have this probability, in (0, 1]."""
     min_p: float = option(0.0, "text")
@@ -77,7 +77,7 @@ class SamplingConfig:
     stop: tuple[str, ...] = option((), "text")
     """Strings that end a text and are left out of it."""
     max_images: int = option(1, "any")
-    """Most images in an output of any modality."""
+    """Maximum number of images in an output of any modality."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))

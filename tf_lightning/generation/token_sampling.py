@@ -20,7 +20,7 @@ def sample_tokens(
 ) -> list[int]:
     """Choose one token for each row of logits (n, V) with the row's own generator.
 
-    The options are those of `SamplingConfig`; top_k, top_p and min_p apply in this order.
+    The options come from `SamplingConfig`; top_k, top_p and min_p apply in this order.
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
@@ -36,7 +36,7 @@ def sample_tokens(
 def top_k_top_p(
     probabilities: Tensor, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
-    """Set the probabilities (n, V) of improbable tokens to 0; the result is not normalised."""
+    """Set the probabilities (n, V) of improbable tokens to 0; the result is not normalized."""
     if top_k is None and top_p == 1 and min_p == 0:
         return probabilities
     ranked, order = probabilities.sort(dim=-1, descending=True)

@@ -1,7 +1,7 @@
 """Export a checkpoint: the network as safetensors, and its text side as a Llama folder.
 
 FOLDER/net.safetensors  every weight of the network under our names
-FOLDER/net.json         hyper-parameters, autoencoder, step, and whether the weights are averaged
+FOLDER/net.json         hyper-parameters, autoencoder, step, and whether the weights are EMA weights
 FOLDER/tokenizer.bin    the tokenizer's bytes, as in a checkpoint
 FOLDER/text/            config.json, model.safetensors and tokenizer for `transformers`
 """
@@ -40,14 +40,14 @@ def export(checkpoint: dict, folder: Path, weights: str | None, parts: set[str])
     Args:
         checkpoint: the result of `read_checkpoint`.
         folder: folder to create; an earlier export is replaced.
-        weights: "ema" or "raw"; None for the averaged weights if there are any.
+        weights: "ema" or "raw"; None for the EMA weights if there are any.
         parts: "net", "text" or both.
 
     Returns:
         "ema" or "raw": the weights that were written.
 
     Raises:
-        UserError: the checkpoint has no averaged weights, the text side is not a Llama, or the
+        UserError: the checkpoint has no EMA weights, the text side is not a Llama, or the
             folder holds other files.
     """
     if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):

@@ -251,7 +251,7 @@ class LanguageModel:
     window: int | None
     """Sliding window in tokens; longer documents are not supported. None: no limit."""
     names: frozenset[str]
-    """Our names of its tensors, which are exactly those of a plain language model."""
+    """Names of its tensors in our network; a plain language model has exactly these tensors."""
 
     @property
     def extended_config(self) -> TransformerConfig:
@@ -341,5 +341,5 @@ def _check_shapes(folder: Path, found: dict[str, tuple], expected: dict[str, tup
         num_equal = len(common) - len(groups["of another shape"])
         raise UserError(
             f"{folder} holds {num_equal} of the {len(expected)} tensors of its config.json: "
-            f"{'; '.join(wrong)}; give the folder of a whole, unquantised checkpoint"
+            f"{'; '.join(wrong)}; give the folder of a whole, unquantized checkpoint"
         )

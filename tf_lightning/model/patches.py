@@ -16,7 +16,7 @@ a time token, N + 1 vectors represent an image; the first is the time token.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from tf_lightning.errors import UserError
 
 TIMESTEP_DIM = 256  # width of the sinusoidal timestep embedding
 MAX_GRID = 64  # patches along a side of the largest image: 512 pixels at f8 and patch size 1
-INIT_STD = 0.02  # of the output layers with zero_init="input"
+INIT_STD = 0.02  # standard deviation of the output layers with zero_init="input"
 
 
 @dataclass
@@ -42,7 +42,7 @@ class LinearConfig:
     """Position embedding of the patches: learned for rows and columns, or fixed 2-D sinusoids
     (MonoFormer, DiT)."""
     zero_init: Literal["output", "input"] = "output"
-    """What is zero at the start of training. "output": the coder's output and every scale and shift
+    """Which layers are initialized to zero. "output": the coder's output and every scale and shift
     (DiT). "input": the patches' content and the timestep embedding (MonoFormer)."""
 
 
@@ -53,13 +53,8 @@ def has_time_token(config: LinearConfig | None) -> bool:
 
 def check_linear_config(config: LinearConfig, dim: int) -> None:
     """Raise UserError if an option is unknown or does not fit the model dim D."""
-    choices = {
-        "time": ("added", "token", "adaln"),
-        "pos_embed": ("learned", "sincos"),
-        "zero_init": ("output", "input"),
-    }
-    for name, known in choices.items():
-        value = getattr(config, name)
+    for name, annotation in get_type_hints(LinearConfig).items():
+        value, known = getattr(config, name), get_args(annotation)
         if value not in known:
             raise UserError(f"linear.{name}={value!r} must be one of {', '.join(known)}")
     if config.pos_embed == "sincos" and dim % 4:

@@ -50,8 +50,8 @@ class TransformerConfig:
     """Norm of the queries and keys of each head, with weights shared by the heads. true: RMSNorm
     (Qwen3). "layer": layer norm with weight and bias (Chameleon). false: none (Transfusion)."""
     modality_weights: Literal["shared", "ffn", "all"] = "shared"
-    """Weights that patches have of their own in each block. "shared": none. "ffn": the feed-forward
-    and its norm. "all": all weights (Mixture-of-Transformers). Text and patches attend jointly and
+    """Separate weights for patches in each block. "shared": none. "ffn": the feed-forward and its
+    norm. "all": all weights (Mixture-of-Transformers). Text and patches attend jointly and
     the FLOPs are equal in all three."""
     norm_order: Literal["pre", "post"] = "pre"
     """Position of the norm in a residual branch. "pre": x + f(norm(x)). "post": x + norm(f(x))
@@ -249,7 +249,7 @@ def modality_block(
 def with_modality_weights(state_dict: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Add the image weights that a state dict lacks, as copies of its text weights.
 
-    LMFusion (Sec. 3.1) initializes them so.
+    This is LMFusion's initialization (Sec. 3.1).
 
     Args:
         state_dict: weights of a `TransfusionModel`, a `Transformer`, or a LightningModule.

@@ -1,10 +1,9 @@
-"""The network: one shared Transformer between the text side and the image side.
+"""The network: Transformer, text embeddings and patch coder.
 
-Images are either patches of latents, with a patch coder of their own (Transfusion), or codes in
-the vocabulary of the text, which need no patch coder (Chameleon).
+Images are either patches of latents, which need a patch coder (Transfusion), or codes in the
+vocabulary of the text, which need none (Chameleon).
 
-This module is what is trained, averaged (EMA), sharded and exported. It knows no loss and no
-trainer.
+This module is trained, averaged (EMA), sharded and exported. It knows no loss and no trainer.
 
 Shapes: B rows, T positions, M images, m images of one resolution, C x h x w latents (H x W of the
 largest), N patches per image, P patches in the batch, K text targets, K' code targets, D model
@@ -62,7 +61,7 @@ class TransfusionModel(nn.Module):
         self.num_codes, self.text_vocab_size = num_codes, config.vocab_size
         self.transformer = Transformer(replace(config, vocab_size=config.vocab_size + num_codes))
         self.time_token = has_time_token(linear)
-        self.num_outputs = 2 if learned_sigma else 1  # for each latent channel
+        self.num_outputs = 2 if learned_sigma else 1  # outputs per latent channel
         self.patch_coder = None
         if num_codes:
             return
@@ -100,7 +99,8 @@ class TransfusionModel(nn.Module):
     def _encode(self, batch: Batch, noised_latents: Tensor, t: Tensor) -> list[EncodedBucket]:
         """Encode the noised images and the clean copies, one resolution after another."""
         buckets, coder = batch.buckets, self.patch_coder
-        if not buckets:  # an empty image gives the patch coder a gradient on every rank
+        if not buckets:
+            # Without images, encode an empty batch so that every rank has gradients (DDP).
             empty = noised_latents.new_empty(0, coder.latent_channels, *[coder.patch_size] * 2)
             return [EncodedBucket(*coder.encode(empty, t), 0, empty.shape[-2:])]
         copied = batch.copied.split([bucket.num_copies for bucket in buckets])

@@ -48,7 +48,7 @@ class Reconstruction(NamedTuple):
 
     images: Tensor  # (B, 3, H, W), not clipped
     bottleneck_loss: Tensor  # () KL divergence per pixel element, or the codebook loss
-    latents: Tensor  # (B, C, h, w) posterior mean, or the vectors before quantisation
+    latents: Tensor  # (B, C, h, w) posterior mean, or the vectors before quantization
     ids: Tensor | None  # (B, h, w) codes of a VQ
 
 
@@ -113,7 +113,7 @@ class AutoencoderModule(L.LightningModule):
         self.autoencoder: nn.Module | None = None
         self.discriminator: PatchDiscriminator | None = None
         self.codebook_use: CodebookUsage | None = None
-        self.loaded_step = 0  # of the loaded checkpoint; trainer.global_step is 0 in validate
+        self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
         self.reconstruction_loss: ReconstructionLoss | None = None  # built for training only
 
     # ---------------------------------------------------------------- building

@@ -3,7 +3,7 @@
 A matrix of N weights costs 2 N at each position that it is applied to. Attention costs 4 D L^2 in
 each layer for each document of length L, or for each image in a U-Net.
 
-The rules are those of torch.utils.flop_counter: attention counts every pair of positions although
+The rules follow torch.utils.flop_counter: attention counts every pair of positions although
 the mask hides some of them, and norms, activations, embeddings and rotary angles count nothing.
 Padding is not counted: the CPU does not compute it, and on a GPU it is wasted.
 
@@ -21,12 +21,13 @@ from tf_lightning.model.transformer import Transformer
 from tf_lightning.model.transfusion import TransfusionModel
 from tf_lightning.model.unet import UNetPatchCoder
 
-BACKWARD = 2  # FLOPs of a backward pass by those of a forward pass: gradients of inputs and weights
+# A backward pass costs twice a forward pass: gradients of inputs and gradients of weights.
+BACKWARD = 2
 
 
 @dataclass
 class Workload:
-    """What a network has to process in some batches: sums over documents and images."""
+    """Work of a network for some batches: sums over documents and images."""
 
     num_tokens: float = 0  # positions that are not padding
     squared_lengths: float = 0  # sum of L^2 over documents of L positions
@@ -36,7 +37,7 @@ class Workload:
 
 
 def squared_lengths(batch: Batch) -> Tensor:
-    """Sum of L^2 over the documents of a batch: a scalar on its device, without synchronising."""
+    """Sum of L^2 over the documents of a batch: a scalar on its device, without synchronizing."""
     real = (batch.document_ids >= 0).double()
     lengths = torch.zeros_like(real).scatter_add_(1, batch.document_ids.clamp(min=0), real)
     return lengths.square().sum()
@@ -52,7 +53,7 @@ def forward_flops(net: TransfusionModel, work: Workload, size: tuple[int, int] |
 
     Args:
         net: the network.
-        work: what it processes.
+        work: the work of the network.
         size: (h, w) of the latents of all images; None: there are no images.
     """
     total = transformer_flops(net.transformer, work)
@@ -64,7 +65,7 @@ def forward_flops(net: TransfusionModel, work: Workload, size: tuple[int, int] |
 
 
 def flops_6nd(net: TransfusionModel, tokens: float) -> float:
-    """The estimate 6 N D of the papers: N Transformer weights that a token meets, D tokens."""
+    """6 N D: N Transformer parameters used per token, D tokens."""
     return 6 * sum(p.numel() for p in net.transformer.text_parameters()) * tokens
 
 

@@ -35,7 +35,7 @@ def total_loss(loss_lm: Tensor, loss_diffusion: Tensor, diffusion_weight: float)
 
 
 class LossSums(NamedTuple):
-    """The losses of one batch; those that the network does not learn are zero or empty."""
+    """The losses of one batch. Losses that do not apply are zero or empty."""
 
     nll: Tensor  # (K,) cross-entropy of each text target, in nats
     code_nll: Tensor  # (K',) cross-entropy of each code target, in nats

@@ -49,7 +49,7 @@ class Transfusion(L.LightningModule):
         patch_size: side of a patch in latent pixels; the data must have the same.
         latent_channels: channels of the autoencoder's latents.
         unet: sizes of a U-Net patch coder; null: a linear patch coder.
-        linear: options of the linear patch coder; null: those of the paper.
+        linear: options of the linear patch coder; null: the paper's options.
         prediction_type: what the network predicts: epsilon (paper) or v_prediction of DDPM, or
             flow, which is the velocity of rectified flow.
         noise_schedule: noise schedule of DDPM, "cosine" (paper) or "linear".
@@ -131,14 +131,14 @@ class Transfusion(L.LightningModule):
         self.net: TransfusionModel | None = None
         self.ema: TransfusionModel | None = None
         self.tokenizer_proto: bytes | None = None
-        self.loaded_step = 0  # of the loaded checkpoint; trainer.global_step is 0 in validate
+        self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
         self.image_codec: dict | None = None
         self.row_length: int | None = None
 
     # ---------------------------------------------------------------- building
 
     def configure_model(self) -> None:
-        """Build the network and its average, inside the strategy's device and precision context."""
+        """Build the network and its EMA copy in the strategy's device and precision context."""
         if self.net is not None:
             return
         hparams = self.hparams
@@ -157,7 +157,7 @@ class Transfusion(L.LightningModule):
 
     @property
     def inference_net(self) -> TransfusionModel:
-        """The network with averaged weights, or the trained one if no average is kept."""
+        """The network with EMA weights, or the trained network if none are kept."""
         return self.net if self.ema is None else self.ema
 
     def setup(self, stage: str) -> None:
@@ -265,7 +265,7 @@ class Transfusion(L.LightningModule):
             total: this rank's sum.
             count: this rank's number of terms.
         """
-        all_counts = total.new_full((), float(count))  # on the device, without a synchronisation
+        all_counts = total.new_full((), float(count))  # on the device, without a synchronization
         if self.trainer.world_size > 1:
             all_counts = self.trainer.strategy.reduce(all_counts, reduce_op="sum")
         return total * self.trainer.world_size / all_counts.clamp(min=1)
@@ -310,7 +310,7 @@ class Transfusion(L.LightningModule):
     def validation_step(
         self, batch: Batch, batch_index: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        """Add up the losses of one source, computed with the averaged weights.
+        """Add up the losses of one source, computed with the EMA weights.
 
         Returns:
             "nll", the cross-entropy of each text target in nats, (K,) fp64, for callbacks.
@@ -343,7 +343,7 @@ class Transfusion(L.LightningModule):
     def predict_step(
         self, batch: Batch, batch_index: int, dataloader_idx: int = 0
     ) -> list[Document]:
-        """Return the documents of a batch, which a callback continues."""
+        """Return the unpacked documents; PredictionWriter generates from them."""
         return unpack(batch, self.trainer.datamodule.tokenizer)
 
     # ---------------------------------------------------------------- checkpoints

@@ -48,7 +48,7 @@ def parameter_groups(net: nn.Module, weight_decay: float, muon: bool = False) ->
     Args:
         net: any network; a TransfusionModel for Muon.
         weight_decay: weight decay of matrices and convolution kernels.
-        muon: put the matrices of the blocks into a group of their own, for `MuonAdamW`.
+        muon: put the matrices of the blocks into a separate group, for `MuonAdamW`.
     """
     embeddings = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
     decays = lambda p: p.ndim >= 2 and id(p) not in embeddings  # noqa: E731
@@ -154,7 +154,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for parameter groups with `muon: True`, AdamW for the others.
 
-    Muon moves a matrix by its orthogonalised momentum (Jordan et al. 2024; Nesterov, momentum
+    Muon moves a matrix by its orthogonalized momentum (Jordan et al. 2024; Nesterov, momentum
     0.95). Its updates are scaled to the root mean square of AdamW's, so that both share one
     learning rate and one weight decay (Liu et al. 2025, arXiv 2502.16982, Eq. 4).
 
@@ -162,7 +162,7 @@ class MuonAdamW(torch.optim.Optimizer):
         groups: parameter groups; those with `muon` contain matrices only.
         lr: learning rate of all groups.
         betas: decay rates of AdamW.
-        bf16: orthogonalise in bf16, which is accurate enough and faster on a GPU.
+        bf16: orthogonalize in bf16, which is accurate enough and faster on a GPU.
     """
 
     momentum = 0.95
