@@ -17,7 +17,7 @@ writes
   FOLDER/text                        its text side as a Llama, for
     transformers.AutoModelForCausalLM.from_pretrained("FOLDER/text")
 
-The Llama leaves out the patch encoder and decoder, the weights for image patches, and the
+The Llama leaves out the patch coder, the weights for image patches, and the
 embeddings of <boi> and <eoi>. A model with an option that a Llama lacks, such as qk_norm, is
 refused; then --only net writes the network alone.
 """

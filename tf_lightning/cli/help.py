@@ -14,14 +14,14 @@ usage: tf-lightning COMMAND ...
   tf-lightning fit -c configs/quickstart.yaml             train; add --ckpt_path last to resume
   tf-lightning validate -c CONFIG --ckpt_path CKPT        evaluate a checkpoint
   tf-lightning test -c CONFIG --ckpt_path CKPT            the same, with results under test/
-  tf-lightning predict -c CONFIG --ckpt_path CKPT         caption held-out images, into files
+  tf-lightning predict -c CONFIG --ckpt_path CKPT         write captions of held-out images to files
 
   tf-lightning generate CKPT "a red circle" -o out        generate images from text
   tf-lightning generate CKPT --image in.png               describe an image
 
   tf-lightning prepare -c CONFIG                          prepare the data before training
   tf-lightning prepare -c CONFIG --data.encoded DIR       the same over GPUs and nodes
-  tf-lightning inspect -c CONFIG                          count the data and draw it
+  tf-lightning inspect -c CONFIG                          show statistics and examples of the data
 
   tf-lightning export CKPT -o FOLDER                      write the weights for other programs
   tf-lightning model-config FOLDER                        write a language model's sizes as YAML
@@ -35,9 +35,9 @@ usage: tf-lightning fit -c CONFIG [-c MORE] [--KEY VALUE ...]
 Train a model. Its folder runs/NAME receives config.yaml, checkpoints, TensorBoard's events and the
 samples and scores of each validation.
 
-  tf-lightning fit -c configs/quickstart.yaml                       train
-  tf-lightning fit -c configs/quickstart.yaml --model.lr 1e-3       change a value
-  tf-lightning fit -c configs/quickstart.yaml --ckpt_path last      resume, if it was started
+  tf-lightning fit -c configs/quickstart.yaml                    train
+  tf-lightning fit -c configs/quickstart.yaml --model.lr 1e-3    change a value
+  tf-lightning fit -c configs/quickstart.yaml --ckpt_path last   resume the last checkpoint, if any
 """
 EVALUATE = """\
 usage: tf-lightning {verb} -c CONFIG [-c MORE] --ckpt_path CKPT [--KEY VALUE ...]
@@ -48,7 +48,7 @@ usage: tf-lightning {verb} -c CONFIG [-c MORE] --ckpt_path CKPT [--KEY VALUE ...
   tf-lightning {verb} -c CONFIG --ckpt_path CKPT --data.batch_size 8         change a value
   tf-lightning {verb} -c CONFIG -c configs/eval/karpathy.yaml --ckpt_path CKPT     another protocol
 
-The model has the sizes of the checkpoint, whatever the configuration says.
+Model sizes come from the checkpoint.
 """
 PURPOSES = {
     "validate": """\
@@ -56,7 +56,7 @@ Evaluate a checkpoint on the validation documents. Tables are printed; scores an
 written to the folder of the configuration's logger.""",
     "test": "Evaluate a checkpoint as `validate` does, with results under test/.",
     "predict": """\
-Write the model's answers to the validation documents, by default captions of images, with the
+Write the model's outputs for the validation documents, by default captions of images, with the
 callback PredictionWriter. An interrupted command continues where it stopped.""",
 }
 KEYS = """\
@@ -68,9 +68,9 @@ Keys of a configuration:
   progress_bar, learning_rate_monitor, seed_everything, ckpt_path
 """
 RECIPES = {
-    "quickstart.yaml": "coloured shapes: no download, no GPU, 15 minutes",
+    "quickstart.yaml": "the shapes world: no download, no GPU, 15 minutes",
     "my_pictures.yaml": "your own captioned images: --data.paths FOLDER",
-    "emoji.yaml": "captioned emoji, with an autoencoder of their own",
+    "emoji.yaml": "captioned emoji, with their own autoencoder",
     "mixture.yaml": "three kinds of data in one model",
     "wikitext.yaml": "a language model on plain text",
     "shapes_text.yaml": "a language model on the quickstart's texts",
@@ -78,7 +78,7 @@ RECIPES = {
     "monoformer.yaml": "MonoFormer on ImageNet, from TinyLlama",
     "monoformer_chat.yaml": "MonoFormer on captions and chats, from TinyLlama",
     "autoencoder/": "autoencoders: shapes, shapes_vq, emoji, vae, vq",
-    "experiments/": "one change to the quickstart each, behind it: -c quickstart.yaml -c flow.yaml",
+    "experiments/": "each file changes one thing; give it after quickstart.yaml",
     "model/": "the paper's sizes: --model configs/model/7b.yaml",
     "eval/": "evaluation protocols, for validate: COCO, Karpathy, ImageNet, GenEval",
 }
@@ -104,18 +104,18 @@ SOURCES = {
     "tf_lightning.data.InterleavedFiles": "interleaved documents",
     "tf_lightning.data.EditFiles": "image edits",
     "tf_lightning.data.ChatFiles": "conversations",
-    "tf_lightning.shapes.sources.ShapesCaptions": "the embedded world's captioned images",
-    "tf_lightning.shapes.sources.ShapesTexts": "the embedded world's texts",
-    "tf_lightning.shapes.sources.ShapesEdits": "the embedded world's image edits",
+    "tf_lightning.shapes.sources.ShapesCaptions": "the shapes world's captioned images",
+    "tf_lightning.shapes.sources.ShapesTexts": "the shapes world's texts",
+    "tf_lightning.shapes.sources.ShapesEdits": "the shapes world's image edits",
 }
 CALLBACKS = {
     "callbacks.evaluate.Evaluate": "generates images and captions, and scores them",
     "callbacks.text_perplexity.TextPerplexity": "perplexity and bits per byte; a default",
     "callbacks.throughput.Throughput": "tokens and FLOPs per second; a default",
-    "callbacks.retrieval.RetrievalAccuracy": "whether captions give back training images",
+    "callbacks.retrieval.RetrievalAccuracy": "tests if captions reproduce training images",
     "callbacks.shapes_report.ShapesReport": "the quickstart's report.json and sheet.png",
-    "callbacks.unigram.UnigramBaseline": "perplexity of token frequencies, to compare with",
-    "callbacks.predictions.PredictionWriter": "writes the answers of predict",
+    "callbacks.unigram.UnigramBaseline": "logs a unigram perplexity as a baseline",
+    "callbacks.predictions.PredictionWriter": "writes the outputs of predict",
     "callbacks.init_from.InitFrom": "starts from a checkpoint or a language model",
     "callbacks.reconstruct.Reconstruct": "scores an autoencoder's reconstructions",
     "callbacks.save_autoencoder.SaveAutoencoder": "writes an autoencoder for diffusers",

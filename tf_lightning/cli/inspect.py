@@ -24,7 +24,7 @@ from tf_lightning.files import atomic_file
 
 PAD, TEXT, SPECIAL, IMAGE, COPY = range(5)
 KINDS = ("padding", "text", "<bos> <boi> <eoi> <eos>", "image", "clean copy")
-# Two tones of each kind, alternating between neighbouring documents or images.
+# Two tones of each kind, alternating between neighboring documents or images.
 TONES = np.array(
     [
         [(225, 225, 225), (225, 225, 225)],
@@ -38,7 +38,7 @@ TONES = np.array(
 # Sizes in pixels.
 LINE_WIDTH, STRIP_HEIGHT, LABEL_HEIGHT = 1024, 22, 18
 COLUMN_WIDTH, MIN_IMAGE_WIDTH, GAP = 300, 128, 10
-MAX_CHARACTERS = 500  # of a text on the sheet
+MAX_CHARACTERS = 500  # characters of a text on the sheet
 FONT = ImageFont.load_default(13)
 
 Shown = tuple[str, list[str | Image.Image]]  # title; texts and images in order
@@ -85,12 +85,12 @@ def _draw_row(
     draw = ImageDraw.Draw(page)
     draw.text((0, 2), title, "black", FONT)
     tone = np.where(images >= 0, images, documents) % 2
-    colours = TONES[held, tone]  # (T, 3)
+    colors = TONES[held, tone]  # (T, 3)
     begins = np.flatnonzero(np.diff(documents, prepend=-2) != 0)
     for number in range(lines):
         here = slice(number * line, (number + 1) * line)
         top = LABEL_HEIGHT + 4 + number * (height + 4)
-        pixels = colours[None, here].repeat(STRIP_HEIGHT, 0).repeat(width, 1)
+        pixels = colors[None, here].repeat(STRIP_HEIGHT, 0).repeat(width, 1)
         page.paste(Image.fromarray(pixels), (0, top + LABEL_HEIGHT))
         free = 0  # where the next number does not overlap the last
         for begin in begins[(begins >= here.start) & (begins < here.stop)]:
@@ -131,7 +131,7 @@ def draw_documents(documents: Sequence[Shown], columns: int = 4) -> Image.Image:
 
 
 def _draw_document(title: str, parts: list[str | Image.Image]) -> Image.Image:
-    pieces = [_draw_text(title, "dimgrey")]
+    pieces = [_draw_text(title, "dimgray")]
     pieces += [_draw_text(p) if isinstance(p, str) else _enlarged(p) for p in parts]
     height = sum(piece.height + 4 for piece in pieces) + 8
     page = Image.new("RGB", (COLUMN_WIDTH, height), "white")
@@ -151,12 +151,12 @@ def _enlarged(image: Image.Image) -> Image.Image:
     return image.resize((width, height), Image.Resampling.NEAREST)
 
 
-def _draw_text(text: str, colour: str = "black") -> Image.Image:
+def _draw_text(text: str, color: str = "black") -> Image.Image:
     more = len(text) - MAX_CHARACTERS
     shown = text[:MAX_CHARACTERS] + (f" ... and {more:,} characters more" if more > 0 else "")
     lines = [row for line in shown.splitlines() for row in textwrap.wrap(line, 42) or [""]]
     page = Image.new("RGB", (COLUMN_WIDTH - 16, 17 * max(1, len(lines))), "white")
-    ImageDraw.Draw(page).multiline_text((0, 0), "\n".join(lines), colour, FONT, spacing=3)
+    ImageDraw.Draw(page).multiline_text((0, 0), "\n".join(lines), color, FONT, spacing=3)
     return page
 
 
@@ -211,7 +211,7 @@ def run_inspect(args: list[str]) -> None:
 def _parser() -> Parser:
     parser = Parser(
         "inspect",
-        "Count a configuration's data and draw it as the model sees it.",
+        "Report statistics of the data and draw examples.",
         EPILOG,
         allow_abbrev=False,
     )

@@ -54,7 +54,7 @@ CALLBACKS = [
     {"class_path": "callbacks.throughput.Throughput"},
     {"class_path": "callbacks.text_perplexity.TextPerplexity"},
 ]
-# Callbacks of every run, each configured under a key of its own.
+# Callbacks of every run, each configured under its own key.
 ALWAYS: dict[str, tuple[type[Callback], dict]] = {
     "progress_bar": (TQDMProgressBar, {}),
     "checkpoint": (
@@ -83,10 +83,10 @@ class ConfigParser(LightningArgumentParser):
     """Parses a run's configuration; a mistake is reported in one line and exits with code 2."""
 
     def get_defaults(self, *args, **kwargs) -> Namespace:
-        """Return the defaults, with the default classes of `model` and `data` named only.
+        """Return the defaults; keep only the class names of `model` and `data`.
 
-        Their arguments get defaults after parsing. jsonargparse would otherwise hand those of the
-        default class on to another class that a configuration names.
+        The arguments of the classes get defaults after parsing. Otherwise jsonargparse would pass
+        the arguments of the default class to another class that a configuration names.
         """
         defaults = super().get_defaults(*args, **kwargs)
         for key in ("model", "data"):
@@ -124,7 +124,7 @@ def explain(message: str) -> str:
 class SaveFitConfig(SaveConfigCallback):
     """Writes config.yaml when training starts.
 
-    A run that is refused before, and an evaluation, leave the file of an earlier run as it is.
+    Refused runs and evaluations do not overwrite an earlier config.yaml.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -166,7 +166,7 @@ class TransfusionCLI(LightningCLI):
         path = self.config[verb].get("ckpt_path")
         if verb != "fit" and not path:
             raise UserError(f"{verb} needs a trained model; add --ckpt_path FILE")
-        refuse_nothing(verb, self.config[verb].trainer)
+        check_limits_positive(verb, self.config[verb].trainer)
         if path and (verb, path) != ("fit", "last"):
             read_checkpoint(path, self.kind(verb))
 
@@ -253,7 +253,7 @@ def class_path(cls: type) -> str:
 
 
 def time_token(linear: Namespace | None) -> bool:
-    """Whether the linear patch encoder of a configuration puts the noise level into a token."""
+    """Whether the linear patch coder of a configuration puts the noise level into a token."""
     if linear is None:
         return False
     arguments = linear.get("init_args", linear)  # jsonargparse wraps an optional dataclass
@@ -269,8 +269,8 @@ def refuse_linked(args: list[str]) -> None:
             raise UserError(f"{arg}: the data takes {name} from the model; give {LINKED[name]}")
 
 
-def refuse_nothing(verb: str, trainer: Mapping) -> None:
-    """Refuse a limit of 0, with which Lightning silently does nothing."""
+def check_limits_positive(verb: str, trainer: Mapping) -> None:
+    """Raise UserError if a limit is 0, with which Lightning silently does nothing."""
     limits = ["max_steps", "max_epochs"] if verb == "fit" else [f"limit_{LOOP[verb]}_batches"]
     for name in limits:
         if trainer[name] == 0:
@@ -299,12 +299,12 @@ def fast_precision(accelerator: str) -> str:
     """
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than some torch 2.x
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch 2.x
     fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bf16-mixed" if fast else "32-true"
 
 
-def quiet() -> None:
+def silence_warnings() -> None:
     """Silence messages of Lightning and torchmetrics that a user cannot act on."""
     noise = ("💡 Tip:", "TPU available")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -326,7 +326,7 @@ def build(args: list[str], run: bool = True, prog: str = "prepare") -> Transfusi
         run: run fit, validate, test or predict; otherwise only build.
         prog: verb shown in the usage when `run` is false.
     """
-    quiet()
+    silence_warnings()
     return TransfusionCLI(
         L.LightningModule,
         L.LightningDataModule,

@@ -40,11 +40,11 @@ def generate_outputs(
 
     Args:
         options: parsed options of the command.
-        sampling: its sampling options.
-        given: names of those that stand on the command line.
+        sampling: sampling options of the command.
+        given: names of the sampling options given on the command line.
     """
     pipe = TransfusionPipeline.from_pretrained(options.checkpoint)
-    refuse_other_kind(given, makes_codes=pipe.process is None)
+    check_option_group(given, makes_codes=pipe.process is None)
     prompts = read_prompts(options.prompts) if options.prompts else [options.parts]
     last_kind = prompts[0][-1][0]
     modality = options.output_modality or ("image" if last_kind == "text" else "text")
@@ -68,8 +68,8 @@ def generate_outputs(
     write_outputs(pipe, repeated, records, plan, options.out, options.batch_size)
 
 
-def refuse_other_kind(given: Iterable[str], makes_codes: bool) -> None:
-    """Refuse options of images of codes for a model of latents, and the other way round."""
+def check_option_group(given: Iterable[str], makes_codes: bool) -> None:
+    """Raise UserError for an option of codes with a model of latents, or the reverse."""
     other = "denoising" if makes_codes else "codes"
     group = {f.name: f.metadata["group"] for f in fields(SamplingConfig)}
     for name in given:

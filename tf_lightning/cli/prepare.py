@@ -23,7 +23,7 @@ Without --data.encoded, the corpora are written to the data's cache_dir, where `
   tf-lightning fit -c CONFIG
 
 With --data.encoded DIR, the ranks of the trainer encode the images on all devices and nodes. Each
-rank writes shards (64 MB of source files) of its own:
+rank writes its own shards (64 MB of source files):
   tf-lightning prepare -c CONFIG --data.encoded DIR --trainer.devices 8 --trainer.num_nodes 4
   tf-lightning fit -c CONFIG --data.encoded DIR
 
