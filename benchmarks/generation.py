@@ -12,7 +12,7 @@ The peer is not a dependency of this project; without it, its columns are left o
 it, make another environment that also contains ours, and run this file with its python:
     python -m venv /tmp/peer
     cd /tmp/peer/lib/python3*/site-packages
-    echo CHECKOUT > ours.pth; echo CHECKOUT/.venv/lib/python3.11/site-packages >> ours.pth
+    ls -d CHECKOUT CHECKOUT/.venv/lib/python3*/site-packages > ours.pth
     /tmp/peer/bin/pip install transfusion-pytorch==0.19.4
 
 The time of our denoising step is the slope between two numbers of network evaluations, so prompt
@@ -62,7 +62,7 @@ QUICKSTART = TransformerConfig(
 
 
 def build_net(config: TransformerConfig = CONFIG, latent_channels: int = 8) -> TransfusionModel:
-    """A network with random weights that never generates <eos> or <boi>."""
+    """Return a network with random weights that never generates <eos> or <boi>."""
     torch.manual_seed(0)
     net = TransfusionModel(config, PATCH_SIZE, latent_channels).requires_grad_(False)
     net.reset_parameters()
@@ -73,14 +73,14 @@ def build_net(config: TransformerConfig = CONFIG, latent_channels: int = 8) -> T
 def generation_model(
     net: TransfusionModel, latent_shape: tuple[int, int, int] = LATENT_SHAPE
 ) -> GenerationModel:
-    """With <boi> and <eoi> at the end of the vocabulary."""
+    """Return a model whose vocabulary ends with <boi> and <eoi>."""
     size = net.transformer.config.vocab_size
     tokenizer = SimpleNamespace(bos_id=1, eos_id=2, boi_id=size - 2, eoi_id=size - 1)
     return GenerationModel(net, tokenizer, PATCH_SIZE, latent_shape)
 
 
 def text(length: int, vocab_size: int = 4096) -> Tensor:
-    """Random ids of ordinary tokens."""
+    """Return random ids of text tokens."""
     return torch.randint(3, vocab_size - 2, (length,))
 
 
@@ -93,13 +93,13 @@ def answer(
 
 
 def image_plan(steps: int, guidance_scale: float = 1.0) -> GenerationPlan:
-    """One image, DDIM."""
+    """Return a plan for one DDIM image."""
     sampling = SamplingConfig(guidance_scale=guidance_scale, num_inference_steps=steps)
     return GenerationPlan("image", sampling, build_scheduler(DDPM()), steps)
 
 
 def text_plan(count: int) -> GenerationPlan:
-    """Greedy text."""
+    """Return a plan for `count` greedy text tokens."""
     return GenerationPlan("text", SamplingConfig(max_new_tokens=count))
 
 

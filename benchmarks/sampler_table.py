@@ -1,4 +1,4 @@
-"""Score samplers, steps and guidance with the oracle of the embedded world; also edits and <boi>.
+"""Score samplers, steps and guidance with the oracle of the shapes world; also edits and <boi>.
 
     python benchmarks/sampler_table.py runs/quickstart/checkpoints/last.ckpt
     python benchmarks/sampler_table.py CKPT --only edits --guidance 1 2 3
@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="checkpoint of a run on the embedded world")
+    parser.add_argument("checkpoint", help="checkpoint of a run on the shapes world")
     parser.add_argument("--only", choices=("samplers", "edits", "boi"), help="print one table only")
     scales = "guidance scales (default: 1 3 5)"
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Train the variants of configs/experiments on the embedded world and put them in one table.
+"""Train the variants of configs/experiments on the shapes world and put them in one table.
 
     python benchmarks/variants.py --steps 600 --out runs/small -- -c configs/small.yaml
 
@@ -93,7 +93,7 @@ def training_totals(folder: Path) -> dict[str, float]:
     positions = config["trainer"]["max_steps"] * data["batch_size"] * data["row_length"]
     tokens = positions * (1 - logged("padding_share")[-1])
     totals = {"training_pflops": statistics.fmean(logged("flops_per_token")) * tokens / 1e15}
-    if "train/images_per_token" in events.Tags()["scalars"]:  # runs of earlier versions lack it
+    if "train/images_per_token" in events.Tags()["scalars"]:
         totals["images_seen"] = statistics.fmean(logged("images_per_token")) * tokens
     return totals
 

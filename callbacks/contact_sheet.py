@@ -9,10 +9,10 @@ TILE_WIDTH = 224  # pixels of an image with its caption
 IMAGE_SIZE = 192  # side of the image within its tile, in pixels
 MARGIN = 8  # pixels between a caption and the tile's edges
 FONT_SIZE, TITLE_SIZE = 20, 24  # pixels
-LINE_HEIGHT = 1.25  # in font sizes
-WORD_SPACE = 0.3  # in font sizes; the font's own space is so narrow that words run together
-RIGHT, WRONG = (0, 130, 60), (200, 0, 0)  # colours of the marks
-MARK_SIZE = 28  # diameter of a mark, in pixels; it is centred on the image's upper right corner
+LINE_HEIGHT = 1.25  # unit: font size
+WORD_SPACE = 0.3  # unit: font size; the font's own space is so narrow that words run together
+RIGHT, WRONG = (0, 130, 60), (200, 0, 0)  # colors of the marks
+MARK_SIZE = 28  # diameter of a mark, in pixels; it is centered on the image's upper right corner
 
 Font = ImageFont.FreeTypeFont
 
@@ -75,11 +75,11 @@ def draw_tile(
     if tile.right is not None:
         disc = mark(tile.right)
         page.paste(disc, (left + IMAGE_SIZE - MARK_SIZE // 2, y - MARK_SIZE // 2), disc)
-    colour = WRONG if tile.right is False else "black"
+    color = WRONG if tile.right is False else "black"
     for number, words in enumerate(lines):
         line_left = x + (TILE_WIDTH - words_width(words, font)) / 2
         top = y + IMAGE_SIZE + MARGIN + round(number * LINE_HEIGHT * FONT_SIZE)
-        draw_words(page, (line_left, top), words, font, colour)
+        draw_words(page, (line_left, top), words, font, color)
 
 
 def mark(right: bool) -> Image.Image:
@@ -117,11 +117,11 @@ def draw_words(
     corner: tuple[float, float],
     words: Sequence[str],
     font: Font,
-    colour: str | tuple[int, int, int],
+    color: str | tuple[int, int, int],
 ) -> None:
     """Draw a line of words from left to right, with its upper left corner at `corner` (x, y)."""
     x, y = corner
     draw = ImageDraw.Draw(page)
     for word in words:
-        draw.text((x, y), word, colour, font)
+        draw.text((x, y), word, color, font)
         x += font.getlength(word) + WORD_SPACE * font.size

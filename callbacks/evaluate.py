@@ -46,8 +46,8 @@ class Evaluate(L.Callback):
     """Samples at every validation and logs `val/<metric>[<label>]`.
 
     Images, captions and texts are shown in TensorBoard. `validate` and `test` also print a table,
-    and write `metrics.json` and, for several guidance scales, the plot `guidance.png` into a folder
-    of their own. `fit` writes `metrics/step<N>-<tag>.json`. A failed evaluation is a warning in
+    and write `metrics.json` and, for several guidance scales, the plot `guidance.png` into a
+    separate folder. `fit` writes `metrics/step<N>-<tag>.json`. A failed evaluation is a warning in
     `fit` and an error otherwise.
 
     Args:
@@ -176,7 +176,7 @@ class Evaluate(L.Callback):
         return records
 
     def add_real(self, trainer: L.Trainer) -> None:
-        """Pass the real images to the metrics that still need them, at the first evaluation."""
+        """Add real images to metrics without real statistics."""
         metrics = [m for m in self.metrics if isinstance(m, ImageQuality) and m.needs_real]
         if not metrics:
             return

@@ -1,4 +1,4 @@
-"""GenEval: its tasks on the embedded world, judged by the oracle, and the folder of its script."""
+"""GenEval: its tasks on the shapes world, judged by the oracle, and the folder of its script."""
 
 from collections import Counter
 from itertools import groupby
@@ -16,11 +16,11 @@ from tf_lightning.shapes.world import Meaning
 
 
 class ShapesComposition(SampleMetric):
-    """Share of generated images that the oracle of the embedded world finds right, by task.
+    """Share of generated images that the oracle of the shapes world finds right, by task.
 
     The values are `composition[<label>]/<task>` for GenEval's tasks, and `overall` for their mean.
     A prompt with one object has the tasks single_object (the shape) and colors. One with two
-    objects has two_object (the shapes), color_attr (each shape with its colour) and position (also
+    objects has two_object (the shapes), color_attr (each shape with its color) and position (also
     the relation).
 
     Args:
@@ -31,7 +31,7 @@ class ShapesComposition(SampleMetric):
 
     def __init__(self, label: str = "shapes"):
         self.name = f"composition[{label}]"
-        self.score = Composition(self.name, judge="the embedded world's oracle")
+        self.score = Composition(self.name, judge="the shapes world's oracle")
 
     def to(self, device: torch.device) -> "ShapesComposition":
         """Move the sums to a device."""
@@ -63,7 +63,7 @@ def verdicts(meaning: Meaning, image: Image.Image) -> dict[str, bool]:
     """Judge an image by each task of a prompt with this meaning."""
     reading = read(np.asarray(image.convert("RGB")))
     shapes = Counter(thing.shape for thing in reading.objects)
-    kinds = Counter((thing.shape, thing.colour) for thing in reading.objects)
+    kinds = Counter((thing.shape, thing.color) for thing in reading.objects)
     expected_shapes = Counter(shape for shape, _ in meaning.objects)
     has_shapes, has_kinds = expected_shapes <= shapes, Counter(meaning.objects) <= kinds
     if len(meaning.objects) == 1:

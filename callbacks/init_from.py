@@ -1,4 +1,4 @@
-"""Fine-tuning: initialise a run with the weights of another run or of a pretrained language model.
+"""Fine-tuning: initialize a run with the weights of another run or of a pretrained language model.
 
 A run that starts from a language model also checks at step 0 that the model's perplexity on text
 is the source model's: the new vocabulary entries must not take probability from the text.
@@ -30,15 +30,15 @@ MAX_CHANGE = 1e-6  # largest relative change of the text perplexity at step 0
 class InitFrom(L.Callback):
     """Loads weights before the first step; the optimizer, the data order and the steps start anew.
 
-    A checkpoint of this project: its EMA weights, if it has any, initialise both the network and
-    its EMA. If this network has separate image weights and the checkpoint has none, the image
-    weights start as copies of the text weights (LMFusion). The data must use the tokenizer of the
-    run that wrote the checkpoint.
+    A checkpoint of this project: its EMA weights, if it has any, initialize both the network and
+    its EMA weights. If this network has separate image weights and the checkpoint has none, the
+    image weights start as copies of the text weights (LMFusion). The data must use the tokenizer of
+    the run that wrote the checkpoint.
 
-    A language model: it initialises the Transformer. The patch coder and the vocabulary rows of
+    A language model: it initializes the Transformer. The patch coder and the vocabulary rows of
     <boi> and <eoi> are new. Give the data `tokenizer: FOLDER`, and pass --model the file that
-    `tf-lightning model-config FOLDER` prints. The callback reports the perplexity on the text of the first
-    batch and compares it with the source model's.
+    `tf-lightning model-config FOLDER` prints. The callback reports the perplexity on the text of
+    the first batch and compares it with the source model's.
 
     A resumed run ignores this callback and continues from its own checkpoint.
 
@@ -90,7 +90,7 @@ class InitFrom(L.Callback):
             return
         if not self.is_language_model:
             self._load(pl_module, self._checkpoint_weights(pl_module))
-            rank_zero_info(f"Initialised from {self.checkpoint}")
+            rank_zero_info(f"Initialized from {self.checkpoint}")
             return
         self.before_training(pl_module, trainer.datamodule)
         source = open_language_model(self.checkpoint)
@@ -109,7 +109,7 @@ class InitFrom(L.Callback):
         return select_weights(checkpoint["state_dict"])[0]
 
     def _load(self, module: Transfusion, weights: dict[str, Tensor]) -> None:
-        """Load `weights` into the network and its EMA; weights that are not loaded stay."""
+        """Load `weights` into the network and its EMA weights; other weights are unchanged."""
         weights = with_modality_weights(weights, module.net.state_dict())
         if self.transformer_only:
             weights = {n: w for n, w in weights.items() if n.startswith("transformer.")}
@@ -164,7 +164,7 @@ def check_text(trainer: L.Trainer, module: Transfusion) -> str:
 
 
 def text_rows(batch: Batch, data: L.LightningDataModule) -> Batch | None:
-    """Pack the text of each document of a batch into a row of its own; None without any text."""
+    """Pack the text of each document of a batch into a separate row; None without any text."""
     documents = unpack(batch, data.tokenizer)
     texts = [[part for part in document if part.ndim == 1] for document in documents]
     rows = [[[torch.cat(parts)]] for parts in texts if parts]

@@ -1,6 +1,6 @@
 """Metrics of samples: each passes generated images or captions to metrics of `evaluation`.
 
-A value is named `<metric>[<label>]`. The label names the protocol, so that a value of the embedded
+A value is named `<metric>[<label>]`. The label names the protocol, so that a value of the shapes
 world's own CLIP is not mistaken for one of Inception or CLIP ViT-L.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchvision.transforms.functional import pil_to_tensor
 
-from callbacks.prompts import OpenImage, PromptSet, square
+from callbacks.prompts import OpenImage, PromptSet, center_crop_resize
 from callbacks.sampling import Kind, SampleBatch
 from evaluation import clip_score
 from evaluation.bleu import BLEU4
@@ -75,7 +75,7 @@ class ImageQuality(SampleMetric):
 
     Args:
         label: name of the protocol in brackets.
-        extractor: network of the features: "shapes" for the CLIP of the embedded world,
+        extractor: network of the features: "shapes" for the CLIP of the shapes world,
             "inception", or an open_clip model.
         weights: file of Inception's weights, or tag or file of the open_clip model's; None: the
             default weights.
@@ -148,7 +148,7 @@ class ImageQuality(SampleMetric):
     def _tensor(self, images: Sequence[Image.Image]) -> Tensor:
         """Convert images to uint8 (n, 3, H, W)."""
         if self.image_size:
-            images = [square(image, self.image_size) for image in images]
+            images = [center_crop_resize(image, self.image_size) for image in images]
         return torch.stack([pil_to_tensor(image) for image in images]).to(self.device)
 
     def compute(self) -> dict[str, float]:
@@ -205,7 +205,7 @@ class CLIPScore(SampleMetric):
 
     Args:
         label: name of the protocol in brackets.
-        model: "shapes" for the CLIP of the embedded world, or an open_clip model.
+        model: "shapes" for the CLIP of the shapes world, or an open_clip model.
         pretrained: tag or file of the weights.
         prefix: text put before every prompt.
         scale: factor of the cosine.

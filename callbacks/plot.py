@@ -8,7 +8,7 @@ PANEL = (360, 260)  # width, height
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 36, 40  # margins of the axes in a panel
 COLUMNS = 3
 LABEL = 50  # width of a number below a panel
-COLOURS = ("steelblue", "darkorange", "seagreen", "crimson")
+COLORS = ("steelblue", "darkorange", "seagreen", "crimson")
 
 Line = Sequence[tuple[float, float]]
 
@@ -45,15 +45,15 @@ def draw_panel(
     y_pixels = scale(ys, top + height - BOTTOM, top + TOP)
     draw.text((left + width / 2, top + 8), title, "black", anchor="ma")
     box = (left + LEFT - 8, top + TOP - 8, left + width - RIGHT + 8, top + height - BOTTOM + 8)
-    draw.rectangle(box, outline="grey")
+    draw.rectangle(box, outline="gray")
     draw.text((left + width / 2, top + height - 18), x_label, "black", anchor="ma")
     pixels, start = list(zip(x_pixels, y_pixels, strict=True)), 0
-    for number, ((name, line), colour) in enumerate(zip(lines.items(), COLOURS, strict=False)):
+    for number, ((name, line), color) in enumerate(zip(lines.items(), COLORS, strict=False)):
         line_pixels, start = pixels[start : start + len(line)], start + len(line)
-        draw.line(line_pixels, colour, 2)
+        draw.line(line_pixels, color, 2)
         for x, y in line_pixels:
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        draw.text((left + width - RIGHT, top + TOP + 12 * number), name, colour, anchor="ra")
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), color)
+        draw.text((left + width - RIGHT, top + TOP + 12 * number), name, color, anchor="ra")
     free = left + width  # right end of the room for the next number
     # From right to left, so that the last number always has room.
     for value, x in sorted(zip(xs, x_pixels, strict=True), reverse=True):

@@ -69,7 +69,7 @@ class PromptSet(ABC):
 
 
 class ShapesPrompts(PromptSet):
-    """Captions of the embedded world; scenes with two objects have held-out meanings only.
+    """Captions of the shapes world; scenes with two objects have held-out meanings only.
 
     Args:
         count: number of prompts.
@@ -169,8 +169,8 @@ def caption_pairs(source: Source, split: Split) -> Iterator[tuple[str, Image.Ima
             yield text, as_image(image)
 
 
-def square(image: Image.Image, side: int) -> Image.Image:
-    """Centre crop an image along its longer edge and resize it to side x side with Lanczos."""
+def center_crop_resize(image: Image.Image, side: int) -> Image.Image:
+    """Center crop an image along its longer edge and resize it to side x side with Lanczos."""
     if image.size == (side, side):
         return image
     short = min(image.size)

@@ -10,9 +10,13 @@ from typing import Literal
 import lightning as L
 from PIL import Image
 
-from callbacks.prompts import OpenImage, Prompt, PromptSet, square
+from callbacks.prompts import OpenImage, Prompt, PromptSet, center_crop_resize
 from evaluation.composition import read_prompts
+from tf_lightning.data.readers.folders import CLASS_PROMPT
 from tf_lightning.errors import UserError
+
+# `callbacks.sampling.sample` crops and resizes images to caption.
+RESIZED_BY_SAMPLE = "center crop, lanczos to the model's image size"
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -28,7 +32,7 @@ class CocoPrompts(PromptSet):
         count: number of captions.
         real: "all" images of the folder (40,504; as in GigaGAN's script), or "matched": the images
             of the drawn captions (as in DALL-E and Imagen).
-        image_size: real and generated images are centre cropped and resized to it with Lanczos.
+        image_size: real and generated images are center cropped and resized to it with Lanczos.
         seed: seed of the choice of captions.
     """
 
@@ -96,7 +100,7 @@ class KarpathyPrompts(PromptSet):
     ):
         self.annotations, self.images = Path(annotations), Path(images)
         self.split, self.count = split, count
-        self.facts = {"dataset": f"coco karpathy {split}", "resize": "as the model reads"}
+        self.facts = {"dataset": f"coco karpathy {split}", "resize": RESIZED_BY_SAMPLE}
 
     def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
         """Return the images of the split with their captions; the first caption is the text."""
@@ -126,7 +130,7 @@ class ImageNetPrompts(PromptSet):
         images: folder of real images, with a folder for each class.
         per_class: generated images of each class; 50 of 1000 classes make the usual 50,000.
         template: prompt, in which {} is replaced by the first name of the class.
-        image_size: real and generated images are centre cropped and resized to it with Lanczos.
+        image_size: real and generated images are center cropped and resized to it with Lanczos.
     """
 
     def __init__(
@@ -134,7 +138,7 @@ class ImageNetPrompts(PromptSet):
         synsets: str,
         images: str,
         per_class: int = 50,
-        template: str = "Please generate an image of {}",
+        template: str = CLASS_PROMPT,
         image_size: int = 256,
     ):
         self.synsets, self.images = Path(synsets), Path(images)
@@ -188,7 +192,7 @@ class GenEvalPrompts(PromptSet):
 
 
 def open_image(path: Path, image_size: int | None) -> Image.Image:
-    """Open an RGB image; centre crop and resize it with Lanczos if `image_size` is given.
+    """Open an RGB image; center crop and resize it with Lanczos if `image_size` is given.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -198,7 +202,7 @@ def open_image(path: Path, image_size: int | None) -> Image.Image:
             image = file.convert("RGB")
     except OSError as error:
         raise UserError(f"{path} cannot be read as an image; complete the local copy") from error
-    return image if image_size is None else square(image, image_size)
+    return image if image_size is None else center_crop_resize(image, image_size)
 
 
 def image_files(folder: Path) -> Sequence[Path]:

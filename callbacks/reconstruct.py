@@ -33,7 +33,7 @@ class Reconstruct(L.Callback):
     write `metrics.json`; `fit` writes `metrics/step<N>-val.json`.
 
     Args:
-        extractor: network of the rFID: "shapes" for the CLIP of the embedded world, "inception", or
+        extractor: network of the rFID: "shapes" for the CLIP of the shapes world, "inception", or
             an open_clip model; null: no rFID.
         weights: file of Inception's weights, or tag or file of the open_clip model's; null: the
             default weights.

@@ -21,7 +21,7 @@ BATCH_SIZE = 32  # prompts sampled together
 
 
 class RetrievalAccuracy(L.Callback):
-    """Generates images from captions of training images and searches their nearest real images.
+    """Generates images from captions of training images and finds the nearest real image of each.
 
     The accuracy is the share of generated images whose nearest image is the one that the caption
     belongs to. The search covers all N images of the source, validation images included, by squared
@@ -79,7 +79,10 @@ class RetrievalAccuracy(L.Callback):
         nearest = nearest_images(*pixels)
         right = [found == index for found, index in zip(nearest.tolist(), indices, strict=True)]
         tiles = [Tile(*tile) for tile in zip(generated, captions, right, strict=True)]
-        title = f"{sum(right)} of {count} images are nearest to their own of {len(images)} images"
+        title = (
+            f"For {sum(right)} of {count} captions, the nearest of {len(images)} real images is "
+            "the right one"
+        )
         with atomic_file(folder / "retrieval.png") as file:
             contact_sheet([(title, tiles)]).save(file, format="PNG")
         report = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from callbacks.prompts import Prompt, square
+from callbacks.prompts import Prompt, center_crop_resize
 from tf_lightning.diffusion.sampler import resolve_sampler
 from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
@@ -27,7 +27,7 @@ class SampleBatch:
     """Prompts with the images generated from them, or with the captions of their images."""
 
     prompts: Sequence[Prompt]
-    indices: range  # of the prompts in the whole set
+    indices: range  # indices of the prompts in the whole set
     images: Sequence[Image.Image]  # generated images, or the prompts' own images
     captions: Sequence[str] | None = None  # captions generated for `images`
 
@@ -124,7 +124,7 @@ def sample(
                 output = pipe(texts, output_modality="image", sampling=sampling, **how)
             yield SampleBatch(batch, indices, output.images)
         else:
-            images = [square(prompt.image(), pipe.image_size) for prompt in batch]
+            images = [center_crop_resize(prompt.image(), pipe.image_size) for prompt in batch]
             with precision():
                 output = pipe(images, output_modality="text", sampling=sampling, **how)
             yield SampleBatch(batch, indices, images, output.texts)

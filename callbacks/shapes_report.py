@@ -1,4 +1,4 @@
-"""The final report on the embedded world: images, captions and text judged by its oracle.
+"""The final report on the shapes world: images, captions and text judged by its oracle.
 
 Prompts and images with two objects have held-out meanings, which no training image shows.
 """
@@ -64,7 +64,7 @@ def questions(count: int, num_objects: int | None, seed: int) -> list[Question]:
 
 
 class ShapesReport(L.Callback):
-    """Judges the model on the embedded world at the end of `fit`, and in `validate` and `test`.
+    """Judges the model on the shapes world at the end of `fit`, and in `validate` and `test`.
 
     It writes into the run's folder: the generated images `samples/NNNN.png` with
     `samples/samples.jsonl` (file, prompt, reading of the oracle, right or wrong), `report.json`,
@@ -73,8 +73,7 @@ class ShapesReport(L.Callback):
     Args:
         num_prompts: number of prompts with one object, of prompts with two objects, of images to
             caption, and of texts.
-        sampling: how images are sampled; without a sampler DDPM, the best for the small model, or
-            Euler for a rectified flow.
+        sampling: how images are sampled; without a sampler DDPM, or Euler for a rectified flow.
         seed: seed of the prompts and of the samples.
     """
 

@@ -14,16 +14,16 @@ DEFINITION = {
     "perplexity": "exp(sum nll / sum tokens)",
     "bits_per_byte": "sum nll / ln 2 / UTF-8 bytes of the text",
 }
-COUNTED = "text, <boi> and <eos>; no document starts, patches or padding"
+COUNTED = "text, <boi>, <eos>; excluded: first token, patches, padding"
 
 
 class TextPerplexity(L.Callback):
     """Logs `val/<source>/perplexity` and `val/<source>/bits_per_byte` at every validation.
 
-    The EMA weights are evaluated if the model keeps them. All text targets count except the first
-    of a document, which has no context: words, the <boi> before an image, and <eos>. The bytes are
-    those of the UTF-8 text that the targets decode to. <boi> and <eos> have no bytes, but their nll
-    counts. A source without text has no values.
+    The EMA weights are evaluated if the model keeps them. Counts all text targets: words, <boi>,
+    <eos>. The first target of a document is excluded. Bytes are counted in the UTF-8 text that the
+    targets decode to. <boi> and <eos> have no bytes, but their nll counts. A source without text
+    has no values.
     """
 
     def __init__(self):

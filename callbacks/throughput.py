@@ -14,15 +14,15 @@ from tf_lightning.training.flops import Workload, flops_6nd, squared_lengths, tr
 class Throughput(L.Callback):
     """Logs speed, FLOPs, padding and mixture of the training, and the time of its validations.
 
-    Of the steps since the last log, over all ranks and without the time of validations:
+    Measured since the last log, over all ranks, excluding validation:
 
     - `train/tokens_per_sec`
     - `train/flops_per_token`: forward and backward, as `tf_lightning.training.flops` counts them
     - `train/images_per_token`: an image of codes takes more tokens than one of patches
     - `train/tflops_per_sec`
-    - `train/mfu`: model FLOPs utilisation, the share of the devices' peak
+    - `train/mfu`: model FLOPs utilization, the share of the devices' peak
 
-    Of all steps since the start of this process:
+    Measured since the start of this process:
 
     - `train/padding_share`: share of positions that are padding
     - `train/mixture/<source>`: share of tokens from a source

@@ -3,7 +3,7 @@
 A prompt is a dict in GenEval's own format: `tag` (the task), `prompt`, `include` and optionally
 `exclude`, which are lists of {`class`, `count`, optionally `color`, optionally `position`:
 [relation, index into `include`]}. An image is right if it shows at least `count` objects of every
-class to include, with the given colour and position, and fewer than `count` of every class to
+class to include, with the given color and position, and fewer than `count` of every class to
 exclude. The caller judges the images.
 """
 

@@ -95,7 +95,7 @@ def inception(weights: str | None = None) -> Extractor:
 
 
 def open_clip_features(model: str, pretrained: str | None = None) -> Extractor:
-    """Load the image tower of an open_clip model: its embedding without normalisation, no logits.
+    """Load the image tower of an open_clip model: its embedding without normalization, no logits.
 
     Args:
         model: a model name known to open_clip, or "local-dir:FOLDER".

@@ -238,5 +238,5 @@ def test_the_average_is_selected_unless_raw_weights_are_asked_for():
     assert select_weights(both) == ({"a": averaged}, "ema")
     assert select_weights(both, "raw") == ({"a": raw}, "raw")
     assert select_weights({"net.a": raw}) == ({"a": raw}, "raw")
-    with pytest.raises(UserError, match="no averaged weights; give --weights raw"):
+    with pytest.raises(UserError, match="no EMA weights; give --weights raw"):
         select_weights({"net.a": raw}, "ema")

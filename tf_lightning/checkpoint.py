@@ -139,20 +139,20 @@ def select_weights(
     """Select the network's weights from the state dict of a `Transfusion`.
 
     Args:
-        state_dict: holds the trained network under "net." and, if there is one, its moving average
-            under "ema.".
-        weights: "ema" or "raw"; None: the average if there is one.
+        state_dict: holds the trained network under "net." and its EMA weights, if any, under
+            "ema.".
+        weights: "ema" or "raw"; None: the EMA weights, if any.
 
     Returns:
-        The weights under the network's own names, and which they are, "ema" or "raw".
+        The weights with the names of the network, and their kind, "ema" or "raw".
 
     Raises:
-        UserError: the average is asked for and there is none.
+        UserError: `weights` is "ema" and there are no EMA weights.
     """
     has_ema = any(name.startswith("ema.") for name in state_dict)
     weights = weights or ("ema" if has_ema else "raw")
     if weights == "ema" and not has_ema:
-        raise UserError("the checkpoint has no averaged weights; give --weights raw")
+        raise UserError("the checkpoint has no EMA weights; give --weights raw")
     prefix = "ema." if weights == "ema" else "net."
     selected = {n.removeprefix(prefix): w for n, w in state_dict.items() if n.startswith(prefix)}
     return selected, weights

@@ -1,4 +1,4 @@
-"""Contact sheets are legible: large text, separate words, marks that do not rely on colour."""
+"""Contact sheets are legible: large text, separate words, marks that do not rely on color."""
 
 import numpy as np
 from PIL import Image, ImageFont
@@ -26,8 +26,8 @@ def tiles(count: int, right: bool | None = None, caption: str = "a blue image") 
     return [Tile(Image.new("RGB", (64, 64), "blue"), caption, right)] * count
 
 
-def share_of(image: Image.Image, colour: tuple[int, int, int]) -> float:
-    return (np.asarray(image.convert("RGB")) == colour).all(-1).mean()
+def share_of(image: Image.Image, color: tuple[int, int, int]) -> float:
+    return (np.asarray(image.convert("RGB")) == color).all(-1).mean()
 
 
 def caption_ink(caption: str) -> np.ndarray:

@@ -254,7 +254,7 @@ def logged(batch: SampleBatch) -> Writer:
 
 
 def red_ink(image) -> int:
-    """Count the pixels of the colour of wrong captions and marks."""
+    """Count the pixels of the color of wrong captions and marks."""
     return int((image.numpy() == np.array(WRONG)[:, None, None]).all(0).sum())
 
 

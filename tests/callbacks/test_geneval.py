@@ -18,11 +18,11 @@ def scene(first: str, second: str, swapped: bool = False) -> Scene:
     things = [
         (*reversed(words.split()), x) for words, x in zip((first, second), places, strict=True)
     ]
-    return Scene(tuple(Object(shape, colour, x, 32.0, 10.0) for shape, colour, x in things))
+    return Scene(tuple(Object(shape, color, x, 32.0, 10.0) for shape, color, x in things))
 
 
 ASKED = scene("red circle", "blue square").meaning
-CASES = {  # the image: whether the shapes, their colours, and also the relation are right
+CASES = {  # the image: whether the shapes, their colors, and also the relation are right
     ("red circle", "blue square", False): (True, True, True),
     ("red circle", "blue square", True): (True, True, False),
     ("blue circle", "red square", False): (True, False, False),
@@ -31,19 +31,19 @@ CASES = {  # the image: whether the shapes, their colours, and also the relation
 
 
 @pytest.mark.parametrize("shown", CASES)
-def test_two_objects_are_judged_by_shape_colour_and_position(shown):
+def test_two_objects_are_judged_by_shape_color_and_position(shown):
     found = verdicts(ASKED, scene_image(scene(*shown)))
     assert (found["two_object"], found["color_attr"], found["position"]) == CASES[shown]
 
 
 @pytest.mark.parametrize(
-    ("colour", "shape", "right"),
+    ("color", "shape", "right"),
     [("red", "circle", (True, True)), ("blue", "circle", (True, False)),
      ("red", "square", (False, False))],
 )  # fmt: skip
-def test_one_object_is_judged_by_shape_and_colour(colour, shape, right):
+def test_one_object_is_judged_by_shape_and_color(color, shape, right):
     asked = Scene((Object("circle", "red", 30.0, 30.0, 10.0),)).meaning
-    found = verdicts(asked, scene_image(Scene((Object(shape, colour, 20.0, 30.0, 10.0),))))
+    found = verdicts(asked, scene_image(Scene((Object(shape, color, 20.0, 30.0, 10.0),))))
     assert (found["single_object"], found["colors"]) == right
 
 
@@ -61,7 +61,7 @@ def test_real_images_score_one_and_blank_images_zero():
 def test_the_folder_has_the_metadata_and_images_of_each_prompt(tmp_path):
     metadata = {"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}
     asked = [Prompt("a dog", about=(n, 2), metadata=metadata) for n in (0, 0, 1, 1)]
-    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue", "white")]
+    images = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue", "white")]
     GenEvalFolder(str(tmp_path)).update(SampleBatch(asked, range(4), images))
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     each = ("metadata.jsonl", "samples/0000.png", "samples/0001.png")

@@ -1,4 +1,4 @@
-"""Metrics of the embedded world rank images and captions by their quality."""
+"""Metrics of the shapes world rank images and captions by their quality."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def sampled(prompts, images) -> SampleBatch:
 
 
 def tiny_model(folder) -> tuple[Transfusion, list[Document]]:
-    """An untrained model, and captioned images of the embedded world to train it."""
+    """An untrained model, and captioned images of the shapes world to train it."""
     pairs = []
     for index in range(256):
         rng = generator(7, index, "train")
@@ -128,7 +128,7 @@ def test_scores_rank_real_images_reconstructions_a_half_trained_model_and_noise(
     values = [scores[kind][name] for kind in ("real", "reconstructed", "half-trained", "noise")]
     if not name.startswith(
         "clip"
-    ):  # the CLIP score does not distinguish patches of colour from noise
+    ):  # the CLIP score does not distinguish patches of color from noise
         values.insert(3, early)
     if (
         name == "kid[shapes]"
@@ -152,7 +152,7 @@ def test_an_image_scores_higher_with_its_own_caption_than_with_another(prompts, 
     assert ((matched > others) | ~differ).float().mean() > 0.99
 
 
-def test_an_exchanged_relation_or_colour_lowers_the_score(prompts):
+def test_an_exchanged_relation_or_color_lowers_the_score(prompts):
     images = torch.stack([pil_to_tensor(p.image()) for p in prompts.prompts()])
     fit = CLIPScore()
     fit.open(prompts)

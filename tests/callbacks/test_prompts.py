@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from callbacks.prompts import HeldOut, ShapesPrompts, square
+from callbacks.prompts import HeldOut, ShapesPrompts, center_crop_resize
 from tf_lightning.data.documents import Skipped
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.grammar import captions, parse
@@ -72,9 +72,11 @@ def test_a_count_of_zero_is_refused():
         ShapesPrompts(0)
 
 
-def test_a_square_crop_has_only_pixels_of_the_centre():
+def test_a_square_crop_has_only_pixels_of_the_center():
     wide = Image.new("RGB", (32, 16), "red")
     wide.paste("blue", (8, 0, 24, 16))
-    assert square(wide, 8).getcolors() == [(64, (0, 0, 255))]
-    assert square(wide.transpose(Image.Transpose.ROTATE_90), 8).getcolors() == [(64, (0, 0, 255))]
-    assert square(wide.crop((8, 0, 24, 16)), 16) == wide.crop((8, 0, 24, 16))
+    assert center_crop_resize(wide, 8).getcolors() == [(64, (0, 0, 255))]
+    assert center_crop_resize(wide.transpose(Image.Transpose.ROTATE_90), 8).getcolors() == [
+        (64, (0, 0, 255))
+    ]
+    assert center_crop_resize(wide.crop((8, 0, 24, 16)), 16) == wide.crop((8, 0, 24, 16))

@@ -74,7 +74,7 @@ def test_geneval_has_553_prompts_four_times_each(data_dir):
     assert asked[0].metadata["tag"] == "single_object"
 
 
-def test_images_are_centre_cropped(tmp_path):
+def test_images_are_center_cropped(tmp_path):
     wide = Image.new("RGB", (64, 32), "red")
     wide.paste("blue", (16, 0, 48, 32))
     wide.save(tmp_path / "wide.png")

@@ -159,8 +159,8 @@ def test_chameleon_keeps_the_trunk_of_every_size(size, parsed):
     twin = parsed(*command, "--model", files[1])["model"]["init_args"]
     differing = {key for key, value in flat(own).items() if flat(twin)[key] != value}
     norms = {"transformer.norm_order", "transformer.qk_norm"}
-    stabilising = norms | {"z_loss_weight", "lr", "min_lr_ratio"}
-    assert differing == stabilising | {"patch_size"} and twin["transformer"]["qk_norm"] == "layer"
+    stabilizing = norms | {"z_loss_weight", "lr", "min_lr_ratio"}
+    assert differing == stabilizing | {"patch_size"} and twin["transformer"]["qk_norm"] == "layer"
     assert twin["lr"] * twin["min_lr_ratio"] == pytest.approx(1.5e-5) == 3e-4 * 0.05
     vq = load(CONFIGS / "autoencoder" / "vq.yaml")
     assert twin["num_codes"] == vq["model"]["init_args"]["network"]["num_codes"]
@@ -201,7 +201,7 @@ def test_an_experiment_changes_what_it_says_and_makes_a_network(name, parsed):
         assert callback["init_args"].items() >= given["init_args"].items()
 
     model = config["model"]["init_args"]
-    assert 8 % model["patch_size"] == 0  # latents of the embedded world have 8 x 8
+    assert 8 % model["patch_size"] == 0  # latents of the shapes world have 8 x 8
     for callback in config["trainer"]["callbacks"]:
         sampling = (callback.get("init_args") or {}).get("sampling") or {}
         resolve_sampler(build_process(model["prediction_type"]), sampling.get("sampler"))

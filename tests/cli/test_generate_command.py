@@ -174,7 +174,7 @@ def test_a_prompt_is_required(checkpoint, fails):
         (["--output-modality", "text", "--top-k", "0"], 1, "top_k=0 must be at least 1"),
         (["--output-modality", "text", "--top-p", "0"], 1, "top_p=0.0 must be more than 0"),
         (["--output-modality", "any", "--max-images", "0"], 1, "max_images=0 must be at least 1"),
-        (["--colour", "red"], 2, "--colour"),
+        (["--color", "red"], 2, "--color"),
         (["--code-top-k", "9"], 1, "--code-top-k does not apply: this model's images are denoised"),
     ],
 )

@@ -48,7 +48,7 @@ def test_the_kind_of_each_position_is_the_one_that_was_packed():
 
 
 @pytest.mark.parametrize("row_length", [16, 1500])
-def test_a_drawn_row_shows_each_position_in_the_colour_of_its_kind(row_length):
+def test_a_drawn_row_shows_each_position_in_the_color_of_its_kind(row_length):
     batch = packed([[[WORDS, LATENTS]] * 2], row_length=row_length)
     drawn = np.asarray(draw_rows(batch, Specials, ["a row"]))
     (held,) = kinds(batch, Specials)

@@ -25,9 +25,9 @@ def my_pictures(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     with (folder / "metadata.jsonl").open("w") as lines:
         for number in range(60):
-            colour = ("red", "green", "blue")[number % 3]
-            Image.new("RGB", (80, 70), colour).save(folder / f"{number}.png")
-            lines.write(json.dumps({"file_name": f"{number}.png", "text": f"all {colour}"}) + "\n")
+            color = ("red", "green", "blue")[number % 3]
+            Image.new("RGB", (80, 70), color).save(folder / f"{number}.png")
+            lines.write(json.dumps({"file_name": f"{number}.png", "text": f"all {color}"}) + "\n")
     return folder
 
 

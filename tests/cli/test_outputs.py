@@ -7,7 +7,7 @@ from PIL import Image
 
 from tf_lightning.cli.outputs import digest, is_written, write_output, write_sheet
 
-RED, BLUE = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+RED, BLUE = (Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
 RECORD = {"prompt": [("text", "a <red> circle")], "seed": 7, "interval": (0.0, 1.0)}
 
 
@@ -16,8 +16,8 @@ def test_an_output_is_its_images_and_a_json_of_its_parts(tmp_path):
     record = json.loads((tmp_path / "0007.json").read_text())
     parts = [["text", "see"], ["image", "0007.png"], ["text", "and"], ["image", "0007-1.png"]]
     assert record["parts"] == parts and record["seed"] == 7
-    colours = [Image.open(tmp_path / parts[n][1]).getpixel((0, 0)) for n in (1, 3)]
-    assert colours == [(255, 0, 0), (0, 0, 255)]
+    colors = [Image.open(tmp_path / parts[n][1]).getpixel((0, 0)) for n in (1, 3)]
+    assert colors == [(255, 0, 0), (0, 0, 255)]
     assert len(list(tmp_path.iterdir())) == 3
 
 

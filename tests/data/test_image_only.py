@@ -24,23 +24,23 @@ from tf_lightning.data.image_only import (
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesEdits, ShapesTexts
 
-COLOURS = [(i, 255 - i, 7) for i in range(40)]
+COLORS = [(i, 255 - i, 7) for i in range(40)]
 UNCHANGED = Augment(hflip=False)
 
 
 @pytest.fixture
 def tar(tmp_path) -> Path:
     files = {}
-    for number, colour in enumerate(COLOURS):
-        files |= {f"{number:03d}.png": encoded_image(colour), f"{number:03d}.txt": b"a colour"}
-    return write_tar(tmp_path / "colours.tar", files)
+    for number, color in enumerate(COLORS):
+        files |= {f"{number:03d}.png": encoded_image(color), f"{number:03d}.txt": b"a color"}
+    return write_tar(tmp_path / "colors.tar", files)
 
 
 def source(tar, **arguments) -> CaptionTars:
     return CaptionTars(str(tar), **{"val_fraction": 0.3, "image_size": 16} | arguments)
 
 
-def colours(batches) -> list[tuple[int, ...]]:
+def colors(batches) -> list[tuple[int, ...]]:
     images = torch.cat([batch.images for batch in batches])
     return [tuple(c) for c in ((images[:, :, 8, 8] + 1) * 127.5).round().int().tolist()]
 
@@ -68,7 +68,7 @@ def test_store_is_made_once_and_again_when_its_files_change(tmp_path, tar):
     assert store_images(source(tar), "train", tmp_path / "cache").path == first.path
     with tarfile.open(tar, "a"):
         pass
-    write_tar(tmp_path / "colours.tar", {"0.png": encoded_image((1, 2, 3)), "0.txt": b"other"})
+    write_tar(tmp_path / "colors.tar", {"0.png": encoded_image((1, 2, 3)), "0.txt": b"other"})
     other = store_images(source(tar, val_fraction=0), "train", tmp_path / "cache")
     assert other.path != first.path and len(other) == 1
 
@@ -139,7 +139,7 @@ def test_each_epoch_shows_each_image_once_in_another_order(tmp_path, tar):
     ]
     first, second = seen[:count], seen[count : 2 * count]
     assert sorted(first) == sorted(second) and first != second
-    assert len(set(first)) == count and set(first) <= set(COLOURS)
+    assert len(set(first)) == count and set(first) <= set(COLORS)
 
 
 def test_augmentation_depends_on_the_row_alone(tmp_path, tar):
@@ -172,12 +172,12 @@ def test_the_data_module_resumes_where_a_run_was(tmp_path, tar):
 
     assert data().image_size == (16, 16)
     batches = iter(data().train_dataloader())
-    seen = colours([next(batches) for _ in range(5)])
+    seen = colors([next(batches) for _ in range(5)])
     later = data()
     later.load_state_dict({"next_row": 12, "global_step": 3})
     assert later.state_dict() == {"next_row": 12, "global_step": 3}
     batches = iter(later.train_dataloader())
-    assert colours([next(batches) for _ in range(2)]) == seen[12:]
+    assert colors([next(batches) for _ in range(2)]) == seen[12:]
 
 
 def test_nothing_to_validate_on_is_one_sentence(tmp_path, tar):

@@ -41,10 +41,8 @@ def test_the_overall_score_is_the_mean_over_tasks_and_not_over_images():
 
 
 def test_an_unknown_task_and_a_score_without_images_are_refused():
-    with pytest.raises(
-        ValueError, match="unknown task 'colour'; GenEval's tasks are single_object"
-    ):
-        Composition().update("colour", True)
+    with pytest.raises(ValueError, match="unknown task 'color'; GenEval's tasks are single_object"):
+        Composition().update("color", True)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="^geneval was given no image"):
         Composition().compute()
 
@@ -60,7 +58,7 @@ def test_the_published_prompts_are_read_unchanged(data_dir):
 
 BROKEN = {
     "no JSON": "{",
-    "another tag": json.dumps(PROMPT | {"tag": "colour"}),
+    "another tag": json.dumps(PROMPT | {"tag": "color"}),
     "no prompt": json.dumps({key: PROMPT[key] for key in ("tag", "include")}),
     "a prompt that is not text": json.dumps(PROMPT | {"prompt": 3}),
     "an object without count": json.dumps(PROMPT | {"include": [{"class": "dog"}]}),

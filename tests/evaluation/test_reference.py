@@ -32,8 +32,8 @@ def test_a_file_with_another_fact_is_refused_in_one_sentence(path, fact):
 
 
 def test_a_file_without_an_expected_fact_is_refused(path):
-    with pytest.raises(ValueError, match="was made with crop None, not centre"):
-        Reference(path, FACTS | {"crop": "centre"})
+    with pytest.raises(ValueError, match="was made with crop None, not center"):
+        Reference(path, FACTS | {"crop": "center"})
 
 
 def test_a_damaged_file_is_refused_in_one_sentence(path):

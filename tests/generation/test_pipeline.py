@@ -86,7 +86,7 @@ def arrays(images: list[Image.Image]) -> np.ndarray:
 
 def test_a_loaded_checkpoint_generates_what_the_module_in_training_does(live, loaded):
     assert (draw(live, PROMPTS, [0, 1, 2]) == draw(loaded, PROMPTS, [0, 1, 2])).all()
-    pictures = [[Image.new("RGB", (64, 64), colour)] for colour in ("red", "white")]
+    pictures = [[Image.new("RGB", (64, 64), color)] for color in ("red", "white")]
     assert write(live, pictures) == write(loaded, pictures)
 
 

@@ -175,7 +175,7 @@ def test_other_files_are_not_replaced_and_a_failed_export_changes_nothing(
 def test_missing_ema_weights_and_a_damaged_folder_are_refused(with_qk_norm, tmp_path):
     raw = {n: w for n, w in with_qk_norm["state_dict"].items() if n.startswith("net.")}
     checkpoint = with_qk_norm | {"state_dict": raw}
-    with pytest.raises(UserError, match="has no averaged weights; give --weights raw"):
+    with pytest.raises(UserError, match="has no EMA weights; give --weights raw"):
         export(checkpoint, tmp_path / "out", "ema", {"net"})
     assert export(checkpoint, tmp_path / "out", None, {"net"}) == "raw"
     (tmp_path / "out" / "net.safetensors").write_bytes(b"x")

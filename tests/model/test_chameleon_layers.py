@@ -48,7 +48,7 @@ def theirs(layer: nn.Module, x: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
-def randomised(layer: nn.Module) -> nn.Module:
+def randomized(layer: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
@@ -64,7 +64,7 @@ def test_post_norm_and_layer_qk_norm_equal_chameleon_34b():
         rms_norm_eps=1e-5, swin_norm=True, attn_implementation="eager",
     )  # fmt: skip
     layer = ChameleonSwinDecoderLayer(config, 0)
-    layer, x = randomised(layer), torch.randn(1, LENGTH, DIM)
+    layer, x = randomized(layer), torch.randn(1, LENGTH, DIM)
     weights = layer.state_dict()
     for name in ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"):
         of_heads = weights[f"self_attn.{name}"]  # (H, K), repeated for each shard
@@ -84,7 +84,7 @@ def test_rms_qk_norm_equals_qwen3():
         hidden_size=DIM, num_attention_heads=HEADS, num_key_value_heads=2, intermediate_size=48,
         head_dim=DIM // HEADS, rms_norm_eps=1e-5, attn_implementation="eager",
     )  # fmt: skip
-    layer, x = randomised(Qwen3DecoderLayer(config, 0)), torch.randn(1, LENGTH, DIM)
+    layer, x = randomized(Qwen3DecoderLayer(config, 0)), torch.randn(1, LENGTH, DIM)
     block = ours(layer.state_dict(), qk_norm=True)
     torch.testing.assert_close(run(block, x), theirs(layer, x), atol=1e-5, rtol=1e-5)
 

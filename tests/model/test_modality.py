@@ -148,7 +148,7 @@ def test_rows_of_only_padding_or_only_text_run():
 
 
 @KINDS
-def test_every_weight_is_initialised(kind):
+def test_every_weight_is_initialized(kind):
     net = tiny_net(modality_weights=kind, qk_norm=True)
     for parameter in net.parameters():
         parameter.fill_(float("nan"))

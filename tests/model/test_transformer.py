@@ -59,7 +59,7 @@ def test_rotation_is_computed_in_fp32_and_keeps_the_dtype():
 
 
 @pytest.mark.parametrize("qk_norm", [True, "layer"])
-def test_every_weight_is_initialised(qk_norm):
+def test_every_weight_is_initialized(qk_norm):
     net = tiny_net(qk_norm=qk_norm)
     for parameter in net.parameters():
         parameter.fill_(float("nan"))

@@ -12,7 +12,7 @@ from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.shapes.oracle import Reading, carried_out, read
 from tf_lightning.shapes.world import (
     BACKGROUND,
-    COLOURS,
+    COLORS,
     SHAPES,
     Meaning,
     Object,
@@ -25,8 +25,8 @@ BLANK = np.full((64, 64, 3), BACKGROUND, np.uint8)
 RED_ABOVE_BLUE = Scene((Object("circle", "red", 30, 14, 10), Object("square", "blue", 34, 46, 9)))
 
 
-def paint(image: np.ndarray, covered: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    blended = image + covered[..., None] * (np.float32(colour) - image)
+def paint(image: np.ndarray, covered: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    blended = image + covered[..., None] * (np.float32(color) - image)
     return np.rint(blended).astype(np.uint8)
 
 
@@ -40,9 +40,7 @@ def test_positions_and_sizes_are_read_to_a_fraction_of_a_pixel():
     for index in range(100):
         true = scene(8, index)
         for found in read(render(true)).objects:
-            (same,) = [
-                t for t in true.objects if (t.shape, t.colour) == (found.shape, found.colour)
-            ]
+            (same,) = [t for t in true.objects if (t.shape, t.color) == (found.shape, found.color)]
             errors = np.subtract((found.x, found.y, found.radius), (same.x, same.y, same.radius))
             assert abs(errors).max() < 0.3
 
@@ -83,7 +81,7 @@ def test_a_reading_is_described_in_words():
     assert str(Reading(RED_ABOVE_BLUE.objects[:1], 1)) == "red circle, 1 unreadable"
 
 
-def test_other_colours_shapes_or_relations_are_other_meanings():
+def test_other_colors_shapes_or_relations_are_other_meanings():
     meaning = RED_ABOVE_BLUE.meaning
     first, second = meaning.objects
     others = [
@@ -109,10 +107,10 @@ def test_blank_and_noise_have_no_meaning():
 
 def test_an_extra_blob_removes_the_meaning_and_a_speck_does_not():
     image = render(RED_ABOVE_BLUE)
-    for colour in COLOURS.values():
-        assert read(paint(image, coverage("circle", 55, 30, 3), colour)).meaning is None
+    for color in COLORS.values():
+        assert read(paint(image, coverage("circle", 55, 30, 3), color)).meaning is None
         assert (
-            read(paint(image, coverage("circle", 55, 30, 1), colour)).meaning
+            read(paint(image, coverage("circle", 55, 30, 1), color)).meaning
             == RED_ABOVE_BLUE.meaning
         )
 
@@ -125,22 +123,22 @@ def test_three_objects_or_two_equal_ones_have_no_meaning():
 
 
 @pytest.mark.parametrize(
-    "colour", [(0, 0, 0), (128, 128, 128), (0, 255, 255), (255, 160, 200), (120, 70, 20)]
+    "color", [(0, 0, 0), (128, 128, 128), (0, 255, 255), (255, 160, 200), (120, 70, 20)]
 )
-def test_a_colour_outside_the_palette_has_no_meaning(colour):
-    assert read(paint(BLANK, coverage("circle", 30, 30, 10), colour)).meaning is None
+def test_a_color_outside_the_palette_has_no_meaning(color):
+    assert read(paint(BLANK, coverage("circle", 30, 30, 10), color)).meaning is None
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_object_of_two_colours_has_no_meaning(shape):
+def test_an_object_of_two_colors_has_no_meaning(shape):
     left = coverage(shape, 32, 32, 10) * (np.arange(64) < 32)
     right = coverage(shape, 32, 32, 10) * (np.arange(64) >= 32)
-    image = paint(paint(BLANK, left, COLOURS["red"]), right, COLOURS["blue"])
+    image = paint(paint(BLANK, left, COLORS["red"]), right, COLORS["blue"])
     assert read(image).meaning is None
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_malformed_shapes_have_no_meaning(colour):
+@pytest.mark.parametrize("color", COLORS)
+def test_malformed_shapes_have_no_meaning(color):
     circle, square = coverage("circle", 32, 32, 10), coverage("square", 32, 32, 10)
     across, down = np.meshgrid(np.arange(64), np.arange(64))
     malformed = {
@@ -160,7 +158,7 @@ def test_malformed_shapes_have_no_meaning(colour):
     passed = [
         name
         for name, covered in malformed.items()
-        if read(paint(BLANK, covered, COLOURS[colour])).meaning
+        if read(paint(BLANK, covered, COLORS[color])).meaning
     ]
     assert not passed
 
@@ -174,10 +172,10 @@ def with_first(**changes) -> Scene:
 
 
 def test_an_edit_must_change_the_named_object_and_nothing_else():
-    after = with_first(colour="green")
+    after = with_first(color="green")
     assert carried_out(render(after), BEFORE, after)
     assert not carried_out(render(BEFORE), BEFORE, after)  # nothing changed
-    assert not carried_out(render(with_first(colour="yellow")), BEFORE, after)
+    assert not carried_out(render(with_first(color="yellow")), BEFORE, after)
     moved = Scene((after.objects[0], dataclasses.replace(BEFORE.objects[1], y=34)))
     assert read(render(moved)).meaning == after.meaning
     assert not carried_out(render(moved), BEFORE, after)  # the other object moved

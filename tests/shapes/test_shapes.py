@@ -1,4 +1,4 @@
-"""The embedded world: every scene follows the rules, and the rendering is accurate."""
+"""The shapes world: every scene follows the rules, and the rendering is accurate."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from support.shape_images import scene
 from tf_lightning.shapes.world import (
     BACKGROUND,
-    COLOURS,
+    COLORS,
     DOMINANCE,
     GAP,
     IMAGE_SIZE,
@@ -113,10 +113,10 @@ def test_coverage_equals_16_by_16_samples_per_pixel(shape, inside):
     assert found.sum() == pytest.approx(expected.sum(), rel=0.01)
 
 
-def test_an_image_has_the_colour_inside_and_the_background_outside():
+def test_an_image_has_the_color_inside_and_the_background_outside():
     thing = Object("triangle", "purple", 20.0, 40.0, 10.0)
     image = render(Scene((thing,)))
     assert image.dtype == np.uint8 and image.shape == (64, 64, 3)
-    assert tuple(image[45, 20]) == COLOURS["purple"]
+    assert tuple(image[45, 20]) == COLORS["purple"]
     assert tuple(image[32, 12]) == BACKGROUND  # inside the box, outside the triangle
     assert tuple(image[10, 50]) == BACKGROUND

@@ -1,4 +1,4 @@
-"""Sentences of the embedded world: meanings of captions, probabilities of texts, and edits."""
+"""Sentences of the shapes world: meanings of captions, probabilities of texts, and edits."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ from tf_lightning.shapes.grammar import (
     text_log_prob,
 )
 from tf_lightning.shapes.world import (
-    COLOURS,
+    COLORS,
     Meaning,
     draw_scene,
     generator,
@@ -153,9 +153,9 @@ def test_edits_name_the_object_and_its_new_property():
                 *name, becomes = [word for word in words if word != "a"]
             else:
                 name, becomes = words, None
-            assert [t for t in before.objects if set(name) <= {t.shape, t.colour}] == [old]
+            assert [t for t in before.objects if set(name) <= {t.shape, t.color}] == [old]
             for new in set(after.objects) - set(before.objects):
-                assert {becomes} == {new.shape, new.colour} - {old.shape, old.colour}
+                assert {becomes} == {new.shape, new.color} - {old.shape, old.color}
                 assert (new.x, new.y, new.radius) == (old.x, old.y, old.radius)
 
 
@@ -163,5 +163,5 @@ def test_the_short_name_is_used_only_if_it_identifies_one_object():
     for index in range(300):
         before = scene(0, index, 2)
         same_shape = before.objects[0].shape == before.objects[1].shape
-        recolours = [words for words, _ in edits(before) if words.split()[-1] in COLOURS]
-        assert {len(words.split()) for words in recolours} == {5 if same_shape else 4}
+        recolors = [words for words, _ in edits(before) if words.split()[-1] in COLORS]
+        assert {len(words.split()) for words in recolors} == {5 if same_shape else 4}

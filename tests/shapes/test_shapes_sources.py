@@ -1,4 +1,4 @@
-"""The embedded world as sources of documents."""
+"""The shapes world as sources of documents."""
 
 import pickle
 

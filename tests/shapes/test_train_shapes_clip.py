@@ -1,4 +1,4 @@
-"""The CLIP of the embedded world: its training, its files, and its reported accuracy."""
+"""The CLIP of the shapes world: its training, its files, and its reported accuracy."""
 
 import json
 

@@ -8,10 +8,10 @@ from PIL import Image
 CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus"}
 
 
-def write_image(path: Path, size: tuple[int, int] = (40, 20), colour: str = "red") -> None:
-    """Write an image of one colour; size is (width, height)."""
+def write_image(path: Path, size: tuple[int, int] = (40, 20), color: str = "red") -> None:
+    """Write an image of one color; size is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def make_coco(root: Path) -> Path:

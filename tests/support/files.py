@@ -11,12 +11,10 @@ import pyarrow.parquet as parquet
 from PIL import Image
 
 
-def encoded_image(
-    colour="red", file_format: str = "PNG", size=(20, 16), mode: str = "RGB"
-) -> bytes:
-    """File content of an image of one colour (name or RGB values); size is (width, height)."""
+def encoded_image(color="red", file_format: str = "PNG", size=(20, 16), mode: str = "RGB") -> bytes:
+    """File content of an image of one color (name or RGB values); size is (width, height)."""
     file = io.BytesIO()
-    Image.new("RGB", size, colour).convert(mode).save(file, file_format)
+    Image.new("RGB", size, color).convert(mode).save(file, file_format)
     return file.getvalue()
 
 

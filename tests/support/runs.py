@@ -57,7 +57,7 @@ class KillAt(L.Callback):
 
 
 def shapes(kind: str, num_documents: int, **arguments) -> dict:
-    """The config of a source of the embedded world: Captions, Texts or Edits."""
+    """The config of a source of the shapes world: Captions, Texts or Edits."""
     arguments = {"num_documents": num_documents, "num_val": NUM_VAL} | arguments
     return {
         "class_path": f"tf_lightning.shapes.sources.Shapes{kind}",

@@ -1,4 +1,4 @@
-"""Scenes of the embedded world by index, and their images as tensors."""
+"""Scenes of the shapes world by index, and their images as tensors."""
 
 import numpy as np
 import torch

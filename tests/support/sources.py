@@ -67,8 +67,8 @@ class ShardedNoise:
     def image(self, split: str, number: int) -> Image.Image:
         random = np.random.default_rng((number, split == "val"))
         size = self.image_size // 8
-        colours = random.integers(0, 256, (size, size, 3), np.uint8)
-        return Image.fromarray(colours).resize((self.image_size, self.image_size))
+        colors = random.integers(0, 256, (size, size, 3), np.uint8)
+        return Image.fromarray(colors).resize((self.image_size, self.image_size))
 
     def shards(self, split: str) -> list["ShardedNoise"]:
         found = []

@@ -192,7 +192,7 @@ def test_a_vq_starts_with_codes_at_its_encoder_outputs(tmp_path):
     changes = aruns.VQ | {"lr": 0.0, "gan_weight": 0.0}
     run = aruns.fit(tmp_path / "on", "--trainer.max_steps", "3", **changes)
     codebook = load(run)["state_dict"]["autoencoder.quantize.embedding.weight"]
-    assert codebook.abs().max() > 1 / 16  # diffusers initialises uniformly within 1/16
+    assert codebook.abs().max() > 1 / 16  # diffusers initializes uniformly within 1/16
     changes["restart_dead_codes"] = False
     run = aruns.fit(tmp_path / "off", "--trainer.max_steps", "3", **changes)
     codebook = load(run)["state_dict"]["autoencoder.quantize.embedding.weight"]

@@ -18,7 +18,7 @@ from tf_lightning.training.optim import (
 OPTIONS = {"lr": 0.02, "betas": (0.9, 0.95)}
 
 
-def test_an_orthogonalised_matrix_has_singular_values_near_one_and_the_same_vectors():
+def test_an_orthogonalized_matrix_has_singular_values_near_one_and_the_same_vectors():
     matrices = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
     coefficients = u.mT @ orthogonalize(matrices) @ vh.mT  # diagonal: the new singular values

@@ -1,1 +1,1 @@
-"""The embedded world of coloured shapes: scenes, captions, an oracle and a small CLIP."""
+"""The shapes world: scenes, captions, an oracle and a small CLIP."""

@@ -1,4 +1,4 @@
-"""Sentences of the embedded world: captions, instructions, and texts of known probability.
+"""Sentences of the shapes world: captions, instructions, and texts of known probability.
 
 All sentences are lower case with single spaces between words. A text begins with "imagine"; a
 caption never does.
@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 
 from tf_lightning.shapes.world import (
-    COLOURS,
+    COLORS,
     SHAPES,
     Meaning,
     Object,
@@ -24,7 +24,7 @@ INVERSE = {"above": "below", "left of": "right of"}
 TEXTS_WITH_TWO_OBJECTS = 0.75
 MAX_FACTS = 3
 
-Kind = tuple[str, str]  # (shape, colour)
+Kind = tuple[str, str]  # (shape, color)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -69,7 +69,7 @@ def draw_edit(
     choices = [
         (instruction, edited)
         for instruction, edited in edits(scene)
-        if len({(thing.shape, thing.colour) for thing in edited.objects}) == len(edited.objects)
+        if len({(thing.shape, thing.color) for thing in edited.objects}) == len(edited.objects)
         and (split == "val" or not held_out(edited.meaning))
     ]
     return choices[rng.integers(len(choices))]
@@ -80,16 +80,16 @@ def edits(scene: Scene) -> list[tuple[str, Scene]]:
     found = []
     for i, thing in enumerate(scene.objects):
         before, after = scene.objects[:i], scene.objects[i + 1 :]
-        full = _words((thing.shape, thing.colour))
+        full = _words((thing.shape, thing.color))
         alone = all(other.shape != thing.shape for other in before + after)
         short = thing.shape if alone else full
         outcomes = [
-            (f"make the {short} {colour}", (_changed(thing, thing.shape, colour),))
-            for colour in COLOURS
-            if colour != thing.colour
+            (f"make the {short} {color}", (_changed(thing, thing.shape, color),))
+            for color in COLORS
+            if color != thing.color
         ]
         outcomes += [
-            (f"make the {full} a {shape}", (_changed(thing, shape, thing.colour),))
+            (f"make the {full} a {shape}", (_changed(thing, shape, thing.color),))
             for shape in SHAPES
             if shape != thing.shape
         ]
@@ -141,8 +141,8 @@ def statements(meaning: Meaning) -> tuple[str, ...]:
 def facts(meaning: Meaning) -> tuple[str, str]:
     """Return the two equally probable facts that follow from a meaning."""
     if meaning.relation is None:
-        ((shape, colour),) = meaning.objects
-        return f"the {shape} is {colour}", f"the {colour} thing is a {shape}"
+        ((shape, color),) = meaning.objects
+        return f"the {shape} is {color}", f"the {color} thing is a {shape}"
     forth, back = (
         f"the {_words(subject)} is {relation} the {_words(other)}"
         for subject, relation, other in _directions(meaning)
@@ -170,8 +170,8 @@ def _directions(meaning: Meaning) -> tuple[tuple[Kind, str, Kind], tuple[Kind, s
 
 
 def _words(kind: Kind) -> str:
-    shape, colour = kind
-    return f"{colour} {shape}"
+    shape, color = kind
+    return f"{color} {shape}"
 
 
 def _indefinite(kind: Kind) -> str:
@@ -179,5 +179,5 @@ def _indefinite(kind: Kind) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _changed(thing: Object, shape: str, colour: str) -> Object:
-    return Object(shape, colour, thing.x, thing.y, thing.radius)
+def _changed(thing: Object, shape: str, color: str) -> Object:
+    return Object(shape, color, thing.x, thing.y, thing.radius)

@@ -1,6 +1,6 @@
 """Oracle: reads a 64 x 64 image back into objects and their relation, to judge generated images.
 
-The colour of a blob that differs from the background is read from its interior. Its shape is the
+The color of a blob that differs from the background is read from its interior. Its shape is the
 one whose rendering, fitted to the blob's area and centroid, overlaps it most. A blob that fits no
 shape is counted as unreadable.
 """
@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from tf_lightning.shapes.world import (
     BACKGROUND,
-    COLOURS,
+    COLORS,
     RADII,
     SHAPES,
     Meaning,
@@ -24,15 +24,15 @@ from tf_lightning.shapes.world import (
 # Distance from the background in RGB; that of a pixel half covered by a yellow object is 103.
 FOREGROUND = 60.0
 MIN_BLOB = 6  # pixels; smaller blobs are ignored
-COLOUR_TOLERANCE = 60.0  # distance in RGB; the two closest colours are 100 apart
-PURITY = 0.9  # smallest share of a blob's interior that has its colour
+COLOR_TOLERANCE = 60.0  # distance in RGB; the two closest colors are 100 apart
+PURITY = 0.9  # smallest share of a blob's interior that has its color
 MIN_IOU = 0.85  # smallest overlap of a blob with its fitted shape
 MIN_LEAD = 0.02  # smallest lead of this overlap over that of the second best shape
 RADIUS_SLACK = 1.5  # pixels by which a radius may be outside RADII
-MAX_SHIFT = 2.0  # pixels by which an object may move or grow that an edit leaves unchanged
+MAX_SHIFT = 2.0  # maximum shift or growth, in pixels, of an unedited object
 
-PALETTE = np.float32([BACKGROUND, *COLOURS.values()])
-NEIGHBOURS = np.ones((3, 3), bool)
+PALETTE = np.float32([BACKGROUND, *COLORS.values()])
+NEIGHBORS = np.ones((3, 3), bool)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Reading:
     @property
     def meaning(self) -> Meaning | None:
         """Meaning of the image, or None if it has none."""
-        kinds = {(thing.shape, thing.colour) for thing in self.objects}
+        kinds = {(thing.shape, thing.color) for thing in self.objects}
         if self.unreadable or not 1 <= len(self.objects) <= 2 or len(kinds) < len(self.objects):
             return None
         return Scene(self.objects).meaning
@@ -57,7 +57,7 @@ class Reading:
         """Return the meaning in words, or a list of the objects and unreadable blobs."""
         if self.meaning:
             return str(self.meaning)
-        found = [f"{thing.colour} {thing.shape}" for thing in self.objects]
+        found = [f"{thing.color} {thing.shape}" for thing in self.objects]
         found += [f"{self.unreadable} unreadable"] if self.unreadable else []
         return ", ".join(found) or "nothing"
 
@@ -66,7 +66,7 @@ def read(image: np.ndarray) -> Reading:
     """Read an image, uint8 (64, 64, 3)."""
     pixels = image.astype(np.float32)
     labels, count = ndimage.label(
-        np.linalg.norm(pixels - PALETTE[0], axis=-1) > FOREGROUND, structure=NEIGHBOURS
+        np.linalg.norm(pixels - PALETTE[0], axis=-1) > FOREGROUND, structure=NEIGHBORS
     )
     blobs = [labels == label for label in range(1, count + 1)]
     readings = [_read_blob(pixels, blob) for blob in blobs if blob.sum() >= MIN_BLOB]
@@ -83,9 +83,9 @@ def carried_out(image: np.ndarray, before: Scene, after: Scene) -> bool:
     reading = read(image)
     if reading.meaning != after.meaning:
         return False
-    found = {(thing.shape, thing.colour): thing for thing in reading.objects}
+    found = {(thing.shape, thing.color): thing for thing in reading.objects}
     kept = [thing for thing in after.objects if thing in before.objects]
-    return all(_near(found[thing.shape, thing.colour], thing) for thing in kept)
+    return all(_near(found[thing.shape, thing.color], thing) for thing in kept)
 
 
 def _near(a: Object, b: Object) -> bool:
@@ -93,12 +93,12 @@ def _near(a: Object, b: Object) -> bool:
 
 
 def _read_blob(pixels: np.ndarray, blob: np.ndarray) -> Object | None:
-    colour = _read_colour(pixels, blob)
-    if colour is None:
+    color = _read_color(pixels, blob)
+    if color is None:
         return None
-    # Share of each pixel that the object covers: position of its colour between background and
-    # object colour.
-    direction = np.float32(COLOURS[colour]) - PALETTE[0]
+    # Share of each pixel that the object covers: position of its color between background and
+    # object color.
+    direction = np.float32(COLORS[color]) - PALETTE[0]
     covered = np.clip((pixels - PALETTE[0]) @ direction / (direction @ direction), 0, 1) * blob
     fits = [_fit(shape, covered) for shape in SHAPES]
     overlaps = [
@@ -109,36 +109,36 @@ def _read_blob(pixels: np.ndarray, blob: np.ndarray) -> Object | None:
     x, y, radius = fits[best]
     fitting = first >= MIN_IOU and first - second >= MIN_LEAD
     if fitting and RADII[0] - RADIUS_SLACK <= radius <= RADII[1] + RADIUS_SLACK:
-        return Object(SHAPES[best], colour, x, y, radius)
+        return Object(SHAPES[best], color, x, y, radius)
     return None
 
 
-def _read_colour(pixels: np.ndarray, blob: np.ndarray) -> str | None:
+def _read_color(pixels: np.ndarray, blob: np.ndarray) -> str | None:
     # Use the interior: edge pixels are mixed with the background, and pale red resembles orange.
     interior = pixels[ndimage.binary_erosion(blob, iterations=2)]  # (M, 3)
     if not len(interior):
         return None
-    distances = np.linalg.norm(interior[:, None] - PALETTE, axis=-1)  # (M, colours)
+    distances = np.linalg.norm(interior[:, None] - PALETTE, axis=-1)  # (M, colors)
     votes = np.bincount(
-        distances.argmin(1), weights=distances.min(1) <= COLOUR_TOLERANCE, minlength=len(PALETTE)
+        distances.argmin(1), weights=distances.min(1) <= COLOR_TOLERANCE, minlength=len(PALETTE)
     )
     winner = int(votes.argmax())
     if winner == 0 or votes[winner] < PURITY * len(interior):
         return None
-    return list(COLOURS)[winner - 1]
+    return list(COLORS)[winner - 1]
 
 
 def _fit(shape: str, covered: np.ndarray) -> tuple[float, float, float]:
     """Compute the (x, y, radius) for which a shape has the area and centroid of `covered`."""
     area = float(covered.sum())
-    centres = np.arange(len(covered)) + 0.5
-    x, y = float(covered.sum(0) @ centres) / area, float(covered.sum(1) @ centres) / area
+    centers = np.arange(len(covered)) + 0.5
+    x, y = float(covered.sum(0) @ centers) / area, float(covered.sum(1) @ centers) / area
     if shape == "circle":
         return x, y, (area / np.pi) ** 0.5
     if shape == "square":
         return x, y, area**0.5 / 2
     radius = (area / 2) ** 0.5
-    # The centroid of a triangle is a third of its radius below the centre of its box.
+    # The centroid of a triangle is a third of its radius below the center of its box.
     return x, y - radius / 3, radius
 
 

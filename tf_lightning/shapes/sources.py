@@ -1,4 +1,4 @@
-"""The embedded world as three sources of documents: captioned images, text, and edits.
+"""The shapes world as three sources of documents: captioned images, text, and edits.
 
 Their default seeds differ, so that document i of one source is independent of document i of
 another.

@@ -1,4 +1,4 @@
-"""Trains a small CLIP on the embedded world, which scores images and captions of that world.
+"""Trains a small CLIP on the shapes world, which scores images and captions of that world.
 
     python -m tf_lightning.shapes.train_clip --out DIR
 
@@ -121,7 +121,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
         "python -m tf_lightning.shapes.train_clip",
-        description="Train a small CLIP on the embedded world: 64 x 64 images and captions.",
+        description="Train a small CLIP on the shapes world: 64 x 64 images and captions.",
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder to write; it must not exist"

@@ -1,4 +1,4 @@
-"""The embedded world: scenes of one or two flat shapes on a plain background, and their images.
+"""The shapes world: scenes of one or two flat shapes on a plain background, and their images.
 
 Scenes are a pure function of (seed, index, split), so no file is downloaded or stored. Lengths are
 in pixels of a 64 x 64 image; x points right and y points down. `grammar` has the sentences.
@@ -18,7 +18,7 @@ Split = Literal["train", "val"]
 IMAGE_SIZE = 64
 BACKGROUND = (245, 245, 245)
 SHAPES = ("circle", "square", "triangle")
-COLOURS = {
+COLORS = {
     "red": (205, 25, 35),
     "green": (30, 150, 60),
     "blue": (30, 70, 215),
@@ -26,17 +26,18 @@ COLOURS = {
     "purple": (140, 40, 165),
     "orange": (250, 130, 10),
 }
-KINDS = tuple(product(SHAPES, COLOURS))  # 18 (shape, colour) pairs
+KINDS = tuple(product(SHAPES, COLORS))  # 18 (shape, color) pairs
 RADII = (7.0, 13.0)
 MARGIN = 2.0  # between an object and the edge of the image
 GAP = 3.0  # between the bounding boxes of two objects
-DOMINANCE = 1.5  # smallest ratio of the displacement along the relation's axis to the other one
+# Minimum ratio of displacement along the relation's axis to the other axis.
+DOMINANCE = 1.5
 
 
 class Meaning(NamedTuple):
     """Meaning of an image or a caption, in a unique form.
 
-    `objects` are (shape, colour) pairs. With two objects, `relation` is "above" or "left of" and
+    `objects` are (shape, color) pairs. With two objects, `relation` is "above" or "left of" and
     relates the first to the second. "below" and "right of" are expressed by exchanging the objects.
     """
 
@@ -45,7 +46,7 @@ class Meaning(NamedTuple):
 
     def __str__(self) -> str:
         """Return words such as "red circle above blue square"."""
-        return f" {self.relation} ".join(f"{colour} {shape}" for shape, colour in self.objects)
+        return f" {self.relation} ".join(f"{color} {shape}" for shape, color in self.objects)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Object:
     """A flat shape with bounding box (x - radius, y - radius) to (x + radius, y + radius)."""
 
     shape: str
-    colour: str
+    color: str
     x: float
     y: float
     radius: float
@@ -69,12 +70,12 @@ class Scene:
     def meaning(self) -> Meaning:
         """Meaning of this scene."""
         if len(self.objects) == 1:
-            return Meaning(((self.objects[0].shape, self.objects[0].colour),))
+            return Meaning(((self.objects[0].shape, self.objects[0].color),))
         first, second = self.objects
         horizontal = abs(first.x - second.x) > abs(first.y - second.y)
         if (first.x > second.x) if horizontal else (first.y > second.y):
             first, second = second, first
-        kinds = ((first.shape, first.colour), (second.shape, second.colour))
+        kinds = ((first.shape, first.color), (second.shape, second.color))
         return Meaning(kinds, "left of" if horizontal else "above")
 
 
@@ -132,13 +133,13 @@ def place(meaning: Meaning, rng: np.random.Generator) -> Scene:
     reach = (along[1] - along[0]) / DOMINANCE
     first = rng.uniform(low[0], high[0])
     second = rng.uniform(max(low[1], first - reach), min(high[1], first + reach))
-    centres = zip(along, (first, second), strict=True)
+    centers = zip(along, (first, second), strict=True)
     if meaning.relation == "above":
-        centres = ((x, y) for y, x in centres)
+        centers = ((x, y) for y, x in centers)
     return Scene(
         tuple(
             Object(*kind, float(x), float(y), float(radius))
-            for kind, (x, y), radius in zip(meaning.objects, centres, radii, strict=True)
+            for kind, (x, y), radius in zip(meaning.objects, centers, radii, strict=True)
         )
     )
 
@@ -148,13 +149,13 @@ def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
 
     The share is a linear function of the signed distance to the shape, clipped to [0, 1].
     """
-    centres = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
-    across, down = np.abs(centres - np.float32(x))[None], (centres - np.float32(y))[:, None]
+    centers = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
+    across, down = np.abs(centers - np.float32(x))[None], (centers - np.float32(y))[:, None]
     if shape == "circle":
         distance = np.sqrt(across**2 + down**2) - radius
     elif shape == "square":
         distance = np.maximum(across, np.abs(down)) - radius
-    else:  # upright triangle: apex at the centre of the box's top edge
+    else:  # upright triangle: apex at the center of the box's top edge
         distance = np.maximum((2 * across - down - radius) / 5**0.5, down - radius)
     return np.clip(0.5 - distance, 0, 1)
 
@@ -164,5 +165,5 @@ def render(scene: Scene) -> np.ndarray:
     image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUND, np.float32)
     for thing in scene.objects:
         covered = coverage(thing.shape, thing.x, thing.y, thing.radius)[..., None]
-        image += covered * (np.float32(COLOURS[thing.colour]) - image)
+        image += covered * (np.float32(COLORS[thing.color]) - image)
     return np.rint(image).astype(np.uint8)

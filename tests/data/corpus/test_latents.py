@@ -35,7 +35,7 @@ def build(tmp_path_factory):
 
 
 def world_images(split: str) -> torch.Tensor:
-    """Images of the embedded world, (n, 3, 64, 64) in [-1, 1]."""
+    """Images of the shapes world, (n, 3, 64, 64) in [-1, 1]."""
     found = [np.asarray(image) for _, image in ShapesCaptions(12, 4).documents(split)]
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -113,7 +113,7 @@ THIRDS = ("red", "lime", "blue")  # left, center and right of an image three tim
 @pytest.fixture
 def wide(tmp_path):
     """Build a Mixture of such an image file and its transpose, for training and validation."""
-    pixels = np.array([training_datasets.COLOURS[colour] for colour in THIRDS], np.uint8)
+    pixels = np.array([training_datasets.COLORS[color] for color in THIRDS], np.uint8)
     row = pixels[None].repeat(8, 0).repeat(8, 1)  # 8 x 24
     Image.fromarray(row).save(tmp_path / "wide.png")
     Image.fromarray(row.transpose(1, 0, 2)).save(tmp_path / "tall.png")
@@ -133,12 +133,12 @@ def wide(tmp_path):
     return build
 
 
-def colour_of_pixels(image: torch.Tensor) -> str:
-    """Name the colour of an image of one colour, uint8 or in [-1, 1]."""
+def color_of_pixels(image: torch.Tensor) -> str:
+    """Name the color of an image of one color, uint8 or in [-1, 1]."""
     assert (image == image[:, :1, :1]).all()
     pixels = image if image.dtype == torch.uint8 else (image + 1) * 127.5
     image = Image.fromarray(pixels.round().byte().permute(1, 2, 0).repeat(2, 2, 1).numpy())
-    return training_datasets.colour_of(image)
+    return training_datasets.color_of(image)
 
 
 @pytest.mark.parametrize("lazy_images", [False, True])
@@ -150,12 +150,12 @@ def test_training_draws_all_crops_equally_often_and_validation_takes_the_center(
     for number in range(2):
         corpus = data.corpora["train"]["wide"]
         shown = Counter(
-            colour_of_pixels(corpus.document(number, np.random.default_rng(seed))[1])
+            color_of_pixels(corpus.document(number, np.random.default_rng(seed))[1])
             for seed in range(120)
         )
         assert set(shown) == set([("lime",), ("lime", "red"), THIRDS][crops - 1])
         assert min(shown.values()) > 0.7 * 120 / crops
-        assert colour_of_pixels(data.corpora["val"]["wide"].document(number)[1]) == "lime"
+        assert color_of_pixels(data.corpora["val"]["wide"].document(number)[1]) == "lime"
 
 
 @pytest.mark.parametrize("lazy_images", [False, True])

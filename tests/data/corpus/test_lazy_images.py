@@ -110,7 +110,7 @@ def test_image_files_are_read_in_place(tmp_path):
         corpus.document(0)
 
 
-def coloured_noise(seed: int, kind: str = "PNG") -> bytes:
+def colored_noise(seed: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     noise(seed).save(file, kind)
     return file.getvalue()
@@ -122,11 +122,11 @@ def write_captions(folder) -> None:
         files = {}
         for key in range(4):
             seed = 4 * number + key
-            files |= {f"{key}.png": coloured_noise(seed), f"{key}.txt": f"noise {seed}".encode()}
+            files |= {f"{key}.png": colored_noise(seed), f"{key}.txt": f"noise {seed}".encode()}
         tar = write_tar(folder / "plain", files)
         (folder / f"{number}.tar{number * '.gz'}").write_bytes(pack(tar.read_bytes()))
     rows = [
-        {"image": {"bytes": coloured_noise(seed), "path": None}, "caption": f"noise {seed}"}
+        {"image": {"bytes": colored_noise(seed), "path": None}, "caption": f"noise {seed}"}
         for seed in range(8, 12)
     ]
     write_parquet(folder / "2.parquet", rows)
@@ -148,7 +148,7 @@ def test_image_files_in_parquet_and_compressed_tars_are_copied_unchanged(
     copied = {"tars": range(4, 8), "rows": range(8, 12)}  # 0.tar is read in place
     for name, seeds in copied.items():
         copy = (corpora[name].path / "pictures.bin").read_bytes()
-        assert copy == b"".join(map(coloured_noise, seeds))
+        assert copy == b"".join(map(colored_noise, seeds))
     for name, seeds in {"tars": range(8), "rows": range(8, 12)}.items():
         assert len(corpora[name]) == len(seeds)
         for number, seed in enumerate(seeds):

@@ -6,12 +6,12 @@ import pytest
 
 from support import training_datasets
 from support.files import encoded_image, write_lines, write_parquet, write_tar
-from support.training_datasets import COLOURS, shown
+from support.training_datasets import COLORS, shown
 from tf_lightning.data import CaptionJson, CaptionRows, CaptionTars, ImageCaptionData
 from tf_lightning.data.documents import Skipped
 from tf_lightning.errors import UserError
 
-PAIRS = [[colour, f"<{colour}>"] for colour in COLOURS]
+PAIRS = [[color, f"<{color}>"] for color in COLORS]
 
 
 def read(source, split="train") -> list:
@@ -49,7 +49,7 @@ def test_two_images_with_the_same_key_are_skipped(tmp_path):
 
 def test_a_folder_with_a_metadata_file_is_read(tmp_path):
     training_datasets.write_images(tmp_path / "train")
-    named = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS]
+    named = [{"file_name": f"{color}.png", "text": color} for color in COLORS]
     lines = "".join(f"{row['file_name']},{row['text']}\n" for row in named)
     (tmp_path / "train" / "metadata.csv").write_text("file_name,text\n" + lines)
     write_lines(tmp_path / "train" / "metadata.jsonl", named)
@@ -63,15 +63,15 @@ def test_a_folder_with_a_metadata_file_is_read(tmp_path):
 )  # Show-o2, JourneyDB and others
 def test_json_lines_may_name_images_in_another_folder(keys, tmp_path):
     images = training_datasets.write_images(tmp_path / "elsewhere")
-    lines = [dict(zip(keys, (f"{colour}.png", colour), strict=True)) for colour in COLOURS]
+    lines = [dict(zip(keys, (f"{color}.png", color), strict=True)) for color in COLORS]
     assert rows(write_lines(tmp_path / "a.jsonl", lines), str(images)) == PAIRS
 
 
 def test_parquet_files_of_the_hub_and_of_img2dataset_are_read(tmp_path):
-    hub = [{"image": {"bytes": encoded_image(c), "path": f"{c}.png"}, "text": c} for c in COLOURS]
+    hub = [{"image": {"bytes": encoded_image(c), "path": f"{c}.png"}, "text": c} for c in COLORS]
     assert rows(write_parquet(tmp_path / "hub.parquet", hub)) == PAIRS
     own = [
-        {"key": c, "jpg": encoded_image(c, "JPEG"), "txt": c, "status": "success"} for c in COLOURS
+        {"key": c, "jpg": encoded_image(c, "JPEG"), "txt": c, "status": "success"} for c in COLORS
     ]
     own.append({"key": "x", "jpg": None, "txt": "gone", "status": "failed_to_download"})
     found = rows(write_parquet(tmp_path / "own.parquet", own))
@@ -82,7 +82,7 @@ def test_one_of_several_bagel_captions_is_chosen_and_always_the_same(tmp_path):
     file = training_datasets.bagel_captions(tmp_path)
     found = rows(file)
     assert [image for _, image in found] == [image for _, image in PAIRS]
-    assert [words.rstrip("!") for words, _ in found] == list(COLOURS)
+    assert [words.rstrip("!") for words, _ in found] == list(COLORS)
     assert {words[-1] == "!" for words, _ in found} == {
         True,
         False,
@@ -106,7 +106,7 @@ def test_coco_captions_of_one_image_are_held_out_together(tmp_path):
     assert read(from_json(file, str(images))) == PAIRS + PAIRS
     source = from_json(file, str(images), val_fraction=0.5)
     train, val = ({words for words, _ in read(source, split)} for split in ("train", "val"))
-    assert train and val and not train & val and train | val == set(COLOURS)
+    assert train and val and not train & val and train | val == set(COLORS)
 
 
 def test_karpathys_file_names_the_splits(tmp_path):
@@ -132,7 +132,7 @@ def test_llava_conversations_have_an_image_at_each_marker(tmp_path):
     ]
     records = [
         {"id": "1", "image": "train2017/red.png",
-         "conversations": talk("<image>\nWhich colour?", "Red.", "Sure?", "Yes.")},
+         "conversations": talk("<image>\nWhich color?", "Red.", "Sure?", "Yes.")},
         {"id": "2", "image": ["train2017/red.png", "train2017/blue.png"],
          "conversations": talk("Compare <image> and <image>", "Red and blue.")},
         {"id": "3", "conversations": talk("Hello", "Hi")},
@@ -141,7 +141,7 @@ def test_llava_conversations_have_an_image_at_each_marker(tmp_path):
     ]  # fmt: skip
     (tmp_path / "llava_v1_5_mix665k.json").write_text(json.dumps(records))
     assert read(from_json(tmp_path / "llava_v1_5_mix665k.json")) == [
-        ["USER: ", "<red>", "Which colour? ASSISTANT: Red. USER: Sure? ASSISTANT: Yes."],
+        ["USER: ", "<red>", "Which color? ASSISTANT: Red. USER: Sure? ASSISTANT: Yes."],
         ["USER: Compare ", "<red>", " and ", "<blue>", " ASSISTANT: Red and blue."],
         ["USER: Hello ASSISTANT: Hi"],
         Skipped("conversation with a wrong number of <image> markers"),
@@ -170,7 +170,7 @@ def test_the_data_module_chooses_the_source_by_suffix(tmp_path):
 
 def test_the_data_module_reads_a_folder_of_images_and_metadata(tmp_path):
     folder = training_datasets.write_images(tmp_path / "my_pictures [1]")
-    named = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS]
+    named = [{"file_name": f"{color}.png", "text": color} for color in COLORS]
     write_lines(folder / "metadata.jsonl", named)
     tar = training_datasets.img2dataset(tmp_path)
     for paths in (str(folder), [str(folder)]):

@@ -16,7 +16,7 @@ from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.training.module import Transfusion
 
-TALK = ["what is red", "a colour", "and a circle", "a shape"]
+TALK = ["what is red", "a color", "and a circle", "a shape"]
 ROLES = ["user", "assistant"] * 2
 MESSAGES = [{"role": role, "content": text} for role, text in zip(ROLES, TALK, strict=True)]
 
@@ -32,7 +32,7 @@ def test_both_layouts_become_alternating_questions_and_answers(tmp_path):
     found = read(tmp_path, {"prompt": TALK[0], "messages": MESSAGES}, {"id": "0", "data": TALK})
     expected = [
         "<|user|>\nwhat is red\n<|assistant|>\n",
-        "a colour",
+        "a color",
         "<|user|>\nand a circle\n<|assistant|>\n",
         "a shape",
     ]
@@ -44,7 +44,7 @@ def test_a_system_message_is_context_and_a_last_question_is_left_out(tmp_path):
     system = {"role": "system", "content": "be brief"}
     (document,) = read(tmp_path, {"messages": [system, *MESSAGES[:3]]})
     first = "<|system|>\nbe brief\n<|user|>\nwhat is red\n<|assistant|>\n"
-    assert document == [first, "a colour"] and type(document[1]) is str
+    assert document == [first, "a color"] and type(document[1]) is str
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_only_answers_and_their_eos_are_targets(data):
     batch = pack([[document]], [0], tokenizer=made.tokenizer, row_length=128, patch_size=2)
     tokenizer, eos = made.tokenizer, made.tokenizer.eos_id
     last = tokenizer.decode(batch.input_ids[0].tolist()).rpartition("shape ")[2]
-    answers = [tokenizer.encode(text) for text in ("a colour", f"a shape {last}")]
+    answers = [tokenizer.encode(text) for text in ("a color", f"a shape {last}")]
     assert learned(batch) == [*answers[0], eos, *answers[1], eos]
     at = batch.target_index[: len(answers[0])].tolist()
     assert batch.input_ids[0, [i + 1 for i in at]].tolist() == answers[0]  # the next tokens
@@ -116,7 +116,7 @@ def test_the_loss_equals_the_cross_entropy_of_the_answers(data):
 
     markers = [tokenizer.encode(f"<|user|>\n{text}\n<|assistant|>\n") for text in TALK[::2]]
     first, second = len(markers[0]), len(markers[1])
-    answer = len(tokenizer.encode("a colour")) + 1  # and its <eos>
+    answer = len(tokenizer.encode("a color")) + 1  # and its <eos>
     end = int(batch.row_tokens)
     is_answer = torch.zeros(127, dtype=torch.bool)
     is_answer[first : first + answer] = True  # positions that predict the answer; <bos> is at 0

@@ -10,7 +10,7 @@ from support.files import encoded_image, write_parquet
 from tf_lightning.data import EditData, EditFiles
 from tf_lightning.data.documents import Skipped
 
-COLOURS = ["red", "blue", "green"]
+COLORS = ["red", "blue", "green"]
 
 
 def turn(image: int, number: int, instruction: str) -> dict:
@@ -24,8 +24,8 @@ def turn(image: int, number: int, instruction: str) -> dict:
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "images" / "7").mkdir(parents=True)
-    for name, colour in zip(("input", "output1", "output2"), COLOURS, strict=True):
-        (tmp_path / "images" / "7" / f"7-{name}.png").write_bytes(encoded_image(colour))
+    for name, color in zip(("input", "output1", "output2"), COLORS, strict=True):
+        (tmp_path / "images" / "7" / f"7-{name}.png").write_bytes(encoded_image(color))
     return tmp_path
 
 
@@ -37,16 +37,16 @@ def read(folder, turns, **options) -> list:
     return list(source.documents("train"))
 
 
-def colours(document) -> list:
-    """Replace each image of a document by the name of its colour."""
-    names = {Image.new("RGB", (1, 1), name).tobytes(): name for name in COLOURS}
+def colors(document) -> list:
+    """Replace each image of a document by the name of its color."""
+    names = {Image.new("RGB", (1, 1), name).tobytes(): name for name in COLORS}
     return [p if isinstance(p, str) else names[np.asarray(p)[3, 3].tobytes()] for p in document]
 
 
 def test_turns_of_a_folder_become_documents_in_order(folder):
     found = read(folder, [turn(7, 1, "make it blue "), turn(7, 2, "now green")])
     expected = [["red", "make it blue", "blue"], ["blue", "now green", "green"]]
-    assert [colours(document) for document in found] == expected
+    assert [colors(document) for document in found] == expected
     assert found[0][0].size == (16, 16)
 
 
@@ -75,7 +75,7 @@ def test_turns_of_one_image_are_held_out_together(folder):
 
 
 def test_turns_of_a_parquet_file_become_the_same_documents(folder, tmp_path):
-    image = lambda colour: {"bytes": encoded_image(colour), "path": f"{colour}.png"}  # noqa: E731
+    image = lambda color: {"bytes": encoded_image(color), "path": f"{color}.png"}  # noqa: E731
     rows = [
         {"img_id": "7", "turn_index": 1, "source_img": image("red"), "mask_img": image("red"),
          "instruction": "make it blue", "target_img": image("blue")},
@@ -85,7 +85,7 @@ def test_turns_of_a_parquet_file_become_the_same_documents(folder, tmp_path):
     write_parquet(tmp_path / "a.parquet", rows)
     source = EditFiles(f"{tmp_path}/a.parquet", val_fraction=0, image_size=16)
     document, bad = source.documents("train")
-    assert colours(document) == ["red", "make it blue", "blue"]
+    assert colors(document) == ["red", "make it blue", "blue"]
     assert bad == Skipped("edit without image")
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
     (bad,) = EditFiles(f"{tmp_path}/b.parquet", val_fraction=0).documents("train")

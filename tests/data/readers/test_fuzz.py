@@ -21,7 +21,7 @@ import torch
 from support import training_datasets
 from support.files import encoded_image, write_lines, write_parquet
 from support.sources import GreyImages
-from support.training_datasets import COLOURS, colour_of
+from support.training_datasets import COLORS, color_of
 from tf_lightning.data import (
     CaptionJson,
     CaptionRows,
@@ -56,13 +56,13 @@ def images(folder: Path) -> str:
 
 def metadata(folder: Path) -> Path:
     training_datasets.write_images(folder)
-    rows = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS]
+    rows = [{"file_name": f"{color}.png", "text": color} for color in COLORS]
     return write_lines(folder / "metadata.jsonl", rows)
 
 
 def metadata_csv(folder: Path) -> Path:
     training_datasets.write_images(folder)
-    lines = "".join(f"{colour}.png,{colour}\n" for colour in COLOURS)
+    lines = "".join(f"{color}.png,{color}\n" for color in COLORS)
     (folder / "metadata.csv").write_text("file_name,text\n" + lines)
     return folder / "metadata.csv"
 
@@ -77,8 +77,8 @@ def long_names(folder: Path) -> Path:
     """A tar with names that need pax headers, which have no checksum."""
     tar = folder / "long.tar"
     with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as file:
-        for number, colour in enumerate(COLOURS):
-            for kind, content in ("png", encoded_image(colour)), ("txt", colour.encode()):
+        for number, color in enumerate(COLORS):
+            for kind, content in ("png", encoded_image(color)), ("txt", color.encode()):
                 member = tarfile.TarInfo(f"{'a' * 120}{number}.{kind}")
                 member.size = len(content)
                 file.addfile(member, io.BytesIO(content))
@@ -86,7 +86,7 @@ def long_names(folder: Path) -> Path:
 
 
 def magicbrush(folder: Path) -> Path:
-    names, rows = list(COLOURS), []
+    names, rows = list(COLORS), []
     for before, after in zip(names, names[1:], strict=False):
         images = [{"bytes": encoded_image(c), "path": None} for c in (before, after)]
         rows.append({"img_id": before, "source_img": images[0], "instruction": after,
@@ -111,16 +111,16 @@ FOLDERS = {"MMC4": images, "OBELICS": lambda folder: str(folder / "downloaded")}
 
 
 def wrong_pairs(document: list) -> list[tuple[str, str]]:
-    """Return the pairs of caption and image colour that differ.
+    """Return the pairs of caption and image color that differ.
 
-    Damage may change words or pixels, so only known colours are compared. In MINT-1T the words
+    Damage may change words or pixels, so only known colors are compared. In MINT-1T the words
     follow their image; in an edit they describe the image after them.
     """
     marks = [
-        re.sub(r"[ !]", "", part) if isinstance(part, str) else (colour_of(part),)
+        re.sub(r"[ !]", "", part) if isinstance(part, str) else (color_of(part),)
         for part in document
     ]
-    words = [mark for mark in marks if isinstance(mark, str) and mark in COLOURS]
+    words = [mark for mark in marks if isinstance(mark, str) and mark in COLORS]
     shown = [mark[0] for mark in marks if isinstance(mark, tuple) and mark[0]]
     if len(document) == 3 and not isinstance(document[0], str):  # an edit
         shown = shown[1:]

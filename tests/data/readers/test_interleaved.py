@@ -13,8 +13,8 @@ from tf_lightning.data.documents import Skipped
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "images").mkdir()
-    for colour in ("red", "blue"):
-        Image.new("RGB", (20, 16), colour).save(tmp_path / "images" / f"{colour}.png")
+    for color in ("red", "blue"):
+        Image.new("RGB", (20, 16), color).save(tmp_path / "images" / f"{color}.png")
     (tmp_path / "images" / "bad.png").write_bytes(b"<html>")
     return tmp_path
 

@@ -8,11 +8,11 @@ from PIL import Image
 
 from support import training_datasets
 from support.files import encoded_image, write_lines, write_parquet, write_tar
-from support.training_datasets import COLOURS, shown
+from support.training_datasets import COLORS, shown
 from tf_lightning.data import EditFiles, InterleavedFiles
 from tf_lightning.data.documents import Skipped
 
-DOCUMENTS = [["See:", f"<{colour}>", colour] for colour in COLOURS]
+DOCUMENTS = [["See:", f"<{color}>", color] for color in COLORS]
 
 
 def read(file, images=None, kind=InterleavedFiles) -> list:
@@ -26,7 +26,7 @@ def test_obelics_images_are_found_by_their_urls(tmp_path):
 
 
 def test_obelics_images_in_the_file_itself(tmp_path):
-    images = {colour: {"bytes": encoded_image(colour), "path": None} for colour in COLOURS}
+    images = {color: {"bytes": encoded_image(color), "path": None} for color in COLORS}
     file = write_parquet(tmp_path / "a.parquet", training_datasets.obelics_rows(images))
     assert read(file) == DOCUMENTS
 
@@ -35,10 +35,10 @@ def test_a_missing_image_is_left_out_of_its_document_and_counted(tmp_path):
     file, images = training_datasets.obelics(tmp_path)
     next(images.iterdir()).unlink()
     found = read(file, images)
-    assert len(found) == len(COLOURS) + 1
+    assert len(found) == len(COLORS) + 1
     assert found.count(Skipped("missing image")) == 1
     (text,) = [part for part in found if part not in DOCUMENTS and isinstance(part, list)]
-    assert text[0] == "See:" and text[1] in COLOURS and len(text) == 2
+    assert text[0] == "See:" and text[1] in COLORS and len(text) == 2
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_images_and_texts_that_do_not_match_are_skipped(images, texts, tmp_path)
 
 def test_mmc4_images_precede_their_sentence(tmp_path):
     images = training_datasets.write_images(tmp_path / "images")
-    expected = [["See: ", f"<{colour}>", f"{colour} "] for colour in COLOURS]
+    expected = [["See: ", f"<{color}>", f"{color} "] for color in COLORS]
     assert read(training_datasets.mmc4(tmp_path), images) == expected
 
 
 def test_mint_pages_are_the_images_in_order(tmp_path):
-    names = list(COLOURS)
+    names = list(COLORS)
     pairs = zip(names, names[1:] + names[:1], strict=True)
     expected = [[f"<{one}>", one, f"<{two}>", two] for one, two in pairs]
     assert read(training_datasets.mint(tmp_path)) == expected
@@ -112,7 +112,7 @@ def test_omnigen_and_omnigen2_edits_are_read(tmp_path):
 
 
 def test_bagel_chains_of_edits_are_read(tmp_path):
-    images = [encoded_image(colour) for colour in ("red", "lime", "blue")]
+    images = [encoded_image(color) for color in ("red", "lime", "blue")]
     said = [["make it lime", "lime, please"], ["make it blue"]]
     rows = [{"image_list": images, "instruction_list": said}] * 8
     rows += [{"image_list": images[:1], "instruction_list": said}]
