@@ -33,7 +33,7 @@ def tar(tmp_path) -> Path:
     files = {}
     for number, color in enumerate(COLORS):
         files |= {f"{number:03d}.png": encoded_image(color), f"{number:03d}.txt": b"a color"}
-    return write_tar(tmp_path / "colors.tar", files)
+    return write_tar(tmp_path / "images.tar", files)
 
 
 def source(tar, **arguments) -> CaptionTars:
@@ -68,7 +68,7 @@ def test_store_is_made_once_and_again_when_its_files_change(tmp_path, tar):
     assert store_images(source(tar), "train", tmp_path / "cache").path == first.path
     with tarfile.open(tar, "a"):
         pass
-    write_tar(tmp_path / "colors.tar", {"0.png": encoded_image((1, 2, 3)), "0.txt": b"other"})
+    write_tar(tmp_path / "images.tar", {"0.png": encoded_image((1, 2, 3)), "0.txt": b"other"})
     other = store_images(source(tar, val_fraction=0), "train", tmp_path / "cache")
     assert other.path != first.path and len(other) == 1
 
