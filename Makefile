@@ -1,7 +1,7 @@
 # Everything runs in one environment, .venv/, made on first use and kept until what it holds changes.
 #
 # PYTHON=/path/to/python3.12 chooses the Python of a new .venv (delete the old one first).
-# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves about 5 GB of CUDA libraries.
+# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu leaves out the CUDA libraries.
 
 PYTHON ?= python3.13 python3.12 python3.11 python3
 BIN    := .venv/bin
@@ -11,7 +11,7 @@ DOCS   := .venv/.docs-installed
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-quickstart: env  ## train the small model on the CPU and write pictures and captions to runs/quickstart
+quickstart: env  ## train the small model, no GPU needed; write images and captions to runs/quickstart
 	$(BIN)/tf-lightning fit -c configs/quickstart.yaml
 
 test: env  ## run the tests

@@ -1,13 +1,16 @@
 """Line plots drawn with Pillow, without a plotting library: one panel for each metric."""
 
+import math
 from collections.abc import Mapping, Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-PANEL = (360, 260)  # width, height
-LEFT, RIGHT, TOP, BOTTOM = 70, 20, 36, 40  # margins of the axes in a panel
+PANEL = (480, 340)  # width, height
+LEFT, RIGHT, TOP, BOTTOM = 100, 32, 56, 68  # margins of the axes in a panel
 COLUMNS = 3
-LABEL = 50  # width of a number below a panel
+FONT_SIZE, TITLE_SIZE = 16, 20  # pixels
+LINE_HEIGHT = 20  # of the names of lines, in pixels
+GAP = 12  # smallest distance of the numbers below a panel, in pixels
 COLORS = ("steelblue", "darkorange", "seagreen", "crimson")
 
 Line = Sequence[tuple[float, float]]
@@ -43,25 +46,29 @@ def draw_panel(
     xs, ys = zip(*points, strict=True)
     x_pixels = scale(xs, left + LEFT, left + width - RIGHT)
     y_pixels = scale(ys, top + height - BOTTOM, top + TOP)
-    draw.text((left + width / 2, top + 8), title, "black", anchor="ma")
+    font, title_font = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(TITLE_SIZE)
+    draw.text((left + width / 2, top + 14), title, "black", title_font, anchor="ma")
     box = (left + LEFT - 8, top + TOP - 8, left + width - RIGHT + 8, top + height - BOTTOM + 8)
     draw.rectangle(box, outline="gray")
-    draw.text((left + width / 2, top + height - 18), x_label, "black", anchor="ma")
+    draw.text((left + width / 2, top + height - 28), x_label, "black", font, anchor="ma")
     pixels, start = list(zip(x_pixels, y_pixels, strict=True)), 0
     for number, ((name, line), color) in enumerate(zip(lines.items(), COLORS, strict=False)):
         line_pixels, start = pixels[start : start + len(line)], start + len(line)
         draw.line(line_pixels, color, 2)
         for x, y in line_pixels:
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), color)
-        draw.text((left + width - RIGHT, top + TOP + 12 * number), name, color, anchor="ra")
-    free = left + width  # right end of the room for the next number
+        name_corner = (left + width - RIGHT, top + TOP + LINE_HEIGHT * number)
+        draw.text(name_corner, name, color, font, anchor="ra")
+    free = math.inf  # right end of the room for the next number
     # From right to left, so that the last number always has room.
     for value, x in sorted(zip(xs, x_pixels, strict=True), reverse=True):
-        if x <= free:
-            draw.text((x, top + height - BOTTOM + 10), f"{value:.4g}", "black", anchor="ma")
-            free = x - LABEL
+        label = f"{value:.4g}"
+        half = font.getlength(label) / 2
+        if x + half <= free:
+            draw.text((x, top + height - BOTTOM + 14), label, "black", font, anchor="ma")
+            free = x - half - GAP
     for value, y in {min(ys): max(y_pixels), max(ys): min(y_pixels)}.items():
-        draw.text((left + LEFT - 12, y), f"{value:.5g}", "black", anchor="rm")
+        draw.text((left + LEFT - 12, y), f"{value:.5g}", "black", font, anchor="rm")
 
 
 def scale(values: Sequence[float], low: float, high: float) -> list[float]:

@@ -3,7 +3,17 @@
 import numpy as np
 from PIL import ImageColor
 
-from callbacks.plot import BOTTOM, LEFT, PANEL, RIGHT, TOP, line_plots, scale
+from callbacks.plot import (
+    BOTTOM,
+    FONT_SIZE,
+    LEFT,
+    PANEL,
+    RIGHT,
+    TITLE_SIZE,
+    TOP,
+    line_plots,
+    scale,
+)
 
 
 def test_values_map_linearly_onto_pixels():
@@ -37,8 +47,23 @@ def test_the_lines_of_a_panel_share_its_axes():
 def test_numbers_below_a_panel_do_not_overlap_and_include_the_last():
     def labels(xs):
         page = np.asarray(line_plots({"fid": [(x, 0.0) for x in xs]}, ""))
-        return (page[PANEL[1] - BOTTOM + 10 : PANEL[1] - BOTTOM + 22] < 128).all(2).any(0)
+        return (page[PANEL[1] - BOTTOM + 12 : PANEL[1] - BOTTOM + 36] < 128).all(2).any(0)
 
     last = labels([1.0, 2.0])
     assert (labels([1.0, 1.99, 2.0]) == last).all() and last.any()
     assert labels([1.0, 1.5, 2.0]).sum() > last.sum()
+
+
+def test_titles_and_numbers_are_drawn_in_their_font_sizes():
+    page = np.asarray(line_plots({"H": [(0, 0.0)]}, ""))
+    dark = (page < 128).all(2)
+
+    def ink_height(rows, columns):
+        return dark[rows, columns].any(1).sum()
+
+    # A capital letter and a digit are about 0.7 of the font size high.
+    assert 0.6 <= ink_height(slice(0, TOP - 9), slice(None)) / TITLE_SIZE <= 0.8
+    below = slice(PANEL[1] - BOTTOM + 12, PANEL[1] - BOTTOM + 36)
+    assert 0.6 <= ink_height(below, slice(None)) / FONT_SIZE <= 0.8
+    assert 0.6 <= ink_height(slice(TOP, -BOTTOM), slice(0, LEFT - 9)) / FONT_SIZE <= 0.8
+    assert TITLE_SIZE > FONT_SIZE >= 16
