@@ -295,7 +295,7 @@ def check_autoencoder(model: Transfusion, data: L.LightningDataModule, configure
 def fast_precision(accelerator: str) -> str:
     """Return the precision that the hardware multiplies faster, "bf16-mixed" or "32-true".
 
-    A CPU without AVX-512 BF16 or AMX emulates bf16, five times slower than fp32.
+    A CPU without AVX-512 BF16 or AMX emulates bf16, which is slower than fp32.
     """
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
