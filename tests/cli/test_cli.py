@@ -91,6 +91,20 @@ def test_validation_shows_images_captions_and_text(events):
     assert text.tensor_proto.string_val[0].decode().startswith("imagine ")
 
 
+def test_a_fit_ends_with_its_checkpoint_and_the_next_command(tmp_path, capsys, caplog):
+    def short(config: dict) -> None:
+        config["trainer"] |= {"max_steps": 3, "limit_val_batches": 0}
+        config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
+
+    with caplog.at_level("INFO"):
+        main(["fit", "-c", str(runs.write_config(tmp_path, short)), "--ckpt_path", "last"])
+    said = caplog.text + capsys.readouterr().err
+    last = os.path.relpath(tmp_path / "run/checkpoints/last.ckpt")
+    assert "last.ckpt yet; training starts at step 0." in said
+    assert "(step 3). Next:" in said and "tf-lightning generate " in said
+    assert os.path.exists(last)
+
+
 def test_a_run_leaves_checkpoints_config_report_and_samples(run):
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["last.ckpt", "step0000003.ckpt", "step0000006.ckpt"]

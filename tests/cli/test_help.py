@@ -131,3 +131,10 @@ def test_a_misspelt_command_names_the_nearest(given, meant, capsys):
         main([given])
     assert stop.value.code == 1
     assert f"unknown command {given!r}; did you mean {meant!r}?" in capsys.readouterr().err
+
+
+def test_a_misspelt_name_after_help_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help", "Evalute"])
+    assert stop.value.code == 2
+    assert "no help about 'Evalute'; did you mean 'Evaluate'?" in capsys.readouterr().err

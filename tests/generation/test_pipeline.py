@@ -164,6 +164,13 @@ def test_an_empty_prompt_is_refused(loaded, prompts):
             loaded(["a red circle", *prompts], output_modality=modality)
 
 
+def test_a_prompt_of_another_type_is_refused(loaded):
+    with pytest.raises(
+        UserError, match="a prompt is a string, an image or a list of both, not int"
+    ):
+        loaded([3])
+
+
 def test_zero_outputs_are_refused_and_no_prompts_give_no_outputs(loaded):
     with pytest.raises(UserError, match="num_outputs=0 must be at least 1"):
         loaded("a red circle", num_outputs=0)

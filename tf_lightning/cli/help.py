@@ -5,6 +5,9 @@ the recipes and classes instead. They are plain text, and a test compares them w
 """
 
 import importlib
+from difflib import get_close_matches
+
+from tf_lightning.cli.parser import stop
 
 OVERVIEW = """\
 tf-lightning: one Transformer that writes text and generates images (Transfusion).
@@ -158,6 +161,10 @@ def print_verb_help(args: list[str]) -> None:
         run_lightning([verb, "--help"])
     elif topic in TOPICS:
         print_options(verb, topic)
+    elif topic and not topic.startswith("-"):
+        nearest = get_close_matches(topic, TOPICS, n=1)
+        advice = f"did you mean {nearest[0]!r}?" if nearest else f"see `tf-lightning {verb} --help`"
+        stop(f"there is no help about {topic!r}; {advice}", code=2)
     else:
         print(verb_help(verb))
     raise SystemExit(0)

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 import re
 import sys
 import warnings
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from tf_lightning.autoencoder.frozen import load_matching_autoencoder
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
@@ -242,9 +244,26 @@ class TransfusionCLI(LightningCLI):
             resumed = last.is_file()
             if resumed:
                 read_checkpoint(last, self.kind("fit"))
+            else:
+                rank_zero_info(f"There is no {last} yet; training starts at step 0.")
         for callback in self.trainer.callbacks:
             if not resumed and hasattr(callback, "before_training"):  # InitFrom
                 callback.before_training(self.model, self.datamodule)
+
+    def after_fit(self) -> None:
+        """Say where the checkpoint is and what to type next."""
+        saved = (
+            self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.last_model_path
+        )
+        if saved and isinstance(self.model, Transfusion):
+            last = os.path.relpath(saved)
+            draws = self.datamodule.autoencoder_name is not None
+            prompt = '"a prompt" -o out' if draws else '"a prompt" --output-modality text'
+            rank_zero_info(
+                f"The last checkpoint is {last} (step {self.trainer.global_step:,}). Next:\n"
+                f"  tf-lightning generate {last} {prompt}\n"
+                f"  tensorboard --logdir {os.path.relpath(self.trainer.log_dir or '.')}"
+            )
 
 
 def class_path(cls: type) -> str:
@@ -312,6 +331,7 @@ def silence_warnings() -> None:
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning 2.6
     # An evaluation has other callbacks than the run that wrote the checkpoint.
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")
+    warnings.filterwarnings("ignore", ".*no last checkpoint available")  # before_fit says it
     # The data module itself warns of a source without validation documents.
     warnings.filterwarnings("ignore", ".*before the ``update`` method")
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # inspect removes options

@@ -318,6 +318,10 @@ class TransfusionPipeline:
                     "encode an image of its size"
                 )
             return part
+        if not isinstance(part, str | Image.Image):
+            raise UserError(
+                f"a prompt is a string, an image or a list of both, not {type(part).__name__}"
+            )
         if isinstance(part, str):
             return torch.tensor(self.model.tokenizer.encode(part), dtype=torch.long)
         if self.autoencoder is None:
