@@ -13,7 +13,6 @@ does not count that training. The table is printed and written to `--out`/table.
 
 import argparse
 import json
-import os
 import statistics
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tf_lightning.cli.main import main as tf_lightning
+from tf_lightning.files import atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ROOT / "configs" / "experiments"
@@ -169,9 +169,8 @@ def main(args: list[str] | None = None) -> None:
         if read_report(folder, options.steps) is None:
             train(name, options.base, options.out, options.steps, options.more)
         rows[name] = row(folder, read_report(folder, options.steps))
-        unfinished = options.out / "table.md.unfinished"
-        unfinished.write_text(table(rows))
-        os.replace(unfinished, options.out / "table.md")
+        with atomic_file(options.out / "table.md") as file:
+            file.write_text(table(rows))
         print(f"\n{table(rows)}", flush=True)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tf_lightning.files import atomic_file, atomic_folder
+from tf_lightning.files import atomic_file, atomic_folder, publish_folder
 
 
 def test_a_file_replaces_the_older_one_when_the_block_succeeds(tmp_path):
@@ -41,3 +41,12 @@ def test_a_block_that_raises_leaves_the_older_folder(tmp_path):
         raise RuntimeError
     assert [file.name for file in folder.iterdir()] == ["old"]
     assert [*tmp_path.iterdir()] == [folder]
+
+
+def test_the_first_of_two_processes_publishes_its_folder(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+        publish_folder(tmp_path / name, tmp_path / "folder")
+    assert (tmp_path / "folder" / "file").read_text() == "first"
+    assert (tmp_path / "second").is_dir() and not (tmp_path / "first").exists()

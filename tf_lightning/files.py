@@ -21,6 +21,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def publish_folder(folder: Path, path: Path) -> None:
+    """Move a finished folder to `path`, unless another process has put its own there first.
+
+    For processes, also on several nodes, that may make the same folder at the same time.
+    """
+    if not path.is_dir():
+        os.rename(folder, path)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new empty folder, which replaces the folder `path` when the block succeeds.

@@ -78,7 +78,11 @@ def test_the_data_follows_the_model_whatever_the_file_says(tmp_path):
         config["model"]["linear"] = {"time": "token", "pos_embed": "sincos"}
         config["data"]["init_args"] |= {"patch_size": 4, "vocab_size": 310, "time_token": False}
 
-    data = built(tmp_path, "--model.patch_size=8", change=disagree).datamodule
+    with pytest.warns(UserWarning) as warned:
+        data = built(tmp_path, "--model.patch_size=8", change=disagree).datamodule
+    said = " ".join(str(warning.message) for warning in warned)
+    assert "data.patch_size=4 is not used; the data takes patch_size from the model" in said
+    assert "data.vocab_size=310 is not used" in said and "data.time_token=False" in said
     assert (data.patch_size, data.vocab_size, data.time_token) == (8, runs.VOCAB_SIZE, True)
 
 

@@ -21,7 +21,7 @@ def test_an_output_is_its_images_and_a_json_of_its_parts(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize("change", ["nothing", "seed", "picture", "json", "torn"])
+@pytest.mark.parametrize("change", ["nothing", "seed", "picture", "json", "torn", "list"])
 def test_only_an_output_made_in_the_same_way_is_kept(tmp_path, change):
     write_output(tmp_path, "0007", RECORD, [RED])
     record = RECORD | {"seed": 8} if change == "seed" else RECORD
@@ -29,6 +29,8 @@ def test_only_an_output_made_in_the_same_way_is_kept(tmp_path, change):
         (tmp_path / "0007.png").unlink()
     if change == "json":
         (tmp_path / "0007.json").unlink()
+    if change == "list":
+        (tmp_path / "0007.json").write_text("[]")
     if change == "torn":
         (tmp_path / "0007.json").write_text('{"prompt": ')
     assert is_written(tmp_path, "0007", record) == (change == "nothing")

@@ -174,6 +174,8 @@ def test_a_prompt_of_another_type_is_refused(loaded):
 def test_zero_outputs_are_refused_and_no_prompts_give_no_outputs(loaded):
     with pytest.raises(UserError, match="num_outputs=0 must be at least 1"):
         loaded("a red circle", num_outputs=0)
+    with pytest.raises(UserError, match="batch_size=0 must be at least 1"):
+        loaded("a red circle", batch_size=0)
     for modality in ("image", "text", "any", None):
         assert loaded([], output_modality=modality, progress=False).parts == []
 

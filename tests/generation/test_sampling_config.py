@@ -46,6 +46,7 @@ NAN, INF = float("nan"), float("inf")
         {"min_p": -0.1},
         {"min_p": 2.0},
         {"stop": ("a", "")},
+        {"stop": "red"},
         {"max_images": 0},
     ],
 )

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
@@ -21,7 +22,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from tf_lightning.autoencoder.frozen import load_matching_autoencoder
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
@@ -81,6 +82,9 @@ LINKED = {
 }
 
 
+HINT = "`tf-lightning fit --help` lists the keys; CHANGELOG.md lists those that were renamed."
+
+
 class ConfigParser(LightningArgumentParser):
     """Parses a run's configuration; a mistake is reported in one line and exits with code 2."""
 
@@ -100,7 +104,7 @@ class ConfigParser(LightningArgumentParser):
         """Report a mistake and exit with code 2."""
         if not self.exit_on_error:  # the parser of one class; the outer one adds the key
             super().error(message, ex)
-        stop(explain(message), code=2, hint="`tf-lightning VERB --help` lists the keys.")
+        stop(explain(message), code=2, hint=HINT)
 
 
 def explain(message: str) -> str:
@@ -163,6 +167,7 @@ class TransfusionCLI(LightningCLI):
         refuse_linked(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         verb = self.config.get("subcommand")
+        warn_of_unused_values(self.config[verb] if verb else self.config)
         if verb is None:  # built for `prepare` or `inspect`
             return
         path = self.config[verb].get("ckpt_path")
@@ -286,6 +291,23 @@ def refuse_linked(args: list[str]) -> None:
         if option and option[1] in LINKED:
             name = option[1]
             raise UserError(f"{arg}: the data takes {name} from the model; give {LINKED[name]}")
+
+
+def warn_of_unused_values(config: Namespace) -> None:
+    """Warn of a configuration file that gives the data another value than the model has.
+
+    The links have already replaced the value in `config`, so the files are read again.
+    """
+    for file in config.get("config") or []:
+        content = yaml.safe_load(Path(str(file)).read_text())
+        data = content.get("data") if isinstance(content, dict) else None
+        data = data if isinstance(data, dict) else {}
+        for name, value in (data | (data.get("init_args") or {})).items():
+            if name in LINKED and value != config.data.init_args.get(name, value):
+                rank_zero_warn(
+                    f"{file}: data.{name}={value} is not used; the data takes {name} from the "
+                    f"model, see {LINKED[name]}"
+                )
 
 
 def check_limits_positive(verb: str, trainer: Mapping) -> None:

@@ -206,7 +206,7 @@ def is_written(folder: Path, name: str, record: dict[str, Any]) -> bool:
     try:
         found = json.loads((folder / f"{name}.json").read_text())
         images = [folder / value for kind, value in found.pop("parts") if kind == "image"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another program
         return False
     as_json = json.loads(json.dumps(record))  # tuples become lists
     return found == as_json and all(map(Path.is_file, images))

@@ -10,7 +10,6 @@ Shapes: B images of H x W pixels.
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -32,6 +31,7 @@ from tf_lightning.data.corpus.reader import refuse_damage
 from tf_lightning.data.documents import Skipped, Source, Split
 from tf_lightning.data.stream import ENDLESS, StreamData
 from tf_lightning.errors import UserError
+from tf_lightning.files import publish_folder
 
 FORMAT = 1  # version of the files; a higher number makes every store be made again
 PADDING_ROW = -1  # row of an image that only pads the last batch of a rank
@@ -272,8 +272,7 @@ def store_images(source: Source, split: Split, directory: str | Path) -> ImageSt
         shape, skipped = _write(source, split, unfinished)
         facts = {"shape": shape, "skipped": skipped, "origin": origin}
         (unfinished / "store.json").write_text(json.dumps(facts, indent=2) + "\n")
-        if not path.is_dir():
-            os.rename(unfinished, path)
+        publish_folder(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     rank_zero_info(summary("images", split, shape[0], skipped, unit="images"))

@@ -208,6 +208,8 @@ class TransfusionPipeline:
         prompts = [prompts] if isinstance(prompts, str | Image.Image) else list(prompts)
         if num_outputs < 1:
             raise UserError(f"num_outputs={num_outputs} must be at least 1")
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1")
         modality = output_modality or default_modality(prompts)
         plan = self.plan(modality, (sampling or SamplingConfig()).with_options(**options))
         repeated = [prompt for prompt in prompts for _ in range(num_outputs)]

@@ -81,6 +81,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+        if isinstance(self.stop, str):  # a tuple of it would be its letters
+            raise UserError(f"stop={self.stop!r} must be a list of strings")
         object.__setattr__(self, "stop", tuple(self.stop))
         low, high = self.guidance_interval
         for name, fits, limit in (

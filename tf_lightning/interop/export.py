@@ -133,7 +133,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         upgrade(checkpoint)["hyper_parameters"]["ema_decay"] = 0.0
         if transformer_config(checkpoint).tie_embeddings:
             net[HEAD] = net["transformer.tok_embeddings.weight"]
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder} cannot be read ({error}); export it again") from error
-    checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
     return checkpoint | {"state_dict": {f"net.{name}": weight for name, weight in net.items()}}

@@ -9,7 +9,6 @@ corpus, too, appears only when the corpus is complete.
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -27,6 +26,7 @@ from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.corpus.writer import CorpusWriter, merge
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
 from tf_lightning.errors import UserError
+from tf_lightning.files import publish_folder
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 2  # version of the corpus files; a higher number makes every corpus be prepared again
@@ -177,9 +177,7 @@ class ShardWriter:
     def _close(self) -> None:
         """Finish the files and move them to the shard's final path."""
         self.writer.close(dict(self.skipped.most_common()), self.job.origin)
-        finished = self.job.shard_path(self.number)
-        if not finished.is_dir():
-            os.rename(self.unfinished, finished)
+        publish_folder(self.unfinished, self.job.shard_path(self.number))
 
 
 def prepare(
@@ -280,8 +278,7 @@ def _finish(job: PrepareJob) -> None:
             merge(shards, whole, job.origin)
         facts = json.loads((whole / "corpus.json").read_text())
         check_result(name, split, facts["num_documents"], facts["skipped"])
-        if not job.path.is_dir():  # another process may have finished first
-            os.rename(whole, job.path)
+        publish_folder(whole, job.path)
     except UserError:
         shutil.rmtree(job.shards_folder)  # the same shards would fail again
         raise
