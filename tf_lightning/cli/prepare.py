@@ -34,7 +34,7 @@ mode of the posterior, or samples it with --data.sample_posterior true. It refus
 autoencoder, image size, patch size, hflip or crops. Callbacks that show held-out images still read
 the files. --data.num_workers sets the processes of each rank that read images.
 
-Any other value of the configuration can be changed on the command line:
+Any value of the configuration can be changed on the command line, as for `fit`.
 """
 
 
@@ -42,8 +42,6 @@ def run_prepare(args: list[str]) -> None:
     """Run `tf-lightning prepare`."""
     parser = prepare_parser()
     given, rest = parser.parse_known_args(args)
-    if {"-h", "--help"} & set(rest):
-        parser.print_help()
     part = parse_part(given.shard or "0/1")
     cli = build(rest, run=False)
     if getattr(cli.datamodule, "encoded", None):
@@ -64,7 +62,6 @@ def prepare_parser() -> Parser:
         DESCRIPTION,
         NOTES,
         usage="tf-lightning prepare -c CONFIG [--processes N] [--shard I/N] [--data.encoded DIR]",
-        add_help=False,
         allow_abbrev=False,
     )
     parser.add_argument(
