@@ -28,6 +28,9 @@ TRAINED = [CONFIGS / name for name in RECIPES]
 TRAINED += [CONFIGS / "autoencoder" / name for name in AUTOENCODERS]
 
 
+PRINTED: dict[tuple[str, ...], str] = {}  # what a command printed; many tests read the same one
+
+
 @pytest.fixture
 def parsed(capsys):
     """Returns the whole configuration of a command, with nothing built.
@@ -36,10 +39,12 @@ def parsed(capsys):
     """
 
     def parse(*args: str) -> dict:
-        with pytest.raises(SystemExit) as stop:
-            main([*args, "--print_config=skip_null"])
-        assert stop.value.code == 0
-        config = yaml.safe_load(capsys.readouterr().out)
+        if args not in PRINTED:
+            with pytest.raises(SystemExit) as stop:
+                main([*args, "--print_config=skip_null"])
+            assert stop.value.code == 0
+            PRINTED[args] = capsys.readouterr().out
+        config = yaml.safe_load(PRINTED[args])
         model, data = config["model"]["init_args"], config["data"]["init_args"]
         if config["model"]["class_path"].endswith("Transfusion"):
             assert not LINKED.keys() & data.keys()

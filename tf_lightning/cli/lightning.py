@@ -144,6 +144,23 @@ class SaveFitConfig(SaveConfigCallback):
 class TransfusionCLI(LightningCLI):
     """Adds defaults and links, checks the checkpoint first, and reports mistakes in one line."""
 
+    def __init__(self, *args, verb: str | None = None, **kwargs) -> None:
+        """Parse, build and run.
+
+        Args:
+            args: arguments of LightningCLI.
+            verb: the command, if it is known; then no parser is built for the others, which saves
+                most of the time that parsing takes.
+            kwargs: arguments of LightningCLI.
+        """
+        self.verb = verb
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """Return the commands to build parsers for, with Trainer arguments that they leave out."""
+        commands = LightningCLI.subcommands()
+        return {self.verb: commands[self.verb]} if self.verb in commands else commands
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the defaults, add the callbacks of every run, and link the data to the model."""
         # With a default class, `model:` and `data:` may hold the arguments of the class directly.
@@ -383,6 +400,7 @@ def build(args: list[str], run: bool = True, prog: str = "prepare") -> Transfusi
         parser_kwargs={"prog": "tf-lightning" if run else f"tf-lightning {prog}"},
         args=None if args == sys.argv[1:] else args,  # Lightning warns when both are given
         run=run,
+        verb=args[0] if run and args else None,
     )
 
 
