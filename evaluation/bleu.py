@@ -55,7 +55,7 @@ class BLEU4(Metric):
             self.matched[n - 1] += (found & allowed).total()
             self.proposed[n - 1] += found.total()
         self.length += len(tokens)
-        # Of two references equally close in length, the shorter counts.
+        # If two references are equally close in length, the shorter one counts.
         self.reference_length += min((abs(len(r) - len(tokens)), len(r)) for r in references)[1]
         self.count += 1
 

@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 
 def sizes_of(folder, capsys) -> dict:
-    """What `tf-lightning model-config` prints, as its file would be read."""
+    """Run `tf-lightning model-config` and parse the YAML that it prints."""
     main(["model-config", str(folder)])
     return yaml.safe_load(capsys.readouterr().out)["transformer"]
 

@@ -1,4 +1,4 @@
-"""What the command line decides by itself: defaults, links, precision, and short messages."""
+"""LightningCLI: defaults, links between model and data, precision, and short messages."""
 
 from pathlib import Path
 
