@@ -108,7 +108,7 @@ class CorpusRows:
             if not self.num_documents:
                 raise UserError(f"{message}; raise row_length")
             rank_zero_info(f"{message}; they are left out")
-        # The latest epoch: its number, the order of its windows, and the row where each window ends.
+        # The latest epoch: its number, the order of its windows, and the row at which each ends.
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
         self._latest: tuple[tuple[int, int], Window] | None = None  # (epoch, number), window
 
