@@ -11,12 +11,14 @@ import torch
 import yaml
 from PIL import Image
 
+from callbacks import evaluate
 from callbacks.contact_sheet import WRONG
 from callbacks.evaluate import Evaluate, log_samples
 from callbacks.prompts import ShapesPrompts
 from callbacks.sampling import SampleBatch
 from support import ranks, runs
 from tf_lightning.cli.main import main
+from tf_lightning.generation.sampling import SamplingConfig
 
 
 def checkpoint_of(run: Path) -> str:
@@ -94,6 +96,28 @@ def test_every_value_has_its_protocol(run, tmp_path):
         text = protocols[f"val/text/{name}"]
         assert text["weights"] == "ema" and text["num_bytes"] > text["num_tokens"] > 0
         assert text["definition"].startswith(("exp(sum nll", "sum nll / ln 2"))
+
+
+@pytest.fixture
+def sampled(monkeypatch) -> dict[str, SamplingConfig]:
+    """The sampling options of each kind of samples that Evaluate asks for from now on."""
+    options, ask = {}, evaluate.sample
+
+    def record(pipe, prompts, batches, sampling, *, kind, **how):
+        options[kind] = sampling
+        return ask(pipe, prompts, batches, sampling, kind=kind, **how)
+
+    monkeypatch.setattr(evaluate, "sample", record)
+    return options
+
+
+def test_images_and_captions_are_sampled_with_the_options_of_the_callback(run, tmp_path, sampled):
+    changed = {"sampling.num_inference_steps": 3, "sampling.max_new_tokens": 5}
+    validate(run, tmp_path, *(f"--trainer.callbacks.{k}={v}" for k, v in changed.items()))
+    expected = SamplingConfig(
+        guidance_scale=2.0, num_inference_steps=3, max_new_tokens=5, sampler="DDIMScheduler"
+    )
+    assert sampled == {"generated": expected, "captioned": expected}
 
 
 def test_the_command_line_changes_counts_steps_sampler_and_weights(run, tmp_path):

@@ -119,6 +119,14 @@ def test_a_recipe_does_not_repeat_a_default(file):
     assert not names & {default["class_path"] for default in CALLBACKS}
 
 
+def test_a_recipe_without_trainer_options_has_the_defaults_of_the_command(parsed):
+    trainer = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"))["trainer"]
+    expected = {"accelerator": "auto", "devices": 1, "gradient_clip_val": 1.0}
+    expected |= {"use_distributed_sampler": False, "num_sanity_val_steps": 0}
+    assert trainer.items() >= (expected | {"log_every_n_steps": 25}).items()
+    assert "precision" not in trainer and "check_val_every_n_epoch" not in trainer  # null
+
+
 def test_a_run_has_the_default_callbacks_in_order(parsed):
     config = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"))
     names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]

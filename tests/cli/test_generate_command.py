@@ -15,6 +15,7 @@ from tf_lightning.cli import outputs
 from tf_lightning.cli.generate import build_parser, name_texts
 from tf_lightning.cli.main import main
 from tf_lightning.cli.parser import flag
+from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.sampling import SamplingConfig
 
 
@@ -120,6 +121,16 @@ def test_the_output_modality_can_be_chosen(checkpoint, picture, tmp_path, capsys
     arguments = ["--output-modality", "image", "-n", "1", "--num-inference-steps", "2", "-o", out]
     main(["generate", checkpoint, "--image", picture, *arguments])
     assert (tmp_path / "out" / "0000.png").exists()
+
+
+def test_a_single_text_is_streamed_with_the_options_of_the_command(checkpoint, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        TransfusionPipeline, "stream", lambda self, p, **how: calls.append(how) or []
+    )
+    options = ["--max-new-tokens", "3", "--temperature", "0.5", "--seed", "7"]
+    main(["generate", checkpoint, "imagine", "--output-modality", "text", *options])
+    assert calls == [{"seed": 7, "sampling": SamplingConfig(max_new_tokens=3, temperature=0.5)}]
 
 
 def test_every_sampling_option_is_an_option_of_the_command():
