@@ -101,8 +101,8 @@ def test_images_depend_on_the_sampler_and_its_shift(run, tmp_path, capsys):
     new = tmp_path / "new"
     new.mkdir()
     with pytest.raises(SystemExit):
-        predict(run, new, writer=writer(sampler="DDIMScheduler", timestep_shift=2.0))
-    assert "timestep_shift=2.0 does not fit DDIMScheduler" in capsys.readouterr().err
+        predict(run, new, writer=writer(sampler="UniPCMultistepScheduler", timestep_shift=2.0))
+    assert "timestep_shift=2.0 does not fit UniPCMultistepScheduler" in capsys.readouterr().err
     assert not (new / "run" / "predict").exists()
 
 

@@ -171,9 +171,9 @@ def test_a_prompt_is_required(checkpoint, fails):
         (["--sampler", "FlowMatchEulerDiscreteScheduler"], 1, "does not fit a model that predicts"),
         (["--timestep-shift", "0"], 1, "timestep_shift=0.0 must be from 0.01 to 100"),
         (
-            ["--timestep-shift", "2.5"],
+            ["--sampler", "UniPCMultistepScheduler", "--timestep-shift", "2.5"],
             1,
-            "timestep_shift=2.5 does not fit DDIMScheduler, whose steps",
+            "timestep_shift=2.5 does not fit UniPCMultistepScheduler, whose steps",
         ),
         (["--guidance-interval", "0.5"], 2, "'0.5' must be two numbers such as 0.2,0.8"),
         (

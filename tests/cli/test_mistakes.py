@@ -183,8 +183,8 @@ def test_images_that_do_not_fit_the_model_are_refused_before_anything_is_prepare
         ("flow", {"sampler": "DDPMScheduler"}, "does not fit a model that predicts 'flow'"),
         (
             "v_prediction",
-            {"timestep_shift": 2.5},
-            "timestep_shift=2.5 does not fit DDIMScheduler, whose",
+            {"sampler": "UniPCMultistepScheduler", "timestep_shift": 2.5},
+            "timestep_shift=2.5 does not fit UniPCMultistepScheduler, whose",
         ),
     ],
 )

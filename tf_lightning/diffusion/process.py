@@ -174,7 +174,7 @@ class DDPM(nn.Module):
         "DPMSolverMultistepScheduler" + SDE,  # SDE-DPM-Solver++(2M)
         "UniPCMultistepScheduler",
     )
-    evenly_spaced_samplers = ("DDIMScheduler", "UniPCMultistepScheduler")
+    evenly_spaced_samplers = ("UniPCMultistepScheduler",)
     default_sampler = "DDIMScheduler"
 
     def __init__(
@@ -270,6 +270,10 @@ class DDPM(nn.Module):
         clipped to [-1, 1], and the first step starts at the last timestep. With "epsilon" and the
         cosine schedule it starts a little earlier, see `_skip_pure_noise`. Only DDPMScheduler uses
         a learned variance (iDDPM Eq. 15); the other samplers ignore it.
+
+        DDIM is built as DPM-Solver++ of order 1, which is the same update (DPM-Solver Sec. 4.1).
+        diffusers' DDIMScheduler assumes a step of num_train_timesteps // num_inference_steps, which
+        is wrong for a number of steps that does not divide the timesteps.
         """
         import diffusers.schedulers as schedulers  # takes 2.5 s, so only for sampling
 
@@ -279,28 +283,28 @@ class DDPM(nn.Module):
             "num_train_timesteps": self.num_train_timesteps,
             "timestep_spacing": "trailing",
         }
-        if sampler in ("DDPMScheduler", "DDIMScheduler"):
+        name = sampler.removesuffix(SDE)
+        if sampler == "DDPMScheduler":
             options["clip_sample"] = False
+        if sampler == "DDIMScheduler":
+            name, options["solver_order"] = "DPMSolverMultistepScheduler", 1
         if self.learned_sigma and sampler == "DDPMScheduler":
             options["variance_type"] = "learned_range"
         if sampler.endswith(SDE):
             options["algorithm_type"] = "sde-dpmsolver++"
         if self.prediction_type == "epsilon" and self.noise_schedule == "cosine":
-            options |= self._skip_pure_noise(sampler)
-        scheduler = getattr(schedulers, sampler.removesuffix(SDE))(**options)
+            options |= self._skip_pure_noise()
+        scheduler = getattr(schedulers, name)(**options)
         scheduler.num_levels, scheduler.step_shift = self.num_train_timesteps, timestep_shift
         return scheduler
 
-    def _skip_pure_noise(self, sampler: str) -> dict[str, Any]:
+    def _skip_pure_noise(self) -> dict[str, Any]:
         """Return scheduler options that skip the end of the cosine schedule.
 
         alpha_t is 5e-5 at the last timestep. Noise predicted there holds no information about the
         image, and converting it to x_0 divides its error by alpha_t, which ruins the samples of a
-        small network. DDIM takes equal steps in diffusers, so it starts one step before the end;
-        the other samplers start where alpha_t is at least MIN_EPSILON_ALPHA.
+        small network. Sampling therefore starts where alpha_t is at least MIN_EPSILON_ALPHA.
         """
-        if sampler == "DDIMScheduler":
-            return {"timestep_spacing": "leading"}
         betas = cosine_betas(self.num_train_timesteps)
         kept = betas[alphas_cumprod(betas) >= MIN_EPSILON_ALPHA**2]
         return {"trained_betas": kept.tolist(), "num_train_timesteps": len(kept)}

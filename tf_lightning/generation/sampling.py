@@ -55,8 +55,8 @@ class SamplingConfig:
     FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler. By default DDIM, or Euler for
     a rectified flow."""
     timestep_shift: float = option(1.0, "denoising")
-    """Above 1, more of the steps are spent near pure noise (Stable Diffusion 3, Eq. 23). DDIM and
-    UniPC cannot shift their steps."""
+    """Above 1, more of the steps are spent near pure noise (Stable Diffusion 3, Eq. 23). UniPC
+    cannot shift its steps."""
     code_temperature: float = option(1.0, "codes")
     """Divides the logits of image codes; 0 always takes the most probable code."""
     code_top_k: int | None = option(None, "codes")
