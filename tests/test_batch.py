@@ -116,12 +116,22 @@ def test_a_document_without_text_has_no_targets():
         ("3i", [1.0]),
         ("i", [1.0]),  # its caption was dropped
         ("i3i", [0.5, 1.0]),  # an edit
+        ("ii", [0.5, 1.0]),  # an edit whose instruction was dropped
+        ("iii", [0.5, 0.5, 1.0]),
         ("ii3", [0.5, 0.5]),
+        ("3ii", [1.0, 1.0]),
         ("3i3", [1.0]),
     ],
 )
-def test_only_an_image_before_all_text_has_a_limit_on_t(shape, limits):
+def test_an_image_that_is_read_and_that_no_text_precedes_has_a_limit_on_t(shape, limits):
     assert max_noise_levels(document(shape), 0.5) == limits
+
+
+def test_the_source_of_an_edit_without_its_instruction_stays_readable():
+    rows = [[document("ii"), document("i")]] * 500
+    t = packed(rows, max_caption_t=0.2).t.view(-1, 3)
+    assert t[:, 0].max() < 0.2 and t[:, 0].median() == pytest.approx(0.1, abs=0.02)
+    assert t[:, 1:].median() == pytest.approx(0.5, abs=0.05)
 
 
 def test_both_distributions_use_the_same_random_numbers():

@@ -138,12 +138,14 @@ def document_length(document: Document, patch_size: int, time_token: bool = Fals
 def max_noise_levels(document: Document, max_caption_t: float) -> list[float]:
     """Upper limit of t for each image of a document.
 
-    An image that comes before all text is captioned by that text, so its t stays below
-    `max_caption_t` and it remains readable (Transfusion Sec. 4.3.4: 500 of 1000 steps).
+    An image that comes before all text is there to be read by what follows: a caption, or the image
+    that an edit results in. Its t stays below `max_caption_t`, so that it remains readable
+    (Transfusion Sec. 4.3.4: 500 of 1000 steps). An image at the end of its document is read by
+    nothing, and may have any t.
     """
-    texts = [index for index, part in enumerate(document) if not is_image(part)]
+    text = next((i for i, part in enumerate(document) if not is_image(part)), len(document) - 1)
     return [
-        max_caption_t if texts and index < texts[0] else 1.0
+        max_caption_t if index < text else 1.0
         for index, part in enumerate(document)
         if is_image(part)
     ]
@@ -185,7 +187,8 @@ def pack(
         patch_size: side of a patch in latent pixels.
         time_token: add a position for the noise level before each image's patches.
         seed: seed of the run.
-        max_caption_t: upper limit of t for images that precede their text, in (0, 1].
+        max_caption_t: upper limit of t for images that precede all text of their document and are
+            read by a later part, in (0, 1].
         clean_copies: later parts read a clean copy of each image, and no image has a limit on t.
         timestep_shift: see `sample_timesteps`.
         timestep_distribution: "uniform" or "logit_normal", see `sample_timesteps`.
@@ -199,7 +202,7 @@ def pack(
     num_images = sum(is_image(part) for row in rows for document in row for part in document)
     for row, row_id in zip(rows, row_ids, strict=True):
         writer = _RowWriter(row_length, tokenizer, patch_size, time_token)
-        limits: list[float] = []
+        limits: list[list[float]] = []
         for document_id, document in enumerate(row):
             first_copy = num_images + len(copied) if clean_copies else None
             writer.write(document, document_id, len(latents), first_copy)
@@ -208,7 +211,7 @@ def pack(
                 copied += [len(latents) + i for i, is_read in enumerate(read) if is_read]
             latents += [as_latents(part) for part in document if is_image(part)]
             if not any(is_codes(part) for part in document):
-                limits += max_noise_levels(document, 1.0 if clean_copies else max_caption_t)
+                limits.append(max_noise_levels(document, 1.0 if clean_copies else max_caption_t))
         generator = row_generator(seed, row_id)
         noise_levels.append(
             sample_timesteps(limits, generator, timestep_shift, timestep_distribution)

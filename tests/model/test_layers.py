@@ -61,3 +61,13 @@ def test_rotary_embedding_and_its_gradient_equal_complex_multiplication(dtype):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.float(), b.float(), atol=close, rtol=close)
+
+
+def test_second_derivatives_of_the_rotary_embedding_are_right_and_those_of_rms_norm_refused():
+    x = normal(2, 3, 1, 8, dtype=torch.float64).requires_grad_()
+    rope = rope_angles(torch.arange(3), 8, 10_000.0)
+    assert torch.autograd.gradgradcheck(lambda x: apply_rotary_emb(x, *rope) ** 2, x)
+    norm = RMSNorm(8, 1e-5).double()
+    (gradient,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

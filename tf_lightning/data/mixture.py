@@ -78,8 +78,8 @@ class Mixture(StreamData):
         caption_drop_prob: probability that a caption before an image is dropped, for
             classifier-free guidance. Editing instructions are dropped with the same probability,
             half of the time together with the image before them.
-        max_caption_t: largest noise level, in (0, 1], of images that precede their text
-            (paper: 0.5).
+        max_caption_t: largest noise level, in (0, 1], of images that precede their caption, or the
+            result of an edit (paper: 0.5).
         clean_copies: let later parts of a document attend to a clean copy of each image, instead of
             limiting its noise level by `max_caption_t` (BAGEL). A copy takes as many positions as
             the image.

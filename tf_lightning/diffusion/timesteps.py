@@ -21,29 +21,36 @@ def shift_timesteps(t, shift: float):
 
 
 def sample_timesteps(
-    limits: list[float],
+    limits: list[list[float]],
     generator: torch.Generator,
     shift: float = 1.0,
     distribution: str = "uniform",
 ) -> Tensor:
-    """Sample noise levels of the images in a row, (len(limits),), evenly spread over the row.
+    """Sample noise levels of the images in a row, (number of images,).
 
-    One random offset shifts an even grid (Variational Diffusion Models, Sec. I.1). Each value is
-    uniform by itself, and the mean loss of the row varies less than with independent samples.
+    Each level is uniform by itself. The images of a document are independent, because later ones
+    are denoised given the earlier ones (Transfusion draws each t by itself). The first images of
+    all documents are spread evenly over the row, as are the second ones, and so on: one random
+    offset shifts an even grid (Variational Diffusion Models, Sec. I.1). So the mean loss of a row
+    varies less than with independent samples.
 
-    Images with a limit below 1 are read by later text and are clean at generation, so their levels
-    are always uniform and not shifted.
+    Images with a limit below 1 are read by a later part and are clean at generation, so their
+    levels are always uniform and not shifted.
 
     Args:
-        limits: upper limit of each image's noise level, in (0, 1].
+        limits: for each document, the upper limit of each image's noise level, in (0, 1].
         generator: random generator of the row.
         shift: see `shift_timesteps`; 1 changes nothing.
         distribution: "uniform", or "logit_normal": the sigmoid of a standard normal number (Stable
             Diffusion 3, Sec. 3.1).
     """
-    count = len(limits)
-    grid = torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)
-    uniform, limit = grid / max(count, 1), torch.tensor(limits)
+    limit = torch.tensor([limit for document in limits for limit in document])
+    place = torch.tensor([place for document in limits for place in range(len(document))])
+    uniform = torch.empty_like(limit)
+    for number in range(max(map(len, limits), default=0)):
+        count = int((place == number).sum())
+        grid = torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)
+        uniform[place == number] = grid / count
     level = torch.special.ndtri(uniform).sigmoid() if distribution == "logit_normal" else uniform
     t = torch.where(limit < 1, uniform, shift_timesteps(level, shift))
     return t.clamp(max=1 - 2**-24) * limit  # below 1 in fp32 too: 63 + 0.9999999 rounds to 64

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -26,6 +27,7 @@ class RMSNormFunction(torch.autograd.Function):
         return (x * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """Return the gradients of x and of the weight."""
         x, weight, scale = ctx.saved_tensors
