@@ -161,7 +161,7 @@ def test_a_prompt_is_required(checkpoint, fails):
     ("arguments", "code", "words"),
     [
         (["--num-inference-steps", "0"], 1, "num_inference_steps=0 must be at least 1"),
-        (["--num-inference-steps", "1001"], 1, "num_inference_steps=1001 must be from 1 to 1000"),
+        (["--num-inference-steps", "1001"], 1, "num_inference_steps=1001 must be from 1 to 990"),
         (["--num-inference-steps", "many"], 2, "--num-inference-steps"),
         (["-n", "0"], 2, "0 is not a number of at least 1"),
         (["--max-new-tokens", "-1"], 1, "max_new_tokens=-1 must be at least 1"),
