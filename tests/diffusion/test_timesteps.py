@@ -56,10 +56,8 @@ def test_a_noise_level_never_rounds_up_to_its_limit(monkeypatch):
 
 
 def test_images_with_a_limit_have_uniform_levels_for_every_distribution():
-    limits = [0.5, 1.0] * 4
-    draw = lambda row: sample_timesteps(
-        [[x] for x in limits], row_generator(0, row), 3.0, "logit_normal"
-    )  # noqa: E731
+    limits = [[0.5], [1.0]] * 4
+    draw = lambda row: sample_timesteps(limits, row_generator(0, row), 3.0, "logit_normal")  # noqa: E731
     t = torch.stack([draw(row) for row in range(2000)])
     limited, free = t[:, 0::2], t[:, 1::2]
     assert limited.max() <= 0.5
