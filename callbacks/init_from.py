@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tf_lightning.batch import Batch, pack, unpack
 from tf_lightning.checkpoint import read_checkpoint, select_weights
+from tf_lightning.data.stream import as_batches
 from tf_lightning.errors import UserError
 from tf_lightning.hub import is_hub_name
 from tf_lightning.interop.export import read_weights
@@ -147,7 +148,8 @@ def check_text(trainer: L.Trainer, module: Transfusion) -> str:
     Raises:
         UserError: the new entries take probability from the text.
     """
-    batch = text_rows(next(iter(trainer.datamodule.train_dataloader())), trainer.datamodule)
+    first = as_batches(next(iter(trainer.datamodule.train_dataloader())))[0]
+    batch = text_rows(first, trainer.datamodule)
     if batch is None:
         return "The first batch has no text, so the perplexity at step 0 was not measured"
     with trainer.precision_plugin.forward_context():

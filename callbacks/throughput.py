@@ -8,6 +8,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
 from tf_lightning.batch import Batch
+from tf_lightning.data.stream import as_batches
 from tf_lightning.training.flops import Workload, flops_6nd, squared_lengths, training_flops
 
 
@@ -78,10 +79,17 @@ class Throughput(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Tensor,
-        batch: Batch,
+        batch: Batch | list[Batch],
         batch_idx: int,
     ) -> None:
-        """Count the batch; log at the trainer's interval."""
+        """Count the batches of the step; log at the trainer's interval."""
+        for part in as_batches(batch):
+            self.count(part)
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self.log_window(trainer, pl_module)
+
+    def count(self, batch: Batch) -> None:
+        """Count one batch."""
         self.tokens.index_add_(0, batch.source_ids, batch.row_tokens.double())
         self.squares += squared_lengths(batch)
         self.positions += batch.input_ids.numel()
@@ -90,8 +98,6 @@ class Throughput(L.Callback):
             work = self.image_work.setdefault(tuple(size), Workload())
             work.num_images += images
             work.num_copies += copies
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            self.log_window(trainer, pl_module)
 
     def log_window(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read and log the counts; restart the window."""

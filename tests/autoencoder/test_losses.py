@@ -15,6 +15,7 @@ from tf_lightning.autoencoder.losses import (
     gan_loss,
     gan_scale,
     kl_loss,
+    last_layer_gradients,
 )
 
 
@@ -49,7 +50,7 @@ def test_gan_scale_equalizes_gradient_norms_at_the_last_layer():
     layer = nn.Linear(3, 2, bias=False)
     x = torch.randn(5, 3)
     reconstruction, gan = layer(x).square().mean(), 7 * layer(x).sin().mean()
-    scale = gan_scale(reconstruction, gan, layer.weight)
+    scale = gan_scale(last_layer_gradients(reconstruction, gan, layer.weight))
     assert not scale.requires_grad
     # By hand: d mean(y^2) / dW = 2 y^T x / 10, d 7 mean(sin y) / dW = 7 cos(y)^T x / 10.
     y = layer(x).detach()
@@ -64,7 +65,8 @@ def test_gan_scale_equalizes_gradient_norms_at_the_last_layer():
 
 def test_gan_scale_has_a_limit():
     weight = torch.ones(1, requires_grad=True)
-    assert gan_scale(1e3 * weight.sum(), 0 * weight.sum(), weight) == MAX_GAN_SCALE
+    gradients = last_layer_gradients(1e3 * weight.sum(), 0 * weight.sum(), weight)
+    assert gan_scale(gradients) == MAX_GAN_SCALE
 
 
 def test_code_perplexity_is_exp_of_the_entropy():

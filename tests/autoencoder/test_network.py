@@ -8,6 +8,7 @@ from tf_lightning.autoencoder.network import (
     AutoencoderConfig,
     add_latent_noise,
     build_autoencoder,
+    channel_std,
     decode_latents,
     encode_posterior,
     encode_vq,
@@ -82,7 +83,8 @@ def test_decoding_codes_equals_diffusers():
 
 def test_latent_noise_is_in_standard_deviations_of_a_channel():
     mean = torch.randn(2, 2, 64, 64) * torch.tensor([1.0, 5.0]).view(1, 2, 1, 1)
-    noised = add_latent_noise(mean, mean, torch.tensor([0.0, 2.0]), torch.randn_like(mean))
+    strength, noise = torch.tensor([0.0, 2.0]), torch.randn_like(mean)
+    noised = add_latent_noise(mean, channel_std(mean), strength, noise)
     added = (noised - mean).std((2, 3))
     torch.testing.assert_close(added, torch.tensor([[0.0, 0.0], [2.0, 10.0]]), rtol=0.05, atol=0)
 

@@ -177,19 +177,31 @@ def gan_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def gan_scale(reconstruction_loss: Tensor, gan_loss: Tensor, last_weight: Tensor) -> Tensor:
-    """Return the factor that makes the GAN's gradient as large as the reconstruction's.
-
-    |grad L_rec| / (|grad L_GAN| + 1e-4) at the last layer (VQGAN Eq. 7), at most 1e4, detached.
-    VQGAN's text adds 1e-6 to the denominator; its code and later code bases add 1e-4.
+def last_layer_gradients(
+    reconstruction_loss: Tensor, gan_loss: Tensor, last_weight: Tensor
+) -> Tensor:
+    """Return the gradients of both losses at the last layer, stacked, (2, *shape of the weight).
 
     Args:
         reconstruction_loss: scalar.
         gan_loss: scalar.
         last_weight: weight of the decoder's last convolution.
     """
-    norms = [
-        torch.autograd.grad(loss, last_weight, retain_graph=True)[0].norm()
+    gradients = [
+        torch.autograd.grad(loss, last_weight, retain_graph=True)[0]
         for loss in (reconstruction_loss, gan_loss)
     ]
+    return torch.stack(gradients)
+
+
+def gan_scale(gradients: Tensor) -> Tensor:
+    """Return the factor that makes the GAN's gradient as large as the reconstruction's.
+
+    |grad L_rec| / (|grad L_GAN| + 1e-4) at the last layer (VQGAN Eq. 7), at most 1e4, detached.
+    VQGAN's text adds 1e-6 to the denominator; its code and later code bases add 1e-4.
+
+    Args:
+        gradients: see `last_layer_gradients`; of the mean losses of an optimizer step.
+    """
+    norms = [gradient.norm() for gradient in gradients]
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=MAX_GAN_SCALE).detach()

@@ -163,18 +163,22 @@ def row_noise(like: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Te
     return noises[:, 0], noises[:, 1], uniform
 
 
-def add_latent_noise(mean: Tensor, latents: Tensor, strength: Tensor, noise: Tensor) -> Tensor:
+def channel_std(means: Tensor) -> Tensor:
+    """Return the std of each channel, (1, C, 1, 1), of posterior means (B, C, h, w)."""
+    return means.detach().std((0, 2, 3), keepdim=True)
+
+
+def add_latent_noise(latents: Tensor, std: Tensor, strength: Tensor, noise: Tensor) -> Tensor:
     """Add noise to latents, so that the decoder learns to tolerate a diffusion model's errors.
 
     Noise-augmented decoding: Diffusion Transformers with Representation Autoencoders, Sec. 4.3.
 
     Args:
-        mean: mean of the posterior, (B, C, h, w).
         latents: samples of the posterior, (B, C, h, w).
-        strength: noise of each image, (B,), in standard deviations of `mean` over a channel.
+        std: see `channel_std`; of all images of an optimizer step.
+        strength: noise of each image, (B,), in units of `std`.
         noise: standard normal, (B, C, h, w).
     """
-    std = mean.detach().std((0, 2, 3), keepdim=True)  # (1, C, 1, 1)
     return latents + strength.view(-1, 1, 1, 1) * std * noise
 
 
@@ -204,7 +208,7 @@ class CodebookUsage(nn.Module):
         return self.idle >= self.dead_after
 
     def update(self, counts: Tensor) -> None:
-        """Record one step.
+        """Record one optimizer step.
 
         Args:
             counts: how often each code was used in this step on all ranks, (num_codes,).

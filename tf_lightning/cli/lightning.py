@@ -257,7 +257,7 @@ class TransfusionCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse a damaged file that `--ckpt_path last` would resume, and an impossible run."""
-        if isinstance(self.model, AutoencoderModule):
+        if hasattr(self.model, "before_training"):
             self.model.before_training(self.trainer, self.datamodule)
         resumed = self.config.fit.ckpt_path
         if resumed == "last" and self.trainer.checkpoint_callback:

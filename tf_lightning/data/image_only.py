@@ -146,12 +146,12 @@ class ImageData(StreamData):
     def train_dataloader(self) -> DataLoader:
         """Load batches without end, from the next image of the run."""
         images = TrainImages(self.stores["train"], self.augment, self.seed)
-        return self.loader(images, self.train_sampler(images))
+        return self.train_loader(images)
 
     def val_dataloader(self) -> DataLoader:
         """Load each held-out image once."""
         images = ValImages(self.stores["val"], self.world_size)
-        return self.loader(images, self.val_sampler(images))
+        return self.val_loader(images)
 
     test_dataloader = predict_dataloader = val_dataloader
 

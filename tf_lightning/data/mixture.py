@@ -285,7 +285,7 @@ class Mixture(StreamData):
         collate = self._collate(
             timestep_shift=self.timestep_shift, timestep_distribution=self.timestep_distribution
         )
-        return self.loader(rows, self.train_sampler(rows), collate)
+        return self.train_loader(rows, collate)
 
     def epochs(self) -> dict[str, float]:
         """Count the epochs of each source that the run has read, such as 1.5, by source name."""
@@ -322,7 +322,7 @@ class Mixture(StreamData):
             ValidationRows(self._rows(corpus), number, self.world_size)
             for number, corpus in enumerate(corpora)
         ]
-        return [self.loader(rows, self.val_sampler(rows), self._collate()) for rows in datasets]
+        return [self.val_loader(rows, self._collate()) for rows in datasets]
 
     test_dataloader = predict_dataloader = val_dataloader
 

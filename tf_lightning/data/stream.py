@@ -3,16 +3,20 @@
 It does not depend on the number of ranks or workers. A fixed cycle assigns each row to a source;
 the rows of each source follow one another epoch after epoch. The state of a data module is one
 integer, the next row.
+
+An optimizer step reads consecutive rows: those of all ranks and, with `accumulate_grad_batches`, of
+several batches of each rank.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from tf_lightning.batch import Row
 from tf_lightning.data.packing import CorpusRows
@@ -137,6 +141,8 @@ class StreamData(L.LightningDataModule):
     def __init__(self, batch_size: int, num_workers: int):
         super().__init__()
         self.batch_size, self.num_workers = batch_size, num_workers
+        # Batches that the training loader yields at once, as a list; 1: it yields each batch alone.
+        self.batches_at_once = 1
         self._first_row = self._first_step = 0
 
     @property
@@ -149,17 +155,22 @@ class StreamData(L.LightningDataModule):
         """Number of ranks."""
         return self.trainer.world_size if self.trainer else 1
 
+    def batches_per_step(self) -> int:
+        """Number of batches that one rank reads in an optimizer step."""
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
+        return accumulated * self.batches_at_once
+
     def num_batches(self) -> int:
         """Count the batches of one rank in the whole run."""
         if self.trainer is None or self.trainer.max_steps < 0:
             return ENDLESS
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        return self.trainer.max_steps * self.batches_per_step()
 
     def next_row(self) -> int:
         """Compute the first row that no optimizer step has read, from the number of steps."""
         if self.trainer is None:
             return self._first_row
-        rows_per_step = self.batch_size * self.world_size * self.trainer.accumulate_grad_batches
+        rows_per_step = self.batch_size * self.world_size * self.batches_per_step()
         steps = self.trainer.global_step - self._first_step
         return self._first_row + steps * rows_per_step
 
@@ -179,18 +190,40 @@ class StreamData(L.LightningDataModule):
         ranks = {"num_replicas": self.world_size, "rank": self.rank}
         return DistributedSampler(rows, shuffle=False, **ranks)
 
-    def loader(
-        self, rows: Dataset, sampler: Sampler, collate: Callable[[list], Any] | None = None
+    def train_loader(
+        self, rows: Dataset, collate: Callable[[list], Any] = default_collate
     ) -> DataLoader:
-        """Load the sampled rows in batches; `collate` makes a batch of a list of rows."""
+        """Load the rows of the stream without end, `batches_at_once` batches at a time.
+
+        Args:
+            rows: the stream.
+            collate: makes a batch of a list of rows.
+        """
+        at_once = self.batches_at_once
+        if at_once > 1:
+            collate = partial(collate_batches, collate=collate, batch_size=self.batch_size)
         return DataLoader(
             rows,
-            batch_size=self.batch_size,
-            sampler=sampler,
+            batch_size=self.batch_size * at_once,
+            sampler=self.train_sampler(rows),
             collate_fn=collate,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            # A worker loads all of these batches; two such lists ahead would fill the memory.
+            prefetch_factor=1 if at_once > 1 and self.num_workers else None,
+            **self._loading(),
         )
+
+    def val_loader(
+        self, rows: Dataset, collate: Callable[[list], Any] = default_collate
+    ) -> DataLoader:
+        """Load this rank's rows of a finite dataset once, in order."""
+        sampler, size = self.val_sampler(rows), self.batch_size
+        return DataLoader(
+            rows, batch_size=size, sampler=sampler, collate_fn=collate, **self._loading()
+        )
+
+    def _loading(self) -> dict[str, Any]:
+        """Return the arguments that all loaders share."""
+        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the stream, for the checkpoint; valid for any number of ranks."""
@@ -202,6 +235,16 @@ class StreamData(L.LightningDataModule):
         # Lightning looks for a stateful loader, finds none, and would warn without reason.
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         self._first_row, self._first_step = state_dict["next_row"], state_dict["global_step"]
+
+
+def collate_batches(rows: list, collate: Callable[[list], Any], batch_size: int) -> list:
+    """Collate consecutive rows to a list of batches of `batch_size` rows."""
+    return [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+
+
+def as_batches(loaded: Any) -> list:
+    """Return the batches that a training loader yielded at once as a list, also if it is one."""
+    return loaded if isinstance(loaded, list) else [loaded]
 
 
 # The cycle of sources

@@ -23,6 +23,7 @@ from tf_lightning.autoencoder.network import (
     CodebookUsage,
     add_latent_noise,
     build_autoencoder,
+    channel_std,
     decode_latents,
     encode_posterior,
     encode_vq,
@@ -38,9 +39,19 @@ from tf_lightning.checkpoint import (
     upgrade,
 )
 from tf_lightning.data.image_only import ImageBatch
+from tf_lightning.data.stream import as_batches
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
 from tf_lightning.training.optim import lr_scale, parameter_groups
+from tf_lightning.training.steps import (
+    backward_of_part,
+    check_strategy,
+    check_trainer,
+    count_steps,
+    give_back_steps,
+    mean_over_ranks,
+    take_whole_steps,
+)
 
 
 class Reconstruction(NamedTuple):
@@ -52,12 +63,19 @@ class Reconstruction(NamedTuple):
     ids: Tensor | None  # (B, h, w) codes of a VQ
 
 
+class StepValues(NamedTuple):
+    """What a batch has to know of the other batches of its optimizer step."""
+
+    noise_std: Tensor | None = None  # (1, C, 1, 1) unit of the latent noise
+    gan_scale: Tensor | None = None  # () factor of the adversarial loss
+
+
 class AutoencoderModule(L.LightningModule):
     """Trains an autoencoder; `callbacks.save_autoencoder` writes it for the Transformer.
 
     The loss is L1 + lpips_weight * LPIPS + gan_weight * s * L_GAN + kl_weight * L_KL (Transfusion
-    App. A), each a mean over elements. A VQ has the codebook loss and 0.25 times the commitment
-    loss in place of the KL term.
+    App. A), each a mean over the elements of all images of an optimizer step. A VQ has the codebook
+    loss and 0.25 times the commitment loss in place of the KL term.
 
     Args:
         network: sizes of the autoencoder; `num_codes` makes it a VQ.
@@ -125,6 +143,8 @@ class AutoencoderModule(L.LightningModule):
             UserError: sizes or steps do not fit, or a file is missing.
         """
         hparams = self.hparams
+        check_trainer(trainer)
+        check_strategy(trainer.strategy, shards=False)
         if trainer.max_steps < 1:
             raise UserError(f"max_steps={trainer.max_steps} is unlimited; set trainer.max_steps")
         check_divisible(*data.image_size, self.config.downsample)
@@ -152,6 +172,12 @@ class AutoencoderModule(L.LightningModule):
         """Check again, because a trainer used from Python does not call `before_training`."""
         if stage == "fit":
             self.before_training(self.trainer, self.trainer.datamodule)
+            take_whole_steps(self.trainer)
+
+    def teardown(self, stage: str) -> None:
+        """Give the trainer its setting back."""
+        if stage == "fit":
+            give_back_steps(self.trainer)
 
     def on_fit_start(self) -> None:
         """Move the frozen networks to the device."""
@@ -187,45 +213,122 @@ class AutoencoderModule(L.LightningModule):
         """Whether the discriminator is used at this step."""
         return self.discriminator is not None and self.global_step >= self.hparams.gan_start_step
 
-    def training_step(self, batch: ImageBatch, batch_index: int) -> Tensor:
-        """Compute and log all losses of a batch."""
-        images = batch.images.contiguous(memory_format=torch.channels_last)
-        made = self.reconstruct(images, batch.rows)
+    def training_step(self, batch: ImageBatch | list[ImageBatch], batch_index: int) -> Tensor:
+        """Compute and log all losses of an optimizer step.
+
+        Args:
+            batch: the batch of the step, or a list of all its batches, which are equally large.
+            batch_index: number of the step.
+
+        Returns:
+            The share of the last batch in the loss; the gradients of the others are added here.
+        """
+        batches, means, ids = as_batches(batch), {}, []
+        self.zero_grad()
+        step = self.step_values(batches)
+        for part in batches:
+            made, values = self.batch_losses(part, step)
+            ids.append(made.ids)
+            for name, value in values.items():
+                means[name] = means.get(name, 0) + value.detach() / len(batches)
+            loss = values["loss"] / len(batches)
+            if part is not batches[-1]:
+                backward_of_part(self, loss)
+        if self.config.num_codes:
+            means |= self.count_codes(torch.cat(ids))
+        means = {f"train/{name}": value for name, value in means.items()}
+        self.log_dict(means, batch_size=1, sync_dist=True)
+        return loss
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer) -> None:
+        """Do nothing: `training_step` has cleared the gradients before the step's first batch."""
+
+    def batch_losses(
+        self, batch: ImageBatch, step: StepValues
+    ) -> tuple[Reconstruction, dict[str, Tensor]]:
+        """Return the reconstructions of a batch and all its losses, means over its elements."""
+        images = channels_last(batch)
+        made = self.reconstruct(images, batch.rows, step.noise_std)
         reconstruction, values = self.reconstruction_loss(images, made.images)
         if self.config.num_codes:
             loss = reconstruction + made.bottleneck_loss
-            values |= {"loss_codebook": made.bottleneck_loss} | self.count_codes(made.ids)
+            values |= {"loss_codebook": made.bottleneck_loss}
         else:
             loss = reconstruction + self.hparams.kl_weight * made.bottleneck_loss
             values |= {"loss_kl": made.bottleneck_loss}
         if self.gan_started:
-            adversarial, more = self.adversarial(images, made.images, reconstruction)
+            adversarial, more = self.adversarial(
+                images, made.images, reconstruction, step.gan_scale
+            )
             loss, values = loss + adversarial, values | more
         elif self.discriminator is not None:  # DDP waits for a gradient of every weight
             loss = loss + sum(0.0 * weight.sum() for weight in self.discriminator.parameters())
-        values |= {"loss": loss}
-        self.log_dict(
-            {f"train/{key}": value.detach() for key, value in values.items()},
-            batch_size=len(images),
-            sync_dist=True,
-        )
-        return loss
+        return made, values | {"loss": loss}
 
-    def reconstruct(self, images: Tensor, rows: Tensor | None = None) -> Reconstruction:
+    def step_values(self, batches: list[ImageBatch]) -> StepValues:
+        """Restart dead codes, and compute what several batches of a step have in common.
+
+        With one batch, `batch_losses` computes these values itself.
+        """
+        if self.config.num_codes and self.hparams.restart_dead_codes:
+            self.restart_codes(batches)
+        if len(batches) == 1:
+            return StepValues()
+        noise_std = gan_scale = None
+        if self.hparams.latent_noise:
+            noise_std = self.noise_std(torch.cat([self.encode(batch) for batch in batches]))
+        if self.gan_started and self.hparams.adaptive_gan:
+            gradients = [self.last_layer_gradients(batch, noise_std) for batch in batches]
+            gan_scale = losses.gan_scale(mean_over_ranks(torch.stack(gradients).mean(0)))
+        return StepValues(noise_std, gan_scale)
+
+    def encode(self, batch: ImageBatch) -> Tensor:
+        """Return posterior means, or the vectors before quantization, detached, (B, C, h, w).
+
+        Not under `no_grad`: autocast keeps the converted weights, and they would lack gradients.
+        """
+        if self.config.num_codes:
+            return encode_vq(self.autoencoder, channels_last(batch)).detach()
+        return encode_posterior(self.autoencoder, channels_last(batch)).mean.detach()
+
+    def restart_codes(self, batches: list[ImageBatch]) -> None:
+        """Move dead codes to encoder outputs of this step, the same on every rank."""
+        if not self.codebook_use.dead.any():
+            return
+        vectors = [self.encode(batch).permute(0, 2, 3, 1).flatten(0, 2) for batch in batches]
+        vectors = torch.stack(vectors)
+        if self.trainer.world_size > 1:
+            vectors = self.all_gather(vectors).transpose(0, 1)  # the order of the rows
+        generator = row_generator(self.hparams.seed, self.global_step)
+        self.codebook_use.restart(self.codebook, vectors.flatten(0, -2), generator)
+
+    def noise_std(self, means: Tensor) -> Tensor:
+        """Return the standard deviation of each channel over the images of all ranks."""
+        if self.trainer.world_size > 1:
+            means = self.all_gather(means.detach()).flatten(0, 1)
+        return channel_std(means)
+
+    def last_layer_gradients(self, batch: ImageBatch, noise_std: Tensor | None) -> Tensor:
+        """Return the gradients that determine the scale of the adversarial loss."""
+        images = channels_last(batch)
+        made = self.reconstruct(images, batch.rows, noise_std).images
+        reconstruction, _ = self.reconstruction_loss(images, made)
+        last_weight = self.autoencoder.decoder.conv_out.weight
+        return losses.last_layer_gradients(reconstruction, self.gan_loss(made), last_weight)
+
+    def reconstruct(
+        self, images: Tensor, rows: Tensor | None = None, noise_std: Tensor | None = None
+    ) -> Reconstruction:
         """Encode and decode images.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
             rows: index of each image in the training stream, (B,), which seeds the noise of
                 training; None: no noise.
+            noise_std: unit of the latent noise; None: that of these images and other ranks'.
         """
         if self.config.num_codes:
             projected = encode_vq(self.autoencoder, images)
-            if rows is not None and self.hparams.restart_dead_codes:
-                vectors = projected.detach().permute(0, 2, 3, 1).flatten(0, 2)
-                vectors = self.trainer.strategy.broadcast(vectors)  # the same on every rank
-                generator = row_generator(self.hparams.seed, self.global_step)
-                self.codebook_use.restart(self.codebook, vectors, generator)
             codes = quantize(self.autoencoder, projected)
             made = decode_latents(self.autoencoder, codes.latents)
             return Reconstruction(made, codes.loss, projected, codes.ids)
@@ -233,9 +336,12 @@ class AutoencoderModule(L.LightningModule):
         latents = mean
         if rows is not None:
             noise, more_noise, share = row_noise(mean, rows, self.hparams.seed)
-            ramp = min(1.0, 3 * self.global_step / self.trainer.max_steps)
-            strength = self.hparams.latent_noise * ramp * share
-            latents = add_latent_noise(mean, posterior.sample(noise), strength, more_noise)
+            latents = posterior.sample(noise)
+            if self.hparams.latent_noise:
+                ramp = min(1.0, 3 * self.global_step / self.trainer.max_steps)
+                strength = self.hparams.latent_noise * ramp * share
+                std = self.noise_std(mean) if noise_std is None else noise_std
+                latents = add_latent_noise(latents, std, strength, more_noise)
         made = decode_latents(self.autoencoder, latents)
         kl = losses.kl_loss(mean, logvar, images[0].numel())
         return Reconstruction(made, kl, mean, None)
@@ -249,8 +355,17 @@ class AutoencoderModule(L.LightningModule):
         dead = self.codebook_use.dead.sum().float()
         return {"code_perplexity": losses.code_perplexity(counts).float(), "dead_codes": dead}
 
+    def gan_loss(self, made: Tensor) -> Tensor:
+        """Return the autoencoder's adversarial loss, with the discriminator's weights detached."""
+        frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+        return losses.gan_loss(functional_call(self.discriminator, frozen, (made,)))
+
     def adversarial(
-        self, images: Tensor, made: Tensor, reconstruction: Tensor
+        self,
+        images: Tensor,
+        made: Tensor,
+        reconstruction: Tensor,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the adversarial part of the loss, and values to log.
 
@@ -261,12 +376,15 @@ class AutoencoderModule(L.LightningModule):
             images: (B, 3, H, W) in [-1, 1].
             made: their reconstructions.
             reconstruction: the reconstruction loss, for the adaptive scale.
+            scale: the adaptive scale of the step; None: that of these images and other ranks'.
         """
-        frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
-        gan = losses.gan_loss(functional_call(self.discriminator, frozen, (made,)))
-        scale = torch.ones((), device=made.device)
-        if self.hparams.adaptive_gan:
-            scale = losses.gan_scale(reconstruction, gan, self.autoencoder.decoder.conv_out.weight)
+        gan = self.gan_loss(made)
+        if not self.hparams.adaptive_gan:
+            scale = torch.ones((), device=made.device)
+        elif scale is None:
+            last_weight = self.autoencoder.decoder.conv_out.weight
+            gradients = losses.last_layer_gradients(reconstruction, gan, last_weight)
+            scale = losses.gan_scale(mean_over_ranks(gradients))
         real, fake = self.discriminator(images), self.discriminator(made.detach())
         loss_discriminator = losses.discriminator_loss(real, fake)
         values = {
@@ -309,7 +427,7 @@ class AutoencoderModule(L.LightningModule):
 
         Images with a negative row only fill up the batch and are not counted.
         """
-        made = self.reconstruct(batch.images.contiguous(memory_format=torch.channels_last))
+        made = self.reconstruct(channels_last(batch))
         made = made._replace(images=made.images.clamp(-1, 1))
         error = (made.images - batch.images).abs().mean((1, 2, 3))
         is_counted = batch.rows >= 0
@@ -342,6 +460,7 @@ class AutoencoderModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the step."""
         upgrade(checkpoint)
+        count_steps(checkpoint)
         self.loaded_step = checkpoint["global_step"]
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
@@ -350,3 +469,8 @@ class AutoencoderModule(L.LightningModule):
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
             raise state_dict_error(error) from error
+
+
+def channels_last(batch: ImageBatch) -> Tensor:
+    """Return the images of a batch in the memory format that convolutions are fastest in."""
+    return batch.images.contiguous(memory_format=torch.channels_last)

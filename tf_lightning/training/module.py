@@ -21,6 +21,7 @@ from tf_lightning.checkpoint import (
     state_dict_error,
     upgrade,
 )
+from tf_lightning.data.stream import as_batches
 from tf_lightning.diffusion.process import process_from_hparams
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
@@ -36,6 +37,15 @@ from tf_lightning.model.unet import UNetConfig, check_unet_config
 from tf_lightning.training.fsdp import apply_fsdp
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
 from tf_lightning.training.optim import DECAYS, build_optimizer, lr_scale
+from tf_lightning.training.steps import (
+    backward_of_part,
+    check_mesh,
+    check_strategy,
+    check_trainer,
+    count_steps,
+    give_back_steps,
+    take_whole_steps,
+)
 
 
 class Transfusion(L.LightningModule):
@@ -137,10 +147,25 @@ class Transfusion(L.LightningModule):
 
     # ---------------------------------------------------------------- building
 
+    def before_training(self, trainer: L.Trainer, data: L.LightningDataModule) -> None:
+        """Check the trainer's settings before any long work.
+
+        Raises:
+            UserError: a setting is out of range or not supported.
+        """
+        check_trainer(trainer)
+        check_strategy(trainer.strategy, shards=True)
+
     def configure_model(self) -> None:
-        """Build the network and its EMA copy in the strategy's device and precision context."""
+        """Build the network and its EMA copy in the strategy's device and precision context.
+
+        Raises:
+            UserError: ModelParallelStrategy has tensor parallelism.
+        """
         if self.net is not None:
             return
+        if self.device_mesh is not None:  # set by ModelParallelStrategy
+            check_mesh(self.device_mesh)
         hparams = self.hparams
         self.net = build_network(hparams)
         self.net.reset_parameters()
@@ -149,7 +174,7 @@ class Transfusion(L.LightningModule):
                 parameter.requires_grad_(False)
         if hparams.ema_decay > 0:
             self.ema = deepcopy(self.net).requires_grad_(False)
-        if self.device_mesh is not None:  # set by ModelParallelStrategy
+        if self.device_mesh is not None:
             for net in filter(None, (self.net, self.ema)):
                 apply_fsdp(net, self.device_mesh["data_parallel"])
         if hparams.compile:
@@ -161,8 +186,11 @@ class Transfusion(L.LightningModule):
         return self.net if self.ema is None else self.ema
 
     def setup(self, stage: str) -> None:
-        """Check the data, and keep what a checkpoint needs besides the weights."""
+        """Check trainer and data, and keep what a checkpoint needs besides the weights."""
         data = self.trainer.datamodule
+        if stage == "fit":
+            self.before_training(self.trainer, data)
+            take_whole_steps(self.trainer)
         self.check_data(data)
         self.tokenizer_proto, self.row_length = data.tokenizer.proto, data.row_length
         self.image_codec = {
@@ -172,6 +200,11 @@ class Transfusion(L.LightningModule):
         shapes = getattr(data, "image_shapes", ())  # one for each resolution of the sources
         if len(shapes) > 1:
             self.image_codec["other_shapes"] = [list(s) for s in shapes if s != data.image_shape]
+
+    def teardown(self, stage: str) -> None:
+        """Give the trainer its setting back."""
+        if stage == "fit":
+            give_back_steps(self.trainer)
 
     def check_data(self, data: L.LightningDataModule) -> None:
         """Check that data was prepared for this model.
@@ -220,55 +253,91 @@ class Transfusion(L.LightningModule):
 
     # ---------------------------------------------------------------- training
 
-    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
-        """Seed dropout from (seed, batch, rank), so that a resumed run drops the same elements."""
+    def on_train_batch_start(self, batch: Batch | list[Batch], batch_index: int) -> None:
+        """Seed dropout from (seed, step, rank), so that a resumed run drops the same elements."""
         if self.config.dropout:
-            batch_id = batch_index * self.trainer.world_size + self.global_rank
-            generator = row_generator(self.trainer.datamodule.seed, batch_id)
+            number = self.trainer.global_step * self.trainer.world_size + self.global_rank
+            generator = row_generator(self.trainer.datamodule.seed, number)
             torch.manual_seed(generator.initial_seed())
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Compute and log all losses of a batch."""
-        sums, z_loss_weight = self.loss_sums(self.net, batch), self.hparams.z_loss_weight
-        num_text, num_codes = len(batch.target_index), len(batch.code_index)
-        values = {"loss_lm": self.global_mean(sums.nll.sum(), num_text)}
-        if self.hparams.num_codes:  # one mean over text tokens and codes
-            values["loss_codes"] = self.global_mean(sums.code_nll.sum(), num_codes)
-            loss = self.global_mean(sums.nll.sum() + sums.code_nll.sum(), num_text + num_codes)
-        else:
-            values["loss_diffusion"] = self.global_mean(sums.diffusion, batch.num_noised_elements)
-            loss = total_loss(*values.values(), self.hparams.diffusion_weight)
-        if z_loss_weight:
-            values["loss_z"] = self.global_mean(sums.z, num_text + num_codes)
-            loss = loss + z_loss_weight * values["loss_z"]
-        values["loss"] = loss
-        self.log_dict(
-            {f"train/{name}": value.detach() for name, value in values.items()},
-            batch_size=len(batch.input_ids),
-            sync_dist=True,
-        )
-        return loss
+    def training_step(self, batch: Batch | list[Batch], batch_index: int) -> Tensor:
+        """Compute and log all losses of an optimizer step.
+
+        Args:
+            batch: the batch of the step, or a list of all its batches.
+            batch_index: number of the step.
+
+        Returns:
+            This rank's share of the loss, for the last batch; the gradients of the others are added
+            here.
+        """
+        batches, means = as_batches(batch), {}
+        counts = self.step_counts(batches)
+        self.zero_grad()
+        for part in batches:
+            values = self.loss_shares(self.loss_sums(self.net, part), counts)
+            for name, value in values.items():
+                means[f"train/{name}"] = means.get(f"train/{name}", 0) + value.detach()
+            if part is not batches[-1]:
+                backward_of_part(self, values["loss"])
+        self.log_dict(means, batch_size=1, sync_dist=True)
+        return values["loss"]
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer) -> None:
+        """Do nothing: `training_step` has cleared the gradients before the step's first batch."""
 
     def loss_sums(self, net: TransfusionModel, batch: Batch) -> LossSums:
         """Return the summed losses of a batch."""
         causal, with_z = self.hparams.causal_images, bool(self.hparams.z_loss_weight)
         return loss_sums(net, batch, self.process, causal, with_z)
 
-    def global_mean(self, total: Tensor, count: int) -> Tensor:
-        """Return this rank's share of a mean over all ranks.
+    def step_counts(self, batches: list[Batch]) -> Tensor:
+        """Count text targets, code targets and noised elements of a step on all ranks, (3,)."""
+        numbers = (
+            sum(len(batch.target_index) for batch in batches),
+            sum(len(batch.code_index) for batch in batches),
+            sum(batch.num_noised_elements for batch in batches),
+        )
+        # Filled on the device, because a copy from the host would wait for it.
+        filled = [torch.full((), n, dtype=torch.float32, device=self.device) for n in numbers]
+        counts = torch.stack(filled)
+        if self.trainer.world_size > 1:
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        return counts
 
-        DDP and FSDP average gradients over ranks. The average of these shares is the sum of all
-        totals divided by the sum of all counts, so that two ranks give the gradients of one rank
-        with the same rows.
+    def loss_shares(self, sums: LossSums, counts: Tensor) -> dict[str, Tensor]:
+        """Return the shares of one batch in the losses of its step, which are means over the step.
 
         Args:
-            total: this rank's sum.
-            count: this rank's number of terms.
+            sums: the summed losses of the batch.
+            counts: see `step_counts`.
         """
-        all_counts = total.new_full((), float(count))  # on the device, without a synchronization
-        if self.trainer.world_size > 1:
-            all_counts = self.trainer.strategy.reduce(all_counts, reduce_op="sum")
-        return total * self.trainer.world_size / all_counts.clamp(min=1)
+        num_text, num_codes, num_elements = counts
+        values = {"loss_lm": self.global_share(sums.nll.sum(), num_text)}
+        if self.hparams.num_codes:  # one mean over text tokens and codes
+            values["loss_codes"] = self.global_share(sums.code_nll.sum(), num_codes)
+            total = sums.nll.sum() + sums.code_nll.sum()
+            loss = self.global_share(total, num_text + num_codes)
+        else:
+            values["loss_diffusion"] = self.global_share(sums.diffusion, num_elements)
+            loss = total_loss(*values.values(), self.hparams.diffusion_weight)
+        if self.hparams.z_loss_weight:
+            values["loss_z"] = self.global_share(sums.z, num_text + num_codes)
+            loss = loss + self.hparams.z_loss_weight * values["loss_z"]
+        return values | {"loss": loss}
+
+    def global_share(self, total: Tensor, count: Tensor) -> Tensor:
+        """Return a sum's share of a mean over an optimizer step.
+
+        DDP and FSDP average gradients over ranks. The average over ranks of the sum of these shares
+        is the sum of all totals divided by `count`, so that any division of the same rows among
+        ranks and batches gives the same gradients.
+
+        Args:
+            total: the sum over one batch of this rank.
+            count: number of terms in all batches of all ranks.
+        """
+        return total * self.trainer.world_size / count.clamp(min=1)
 
     def configure_gradient_clipping(
         self,
@@ -379,6 +448,7 @@ class Transfusion(L.LightningModule):
             UserError: the data has another tokenizer than the checkpoint.
         """
         upgrade(checkpoint)
+        count_steps(checkpoint)
         proto = bytes(checkpoint["tokenizer"].numpy())
         if self.tokenizer_proto not in (None, proto):
             raise UserError(

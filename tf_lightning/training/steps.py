@@ -1,0 +1,151 @@
+"""Optimizer steps of several batches, and what a trainer may be set to.
+
+With `accumulate_grad_batches`, a module receives all batches of an optimizer step at once and runs
+them one after another. So it knows the number of text targets and latent elements of the whole step
+before the first batch, and every mean is taken over the step. A step of the trainer is then always
+an optimizer step: it validates, saves and resumes between two of them, never within one.
+"""
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from tf_lightning.data.stream import StreamData
+from tf_lightning.errors import UserError
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Refuse settings of the trainer that an endless stream of rows cannot follow.
+
+    Raises:
+        UserError: gradients are accumulated over fewer than 1 batch or over a number that changes,
+            or the training data should repeat after a few batches.
+    """
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1 (none) or more"
+        )
+    if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):
+        raise UserError(
+            "GradientAccumulationScheduler changes the batches of an optimizer step during the "
+            "run, and resuming needs their number to be constant; remove it and set "
+            "trainer.accumulate_grad_batches"
+        )
+    if trainer.overfit_batches:
+        raise UserError(
+            f"overfit_batches={trainer.overfit_batches} has no effect on an endless stream of "
+            "rows; leave it out and give the data a source of few documents"
+        )
+    interval, last = trainer.val_check_interval, trainer.max_steps
+    if isinstance(interval, int) and 0 < last < interval and trainer.limit_val_batches:
+        rank_zero_warn(
+            f"val_check_interval={interval} is after the last step (max_steps={last}), so this run "
+            f"never validates; give at most {last}, or limit_val_batches: 0 if that is intended"
+        )
+
+
+def check_strategy(strategy: Strategy, shards: bool) -> None:
+    """Refuse strategies with which the ranks would train different weights.
+
+    Args:
+        strategy: the trainer's strategy.
+        shards: whether the module can shard its network with ModelParallelStrategy (FSDP2).
+
+    Raises:
+        UserError: the strategy is not supported.
+    """
+    name = type(strategy).__name__
+    if isinstance(strategy, ModelParallelStrategy) and not shards:
+        raise UserError(f"{name} cannot train an autoencoder; set trainer.strategy to ddp")
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+        raise UserError(
+            f"the strategy {name} is not supported; set trainer.strategy to auto, ddp or "
+            "ModelParallelStrategy"
+        )
+
+
+def check_mesh(mesh: torch.distributed.DeviceMesh) -> None:
+    """Refuse tensor parallelism, which would train a copy on each rank of the mesh's second axis.
+
+    Args:
+        mesh: ModelParallelStrategy's mesh with the axes data_parallel and tensor_parallel.
+
+    Raises:
+        UserError: the axis tensor_parallel has more than one rank.
+    """
+    data, tensor = mesh["data_parallel"].size(), mesh["tensor_parallel"].size()
+    if tensor > 1:
+        raise UserError(
+            f"ModelParallelStrategy with tensor_parallel_size={tensor} is not supported; set "
+            f"data_parallel_size to the number of ranks ({data * tensor}) and tensor_parallel_size "
+            "to 1"
+        )
+
+
+def take_whole_steps(trainer: L.Trainer) -> None:
+    """Let the training loader yield the batches of an optimizer step as one list.
+
+    The trainer then accumulates nothing itself; `give_back_steps` restores its setting.
+
+    Raises:
+        UserError: batches are to be accumulated, but the data cannot yield several at once.
+    """
+    data, accumulated = trainer.datamodule, trainer.accumulate_grad_batches
+    if accumulated == 1:
+        return
+    if not isinstance(data, StreamData):
+        raise UserError(
+            f"{type(data).__name__} cannot yield {accumulated} batches at once; derive it from "
+            "StreamData, or set accumulate_grad_batches to 1"
+        )
+    data.batches_at_once, trainer.accumulate_grad_batches = accumulated, 1
+
+
+def give_back_steps(trainer: L.Trainer) -> None:
+    """Undo `take_whole_steps`."""
+    data = trainer.datamodule
+    if isinstance(data, StreamData):
+        trainer.accumulate_grad_batches *= data.batches_at_once
+        data.batches_at_once = 1
+
+
+def backward_of_part(module: L.LightningModule, loss: Tensor) -> None:
+    """Add the gradients of one batch of a step; Lightning does it for the last batch.
+
+    DDP averages gradients over ranks in the backward pass of the last batch only.
+    """
+    with torch.autocast(module.device.type, enabled=False):  # as Lightning does: outside autocast
+        module.trainer.strategy.backward(loss, None)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Return the mean of a tensor over all ranks, detached."""
+    values = values.detach().clone()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    return values
+
+
+def count_steps(checkpoint: dict) -> None:
+    """Let a checkpoint's progress count optimizer steps where it counts accumulated batches.
+
+    Older versions let the trainer accumulate. A checkpoint that was saved within a step continues
+    at the step's beginning, whose rows no optimizer step has read.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    steps = loops.get("epoch_loop.automatic_optimization.optim_progress")
+    batches = loops.get("epoch_loop.batch_progress")
+    if not steps or not batches:
+        return
+    for span in ("total", "current"):
+        surplus = batches[span]["ready"] - steps["optimizer"]["step"][span]["completed"]
+        batches[span] = {name: number - surplus for name, number in batches[span].items()}
