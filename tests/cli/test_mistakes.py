@@ -146,7 +146,7 @@ MISTAKES = {
     "--model.prediction_type=x0": "x0",
     "--data.init_args.autoencoder=none/": "there is no folder none/",
     "--data.init_args.autoencoder=null": "the data has images",
-    "--data.init_args.image_first_prob=2": "image_first_prob=2.0 is not a probability",
+    "--data.init_args.image_first_prob=2": "image_first_prob=2.0 must be from 0 to 1",
     "--data.init_args.weights={captions: 1}": "weights are given for ['captions']",
     "--data.init_args.row_length=20": "longer than a row of 20 tokens",
     "--data.init_args.tokenizer=nowhere.model": "nowhere.model",

@@ -122,9 +122,9 @@ def test_norm_order_is_the_same_for_separate_image_weights(order):
 
 
 def test_unknown_norm_options_and_dropout_are_refused():
-    with pytest.raises(UserError, match="qk_norm='rms' must be false, true or 'layer'"):
+    with pytest.raises(UserError, match="qk_norm='rms' must be true or false or 'layer'"):
         Transformer(TransformerConfig(9, DIM, 1, HEADS, qk_norm="rms"))
     with pytest.raises(UserError, match="norm_order='both' must be 'pre' or 'post'"):
         Transformer(TransformerConfig(9, DIM, 1, HEADS, norm_order="both"))
-    with pytest.raises(UserError, match="dropout=1.0 must be from 0"):
+    with pytest.raises(UserError, match="dropout=1.0 must be at least 0 and less than 1"):
         Transformer(TransformerConfig(9, DIM, 1, HEADS, dropout=1.0))

@@ -257,9 +257,9 @@ def test_text_after_a_generated_image_reads_it_at_t_0(time):
 @pytest.mark.parametrize(
     "linear, words",
     [
-        ({"time": "film"}, "linear.time='film' must be one of added, token, adaln"),
-        ({"pos_embed": "rope"}, "linear.pos_embed='rope' must be one of learned, sincos"),
-        ({"zero_init": "all"}, "linear.zero_init='all' must be one of output, input"),
+        ({"time": "film"}, "linear.time='film' must be 'added' or 'token' or 'adaln'"),
+        ({"pos_embed": "rope"}, "linear.pos_embed='rope' must be 'learned' or 'sincos'"),
+        ({"zero_init": "all"}, "linear.zero_init='all' must be 'output' or 'input'"),
         ({"pos_embed": "sincos"}, "needs a multiple of 4 as transformer.dim, which is 30"),
     ],
 )

@@ -172,7 +172,7 @@ def test_the_default_sizes_have_the_papers_parameter_count(size, channels):
         ((512, 960), 64, 4, "make patches of 2 but patch_size=4"),
         ((8, 8, 8), 8, 3, "make patches of 4 but patch_size=3"),
         ((8,), 8, 2, "make patches of 1 but patch_size=2"),
-        ((), 8, 1, "at least one entry"),
+        ((), 8, 1, "channels must have an entry"),
         ((8, 12), 8, 2, "head_dim=8 must divide the last"),
     ],
 )

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_folder
+from tf_lightning.ranges import PositiveInt, Range, check_fields
 
 
 @dataclass
@@ -38,26 +39,26 @@ class AutoencoderConfig:
             decoder.
         num_codes: codebook size of a VQ (paper: 16,384); None for a VAE.
         code_dim: dimension of a code (paper: 8).
+
+    Raises:
+        UserError: a size is out of its range, or sizes do not fit each other.
     """
 
-    channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    latent_channels: int = 8
-    norm_groups: int = 32
+    channels: tuple[PositiveInt, ...] = (128, 256, 512, 512)
+    layers_per_block: PositiveInt = 2
+    latent_channels: PositiveInt = 8
+    norm_groups: PositiveInt = 32
     mid_attention: bool = True
-    num_codes: int | None = None
-    code_dim: int = 8
+    num_codes: Annotated[int, Range(ge=2, note="null makes a VAE")] | None = None
+    code_dim: PositiveInt = 8
 
     def __post_init__(self) -> None:
+        check_fields(self, "network.")
         wrong = [width for width in self.channels if width % self.norm_groups]
         if wrong or not self.channels:
             raise UserError(
                 f"channels={list(self.channels)} must be multiples of "
                 f"norm_groups={self.norm_groups}; change one of them"
-            )
-        if self.num_codes is not None and self.num_codes < 2:
-            raise UserError(
-                f"num_codes={self.num_codes} is too small for a codebook; give 2 or more, or null"
             )
 
     @property

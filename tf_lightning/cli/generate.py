@@ -7,7 +7,7 @@ in cli/outputs.py.
 import argparse
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from docstring_parser import parse_from_object
 
@@ -82,6 +82,7 @@ VALUE_TYPES: dict[Any, dict[str, Any]] = {
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for every field of SamplingConfig; those not given leave no attribute."""
+    types = get_type_hints(SamplingConfig)  # without their ranges, which SamplingConfig checks
     helps = {p.arg_name: p.description for p in parse_from_object(SamplingConfig).params}
     for group, title in GROUPS.items():
         arguments = parser.add_argument_group(title)
@@ -91,7 +92,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
                     flag(option.name),
                     default=argparse.SUPPRESS,
                     help=option_help(option, helps[option.name]),
-                    **VALUE_TYPES[option.type],
+                    **VALUE_TYPES[types[option.name]],
                 )
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from tf_lightning.data.documents import Skipped, Source, Split
 from tf_lightning.data.stream import ENDLESS, StreamData
 from tf_lightning.errors import UserError
 from tf_lightning.files import publish_folder
+from tf_lightning.ranges import NonNegativeInt, PositiveInt, Range, check_arguments, check_fields
 
 FORMAT = 1  # version of the files; a higher number makes every store be made again
 PADDING_ROW = -1  # row of an image that only pads the last batch of a rank
@@ -55,11 +56,10 @@ class Augment:
     """
 
     hflip: bool = True
-    zoom: float = 1.0
+    zoom: Annotated[float, Range(ge=1, note="1 turns it off")] = 1.0
 
     def __post_init__(self) -> None:
-        if not self.zoom >= 1:
-            raise UserError(f"zoom={self.zoom} must be 1 (none) or more; 1.4 is a good start")
+        check_fields(self, "augment.")
 
     def __call__(self, image: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Return a changed copy of an image, uint8 (H, W, 3), of the same size."""
@@ -107,13 +107,14 @@ class ImageData(StreamData):
     def __init__(
         self,
         source: Source,
-        batch_size: int = 16,
+        batch_size: PositiveInt = 16,
         augment: Augment = Augment(),  # noqa: B008 - it is frozen
-        num_workers: int = 0,
-        seed: int = 0,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
         cache_dir: str = "data",
     ):
         super().__init__(batch_size, num_workers)
+        check_arguments(ImageData.__init__, locals())
         self.source, self.augment = source, augment
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.stores: dict[str, ImageStore] = {}

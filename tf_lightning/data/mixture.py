@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -25,6 +25,15 @@ from tf_lightning.data.documents import Skipped, Source, Split
 from tf_lightning.data.packing import CorpusRows
 from tf_lightning.data.stream import Rows, StreamData, StreamRow, ValidationRows
 from tf_lightning.errors import UserError
+from tf_lightning.ranges import (
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Range,
+    Share,
+    check_arguments,
+)
 from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 WeightsUnit = Literal["tokens", "documents"]
@@ -98,39 +107,34 @@ class Mixture(StreamData):
     def __init__(
         self,
         sources: dict[str, Source],
-        weights: dict[str, float] | None = None,
+        weights: dict[str, NonNegative] | None = None,
         *,
         weights_count: WeightsUnit = "tokens",
         tokenizer: str | None = None,
-        vocab_size: int = 512,
+        vocab_size: PositiveInt = 512,
         autoencoder: str | None = None,
         sample_posterior: bool = False,
         hflip: bool = False,
         crops: Literal[1, 2, 3] = 1,
         lazy_images: bool = False,
         encoded: str | None = None,
-        patch_size: int = 2,
+        patch_size: PositiveInt = 2,
         time_token: bool = False,
-        row_length: int = 512,
-        batch_size: int = 8,
-        image_first_prob: float = 0.2,
-        caption_drop_prob: float = 0.1,
-        max_caption_t: float = 0.5,
+        row_length: Annotated[int, Range(ge=3)] = 512,
+        batch_size: PositiveInt = 8,
+        image_first_prob: Share = 0.2,
+        caption_drop_prob: Share = 0.1,
+        max_caption_t: Annotated[float, Range(gt=0, le=1)] = 0.5,
         clean_copies: bool = False,
-        timestep_shift: float = 1.0,
+        timestep_shift: Positive = 1.0,
         timestep_distribution: TimestepDistribution = "uniform",
-        num_workers: int = 0,
-        seed: int = 0,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
         cache_dir: str = "data",
     ):
         super().__init__(batch_size, num_workers)
+        check_arguments(Mixture.__init__, locals())
         check_weights(sources, weights)
-        check_probability("image_first_prob", image_first_prob)
-        check_probability("caption_drop_prob", caption_drop_prob)
-        check_probability("max_caption_t", max_caption_t)
-        check_timesteps(timestep_shift, timestep_distribution)
-        if weights_count not in get_args(WeightsUnit):
-            raise UserError(f"weights_count={weights_count!r} must be 'tokens' or 'documents'")
         if lazy_images and (autoencoder != "pixels" or sample_posterior):
             raise UserError(
                 f"lazy_images=true reads pixels, but autoencoder={autoencoder!r} would encode "
@@ -381,7 +385,7 @@ def pack_rows(rows: list[StreamRow], **arguments) -> Batch:
 
 
 def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) -> None:
-    """Raise UserError unless each source has a weight >= 0 and one weight is positive."""
+    """Raise UserError unless each source has a weight and one weight is positive."""
     if weights is None:
         return
     if set(weights) != set(sources):
@@ -389,8 +393,8 @@ def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) 
             f"weights are given for {sorted(weights)} but the sources are {sorted(sources)}; "
             "give one for each"
         )
-    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise UserError(f"weights are {weights}; give numbers >= 0, one of them positive")
+    if sum(weights.values()) <= 0:
+        raise UserError(f"weights are {weights}; give one of them a positive number")
 
 
 def check_image_size(name: str, source: Source, pixels: int) -> None:
@@ -400,24 +404,6 @@ def check_image_size(name: str, source: Source, pixels: int) -> None:
         raise UserError(
             f"{name}: image_size={side} does not divide into patches of {pixels} pixels; give a "
             f"multiple of {pixels}"
-        )
-
-
-def check_probability(name: str, value: float) -> None:
-    """Raise UserError unless a value is in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise UserError(f"{name}={value} is not a probability; give a number from 0 to 1")
-
-
-def check_timesteps(timestep_shift: float, timestep_distribution: str) -> None:
-    """Raise UserError unless the shift is positive and the distribution is known."""
-    if timestep_shift <= 0:
-        raise UserError(
-            f"timestep_shift={timestep_shift} must be above 0; 1 leaves noise levels alone"
-        )
-    if timestep_distribution not in get_args(TimestepDistribution):
-        raise UserError(
-            f"timestep_distribution={timestep_distribution!r} must be 'uniform' or 'logit_normal'"
         )
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from tf_lightning.batch import Row
 from tf_lightning.data.packing import CorpusRows
 from tf_lightning.errors import UserError
+from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
 
 CYCLE = 10_000  # rows after which the order of the sources repeats
 EXACT = 1_000  # each run of this many rows has the share of every source, to within one row
@@ -136,10 +137,14 @@ class StreamData(L.LightningDataModule):
     Args:
         batch_size: rows in a batch of one rank.
         num_workers: processes that load rows; 0 loads in the training process.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
-    def __init__(self, batch_size: int, num_workers: int):
+    def __init__(self, batch_size: PositiveInt, num_workers: NonNegativeInt):
         super().__init__()
+        check_arguments(StreamData.__init__, locals())
         self.batch_size, self.num_workers = batch_size, num_workers
         # Batches that the training loader yields at once, as a list; 1: it yields each batch alone.
         self.batches_at_once = 1

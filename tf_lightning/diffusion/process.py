@@ -15,7 +15,7 @@ Shapes: M images, C latent channels, h x w latent grid; t is (M,), and alpha_t a
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,14 @@ from tf_lightning.diffusion.learned_variance import (
     vlb_bits,
 )
 from tf_lightning.errors import UserError
+from tf_lightning.ranges import Positive, Range, check_arguments
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 SDE = "-SDE"  # suffix of a sampler name: the stochastic variant of that solver
 MIN_EPSILON_ALPHA = 0.015  # smallest alpha_t at which predicted noise is converted to x_0
+
+NumTrainTimesteps = Annotated[int, Range(ge=2, note="1000 is usual")]
+MinSNRGamma = Positive | None
 
 
 class DiffusionProcess(Protocol):
@@ -181,11 +185,12 @@ class DDPM(nn.Module):
         self,
         prediction_type: str = "epsilon",
         noise_schedule: str = "cosine",
-        num_train_timesteps: int = 1000,
+        num_train_timesteps: NumTrainTimesteps = 1000,
         learned_sigma: bool = False,
-        min_snr_gamma: float | None = None,
+        min_snr_gamma: MinSNRGamma = None,
     ):
         super().__init__()
+        check_arguments(DDPM.__init__, locals())
         if prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(
                 f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}"
@@ -194,7 +199,6 @@ class DDPM(nn.Module):
             raise UserError(
                 f"noise_schedule={noise_schedule!r} must be one of {tuple(NOISE_SCHEDULES)}"
             )
-        check_options(num_train_timesteps, min_snr_gamma)
         self.prediction_type, self.noise_schedule = prediction_type, noise_schedule
         self.learned_sigma, self.min_snr_gamma = learned_sigma, min_snr_gamma
         betas = NOISE_SCHEDULES[noise_schedule](num_train_timesteps)
@@ -327,9 +331,11 @@ class RectifiedFlow(nn.Module):
     evenly_spaced_samplers = ()
     default_sampler = "FlowMatchEulerDiscreteScheduler"
 
-    def __init__(self, num_train_timesteps: int = 1000, min_snr_gamma: float | None = None):
+    def __init__(
+        self, num_train_timesteps: NumTrainTimesteps = 1000, min_snr_gamma: MinSNRGamma = None
+    ):
         super().__init__()
-        check_options(num_train_timesteps, min_snr_gamma)
+        check_arguments(RectifiedFlow.__init__, locals())
         self.num_train_timesteps, self.min_snr_gamma = num_train_timesteps, min_snr_gamma
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -428,11 +434,3 @@ def process_from_hparams(hparams: Mapping[str, Any]) -> DDPM | RectifiedFlow | N
         "min_snr_gamma",
     )
     return build_process(**{name: hparams[name] for name in names if name in hparams})
-
-
-def check_options(num_train_timesteps: int, min_snr_gamma: float | None) -> None:
-    """Raise UserError for a value that neither process accepts."""
-    if num_train_timesteps < 2:
-        raise UserError(f"num_train_timesteps={num_train_timesteps} must be at least 2")
-    if min_snr_gamma is not None and min_snr_gamma <= 0:
-        raise UserError(f"min_snr_gamma={min_snr_gamma} must be above 0; 5 is usual")

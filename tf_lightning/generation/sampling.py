@@ -4,11 +4,11 @@ The pipeline, the command line and the callbacks read names, defaults and help f
 imports no torch, so that `tf-lightning generate --help` answers at once.
 """
 
-import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from tf_lightning.errors import UserError
+from tf_lightning.ranges import PositiveInt, Range, Share, check_fields
 
 OutputModality = Literal["image", "text", "any"]
 OUTPUT_MODALITIES = get_args(OutputModality)
@@ -27,6 +27,10 @@ def option(default: Any, group: str) -> Any:
     return field(default=default, metadata={"group": group})
 
 
+Temperature = Annotated[float, Range(ge=0, note="0 is greedy")]
+TopP = Annotated[float, Range(gt=0, le=1)]
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How images and text are sampled from a trained model.
@@ -38,45 +42,45 @@ class SamplingConfig:
         UserError: a value is out of its range.
     """
 
-    guidance_scale: float = option(3.0, "guidance")
+    guidance_scale: Annotated[float, Range(note="1 turns guidance off")] = option(3.0, "guidance")
     """How strongly images follow the prompt (classifier-free guidance); 1 turns it off."""
-    image_guidance_scale: float | None = option(None, "guidance")
+    image_guidance_scale: Annotated[float, Range()] | None = option(None, "guidance")
     """How strongly images follow the images in the prompt, for editing (InstructPix2Pix uses
     1.5); by default the same as guidance_scale."""
-    guidance_interval: tuple[float, float] = option((0.0, 1.0), "denoising")
+    guidance_interval: tuple[Share, Share] = option((0.0, 1.0), "denoising")
     """Lowest and highest noise level, in [0, 1], at which guidance acts."""
-    guidance_rescale: float = option(0.0, "denoising")
+    guidance_rescale: Share = option(0.0, "denoising")
     """Strength of the correction for overexposure, in [0, 1]; 0 turns it off."""
-    num_inference_steps: int = option(50, "denoising")
+    num_inference_steps: PositiveInt = option(50, "denoising")
     """Denoising steps of an image, from 1 to 1000."""
     sampler: str | None = option(None, "denoising")
     """Name of a diffusers scheduler: DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler,
     DPMSolverMultistepScheduler-SDE or UniPCMultistepScheduler; for a rectified flow
     FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler. By default DDIM, or Euler for
     a rectified flow."""
-    timestep_shift: float = option(1.0, "denoising")
+    timestep_shift: Annotated[float, Range(ge=0.01, le=100)] = option(1.0, "denoising")
     """Above 1, more of the steps are spent near pure noise (Stable Diffusion 3, Eq. 23). UniPC
     cannot shift its steps."""
-    code_temperature: float = option(1.0, "codes")
+    code_temperature: Temperature = option(1.0, "codes")
     """Divides the logits of image codes; 0 always takes the most probable code."""
-    code_top_k: int | None = option(None, "codes")
+    code_top_k: PositiveInt | None = option(None, "codes")
     """Sample from the k most probable codes; by default from all."""
-    code_top_p: float = option(1.0, "codes")
+    code_top_p: TopP = option(1.0, "codes")
     """Sample from the fewest codes that together have this probability, in (0, 1]."""
-    max_new_tokens: int = option(64, "text")
+    max_new_tokens: PositiveInt = option(64, "text")
     """Maximum number of text tokens in an output."""
-    temperature: float = option(0.0, "text")
+    temperature: Temperature = option(0.0, "text")
     """Divides the logits of text; 0 always takes the most probable token."""
-    top_k: int | None = option(None, "text")
+    top_k: PositiveInt | None = option(None, "text")
     """Sample from the k most probable tokens; by default from all."""
-    top_p: float = option(1.0, "text")
+    top_p: TopP = option(1.0, "text")
     """Sample from the fewest tokens that together have this probability, in (0, 1]."""
-    min_p: float = option(0.0, "text")
+    min_p: Share = option(0.0, "text")
     """Sample from tokens at least this many times as probable as the most probable one, in
     [0, 1]."""
     stop: tuple[str, ...] = option((), "text")
     """Strings that end a text and are left out of it."""
-    max_images: int = option(1, "any")
+    max_images: Annotated[int, Range(ge=1, note="ask for text to get no image")] = option(1, "any")
     """Maximum number of images in an output of any modality."""
 
     def __post_init__(self) -> None:
@@ -84,31 +88,15 @@ class SamplingConfig:
         if isinstance(self.stop, str):  # a tuple of it would be its letters
             raise UserError(f"stop={self.stop!r} must be a list of strings")
         object.__setattr__(self, "stop", tuple(self.stop))
+        check_fields(self)
         low, high = self.guidance_interval
-        for name, fits, limit in (
-            ("guidance_scale", math.isfinite(self.guidance_scale), "finite; 1 turns guidance off"),
-            ("image_guidance_scale", math.isfinite(self.image_guidance_scale or 0.0), "finite"),
-            (
-                "guidance_interval",
-                0 <= low <= high <= 1,
-                "two noise levels from 0 to 1, the lower one first",
-            ),
-            ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "from 0 (off) to 1"),
-            ("num_inference_steps", self.num_inference_steps >= 1, "at least 1"),
-            ("timestep_shift", 0.01 <= self.timestep_shift <= 100, "from 0.01 to 100; 1 is off"),
-            ("code_temperature", 0 <= self.code_temperature < math.inf, "0 (greedy) or more"),
-            ("code_top_k", self.code_top_k is None or self.code_top_k >= 1, "at least 1"),
-            ("code_top_p", 0 < self.code_top_p <= 1, "more than 0 and at most 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("stop", "" not in self.stop, "strings that are not empty"),
-            ("max_images", self.max_images >= 1, "at least 1; ask for text to get no image"),
-        ):
-            if not fits:
-                raise UserError(f"{name}={getattr(self, name)} must be {limit}")
+        if low > high:
+            raise UserError(
+                f"guidance_interval={self.guidance_interval} must be two noise levels from 0 to 1, "
+                "the lower one first"
+            )
+        if "" in self.stop:
+            raise UserError(f"stop={self.stop} must be strings that are not empty")
 
     def with_options(self, **options: Any) -> "SamplingConfig":
         """Return a copy with some options changed.

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tf_lightning.errors import UserError
+from tf_lightning.ranges import Positive, PositiveInt, check_fields
+
 
 class RMSNormFunction(torch.autograd.Function):
     """y = w x / r with r^2 = mean(x^2) + eps; dx = (w dy - x mean(w dy x) / r^2) / r."""
@@ -89,14 +92,22 @@ class RopeScaling:
     turns are unchanged, and those in between are interpolated linearly.
     """
 
-    factor: float
+    factor: Positive
     """Ratio of the new to the original context length."""
-    low_freq_factor: float
+    low_freq_factor: Positive
     """Below this number of turns over `original_length`, a frequency is divided by `factor`."""
-    high_freq_factor: float
+    high_freq_factor: Positive
     """Above this number of turns over `original_length`, a frequency is unchanged."""
-    original_length: int
+    original_length: PositiveInt
     """Context length of the pretraining in tokens."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rope_scaling.")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                f"rope_scaling.low_freq_factor={self.low_freq_factor} must be less than "
+                f"high_freq_factor={self.high_freq_factor}; Llama 3.1 has 1 and 4"
+            )
 
     def __call__(self, frequencies: Tensor) -> Tensor:
         """Scale frequencies (K / 2,) in radians per position."""

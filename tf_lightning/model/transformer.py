@@ -10,7 +10,7 @@ Shapes: (..., D) vectors, H query heads, G key/value heads, K head dim, V vocabu
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tf_lightning.errors import UserError
 from tf_lightning.model.attention import Attention
 from tf_lightning.model.layers import RMSNorm, RopeScaling, apply_rotary_emb
+from tf_lightning.ranges import Positive, PositiveInt, Range, check_fields
 
 NEW_ENTRY_LOGIT = -12.0  # added to the logits of entries that a pretrained model did not have
 QK_NORMS = {False: nn.Identity, True: RMSNorm, "layer": nn.LayerNorm}
@@ -26,25 +27,29 @@ QK_NORMS = {False: nn.Identity, True: RMSNorm, "layer": nn.LayerNorm}
 
 @dataclass
 class TransformerConfig:
-    """Sizes of the shared Transformer."""
+    """Sizes of the shared Transformer.
 
-    vocab_size: int = 32_002
+    Raises:
+        UserError: a size is out of its range, or sizes do not fit each other.
+    """
+
+    vocab_size: PositiveInt = 32_002
     """Vocabulary size V, including <boi> and <eoi>; must equal the tokenizer's."""
-    dim: int = 768
+    dim: PositiveInt = 768
     """Model dim D."""
-    num_layers: int = 16
+    num_layers: PositiveInt = 16
     """Number of blocks."""
-    num_heads: int = 12
+    num_heads: PositiveInt = 12
     """Query heads H; the head dim is dim / num_heads."""
-    num_kv_heads: int | None = None
+    num_kv_heads: PositiveInt | None = None
     """Key/value heads G of grouped-query attention; None: as many as query heads."""
-    ffn_dim: int = 2048
+    ffn_dim: PositiveInt = 2048
     """Hidden dim of the SwiGLU feed-forward."""
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Scaling of the rotary frequencies for a longer context (Llama 3.1); None: no scaling."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Epsilon of every norm."""
     qk_norm: bool | Literal["layer"] = False
     """Norm of the queries and keys of each head, with weights shared by the heads. true: RMSNorm
@@ -56,19 +61,31 @@ class TransformerConfig:
     norm_order: Literal["pre", "post"] = "pre"
     """Position of the norm in a residual branch. "pre": x + f(norm(x)). "post": x + norm(f(x))
     (Chameleon-34B, Swin v2)."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Dropout probability of the attention and feed-forward outputs (Chameleon-7B: 0.1)."""
     attention_bias: bool = False
     """Use biases in the query, key and value projections (Qwen2)."""
     tie_embeddings: bool = False
     """Share the weights of the token embedding and the vocabulary head (Llama 3.2, small Qwen2)."""
-    pretrained_vocab_size: int | None = None
+    pretrained_vocab_size: PositiveInt | None = None
     """Vocabulary size of the pretrained language model. The logits of later entries are lowered by
     12, so that the probability of text hardly changes. None: trained from scratch."""
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):  # from a checkpoint's hyper-parameters
             self.rope_scaling = RopeScaling(**self.rope_scaling)
+        check_fields(self, "transformer.")
+        if self.dim % self.num_heads or self.dim // self.num_heads % 2:
+            raise UserError(
+                f"transformer.dim={self.dim} does not divide into num_heads={self.num_heads} heads "
+                "of an even dim, which rotary positions need; give dim a multiple of "
+                f"{2 * self.num_heads}, or change num_heads"
+            )
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"transformer.num_heads={self.num_heads} must be a multiple of "
+                f"num_kv_heads={self.num_kv_heads}; change one of them"
+            )
 
 
 # --------------------------------------------------------------------------------------- block
@@ -268,23 +285,10 @@ class Transformer(nn.Module):
 
     `forward` runs the blocks and the final norm. `TransfusionModel` calls the embeddings and the
     head only where they are needed.
-
-    Raises:
-        UserError: an option is unknown or out of range.
     """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        if config.modality_weights not in ("shared", "ffn", "all"):
-            raise UserError(
-                f"modality_weights={config.modality_weights!r} must be 'shared', 'ffn' or 'all'"
-            )
-        if config.norm_order not in ("pre", "post"):
-            raise UserError(f"norm_order={config.norm_order!r} must be 'pre' or 'post'")
-        if config.qk_norm not in QK_NORMS:
-            raise UserError(f"qk_norm={config.qk_norm!r} must be false, true or 'layer'")
-        if not 0 <= config.dropout < 1:
-            raise UserError(f"dropout={config.dropout} must be from 0 (none) to less than 1")
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))

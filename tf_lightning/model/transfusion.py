@@ -215,10 +215,8 @@ def check_code_options(
     """Validate the options of a model with discrete image tokens.
 
     Raises:
-        UserError: the codebook is too small, or an option needs continuous latents.
+        UserError: an option needs continuous latents.
     """
-    if num_codes < 2:
-        raise UserError(f"num_codes={num_codes} must be at least 2; use null for latents")
     if patch_size != 1 or unet is not None or config.modality_weights != "shared":
         raise UserError(
             f"num_codes={num_codes} makes each image code a token of the vocabulary; give "

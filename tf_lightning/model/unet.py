@@ -17,38 +17,43 @@ from torch import Tensor, nn
 
 from tf_lightning.errors import UserError
 from tf_lightning.model.patches import MAX_GRID, TIMESTEP_DIM, learned_pos_embed, timestep_embedding
+from tf_lightning.ranges import PositiveInt, check_fields
 
 
 @dataclass
 class UNetConfig:
-    """Sizes of the U-Net patch coder; the defaults are the paper's 0.27B with patch size 2."""
+    """Sizes of the U-Net patch coder; the defaults are the paper's 0.27B with patch size 2.
 
-    channels: tuple[int, ...] = (512, 960)
+    Raises:
+        UserError: a size is out of its range, or sizes do not fit each other.
+    """
+
+    channels: tuple[PositiveInt, ...] = (512, 960)
     """Channels at each resolution, from the latents to the patches. Each entry after the first
     halves the side, so 1, 2, 3 or 4 entries make a patch size of 1, 2, 4 or 8."""
-    num_blocks: int = 3
+    num_blocks: PositiveInt = 3
     """Residual blocks at each resolution of the down path; the up path has one more."""
-    head_dim: int = 64
+    head_dim: PositiveInt = 64
     """Dim of an attention head; must divide the last entry of `channels`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "unet.")
+        if not self.channels:
+            raise UserError("unet.channels must have an entry for each resolution; give 1 to 4")
+        if self.channels[-1] % self.head_dim:
+            raise UserError(
+                f"unet.head_dim={self.head_dim} must divide the last of "
+                f"unet.channels={list(self.channels)}; change one of them"
+            )
 
 
 def check_unet_config(config: UNetConfig, patch_size: int) -> None:
     """Raise UserError if the sizes do not make a U-Net with this patch size."""
-    if not config.channels or config.num_blocks < 1:
-        raise UserError(
-            f"unet.channels={list(config.channels)} and unet.num_blocks={config.num_blocks} need "
-            "at least one entry and one block"
-        )
     side = 2 ** (len(config.channels) - 1)
     if side != patch_size:
         raise UserError(
             f"unet.channels={list(config.channels)} make patches of {side} but "
             f"patch_size={patch_size}; give 1, 2, 3 or 4 channels for patch size 1, 2, 4 or 8"
-        )
-    if config.channels[-1] % config.head_dim:
-        raise UserError(
-            f"unet.head_dim={config.head_dim} must divide the last of "
-            f"unet.channels={list(config.channels)}; change one of them"
         )
 
 

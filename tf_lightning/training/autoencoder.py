@@ -42,6 +42,14 @@ from tf_lightning.data.image_only import ImageBatch
 from tf_lightning.data.stream import as_batches
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
+from tf_lightning.ranges import (
+    Decay,
+    NonNegative,
+    NonNegativeInt,
+    PositiveInt,
+    Share,
+    check_arguments,
+)
 from tf_lightning.training.optim import lr_scale, parameter_groups
 from tf_lightning.training.steps import (
     backward_of_part,
@@ -99,29 +107,30 @@ class AutoencoderModule(L.LightningModule):
         seed: seed of the noise.
 
     Raises:
-        UserError: `latent_noise` is given for a VQ.
+        UserError: a value is out of range, or `latent_noise` is given for a VQ.
     """
 
     def __init__(
         self,
         network: AutoencoderConfig = AutoencoderConfig(),  # noqa: B008 - it is never modified
-        lpips_weight: float = 1.0,
+        lpips_weight: NonNegative = 1.0,
         lpips_network: Literal["vgg", "alex", "squeeze"] = "vgg",
-        gan_weight: float = 0.5,
-        gan_start_step: int = 50_000,
+        gan_weight: NonNegative = 0.5,
+        gan_start_step: NonNegativeInt = 50_000,
         adaptive_gan: bool = True,
-        kl_weight: float = 1e-6,
-        latent_noise: float = 0.0,
-        dead_after: int = 1000,
+        kl_weight: NonNegative = 1e-6,
+        latent_noise: NonNegative = 0.0,
+        dead_after: PositiveInt = 1000,
         restart_dead_codes: bool = True,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.5, 0.9),
-        weight_decay: float = 0.0,
-        warmup_steps: int = 1000,
-        min_lr_ratio: float = 1.0,
-        seed: int = 0,
+        lr: NonNegative = 1e-4,
+        betas: tuple[Decay, Decay] = (0.5, 0.9),
+        weight_decay: NonNegative = 0.0,
+        warmup_steps: NonNegativeInt = 1000,
+        min_lr_ratio: Share = 1.0,
+        seed: NonNegativeInt = 0,
     ):
         super().__init__()
+        check_arguments(AutoencoderModule.__init__, locals())
         network = as_dict(network)  # plain, so that checkpoints do not depend on our classes
         self.save_hyperparameters()
         network = AutoencoderConfig(**network)

@@ -6,6 +6,7 @@ one varies at evaluation belongs to callbacks.
 """
 
 from copy import deepcopy
+from typing import Annotated
 
 import lightning as L
 import torch
@@ -22,7 +23,11 @@ from tf_lightning.checkpoint import (
     upgrade,
 )
 from tf_lightning.data.stream import as_batches
-from tf_lightning.diffusion.process import process_from_hparams
+from tf_lightning.diffusion.process import (
+    MinSNRGamma,
+    NumTrainTimesteps,
+    process_from_hparams,
+)
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
 from tf_lightning.model.patches import LinearConfig, has_time_token
@@ -34,6 +39,15 @@ from tf_lightning.model.transfusion import (
     update_ema,
 )
 from tf_lightning.model.unet import UNetConfig, check_unet_config
+from tf_lightning.ranges import (
+    Decay,
+    NonNegative,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    Share,
+    check_arguments,
+)
 from tf_lightning.training.fsdp import apply_fsdp
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
 from tf_lightning.training.optim import DECAYS, build_optimizer, lr_scale
@@ -93,33 +107,32 @@ class Transfusion(L.LightningModule):
     def __init__(
         self,
         transformer: TransformerConfig,
-        patch_size: int = 2,
-        latent_channels: int = 8,
+        patch_size: PositiveInt = 2,
+        latent_channels: PositiveInt = 8,
         unet: UNetConfig | None = None,
         linear: LinearConfig | None = None,
         prediction_type: str = "epsilon",
         noise_schedule: str = "cosine",
-        num_train_timesteps: int = 1000,
+        num_train_timesteps: NumTrainTimesteps = 1000,
         learned_sigma: bool = False,
-        min_snr_gamma: float | None = None,
+        min_snr_gamma: MinSNRGamma = None,
         causal_images: bool = False,
-        diffusion_weight: float = 5.0,
-        num_codes: int | None = None,
-        z_loss_weight: float = 0.0,
-        lr: float = 3e-4,
-        text_lr_ratio: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.95),
+        diffusion_weight: NonNegative = 5.0,
+        num_codes: Annotated[int, Range(ge=2, note="null for latents")] | None = None,
+        z_loss_weight: NonNegative = 0.0,
+        lr: NonNegative = 3e-4,
+        text_lr_ratio: Annotated[float, Range(ge=0, le=1, note="0 freezes the text weights")] = 1.0,
+        betas: tuple[Decay, Decay] = (0.9, 0.95),
         muon: bool = False,
-        weight_decay: float = 0.1,
-        warmup_steps: int = 4000,
+        weight_decay: NonNegative = 0.1,
+        warmup_steps: NonNegativeInt = 4000,
         lr_decay: str = "cosine",
-        min_lr_ratio: float = 0.05,
-        ema_decay: float = 0.9999,
+        min_lr_ratio: Share = 0.05,
+        ema_decay: Decay = 0.9999,
         compile: bool = False,
     ):
         super().__init__()
-        if not 0 <= text_lr_ratio <= 1:
-            raise UserError(f"text_lr_ratio={text_lr_ratio} must be from 0 (frozen) to 1")
+        check_arguments(Transfusion.__init__, locals())
         if lr_decay not in DECAYS:
             raise UserError(f"lr_decay={lr_decay!r} must be one of {tuple(DECAYS)}")
         # Hyper-parameters are plain values, so that checkpoints do not depend on our classes.
