@@ -25,7 +25,7 @@ class UNetConfig:
     """Sizes of the U-Net patch coder; the defaults are the paper's 0.27B with patch size 2.
 
     Raises:
-        UserError: a size is out of its range, or sizes do not fit each other.
+        UserError: a size is out of its range.
     """
 
     channels: tuple[PositiveInt, ...] = (512, 960)
@@ -40,11 +40,6 @@ class UNetConfig:
         check_fields(self, "unet.")
         if not self.channels:
             raise UserError("unet.channels must have an entry for each resolution; give 1 to 4")
-        if self.channels[-1] % self.head_dim:
-            raise UserError(
-                f"unet.head_dim={self.head_dim} must divide the last of "
-                f"unet.channels={list(self.channels)}; change one of them"
-            )
 
 
 def check_unet_config(config: UNetConfig, patch_size: int) -> None:
@@ -54,6 +49,11 @@ def check_unet_config(config: UNetConfig, patch_size: int) -> None:
         raise UserError(
             f"unet.channels={list(config.channels)} make patches of {side} but "
             f"patch_size={patch_size}; give 1, 2, 3 or 4 channels for patch size 1, 2, 4 or 8"
+        )
+    if config.channels[-1] % config.head_dim:
+        raise UserError(
+            f"unet.head_dim={config.head_dim} must divide the last of "
+            f"unet.channels={list(config.channels)}; change one of them"
         )
 
 
