@@ -51,25 +51,40 @@ class PickledConfig(dict):
 torch.serialization.add_safe_globals([(PickledConfig, path) for path in OLD_CONFIGS])
 
 
+def find_checkpoint(path: str | Path) -> Path:
+    """Return a checkpoint's file: the path itself, or the last checkpoint in the folder of a run.
+
+    Raises:
+        UserError: the path is a folder without a checkpoint.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir() or (path / "meta.pt").is_file():
+        return path
+    for last in (path / "last.ckpt", path / "checkpoints" / "last.ckpt"):
+        if last.exists():
+            return last
+    runs = sorted(folder.parent.parent.name for folder in path.glob("*/checkpoints/last.ckpt"))
+    advice = f"give one of {', '.join(runs[:5])} in it" if runs else "give the folder of a run"
+    raise UserError(f"{path} is a folder without checkpoints/last.ckpt; {advice}, or a file")
+
+
 def read_checkpoint(path: str | Path, kind: str = TRANSFUSION, mmap: bool = False) -> dict:
     """Read a checkpoint to the CPU and upgrade it, without running code that it contains.
 
     Args:
-        path: the file.
+        path: the file, or the folder of a run, whose last checkpoint is read.
         kind: TRANSFUSION or AUTOENCODER.
         mmap: leave tensors in the file until they are used; saves memory if few are needed.
 
     Raises:
         UserError: the file does not exist, or is not a checkpoint of this project and kind.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
     if (path / "meta.pt").is_file():
         raise UserError(
             f"{path} is a sharded checkpoint, which only `fit --ckpt_path last` reads; train with "
             "save_distributed_checkpoint: false for one file"
         )
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the checkpoint file in it")
     if not path.is_file():
         raise UserError(
             f"no checkpoint at {path}; train one with `tf-lightning fit` or check the path"

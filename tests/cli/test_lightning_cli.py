@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support import runs
-from tf_lightning.cli.lightning import TransfusionCLI, build, explain, fast_precision
+from tf_lightning.cli.lightning import TransfusionCLI, build, fast_precision
 from tf_lightning.training.autoencoder import AutoencoderModule
 
 
@@ -115,16 +115,3 @@ def test_another_class_inherits_no_argument_of_the_default_class(tmp_path):
         assert command.model.hparams[name] == own[name]
     assert tuple(command.model.hparams["betas"]) == own["betas"]
     assert not {"Throughput", "TextPerplexity"} & set(callbacks_of(command))
-
-
-def test_an_option_that_a_class_lacks_is_named_with_its_key():
-    report = """Parser key "model":
-  Does not validate against any of the Union subtypes
-  Subtypes: [<class 'LightningModule'>, <class 'NoneType'>]
-  Errors:
-    - Problem with given class_path 'a.Model':
-        Option 'size' is not accepted
-    - Expected a <class 'NoneType'>
-  Given value type: <class 'dict'>"""
-    assert explain(report) == "--model.size is not an option of a.Model"
-    assert explain("something else") == "something else"

@@ -7,6 +7,7 @@ the recipes and classes instead. They are plain text, and a test compares them w
 import importlib
 from difflib import get_close_matches
 
+from tf_lightning.cli.classes import CALLBACKS, DATA, GROUPS, MODELS, SOURCES
 from tf_lightning.cli.parser import stop
 
 OVERVIEW = """\
@@ -84,50 +85,6 @@ RECIPES = {
     "experiments/": "each file changes one thing; give it after quickstart.yaml",
     "model/": "the paper's sizes: --model configs/model/7b.yaml",
     "eval/": "evaluation protocols, for validate: COCO, Karpathy, ImageNet, GenEval",
-}
-MODELS = {
-    "tf_lightning.Transfusion": "text and images in one Transformer; the default",
-    "tf_lightning.training.autoencoder.AutoencoderModule": "trains an autoencoder for images",
-}
-DATA = {
-    "tf_lightning.data.Mixture": "several sources with shares; the default",
-    "tf_lightning.data.TextData": "text files",
-    "tf_lightning.data.ImageCaptionData": "captioned images",
-    "tf_lightning.data.InterleavedData": "documents of text and images in any order",
-    "tf_lightning.data.EditData": "image edits: image, instruction, image",
-    "tf_lightning.data.ImageData": "images alone, for an autoencoder",
-}
-SOURCES = {
-    "tf_lightning.data.TextFiles": "text: .txt, .jsonl, .json, .parquet",
-    "tf_lightning.data.CaptionTars": "captioned images in WebDataset tars",
-    "tf_lightning.data.CaptionRows": "captioned images in .jsonl, .csv, .parquet",
-    "tf_lightning.data.CaptionJson": "captioned images in COCO's, Karpathy's or LLaVA's JSON",
-    "tf_lightning.data.ClassFolders": "images in one folder a class",
-    "tf_lightning.data.ImageFiles": "images alone",
-    "tf_lightning.data.InterleavedFiles": "interleaved documents",
-    "tf_lightning.data.EditFiles": "image edits",
-    "tf_lightning.data.ChatFiles": "conversations",
-    "tf_lightning.shapes.sources.ShapesCaptions": "the shapes world's captioned images",
-    "tf_lightning.shapes.sources.ShapesTexts": "the shapes world's texts",
-    "tf_lightning.shapes.sources.ShapesEdits": "the shapes world's image edits",
-}
-CALLBACKS = {
-    "callbacks.evaluate.Evaluate": "generates images and captions, and scores them",
-    "callbacks.text_perplexity.TextPerplexity": "perplexity and bits per byte; a default",
-    "callbacks.throughput.Throughput": "tokens and FLOPs per second; a default",
-    "callbacks.retrieval.RetrievalAccuracy": "tests if captions reproduce training images",
-    "callbacks.shapes_report.ShapesReport": "the quickstart's report.json and sheet.png",
-    "callbacks.unigram.UnigramBaseline": "logs a unigram perplexity as a baseline",
-    "callbacks.predictions.PredictionWriter": "writes the outputs of predict",
-    "callbacks.init_from.InitFrom": "starts from a checkpoint or a language model",
-    "callbacks.reconstruct.Reconstruct": "scores an autoencoder's reconstructions",
-    "callbacks.save_autoencoder.SaveAutoencoder": "writes an autoencoder for diffusers",
-}
-GROUPS = {
-    "Models (--model.class_path)": MODELS,
-    "Data modules (--data.class_path)": DATA,
-    "Sources of a Mixture (data.sources) and of ImageData (data.source)": SOURCES,
-    "Callbacks (trainer.callbacks)": CALLBACKS,
 }
 MORE = """\
 More:

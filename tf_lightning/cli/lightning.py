@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -25,7 +25,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from tf_lightning.autoencoder.frozen import load_matching_autoencoder
-from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, read_checkpoint
+from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, find_checkpoint, read_checkpoint
+from tf_lightning.cli.advice import find_problem
+from tf_lightning.cli.config_files import Place, read_config
 from tf_lightning.cli.parser import stop
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
@@ -82,11 +84,25 @@ LINKED = {
 }
 
 
+EXAMPLE = "configs/quickstart.yaml"
 HINT = "`tf-lightning fit --help` lists the keys; CHANGELOG.md lists those that were renamed."
 
 
+class ConfigError(Exception):
+    """A configuration that does not parse.
+
+    Attributes:
+        report: jsonargparse's message.
+        options: names of the options of the command.
+    """
+
+    def __init__(self, report: str, options: list[str]):
+        super().__init__(report)
+        self.report, self.options = report, options
+
+
 class ConfigParser(LightningArgumentParser):
-    """Parses a run's configuration; a mistake is reported in one line and exits with code 2."""
+    """Parses a run's configuration; raises ConfigError where it does not parse."""
 
     def get_defaults(self, *args, **kwargs) -> Namespace:
         """Return the defaults; keep only the class names of `model` and `data`.
@@ -101,30 +117,18 @@ class ConfigParser(LightningArgumentParser):
         return defaults
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Report a mistake and exit with code 2."""
+        """Raise ConfigError."""
         if not self.exit_on_error:  # the parser of one class; the outer one adds the key
             super().error(message, ex)
-        stop(explain(message), code=2, hint=HINT)
+        raise ConfigError(message, self.option_names()) from ex
 
-
-def explain(message: str) -> str:
-    """Shorten jsonargparse's report about the arguments of a class to the one that is wrong.
-
-    The report lists the errors of all types that a key accepts, such as "or null".
-    """
-    problem = re.search(
-        r"""Parser key "([\w.]+)".*?class_path '([\w.]+)':\s*(.*?)\s*(?:- Problem|Given value|$)""",
-        message,
-        re.DOTALL,
-    )
-    if not problem:
-        return message
-    key, name, reason = problem.groups()
-    reason = reason.replace("- Expected a <class 'NoneType'>", "").strip()
-    option = re.match(r"(?:Option '|unrecognized arguments: --)([\w.]+)", reason)
-    if option:
-        return f"--{key}.{option[1]} is not an option of {name}"
-    return f"{key}: {name}: {reason}"
+    def option_names(self) -> list[str]:
+        """Return the names of the options, also those of the commands."""
+        verbs = [action.choices for action in self._actions if isinstance(action.choices, dict)]
+        names = [
+            name for verb in verbs for parser in verb.values() for name in parser.option_names()
+        ]
+        return names + [action.dest for action in self._actions if action.option_strings]
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -153,8 +157,21 @@ class TransfusionCLI(LightningCLI):
                 most of the time that parsing takes.
             kwargs: arguments of LightningCLI.
         """
-        self.verb = verb
-        super().__init__(*args, **kwargs)
+        self.verb, self.places = verb, {}
+        try:
+            super().__init__(*args, **kwargs)
+        except ConfigError as error:
+            stop(self.explain(error), code=2, hint=HINT)
+
+    def explain(self, error: ConfigError) -> str:
+        """Describe a configuration that does not parse in one sentence, with its file and line."""
+        problem = find_problem(error.report, error.options)
+        if not self.places and " needs " in problem.sentence:
+            return (
+                f"{self.verb} needs the configuration of a run; give -c CONFIG, such as {EXAMPLE}"
+            )
+        place = self.places.get(problem.key)
+        return f"{place}: {problem.sentence}" if place else problem.sentence
 
     def subcommands(self) -> dict[str, set[str]]:
         """Return the commands to build parsers for, with Trainer arguments that they leave out."""
@@ -181,18 +198,44 @@ class TransfusionCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse, and refuse a checkpoint that is missing or damaged."""
-        refuse_linked(sys.argv[1:] if args is None else args)
+        args = expand_home(sys.argv[1:] if args is None else args)
+        refuse_linked(args)
+        try:
+            self.places = places_of_keys(args)
+        except UserError as error:
+            stop(str(error), code=2, hint=HINT)
         super().parse_arguments(parser, args)
+        expand_home(self.config)
         verb = self.config.get("subcommand")
-        warn_of_unused_values(self.config[verb] if verb else self.config)
+        config = self.config[verb] if verb else self.config
+        warn_of_unused_values(config)
+        check_seed(config.seed_everything)
         if verb is None:  # built for `prepare` or `inspect`
             return
-        path = self.config[verb].get("ckpt_path")
-        if verb != "fit" and not path:
+        check_limits_positive(verb, config.trainer)
+        config.ckpt_path = self.find_checkpoint(verb, config)
+        if config.ckpt_path not in (None, "last"):
+            read_checkpoint(config.ckpt_path, self.kind(verb))
+
+    def find_checkpoint(self, verb: str, config: Namespace) -> str | None:
+        """Return the checkpoint that `ckpt_path` means: a file, or the last one of a folder.
+
+        `fit` resolves "last" itself, when the run's folder is known.
+        """
+        path = config.get("ckpt_path")
+        if verb == "fit" and path in (None, "last"):
+            return path
+        if not path:
             raise UserError(f"{verb} needs a trained model; add --ckpt_path FILE")
-        check_limits_positive(verb, self.config[verb].trainer)
-        if path and (verb, path) != ("fit", "last"):
-            read_checkpoint(path, self.kind(verb))
+        if path != "last":
+            return str(find_checkpoint(path))
+        folders = run_folders(config)
+        found = [folder for folder in folders if (folder / "checkpoints" / "last.ckpt").exists()]
+        if not found:
+            raise UserError(
+                f"there is no checkpoint in {' or '.join(map(str, folders))}; give --ckpt_path FILE"
+            )
+        return str(found[0] / "checkpoints" / "last.ckpt")
 
     def _parse_ckpt_path(self) -> None:
         """Replace the model's arguments by the hyper-parameters of `--ckpt_path FILE`.
@@ -223,7 +266,7 @@ class TransfusionCLI(LightningCLI):
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         try:
             super().instantiate_classes()
-        except (ValueError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             cause: BaseException = error  # jsonargparse wraps the message of a constructor
             while cause.__cause__ and not isinstance(cause, UserError):
                 cause = cause.__cause__
@@ -301,6 +344,72 @@ def time_token(linear: Namespace | None) -> bool:
     return arguments["time"] == "token"
 
 
+def expand_home(values: Any) -> Any:
+    """Replace "~" at the start of every text in a nested value; a Namespace changes in place."""
+    if isinstance(values, str):
+        option, equals, value = values.partition("=")
+        if option.startswith("--") and equals:
+            return f"{option}={os.path.expanduser(value)}"
+        return os.path.expanduser(values)
+    if isinstance(values, list | tuple):
+        return type(values)(map(expand_home, values))
+    if isinstance(values, dict | Namespace):
+        for key, value in list(
+            vars(values).items() if isinstance(values, Namespace) else values.items()
+        ):
+            values[key] = expand_home(value)
+    return values
+
+
+def places_of_keys(args: list[str]) -> dict[str, Place]:
+    """Read the configuration files of a command line, and return the last place of each key.
+
+    Raises:
+        UserError: a file is missing or is not YAML.
+    """
+    places: dict[str, Place] = {}
+    for file in config_files(args):
+        places |= read_config(Path(file))
+    typed = {arg.lstrip("-").partition("=")[0].replace(".init_args", "") for arg in args}
+    return {key: place for key, place in places.items() if key not in typed}
+
+
+def config_files(args: list[str]) -> list[str]:
+    """Return the files that a command line names with -c or --config."""
+    files = []
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        if arg in ("-c", "--config") and following:
+            files.append(following)
+        elif found := re.fullmatch(r"(?:--config=|-c=?)(?!onfig)(.+)", arg):
+            if re.match(r"kpt_path\b", found[1]):
+                raise UserError(f"{arg} has one dash; write -{arg}")
+            files.append(found[1])
+    return files
+
+
+def run_folders(config: Namespace) -> list[Path]:
+    """Return the folders of runs that a configuration names: by its logger, or by its files.
+
+    An evaluation protocol has a logger of its own, so each file is read for itself too.
+    """
+    loggers, folders = [config.trainer.logger], []
+    for file in map(str, config.get("config") or []):
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        loggers.append((content.get("trainer") or {}).get("logger"))
+        folders.append(Path(file).parent)  # of a run's own config.yaml
+    for logger in loggers:
+        if isinstance(logger, dict | Namespace):
+            options = {**LOGGER["init_args"], **logger, **(logger.get("init_args") or {})}
+            folders.insert(0, Path(options["save_dir"] or ".", options["name"] or ""))
+    return list(dict.fromkeys(folders))
+
+
+def check_seed(seed: bool | int) -> None:
+    """Raise UserError for a seed that numpy does not take."""
+    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything={seed} must be from 0 to {2**32 - 1}")
+
+
 def refuse_linked(args: list[str]) -> None:
     """Refuse an option of the data on the command line that the model's value would overwrite."""
     for arg in args:
@@ -316,7 +425,7 @@ def warn_of_unused_values(config: Namespace) -> None:
     The links have already replaced the value in `config`, so the files are read again.
     """
     for file in config.get("config") or []:
-        content = yaml.safe_load(Path(str(file)).read_text())
+        content = yaml.safe_load(Path(str(file)).read_text(encoding="utf-8"))
         data = content.get("data") if isinstance(content, dict) else None
         data = data if isinstance(data, dict) else {}
         for name, value in (data | (data.get("init_args") or {})).items():

@@ -1,0 +1,242 @@
+"""Turns jsonargparse's reports about a configuration into one sentence with the nearest right name.
+
+A report is a tree: it lists the errors of every type that a key accepts, each with the errors of
+its arguments. Only the innermost problem is shown, with the whole key and the value.
+"""
+
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from tf_lightning.cli.classes import GROUPS
+
+# Packages whose classes may be named without their path: in a message, not in a configuration.
+KNOWN_MODULES = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers")
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping of names to values",
+    "NoneType": "null",
+}
+MAX_SHOWN = 60  # characters of a wrong value
+# The innermost problem, the most telling kind first; {1} is a name.
+NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
+NO_MODULE = re.compile(r"No module named '([\w.]+)'")
+UNKNOWN = re.compile(r"(?:Option '|does not accept option '|unrecognized arguments: )([^'\s]+)")
+REQUIRED = re.compile(
+    r"following arguments are required: ([\w, .-]+)|(?:Key|Option) \"?'?([\w.]+)['\"]? is required"
+)
+NO_CLASS = re.compile(r"(?:Expected a dot import path string|Unexpected import path format): (.*)")
+SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
+SIMPLE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
+
+
+class Problem(NamedTuple):
+    """What a report is about."""
+
+    key: str  # such as trainer.precision, without init_args; "" if unknown
+    owner: str  # path of the class that the last part of the key is an argument of, or ""
+    sentence: str
+
+
+def find_problem(report: str, options: Iterable[str]) -> Problem:
+    """Find the innermost problem of a report.
+
+    Args:
+        report: the message of jsonargparse.
+        options: names of the options that the command has, without dashes.
+    """
+    for pattern, describe in (
+        (NO_ATTRIBUTE, no_attribute),
+        (UNKNOWN, unknown_option),
+        (NO_MODULE, no_module),
+        (REQUIRED, required_options),
+        (NO_CLASS, no_class),
+    ):
+        if found := pattern.search(report):
+            key, owner = whole_key(report, found.start()), owner_of(report, found.start())
+            return Problem(key, owner, describe(found, key, owner, list(options), report))
+    found = SUBTYPES.search(report)
+    subtypes = [*SUBTYPES.finditer(report)]
+    simple = SIMPLE.search(report)
+    if simple and (not found or simple.start() > subtypes[-1].start()):
+        key, value = whole_key(report, simple.start()), simple[2]
+        expected = describe_types(simple[1])
+    elif found:
+        found = subtypes[-1] if len(subtypes) > 1 else found
+        key = whole_key(report, found.start())
+        value = (re.search(r"Given value: (.*)", report[found.start() :]) or ["", ""])[1]
+        expected = describe_types(found[1])
+    else:
+        return Problem("", "", " ".join(report.split()))
+    return Problem(key, "", f"{key}={shorten(value)} must be {expected}{nearest(value, report)}")
+
+
+def whole_key(report: str, end: int) -> str:
+    """Join the keys that lead to a position of the report: model and lr to model.lr."""
+    keys = re.findall(r'Parser key "([^"]+)"', report[:end])
+    # On the command line the outermost value names the whole path below the first key.
+    nested = re.findall(r"Given value: NestedArg\(key='([^']+)'", report)
+    if keys and nested:
+        keys = [keys[0], nested[-1]]
+    return ".".join(part for part in ".".join(keys).split(".") if part != "init_args")
+
+
+def owner_of(report: str, end: int) -> str:
+    """Return the class whose arguments the report is about at a position."""
+    owners = re.findall(r"class_path '([\w.]+)'", report[:end])
+    return owners[-1] if owners else ""
+
+
+def no_attribute(found, key: str, owner: str, options: list[str], report: str) -> str:
+    """Describe a class that its module does not have."""
+    module, name = found.groups()
+    near = close(name, [*dir(importlib.import_module(module)), *known_classes()])
+    path = known_classes().get(near, f"{module}.{near}")
+    advice = f"did you mean {path}?" if near else "check its spelling"
+    return f"{key}: there is no class {name} in {module}; {advice}"
+
+
+def no_module(found, key: str, owner: str, options: list[str], report: str) -> str:
+    """Describe a class whose module cannot be imported."""
+    name = owner.rpartition(".")[2]
+    near = close(name, known_classes())
+    if near:
+        return f"{key}: there is no class {owner}; did you mean {known_classes()[near]}?"
+    return (
+        f"{key}: {owner or found[1]} cannot be imported because there is no module {found[1]}; "
+        "install it, or start the command in the folder that holds it"
+    )
+
+
+def unknown_option(found, key: str, owner: str, options: list[str], report: str) -> str:
+    """Describe an option that the command, or a class, does not have."""
+    word = found[1]
+    name = word.lstrip("-").partition("=")[0].replace(".init_args", "")
+    if owner:
+        prefix = key.removesuffix(name).rstrip(".")
+        known = arguments_of(owner, name.rpartition(".")[0])
+        # jsonargparse names the parent of a nested option in the key, or the option itself
+        full = f"{prefix}.{name}" if prefix else name
+        near = close(name.rpartition(".")[2], known)
+        fixed = full.rpartition(".")[0] + f".{near}"
+        advice = f"; did you mean --{fixed}?" if near else listing(known)
+        return f"--{full} is not an option of {owner}{advice}"
+    if not word.startswith("-") and Path(word).suffix in (".yaml", ".yml"):
+        return f"{word} is an unexpected word; did you mean -c {word}?"
+    if not word.startswith("-") and "unrecognized" in report:
+        return f"{word} is an unexpected word; values follow an option, as in --model.lr 1e-3"
+    if near := close(name, options) or near_parent(name, options):
+        return f"there is no option --{name}; did you mean --{near}?"
+    roots = sorted({option.partition(".")[0] for option in options} - {"help", "print_config"})
+    return f"there is no option --{name}; options begin with {', '.join(roots)}"
+
+
+def near_parent(name: str, options: list[str]) -> str:
+    """Correct the first part of an option of a class, such as modl.lr."""
+    first, _, rest = name.partition(".")
+    near = close(first, {option.partition(".")[0] for option in options} - {first})
+    return f"{near}.{rest}" if near and rest else near
+
+
+def required_options(found, key: str, owner: str, options: list[str], report: str) -> str:
+    """Describe options without a default that are missing."""
+    names = ", ".join(f"--{key}.{name.strip()}" if key else f"--{name.strip()}"
+                      for name in (found[1] or found[2]).split(","))  # fmt: skip
+    return f"{owner or 'the command'} needs {names}"
+
+
+def no_class(found, key: str, owner: str, options: list[str], report: str) -> str:
+    """Describe a word in place of a class, or of a file with its arguments."""
+    word = found[1].strip()
+    if Path(word).suffix in (".yaml", ".yml"):
+        return f"{key}={word}: there is no such file; check the path"
+    near = close(word, known_classes())
+    if near:
+        return f"{key}={shorten(word)} is not a class; did you mean {known_classes()[near]}?"
+    return (
+        f"{key}={shorten(word)} is not a class; give its path, as in "
+        f"{next(iter(known_classes().values()))}, or class_path and init_args in a file"
+    )
+
+
+def known_classes() -> dict[str, str]:
+    """Return the paths of our classes, and of Lightning's callbacks and loggers, by name."""
+    lightning = {
+        name: f"{module}.{name}"
+        for module in KNOWN_MODULES
+        for name in importlib.import_module(module).__all__
+    }
+    ours = {path.rpartition(".")[2]: path for group in GROUPS.values() for path in group}
+    return lightning | ours
+
+
+def arguments_of(owner: str, group: str = "") -> list[str]:
+    """Return the names of the arguments of a class, or of a dataclass among its arguments."""
+    module, _, name = owner.rpartition(".")
+    try:
+        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        for part in filter(None, group.split(".")):
+            parameters = inspect.signature(parameters[part].annotation).parameters
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError):
+        return []
+    return [name for name in parameters if name not in ("self", "args", "kwargs")]
+
+
+def close(word: str, known: Iterable[str]) -> str:
+    """Return the nearest of the known words, or "" if none is near."""
+    known = list(known)
+    lower = {name.lower(): name for name in known}
+    for candidates, wanted in ((known, word), (lower, word.lower())):
+        if found := get_close_matches(wanted, candidates, n=1, cutoff=0.7):
+            return lower.get(found[0].lower(), found[0])
+    starts = [name for name in known if len(word) > 3 and name.lower().startswith(word.lower())]
+    return starts[0] if len(starts) == 1 else ""
+
+
+def listing(known: list[str]) -> str:
+    """List the options of a class with few of them."""
+    return f"; it has {', '.join(known)}" if 0 < len(known) <= 12 else ""
+
+
+def describe_types(types: str) -> str:
+    """Describe the types of a report: "<class 'int'>, typing.Literal['a']" to "a number or a"."""
+    words = []
+    for literal, kind, other in re.findall(
+        r"Literal\[([^\]]*)\]|<class '([\w.]+)'>|(tuple with \d+ elements)|\w+\[[^,]*\]", types
+    ):
+        if literal:
+            words += [str(choice) for choice in ast.literal_eval(f"[{literal}]")]
+        elif kind:
+            words.append(KINDS.get(kind, f"a {kind.rpartition('.')[2]}"))
+        elif other:
+            words.append(f"a {other.replace('tuple', 'list')}")
+    for kind in ("dict", "list", "tuple"):
+        if f"{kind}[" in types.lower():
+            words.insert(0, KINDS[kind])
+    words = list(dict.fromkeys(words)) or [types]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def nearest(value: str, report: str) -> str:
+    """Advise the nearest of the words that a key accepts."""
+    literals = ",".join(re.findall(r"Literal\[([^\]]*)\]", report))
+    choices = [c for c in ast.literal_eval(f"[{literals}]") if isinstance(c, str)]
+    near = close(value.strip("'\""), choices)
+    return f"; did you mean {near}?" if near else ""
+
+
+def shorten(value: str) -> str:
+    """Cut a long value."""
+    if nested := re.fullmatch(r"NestedArg\(key='[^']+', val=(.*)\)", value):
+        value = nested[1]
+    return value if len(value) <= MAX_SHOWN else value[: MAX_SHOWN - 3] + "..."
