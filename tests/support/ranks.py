@@ -89,10 +89,13 @@ SHARDED = {
 }
 
 
-def fit(config: Path, ranks: int, strategy: str, *more: str) -> None:
-    """Train with two rows per step, by one rank in this process or by two ranks."""
+def fit(
+    config: Path, ranks: int, strategy: str, *more: str, rows: int = 2, accumulate: int = 1
+) -> None:
+    """Train with `rows` rows per step, by one rank in this process or by two ranks."""
     command = ["fit", "-c", str(config), f"--trainer.devices={ranks}", *more]
-    command += [f"--data.init_args.batch_size={2 // ranks}"]
+    command += [f"--data.init_args.batch_size={rows // ranks // accumulate}"]
+    command += [f"--trainer.accumulate_grad_batches={accumulate}"]
     if ranks == 1:
         return main(command)
     run_ranks([*command, f"--trainer.strategy={strategy}"], ranks)

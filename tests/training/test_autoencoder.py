@@ -200,7 +200,8 @@ def test_a_vq_starts_with_codes_at_its_encoder_outputs(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_with_the_same_images(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_with_two_batches_a_step_equal_one_with_the_same_images(kind, tmp_path):
     def few(config: dict) -> None:
         # In double precision: a convolution rounds one image differently from two, and Adam
         # amplifies the difference.
@@ -208,12 +209,11 @@ def test_two_ranks_equal_one_with_the_same_images(tmp_path):
         config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 4
 
     values = {}
-    for ranks, pictures in ((1, 2), (2, 1)):
+    for ranks, pictures in ((1, 4), (2, 1)):
         folder = tmp_path / f"ranks{ranks}"
-        # The adaptive scale and the unit of the latent noise depend on the images of each rank.
-        path = aruns.write_config(folder, few, adaptive_gan=False, latent_noise=0.0)
+        path = aruns.write_config(folder, few, **KINDS[kind])
         arguments = ["fit", "-c", str(path), f"--data.init_args.batch_size={pictures}"]
-        arguments += [f"--trainer.devices={ranks}"]
+        arguments += [f"--trainer.devices={ranks}", f"--trainer.accumulate_grad_batches={ranks}"]
         if ranks == 1:
             main(arguments)
         else:

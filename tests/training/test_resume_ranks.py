@@ -15,7 +15,7 @@ def test_two_sharded_ranks_equal_one_and_their_checkpoint_loads_on_one_device(tm
 
     With separate image weights and Muon; test_chameleon.py covers FSDP2 without them.
     """
-    check_two_ranks(tmp_path, json.dumps(ranks.SHARDED), "all", muon=True)
+    check_two_ranks(tmp_path, json.dumps(ranks.SHARDED), "all", muon=True, accumulate=(1, 2))
     file = str(tmp_path / "ranks2" / "run" / "checkpoints" / "last.ckpt")
     drawn = tmp_path / "drawn"
     main(["generate", file, "a red circle", "--num-inference-steps", "2", "-n1", "-o", str(drawn)])
@@ -24,7 +24,7 @@ def test_two_sharded_ranks_equal_one_and_their_checkpoint_loads_on_one_device(tm
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_and_a_run_resumes_with_twice_or_half_as_many(tmp_path):
-    check_two_ranks(tmp_path, "ddp", swapped=True)
+    check_two_ranks(tmp_path, "ddp", swapped=True, accumulate=(2, 2))
 
 
 def check_two_ranks(
@@ -33,11 +33,20 @@ def check_two_ranks(
     modality_weights: str = "shared",
     swapped: bool = False,
     muon: bool = False,
+    accumulate: tuple[int, int] = (1, 1),
 ) -> None:
     """Compare losses and weights of two runs over three steps, and three more after a resume.
 
     The first run has one rank and the second has two. With `swapped`, they exchange these numbers
-    when they resume.
+    when they resume. A step has four rows, which one or two ranks read in one or more batches.
+
+    Args:
+        tmp_path: folder of both runs.
+        strategy: strategy of two ranks.
+        modality_weights: option of the Transformer.
+        swapped: see above.
+        muon: option of the model.
+        accumulate: batches a step of one rank, and of two.
     """
     more = [f"--data.init_args.cache_dir={tmp_path}/data"]
     more += [f"--model.transformer.modality_weights={modality_weights}"]
@@ -46,10 +55,12 @@ def check_two_ranks(
         folder = tmp_path / f"ranks{first}"
         folder.mkdir()
         config = runs.write_config(folder, ranks.two_rank_config)
-        ranks.fit(config, first, strategy, *more)
         then = 3 - first if swapped else first
-        ranks.fit(config, then, strategy, *more, "--trainer.max_steps=6", "--ckpt_path=last")
-    pictures = ranks.images_in_rows(tmp_path / "data", 6)
+        resume = ["--trainer.max_steps=6", "--ckpt_path=last"]
+        for number, further in ((first, []), (then, resume)):
+            batches = accumulate[number - 1]
+            ranks.fit(config, number, strategy, *more, *further, rows=4, accumulate=batches)
+    pictures = ranks.images_in_rows(tmp_path / "data", 24)
     assert 0 in pictures and max(pictures) > 0
     losses = ("loss", "loss_lm", "loss_diffusion")
     ranks.check_same(*(tmp_path / f"ranks{n}" / "run" for n in (1, 2)), losses, 6)

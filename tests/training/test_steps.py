@@ -1,17 +1,24 @@
 """An optimizer step of several batches: means over all of them, places of saving, settings."""
 
+import warnings
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
+from support.sources import GreyImages, RepeatedWord
 from support.tiny import IMAGE_CODES, SIZES, TOKENIZER, document, packed, tiny_module
 from tf_lightning.autoencoder.losses import ReconstructionLoss
 from tf_lightning.batch import Batch, pack
 from tf_lightning.data.image_only import ImageBatch
+from tf_lightning.data.stream import as_batches
+from tf_lightning.errors import UserError
 from tf_lightning.model.transformer import TransformerConfig
+from tf_lightning.training import steps
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.module import Transfusion
 
@@ -134,3 +141,151 @@ def test_batches_of_images_give_the_gradients_and_losses_of_one_batch(
         assert_same_steps(results[0][0], found)
         for name, value in state.items():  # restarted codes, counts of idle steps
             torch.testing.assert_close(value, results[0][1][name], msg=name)
+
+
+# Places of saving
+
+
+class Recorder(L.Callback):
+    """Records the text of the rows, the loss and the validations of each step; saves between."""
+
+    def __init__(self, folder=None, save_at: int = 0):
+        self.rows, self.losses, self.validated = [], [], []
+        self.folder, self.save_at = folder, save_at
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.rows.append(torch.cat([part.input_ids for part in as_batches(batch)]))
+        self.losses.append(trainer.logged_metrics["train/loss"].item())
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validated.append(trainer.global_step)
+        if trainer.global_step == self.save_at:
+            trainer.save_checkpoint(self.folder / "validated.ckpt")
+
+
+@pytest.fixture
+def fit(mixture, tmp_path):
+    """A function that trains a tiny model; returns the Recorder and the module."""
+
+    def train(
+        batch_size: int, accumulate: int, *callbacks, resume: str | None = None, **arguments
+    ) -> tuple[Recorder, Transfusion]:
+        L.seed_everything(0)
+        config = TransformerConfig(vocab_size=300, **SIZES)
+        module = Transfusion(config, patch_size=4, latent_channels=3, warmup_steps=1, lr=1e-2)
+        sources = {"words": RepeatedWord("red", 5), "pictures": GreyImages()}
+        data = mixture(sources, {"words": 0.5, "pictures": 0.5}, batch_size=batch_size)
+        recorder = Recorder(tmp_path, save_at=3)
+        trainer = L.Trainer(
+            **{"accelerator": "cpu", "max_steps": 6, "default_root_dir": tmp_path}
+            | {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+            | {"num_sanity_val_steps": 0, "limit_val_batches": 1, "log_every_n_steps": 1}
+            | {"use_distributed_sampler": False, "precision": "64-true", "val_check_interval": 3}
+            | {"check_val_every_n_epoch": None, "accumulate_grad_batches": accumulate}
+            | {"callbacks": [recorder, *callbacks], "enable_checkpointing": bool(callbacks)}
+            | arguments
+        )
+        trainer.fit(module, data, ckpt_path=resume and tmp_path / resume, weights_only=True)
+        assert trainer.accumulate_grad_batches == accumulate
+        assert data.next_row() - data._first_row == len(recorder.rows) * batch_size * accumulate
+        return recorder, module
+
+    return train
+
+
+def saver(folder) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        folder,
+        filename="{step}",
+        every_n_train_steps=3,
+        save_top_k=-1,
+        save_on_train_epoch_end=False,
+    )
+
+
+@pytest.mark.parametrize("saved", [(4, 1), (2, 2), (1, 4)])
+def test_a_run_resumes_the_same_rows_with_another_division_of_its_steps(fit, tmp_path, saved):
+    """Saved after a step and at the end of its validation."""
+    whole, expected = fit(4, 1)
+    first, _ = fit(*saved, saver(tmp_path))
+    assert whole.validated == first.validated == [3, 6]
+    for file, validated in (("step=3.ckpt", [6]), ("validated.ckpt", [6])):
+        for batch_size, accumulate in {(4, 1), (2, 2), (1, 4)} - {saved}:
+            resumed, module = fit(batch_size, accumulate, resume=file)
+            assert torch.equal(torch.cat(resumed.rows), torch.cat(whole.rows[3:]))
+            assert resumed.losses == pytest.approx(whole.losses[3:], rel=1e-6)
+            assert resumed.validated == validated
+            for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_resumes_at_the_next_row_with_other_rows_a_step(fit, tmp_path):
+    whole, _ = fit(8, 1)
+    first, _ = fit(2, 2, saver(tmp_path), max_steps=3)
+    resumed, _ = fit(2, 4, resume="step=3.ckpt")
+    read = torch.cat(first.rows + resumed.rows)
+    assert torch.equal(read, torch.cat(whole.rows)[: len(read)])
+    assert len(read) == 3 * 4 + 3 * 8
+
+
+def test_a_checkpoint_of_an_older_version_continues_at_the_beginning_of_its_step(fit, tmp_path):
+    """There, the trainer counted batches: 14 are three steps of 4 and half of the next."""
+    whole, _ = fit(4, 1)
+    fit(1, 4, saver(tmp_path), max_steps=3)
+    checkpoint = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for span in ("total", "current"):
+        assert progress[span]["ready"] == 3
+        progress[span] = {name: number + 11 for name, number in progress[span].items()}
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    resumed, _ = fit(2, 2, resume="old.ckpt")
+    assert torch.equal(torch.cat(resumed.rows), torch.cat(whole.rows[3:]))
+    assert resumed.validated == [6]
+
+
+def test_epochs_of_limited_batches_do_not_break_a_step(fit):
+    whole, _ = fit(4, 1)
+    cut, _ = fit(1, 4, limit_train_batches=5)
+    assert torch.equal(torch.cat(cut.rows), torch.cat(whole.rows))
+    assert cut.losses == pytest.approx(whole.losses, rel=1e-6)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be 1"),
+        ({"accumulate_grad_batches": -2}, "accumulate_grad_batches=-2 must be 1"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "GradientAccumulationScheduler"),
+        ({"overfit_batches": 3}, "overfit_batches=3 has no effect"),
+    ],
+)
+def test_settings_that_a_stream_cannot_follow_are_refused(changed, told):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **changed)
+    with pytest.raises(UserError, match=told):
+        tiny_module().before_training(trainer, None)
+
+
+def test_a_validation_after_the_last_step_is_told():
+    how = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_steps": 6}
+    with pytest.warns(UserWarning, match="val_check_interval=7 is after the last step"):
+        steps.check_trainer(L.Trainer(val_check_interval=7, **how))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps.check_trainer(L.Trainer(val_check_interval=6, **how))
+        steps.check_trainer(L.Trainer(val_check_interval=7, limit_val_batches=0, **how))
+
+
+def test_strategies_that_would_train_diverging_copies_are_refused():
+    with pytest.raises(UserError, match="FSDPStrategy is not supported; set trainer.strategy"):
+        steps.check_strategy(FSDPStrategy(), shards=True)
+    steps.check_strategy(ModelParallelStrategy(), shards=True)
+    with pytest.raises(UserError, match="cannot train an autoencoder; set .* to ddp"):
+        steps.check_strategy(ModelParallelStrategy(), shards=False)
+    size = lambda n: SimpleNamespace(size=lambda: n)  # noqa: E731
+    mesh = {"data_parallel": size(2), "tensor_parallel": size(1)}
+    steps.check_mesh(mesh)
+    with pytest.raises(UserError, match="tensor_parallel_size=4 .* number of ranks .8. and"):
+        steps.check_mesh(mesh | {"tensor_parallel": size(4)})
