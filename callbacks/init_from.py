@@ -45,7 +45,7 @@ class InitFrom(L.Callback):
 
     Args:
         checkpoint: a checkpoint of `tf-lightning fit`, a folder of `tf-lightning export`, or a
-            Llama, Mistral or Qwen2 model: a folder in Hugging Face's layout or its hub name.
+            language model of the Llama family: a folder in Hugging Face's layout or its hub name.
         transformer_only: load only the Transformer of one of this project's checkpoints; the image
             side starts anew, as when a language model is loaded (MonoFormer).
     """

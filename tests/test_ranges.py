@@ -131,6 +131,7 @@ def test_sizes_that_do_not_fit_each_other_are_refused():
         (("num_heads", 5),): "dim=768 does not divide into num_heads=5",
         (("dim", 36),): "heads of an even dim",
         (("num_kv_heads", 5),): "num_heads=12 must be a multiple of num_kv_heads=5",
+        (("head_dim", 7),): "head_dim=7 must be even",
     }.items():
         with pytest.raises(UserError, match=told):
             TransformerConfig(**dict(sizes))

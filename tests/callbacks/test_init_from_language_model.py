@@ -21,6 +21,7 @@ from tf_lightning.training.module import Transfusion
 KINDS = {  # the source model and its tokenizer
     "llama": ("Llama", {"vocab_size": 300}, with_sentencepiece),
     "qwen2": ("Qwen2", {"vocab_size": 300, "tie_word_embeddings": True}, with_json),
+    "qwen3": ("Qwen3", {"vocab_size": 300, "head_dim": 16}, with_json),
     "llama3": ("Llama", {"vocab_size": 300, "rope_parameters": LLAMA3_ROPE}, with_json),
 }
 
@@ -172,7 +173,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(fails, folder):
 def test_a_checkpoint_of_another_architecture_is_refused(fails, folder):
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"llama"', '"gpt2"'))
-    assert "model_type='gpt2' but only 'llama', 'mistral', 'qwen2' are supported" in fails()
+    assert "model_type='gpt2', which needs layer norms, learned positions" in fails()
 
 
 def test_new_rows_that_take_probability_from_the_text_stop_the_run(

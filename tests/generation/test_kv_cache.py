@@ -65,7 +65,7 @@ def test_an_image_after_unequal_prefixes_equals_the_whole_document(shapes, causa
 
 
 def test_tokens_after_unequal_prefixes_equal_the_whole_document():
-    net = tiny_net()
+    net = tiny_net(head_dim=6, nope_interval=2)
     batch = packed([[document(shape, seed)] for seed, shape in enumerate(("9i3", "1", "i4"))])
     x, expected = vectors(batch), whole(net, batch, False)
     cache = cache_of(net)

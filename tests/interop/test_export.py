@@ -55,6 +55,8 @@ def trained(checkpoint: dict, start: str = "net") -> Transformer:
         ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, with_json),
         ("Mistral", {"sliding_window": 64}, with_sentencepiece),
         ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}, with_json),
+        ("Qwen3", {"head_dim": 16}, with_json),
+        ("Olmo2", {"tie_word_embeddings": True}, with_json),
     ],
 )
 def test_transformers_loads_the_text_side_with_the_same_logits(
@@ -139,42 +141,42 @@ def test_an_exported_text_side_starts_a_run(run, tmp_path):
 
 
 @pytest.fixture
-def with_qk_norm(tmp_path) -> dict:
+def with_layer_norm(tmp_path) -> dict:
     source = tmp_path / "source"
     tiny(vocab_size=300).save_pretrained(source)
     with_sentencepiece(source)
-    return checkpoint_of(source, qk_norm=True)
+    return checkpoint_of(source, qk_norm="layer")
 
 
-def test_options_that_a_llama_lacks_are_refused_except_with_only_net(with_qk_norm, tmp_path):
-    with pytest.raises(UserError, match="cannot express qk_norm=True; .* --only net"):
-        export(with_qk_norm, tmp_path / "out", None, {"net", "text"})
-    with pytest.raises(UserError, match="cannot express qk_norm='layer'; .* --only net"):
-        check_exportable(TransformerConfig(qk_norm="layer"))
+def test_options_that_no_family_has_are_refused_except_with_only_net(with_layer_norm, tmp_path):
+    with pytest.raises(UserError, match="no supported family .* has qk_norm='layer'; .* --only"):
+        export(with_layer_norm, tmp_path / "out", None, {"net", "text"})
+    with pytest.raises(UserError, match="has attention_bias=True with qk_norm=True; .* --only net"):
+        check_exportable(TransformerConfig(qk_norm=True, attention_bias=True))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    assert export(with_qk_norm, tmp_path / "out", None, {"net"}) == "ema"
+    assert export(with_layer_norm, tmp_path / "out", None, {"net"}) == "ema"
     again = read_weights(tmp_path / "out")["state_dict"]
     for name, weight in again.items():
-        assert torch.equal(weight, with_qk_norm["state_dict"][name.replace("net.", "ema.", 1)])
+        assert torch.equal(weight, with_layer_norm["state_dict"][name.replace("net.", "ema.", 1)])
 
 
 def test_other_files_are_not_replaced_and_a_failed_export_changes_nothing(
-    with_qk_norm, tmp_path, monkeypatch
+    with_layer_norm, tmp_path, monkeypatch
 ):
     with pytest.raises(UserError, match="holds other files; give a new folder"):
-        export(with_qk_norm, tmp_path, None, {"net"})
-    export(with_qk_norm, tmp_path / "out", "raw", {"net"})
+        export(with_layer_norm, tmp_path, None, {"net"})
+    export(with_layer_norm, tmp_path / "out", "raw", {"net"})
     before = (tmp_path / "out" / "net.safetensors").read_bytes()
     monkeypatch.setattr("tf_lightning.interop.export.save_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export(with_qk_norm, tmp_path / "out", "ema", {"net"})
+        export(with_layer_norm, tmp_path / "out", "ema", {"net"})
     assert (tmp_path / "out" / "net.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_missing_ema_weights_and_a_damaged_folder_are_refused(with_qk_norm, tmp_path):
-    raw = {n: w for n, w in with_qk_norm["state_dict"].items() if n.startswith("net.")}
-    checkpoint = with_qk_norm | {"state_dict": raw}
+def test_missing_ema_weights_and_a_damaged_folder_are_refused(with_layer_norm, tmp_path):
+    raw = {n: w for n, w in with_layer_norm["state_dict"].items() if n.startswith("net.")}
+    checkpoint = with_layer_norm | {"state_dict": raw}
     with pytest.raises(UserError, match="has no EMA weights; give --weights raw"):
         export(checkpoint, tmp_path / "out", "ema", {"net"})
     assert export(checkpoint, tmp_path / "out", None, {"net"}) == "raw"

@@ -122,7 +122,7 @@ def test_norm_order_is_the_same_for_separate_image_weights(order):
 
 
 def test_unknown_norm_options_and_dropout_are_refused():
-    with pytest.raises(UserError, match="qk_norm='rms' must be true or false or 'layer'"):
+    with pytest.raises(UserError, match="qk_norm='rms' must be true or false or 'layer' or 'full'"):
         Transformer(TransformerConfig(9, DIM, 1, HEADS, qk_norm="rms"))
     with pytest.raises(UserError, match="norm_order='both' must be 'pre' or 'post'"):
         Transformer(TransformerConfig(9, DIM, 1, HEADS, norm_order="both"))

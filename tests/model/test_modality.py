@@ -45,9 +45,9 @@ def test_with_modality_weights_keeps_existing_weights_and_invents_none():
 
 @FORMS
 @KINDS
-@pytest.mark.parametrize("qk_norm", [False, True, "layer"])
+@pytest.mark.parametrize("qk_norm", [False, True, "layer", "full"])
 def test_copied_weights_equal_the_plain_block(form, kind, qk_norm):
-    plain, own = tied(kind, qk_norm=qk_norm)
+    plain, own = tied(kind, qk_norm=qk_norm, head_dim=6, nope_interval=2)
     batch = mixed_batch()
     attend = form(batch)
     for ours, expected in zip(

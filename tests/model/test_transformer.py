@@ -58,7 +58,7 @@ def test_rotation_is_computed_in_fp32_and_keeps_the_dtype():
     assert torch.equal(low, apply_rotary_emb(x.bfloat16().float(), *rope).bfloat16())
 
 
-@pytest.mark.parametrize("qk_norm", [True, "layer"])
+@pytest.mark.parametrize("qk_norm", [True, "layer", "full"])
 def test_every_weight_is_initialized(qk_norm):
     net = tiny_net(qk_norm=qk_norm)
     for parameter in net.parameters():

@@ -22,6 +22,7 @@ from tf_lightning.training.flops import (
 NETS = {
     "linear": {},
     "grouped queries": {"num_kv_heads": 2},
+    "head dim": {"num_kv_heads": 2, "head_dim": 14, "qk_norm": "full", "nope_interval": 2},
     "separate feed-forward": {"modality_weights": "ffn"},
     "all separate": {"modality_weights": "all"},
     "AdaLN": {"linear": LinearConfig(time="adaln", pos_embed="sincos"), "learned_sigma": True},

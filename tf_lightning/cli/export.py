@@ -9,20 +9,20 @@ from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.cli.parser import Parser
 from tf_lightning.interop.export import export
 from tf_lightning.interop.llama import open_language_model
-from tf_lightning.model.transformer import TransformerConfig
 
 EXPORT = """\
 writes
   FOLDER/net.safetensors, net.json   the whole network, for `tf-lightning generate FOLDER`
-  FOLDER/text                        its text side as a Llama, for
+  FOLDER/text                        its text side as a language model, for
     transformers.AutoModelForCausalLM.from_pretrained("FOLDER/text")
 
-The Llama leaves out the patch coder, the weights for image patches, and the
-embeddings of <boi> and <eoi>. A model with an option that a Llama lacks, such as qk_norm, is
-refused; then --only net writes the network alone.
+The text side is written as a Llama, or as a Qwen3 with qk_norm: true, Qwen2 with attention_bias,
+OLMo 2, SmolLM3 or Mistral. It leaves out the patch coder, the weights for image patches, and the
+embeddings of <boi> and <eoi>. A model that none of these families can express is refused; then
+--only net writes the network alone.
 """
 MODEL_CONFIG = """\
-To start from a Llama, Mistral or Qwen2:
+To start from a Llama, Mistral, Qwen2, Qwen3, OLMo 2, SmolLM3 or Phi-3:
   tf-lightning model-config FOLDER > model.yaml
   tf-lightning fit -c CONFIG --model model.yaml --data.tokenizer FOLDER \\
     --trainer.callbacks+=callbacks.init_from.InitFrom --trainer.callbacks.checkpoint=FOLDER
@@ -67,12 +67,10 @@ def run_model_config(args: list[str]) -> None:
     parser = Parser("model-config", about, MODEL_CONFIG)
     parser.add_argument("folder", metavar="FOLDER", help="language model: folder or hub name")
     model = open_language_model(parser.parse_args(args).folder)
-    defaults, sizes = asdict(TransformerConfig()), asdict(model.extended_config)
-    always = ("vocab_size", "dim", "num_layers", "num_heads")
-    always += ("num_kv_heads", "ffn_dim", "rope_theta", "norm_eps")
-    shown = {name: value for name, value in sizes.items() if value != defaults[name]}
-    shown |= {name: sizes[name] for name in always}
+    training_options = {"dropout", "modality_weights"}  # the choice of the recipe
+    sizes = asdict(model.extended_config)
+    shown = {name: value for name, value in sizes.items() if name not in training_options}
     print(f"# Sizes of {model.folder} with <boi> and <eoi>, for fit --model THIS_FILE")
     if model.window:
         print(f"# It attends to {model.window} tokens: data.row_length must not be larger.")
-    print(yaml.safe_dump({"transformer": {"qk_norm": False, **shown}}, sort_keys=False), end="")
+    print(yaml.safe_dump({"transformer": shown}, sort_keys=False), end="")

@@ -24,8 +24,7 @@ class KeyValueCache:
 
     def __init__(self, config: TransformerConfig, rows: int, capacity: int, like: Tensor):
         """Allocate on the device and in the dtype of `like`, a weight of the network."""
-        num_kv_heads = config.num_kv_heads or config.num_heads
-        self.shape = (rows, capacity, num_kv_heads, config.dim // config.num_heads)
+        self.shape = (rows, capacity, config.kv_heads, config.head_size)
         self.capacity, self.device = capacity, like.device
         self.layers = [
             (like.new_zeros(self.shape), like.new_zeros(self.shape))

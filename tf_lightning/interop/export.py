@@ -1,4 +1,4 @@
-"""Export a checkpoint: the network as safetensors, and its text side as a Llama folder.
+"""Export a checkpoint: the network as safetensors, and its text side as a language model's folder.
 
 FOLDER/net.safetensors  every weight of the network under our names
 FOLDER/net.json         hyper-parameters, autoencoder, step, and whether the weights are EMA weights
@@ -19,12 +19,8 @@ from tf_lightning.checkpoint import read_checkpoint, select_weights, upgrade
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_folder
 from tf_lightning.hub import find_folder, read_json
-from tf_lightning.interop.llama import (
-    VOCAB_WEIGHTS,
-    config_to_hf,
-    state_dict_to_hf,
-    unsupported_options,
-)
+from tf_lightning.interop.families import config_to_hf, family_options, model_type_of
+from tf_lightning.interop.llama import VOCAB_WEIGHTS, state_dict_to_hf
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.tokenizer import huggingface
 from tf_lightning.tokenizer.tokenizer import Tokenizer
@@ -47,8 +43,8 @@ def export(checkpoint: dict, folder: Path, weights: str | None, parts: set[str])
         "ema" or "raw": the weights that were written.
 
     Raises:
-        UserError: the checkpoint has no EMA weights, the text side is not a Llama, or the
-            folder holds other files.
+        UserError: the checkpoint has no EMA weights, no family of language models expresses the
+            text side, or the folder holds other files.
     """
     if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds other files; give a new folder")
@@ -76,12 +72,12 @@ def transformer_config(checkpoint: dict) -> TransformerConfig:
 
 
 def check_exportable(config: TransformerConfig) -> None:
-    """Raise UserError if the text side is not a Llama; image weights do not matter."""
-    if others := unsupported_options(config):
-        options = ", ".join(f"{name}={value!r}" for name, value in others.items())
+    """Raise UserError if no family expresses the text side; image weights do not matter."""
+    if model_type_of(config) is None:
+        own = [f"{name}={value!r}" for name, value in family_options(config).items()]
         raise UserError(
-            f"a Llama folder cannot express {options}; give --only net to export the network's "
-            "own weights"
+            f"no supported family of language models has {' with '.join(own)}; give --only net to "
+            "export the network's own weights"
         )
 
 
@@ -105,7 +101,8 @@ def write_text(checkpoint: dict, net: dict[str, Tensor], folder: Path) -> None:
     text |= {name: text[name][: tokenizer.boi_id].clone() for name in VOCAB_WEIGHTS}
     if config.tie_embeddings:
         del text["output.weight"]
-    tensors = {n: weight.float().contiguous() for n, weight in state_dict_to_hf(text).items()}
+    renamed = state_dict_to_hf(text, model_type_of(config))
+    tensors = {name: weight.float().contiguous() for name, weight in renamed.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     max_length = checkpoint.get("row_length") or DEFAULT_MAX_LENGTH
     hf_config = config_to_hf(config, tokenizer.boi_id, max_length)

@@ -1,11 +1,8 @@
-"""Pretrained language models: Llama, Mistral and Qwen2 as weights and sizes of our `Transformer`.
+"""Pretrained language models: the weights of the Llama family under the names of our `Transformer`.
 
-In this order: config.json to and from `TransformerConfig`, tensor names, the safetensors files of a
-folder, and `LanguageModel`, which opens, checks and loads a whole folder.
-
-The three architectures are one network. Qwen2 adds biases to queries, keys and values. Mistral has
-a sliding window, which has no effect on documents that fit into it. Both sides use rotary
-embeddings in half-split order, so no weight is permuted.
+In this order: tensor names, the safetensors files of a folder, and `LanguageModel`, which opens,
+checks and loads a whole folder. Both sides use rotary embeddings in half-split order, so no weight
+is permuted.
 
 The vocabulary grows by <boi> and <eoi> (and by image codes). A new row is the mean of the V old
 rows (Hewitt 2021), so its logit is the mean of their logits. `NEW_ENTRY_LOGIT` lowers it by 12, so
@@ -26,127 +23,9 @@ from torch import Tensor
 
 from tf_lightning.errors import UserError
 from tf_lightning.hub import LANGUAGE_MODEL_FILES, find_folder, read_json
-from tf_lightning.model.layers import RopeScaling
+from tf_lightning.interop.families import NEUTRAL_FIELDS, config_from_hf, sliding_window
 from tf_lightning.model.transformer import Transformer, TransformerConfig
 from tf_lightning.tokenizer.tokenizer import NUM_IMAGE_TOKENS
-
-# --------------------------------------------------------------------------------- config.json
-
-# Default of num_key_value_heads by model_type; None: as many as query heads.
-NUM_KV_HEADS = {"llama": None, "mistral": 8, "qwen2": 32}
-# Options that `Transformer` does not have, with the only value that is supported.
-FIXED_OPTIONS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-SIZE_NAMES = {  # Hugging Face's name: ours
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "ffn_dim",
-}
-ROPE_SCALING_NAMES = {  # Hugging Face's name: ours
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_length",
-}
-# Fields of `TransformerConfig` that a config.json has.
-HF_FIELDS = {*SIZE_NAMES.values(), "num_kv_heads", "rope_theta", "rope_scaling", "norm_eps"}
-HF_FIELDS |= {"attention_bias", "tie_embeddings"}
-# Fields that do not change the function of the text side.
-NEUTRAL_FIELDS = {"dropout", "modality_weights", "pretrained_vocab_size"}
-
-
-def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
-    """Convert the fields of a config.json to a `TransformerConfig`.
-
-    Raises:
-        UserError: the architecture or one of its options is not supported.
-    """
-    model_type = config.get("model_type")
-    if model_type not in NUM_KV_HEADS:
-        raise UserError(
-            f"the checkpoint has model_type={model_type!r} but only "
-            f"{', '.join(map(repr, NUM_KV_HEADS))} are supported; give one of these"
-        )
-    if absent := [name for name in SIZE_NAMES if not isinstance(config.get(name), int)]:
-        raise UserError(f"config.json lacks {', '.join(absent)}; download it again")
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    _check_fixed_options(config, rope_type)
-    return TransformerConfig(
-        **{ours: config[theirs] for theirs, ours in SIZE_NAMES.items()},
-        num_kv_heads=config.get("num_key_value_heads", NUM_KV_HEADS[model_type]),
-        rope_theta=rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
-        rope_scaling=_rope_scaling(rope) if rope_type == "llama3" else None,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        attention_bias=model_type == "qwen2",
-        tie_embeddings=config.get("tie_word_embeddings", False),
-    )
-
-
-def _check_fixed_options(config: Mapping[str, Any], rope_type: str) -> None:
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
-    supported = FIXED_OPTIONS | {"head_dim": head_dim, "rope_type": "default"}
-    found = {name: config.get(name, value) for name, value in FIXED_OPTIONS.items()} | {
-        "head_dim": config.get("head_dim") or head_dim,
-        "rope_type": rope_type if rope_type != "llama3" else "default",
-    }
-    for name, value in supported.items():
-        if found[name] != value:
-            raise UserError(
-                f"the checkpoint has {name}={found[name]!r} but only {value!r} is supported; "
-                "give a plain Llama, Mistral or Qwen2"
-            )
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling:
-    if absent := [name for name in ROPE_SCALING_NAMES if name not in rope]:
-        raise UserError(f"config.json's rope_scaling lacks {', '.join(absent)}; download it again")
-    return RopeScaling(**{ours: rope[theirs] for theirs, ours in ROPE_SCALING_NAMES.items()})
-
-
-def sliding_window(config: Mapping[str, Any]) -> int | None:
-    """Return the sliding window of a config.json in tokens; None for full attention."""
-    if config.get("model_type") == "mistral":
-        return config.get("sliding_window", 4096)
-    return config.get("sliding_window") if config.get("use_sliding_window") else None
-
-
-def unsupported_options(config: TransformerConfig) -> dict[str, Any]:
-    """Return the non-default options of the text side that no config.json can express."""
-    others = [f for f in fields(config) if f.name not in HF_FIELDS | NEUTRAL_FIELDS]
-    values = {field.name: getattr(config, field.name) for field in others}
-    return {f.name: values[f.name] for f in others if values[f.name] != f.default}
-
-
-def config_to_hf(config: TransformerConfig, vocab_size: int, max_length: int) -> dict[str, Any]:
-    """Convert a `TransformerConfig` to a config.json of Llama, or of Qwen2 with `attention_bias`.
-
-    Args:
-        config: sizes, without any of the `unsupported_options`.
-        vocab_size: number of vocabulary rows that are exported.
-        max_length: maximum document length in tokens; only recorded.
-    """
-    model_type, name = ("qwen2", "Qwen2") if config.attention_bias else ("llama", "Llama")
-    sizes = {theirs: getattr(config, ours) for theirs, ours in SIZE_NAMES.items()}
-    scaling = config.rope_scaling and {
-        "rope_type": "llama3",
-        **{t: getattr(config.rope_scaling, ours) for t, ours in ROPE_SCALING_NAMES.items()},
-    }
-    return sizes | {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": model_type,
-        "vocab_size": vocab_size,
-        "num_key_value_heads": config.num_kv_heads or config.num_heads,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,  # transformers 4 and 5 both read it with rope_theta beside it
-        "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": max_length,
-        "torch_dtype": "float32",
-    }
-
 
 # -------------------------------------------------------------------------------- tensor names
 
@@ -159,33 +38,72 @@ OUR_NAMES = {  # parts of Hugging Face's tensor names: ours
     "self_attn.k_proj": "attention.wk",
     "self_attn.v_proj": "attention.wv",
     "self_attn.o_proj": "attention.wo",
+    "self_attn.q_norm": "attention.q_norm",
+    "self_attn.k_norm": "attention.k_norm",
     "mlp.gate_proj": "feed_forward.w1",
     "mlp.down_proj": "feed_forward.w2",
     "mlp.up_proj": "feed_forward.w3",
     "lm_head": "output",
 }
-HF_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items() if ours}
-HF_NAME = re.compile("|".join(map(re.escape, OUR_NAMES)))
-OUR_NAME = re.compile("|".join(map(re.escape, HF_NAMES)))
+POST_NORM_NAMES = {  # OLMo 2 has its norms after the branches
+    "post_attention_layernorm": "attention_norm",
+    "post_feedforward_layernorm": "ffn_norm",
+}
 VOCAB_WEIGHTS = ("tok_embeddings.weight", "output.weight")  # one row for each vocabulary entry
 
 
-def state_dict_from_hf(hf_state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the entries of a `LlamaForCausalLM` to those of our `Transformer`."""
+def _our_names(model_type: str) -> dict[str, str]:
+    """Return the parts of a family's tensor names and ours."""
+    if model_type != "olmo2":
+        return OUR_NAMES
+    return {t: o for t, o in OUR_NAMES.items() if not o.endswith("_norm") or "self" in t} | (
+        POST_NORM_NAMES
+    )
+
+
+def state_dict_from_hf(
+    hf_state_dict: Mapping[str, Any], model_type: str = "llama"
+) -> dict[str, Any]:
+    """Rename the entries of a causal language model to those of our `Transformer`."""
+    ours = _our_names(model_type)
+    part = re.compile("|".join(map(re.escape, ours)))
     return {
-        HF_NAME.sub(lambda match: OUR_NAMES[match[0]], name): value
+        part.sub(lambda match: ours[match[0]], name): value
         for name, value in hf_state_dict.items()
         if not name.endswith("rotary_emb.inv_freq")  # a constant in old checkpoints
     }
 
 
-def state_dict_to_hf(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the entries of our `Transformer` to those of a `LlamaForCausalLM`."""
+def state_dict_to_hf(state_dict: Mapping[str, Any], model_type: str = "llama") -> dict[str, Any]:
+    """Rename the entries of our `Transformer` to those of a causal language model."""
+    theirs = {o: t for t, o in _our_names(model_type).items() if o}
+    part = re.compile("|".join(map(re.escape, theirs)))
     renamed = {
-        OUR_NAME.sub(lambda match: HF_NAMES[match[0]], name): value
-        for name, value in state_dict.items()
+        part.sub(lambda match: theirs[match[0]], name): value for name, value in state_dict.items()
     }
     return {n if n.startswith("lm_head") else f"model.{n}": v for n, v in renamed.items()}
+
+
+def split_fused(weights: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """Split the matrices that Phi-3 stores joined, by rows.
+
+    A matrix with another number of rows is left as it is, so that it is reported under its name.
+    """
+    q_dim, kv_dim = (n * config.head_size for n in (config.num_heads, config.kv_heads))
+    parts = {
+        "qkv_proj": {"q_proj": q_dim, "k_proj": kv_dim, "v_proj": kv_dim},
+        "gate_up_proj": {"gate_proj": config.ffn_dim, "up_proj": config.ffn_dim},
+    }
+    separate = {}
+    for name, weight in weights.items():
+        sizes = next((parts[joined] for joined in parts if f".{joined}." in name), None)
+        if sizes is None or len(weight) != sum(sizes.values()):
+            separate[name] = weight
+            continue
+        start, joined, end = name.rpartition(next(p for p in parts if f".{p}." in name))
+        for part, rows in zip(sizes, weight.split(list(sizes.values())), strict=True):
+            separate[f"{start}{part}{end}"] = rows
+    return separate
 
 
 def extend_rows(weight: Tensor, num_rows: int) -> Tensor:
@@ -197,25 +115,27 @@ def extend_rows(weight: Tensor, num_rows: int) -> Tensor:
 # --------------------------------------------------------------------------- safetensors files
 
 
-def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shape of every tensor by Hugging Face's name, from the headers of the files.
+def read_tensor_shapes(folder: Path) -> dict[str, Tensor]:
+    """Read every tensor's shape, as a tensor without data, by Hugging Face's name.
+
+    Only the headers of the files are read.
 
     Raises:
         UserError: a file is missing or damaged, or lacks a tensor that the index assigns to it.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, Tensor] = {}
     for file, expected in _weight_files(folder).items():
         try:
             with safe_open(file, framework="pt") as tensors:
-                found = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+                sizes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read ({error}); download it again") from error
-        if absent := sorted(expected - found.keys()):
+        if absent := sorted(expected - sizes.keys()):
             raise UserError(
                 f"{file} lacks {len(absent)} of the tensors that its index names "
                 f"({absent[0]}, ...); download it again"
             )
-        shapes |= found
+        shapes |= {key: torch.empty(size, device="meta") for key, size in sizes.items()}
     return shapes
 
 
@@ -246,12 +166,14 @@ class LanguageModel:
     """A language model's folder whose files match its config.json."""
 
     folder: Path
+    model_type: str
+    """Its family, a key of `families.FAMILIES`."""
     config: TransformerConfig
     """Sizes, before the vocabulary is extended."""
     window: int | None
     """Sliding window in tokens; longer documents are not supported. None: no limit."""
     names: frozenset[str]
-    """Names of its tensors in our network; a plain language model has exactly these tensors."""
+    """Names of its tensors in our network."""
 
     @property
     def extended_config(self) -> TransformerConfig:
@@ -271,12 +193,12 @@ class LanguageModel:
             UserError: a size differs, or the rows are longer than the sliding window.
         """
         wanted = self.extended_config
-        names = [f.name for f in fields(config) if f.name in HF_FIELDS | {"pretrained_vocab_size"}]
+        neutral = NEUTRAL_FIELDS - {"pretrained_vocab_size"}
+        names = [f.name for f in fields(config) if f.name not in neutral]
         values = {name: (_field(wanted, name), _field(config, name)) for name in names}
         if config.vocab_size >= wanted.vocab_size:
             del values["vocab_size"]
         differ = [f"{k}={w!r} (not {g!r})" for k, (w, g) in values.items() if w != g]
-        differ += [f"no {name}" for name in unsupported_options(config)]
         if differ:
             raise UserError(
                 f"{self.folder} needs model.transformer to have {', '.join(differ)}; give --model "
@@ -290,16 +212,20 @@ class LanguageModel:
 
     def load(self, vocab_size: int) -> dict[str, Tensor]:
         """Load the weights under our names, with `vocab_size` vocabulary rows."""
-        weights = state_dict_from_hf(_read_tensors(self.folder))
+        weights = split_fused(_read_tensors(self.folder), self.config)
+        weights = state_dict_from_hf(weights, self.model_type)
         if self.config.tie_embeddings:
             weights["output.weight"] = weights["tok_embeddings.weight"]
         return weights | {name: extend_rows(weights[name], vocab_size) for name in VOCAB_WEIGHTS}
 
 
 def _field(config: TransformerConfig, name: str) -> Any:
-    """Return a field, with the default of num_kv_heads resolved."""
-    value = getattr(config, name)
-    return config.num_heads if name == "num_kv_heads" and value is None else value
+    """Return a field in its shortest form, so that equal networks have equal fields."""
+    if name == "num_kv_heads":
+        return config.kv_heads
+    if name == "head_dim" and config.num_heads * config.head_size == config.dim:
+        return None
+    return getattr(config, name)
 
 
 def open_language_model(name: str | Path) -> LanguageModel:
@@ -309,19 +235,25 @@ def open_language_model(name: str | Path) -> LanguageModel:
         name: a folder, or a hub name.
 
     Raises:
-        UserError: a file is missing or damaged, or the network is not a plain Llama, Mistral or
-            Qwen2.
+        UserError: a file is missing or damaged, or the network is not of the Llama family or has
+            an option that our blocks cannot express.
     """
     folder = find_folder(name, LANGUAGE_MODEL_FILES)
     hf_config = read_json(folder / "config.json")
     config = config_from_hf(hf_config)
     with torch.device("meta"):
-        expected = {k: tuple(w.shape) for k, w in Transformer(config).state_dict().items()}
-    found = state_dict_from_hf(read_tensor_shapes(folder))
+        expected = Transformer(config).state_dict()
+    model_type = hf_config["model_type"]
+    found = state_dict_from_hf(split_fused(read_tensor_shapes(folder), config), model_type)
     if config.tie_embeddings:  # some folders store the shared matrix twice
         found["output.weight"] = expected["output.weight"]
-    _check_shapes(folder, found, expected)
-    return LanguageModel(folder, config, sliding_window(hf_config), frozenset(expected))
+    _check_shapes(
+        folder,
+        {name: tuple(tensor.shape) for name, tensor in found.items()},
+        {name: tuple(tensor.shape) for name, tensor in expected.items()},
+    )
+    window = sliding_window(hf_config)
+    return LanguageModel(folder, model_type, config, window, frozenset(expected))
 
 
 def _check_shapes(folder: Path, found: dict[str, tuple], expected: dict[str, tuple]) -> None:

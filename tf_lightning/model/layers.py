@@ -8,6 +8,7 @@ Shapes: (..., D) vectors, (..., H, K) heads.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,20 +87,20 @@ class RotaryFunction(torch.autograd.Function):
 
 @dataclass
 class RopeScaling:
-    """Rotary frequencies for a longer context (Llama 3.1, `rope_type: llama3`).
-
-    Frequencies with few turns over the original context are divided by `factor`, those with many
-    turns are unchanged, and those in between are interpolated linearly.
-    """
+    """Rotary frequencies for a longer context."""
 
     factor: Positive
     """Ratio of the new to the original context length."""
-    low_freq_factor: Positive
+    low_freq_factor: Positive = 1.0
     """Below this number of turns over `original_length`, a frequency is divided by `factor`."""
-    high_freq_factor: Positive
+    high_freq_factor: Positive = 4.0
     """Above this number of turns over `original_length`, a frequency is unchanged."""
-    original_length: PositiveInt
+    original_length: PositiveInt = 8192
     """Context length of the pretraining in tokens."""
+    rope_type: Literal["llama3", "linear"] = "llama3"
+    """"llama3" (Llama 3.1): frequencies with few turns over the original context are divided by
+    `factor`, those with many turns are unchanged, and those in between are interpolated linearly.
+    "linear" (position interpolation): all frequencies are divided by `factor`."""
 
     def __post_init__(self) -> None:
         check_fields(self, "rope_scaling.")
@@ -111,6 +112,8 @@ class RopeScaling:
 
     def __call__(self, frequencies: Tensor) -> Tensor:
         """Scale frequencies (K / 2,) in radians per position."""
+        if self.rope_type == "linear":
+            return frequencies / self.factor
         turns = self.original_length * frequencies / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = kept.clamp(0, 1)

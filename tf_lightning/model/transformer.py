@@ -22,7 +22,7 @@ from tf_lightning.model.layers import RMSNorm, RopeScaling, apply_rotary_emb
 from tf_lightning.ranges import Positive, PositiveInt, Range, check_fields
 
 NEW_ENTRY_LOGIT = -12.0  # added to the logits of entries that a pretrained model did not have
-QK_NORMS = {False: nn.Identity, True: RMSNorm, "layer": nn.LayerNorm}
+QK_NORMS = {False: nn.Identity, True: RMSNorm, "layer": nn.LayerNorm, "full": RMSNorm}
 
 
 @dataclass
@@ -40,27 +40,32 @@ class TransformerConfig:
     num_layers: PositiveInt = 16
     """Number of blocks."""
     num_heads: PositiveInt = 12
-    """Query heads H; the head dim is dim / num_heads."""
+    """Query heads H."""
     num_kv_heads: PositiveInt | None = None
     """Key/value heads G of grouped-query attention; None: as many as query heads."""
+    head_dim: Annotated[int, Range(ge=2)] | None = None
+    """Dimension K of each head, an even number; None: dim / num_heads."""
     ffn_dim: PositiveInt = 2048
     """Hidden dim of the SwiGLU feed-forward."""
     rope_theta: Positive = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Scaling of the rotary frequencies for a longer context (Llama 3.1); None: no scaling."""
+    nope_interval: Annotated[int, Range(ge=2)] | None = None
+    """Blocks n, 2n, 3n, ... have no rotary positions (SmolLM3: 4); None: all blocks have them."""
     norm_eps: Positive = 1e-5
     """Epsilon of every norm."""
-    qk_norm: bool | Literal["layer"] = False
-    """Norm of the queries and keys of each head, with weights shared by the heads. true: RMSNorm
-    (Qwen3). "layer": layer norm with weight and bias (Chameleon). false: none (Transfusion)."""
+    qk_norm: bool | Literal["layer", "full"] = False
+    """Norm of the queries and keys. Within each head, with weights shared by the heads: true for
+    RMSNorm (Qwen3), "layer" for layer norm with weight and bias (Chameleon). Over all heads
+    together: "full" for RMSNorm (OLMo 2). false: none (Transfusion)."""
     modality_weights: Literal["shared", "ffn", "all"] = "shared"
     """Separate weights for patches in each block. "shared": none. "ffn": the feed-forward and its
     norm. "all": all weights (Mixture-of-Transformers). Text and patches attend jointly and
     the FLOPs are equal in all three."""
     norm_order: Literal["pre", "post"] = "pre"
     """Position of the norm in a residual branch. "pre": x + f(norm(x)). "post": x + norm(f(x))
-    (Chameleon-34B, Swin v2)."""
+    (Chameleon-34B, OLMo 2)."""
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Dropout probability of the attention and feed-forward outputs (Chameleon-7B: 0.1)."""
     attention_bias: bool = False
@@ -75,11 +80,16 @@ class TransformerConfig:
         if isinstance(self.rope_scaling, dict):  # from a checkpoint's hyper-parameters
             self.rope_scaling = RopeScaling(**self.rope_scaling)
         check_fields(self, "transformer.")
-        if self.dim % self.num_heads or self.dim // self.num_heads % 2:
+        if self.head_dim is None and (self.dim % self.num_heads or self.head_size % 2):
             raise UserError(
                 f"transformer.dim={self.dim} does not divide into num_heads={self.num_heads} heads "
                 "of an even dim, which rotary positions need; give dim a multiple of "
-                f"{2 * self.num_heads}, or change num_heads"
+                f"{2 * self.num_heads}, or change num_heads, or give head_dim"
+            )
+        if self.head_size % 2:
+            raise UserError(
+                f"transformer.head_dim={self.head_dim} must be even, because rotary positions "
+                "rotate pairs; give another"
             )
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise UserError(
@@ -87,13 +97,29 @@ class TransformerConfig:
                 f"num_kv_heads={self.num_kv_heads}; change one of them"
             )
 
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads G, with the default resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Head dim K, with the default resolved."""
+        return self.head_dim or self.dim // self.num_heads
+
+    def has_rope(self, layer: int) -> bool:
+        """Return whether block `layer`, counted from 0, has rotary positions."""
+        return self.nope_interval is None or (layer + 1) % self.nope_interval != 0
+
 
 # --------------------------------------------------------------------------------------- block
+
+Rope = tuple[Tensor, Tensor]  # cos and sin of the rotary angles
 
 
 def rope_angles(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Rope:
     """Compute the rotary angles of positions, in Hugging Face's half-split order.
 
     Args:
@@ -114,27 +140,35 @@ def rope_angles(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head or grouped-query attention with rotary positions."""
+    """Multi-head or grouped-query attention, with rotary positions or without positions."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.head_dim = config.dim // config.num_heads
-        kv_dim = self.head_dim * (config.num_kv_heads or config.num_heads)
-        self.wq = nn.Linear(config.dim, config.dim, bias=config.attention_bias)
+        self.head_dim = config.head_size
+        q_dim, kv_dim = self.head_dim * config.num_heads, self.head_dim * config.kv_heads
+        self.wq = nn.Linear(config.dim, q_dim, bias=config.attention_bias)
         self.wk = nn.Linear(config.dim, kv_dim, bias=config.attention_bias)
         self.wv = nn.Linear(config.dim, kv_dim, bias=config.attention_bias)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wo = nn.Linear(q_dim, config.dim, bias=False)
+        self.norm_all_heads = config.qk_norm == "full"
+        widths = (q_dim, kv_dim) if self.norm_all_heads else (self.head_dim, self.head_dim)
         norm = QK_NORMS[config.qk_norm]
-        self.q_norm, self.k_norm = (norm(self.head_dim, config.norm_eps) for _ in range(2))
+        self.q_norm, self.k_norm = (norm(width, config.norm_eps) for width in widths)
 
-    def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         """Project x (..., D) to q (..., H, K), k and v (..., G, K)."""
-        heads = (-1, self.head_dim)
-        q = apply_rotary_emb(self.q_norm(self.wq(x).unflatten(-1, heads)), *rope)
-        k = apply_rotary_emb(self.k_norm(self.wk(x).unflatten(-1, heads)), *rope)
-        return q, k, self.wv(x).unflatten(-1, heads)
+        q = self._normalized_heads(self.q_norm, self.wq(x))
+        k = self._normalized_heads(self.k_norm, self.wk(x))
+        if rope is not None:
+            q, k = apply_rotary_emb(q, *rope), apply_rotary_emb(k, *rope)
+        return q, k, self.wv(x).unflatten(-1, (-1, self.head_dim))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+    def _normalized_heads(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Split x (..., H * K) into heads (..., H, K), normalized together or one by one."""
+        heads = (-1, self.head_dim)
+        return norm(x).unflatten(-1, heads) if self.norm_all_heads else norm(x.unflatten(-1, heads))
+
+    def forward(self, x: Tensor, rope: Rope | None, attend: Attention) -> Tensor:
         """(..., D) -> (..., D)."""
         return self.wo(attend(*self.qkv(x, rope)).flatten(-2))
 
@@ -164,7 +198,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
         self.pre_norm, self.dropout = config.norm_order == "pre", nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, attend: Attention) -> Tensor:
         """(..., D) -> (..., D)."""
         out = self.attention(self.branch_input(self.attention_norm, x), rope, attend)
         x = x + self.branch_output(self.attention_norm, out)
@@ -226,7 +260,7 @@ def modality_block(
     text: Block,
     image: ImageWeights,
     parts: list[Tensor],
-    ropes: list[tuple[Tensor, Tensor]],
+    ropes: list[Rope] | list[None],
     split: ModalitySplit,
     attend: Attention,
 ) -> list[Tensor]:
@@ -236,7 +270,7 @@ def modality_block(
         text: the block with the weights of text.
         image: the weights of patches.
         parts: vectors of text (L, D) and of patches (N, D).
-        ropes: rotary angles of text and of patches.
+        ropes: rotary angles of text and of patches; None in a block without positions.
         split: splits and joins text and patches.
         attend: attention of this batch.
 
@@ -309,22 +343,20 @@ class Transformer(nn.Module):
         """
         config = self.config
         x, positions = attend.gather(x), attend.gather(positions)  # (..., D), (...)
-        head_dim = config.dim // config.num_heads
-        rope = rope_angles(positions, head_dim, config.rope_theta, config.rope_scaling)
+        rope = rope_angles(positions, config.head_size, config.rope_theta, config.rope_scaling)
         if config.modality_weights == "shared":
-            for layer in self.layers:
-                x = layer(x, rope, attend)
+            for i, layer in enumerate(self.layers):
+                x = layer(x, rope if config.has_rope(i) else None, attend)
         else:
             x = self._forward_by_modality(x, rope, attend)
         return attend.scatter(self.norm(x))
 
-    def _forward_by_modality(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attention
-    ) -> Tensor:
+    def _forward_by_modality(self, x: Tensor, rope: Rope, attend: Attention) -> Tensor:
         split = ModalitySplit(*attend.modality_indices(), x.shape[:-1])
         parts, ropes = split(x), list(zip(*map(split, rope), strict=True))
-        for text, image in zip(self.layers, self.image_layers, strict=True):
-            parts = modality_block(text, image, parts, ropes, split, attend)
+        for i, (text, image) in enumerate(zip(self.layers, self.image_layers, strict=True)):
+            layer_ropes = ropes if self.config.has_rope(i) else [None, None]
+            parts = modality_block(text, image, parts, layer_ropes, split, attend)
         return split.join(*parts)
 
     def logits(self, hidden: Tensor) -> Tensor:

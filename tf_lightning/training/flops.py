@@ -1,7 +1,7 @@
 """Floating-point operations (FLOPs) of a network, computed from its sizes.
 
-A matrix of N weights costs 2 N at each position that it is applied to. Attention costs 4 D L^2 in
-each layer for each document of length L, or for each image in a U-Net.
+A matrix of N weights costs 2 N at each position that it is applied to. Attention with H heads of
+dim K costs 4 H K L^2 in each layer for each document of length L, or for each image in a U-Net.
 
 The rules follow torch.utils.flop_counter: attention counts every pair of positions although
 the mask hides some of them, and norms, activations, embeddings and rotary angles count nothing.
@@ -80,7 +80,9 @@ def num_matmul_params(module: nn.Module) -> int:
 
 def transformer_flops(transformer: Transformer, work: Workload) -> float:
     """FLOPs of the Transformer; separate image weights do not change them."""
-    attention = 4 * transformer.config.dim * len(transformer.layers) * work.squared_lengths
+    config = transformer.config
+    q_dim = config.num_heads * config.head_size
+    attention = 4 * q_dim * config.num_layers * work.squared_lengths
     matrices = num_matmul_params(transformer.layers) * work.num_tokens
     return attention + 2 * (matrices + num_matmul_params(transformer.output) * work.num_targets)
 
