@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import lightning as L
+import torch
 import yaml
 
 from tf_lightning.cli.main import main
@@ -54,6 +55,15 @@ class KillAt(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Disturb(L.Callback):
+    """Changes one weight of rank 1 after the second step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            with torch.no_grad():
+                pl_module.net.transformer.norm.weight[0] += 1e-6
 
 
 def shapes(kind: str, num_documents: int, **arguments) -> dict:

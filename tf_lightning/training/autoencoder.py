@@ -51,6 +51,7 @@ from tf_lightning.ranges import (
     check_arguments,
 )
 from tf_lightning.training.optim import lr_scale, parameter_groups
+from tf_lightning.training.ranks import check_same_weights
 from tf_lightning.training.steps import (
     backward_of_part,
     check_strategy,
@@ -60,6 +61,8 @@ from tf_lightning.training.steps import (
     mean_over_ranks,
     take_whole_steps,
 )
+
+MIN_GAN_SIDE = 24  # pixels; below, the discriminator's instance norm has one value to normalize
 
 
 class Reconstruction(NamedTuple):
@@ -157,6 +160,11 @@ class AutoencoderModule(L.LightningModule):
         if trainer.max_steps < 1:
             raise UserError(f"max_steps={trainer.max_steps} is unlimited; set trainer.max_steps")
         check_divisible(*data.image_size, self.config.downsample)
+        if hparams.gan_weight and min(data.image_size) < MIN_GAN_SIDE:
+            raise UserError(
+                f"images of {data.image_size[0]}x{data.image_size[1]} pixels are too small for the "
+                f"discriminator; give at least {MIN_GAN_SIDE} a side, or set gan_weight to 0"
+            )
         if hparams.gan_weight and not hparams.gan_start_step < trainer.max_steps:
             raise UserError(
                 f"gan_start_step={hparams.gan_start_step} is not before the last step "
@@ -216,6 +224,10 @@ class AutoencoderModule(L.LightningModule):
         return self.autoencoder.quantize.embedding.weight.detach()
 
     # ---------------------------------------------------------------- training
+
+    def on_train_start(self) -> None:
+        """Check that all ranks start with the same weights."""
+        check_same_weights(self)
 
     @property
     def gan_started(self) -> bool:
@@ -455,7 +467,12 @@ class AutoencoderModule(L.LightningModule):
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Record the autoencoder type."""
+        """Record the autoencoder type.
+
+        Raises:
+            UserError: the ranks have different weights.
+        """
+        check_same_weights(self)
         checkpoint["autoencoder"] = "vq" if self.config.num_codes else "vae"
         checkpoint["hyper_parameters"] = plain_hparams(checkpoint["hyper_parameters"])
 

@@ -51,6 +51,7 @@ from tf_lightning.ranges import (
 from tf_lightning.training.fsdp import apply_fsdp
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
 from tf_lightning.training.optim import DECAYS, build_optimizer, lr_scale
+from tf_lightning.training.ranks import check_same_weights
 from tf_lightning.training.steps import (
     backward_of_part,
     check_mesh,
@@ -266,6 +267,10 @@ class Transfusion(L.LightningModule):
 
     # ---------------------------------------------------------------- training
 
+    def on_train_start(self) -> None:
+        """Check that all ranks start with the same weights."""
+        check_same_weights(self)
+
     def on_train_batch_start(self, batch: Batch | list[Batch], batch_index: int) -> None:
         """Seed dropout from (seed, step, rank), so that a resumed run drops the same elements."""
         if self.config.dropout:
@@ -431,7 +436,12 @@ class Transfusion(L.LightningModule):
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add what generation needs: the tokenizer, the autoencoder's name and the row length."""
+        """Add what generation needs: the tokenizer, the autoencoder's name and the row length.
+
+        Raises:
+            UserError: the ranks have different weights.
+        """
+        check_same_weights(self)
         proto = bytearray(self.tokenizer_proto)
         checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
         checkpoint["image_codec"] = self.image_codec

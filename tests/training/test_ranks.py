@@ -1,0 +1,51 @@
+"""Ranks whose weights differ end the run."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.multiprocessing import ProcessExitedException
+
+from support import ranks, runs
+from support.tiny import tiny_module
+from tf_lightning.errors import UserError
+from tf_lightning.training.ranks import check_same_weights, checksum
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.bool])
+def test_a_checksum_is_the_sum_of_the_bits(dtype):
+    values = torch.tensor([0.0, 1.0, 0.0]).to(dtype)
+    size = values.element_size()
+    by_hand = sum(
+        int.from_bytes(bytes(value.view(torch.uint8).tolist()), "little", signed=True)
+        for value in values.view(3, 1)
+    )
+    assert by_hand > 0 and checksum(values) == by_hand
+    assert checksum(values.view(3, 1).T) == by_hand and size in (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("name", [None, "net.transformer.norm.weight", "ema.patch_coder.patch_"])
+def test_a_tensor_that_differs_is_named(monkeypatch, name):
+    """Another rank's checksums are those of a copy with one changed bit in each such tensor."""
+    module, other = tiny_module(), tiny_module()
+    changed = [key for key in other.state_dict() if name and key.startswith(name)]
+    for key in changed:
+        other.state_dict()[key].view(torch.int32).flatten()[-1] ^= 1
+    theirs = torch.stack([checksum(x) for x in other.state_dict().values()])
+    monkeypatch.setattr(type(module), "trainer", SimpleNamespace(world_size=2))
+    monkeypatch.setattr(module, "all_gather", lambda ours: torch.stack([ours, theirs]))
+    if name is None:
+        return check_same_weights(module)
+    with pytest.raises(UserError, match=f"{len(changed)} of .* the first is {changed[0]}"):
+        check_same_weights(module)
+
+
+@pytest.mark.slow
+def test_a_run_whose_ranks_differ_ends_before_its_next_checkpoint(tmp_path):
+    config = runs.write_config(tmp_path, ranks.two_rank_config)
+    with pytest.raises(ProcessExitedException) as ended:
+        disturb = "--trainer.callbacks+=support.runs.Disturb"
+        ranks.fit(config, 2, "ddp", disturb)
+    assert ended.value.exit_code == 1
+    assert (tmp_path / "run" / "config.yaml").is_file()  # written when training starts
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
