@@ -56,6 +56,7 @@ def trained(checkpoint: dict, start: str = "net") -> Transformer:
         ("Mistral", {"sliding_window": 64}, with_sentencepiece),
         ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}, with_json),
         ("Qwen3", {"head_dim": 16}, with_json),
+        ("Qwen3", {"head_dim": 8}, with_sentencepiece),  # as the quickstart
         ("Olmo2", {"tie_word_embeddings": True}, with_json),
     ],
 )

@@ -69,6 +69,53 @@ def with_json(folder: Path, vocab_size: int = 290) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))
 
 
+def train_byte_level(pattern: str | None = None, normalizer=None):
+    """Train a byte-level BPE like Llama 3's and Qwen's, with a pattern that splits texts first."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.decoder = normalizer, decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern:
+        parts = [pre_tokenizers.Split(Regex(pattern), "isolated")]
+        parts += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+def train_byte_fallback(prepend: str):
+    """Train a BPE like Llama 2's and Mistral's, in which unknown characters become bytes.
+
+    Args:
+        prepend: where a space is added before a text: "normalizer", or "first" of a Metaspace.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    pieces.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    model = json.loads(pieces.to_str())["model"]
+    specials = ["<unk>", "<s>", "</s>"]
+    vocab = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    merges = [tuple(pair) for pair in model["merges"]]
+    ids = {piece: i for i, piece in enumerate(vocab)}
+    tokenizer = Tokenizer(
+        models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    if prepend == "normalizer":
+        parts = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        tokenizer.normalizer = normalizers.Sequence(parts)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(specials)
+    return tokenizer
+
+
 def edit_json(file: Path, change: dict) -> None:
     """Change values of the JSON object in a file; None removes a key."""
     content = json.loads(file.read_text()) | change

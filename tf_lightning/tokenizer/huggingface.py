@@ -1,7 +1,8 @@
 """Tokenizers of pretrained language models: reading and writing their folders.
 
 A folder in Hugging Face's layout has a `tokenizer.model` (sentencepiece: Llama 2, Mistral) or a
-`tokenizer.json` (byte-pair: Llama 3, Qwen2), beside config.json and tokenizer_config.json.
+`tokenizer.json` (byte-pair: Llama 3, Qwen2), beside config.json and tokenizer_config.json. Of a
+folder with both, the tokenizer.json counts if it adds tokens that the other lacks (Phi-3).
 
 The vocabulary gets as many entries as the model has embedding rows, which are often padded (Qwen2
 has 151,936 rows for 151,646 pieces). So <boi> and <eoi> follow the last row, and every existing row
@@ -137,7 +138,9 @@ def read_pretrained(path: str | Path) -> bytes:
     if not isinstance(size, int):
         raise UserError(f"{folder}/config.json lacks vocab_size; download it again")
     if (folder / "tokenizer.model").is_file() and not is_json:
-        return _read_sentencepiece(folder, size)
+        num_pieces = _num_pieces(folder)
+        if not _adds_tokens(folder / "tokenizer.json", num_pieces):
+            return _read_sentencepiece(folder, num_pieces, size, config)
     if (folder / "tokenizer.json").is_file():
         return _read_json(folder, size, config)
     raise UserError(
@@ -146,27 +149,46 @@ def read_pretrained(path: str | Path) -> bytes:
     )
 
 
-def _read_sentencepiece(folder: Path, size: int) -> bytes:
-    """Read tokenizer.model and pad it to `size` pieces."""
+def _num_pieces(folder: Path) -> int:
+    """Return the number of pieces of tokenizer.model."""
     proto = (folder / "tokenizer.model").read_bytes()
     try:
-        num_pieces = len(sentencepiece_model_pb2.ModelProto.FromString(proto).pieces)
+        return len(sentencepiece_model_pb2.ModelProto.FromString(proto).pieces)
     except Exception as error:  # protobuf has two implementations with different errors
         raise UserError(
             f"tokenizer {folder}/tokenizer.model is not a sentencepiece model; download it again"
         ) from error
+
+
+def _adds_tokens(file: Path, num_pieces: int) -> bool:
+    """Return whether a tokenizer.json has added tokens after the pieces of tokenizer.model."""
+    added = read_json(file).get("added_tokens", []) if file.is_file() else []
+    return any(token["id"] >= num_pieces for token in added)
+
+
+def _read_sentencepiece(folder: Path, num_pieces: int, size: int, config: dict[str, Any]) -> bytes:
+    """Read tokenizer.model and pad it to `size` pieces."""
+    eos_id = _first(config.get("eos_token_id"))
+    if eos_id is not None and num_pieces <= eos_id < size:
+        raise UserError(
+            f"{folder} ends texts with token {eos_id}, which its tokenizer.model of {num_pieces:,} "
+            "pieces lacks; write the whole tokenizer with transformers: "
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
     _check_size(num_pieces, size, folder)
+    proto = (folder / "tokenizer.model").read_bytes()
     return pad_vocabulary(proto, size) if num_pieces < size else proto
 
 
 def _read_json(folder: Path, size: int, config: dict[str, Any]) -> bytes:
     """Read tokenizer.json, and the special tokens from tokenizer_config.json or config.json."""
     content = read_json(folder / "tokenizer.json")
+    file = folder / "tokenizer_config.json"
+    names = read_json(file) if file.is_file() else {}
+    _add_tokens(content, names.get("added_tokens_decoder") or {})
     ids = _piece_ids(content)
     added_ids = {token["id"] for token in content.get("added_tokens", [])}
     _check_size(max(ids.values(), default=-1) + 1, size, folder)
-    file = folder / "tokenizer_config.json"
-    names = read_json(file) if file.is_file() else {}
     bos_id, eos_id, pad_id = (
         _special_id(names.get(f"{kind}_token"), config.get(f"{kind}_token_id"), ids, added_ids)
         for kind in ("bos", "eos", "pad")
@@ -183,6 +205,20 @@ def _read_json(folder: Path, size: int, config: dict[str, Any]) -> bytes:
         "pad_id": eos_id if pad_id is None else pad_id,
     }
     return json.dumps(special_ids | {"tokenizer": content}, ensure_ascii=False).encode()
+
+
+def _add_tokens(content: dict[str, Any], tokens: dict[str, dict[str, Any]]) -> None:
+    """Add the tokens of tokenizer_config.json that a tokenizer.json lacks, as `transformers` does.
+
+    Args:
+        content: the content of tokenizer.json, changed in place.
+        tokens: `added_tokens_decoder` of tokenizer_config.json, by id.
+    """
+    added = content.get("added_tokens", [])
+    known = {token["id"] for token in added}
+    missing = [{"id": int(i)} | token for i, token in tokens.items() if int(i) not in known]
+    if missing:
+        content["added_tokens"] = sorted(added + missing, key=lambda token: token["id"])
 
 
 def _piece_ids(content: dict[str, Any]) -> dict[str, int]:
@@ -213,8 +249,13 @@ def _special_id(
     name = token.get("content") if isinstance(token, dict) else token
     if name in ids:
         return ids[name]
-    config_id = config_id[0] if isinstance(config_id, list) else config_id
+    config_id = _first(config_id)
     return config_id if config_id in added_ids else None
+
+
+def _first(ids: int | list[int] | None) -> int | None:
+    """Return the first of several ids, or the only one."""
+    return ids[0] if isinstance(ids, list) else ids
 
 
 def _check_size(num_pieces: int, size: int, folder: Path) -> None:
