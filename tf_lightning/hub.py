@@ -20,7 +20,8 @@ def is_hub_name(name: str | Path) -> bool:
     """Return whether `name` can be a hub name "owner/model", because no local path has it."""
     text = str(name)
     is_file = text.endswith(FILE_SUFFIXES)
-    return text.count("/") == 1 and not is_file and text[0] not in "/." and not Path(text).exists()
+    is_path = is_file or text[:1] in "/.~" or Path(text).exists()
+    return text.count("/") == 1 and not is_path
 
 
 def find_folder(name: str | Path, files: list[str]) -> Path:
@@ -34,7 +35,7 @@ def find_folder(name: str | Path, files: list[str]) -> Path:
         UserError: the hub has no such model or cannot be reached.
     """
     if not is_hub_name(name):
-        return Path(name)
+        return Path(name).expanduser()
     # Imported here because most commands do not use the hub.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

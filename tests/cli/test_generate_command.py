@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from support import runs
@@ -73,6 +74,8 @@ def test_text_is_answered_with_images_and_a_record_of_their_options(checkpoint, 
         "seed": 8,
         "output_modality": "image",
         "checkpoint": checkpoint,
+        "weights": "ema",
+        "dtype": "float32",
         "guidance_scale": 3.0,
         "image_guidance_scale": None,
         "guidance_interval": [0.0, 1.0],
@@ -164,6 +167,9 @@ def test_a_prompt_is_required(checkpoint, fails):
         (["--num-inference-steps", "1001"], 1, "num_inference_steps=1001 must be from 1 to 990"),
         (["--num-inference-steps", "many"], 2, "--num-inference-steps"),
         (["-n", "0"], 2, "0 is not a number of at least 1"),
+        (["--seed", "0.5"], 2, "0.5 is not a whole number below"),
+        (["--seed", str(2**70)], 2, "is not a whole number below"),
+        (["--dtype", "float8"], 2, "--dtype"),
         (["--max-new-tokens", "-1"], 1, "max_new_tokens=-1 must be at least 1"),
         (["--temperature", "-1"], 1, "temperature=-1.0 must be at least 0; 0 is greedy"),
         (["--temperature", "nan"], 1, "temperature=nan must be at least 0; 0 is greedy"),
@@ -197,9 +203,58 @@ def test_an_option_out_of_range_is_refused_with_its_limit(
     assert not (tmp_path / "out" / "0000.png").exists()
 
 
-def test_an_empty_prompt_is_refused_by_the_command(checkpoint, fails, tmp_path):
-    code, line = fails("generate", checkpoint, "", "-o", str(tmp_path / "out"))
-    assert code == 1 and "a prompt is empty; give text or an image" in line
+def test_an_empty_prompt_generates_without_a_condition(checkpoint, tmp_path, capsys):
+    main(["generate", checkpoint, "", "-n", "1", "--num-inference-steps", "2", "-o", str(tmp_path)])
+    assert Image.open(tmp_path / "0000.png").size == (64, 64)
+    record = json.loads((tmp_path / "0000.json").read_text())
+    assert record["prompt"] == [["text", ""]]
+    # Without a condition both branches of guidance are equal, so the scale changes nothing.
+    more = ["--guidance-scale", "9", "-o", str(tmp_path / "more")]
+    main(["generate", checkpoint, "", "-n", "1", "--num-inference-steps", "2", *more])
+    files = [folder / "0000.png" for folder in (tmp_path, tmp_path / "more")]
+    one, other = (np.asarray(Image.open(file), int) for file in files)
+    assert np.abs(one - other).max() <= 1
+
+
+def test_the_folder_of_a_run_means_its_last_checkpoint(checkpoint, run, tmp_path):
+    how = ["a red circle", "-n", "1", "--num-inference-steps", "2", "-o"]
+    main(["generate", checkpoint, *how, str(tmp_path / "file")])
+    main(["generate", str(run), *how, str(tmp_path / "folder")])
+    assert all(
+        (tmp_path / "file" / "0000.png").read_bytes() == (tmp_path / f / "0000.png").read_bytes()
+        for f in ("file", "folder")
+    )
+
+
+def test_weights_and_precision_can_be_chosen_and_are_recorded(checkpoint, tmp_path):
+    how = ["a red circle", "-n", "1", "--num-inference-steps", "2", "--device", "cpu", "-o"]
+    for name, options in {
+        "ema": [],
+        "raw": ["--weights", "raw"],
+        "bf16": ["--dtype", "bfloat16"],
+    }.items():
+        main(["generate", checkpoint, *how, str(tmp_path / name), *options])
+    images = {name: (tmp_path / name / "0000.png").read_bytes() for name in ("ema", "raw", "bf16")}
+    assert len(set(images.values())) == 3
+    records = {name: json.loads((tmp_path / name / "0000.json").read_text()) for name in images}
+    assert [records[name]["weights"] for name in images] == ["ema", "raw", "ema"]
+    assert [records[name]["dtype"] for name in images] == ["float32", "float32", "bfloat16"]
+    raw = TransfusionPipeline.from_pretrained(checkpoint, weights="raw")
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, weight in raw.model.net.state_dict().items():
+        assert torch.equal(weight, saved[f"net.{name}"]), name
+
+
+def test_weights_that_an_export_does_not_hold_are_refused(checkpoint, tmp_path, fails):
+    main(["export", checkpoint, "--only", "net", "-o", str(tmp_path / "exported")])
+    code, line = fails("generate", tmp_path / "exported", "a", "--weights", "raw")
+    assert code == 1 and "holds the ema weights; export the checkpoint again" in line
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "nonsense", "meta:0:0"])
+def test_a_device_that_is_not_there_is_refused(device, checkpoint, fails):
+    code, line = fails("generate", checkpoint, "a", "--device", device)
+    assert code == 1 and f"device={device!r} is not on this machine; give cpu" in line
 
 
 def test_a_prompt_that_is_too_long_is_refused(checkpoint, fails, tmp_path):

@@ -1,12 +1,11 @@
 """`tf-lightning export`: write a checkpoint's weights. `model-config`: a language model's sizes."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 import yaml
 
 from tf_lightning.checkpoint import read_checkpoint
-from tf_lightning.cli.parser import Parser
+from tf_lightning.cli.parser import Parser, path_type
 from tf_lightning.interop.export import export
 from tf_lightning.interop.llama import open_language_model
 
@@ -36,11 +35,12 @@ def run_export(args: list[str]) -> None:
     """Write a checkpoint's weights, and print how to use them."""
     parser = Parser("export", "Write the weights of a checkpoint for other programs.", EXPORT)
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT", help="checkpoint of `tf-lightning fit`")
+    about = "checkpoint of `tf-lightning fit`, or the folder of its run"
+    add("checkpoint", metavar="CKPT", help=about)
     add(
         "-o",
         "--out",
-        type=Path,
+        type=path_type,
         required=True,
         metavar="FOLDER",
         help="created or replaced",

@@ -5,13 +5,14 @@ in cli/outputs.py.
 """
 
 import argparse
+import os
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from docstring_parser import parse_from_object
 
-from tf_lightning.cli.parser import Parser, flag, positive_int
+from tf_lightning.cli.parser import Parser, flag, path_type, positive_int, seed
 from tf_lightning.errors import UserError
 from tf_lightning.generation.sampling import GROUPS, OUTPUT_MODALITIES, SamplingConfig
 
@@ -22,19 +23,24 @@ examples:
   tf-lightning generate last.ckpt --image in.png "make the circle green" -o out
   tf-lightning generate last.ckpt --prompts prompts.txt -n 1 -o out  one prompt in each line
   tf-lightning generate last.ckpt "a red" --output-modality any -o out
+  tf-lightning generate runs/quickstart "" -o out                    no prompt
 
 Text and --image parts form one prompt, in the order given. A prompt that ends in text is answered
 with an image, and one that ends in an image with text; --output-modality chooses otherwise. Images
-are cropped and resized to the model's size. A line of a .jsonl file of prompts holds the parts of
-one prompt in order:
+are cropped and resized to the model's size. The empty text "" asks for an output without a prompt.
+CKPT may be the folder of a run, whose last checkpoint is used. A line of a .jsonl file of prompts
+holds the parts of one prompt in order:
   {"parts": [{"image": "a.png"}, {"text": "make it red"}]}
 Outputs that were written before with the same options are kept.
 """
 
 
 def text_part(text: str) -> tuple[str, str]:
-    """Return a part of the prompt with its kind."""
-    return "text", text
+    """Return a part of the prompt with its kind; its bytes are UTF-8 in every locale."""
+    try:
+        return "text", os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return "text", text
 
 
 def image_part(file: str) -> tuple[str, str]:
@@ -112,24 +118,30 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CKPT",
-        help="a checkpoint of `fit`, a folder of `export`, or its name on the hub")  # fmt: skip
+        help="a checkpoint or the folder of a run, a folder of `export`, or its name on the hub",
+    )  # fmt: skip
     part = {"dest": "parts", "action": "append", "default": []}
     add("--text", **part, type=text_part, metavar="TEXT",
         help="text of the prompt; --text may be left out")  # fmt: skip
     add("--image", **part, type=image_part, metavar="FILE", help="image of the prompt")
-    add("--prompts", type=Path, metavar="FILE",
+    add("--prompts", type=path_type, metavar="FILE",
         help="many prompts: one text in each line, or the parts of one in each .jsonl line",
     )  # fmt: skip
-    add("-o", "--out", type=Path, default=Path("out"), metavar="FOLDER",
+    add("-o", "--out", type=path_type, default=Path("out"), metavar="FOLDER",
         help="folder of the outputs (default: out)")  # fmt: skip
     add("-n", "--num-outputs", type=positive_int, metavar="N",
         help="outputs to each prompt (default: 4 images of a single prompt, else 1)")  # fmt: skip
     add("--output-modality", choices=OUTPUT_MODALITIES,
         help="exactly one image, no images, or what the model decides (default: see below)",
     )  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="output i uses seed + i (default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="output i uses seed + i (default: 0)")
     add("--batch-size", type=positive_int, default=16, metavar="N",
         help="outputs that are generated together (default: 16)")  # fmt: skip
+    add("--weights", choices=("ema", "raw"),
+        help="weights of the checkpoint (default: the EMA weights, if there are any)")  # fmt: skip
+    add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU, if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="precision of the weights and of the network (default: float32)")  # fmt: skip
     add_sampling_options(parser)
     return parser
 

@@ -7,7 +7,6 @@ Shapes: B rows, T positions in a row.
 
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -15,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Batch, Document, as_latents, document_length, is_image
 from tf_lightning.cli.lightning import build
-from tf_lightning.cli.parser import Parser, positive_int
+from tf_lightning.cli.parser import Parser, path_type, positive_int
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.images import to_image
 from tf_lightning.data.mixture import Mixture
@@ -218,7 +217,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("-c", "--config", action="append", required=True, metavar="FILE",
         help="YAML file of a run; further files change its values")  # fmt: skip
-    add("-o", "--out", type=Path, metavar="FOLDER",
+    add("-o", "--out", type=path_type, metavar="FOLDER",
         help="folder to write (default: inspect/ in the data's cache_dir)")  # fmt: skip
     add("--documents", type=positive_int, default=24, metavar="N",
         help="documents to draw, equally many from each source (default: 24)")  # fmt: skip

@@ -15,8 +15,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
+from tf_lightning.checkpoint import find_checkpoint
 from tf_lightning.cli.parser import flag
 from tf_lightning.data.documents import BadSample, RawDocument
 from tf_lightning.data.images import load_image
@@ -43,7 +45,10 @@ def generate_outputs(
         sampling: sampling options of the command.
         given: names of the sampling options given on the command line.
     """
-    pipe = TransfusionPipeline.from_pretrained(options.checkpoint)
+    dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
+    pipe = TransfusionPipeline.from_pretrained(
+        options.checkpoint, options.device, dtype, options.weights
+    )
     check_option_group(given, makes_codes=pipe.process is None)
     prompts = read_prompts(options.prompts) if options.prompts else [options.parts]
     last_kind = prompts[0][-1][0]
@@ -61,6 +66,8 @@ def generate_outputs(
         "output_modality": modality,
         "checkpoint": options.checkpoint,
         "checkpoint_modified": modified(options.checkpoint),
+        "weights": pipe.checkpoint["weights"],
+        "dtype": options.dtype,
         **sampling.used(modality, makes_codes=pipe.process is None),
     }
     records = describe(prompts, documents, num_outputs, options.seed, made_by)
@@ -82,9 +89,10 @@ def check_option_group(given: Iterable[str], makes_codes: bool) -> None:
 
 def modified(checkpoint: str) -> str | None:
     """Return when a checkpoint was written; None for a name on the hub."""
-    path = Path(checkpoint)
+    path = Path(checkpoint).expanduser()
     if not path.exists():
         return None
+    path = path if (path / "net.json").is_file() else find_checkpoint(path)
     return datetime.fromtimestamp(path.stat().st_mtime).isoformat(timespec="seconds")
 
 
@@ -118,7 +126,7 @@ def read_prompts(file: Path) -> list[Parts]:
         UserError: the file is no text file, holds no prompts, or a line cannot be parsed.
     """
     try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not a text file; give one prompt in each line") from error
     if not lines:
@@ -204,7 +212,7 @@ def write_outputs(
 def is_written(folder: Path, name: str, record: dict[str, Any]) -> bool:
     """Return whether an output is there that was made in exactly this way."""
     try:
-        found = json.loads((folder / f"{name}.json").read_text())
+        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         images = [folder / value for kind, value in found.pop("parts") if kind == "image"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another program
         return False
@@ -225,7 +233,8 @@ def write_output(folder: Path, name: str, record: dict[str, Any], output: RawDoc
             part.save(partial, format="PNG")
         parts.append(["image", file.name])
     with atomic_file(folder / f"{name}.json") as partial:
-        partial.write_text(json.dumps({**record, "parts": parts}, indent=2) + "\n")
+        text = json.dumps({**record, "parts": parts}, indent=2) + "\n"
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_sheet(folder: Path, names: list[str]) -> Path:
@@ -233,7 +242,7 @@ def write_sheet(folder: Path, names: list[str]) -> Path:
     figures = "\n".join(figure for name in names for figure in _figure(folder, name))
     page = f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>\n{figures}\n"
     with atomic_file(folder / "sheet.html") as partial:
-        partial.write_text(page)
+        partial.write_text(page, encoding="utf-8")
     return folder / "sheet.html"
 
 
@@ -242,7 +251,7 @@ def _figure(folder: Path, name: str) -> Iterator[str]:
     file = folder / f"{name}.json"
     if not file.is_file():
         return
-    record = json.loads(file.read_text())
+    record = json.loads(file.read_text(encoding="utf-8"))
     shown = "".join(
         f'<img src="{escape(value)}">' if kind == "image" else f"<p>{escape(value)}</p>"
         for kind, value in record["parts"]

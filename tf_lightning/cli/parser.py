@@ -5,7 +5,10 @@ This file imports nothing heavy, so that `--help` and a mistake are answered at 
 
 import argparse
 import sys
+from pathlib import Path
 from typing import NoReturn
+
+MAX_SEED = 2**62  # output i uses seed + i, which torch takes below 2**63
 
 
 def stop(message: str, code: int, hint: str = "") -> NoReturn:
@@ -16,10 +19,20 @@ def stop(message: str, code: int, hint: str = "") -> NoReturn:
         code: exit code; 1 for a mistake found later, 2 for a command line that does not parse.
         hint: a second line that says where help is.
     """
-    print(f"tf-lightning: error: {' '.join(message.split())}", file=sys.stderr)
+    print_error(message)
     if hint:
         print(hint, file=sys.stderr)
     raise SystemExit(code)
+
+
+def print_error(message: str) -> None:
+    """Print one line that begins with "tf-lightning: error:" on standard error."""
+    print(f"tf-lightning: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def path_type(text: str) -> Path:
+    """Parse a path; "~" is the user's folder."""
+    return Path(text).expanduser()
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +66,17 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return int(text)
+
+
+def seed(text: str) -> int:
+    """Parse a seed of torch's generators."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = MAX_SEED
+    if abs(number) >= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number below {MAX_SEED}")
+    return number
 
 
 def flag(name: str) -> str:

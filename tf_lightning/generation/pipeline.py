@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -44,7 +44,8 @@ class TransfusionPipeline:
         pipe("a red circle above a blue square", num_outputs=4, seed=0).images[0].save("a.png")
         pipe(image).texts[0]
 
-    A prompt is a string, an image, or a list of both in order. Images in a prompt enter clean
+    A prompt is a string, an image, or a list of both in order. The empty string asks for an output
+    without a prompt. Images in a prompt enter clean
     (t = 0) and must have the model's `image_size`.
 
     Attributes:
@@ -93,31 +94,39 @@ class TransfusionPipeline:
         path: str | Path,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        weights: Literal["ema", "raw"] | None = None,
     ) -> "TransfusionPipeline":
         """Load a model for generation.
 
         Args:
-            path: a checkpoint written by `tf-lightning fit`, a folder written by `tf-lightning
-                export` or `save_pretrained`, or the name of such a folder on the Hugging Face hub.
+            path: a checkpoint written by `tf-lightning fit`, the folder of its run, a folder
+                written by `tf-lightning export` or `save_pretrained`, or the name of such a folder
+                on the Hugging Face hub.
             device: where the model runs; None: a GPU if there is one.
             dtype: precision of the weights, and of the network through autocast; None: float32.
-
-        Returns:
-            The model with its EMA weights, if the run kept them.
+            weights: "ema" or "raw"; None: the EMA weights, if the run kept them.
 
         Raises:
-            UserError: the file is missing, damaged, or not a model of this project.
+            UserError: the file is missing, damaged, or not a model of this project; it lacks these
+                weights; or there is no such device.
         """
+        device = find_device(device)
         checkpoint = read_weights(path)
-        weights, kind = select_weights(checkpoint.pop("state_dict"))
-        checkpoint.setdefault("weights", kind)  # an exported folder says which it holds
+        exported = checkpoint.get("weights")  # an exported folder says which it holds
+        if weights and exported and weights != exported:
+            raise UserError(
+                f"{path} holds the {exported} weights; export the checkpoint again with --weights "
+                f"{weights}, or leave it out"
+            )
+        state_dict = checkpoint.pop("state_dict")
+        selected, kind = select_weights(state_dict, None if exported else weights)
+        checkpoint.setdefault("weights", kind)
         hparams = checkpoint["hyper_parameters"]
         net = build_network(hparams)
         try:
-            net.load_state_dict(weights)
+            net.load_state_dict(selected)
         except RuntimeError as error:
             raise state_dict_error(error) from error
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         net = net.requires_grad_(False).eval().to(device, dtype)
         autoencoder = open_autoencoder(checkpoint["image_codec"], hparams, device)
         tokenizer = Tokenizer.from_proto(bytes(checkpoint["tokenizer"].numpy()))
@@ -305,10 +314,7 @@ class TransfusionPipeline:
             return [to_image(x) for x in self.autoencoder.decode(latents.to(self.device))]
 
     def _encode_all(self, prompts: Sequence[Prompt]) -> list[Document]:
-        documents = [self.encode(prompt) for prompt in prompts]
-        if not all(any(part.numel() for part in document) for document in documents):
-            raise UserError("a prompt is empty; give text or an image")
-        return documents
+        return [self.encode(prompt) for prompt in prompts]
 
     @torch.no_grad()
     def _encode_part(self, part: str | Image.Image | Tensor) -> Tensor:
@@ -346,6 +352,22 @@ class TransfusionPipeline:
                 text = self.model.tokenizer.decode(part.tolist())
                 parts.append(text[: find_stop(text, stop)].strip())
         return parts
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """Return a device; None: a GPU if there is one.
+
+    Raises:
+        UserError: this machine does not have it.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on the backend
+        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(
+            f"device={str(name)!r} is not on this machine; give {' or '.join(['cpu', *found])}"
+        ) from error
 
 
 def open_autoencoder(

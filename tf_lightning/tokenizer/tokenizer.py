@@ -6,6 +6,7 @@ two ids after its vocabulary, so no text can encode to them.
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tf_lightning.tokenizer import huggingface
 from tf_lightning.tokenizer.huggingface import SPACE, JsonTokenizer
 
 NUM_IMAGE_TOKENS = 2  # <boi>, <eoi>
+EXPORTED = "tokenizer.bin"  # the tokenizer in a folder of `tf-lightning export`
 
 
 class Tokenizer:
@@ -41,14 +43,17 @@ class Tokenizer:
         """Load a tokenizer.
 
         Args:
-            path: a sentencepiece file, a checkpoint (.ckpt), the folder or the tokenizer.json of a
-                language model, or its hub name.
+            path: a sentencepiece file, a checkpoint (.ckpt), the folder of a run or of an export,
+                the folder or the tokenizer.json of a language model, or its hub name.
 
         Raises:
             UserError: the file is missing or is not a tokenizer.
         """
-        if Path(path).suffix == ".ckpt":
+        path = os.path.expanduser(path)
+        if Path(path).suffix == ".ckpt" or Path(path, "checkpoints").is_dir():
             proto = bytes(read_checkpoint(path, mmap=True)["tokenizer"].numpy())
+        elif Path(path, EXPORTED).is_file():
+            proto = Path(path, EXPORTED).read_bytes()
         elif huggingface.is_pretrained(path):
             proto = huggingface.read_pretrained(path)
         else:
