@@ -78,7 +78,7 @@ def train_to(step: int, start: int, module: Transfusion, documents, optimizer) -
         row = [documents[index] for index in chosen.tolist()]
         length = sum(document_length(document, 4) for document in row)
         batch = pack([row], [number], row_length=length, **options)
-        nll, _, squared_error, _ = module.loss_sums(module.net, batch)
+        nll, _, squared_error, *_ = module.loss_sums(module.net, batch)
         optimizer.zero_grad()
         (nll.mean() + 5 * squared_error / batch.latents.numel()).backward()
         torch.nn.utils.clip_grad_norm_(module.net.parameters(), 1.0)

@@ -49,9 +49,13 @@ def test_a_run_logs_losses_speed_and_shares_under_their_documented_names(events)
         *(f"val/composition[shapes]/{name}" for name in ("two_object", "color_attr", "position")),
         *("val/composition[shapes]/overall", "val/seconds", "val/time_share"),
     }
+    # Of a step without a source or without an image of a noise level, nothing is logged.
+    by_source = {f"train/{source}/loss_lm" for source in ("captions", "text")}
+    by_source |= {"train/captions/loss_diffusion"}
+    by_level = {f"train/loss_diffusion/t{t:.2f}-{t + 0.25:.2f}" for t in (0, 0.25, 0.5, 0.75)}
     logged = set(events.Tags()["scalars"])
-    assert tags <= logged
-    assert logged - tags == {"epoch"}
+    assert tags <= logged and by_source <= logged and by_level & logged
+    assert logged - tags - by_source - by_level == {"epoch"}
     for tag in tags:
         steps = 2 if tag.startswith("val/") else runs.MAX_STEPS
         assert len(scalars(events, tag)) == steps, tag

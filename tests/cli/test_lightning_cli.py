@@ -114,4 +114,4 @@ def test_another_class_inherits_no_argument_of_the_default_class(tmp_path):
     for name in ("lr", "weight_decay", "warmup_steps", "min_lr_ratio"):
         assert command.model.hparams[name] == own[name]
     assert tuple(command.model.hparams["betas"]) == own["betas"]
-    assert not {"Throughput", "TextPerplexity"} & set(callbacks_of(command))
+    assert not {"Throughput", "TextPerplexity", "GradientNorms"} & set(callbacks_of(command))

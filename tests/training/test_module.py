@@ -46,7 +46,7 @@ def losses_by_hand(
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_loss_sums_agree_with_an_independent_computation(prediction_type):
     module, batch = tiny_module(prediction_type=prediction_type), mixed_batch()
-    nll, _, squared_error, _ = module.loss_sums(module.net, batch)
+    nll, _, squared_error, *_ = module.loss_sums(module.net, batch)
     expected = losses_by_hand(module.net, batch, prediction_type)
     assert (nll.sum().item(), squared_error.item()) == pytest.approx(expected, rel=1e-4)
     # Targets are text, the <boi> after text, and <eos>; none in a document without a caption.
@@ -73,7 +73,7 @@ def test_the_default_losses_equal_their_formulas_to_the_last_bit():
     alpha_bar = table[timesteps].view(-1, 1, 1, 1)
     noised = alpha_bar.sqrt() * batch.latents + (1 - alpha_bar).sqrt() * batch.noise
     logits, output = module.net(batch, noised, timesteps / 1000, build_attention(batch))
-    nll, _, squared_error, _ = module.loss_sums(module.net, batch)
+    nll, _, squared_error, *_ = module.loss_sums(module.net, batch)
     targets = batch.labels.flatten()[batch.target_index]
     assert torch.equal(nll, F.cross_entropy(logits, targets, reduction="none"))
     assert torch.equal(squared_error, F.mse_loss(output, batch.noise, reduction="sum"))
@@ -112,7 +112,7 @@ def test_every_variant_gives_every_weight_a_gradient_with_and_without_images(cha
         assert part.isfinite().all(), name
     for batch, taught in ((mixed_batch(), True), (packed([[document("9")]]), False)):
         module.zero_grad()
-        nll, _, loss_diffusion, _ = module.loss_sums(module.net, batch)
+        nll, _, loss_diffusion, *_ = module.loss_sums(module.net, batch)
         (nll.sum() + loss_diffusion).backward()
         for name, part in module.net.patch_coder.named_parameters():
             assert part.grad is not None, name
@@ -152,7 +152,7 @@ def test_causal_images_change_the_diffusion_loss():
 
 def test_a_batch_of_text_gives_the_patch_coder_zero_gradients():
     module, batch = tiny_module(), packed([[document("9")]])
-    nll, _, squared_error, _ = module.loss_sums(module.net, batch)
+    nll, _, squared_error, *_ = module.loss_sums(module.net, batch)
     (nll.sum() + squared_error).backward()
     gradients = [p.grad for p in module.net.patch_coder.parameters()]
     assert squared_error == 0 and all(g is not None and g.eq(0).all() for g in gradients)

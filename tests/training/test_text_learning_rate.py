@@ -20,7 +20,7 @@ def stepped(module: Transfusion) -> tuple[torch.optim.Optimizer, dict[str, Tenso
     """Take one optimizer step on both losses; return the optimizer and the weights before it."""
     optimizer = optimizer_of(module)
     before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
-    nll, _, loss_diffusion, _ = module.loss_sums(module.net, mixed_batch())
+    nll, _, loss_diffusion, *_ = module.loss_sums(module.net, mixed_batch())
     (nll.sum() + loss_diffusion).backward()
     optimizer.step()
     return optimizer, before
@@ -67,7 +67,7 @@ def test_a_batch_of_text_can_be_trained_on_with_frozen_text_parameters():
     config = TransformerConfig(VOCAB_SIZE, **SIZES, modality_weights="all")
     module = Transfusion(config, latent_channels=3, text_lr_ratio=0.0)
     module.configure_model()
-    nll, _, loss_diffusion, _ = module.loss_sums(module.net, packed([[document("9")]]))
+    nll, _, loss_diffusion, *_ = module.loss_sums(module.net, packed([[document("9")]]))
     (nll.sum() + loss_diffusion).backward()
     gradients = [p.grad for p in module.net.parameters() if p.requires_grad]
     assert gradients and not any(gradient.any() for gradient in gradients)

@@ -54,10 +54,11 @@ LOGGER = {
     "init_args": {"save_dir": "runs", "name": "run", "version": "", "default_hp_metric": False},
 }
 # `callbacks:` of a configuration replaces this list, `callbacks+:` appends to it. Models other than
-# Transfusion run without these two.
+# Transfusion run without these.
 CALLBACKS = [
     {"class_path": "callbacks.throughput.Throughput"},
     {"class_path": "callbacks.text_perplexity.TextPerplexity"},
+    {"class_path": "callbacks.gradient_norms.GradientNorms"},
 ]
 # Callbacks of every run, each configured under its own key.
 ALWAYS: dict[str, tuple[type[Callback], dict]] = {

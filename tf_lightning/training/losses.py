@@ -41,6 +41,7 @@ class LossSums(NamedTuple):
     code_nll: Tensor  # (K',) cross-entropy of each code target, in nats
     diffusion: Tensor  # () diffusion loss, summed over latent elements
     z: Tensor  # () z-loss, summed over all K + K' targets
+    by_image: Tensor  # (M,) diffusion loss of each image, detached; empty unless asked for
 
 
 def loss_sums(
@@ -49,6 +50,7 @@ def loss_sums(
     process: DiffusionProcess | None,
     causal_images: bool,
     with_z: bool,
+    by_image: bool = False,
 ) -> LossSums:
     """Run the network on a batch and return its summed losses.
 
@@ -58,18 +60,36 @@ def loss_sums(
         process: the diffusion process of the latents; not used for images of discrete codes.
         causal_images: patches attend to earlier patches only; codes always do.
         with_z: compute the z-loss.
+        by_image: also return the diffusion loss of each image.
     """
     attend = build_attention(batch, causal_images or net.num_codes > 0)
     if net.num_codes:
         logits, _ = net(batch, batch.latents, batch.t, attend)
-        diffusion = logits.new_zeros(())
+        diffusion, images = logits.new_zeros(()), []
     else:
         noised = process.add_noise(batch.latents, batch.noise, batch.t)
         logits, output = net(batch, noised, process.model_timesteps(batch.t), attend)
-        images = (crop_by_bucket(x, batch.buckets) for x in (output, batch.latents, batch.noise))
-        parts = zip(*images, split_by_bucket(batch.t, batch.buckets), strict=True)
+        cropped = (crop_by_bucket(x, batch.buckets) for x in (output, batch.latents, batch.noise))
+        parts = list(zip(*cropped, split_by_bucket(batch.t, batch.buckets), strict=True))
         diffusion = torch.stack([process.loss_sum(*part) for part in parts]).sum()
+        images = [losses_by_image(process, *part) for part in parts] if by_image else []
     targets = batch.labels.flatten()[torch.cat([batch.target_index, batch.code_index])]
     counts = [len(batch.target_index), len(batch.code_index)]
     nll, code_nll = lm_loss(logits, targets).split(counts)
-    return LossSums(nll, code_nll, diffusion, z_loss(logits).sum() if with_z else nll.new_zeros(()))
+    z = z_loss(logits).sum() if with_z else nll.new_zeros(())
+    images = torch.cat(images) if images else nll.new_zeros(0)
+    return LossSums(nll, code_nll, diffusion, z, images)
+
+
+@torch.no_grad()
+def losses_by_image(process: DiffusionProcess, *images: Tensor) -> Tensor:
+    """Return the diffusion loss of each image, summed over its elements, (M,).
+
+    Args:
+        process: the diffusion process.
+        images: the arguments of its `loss_sum`, for M images of one resolution.
+    """
+    if not len(images[0]):
+        return images[0].new_zeros(0, dtype=torch.float32)
+    one_each = (x.detach().unsqueeze(1) for x in images)  # (M, 1, ...)
+    return torch.vmap(process.loss_sum)(*one_each)

@@ -48,6 +48,7 @@ from tf_lightning.ranges import (
     Share,
     check_arguments,
 )
+from tf_lightning.training.breakdown import LossBreakdown
 from tf_lightning.training.fsdp import apply_fsdp
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
 from tf_lightning.training.optim import DECAYS, build_optimizer, lr_scale
@@ -154,6 +155,7 @@ class Transfusion(L.LightningModule):
         self.process = process_from_hparams(self.hparams)  # None: images are discrete codes
         self.net: TransfusionModel | None = None
         self.ema: TransfusionModel | None = None
+        self.breakdown: LossBreakdown | None = None  # while the module is trained
         self.tokenizer_proto: bytes | None = None
         self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
         self.image_codec: dict | None = None
@@ -268,8 +270,9 @@ class Transfusion(L.LightningModule):
     # ---------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
-        """Check that all ranks start with the same weights."""
+        """Check that all ranks start with the same weights, and start the breakdown of losses."""
         check_same_weights(self)
+        self.breakdown = LossBreakdown(self.trainer.datamodule.source_names, self.device)
 
     def on_train_batch_start(self, batch: Batch | list[Batch], batch_index: int) -> None:
         """Seed dropout from (seed, step, rank), so that a resumed run drops the same elements."""
@@ -293,7 +296,10 @@ class Transfusion(L.LightningModule):
         counts = self.step_counts(batches)
         self.zero_grad()
         for part in batches:
-            values = self.loss_shares(self.loss_sums(self.net, part), counts)
+            sums = self.loss_sums(self.net, part, by_image=self.breakdown is not None)
+            values = self.loss_shares(sums, counts)
+            if self.breakdown is not None:
+                self.breakdown.add(part, sums)
             for name, value in values.items():
                 means[f"train/{name}"] = means.get(f"train/{name}", 0) + value.detach()
             if part is not batches[-1]:
@@ -304,10 +310,22 @@ class Transfusion(L.LightningModule):
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer) -> None:
         """Do nothing: `training_step` has cleared the gradients before the step's first batch."""
 
-    def loss_sums(self, net: TransfusionModel, batch: Batch) -> LossSums:
-        """Return the summed losses of a batch."""
+    def on_train_batch_end(self, outputs, batch: Batch | list[Batch], batch_index: int) -> None:
+        """Log the losses by source and by noise level, as means since the last log."""
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            means = self.breakdown.take_means(self.trainer.strategy.reduce)
+            self.log_dict({f"train/{name}": mean for name, mean in means.items()}, batch_size=1)
+
+    def loss_sums(self, net: TransfusionModel, batch: Batch, by_image: bool = False) -> LossSums:
+        """Return the summed losses of a batch; see `losses.loss_sums`."""
         causal, with_z = self.hparams.causal_images, bool(self.hparams.z_loss_weight)
-        return loss_sums(net, batch, self.process, causal, with_z)
+        return loss_sums(net, batch, self.process, causal, with_z, by_image)
+
+    @property
+    def loss_names(self) -> list[str]:
+        """Names of the losses that the total loss is made of."""
+        names = ["loss_lm", "loss_codes" if self.hparams.num_codes else "loss_diffusion"]
+        return names + (["loss_z"] if self.hparams.z_loss_weight else [])
 
     def step_counts(self, batches: list[Batch]) -> Tensor:
         """Count text targets, code targets and noised elements of a step on all ranks, (3,)."""
