@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from support import runs
-from support.files import encoded_image, write_tar
+from support.files import encoded_image, write_lines, write_tar
 from support.sources import GreyImages, InterleavedImages, RepeatedWord
 from tf_lightning.batch import pack
 from tf_lightning.cli.inspect import (
@@ -130,6 +131,44 @@ def test_skipped_samples_are_counted_by_reason(tmp_path, capsys):
     main(["inspect", "-c", str(runs.write_config(tmp_path, change))])
     assert "  skipped 1: undecodable image\n" in capsys.readouterr().out
     assert (tmp_path / "data" / "inspect" / "rows.png").is_file()
+
+
+@pytest.fixture
+def only_data(tmp_path):
+    """A function that writes a configuration of one source and no model."""
+
+    def write(source: dict, **options) -> str:
+        data = {"sources": {"mine": source}, "row_length": 128, "cache_dir": str(tmp_path / "data")}
+        (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": data | options}))
+        return str(tmp_path / "data.yaml")
+
+    return write
+
+
+def test_chats_are_shown_with_their_questions(tmp_path, only_data, capsys):
+    """Questions are loss-masked, which their token ids express."""
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
+    write_lines(tmp_path / "chat.jsonl", [{"messages": turns}] * 30)
+    arguments = {"paths": str(tmp_path / "chat.jsonl"), "val_fraction": 0.1}
+    config = only_data({"class_path": "tf_lightning.data.ChatFiles", "init_args": arguments})
+    main(["inspect", "-c", config])
+    assert "mine train: 27 documents" in capsys.readouterr().out
+
+
+def test_class_folders_need_no_model_that_fits(tmp_path, only_data, capsys):
+    for color in ("red", "blue"):
+        for number in range(6):
+            file = tmp_path / "images" / color / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encoded_image(color, size=(64, 64)))
+    arguments = {"paths": f"{tmp_path}/images/*/*.png", "val_fraction": 0.25, "image_size": 64}
+    source = {"class_path": "tf_lightning.data.ClassFolders", "init_args": arguments}
+    config = only_data(source, autoencoder="pixels")
+    wrong = ["--model.transformer.num_heads=3", "--model.latent_channels=4", "--model.patch_size=8"]
+    wrong += ["--trainer.devices=7", "--trainer.accelerator=gpu"]
+    main(["prepare", "-c", config, "--processes", "1", *wrong])
+    main(["inspect", "-c", config, *wrong])
+    assert "9 images of 64 patches" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--documents", "0"], ["-c", "none.yaml"], []])

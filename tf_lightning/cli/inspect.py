@@ -12,8 +12,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tf_lightning.autoencoder.frozen import load_autoencoder
-from tf_lightning.batch import Batch, Document, as_latents, document_length, is_image
-from tf_lightning.cli.lightning import build
+from tf_lightning.batch import (
+    Batch,
+    Document,
+    as_latents,
+    document_length,
+    is_image,
+    unmasked_ids,
+)
+from tf_lightning.cli.lightning import build_data
 from tf_lightning.cli.parser import Parser, path_type, positive_int
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.images import to_image
@@ -177,9 +184,10 @@ BAR_LENGTH = 40  # characters
 
 def run_inspect(args: list[str]) -> None:
     """Prepare the data, count it, draw it, and print what was written."""
-    options, rest = _parser().parse_known_args(args)
+    parser = _parser()
+    options, rest = parser.parse_known_args(args)
     recipes = [word for file in options.config for word in ("-c", file)]
-    data = build([*recipes, *rest], run=False, prog="inspect").datamodule
+    data = build_data([*recipes, *rest], parser).datamodule
     if not isinstance(data, Mixture):
         raise UserError(
             f"{type(data).__name__} has no documents to inspect; give the configuration of a "
@@ -215,7 +223,7 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-c", "--config", action="append", required=True, metavar="FILE",
+    add("-c", "--config", action="append", default=[], metavar="FILE",
         help="YAML file of a run; further files change its values")  # fmt: skip
     add("-o", "--out", type=path_type, metavar="FOLDER",
         help="folder to write (default: inspect/ in the data's cache_dir)")  # fmt: skip
@@ -295,7 +303,7 @@ def pick_documents(data: Mixture, count: int, seed: int = 0) -> list[Shown]:
             [
                 to_image(autoencoder.decode(as_latents(part)[None])[0])
                 if is_image(part)
-                else data.tokenizer.decode(part.tolist())
+                else data.tokenizer.decode(unmasked_ids(part).tolist())
                 for part in document
             ],
         )

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ from tf_lightning.autoencoder.frozen import load_matching_autoencoder
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, find_checkpoint, read_checkpoint
 from tf_lightning.cli.advice import find_problem
 from tf_lightning.cli.config_files import Place, read_config
-from tf_lightning.cli.parser import stop
+from tf_lightning.cli.parser import Parser, stop
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
 from tf_lightning.training.autoencoder import AutoencoderModule
@@ -149,16 +149,27 @@ class SaveFitConfig(SaveConfigCallback):
 class TransfusionCLI(LightningCLI):
     """Adds defaults and links, checks the checkpoint first, and reports mistakes in one line."""
 
-    def __init__(self, *args, verb: str | None = None, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        verb: str | None = None,
+        data_only: bool = False,
+        more_options: Iterable[str] = (),
+        **kwargs,
+    ) -> None:
         """Parse, build and run.
 
         Args:
             args: arguments of LightningCLI.
             verb: the command, if it is known; then no parser is built for the others, which saves
                 most of the time that parsing takes.
+            data_only: build only the data; its options that follow the model are taken from the
+                configuration, which needs no model that fits.
+            more_options: names of the command's options that are not in the configuration.
             kwargs: arguments of LightningCLI.
         """
-        self.verb, self.places = verb, {}
+        self.verb, self.data_only, self.places = verb, data_only, {}
+        self.more_options = more_options
         try:
             super().__init__(*args, **kwargs)
         except ConfigError as error:
@@ -166,7 +177,7 @@ class TransfusionCLI(LightningCLI):
 
     def explain(self, error: ConfigError) -> str:
         """Describe a configuration that does not parse in one sentence, with its file and line."""
-        problem = find_problem(error.report, error.options)
+        problem = find_problem(error.report, [*error.options, *self.more_options])
         if not self.places and " needs " in problem.sentence:
             return (
                 f"{self.verb} needs the configuration of a run; give -c CONFIG, such as {EXAMPLE}"
@@ -205,6 +216,8 @@ class TransfusionCLI(LightningCLI):
             self.places = places_of_keys(args)
         except UserError as error:
             stop(str(error), code=2, hint=HINT)
+        if self.data_only and "model" not in self.places:
+            args = ["--model.transformer={}", *args]
         super().parse_arguments(parser, args)
         expand_home(self.config)
         verb = self.config.get("subcommand")
@@ -266,6 +279,10 @@ class TransfusionCLI(LightningCLI):
         """Build data, model and trainer from the config."""
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         try:
+            if self.data_only:
+                data = self.parser.instantiate_classes(Namespace(data=self.config.data)).data
+                self.datamodule = data
+                return
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             cause: BaseException = error  # jsonargparse wraps the message of a constructor
@@ -378,7 +395,7 @@ def places_of_keys(args: list[str]) -> dict[str, Place]:
 def config_files(args: list[str]) -> list[str]:
     """Return the files that a command line names with -c or --config."""
     files = []
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in zip(args, [*args[1:], ""], strict=False):
         if arg in ("-c", "--config") and following:
             files.append(following)
         elif found := re.fullmatch(r"(?:--config=|-c=?)(?!onfig)(.+)", arg):
@@ -487,13 +504,27 @@ def silence_warnings() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers")  # rows are cheap to load
 
 
-def build(args: list[str], run: bool = True, prog: str = "prepare") -> TransfusionCLI:
+def build_data(args: list[str], parser: Parser) -> TransfusionCLI:
+    """Build the data of a configuration, for `prepare` and `inspect`.
+
+    Args:
+        args: what the command's own parser left.
+        parser: that parser.
+    """
+    own = [name.lstrip("-") for name in parser.option_names()]
+    return build(args, run=False, verb=parser.verb, data_only=True, more_options=own)
+
+
+def build(
+    args: list[str], run: bool = True, verb: str | None = None, **options: Any
+) -> TransfusionCLI:
     """Parse the arguments, build data, model and trainer, and with `run` run the verb.
 
     Args:
         args: the command line; with `run` it begins with the verb.
         run: run fit, validate, test or predict; otherwise only build.
-        prog: verb shown in the usage when `run` is false.
+        verb: the command, where `run` is false.
+        options: further arguments of TransfusionCLI.
     """
     silence_warnings()
     return TransfusionCLI(
@@ -507,10 +538,10 @@ def build(args: list[str], run: bool = True, prog: str = "prepare") -> Transfusi
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
         parser_class=ConfigParser,
-        parser_kwargs={"prog": "tf-lightning" if run else f"tf-lightning {prog}"},
         args=None if args == sys.argv[1:] else args,  # Lightning warns when both are given
         run=run,
-        verb=args[0] if run and args else None,
+        verb=args[0] if run and args else verb,
+        **options,
     )
 
 

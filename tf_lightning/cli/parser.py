@@ -4,7 +4,9 @@ This file imports nothing heavy, so that `--help` and a mistake are answered at 
 """
 
 import argparse
+import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,9 +57,18 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **options,
         )
+        self.verb = verb
+
+    def option_names(self) -> list[str]:
+        """Return the options, with their dashes."""
+        return [name for name in self._option_string_actions if name.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
         """Report a mistake and exit with code 2."""
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            nearest = get_close_matches(unknown[1], self.option_names(), n=1)
+            advice = f"; did you mean {nearest[0]}?" if nearest else ""
+            message = f"there is no option {unknown[1]}{advice}"
         stop(message, code=2, hint=f"`{self.prog} --help` lists the options.")
 
 

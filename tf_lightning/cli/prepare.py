@@ -9,7 +9,7 @@ import os
 import lightning as L
 import torch
 
-from tf_lightning.cli.lightning import TransfusionCLI, build
+from tf_lightning.cli.lightning import TransfusionCLI, build_data
 from tf_lightning.cli.parser import Parser, positive_int
 from tf_lightning.data.corpus.distributed import ShardData, ShardEncoder
 from tf_lightning.errors import UserError
@@ -43,7 +43,7 @@ def run_prepare(args: list[str]) -> None:
     parser = prepare_parser()
     given, rest = parser.parse_known_args(args)
     part = parse_part(given.shard or "0/1")
-    cli = build(rest, run=False)
+    cli = build_data(rest, parser)
     if getattr(cli.datamodule, "encoded", None):
         if given.shard or given.processes:
             raise UserError(
