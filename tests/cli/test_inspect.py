@@ -168,7 +168,7 @@ def test_class_folders_need_no_model_that_fits(tmp_path, only_data, capsys):
     wrong += ["--trainer.devices=7", "--trainer.accelerator=gpu"]
     main(["prepare", "-c", config, "--processes", "1", *wrong])
     main(["inspect", "-c", config, *wrong])
-    assert "9 images of 64 patches" in capsys.readouterr().out
+    assert "8 images of 64 patches" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--documents", "0"], ["-c", "none.yaml"], []])
