@@ -33,8 +33,8 @@ class InitFrom(L.Callback):
 
     A checkpoint of this project: its EMA weights, if it has any, initialize both the network and
     its EMA weights. If this network has separate image weights and the checkpoint has none, the
-    image weights start as copies of the text weights (LMFusion). The data must use the tokenizer of
-    the run that wrote the checkpoint.
+    image weights start as copies of the text weights (LMFusion). The data must use the tokenizer
+    and the autoencoder of the run that wrote the checkpoint.
 
     A language model: it initializes the Transformer. The patch coder and the vocabulary rows of
     <boi> and <eoi> are new. Give the data `tokenizer: FOLDER`, and pass --model the file that
@@ -104,7 +104,9 @@ class InitFrom(L.Callback):
         """Return the network's weights in the checkpoint: the EMA weights if it has any."""
         checkpoint = read_weights(self.checkpoint)
         codec = module.image_codec, module.row_length
-        module.on_load_checkpoint(checkpoint)  # refuses a checkpoint of another tokenizer
+        if self.transformer_only:
+            module.image_codec = None  # the image side starts anew, with any autoencoder
+        module.on_load_checkpoint(checkpoint)  # refuses another tokenizer or autoencoder
         module.image_codec, module.row_length = codec
         module.loaded_step = 0
         return select_weights(checkpoint["state_dict"])[0]

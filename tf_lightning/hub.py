@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from tf_lightning.errors import UserError
@@ -24,12 +25,24 @@ def is_hub_name(name: str | Path) -> bool:
     return text.count("/") == 1 and not is_path
 
 
-def find_folder(name: str | Path, files: list[str]) -> Path:
+def split_hub_name(name: str) -> tuple[str, str] | None:
+    """Split "owner/model/subfolder" into "owner/model" and "subfolder"; None for a local path."""
+    owner, model, subfolder = (*name.split("/", 2), "", "")[:3]
+    is_path = name.endswith(FILE_SUFFIXES) or Path(name).exists() or not (owner and model)
+    if is_path or not is_hub_name(f"{owner}/{model}") or (subfolder and Path(owner).exists()):
+        return None
+    return f"{owner}/{model}", subfolder.strip("/")
+
+
+def find_folder(
+    name: str | Path, files: list[str], complete: Callable[[Path], bool] | None = None
+) -> Path:
     """Return the folder of a model, downloading it from the hub if it is not local.
 
     Args:
         name: a local path, which is returned unchanged, or a hub name "owner/model".
         files: patterns of the files to download.
+        complete: whether a copy that was downloaded before has the files; None: it has them.
 
     Raises:
         UserError: the hub has no such model or cannot be reached.
@@ -43,7 +56,10 @@ def find_folder(name: str | Path, files: list[str]) -> Path:
     try:
         try:
             folder = snapshot_download(str(name), allow_patterns=files, local_files_only=True)
+            is_local = complete is None or complete(Path(folder))
         except LocalEntryNotFoundError:
+            is_local = False
+        if not is_local:
             folder = snapshot_download(str(name), allow_patterns=files, etag_timeout=HUB_TIMEOUT)
     except Exception as error:  # the hub's transport raises many types
         raise UserError(

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from support.shape_images import shape_images
-from tf_lightning.autoencoder.frozen import SHAPES_FOLDER, KLAutoencoder, load_autoencoder
+from tf_lightning.autoencoder.frozen import SHAPES_FOLDER, LatentAutoencoder, load_autoencoder
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.world import IMAGE_SIZE
 
@@ -18,7 +18,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def shapes() -> KLAutoencoder:
+def shapes() -> LatentAutoencoder:
     return load_autoencoder("shapes")
 
 
@@ -67,7 +67,7 @@ def test_scaling_and_shift_factor_are_used_without_channel_statistics():
     model = tiny(scaling_factor=0.5, shift_factor=2.0)
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     expected = (model.encode(images).latent_dist.mode() - 2.0) * 0.5
-    torch.testing.assert_close(KLAutoencoder(model).encode(images), expected.detach())
+    torch.testing.assert_close(LatentAutoencoder(model).encode(images), expected.detach())
 
 
 def test_decoding_undoes_the_scaling_and_clips():
@@ -77,7 +77,7 @@ def test_decoding_undoes_the_scaling_and_clips():
         1, 2, 1, 1
     )
     expected = model.decode(raw).sample.clamp(-1, 1).detach()
-    torch.testing.assert_close(KLAutoencoder(model).decode(latents), expected)
+    torch.testing.assert_close(LatentAutoencoder(model).decode(latents), expected)
 
 
 def test_autocast_does_not_change_latents(shapes):

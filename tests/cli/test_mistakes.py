@@ -144,7 +144,7 @@ MISTAKES = {
     "--data.time_token=true": "the data takes time_token from the model; give --model.linear.time",
     "--model.latent_channels=4": "has 3 channels but the model has latent_channels=4",
     "--model.prediction_type=x0": "x0",
-    "--data.init_args.autoencoder=none/": "there is no folder none/",
+    "--data.init_args.autoencoder=none/": "there is no autoencoder",
     "--data.init_args.autoencoder=null": "the data has images",
     "--data.init_args.image_first_prob=2": "image_first_prob=2.0 must be from 0 to 1",
     "--data.init_args.weights={captions: 1}": "weights are given for ['captions']",

@@ -53,7 +53,11 @@ def load(run: Path, name: str = "last") -> dict:
 def test_a_checkpoint_contains_both_networks_the_tokenizer_and_the_autoencoders_name(run):
     checkpoint = load(run)
     assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"net", "ema"}
-    assert checkpoint["image_codec"] == {"autoencoder": "pixels", "latent_shape": [3, 64, 64]}
+    assert checkpoint["image_codec"] == {
+        "autoencoder": "pixels",
+        "fingerprint": "pixels",
+        "latent_shape": [3, 64, 64],
+    }
     proto = bytes(checkpoint["tokenizer"].numpy())
     # Other tests may add tokenizers of other data to this folder.
     files = (run.parent / "data").glob("tokenizer-*.model")

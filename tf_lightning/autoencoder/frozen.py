@@ -1,66 +1,87 @@
 """Frozen autoencoders, which map images to latents or codes and back.
 
 The three classes have one interface: `encode`, `decode`, `to`, `latent_channels`, `downsample`,
-`num_codes` (None for continuous latents) and `fingerprint`.
+`num_codes` (None for continuous latents), `unit_variance` (whether latents should have it),
+`deterministic` (whether there is no posterior to sample) and `fingerprint`.
 
-    KLAutoencoder     diffusers' `AutoencoderKL`: continuous latents of unit variance
-    VQAutoencoder     diffusers' `VQModel`: one code per latent position, for images as tokens
-    PixelAutoencoder  no network: the latents are the pixels
+    LatentAutoencoder  a network of diffusers with continuous latents of unit variance
+    VQAutoencoder      diffusers' `VQModel`: one code per latent position, for images as tokens
+    PixelAutoencoder   no network: the latents are the pixels
 
 They are not part of the LightningModule, so no checkpoint and no optimizer holds their weights.
+Latents are data, which must not depend on the precision of a run: every network runs in float32,
+also one that was saved in half precision.
 
 Shapes: B images of H x W pixels, C latent channels, h = H / downsample, w = W / downsample.
 """
 
 import hashlib
+import inspect
+import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tf_lightning.autoencoder.network import decode_latents, encode_vq, quantize
+from tf_lightning.autoencoder.weights import load_network
 from tf_lightning.errors import UserError
-from tf_lightning.hub import find_folder, first_sentence, is_hub_name, read_json
 
 ASSETS = Path(__file__).parents[1] / "shapes" / "assets"
 SHAPES_FOLDER = ASSETS / "shapes-autoencoder"
 SHIPPED = {"shapes": SHAPES_FOLDER, "shapes_vq": ASSETS / "shapes-vq"}
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+# Settings that change the output of a network but neither the names nor the shapes of its weights.
+SETTINGS = ("act_fn", "norm_num_groups", "norm_type", "upsample_fn", "attention_head_dim")
+SETTINGS += ("decoder_act_fns", "decoder_norm_types", "decoder_conv_act_fn", "upsample_block_type")
+SETTINGS += ("downsample_block_type", "encoder_out_shortcut", "decoder_in_shortcut")
 
 
-class KLAutoencoder:
-    """An `AutoencoderKL` whose latents are normalized to zero mean and unit variance.
+class LatentAutoencoder:
+    """A network whose continuous latents are normalized to zero mean and unit variance.
+
+    Supported are diffusers' `AutoencoderKL`, `AsymmetricAutoencoderKL`, `AutoencoderKLFlux2`,
+    `AutoencoderDC` and `AutoencoderTiny`. The latents of FLUX.2 are those of its pipeline: the
+    network's latents with 2 x 2 positions folded into the channels, normalized by the statistics of
+    its batch norm.
 
     Args:
-        model: the diffusers model. Its config has the mean and the standard deviation of each
-            latent channel (`latents_mean`, `latents_std`), or one `shift_factor` and one
-            `scaling_factor` for all channels.
+        model: the diffusers model.
+        config: more items of its config.json than `model.config` has. The mean and the standard
+            deviation of each latent channel are `latents_mean` and `latents_std`; without them,
+            `shift_factor` and `scaling_factor` hold for all channels.
+
+    Raises:
+        UserError: the normalization is missing or not finite, or the decoder does not return images
+            of the size that was encoded.
     """
 
     num_codes = None
+    unit_variance = True
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        config = model.config
-        self.latent_channels: int = config.latent_channels
-        self.downsample: int = 2 ** (len(config.block_out_channels) - 1)
-        if config.latents_mean is not None and config.latents_std is not None:
-            mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
-        else:
-            mean = torch.tensor(config.shift_factor or 0.0)
-            std = torch.tensor(1 / config.scaling_factor)
-        self.mean, self.std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+    def __init__(self, model: nn.Module, config: Mapping[str, Any] | None = None) -> None:
+        self.model = frozen(model)
+        config = {**(config or {}), **model.config}
+        self.fold = fold_factor(config)
+        self.latent_channels: int = config["latent_channels"] * self.fold**2
+        self.downsample: int = downsampling(config) * self.fold
+        self.mean, self.std = normalization(model, config, self.latent_channels)
+        # The other classes return a posterior.
+        self.deterministic = type(model).__name__ in ("AutoencoderDC", "AutoencoderTiny")
+        check_sizes(self)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the weights and of the normalization."""
-        return hash_tensors(*self.model.state_dict().values(), self.mean, self.std)
+        """Hash of the weights, of the normalization and of other settings that change latents."""
+        return hash_network(self.model, self.mean, self.std)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the mode of the posterior.
+        """Return the latents, for a posterior its mode.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
@@ -75,7 +96,7 @@ class KLAutoencoder:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Return the mean and the standard deviation of the posterior.
+        """Return the mean and the standard deviation of the posterior, 0 without a posterior.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
@@ -88,21 +109,24 @@ class KLAutoencoder:
         """
         check_divisible(*images.shape[-2:], self.downsample)
         images = images.to(torch.float32, memory_format=torch.channels_last)
-        # Latents are data: they must not depend on the precision of the run.
         with torch.autocast(images.device.type, enabled=False):
-            posterior = self.model.encode(images).latent_dist
-        mean, std = (posterior.mode() - self.mean) / self.std, posterior.std / self.std
-        return torch.stack([mean, std], 1)  # (B, 2, C, h, w)
+            encoded = self.model.encode(images, return_dict=False)[0]
+        if self.deterministic:
+            mean, std = encoded, torch.zeros_like(encoded)
+        else:
+            mean, std = encoded.mode(), encoded.std
+        mean, std = F.pixel_unshuffle(mean, self.fold), F.pixel_unshuffle(std, self.fold)
+        return torch.stack([(mean - self.mean) / self.std, std / self.std], 1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) of unit variance to images (B, 3, H, W) in [-1, 1]."""
-        latents = latents.float() * self.std + self.mean
+        latents = F.pixel_shuffle(latents.float() * self.std + self.mean, self.fold)
         with torch.autocast(latents.device.type, enabled=False):
             images = self.model.decode(latents.to(memory_format=torch.channels_last)).sample
         return images.clamp(-1, 1).contiguous()
 
-    def to(self, device: torch.device | str) -> "KLAutoencoder":
+    def to(self, device: torch.device | str) -> "LatentAutoencoder":
         """Move the weights to a device and return self."""
         self.model.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
@@ -116,19 +140,27 @@ class VQAutoencoder:
 
     Args:
         model: the diffusers model.
+
+    Raises:
+        UserError: the decoder does not return images of the size that was encoded.
     """
 
     latent_channels = 1
+    unit_variance = False
+    deterministic = True
 
     def __init__(self, model: nn.Module):
-        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.model = frozen(model)
+        # `decode` gets the vectors of the codes, which it must not look up again.
+        model.register_to_config(lookup_from_codebook=False)
         self.num_codes: int = model.config.num_vq_embeddings
-        self.downsample: int = 2 ** (len(model.config.block_out_channels) - 1)
+        self.downsample: int = downsampling(model.config)
+        check_sizes(self)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the weights."""
-        return hash_tensors(*self.model.state_dict().values())
+        """Hash of the weights and of other settings that change the codes or the images."""
+        return hash_network(self.model)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -145,7 +177,6 @@ class VQAutoencoder:
         """
         check_divisible(*images.shape[-2:], self.downsample)
         images = images.to(torch.float32, memory_format=torch.channels_last)
-        # Codes are data: they must not depend on the precision of the run.
         with torch.autocast(images.device.type, enabled=False):
             return quantize(self.model, encode_vq(self.model, images)).ids.unsqueeze(1)
 
@@ -178,6 +209,8 @@ class PixelAutoencoder:
     downsample = 1
     fingerprint = "pixels"
     num_codes = None
+    unit_variance = False
+    deterministic = True
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the images, (B, 3, H, W) in [-1, 1]."""
@@ -196,14 +229,116 @@ class PixelAutoencoder:
         return self
 
 
-Autoencoder = KLAutoencoder | VQAutoencoder | PixelAutoencoder
+Autoencoder = LatentAutoencoder | VQAutoencoder | PixelAutoencoder
 
 
-def hash_tensors(*tensors: Tensor) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of tensor values."""
+# ---------------------------------------------------------------- what a network's config says
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Return a network for inference in float32."""
+    model = model.eval().requires_grad_(False).float()
+    return model.to(memory_format=torch.channels_last)
+
+
+def fold_factor(config: Mapping[str, Any]) -> int:
+    """Return the side of the positions that FLUX.2 folds into channels; 1 for other networks."""
+    height, width = config.get("patch_size", (1, 1))
+    if height != width:
+        raise UserError(
+            f"the autoencoder's config.json has patch_size={[height, width]}; only squares are "
+            "supported"
+        )
+    return height
+
+
+def downsampling(config: Mapping[str, Any]) -> int:
+    """Return the side in pixels of a position of the network's latents."""
+    names = ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels")
+    widths = next(config[name] for name in names if name in config)
+    return 2 ** (len(widths) - 1)
+
+
+def normalization(
+    model: nn.Module, config: Mapping[str, Any], channels: int
+) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation that normalize latents, (1, C or 1, 1, 1) each.
+
+    Raises:
+        UserError: a value is missing, not a number or not finite, or a scale is not positive.
+    """
+    if isinstance(norm := getattr(model, "bn", None), nn.BatchNorm2d):
+        mean, std = norm.running_mean, (norm.running_var + norm.eps).sqrt()
+        names = ("bn.running_mean", "bn.running_var")
+    elif config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        names = ("latents_mean", "latents_std")
+        mean, std = (numbers(config, name, channels) for name in names)
+    else:
+        names = ("shift_factor", "scaling_factor")
+        mean = numbers({"shift_factor": config.get("shift_factor") or 0}, "shift_factor")
+        std = 1 / numbers(config, "scaling_factor")  # infinite for 0
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise UserError(
+            f"the autoencoder's {names[1]} must be positive and {names[0]} finite, or latents have "
+            "no variance; correct its config.json, or download it again"
+        )
+    return tuple(values.detach().float().reshape(1, -1, 1, 1) for values in (mean, std))
+
+
+def numbers(config: Mapping[str, Any], name: str, count: int | None = None) -> Tensor:
+    """Return a number of a config.json, or `count` numbers, in float64.
+
+    Raises:
+        UserError: the value is missing or of another type.
+    """
+    value = config.get(name)
+    values = value if count and isinstance(value, list | tuple) else [value]
+    right = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not right or len(values) != (count or 1):
+        wanted = f"a list of {count} numbers, one for each channel" if count else "a number"
+        raise UserError(
+            f"the autoencoder's config.json has {name}={str(value)[:80]}, which must be {wanted}; "
+            "correct it, or download the file again"
+        )
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@torch.no_grad()
+def check_sizes(autoencoder: "LatentAutoencoder | VQAutoencoder") -> None:
+    """Encode and decode a grey image of 2 x 2 latent positions.
+
+    Raises:
+        UserError: the sizes or channels are not those of the config, or a value is not finite.
+    """
+    side = 2 * autoencoder.downsample
+    latents = autoencoder.encode(torch.zeros(1, 3, side, side, dtype=torch.float32))
+    images = autoencoder.decode(latents)
+    shapes = tuple(latents.shape), tuple(images.shape)
+    if shapes != ((1, autoencoder.latent_channels, 2, 2), (1, 3, side, side)):
+        raise UserError(
+            f"the autoencoder turns images of {side} x {side} pixels into latents of shape "
+            f"{shapes[0][1:]} and these into images of shape {shapes[1][1:]}, which its "
+            "config.json does not say; use another autoencoder"
+        )
+    if not (latents.isfinite().all() and images.isfinite().all()):
+        raise UserError(
+            "the autoencoder's output for a grey image is not finite; download its weights again"
+        )
+
+
+def hash_network(model: nn.Module, *normalization: Tensor) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of all that determines latents."""
     digest = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in (*model.state_dict().values(), *normalization):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    defaults = inspect.signature(type(model).__init__).parameters
+    changed = {
+        name: model.config[name]
+        for name in SETTINGS
+        if name in defaults and model.config[name] != defaults[name].default
+    }
+    if changed:
+        digest.update(json.dumps(changed, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
@@ -217,6 +352,9 @@ def check_divisible(height: int, width: int, downsample: int) -> None:
         )
 
 
+# ---------------------------------------------------------------- loading
+
+
 def load_autoencoder(name: str) -> Autoencoder:
     """Load an autoencoder by name.
 
@@ -224,34 +362,52 @@ def load_autoencoder(name: str) -> Autoencoder:
         name: one of
             "shapes" or "shapes_vq", the autoencoders of the shapes world (64 x 64 pixels);
             "pixels", the identity;
-            a folder with config.json and diffusion_pytorch_model.safetensors;
-            a .safetensors file with config.json beside it, which is an autoencoder under its
-            original names or diffusers' names, or a whole Stable Diffusion checkpoint;
-            a name "owner/model" on the Hugging Face hub.
+            a folder with config.json and safetensors, or of a diffusers pipeline that has one;
+            a safetensors file with config.json beside it, which is an autoencoder under diffusers'
+            or its original names, or a whole Stable Diffusion checkpoint;
+            a name "owner/model" or "owner/model/subfolder" on the Hugging Face hub.
 
     Raises:
         UserError: the autoencoder does not exist or cannot be loaded.
     """
     if name == "pixels":
         return PixelAutoencoder()
-    model = load_diffusers_model(name)
-    return VQAutoencoder(model) if hasattr(model, "quantize") else KLAutoencoder(model)
+    model, config = load_network(SHIPPED.get(name, name))
+    try:
+        return (
+            VQAutoencoder(model) if hasattr(model, "quantize") else LatentAutoencoder(model, config)
+        )
+    except UserError as error:
+        raise UserError(f'autoencoder "{name}": {error}') from error
 
 
 def load_matching_autoencoder(
     name: str, latent_channels: int, num_codes: int | None
 ) -> Autoencoder:
-    """Load an autoencoder and check that it fits a Transfusion model.
-
-    Args:
-        name: see `load_autoencoder`.
-        latent_channels: latent channels of the model; ignored for discrete image tokens.
-        num_codes: codebook size of the model; None for continuous latents.
+    """Load an autoencoder and check that it fits a Transfusion model, see `check_matching`.
 
     Raises:
         UserError: the autoencoder cannot be loaded, or its latents do not fit the model.
     """
     autoencoder = load_autoencoder(name)
+    check_matching(name, autoencoder, latent_channels, num_codes)
+    return autoencoder
+
+
+def check_matching(
+    name: str, autoencoder: Autoencoder, latent_channels: int, num_codes: int | None
+) -> None:
+    """Check that an autoencoder fits a Transfusion model.
+
+    Args:
+        name: name of the autoencoder, for messages.
+        autoencoder: the autoencoder.
+        latent_channels: latent channels of the model; ignored for discrete image tokens.
+        num_codes: codebook size of the model; None for continuous latents.
+
+    Raises:
+        UserError: its latents do not fit the model.
+    """
     channels, codes = autoencoder.latent_channels, autoencoder.num_codes
     if codes != num_codes:
         theirs, ours = (f"{n} codes" if n else "continuous latents" for n in (codes, num_codes))
@@ -265,87 +421,3 @@ def load_matching_autoencoder(
             f"latent_channels={latent_channels}; give --model.latent_channels {channels} or "
             "another autoencoder"
         )
-    return autoencoder
-
-
-def load_diffusers_model(name: str) -> nn.Module:
-    """Load the `AutoencoderKL` or `VQModel` that `load_autoencoder` wraps.
-
-    Raises:
-        UserError: the model does not exist or cannot be loaded.
-    """
-    path = SHIPPED.get(name, Path(name))
-    try:
-        if is_hub_name(name):
-            path = find_folder(name, ["config.json", WEIGHTS_FILE])
-        if path.exists():
-            # The model is built with random weights, which the file's weights then replace. They
-            # must not advance the run's generator: a run starts from the same weights whether or
-            # not it encodes images.
-            with torch.random.fork_rng(devices=()):
-                return _load_path(path)
-    except UserError:
-        raise
-    except Exception as error:  # diffusers and safetensors raise many types
-        raise UserError(
-            f'autoencoder "{name}" cannot be loaded ({first_sentence(error)}); check its '
-            "config.json and its weights, or download it again"
-        ) from error
-    raise UserError(
-        f'there is no autoencoder "{name}"; give "shapes", "shapes_vq", "pixels", a folder, a '
-        ".safetensors file with its config.json beside it, or a hub name such as "
-        "stabilityai/sd-vae-ft-mse"
-    )
-
-
-def _load_path(path: Path) -> nn.Module:
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"autoencoder {path} has no config.json in {folder}; copy the config.json of the "
-            "autoencoder into that folder"
-        )
-    if path.is_dir() or path.name == WEIGHTS_FILE:
-        return _load_folder(folder)
-    if path.suffix != ".safetensors":
-        raise UserError(f"autoencoder file {path} is not a .safetensors file; convert it to one")
-    return _load_file(path)
-
-
-# Both functions import diffusers when they are called, because the import takes seconds and most
-# commands load no autoencoder. Both also look for missing weights, which diffusers replaces by
-# random ones with only a log message.
-
-
-def _load_folder(folder: Path) -> nn.Module:
-    from diffusers import AutoencoderKL, VQModel
-
-    class_name = read_json(folder / "config.json").get("_class_name")
-    model, info = (VQModel if class_name == "VQModel" else AutoencoderKL).from_pretrained(
-        folder,
-        torch_dtype=torch.float32,
-        low_cpu_mem_usage=False,  # True needs accelerate, which is not a dependency
-        use_safetensors=True,  # never a pickle
-        output_loading_info=True,
-    )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise ValueError("its weights do not match its config.json")
-    return model
-
-
-def _load_file(path: Path) -> nn.Module:
-    from diffusers import AutoencoderKL
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-    # As diffusers' `from_single_file`, which does not report missing weights.
-    model = AutoencoderKL.from_config(AutoencoderKL.load_config(path.parent))
-    weights = load_file(path)
-    if not model.state_dict().keys() <= weights.keys():  # original names, not diffusers'
-        weights = convert_ldm_vae_checkpoint(weights, model.config)
-    try:
-        missing = model.load_state_dict(weights, strict=False).missing_keys
-    except RuntimeError as error:  # a tensor has another shape
-        raise ValueError("its weights do not match its config.json") from error
-    if missing:
-        raise ValueError("its weights do not match its config.json")
-    return model

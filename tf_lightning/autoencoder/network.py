@@ -7,6 +7,7 @@ Shapes: B images of H x W pixels, C latent channels, h = H / downsample, w = W /
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tf_lightning.autoencoder.statistics import Moments
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_folder
@@ -248,15 +250,11 @@ def latent_statistics(network: nn.Module, batches: Iterable[Tensor]) -> dict[str
     Returns:
         `latents_mean` and `latents_std` of the diffusers config, each a list of C numbers.
     """
-    # Sum, sum of squares and count of each channel, (3, C).
-    sums = torch.zeros(3, network.config.latent_channels, dtype=torch.float64)
+    moments = Moments()
     for images in batches:
-        modes = encode_posterior(network, images).mean.double().cpu()
-        count = torch.full_like(sums[0], modes[:, 0].numel())
-        sums += torch.stack([modes.sum((0, 2, 3)), modes.square().sum((0, 2, 3)), count])
-    mean, square = sums[0] / sums[2], sums[1] / sums[2]
-    std = ((square - mean.square()) * sums[2] / (sums[2] - 1)).sqrt()
-    return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+        moments.update(encode_posterior(network, images).mean)
+    unbiased = moments.std * math.sqrt(moments.num_values / (moments.num_values - 1))
+    return {"latents_mean": moments.mean.tolist(), "latents_std": unbiased.tolist()}
 
 
 def save_network(network: nn.Module, folder: Path, report: dict) -> None:

@@ -135,6 +135,9 @@ def build_parser() -> Parser:
         help="exactly one image, no images, or what the model decides (default: see below)",
     )  # fmt: skip
     add("--seed", type=seed, default=0, metavar="N", help="output i uses seed + i (default: 0)")
+    add("--autoencoder", metavar="NAME",
+        help="folder, file or hub name of the model's autoencoder (default: as it was trained)",
+    )  # fmt: skip
     add("--batch-size", type=positive_int, default=16, metavar="N",
         help="outputs that are generated together (default: 16)")  # fmt: skip
     add("--weights", choices=("ema", "raw"),

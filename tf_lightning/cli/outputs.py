@@ -47,7 +47,7 @@ def generate_outputs(
     """
     dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
     pipe = TransfusionPipeline.from_pretrained(
-        options.checkpoint, options.device, dtype, options.weights
+        options.checkpoint, options.device, dtype, options.weights, options.autoencoder
     )
     check_option_group(given, makes_codes=pipe.process is None)
     prompts = read_prompts(options.prompts) if options.prompts else [options.parts]
@@ -149,7 +149,7 @@ def read_part(kind: str, value: str, pipe: TransfusionPipeline) -> str | Image.I
     """Return a text, or an image cropped and resized to the model's size."""
     if kind == "text":
         return value
-    if pipe.autoencoder is None:
+    if not pipe.has_images:
         raise UserError("this model was trained on text alone; leave --image out")
     try:
         return load_image(Path(value), pipe.image_size)

@@ -66,7 +66,8 @@ class Mixture(StreamData):
             tokenizer is used. null: a tokenizer is trained on the text of the sources.
         vocab_size: entries of a trained tokenizer. Linked from the model on the command line.
         autoencoder: "shapes", "shapes_vq", "pixels", or a folder, file or hub name of an
-            autoencoder. One with a codebook turns images into tokens. null: there are no images.
+            autoencoder, such as stabilityai/sd-vae-ft-mse or owner/model/vae. One with a codebook
+            turns images into tokens. null: there are no images.
         sample_posterior: train on a new sample of the autoencoder's posterior each time an image is
             read, instead of its mode. Doubles the size of the stored latents.
         hflip: flip the images of half of the documents horizontally, chosen anew in each epoch.
@@ -153,6 +154,7 @@ class Mixture(StreamData):
         self.timestep_distribution = timestep_distribution
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.tokenizer: Tokenizer | None = None
+        self.autoencoder_fingerprint: str | None = None
         self.corpora: dict[str, dict[str, Corpus]] = {}
         self.prepare_options: dict = {}  # `processes` and `part` of `corpus.prepare.prepare`
 
@@ -191,11 +193,12 @@ class Mixture(StreamData):
 
         Args:
             directory: folder of the corpora.
-            image_storage: what is stored of training images. Codes have no moments, so that part
-                is ignored for them.
+            image_storage: what is stored of training images. Without a posterior there are no
+                moments, so that part is ignored.
         """
         autoencoder = self._load_autoencoder()
-        moments = image_storage.moments and not self.num_codes
+        deterministic = autoencoder is None or autoencoder.deterministic
+        moments = image_storage.moments and not deterministic
         self.tokenizer = open_tokenizer(
             self.tokenizer_file, self.sources, self.vocab_size, self.cache_dir
         )
@@ -264,11 +267,17 @@ class Mixture(StreamData):
         """Load the autoencoder, if there is one, and check that it suits the other arguments."""
         autoencoder = load_autoencoder(self.autoencoder_name) if self.autoencoder_name else None
         self.num_codes = autoencoder.num_codes if autoencoder else None
+        self.autoencoder_fingerprint = autoencoder.fingerprint if autoencoder else None
         moments = self.image_storage.moments
         if self.num_codes and (self.patch_size != 1 or self.clean_copies or moments):
             raise UserError(
                 f'autoencoder "{self.autoencoder_name}" turns images into tokens, which are not '
                 "noised; give patch_size: 1, clean_copies: false and sample_posterior: false"
+            )
+        if autoencoder and autoencoder.deterministic and moments:
+            raise UserError(
+                f'autoencoder "{self.autoencoder_name}" has no posterior to sample; give '
+                "sample_posterior: false"
             )
         if autoencoder:
             for name, source in self.sources.items():

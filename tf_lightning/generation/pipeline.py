@@ -1,6 +1,8 @@
 """TransfusionPipeline: a trained model that takes text and images and returns text and images."""
 
+import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tf_lightning.autoencoder.frozen import Autoencoder, load_matching_autoencoder
+from tf_lightning.autoencoder.frozen import Autoencoder
+from tf_lightning.autoencoder.recorded import VARIABLE, open_recorded
 from tf_lightning.batch import Document
 from tf_lightning.checkpoint import select_weights, state_dict_error
 from tf_lightning.data.images import to_image, to_pixels
@@ -50,7 +53,8 @@ class TransfusionPipeline:
 
     Attributes:
         model: the network, tokenizer and sizes that generation works with.
-        autoencoder: between images and latents or codes; None for a model of text alone.
+        autoencoder: between images and latents or codes, loaded when it is first needed; None for
+            a model of text alone.
         process: how images are noised and denoised; None for images of discrete codes.
         hparams: hyper-parameters of the training run.
     """
@@ -59,22 +63,25 @@ class TransfusionPipeline:
         self,
         net: TransfusionModel,
         tokenizer: Tokenizer,
-        autoencoder: Autoencoder | None,
         checkpoint: dict[str, Any],
+        autoencoder: str | None = None,
+        folder: Path | None = None,
     ):
         """Join the parts of a model; `from_pretrained` and `from_module` call this.
 
         Args:
             net: the network.
             tokenizer: the tokenizer of its text.
-            autoencoder: the autoencoder of its images, on the network's device.
             checkpoint: what a checkpoint holds beside the weights: hyper_parameters, image_codec
-                (name of the autoencoder, latent shapes), row_length, global_step, and `weights`,
-                "ema" or "raw".
+                (see `autoencoder/recorded.py`), row_length, global_step, and `weights`, "ema" or
+                "raw".
+            autoencoder: name of the autoencoder; None: the one that the checkpoint records.
+            folder: folder of the checkpoint, to which a recorded path may be relative.
         """
         self.checkpoint, self.hparams = checkpoint, checkpoint["hyper_parameters"]
         codec = checkpoint["image_codec"]
-        self.autoencoder, self.process = autoencoder, process_from_hparams(self.hparams)
+        self.autoencoder_name, self.folder = autoencoder, folder
+        self.process = process_from_hparams(self.hparams)
         shape = codec["latent_shape"]
         self.other_shapes = tuple(map(tuple, codec.get("other_shapes", ())))
         self.model = GenerationModel(
@@ -95,6 +102,7 @@ class TransfusionPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         weights: Literal["ema", "raw"] | None = None,
+        autoencoder: str | Path | None = None,
     ) -> "TransfusionPipeline":
         """Load a model for generation.
 
@@ -104,7 +112,11 @@ class TransfusionPipeline:
                 on the Hugging Face hub.
             device: where the model runs; None: a GPU if there is one.
             dtype: precision of the weights, and of the network through autocast; None: float32.
+                The autoencoder always runs in float32.
             weights: "ema" or "raw"; None: the EMA weights, if the run kept them.
+            autoencoder: folder, file or hub name of the autoencoder that the model was trained
+                with. None: the environment variable TF_LIGHTNING_AUTOENCODER, else the path that
+                the checkpoint records, relative to it or to the current folder.
 
         Raises:
             UserError: the file is missing, damaged, or not a model of this project; it lacks these
@@ -128,9 +140,10 @@ class TransfusionPipeline:
         except RuntimeError as error:
             raise state_dict_error(error) from error
         net = net.requires_grad_(False).eval().to(device, dtype)
-        autoencoder = open_autoencoder(checkpoint["image_codec"], hparams, device)
         tokenizer = Tokenizer.from_proto(bytes(checkpoint["tokenizer"].numpy()))
-        return cls(net, tokenizer, autoencoder, checkpoint)
+        name = str(autoencoder) if autoencoder else os.environ.get(VARIABLE)
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        return cls(net, tokenizer, checkpoint, name, folder)
 
     @classmethod
     def from_module(cls, module: Transfusion, ema: bool = True) -> "TransfusionPipeline":
@@ -141,7 +154,6 @@ class TransfusionPipeline:
             ema: use the EMA weights if the module has them.
         """
         hparams = dict(module.hparams)
-        autoencoder = open_autoencoder(module.image_codec, hparams, module.device)
         averaged = ema and module.ema is not None
         checkpoint = {
             "weights": "ema" if averaged else "raw",
@@ -151,7 +163,7 @@ class TransfusionPipeline:
             "global_step": module.loaded_step,
         }
         net = module.ema if averaged else module.net
-        return cls(net, Tokenizer.from_proto(module.tokenizer_proto), autoencoder, checkpoint)
+        return cls(net, Tokenizer.from_proto(module.tokenizer_proto), checkpoint)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model as safetensors, for `from_pretrained` and `tf-lightning generate`.
@@ -170,6 +182,23 @@ class TransfusionPipeline:
         export(checkpoint, Path(folder), weights, {"net"})
 
     # ---------------------------------------------------------------- facts
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the model was trained with images."""
+        return self.model.latent_shape is not None
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder | None:
+        """The autoencoder of the model's images, on the network's device.
+
+        Raises:
+            UserError: it is not found, or is not the one that the model was trained with.
+        """
+        if not self.has_images:
+            return None
+        codec, name = self.checkpoint["image_codec"], self.autoencoder_name
+        return open_recorded(codec, self.hparams, name, self.folder).to(self.device)
 
     @property
     def image_size(self) -> int:
@@ -236,10 +265,12 @@ class TransfusionPipeline:
         """
         if output_modality not in OUTPUT_MODALITIES:
             raise UserError(f"output_modality={output_modality!r} must be 'image', 'text' or 'any'")
-        if self.autoencoder is None:
+        if not self.has_images:
             if output_modality == "image":
                 raise UserError("this model was trained on text alone; use one trained with images")
             return GenerationPlan("text", sampling)
+        if output_modality != "text":
+            self.autoencoder  # noqa: B018 - a missing one is refused before anything is computed
         if self.process is None:
             not_for_codes(sampling)
             return GenerationPlan(output_modality, sampling, num_image_steps=self.model.num_patches)
@@ -332,7 +363,7 @@ class TransfusionPipeline:
             )
         if isinstance(part, str):
             return torch.tensor(self.model.tokenizer.encode(part), dtype=torch.long)
-        if self.autoencoder is None:
+        if not self.has_images:
             raise UserError("this model was trained on text alone; leave the images out")
         size = self.image_size
         if part.size != (size, size):
@@ -368,18 +399,6 @@ def find_device(name: str | torch.device | None) -> torch.device:
         raise UserError(
             f"device={str(name)!r} is not on this machine; give {' or '.join(['cpu', *found])}"
         ) from error
-
-
-def open_autoencoder(
-    image_codec: dict[str, Any], hparams: dict[str, Any], device: torch.device
-) -> Autoencoder | None:
-    """Open the autoencoder that a model was trained with; None for a model of text alone."""
-    if not image_codec["latent_shape"]:
-        return None
-    autoencoder = load_matching_autoencoder(
-        image_codec["autoencoder"], hparams["latent_channels"], hparams["num_codes"]
-    )
-    return autoencoder.to(device)
 
 
 def default_modality(prompts: Sequence[Prompt]) -> OutputModality:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import SumMetric
 
+from tf_lightning.autoencoder.recorded import as_hint, with_data
 from tf_lightning.batch import Batch, Document, unpack
 from tf_lightning.checkpoint import (
     as_dict,
@@ -210,7 +211,8 @@ class Transfusion(L.LightningModule):
         self.check_data(data)
         self.tokenizer_proto, self.row_length = data.tokenizer.proto, data.row_length
         self.image_codec = {
-            "autoencoder": data.autoencoder_name,
+            "autoencoder": as_hint(data.autoencoder_name),
+            "fingerprint": getattr(data, "autoencoder_fingerprint", None),
             "latent_shape": data.image_shape and list(data.image_shape),
         }
         shapes = getattr(data, "image_shapes", ())  # one for each resolution of the sources
@@ -454,7 +456,7 @@ class Transfusion(L.LightningModule):
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add what generation needs: the tokenizer, the autoencoder's name and the row length.
+        """Add what generation needs: the tokenizer, the autoencoder's identity, the row length.
 
         Raises:
             UserError: the ranks have different weights.
@@ -483,10 +485,10 @@ class Transfusion(L.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, map_location, **arguments)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Restore the tokenizer, the autoencoder's name, the row length and the step.
+        """Restore the tokenizer, what is known of the autoencoder, the row length and the step.
 
         Raises:
-            UserError: the data has another tokenizer than the checkpoint.
+            UserError: the data has another tokenizer or autoencoder than the checkpoint.
         """
         upgrade(checkpoint)
         count_steps(checkpoint)
@@ -497,7 +499,7 @@ class Transfusion(L.LightningModule):
                 "the data's `tokenizer` to the checkpoint file to use its tokenizer"
             )
         self.tokenizer_proto = proto
-        self.image_codec = checkpoint["image_codec"]
+        self.image_codec = with_data(checkpoint["image_codec"], self.image_codec)
         self.loaded_step = checkpoint["global_step"]
         self.row_length = checkpoint.get("row_length")  # missing in old checkpoints
 

@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
+from tf_lightning.autoencoder.statistics import Moments, check_std
 from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.corpus.writer import CorpusWriter, merge
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
@@ -278,6 +279,12 @@ def _finish(job: PrepareJob) -> None:
             merge(shards, whole, job.origin)
         facts = json.loads((whole / "corpus.json").read_text())
         check_result(name, split, facts["num_documents"], facts["skipped"])
+        if "latent_moments" in facts:
+            check_std(
+                Moments.merge([facts["latent_moments"]]),
+                Moments.merge([facts["pixel_moments"]]),
+                facts["num_images"],
+            )
         publish_folder(whole, job.path)
     except UserError:
         shutil.rmtree(job.shards_folder)  # the same shards would fail again

@@ -2,7 +2,8 @@
 
 A corpus is a folder with these files:
     corpus.json    counts, image shape, codebook size, what is stored of each image
-                   (`ImageStorageSpec`), and how many samples were skipped for each reason
+                   (`ImageStorageSpec`), how many samples were skipped for each reason, and mean
+                   and standard deviation of latents and of pixels by channel
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
     parts.npy      int64 (num_parts, 2): (first token, length) of a text, (number, -1) of an image
     checks.npy     uint32 (num_parts,): CRC-32 of the content of each part, see `checksum_seed`

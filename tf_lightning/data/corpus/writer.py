@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tf_lightning.autoencoder.statistics import MIN_IMAGES, Moments, check_finite, check_std
 from tf_lightning.data.corpus.reader import (
     IMAGE,
     OWN_FILE,
@@ -66,6 +67,8 @@ class CorpusWriter:
         self.num_tokens = self.num_images = 0
         self.image_size: tuple[int, int] | None = None  # width, height in pixels
         self.checks = array("I")  # uint32 CRC-32 of each part; the seed until it is encoded
+        # Of the latents' means and of the images, without the other crops and flips.
+        self.latent_moments, self.pixel_moments = Moments(), Moments()
         self.waiting: list[tuple[Image.Image, int]] = []  # images to encode, and their part numbers
         self.files: dict[str, int] = {}  # numbers of the files with lazy images
         self.locations = array("q")  # int64 rows of pictures.npy, four numbers per lazy image
@@ -177,12 +180,29 @@ class CorpusWriter:
             if self.image_storage.hflip:
                 views += [images.flip(-1) for images in views]
             latents = torch.stack([self._encode(view) for view in views], 1)  # (B, V, S, C, h, w)
+            if self.autoencoder.unit_variance:
+                self._check_latents(views[0], latents)
             stored_dtype, _ = STORED_CODES if self.autoencoder.num_codes else STORED_LATENTS
             stored = latents.cpu().numpy().astype(stored_dtype)
             stored.tofile(self.latents_file)
             for (_, part), content in zip(self.waiting, stored, strict=True):
                 self._update_check(part, content)
             self.waiting.clear()
+
+    def _check_latents(self, pixels: torch.Tensor, latents: torch.Tensor) -> None:
+        """Measure the queued images, (B, 3, H, W), and their latents, (B, V, S, C, h, w).
+
+        Raises:
+            UserError: a latent is not finite, or those of the first images are far from unit
+                variance.
+        """
+        check_finite(latents, lambda i: image_name(self.waiting[i][0]))
+        is_first = not self.latent_moments.num_values
+        self.latent_moments.update(latents[:, 0, 0])
+        self.pixel_moments.update(pixels)
+        if is_first and len(self.waiting) >= MIN_IMAGES:
+            count = len(self.waiting)
+            check_std(self.latent_moments, self.pixel_moments, count, warn=False)
 
     def _pixels(self, crop: float) -> torch.Tensor:
         """Stack a crop of the queued images, (B, 3, H, W) in [-1, 1]."""
@@ -220,6 +240,9 @@ class CorpusWriter:
             "latents": self.image_storage.to_json(),
             "files": list(self.files),
         }
+        if self.latent_moments.num_values:
+            facts["latent_moments"] = self.latent_moments.to_json()
+            facts["pixel_moments"] = self.pixel_moments.to_json()
         if self.own_file:
             self.own_file.close()
             locations = np.array(self.locations, np.int64).reshape(-1, 4)
@@ -232,6 +255,14 @@ class CorpusWriter:
             return None
         width, height = (side // self.autoencoder.downsample for side in self.image_size)
         return self.autoencoder.latent_channels, height, width
+
+
+def image_name(image: Image.Image) -> str:
+    """Return what to call an image in a message: its file, if it has one."""
+    if not (place := byte_range(image.info.get("file"))):
+        return "an image"
+    path, offset, _ = place
+    return f"the image at byte {offset:,} of {path}" if offset else path
 
 
 def merge(shards: list[Path], folder: Path, origin: list) -> None:
@@ -262,6 +293,10 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
     merged = {name: sum(fact[name] for fact in facts) for name in counts}
     merged["image_shape"] = list(next(iter(shapes))) if shapes else None
     merged |= {name: facts[0][name] for name in ("num_codes", "latents")}
+    for name in ("latent_moments", "pixel_moments"):
+        measured = [fact for fact in facts if fact["num_images"]]
+        if measured and all(name in fact for fact in measured):
+            merged[name] = Moments.merge([fact[name] for fact in measured]).to_json()
     merged["files"] = [file for fact in facts for file in fact["files"]]
     skipped: Counter[str] = Counter()
     for fact in facts:
