@@ -147,7 +147,10 @@ class HeldOut(PromptSet):
                 f"source {self.source!r} has no captioned image in its validation split; hold some "
                 "out or name another source"
             )
-        return [Prompt(text, partial(as_image, image), (text,)) for text, image in pairs]
+        return [
+            Prompt(text, partial(as_image, image), getattr(text, "texts", (text,)))
+            for text, image in pairs
+        ]
 
     def real_images(self, data: L.LightningDataModule) -> list[OpenImage]:
         """Return all images of the split."""

@@ -13,6 +13,7 @@ from PIL import Image
 from callbacks.prompts import OpenImage, Prompt, PromptSet, center_crop_resize
 from evaluation.composition import read_prompts
 from tf_lightning.data.readers.folders import CLASS_PROMPT
+from tf_lightning.data.readers.formats import is_ignored
 from tf_lightning.errors import UserError
 
 # `callbacks.sampling.sample` crops and resizes images to caption.
@@ -211,7 +212,11 @@ def image_files(folder: Path) -> Sequence[Path]:
     Raises:
         UserError: there are none.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not is_ignored(path.name)
+    )
     if not found:
         raise UserError(f"there are no images in {folder}; give the folder of a local copy")
     return found
@@ -224,7 +229,7 @@ def read_text(path: Path) -> str:
         UserError: the file is missing or not text.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read; give the file of a local copy") from error
 

@@ -82,7 +82,8 @@ def read_prompts(path: str | Path) -> list[dict]:
         ValueError: a line is not a prompt of GenEval.
     """
     prompts = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    lines = Path(path).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             prompt = json.loads(line)
             valid = prompt["tag"] in TASKS and isinstance(prompt["prompt"], str)

@@ -140,15 +140,18 @@ def max_noise_levels(document: Document, max_caption_t: float) -> list[float]:
 
     An image that comes before all text is there to be read by what follows: a caption, or the image
     that an edit results in. Its t stays below `max_caption_t`, so that it remains readable
-    (Transfusion Sec. 4.3.4: 500 of 1000 steps). An image at the end of its document is read by
-    nothing, and may have any t.
+    (Transfusion Sec. 4.3.4: 500 of 1000 steps). So does an image in a question, which is followed
+    by text that is not a target. An image at the end of its document is read by nothing, and may
+    have any t.
     """
     text = next((i for i, part in enumerate(document) if not is_image(part)), len(document) - 1)
-    return [
-        max_caption_t if index < text else 1.0
-        for index, part in enumerate(document)
-        if is_image(part)
-    ]
+    limits, asked = [], False
+    for index, part in reversed(list(enumerate(document))):
+        if is_image(part):
+            limits.append(max_caption_t if index < text or asked else 1.0)
+        else:
+            asked = bool((part < 0).any())
+    return limits[::-1]
 
 
 def images_read_later(document: Document) -> list[bool]:
@@ -284,6 +287,8 @@ class _RowWriter:
         if all(is_image(part) for part in document):  # without a caption there is no text to learn
             labels[precedes_text(ids, image_ids, self.tokenizer.boi_id)] = IGNORE_INDEX
         labels[labels < 0] = IGNORE_INDEX  # ~id is read but not a target
+        if ids[-2] < 0:  # a conversation that was cut inside a question does not end there
+            labels[-2] = IGNORE_INDEX
         self.labels[written] = labels
         self.end = written.stop
 

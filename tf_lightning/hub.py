@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict:
         UserError: the file is missing, is not JSON, or holds another type.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); check the path, or download the folder again"

@@ -118,9 +118,18 @@ def test_a_truncated_png_is_called_truncated():
         load_image(file[: len(file) // 2], 32)
 
 
-@pytest.mark.parametrize("file", [b"", b"<html>not found</html>"])
-def test_a_file_that_is_not_an_image_is_a_bad_sample(file):
-    with pytest.raises(BadSample, match="undecodable image"):
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (b"", "undecodable image"),
+        (b"<html>not found</html>", "image file that is HTML, not one of JPEG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "image file that is HEIC, not one of JPEG"),
+        (saved(Image.new("RGB", (8, 8)), "ICO"), "image file that is ICO, not one of JPEG"),
+        (saved(Image.new("LAB", (8, 8)), "TIFF"), "image of mode LAB"),
+    ],
+)
+def test_a_file_that_is_not_an_image_is_a_bad_sample(file, reason):
+    with pytest.raises(BadSample, match=reason):
         load_image(file, 32)
 
 

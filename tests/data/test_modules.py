@@ -8,22 +8,25 @@ from tf_lightning import data
 FILES = {"paths", "val_paths", "val_fraction"}
 IMAGES = FILES | {"image_size"}
 IMAGE_PATHS = IMAGES | {"images"}
+CAPTION_KEYS, PART_KEYS = {"caption_key", "image_key"}, {"images_key", "texts_key"}
+EDIT_KEYS = {"source_key", "instruction_key", "target_key"}
 SOURCES = {
-    "TextFiles": FILES,
-    "ChatFiles": FILES,
-    "CaptionTars": IMAGES,
+    "TextFiles": FILES | {"text_key"},
+    "ChatFiles": IMAGE_PATHS | {"messages_key", "role_key", "content_key", "image_key"},
+    "CaptionTars": IMAGES | CAPTION_KEYS,
+    "CaptionFolders": IMAGES | {"caption_key"},
     "ImageFiles": IMAGES,
     "ClassFolders": IMAGES | {"names", "prompt", "learn_prompts"},
-    "CaptionRows": IMAGE_PATHS,
-    "CaptionJson": IMAGE_PATHS,
-    "InterleavedFiles": IMAGE_PATHS,
-    "EditFiles": IMAGE_PATHS,
+    "CaptionRows": IMAGE_PATHS | CAPTION_KEYS,
+    "CaptionJson": IMAGE_PATHS | CAPTION_KEYS,
+    "InterleavedFiles": IMAGE_PATHS | PART_KEYS,
+    "EditFiles": IMAGE_PATHS | EDIT_KEYS,
 }
 MODULES = {
-    "TextData": FILES,
-    "ImageCaptionData": IMAGE_PATHS,
-    "InterleavedData": IMAGE_PATHS,
-    "EditData": IMAGE_PATHS,
+    "TextData": FILES | {"text_key"},
+    "ImageCaptionData": IMAGE_PATHS | CAPTION_KEYS,
+    "InterleavedData": IMAGE_PATHS | PART_KEYS,
+    "EditData": IMAGE_PATHS | EDIT_KEYS,
 }
 
 

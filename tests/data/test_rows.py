@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from tf_lightning.batch import document_length
+from tf_lightning.batch import document_length, images_read_later
 from tf_lightning.data import packing as corpus_rows
-from tf_lightning.data.corpus.reader import IMAGE, select_layout
+from tf_lightning.data.corpus.reader import (
+    ALTERNATIVE,
+    CONTEXT_IMAGE,
+    IMAGE,
+    choose_wordings,
+    select_layout,
+)
 from tf_lightning.data.packing import CorpusRows
 from tf_lightning.data.stream import Rows, RowSampler, ValidationRows
 
@@ -27,17 +33,18 @@ class Documents:
     def __len__(self):
         return len(self.texts)
 
-    def document(self, index, random=None):
+    def document(self, index, random=None, wording=0.0):
         text = torch.full((self.texts[index],), index)
         return [text, torch.zeros(1, 2, 2)] if self.images else [text]
 
     def parts(self, length):
         return [length, IMAGE] if self.images else [length]
 
-    def layout(self, documents):
+    def layout(self, documents, wordings=None):
         parts = [part for length in self.texts for part in self.parts(length)]
         starts = np.arange(len(self) + 1) * len(self.parts(0))
-        return select_layout(np.stack([np.zeros(len(parts), int), parts], 1), starts, documents)
+        parts = np.stack([np.zeros(len(parts), int), parts], 1)
+        return select_layout(parts, starts, documents, wordings)
 
     def cached(self, question, answer):
         return answer()
@@ -46,7 +53,7 @@ class Documents:
 class Edits(Documents):
     """Documents of image n, text n, image -n."""
 
-    def document(self, index, random=None):
+    def document(self, index, random=None, wording=0.0):
         images = (torch.full((1, 2, 2), float(sign * index)) for sign in (1, -1))
         return [next(images), torch.full((self.texts[index],), index), next(images)]
 
@@ -152,6 +159,85 @@ def test_edits_lose_their_instruction_and_half_of_these_their_first_image():
     assert kinds.total() == 5000
     for kind, share in {"ITI": 0.8, "II": 0.1, "I": 0.1}.items():
         assert kinds[kind] / 5000 == pytest.approx(share, abs=0.02)
+
+
+class Pages(Documents):
+    """Documents of text n, image n, text, image -n, and of a text or image at the end."""
+
+    end: list = [1]
+
+    def document(self, index, random=None, wording=0.0):
+        text = torch.full((self.texts[index],), index)
+        images = [torch.full((1, 2, 2), float(sign * index)) for sign in (1, -1)]
+        end = {1: [text[:1]], IMAGE: [images[1]], CONTEXT_IMAGE: [images[1]]}
+        return [text, images[0], text[:1], images[1], *(end[part][0] for part in self.end)]
+
+    def parts(self, length):
+        return [length, IMAGE, 1, IMAGE, *self.end]
+
+
+@pytest.mark.parametrize("clean_copies", [False, True])
+def test_documents_of_text_and_images_lose_all_texts_for_guidance(clean_copies):
+    corpus, kinds, lengths = Pages([5] * 3000), Counter(), []
+    options = {"caption_drop_prob": 0.2, "clean_copies": clean_copies}
+    rows = CorpusRows(corpus, row_length=40, num_patches=N, seed=(0, 0), **options)
+    for index in range(rows.rows_per_epoch):
+        row = rows.row(index)
+        length = sum(document_length(document, 1) for document in row)
+        if clean_copies:
+            length += N * sum(sum(images_read_later(document)) for document in row)
+        lengths.append(length)
+        kinds.update("".join("TI"[part.ndim == 3] for part in document) for document in row)
+        assert all(document[-1][0, 0, 0] <= 0 for document in row if document[-1].ndim == 3)
+    assert max(lengths) <= 40
+    assert rows.fill == pytest.approx(sum(lengths) / (40 * len(lengths)))
+    for kind, share in {"TITIT": 0.8, "II": 0.1, "I": 0.1}.items():
+        assert kinds[kind] / 3000 == pytest.approx(share, abs=0.02)
+
+
+def test_an_image_that_is_only_read_needs_no_document_without_text():
+    """Questions about images are not dropped; nothing is generated after their texts."""
+    corpus = Pages([5] * 100)
+    corpus.end = [CONTEXT_IMAGE]
+    rows = CorpusRows(corpus, row_length=40, num_patches=N, seed=(0, 0), caption_drop_prob=1.0)
+    assert all(len(document) == 5 for i in range(rows.rows_per_epoch) for document in rows.row(i))
+
+
+class Worded(Documents):
+    """Captioned images; caption n has 3 wordings of 1, 2 and 3 tokens."""
+
+    def document(self, index, random=None, wording=0.0):
+        place = list(choose_wordings(self.parts(1), wording))[0]
+        return [torch.full((place + 1,), index), torch.zeros(1, 2, 2)]
+
+    def parts(self, length):
+        return [1, ALTERNATIVE - 2, ALTERNATIVE - 3, IMAGE]
+
+
+def test_each_epoch_draws_a_wording_anew():
+    rows = CorpusRows(Worded([1] * 900), row_length=64, num_patches=N, seed=(0, 0))
+    epochs = []
+    for epoch in range(4):
+        found = {}
+        for index in range(epoch * rows.rows_per_epoch, (epoch + 1) * rows.rows_per_epoch):
+            row = rows.row(index)
+            found |= {int(text[0]): len(text) for text, _ in row}
+            assert sum(document_length(document, 1) for document in row) <= 64
+        assert len(found) == 900
+        counts = Counter(found.values())
+        assert all(counts[n] == pytest.approx(300, abs=60) for n in (1, 2, 3))
+        epochs.append(found)
+    same = np.mean([epochs[0][n] == epochs[1][n] for n in range(900)])
+    assert same == pytest.approx(1 / 3, abs=0.06)
+    seen = [{epoch[n] for epoch in epochs} for n in range(900)]
+    assert np.mean([len(wordings) == 3 for wordings in seen]) == pytest.approx(36 / 81, abs=0.07)
+    again = CorpusRows(Worded([1] * 900), row_length=64, num_patches=N, seed=(0, 0))
+    last = 4 * rows.rows_per_epoch - 1  # a row does not depend on those read before
+    for one, two in zip(again.row(last), rows.row(last), strict=True):
+        assert torch.equal(one[0], two[0])
+    (first,) = {len(text) for text, _ in CorpusRows(
+        Worded([1] * 9), row_length=64, num_patches=N).row(0)}  # fmt: skip
+    assert first == 1  # validation reads the first wording
 
 
 def test_planned_lengths_equal_the_rows_lengths_with_dropped_captions():

@@ -126,7 +126,8 @@ def read_prompts(file: Path) -> list[Parts]:
         UserError: the file is no text file, holds no prompts, or a line cannot be parsed.
     """
     try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        # splitlines() would also split at characters that JSON allows in a text, such as U+2028.
+        lines = [line for line in file.read_text("utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not a text file; give one prompt in each line") from error
     if not lines:

@@ -6,7 +6,13 @@ from tf_lightning.data.documents import Skipped, Source
 from tf_lightning.data.image_only import ImageData
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.modules import EditData, ImageCaptionData, InterleavedData, TextData
-from tf_lightning.data.readers.captions import CaptionJson, CaptionRows, CaptionTars, ImageFiles
+from tf_lightning.data.readers.captions import (
+    CaptionFolders,
+    CaptionJson,
+    CaptionRows,
+    CaptionTars,
+    ImageFiles,
+)
 from tf_lightning.data.readers.chat import ChatFiles
 from tf_lightning.data.readers.edits import EditFiles
 from tf_lightning.data.readers.folders import ClassFolders
@@ -14,6 +20,7 @@ from tf_lightning.data.readers.interleaved import InterleavedFiles
 from tf_lightning.data.readers.text import TextFiles
 
 __all__ = [
+    "CaptionFolders",
     "CaptionJson",
     "CaptionRows",
     "CaptionTars",

@@ -1,7 +1,7 @@
 """Documents, and the interface of the sources that yield them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,27 @@ class ContextText(str):
 
 class TurnText(str):
     """Text followed by <eos> inside a document, such as an answer in a chat that continues."""
+
+
+class AnyText(str):
+    """The first of several texts, such as the captions of an image; each epoch draws one of them.
+
+    Attributes:
+        texts: all of them.
+    """
+
+    def __new__(cls, texts: Sequence[str]) -> str:
+        """Create the part for `texts`, at least one; a plain str if they are all the same."""
+        texts = tuple(dict.fromkeys(texts))
+        if len(texts) == 1:
+            return texts[0]
+        part = super().__new__(cls, texts[0])
+        part.texts = texts
+        return part
+
+    def __getnewargs__(self) -> tuple[tuple[str, ...]]:
+        """Return the argument that pickle passes to `__new__`."""
+        return (self.texts,)
 
 
 @dataclass(frozen=True)

@@ -408,7 +408,7 @@ def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) 
 
 def check_image_size(name: str, source: Source, pixels: int) -> None:
     """Raise UserError if a source's `image_size` is not a multiple of a patch's side in pixels."""
-    side = getattr(source, "image_size", 0)
+    side = getattr(source, "image_size", 0) or 0  # None: conversations without images
     if side % pixels:
         raise UserError(
             f"{name}: image_size={side} does not divide into patches of {pixels} pixels; give a "

@@ -49,6 +49,7 @@ class _ImageFileData(_FileData):
         image_size: side of the square images in pixels.
         images: folder that paths of images are relative to; null: the folder of the file that
             contains the path.
+        keys: names of keys and columns, arguments of `make_source`.
         kwargs: `val_paths`, `val_fraction`, and the arguments of `Mixture`.
     """
 
@@ -60,9 +61,10 @@ class _ImageFileData(_FileData):
         *,
         image_size: int = 256,
         images: str | None = None,
+        keys: dict[str, str | None] | None = None,
         **kwargs,
     ):
-        make_source = partial(make_source, image_size=image_size, images=images)
+        make_source = partial(make_source, image_size=image_size, images=images, **(keys or {}))
         super().__init__(name, make_source, paths, **kwargs)
 
 
@@ -71,11 +73,12 @@ class TextData(_FileData):
 
     Args:
         paths: .txt, .jsonl, .json or .parquet files to train on, or globs of them.
+        text_key: key or column of the text; null: the first known one, such as "text".
         kwargs: `val_paths`, `val_fraction`, and the arguments of `Mixture`.
     """
 
-    def __init__(self, paths: str | list[str], **kwargs):
-        super().__init__("text", TextFiles, paths, **kwargs)
+    def __init__(self, paths: str | list[str], *, text_key: str | None = None, **kwargs):
+        super().__init__("text", partial(TextFiles, text_key=text_key), paths, **kwargs)
 
 
 class ImageCaptionData(_ImageFileData):
@@ -84,12 +87,25 @@ class ImageCaptionData(_ImageFileData):
     Args:
         paths: files, globs or folders to train on: WebDataset tars; .jsonl, .csv or .parquet as
             `CaptionRows` reads them; .json of COCO, Karpathy or LLaVA as `CaptionJson` reads it;
-            or a folder of images with a metadata.jsonl, .csv or .parquet.
+            conversations as `ChatFiles` reads them; images with a text file beside each; or a
+            folder of images with a metadata.jsonl, .csv or .parquet.
+        caption_key: key, column or extension of the captions; null: the first known one, such as
+            "text".
+        image_key: key, column or extension of the images; null: the first known one, such as
+            "image".
         kwargs: `val_paths`, `val_fraction`, `image_size`, `images`, and the arguments of `Mixture`.
     """
 
-    def __init__(self, paths: str | list[str], **kwargs):
-        super().__init__("captions", caption_source, paths, **kwargs)
+    def __init__(
+        self,
+        paths: str | list[str],
+        *,
+        caption_key: str | None = None,
+        image_key: str | None = None,
+        **kwargs,
+    ):
+        keys = {"caption_key": caption_key, "image_key": image_key}
+        super().__init__("captions", caption_source, paths, keys=keys, **kwargs)
 
 
 class InterleavedData(_ImageFileData):
@@ -97,11 +113,21 @@ class InterleavedData(_ImageFileData):
 
     Args:
         paths: .jsonl, .parquet or .tar files to train on, or globs of them.
+        images_key: key or column of the images, as in OBELICS; null: "images".
+        texts_key: key or column of the texts, as in OBELICS; null: "texts".
         kwargs: `val_paths`, `val_fraction`, `image_size`, `images`, and the arguments of `Mixture`.
     """
 
-    def __init__(self, paths: str | list[str], **kwargs):
-        super().__init__("interleaved", InterleavedFiles, paths, **kwargs)
+    def __init__(
+        self,
+        paths: str | list[str],
+        *,
+        images_key: str | None = None,
+        texts_key: str | None = None,
+        **kwargs,
+    ):
+        keys = {"images_key": images_key, "texts_key": texts_key}
+        super().__init__("interleaved", InterleavedFiles, paths, keys=keys, **kwargs)
 
 
 class EditData(_ImageFileData):
@@ -109,8 +135,24 @@ class EditData(_ImageFileData):
 
     Args:
         paths: `edit_turns.json`, .jsonl or .parquet files to train on, or globs of them.
+        source_key: key or column of the image to edit; null: the first known one.
+        instruction_key: key or column of the instruction; null: the first known one.
+        target_key: key or column of the edited image; null: the first known one.
         kwargs: `val_paths`, `val_fraction`, `image_size`, `images`, and the arguments of `Mixture`.
     """
 
-    def __init__(self, paths: str | list[str], **kwargs):
-        super().__init__("edits", EditFiles, paths, **kwargs)
+    def __init__(
+        self,
+        paths: str | list[str],
+        *,
+        source_key: str | None = None,
+        instruction_key: str | None = None,
+        target_key: str | None = None,
+        **kwargs,
+    ):
+        keys = {
+            "source_key": source_key,
+            "instruction_key": instruction_key,
+            "target_key": target_key,
+        }
+        super().__init__("edits", EditFiles, paths, keys=keys, **kwargs)

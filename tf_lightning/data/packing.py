@@ -20,10 +20,10 @@ from tf_lightning.errors import UserError
 
 WINDOW = 2**15  # documents that are packed together
 ATTEMPTS = 8  # tries to pack a window into its rows, before the first epoch's packing is taken
-PLAN = 1  # version of the stored plan; a higher number makes every corpus be planned again
+PLAN = 2  # version of the stored plan; a higher number makes every corpus be planned again
 OPEN_ROWS = 64  # rows that `best_fit` fills at the same time
 # Random streams of a seed. They are not 0, because a seed may end in 0.
-MEMBERS, WINDOWS, CHOICES, IMAGES = 1, 2, 3, 4
+MEMBERS, WINDOWS, CHOICES, IMAGES, WORDINGS = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Window:
         image_first: pairs that show the image before the caption, (n,) bool.
         dropped: documents that lose their caption or instruction, (n,) bool.
         alone: dropped documents that keep only the last image, (n,) bool.
+        wordings: which wording of its texts each document has, in [0, 1), (n,).
         num_tokens: positions of all rows without padding.
         left_out: number of documents that may be longer than a row with their clean copies.
     """
@@ -47,6 +48,7 @@ class Window:
     image_first: np.ndarray
     dropped: np.ndarray
     alone: np.ndarray
+    wordings: np.ndarray
     num_tokens: int
     left_out: int
 
@@ -57,7 +59,11 @@ class CorpusRows:
     A document of one text and one image shows the image first with probability `image_first_prob`.
     Otherwise the caption comes first, and is dropped with probability `caption_drop_prob`. The
     instruction of an edit (image, instruction, image) is dropped with the same probability, half of
-    the time together with the first image (InstructPix2Pix Sec. 3.2.1).
+    the time together with the first image (InstructPix2Pix Sec. 3.2.1). So are all texts of any
+    other document whose last image follows a text, with its other images half of the time. These
+    are the prefixes that guidance reads at generation.
+
+    If a text has several wordings, each epoch draws one of them.
 
     With `clean_copies`, documents that are longer than a row with their copies are left out.
 
@@ -168,19 +174,26 @@ class CorpusRows:
     def _pack(self, number: int, epoch: int, attempt: int) -> Window:
         """Draw the choices of a window and pack it into as many rows as it needs."""
         documents = self._members(number)
-        layout, count = self.corpus.layout(documents), len(documents)
+        count = len(documents)
+        wordings = np.zeros(count)
+        if self.seed is not None:
+            stream = (*self.seed, WORDINGS, epoch, number, attempt)
+            wordings = np.random.default_rng(stream).random(count)
+        layout = self.corpus.layout(documents, wordings)
         random = np.random.default_rng((*(self.seed or ()), CHOICES, epoch, number, attempt))
         order = np.arange(count) if self.seed is None else random.permutation(count)
-        pairs, edits = layout.pairs(), layout.edits()
+        pairs, num_images = layout.pairs(), layout.num_images()
+        prompted = layout.prompted() & ~pairs
         image_first = choose(random, pairs, self.image_first_prob)
-        dropped = choose(random, pairs & ~image_first | edits, self.caption_drop_prob)
-        alone = dropped & pairs | choose(random, dropped & edits, 0.5)
-        # A dropped document is <bos>, one or two images of <boi> patches <eoi>, <eos>.
+        dropped = choose(random, pairs & ~image_first | prompted, self.caption_drop_prob)
+        alone = dropped & (num_images == 1)
+        alone |= choose(random, dropped & ~alone, 0.5)
+        # A dropped document is <bos>, one or more images of <boi> patches <eoi>, <eos>.
         image, whole = self.num_patches + 2, layout.lengths(self.num_patches)
-        lengths, left_out = np.where(dropped, 2 + image * np.where(alone, 1, 2), whole), 0
+        lengths, left_out = np.where(dropped, 2 + image * np.where(alone, 1, num_images), whole), 0
         if self.clean_copies:
             read = layout.read_images()
-            copies = np.where(pairs, image_first, read)
+            copies = np.where(pairs, image_first, np.where(dropped, num_images - 1, read))
             lengths = lengths + self.num_patches * np.where(alone, 0, copies)
             order = order[lengths[order] <= self.row_length]
             max_copies = np.where(pairs, self.image_first_prob > 0, read)
@@ -188,7 +201,8 @@ class CorpusRows:
         packed = best_fit(lengths[order].tolist(), self.row_length)
         rows = [order[row].tolist() for row in packed]
         num_tokens = int(lengths[order].sum())
-        return Window(documents, rows, pairs, image_first, dropped, alone, num_tokens, left_out)
+        choices = pairs, image_first, dropped, alone, wordings
+        return Window(documents, rows, *choices, num_tokens, left_out)
 
     def _members(self, number: int) -> np.ndarray:
         """List the documents of a window, in the order of the corpus."""
@@ -201,7 +215,8 @@ class CorpusRows:
 
     def _document(self, window: Window, place: int, random: np.random.Generator | None) -> Document:
         """Read document `place` of a window and apply the window's choices to it."""
-        parts = self.corpus.document(int(window.documents[place]), random)
+        number, wording = int(window.documents[place]), float(window.wordings[place])
+        parts = self.corpus.document(number, random, wording)
         if window.pairs[place]:
             parts.sort(key=lambda part: part.ndim, reverse=bool(window.image_first[place]))
         if window.dropped[place]:

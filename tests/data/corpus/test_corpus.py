@@ -1,5 +1,6 @@
 """A prepared corpus returns the documents of its source; damage is found."""
 
+import json
 import pickle
 import shutil
 
@@ -10,9 +11,9 @@ from PIL import Image
 
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import document_length
-from tf_lightning.data.corpus.prepare import plan_corpus, prepare
+from tf_lightning.data.corpus.prepare import plan_corpus, prepare, summary
 from tf_lightning.data.corpus.reader import Corpus
-from tf_lightning.data.documents import Source
+from tf_lightning.data.documents import AnyText, ContextText, Source
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
@@ -147,3 +148,64 @@ def test_checksums_find_a_wrong_index_whose_numbers_are_in_range(
     with pytest.raises(UserError, match="is damaged; delete the folder"):
         damaged.document(document)
     assert torch.equal(damaged.document(2)[0], corpus.document(2)[0])
+
+
+# Long documents and several wordings
+
+
+def test_a_long_document_is_cut_between_its_parts(mixture):
+    """Nothing is lost: texts and images keep their order, each image stays whole."""
+    image = Image.new("RGB", (8, 8), "red")
+    long = [part for n in range(12) for part in (f"text {n} of many words", image)]
+    source = Given([[*long, "end " * 200]])
+    data = mixture({"documents": source}, row_length=64)
+    data.setup()
+    corpus = data.corpora["train"]["documents"]
+    pieces = [corpus.document(i) for i in range(len(corpus))]
+    assert len(pieces) > 3 and corpus.skipped == {}
+    assert all(document_length(piece, data.patch_size) <= 64 for piece in pieces)
+    parts = [part for piece in pieces for part in piece]
+    assert sum(part.ndim == 3 for part in parts) == 12
+    tokens = [token for part in parts if part.ndim == 1 for token in part.tolist()]
+    texts = [*(part for part in long if isinstance(part, str)), "end " * 200]
+    assert tokens == [token for text in texts for token in data.tokenizer.encode(text)]
+    facts = json.loads((corpus.path / "corpus.json").read_text())
+    assert facts["num_cut"] == 1
+    assert "cut 1 longer than a row" in summary("a", "train", 9, {}, num_cut=facts["num_cut"])
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        ["a long caption " * 40, Image.new("RGB", (8, 8))],
+        [Image.new("RGB", (8, 8)), "make it red " * 40, Image.new("RGB", (8, 8))],
+        [ContextText("<|user|>"), Image.new("RGB", (8, 8)), ContextText("what? " * 50), "red"],
+    ],
+    ids=["caption", "edit", "conversation"],
+)
+def test_parts_that_need_each_other_are_not_cut(document, mixture):
+    data = mixture({"documents": Given([document, ["good", Image.new("RGB", (8, 8))]])})
+    data.setup()
+    corpus = data.corpora["train"]["documents"]
+    assert len(corpus) == 1 and list(corpus.skipped) == ["longer than a row of 64 tokens"]
+
+
+def test_all_wordings_of_a_text_are_stored(mixture):
+    image = Image.new("RGB", (8, 8), "red")
+    captions = ["red", "a red one", "all of it is red"]
+    documents = [[AnyText(captions), image], ["alone"], [AnyText(["b", "b"]), image]]
+    data = mixture({"documents": Given(documents)})
+    data.setup()
+    corpus, decode = data.corpora["train"]["documents"], data.tokenizer.decode
+    assert [decode(corpus.document(0, wording=w)[0].tolist()) for w in (0, 0.5, 0.99)] == captions
+    for wording, caption in zip((0, 0.5, 0.99), captions, strict=True):
+        layout = corpus.layout(wordings=np.full(len(corpus), wording))
+        lengths = [document_length(corpus.document(i, wording=wording), 4) for i in range(3)]
+        assert layout.lengths(4).tolist() == lengths
+        assert layout.part_lengths[0] == len(data.tokenizer.encode(caption))
+    assert corpus.layout().pairs().tolist() == [True, False, True]
+    assert decode(corpus.document(2, wording=0.9)[0].tolist()) == "b"
+    rows = data.train_dataloader().dataset
+    seen = {decode(d[0].tolist()) for r in range(40) for d in rows[r][1] if len(d) == 2
+            and d[0].ndim == 1}  # fmt: skip
+    assert set(captions) <= seen

@@ -78,16 +78,10 @@ def test_parquet_files_of_the_hub_and_of_img2dataset_are_read(tmp_path):
     assert found == [*PAIRS, Skipped("caption without image")]
 
 
-def test_one_of_several_bagel_captions_is_chosen_and_always_the_same(tmp_path):
-    file = training_datasets.bagel_captions(tmp_path)
-    found = rows(file)
-    assert [image for _, image in found] == [image for _, image in PAIRS]
-    assert [words.rstrip("!") for words, _ in found] == list(COLORS)
-    assert {words[-1] == "!" for words, _ in found} == {
-        True,
-        False,
-    }  # the first is not always chosen
-    assert rows(file) == found
+def test_all_captions_of_bagel_are_kept(tmp_path):
+    found = rows(training_datasets.bagel_captions(tmp_path))
+    assert found == PAIRS
+    assert [words.texts for words, _ in found] == [(color, f"{color}!") for color in COLORS]
 
 
 def test_bad_rows_are_skipped_with_a_reason(tmp_path):
@@ -95,15 +89,20 @@ def test_bad_rows_are_skipped_with_a_reason(tmp_path):
     lines = [{"file_name": "red.png", "text": "red"}, {"file_name": "none.png", "text": "x"},
              {"text": "alone"}, {"file_name": "red.png"}, {"file_name": "red.png", "text": 3},
              ["red.png"], {"path": ".", "text": "a folder"}]  # fmt: skip
-    reasons = ["missing image", "caption without image", *["image without caption"] * 2,
-               "line that is not a JSON object", "missing image"]  # fmt: skip
     found = rows(write_lines(tmp_path / "a.jsonl", lines))
-    assert found == [["red", "<red>"], *map(Skipped, reasons)]
+    assert found[0] == ["red", "<red>"]
+    reasons = [skipped.reason for skipped in found[1:]]
+    assert reasons[::3] == ["missing image", "image without caption"]
+    assert reasons[1].startswith("no image: found text; wanted one of image, jpg")
+    assert reasons[2].startswith("no caption: found file_name; wanted one of text, caption")
+    assert reasons[2].endswith("choose with caption_key")
+    assert reasons[4:] == ["line that is not a JSON object", "missing image"]
 
 
 def test_coco_captions_of_one_image_are_held_out_together(tmp_path):
     file, images = training_datasets.coco(tmp_path)
-    assert read(from_json(file, str(images))) == PAIRS + PAIRS
+    found = read(from_json(file, str(images)))
+    assert found == PAIRS  # both captions of an image are the same
     source = from_json(file, str(images), val_fraction=0.5)
     train, val = ({words for words, _ in read(source, split)} for split in ("train", "val"))
     assert train and val and not train & val and train | val == set(COLORS)
@@ -140,13 +139,15 @@ def test_llava_conversations_have_an_image_at_each_marker(tmp_path):
         {"id": "5", "image": "train2017/red.png"},
     ]  # fmt: skip
     (tmp_path / "llava_v1_5_mix665k.json").write_text(json.dumps(records))
-    assert read(from_json(tmp_path / "llava_v1_5_mix665k.json")) == [
-        ["USER: ", "<red>", "Which color? ASSISTANT: Red. USER: Sure? ASSISTANT: Yes."],
-        ["USER: Compare ", "<red>", " and ", "<blue>", " ASSISTANT: Red and blue."],
-        ["USER: Hello ASSISTANT: Hi"],
+    *found, other = read(from_json(tmp_path / "llava_v1_5_mix665k.json"))
+    assert found == [
+        ["<|user|>\n", "<red>", "Which color?\n<|assistant|>\n", "Red.",
+         "<|user|>\nSure?\n<|assistant|>\n", "Yes."],
+        ["<|user|>\nCompare ", "<red>", " and ", "<blue>", "\n<|assistant|>\n", "Red and blue."],
+        ["<|user|>\nHello\n<|assistant|>\n", "Hi"],
         Skipped("conversation with a wrong number of <image> markers"),
-        Skipped("conversation that is not in LLaVA's layout"),
-    ]
+    ]  # fmt: skip
+    assert other.reason.startswith("no caption: found id, image; wanted one of text")
 
 
 @pytest.mark.parametrize("content", ["{", "3", '{"annotations": []}', '{"images": [{}]}'])
@@ -157,11 +158,8 @@ def test_json_of_another_format_is_skipped(content, tmp_path):
 
 
 def test_the_data_module_chooses_the_source_by_suffix(tmp_path):
-    for name, kind in {
-        "a.tar": CaptionTars,
-        "a.jsonl.gz": CaptionRows,
-        "a.json": CaptionJson,
-    }.items():
+    kinds = {"a.tar": CaptionTars, "a.jsonl.gz": CaptionRows, "a.json": CaptionJson}
+    for name, kind in kinds.items():  # of files that are absent
         (source,) = ImageCaptionData(
             [str(tmp_path / name)], cache_dir=str(tmp_path)
         ).sources.values()

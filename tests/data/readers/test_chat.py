@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from callbacks.unigram import token_counts
+from support.files import encoded_image, write_lines, write_parquet
 from support.tiny import SIZES, all_outputs
-from tf_lightning.batch import IGNORE_INDEX, pack
+from tf_lightning.batch import IGNORE_INDEX, max_noise_levels, pack
 from tf_lightning.data import ChatFiles, Mixture
-from tf_lightning.data.documents import ContextText, Skipped, TurnText
+from tf_lightning.data.corpus.reader import CONTEXT_IMAGE
+from tf_lightning.data.documents import ContextText, TurnText
+from tf_lightning.errors import UserError
 from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.training.module import Transfusion
@@ -51,16 +54,18 @@ def test_a_system_message_is_context_and_a_last_question_is_left_out(tmp_path):
     ("line", "reason"),
     [
         ("{", "line that is not JSON"),
-        ({"text": "a"}, 'line without "messages" or "data"'),
-        ({"data": ["a", 3]}, 'line without "messages" or "data"'),
-        ({"messages": [{"role": "user"}]}, "message without role and content"),
-        ({"messages": MESSAGES[1:]}, "conversation whose questions and answers do not alternate"),
-        ({"data": ["a question"]}, "conversation whose questions and answers do not alternate"),
-        ({"data": []}, "conversation whose questions and answers do not alternate"),
+        ({"text": "a"}, "no messages: found text; wanted one of messages, conversations"),
+        ({"data": ["a", 3]}, "message whose content is of type int"),
+        ({"messages": [{"role": "user"}]}, "no role and content: found role; wanted one of role"),
+        ({"messages": [{"role": "judge", "content": ""}]}, "message of the unknown role 'judge'"),
+        ({"data": ["a question"]}, "conversation without an answer to a question"),
+        ({"data": []}, "conversation without an answer to a question"),
+        ("[" * 100_000, "line that is not JSON"),
     ],
 )
 def test_a_bad_line_is_skipped_with_a_reason(tmp_path, line, reason):
-    assert read(tmp_path, line) == [Skipped(reason)]
+    (found, good) = read(tmp_path, line, {"data": ["q", "a"]})
+    assert found.reason.startswith(reason) and good[1] == "a"
 
 
 @pytest.fixture
@@ -142,3 +147,157 @@ def test_token_frequencies_include_context_tokens(data):
     assert counts.sum() == sum(
         len(p) for i in range(len(corpus)) for p in corpus.document(i)
     ) + len(corpus)
+
+
+# Layouts
+
+
+def targets(folder, *records, name="a.jsonl", image_size=16) -> list[list[str]]:
+    """Return the learned texts of each document, with "<eos>" where one ends a turn."""
+    write_lines(folder / name, list(records))
+    source = ChatFiles(f"{folder}/{name}", val_fraction=0, image_size=image_size)
+    return [
+        [
+            part + "<eos>" if isinstance(part, TurnText) or part is document[-1] else str(part)
+            for part in document
+            if isinstance(part, str) and not isinstance(part, ContextText)
+        ]
+        for document in source.documents("train")
+    ]
+
+
+def share_gpt(*said, **rest) -> dict:
+    names = ["human", "gpt"] * len(said)
+    turns = [{"from": n, "value": text} for n, text in zip(names, said, strict=False)]
+    return {"conversations": turns} | rest
+
+
+LAYOUTS = {
+    "UltraChat": {"data": TALK},
+    "messages": {"messages": MESSAGES},
+    "a list of messages": MESSAGES,
+    "ShareGPT": share_gpt(*TALK),
+    "ShareGPT that begins with an answer": {
+        "conversations": [{"from": "gpt", "value": "hello"}, *share_gpt(*TALK)["conversations"]]
+    },
+    "system": {"messages": [{"role": "system", "content": "be brief"}, *MESSAGES]},
+    "a column system": share_gpt(*TALK, system="be brief"),
+    "a last question": {"messages": [*MESSAGES, {"role": "user", "content": "and?"}]},
+    "contents of parts": {
+        "messages": [m | {"content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES]
+    },
+    "LLaVA": share_gpt("<image>\nwhat is red", *TALK[1:], image="red.png"),
+    "BAGEL without image": share_gpt(*TALK, image="None"),
+    "two images": share_gpt("<image>\n<image>\nwhat is red", *TALK[1:], image=["red.png"] * 2),
+    "images in contents": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TALK[0]}]},
+            *MESSAGES[1:],
+        ],
+        "images": ["red.png"],
+    },
+    "OpenAI": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "red.png"}}]},
+            *MESSAGES[1:],
+        ]
+    },
+    "tools": {
+        "messages": [
+            MESSAGES[0],
+            {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]},
+            {"role": "tool", "content": "found"},
+            *MESSAGES[1:],
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_every_layout_only_the_answers_and_their_ends_are_learned(layout, tmp_path):
+    (tmp_path / "red.png").write_bytes(encoded_image("red"))
+    expected = ["a color<eos>", "a shape<eos>"]
+    if layout == "tools":
+        expected = ['[{"name": "look"}]<eos>', *expected]
+    assert targets(tmp_path, LAYOUTS[layout]) == [expected]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "what is red", "input": "", "output": "a color"},
+        {"prompt": "what is red", "completion": "a color"},
+        {"question": "what is red", "answer": "a color"},
+    ],
+)
+def test_records_of_one_question_and_one_answer(record, tmp_path):
+    assert targets(tmp_path, record) == [["a color<eos>"]]
+
+
+@pytest.mark.parametrize("form", ["array", "pretty", ".gz", "parquet"])
+def test_conversations_in_arrays_and_packed(form, tmp_path):
+    records = [share_gpt(*TALK), {"messages": MESSAGES}]
+    file = tmp_path / {".gz": "a.jsonl.gz", "parquet": "a.parquet"}.get(form, "a.json")
+    if form == "parquet":
+        write_parquet(file, [{"messages": MESSAGES}] * 2)
+    elif form == ".gz":
+        write_lines(file, records)
+    else:
+        file.write_text(json.dumps(records, indent=2 if form == "pretty" else None))
+    found = list(ChatFiles(str(file), val_fraction=0).documents("train"))
+    expected = ["<|user|>\nwhat is red\n<|assistant|>\n", "a color",
+                "<|user|>\nand a circle\n<|assistant|>\n", "a shape"]  # fmt: skip
+    assert found == [expected] * 2
+
+
+def test_keys_of_conversations_can_be_chosen(tmp_path):
+    turns = [{"who": "user", "says": "q"}, {"who": "bot", "says": "a"}]
+    file = write_lines(tmp_path / "a.jsonl", [{"talk": turns}])
+    keys = {"messages_key": "talk", "role_key": "who", "content_key": "says"}
+    (document,) = ChatFiles(str(file), val_fraction=0, **keys).documents("train")
+    assert document == ["<|user|>\nq\n<|assistant|>\n", "a"]
+
+
+def test_the_word_image_in_brackets_is_text_where_no_images_are_named(tmp_path):
+    (document, _) = read(tmp_path, {"data": ["what is <image>", "a tag"]}, {"data": TALK})
+    assert document[0] == "<|user|>\nwhat is <image>\n<|assistant|>\n"
+
+
+def test_images_without_a_size_are_refused(tmp_path):
+    record = share_gpt("<image>\nwhat is red", "a color", image="red.png")
+    with pytest.raises(UserError, match="have images; give the source an image_size"):
+        read(tmp_path, record)
+
+
+def test_an_image_in_a_question_stays_readable(tmp_path):
+    """Its noise level is limited, wherever it stands; that of an image in an answer is not."""
+    text = torch.tensor([5, 6])
+    image = torch.zeros(3, 4, 4)
+    asked = [~text, image, ~text, text, ~text, image, image, ~text, text]
+    assert max_noise_levels(asked, 0.5) == [0.5, 0.5, 0.5]
+    drawn = [~text, image, text, ~text, image]
+    assert max_noise_levels(drawn, 0.5) == [1.0, 1.0]
+    edit = [~text, image, ~text, image]
+    assert max_noise_levels(edit, 0.5) == [0.5, 1.0]
+
+
+def test_a_conversation_that_is_cut_inside_a_question_has_no_end_to_learn(data):
+    made = data()
+    batch = pack([[[~torch.tensor([7, 8, 9])]]], [0], tokenizer=made.tokenizer, row_length=16,
+                 patch_size=2)  # fmt: skip
+    assert learned(batch) == []
+
+
+def test_images_of_questions_are_stored_as_context(tmp_path):
+    (tmp_path / "red.png").write_bytes(encoded_image("red"))
+    write_lines(tmp_path / "a.jsonl", [LAYOUTS["LLaVA"], LAYOUTS["UltraChat"]] * 4)
+    source = ChatFiles(f"{tmp_path}/a.jsonl", val_fraction=0, image_size=16)
+    made = Mixture(
+        {"chat": source}, vocab_size=300, row_length=128, autoencoder="pixels", patch_size=8,
+        caption_drop_prob=1.0, cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    made.setup()
+    corpus = made.corpora["train"]["chat"]
+    assert CONTEXT_IMAGE in corpus.layout().part_lengths
+    batch = next(iter(made.train_dataloader()))
+    assert batch.num_images and batch.t.max() <= 0.5  # none lost its text

@@ -68,7 +68,7 @@ def test_turns_of_one_image_are_held_out_together(folder):
     turns = [turn(image, number, "edit") for image in range(200) for number in (1, 2, 3)]
     (folder / "edit_turns.json").write_text(json.dumps(turns))
     source = EditFiles(f"{folder}/edit_turns.json", val_fraction=0.3)
-    source.document = lambda sample: [sample[0].parent.name]  # the image's key
+    source.document = lambda sample: [sample[0].name]  # the image's key
     held, seen = ([image for (image,) in source.documents(split)] for split in ("val", "train"))
     assert len(held) + len(seen) == 600 and not set(held) & set(seen)
     assert 0.2 < len(held) / 600 < 0.4

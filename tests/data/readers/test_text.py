@@ -39,7 +39,7 @@ def test_text_that_is_not_utf8_is_skipped(tmp_path):
 
 def test_a_file_of_another_format_is_a_user_error(tmp_path):
     (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(UserError, match=r"a.csv is neither .txt, .jsonl.* nor .parquet; rename it"):
+    with pytest.raises(UserError, match="a.csv is a CSV file; text is read from .txt, .jsonl"):
         list(TextFiles([f"{tmp_path}/a.csv"]).documents("train"))
 
 

@@ -15,8 +15,8 @@ from tf_lightning.data.readers.formats import read_lines
 TEXTS = [f"text {n}, with a\nline end and 三" for n in range(200)]
 
 
-def read(file) -> list:
-    return list(TextFiles(str(file), val_fraction=0).documents("train"))
+def read(file, **options) -> list:
+    return list(TextFiles(str(file), val_fraction=0, **options).documents("train"))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,11 @@ def test_a_truncated_file_is_read_up_to_the_damage(packed, tmp_path):
 
 
 def test_a_parquet_file_without_text_is_skipped(tmp_path):
-    write_parquet(tmp_path / "a.parquet", [{"content": "x"}])
-    assert read(tmp_path / "a.parquet") == [Skipped("parquet file without the expected columns")]
+    write_parquet(tmp_path / "a.parquet", [{"words": "x", "id": 1}])
+    wanted = "text, content, raw_content"
+    reason = f"no column: found id, words; wanted one of {wanted}; choose with text_key"
+    assert read(tmp_path / "a.parquet") == [Skipped(reason)]
+    assert read(tmp_path / "a.parquet", text_key="words") == [["x"]]
     write_parquet(tmp_path / "b.parquet", [{"text": None}, {"text": "good"}])
     bad, good = read(tmp_path / "b.parquet")
     assert isinstance(bad, Skipped) and good == ["good"]

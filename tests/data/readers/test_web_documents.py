@@ -118,6 +118,8 @@ def test_bagel_chains_of_edits_are_read(tmp_path):
     rows += [{"image_list": images[:1], "instruction_list": said}]
     *found, bad = edits(write_parquet(tmp_path / "a.parquet", rows))
     assert isinstance(bad, Skipped)
-    assert {document[1] for document in found} == set(said[0])  # any of the wordings
+    assert {document[1] for document in found} == {said[0][0]}
+    source = EditFiles(f"{tmp_path}/a.parquet", val_fraction=0, image_size=16)
+    assert next(source.documents("train"))[1].texts == tuple(said[0])
     rest = {(a, b, c, d) for a, _, b, c, d in found}
     assert rest == {("<red>", "<lime>", "make it blue", "<blue>")}

@@ -30,6 +30,7 @@ from tf_lightning.errors import UserError
 from tf_lightning.files import publish_folder
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
+MAX_REASONS = 100  # different reasons for skipped samples that are counted apart
 FORMAT = 2  # version of the corpus files; a higher number makes every corpus be prepared again
 
 
@@ -173,7 +174,8 @@ class ShardWriter:
                 raise BadSample(document.reason)
             self.writer.add(document)
         except BadSample as error:
-            self.skipped[str(error)] += 1
+            known = str(error) in self.skipped or len(self.skipped) < MAX_REASONS
+            self.skipped[str(error) if known else "other reasons"] += 1
 
     def _close(self) -> None:
         """Finish the files and move them to the shard's final path."""
@@ -200,7 +202,11 @@ def prepare(
             makes an empty corpus.
     """
     if job.path.is_dir():
-        return Corpus(job.path)
+        corpus = Corpus(job.path)
+        if corpus.skipped:
+            known = summary(job.name, job.split, len(corpus), corpus.skipped, verb="found")
+            rank_zero_info(f"{known}; to read them again, delete {job.path}")
+        return corpus
     job.shards_folder.mkdir(parents=True, exist_ok=True)
     try:
         _prepare_shards(job, [n for n in job.missing_shards() if n % part[1] == part[0]], processes)
@@ -291,7 +297,8 @@ def _finish(job: PrepareJob) -> None:
         raise
     shutil.rmtree(job.shards_folder, ignore_errors=True)
     details = f" ({facts['num_tokens']:,} tokens, {facts['num_images']:,} images)"
-    rank_zero_info(summary(name, split, facts["num_documents"], facts["skipped"], details))
+    count, skipped, num_cut = facts["num_documents"], facts["skipped"], facts["num_cut"]
+    rank_zero_info(summary(name, split, count, skipped, details, num_cut=num_cut))
 
 
 def summary(
@@ -301,9 +308,13 @@ def summary(
     skipped: dict[str, int],
     details: str = "",
     unit: str = "documents",
+    num_cut: int = 0,
+    verb: str = "prepared",
 ) -> str:
     """Write a line such as "emoji train: prepared 1,200 documents, skipped 1: 1 damaged image"."""
-    line = f"{name} {split}: prepared {count:,} {unit}{details}"
+    line = f"{name} {split}: {verb} {count:,} {unit}{details}"
+    if num_cut:
+        line += f", cut {num_cut:,} longer than a row between their parts"
     if skipped:
         line += f", skipped {sum(skipped.values()):,}: {format_reasons(skipped)}"
     return line

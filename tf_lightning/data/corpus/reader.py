@@ -5,7 +5,9 @@ A corpus is a folder with these files:
                    (`ImageStorageSpec`), how many samples were skipped for each reason, and mean
                    and standard deviation of latents and of pixels by channel
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
-    parts.npy      int64 (num_parts, 2): (first token, length) of a text, (number, -1) of an image
+    parts.npy      int64 (num_parts, 2): (first token, length) of a text, (number, -1) of an image,
+                   (number, -2) of an image that is read but never generated. A length of -2 - n
+                   is another wording, of n tokens, of the text before it
     checks.npy     uint32 (num_parts,): CRC-32 of the content of each part, see `checksum_seed`
     tokens.bin     int32: all token ids, one text after another; ~id for text outside of the loss
     latents.bin    float16 (num_images, V, S, C, h, w), unit variance. V views: the crops, then the
@@ -28,7 +30,7 @@ import math
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -47,6 +49,8 @@ from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
 
 IMAGE = -1  # the length of a part that is an image
+CONTEXT_IMAGE = -2  # the length of an image that is never generated, such as one in a question
+ALTERNATIVE = -2  # minus the tokens: the length of another wording of the text before it
 # Data types in the file and in memory.
 STORED_LATENTS, STORED_CODES = (np.float16, np.float32), (np.uint32, np.int64)
 INDEX_CHUNK = 1_000_000  # documents checked at once, to bound the memory of a large index
@@ -67,9 +71,9 @@ def refuse_damage(method: Callable) -> Callable:
     """
 
     @wraps(method)
-    def reading(self, *args):
+    def reading(self, *args, **options):
         try:
-            return method(self, *args)
+            return method(self, *args, **options)
         except (IndexError, UserError):  # IndexError also ends an iteration over a sequence
             raise
         except Exception as error:
@@ -192,7 +196,9 @@ class Corpus:
         return len(self._documents) - 1
 
     @refuse_damage
-    def document(self, index: int, random: np.random.Generator | None = None) -> Document:
+    def document(
+        self, index: int, random: np.random.Generator | None = None, wording: float = 0.0
+    ) -> Document:
         """Read a document.
 
         Args:
@@ -200,6 +206,7 @@ class Corpus:
             random: draws the crop, the flip (the same for all images of the document) and the
                 sample of the posterior, as far as the corpus stores them. None: the center crop,
                 unflipped, and the mean.
+            wording: chooses one of several wordings of a text, in [0, 1); 0: the first.
 
         Returns:
             The parts in order: texts (L,) int64; latents (C, h, w) float32, codes (1, h, w) int64,
@@ -210,11 +217,13 @@ class Corpus:
         _check_parts(parts, len(self._tokens), self.num_images)
         view = self.image_storage.draw_view(random)
         document = []
-        for place, ((start, length), crc) in enumerate(zip(parts, checks, strict=True)):
-            checksum = checksum_seed(place, len(parts)), crc
-            if length == IMAGE:
+        for place in choose_wordings([length for _, length in parts], wording):
+            start, length = parts[place]
+            checksum = checksum_seed(place, len(parts)), checks[place]
+            if length in (IMAGE, CONTEXT_IMAGE):
                 document.append(self._image(start, checksum, view, random))
             else:
+                length = length if length >= 0 else ALTERNATIVE - length
                 tokens = verified(self._tokens[start : start + length], checksum)
                 document.append(torch.from_numpy(tokens.astype(np.int64)))
         return document
@@ -236,11 +245,19 @@ class Corpus:
         return torch.from_numpy(draw_latents(stored, random if self.sample_posterior else None))
 
     @refuse_damage
-    def layout(self, documents: np.ndarray | None = None) -> "Layout":
-        """Describe the parts of these documents (n,), or of all, without reading them."""
+    def layout(
+        self, documents: np.ndarray | None = None, wordings: np.ndarray | None = None
+    ) -> "Layout":
+        """Describe the parts of these documents (n,), or of all, without reading them.
+
+        Args:
+            documents: numbers of the documents; None: all.
+            wordings: as `wording` of `document`, for each of these documents (n,); None: the first
+                wordings.
+        """
         if documents is None:
             documents = np.arange(len(self))
-        return select_layout(self._parts, self._documents, documents)
+        return select_layout(self._parts, self._documents, documents, wordings)
 
     def cached(self, question: str, compute: Callable[[], dict]) -> dict:
         """Return a result from the corpus folder, or compute it and store it there as JSON.
@@ -264,7 +281,8 @@ class Layout:
     """The kinds and lengths of the parts of some documents.
 
     Attributes:
-        part_lengths: tokens of each text, IMAGE for each image, document by document, (num_parts,).
+        part_lengths: tokens of each text, IMAGE or CONTEXT_IMAGE for each image, document by
+            document, (num_parts,).
         starts: document i has parts starts[i] to starts[i + 1] - 1, (num_documents + 1,).
     """
 
@@ -281,25 +299,41 @@ class Layout:
         Args:
             num_patches: positions of an image's patches.
         """
-        image = self.part_lengths == IMAGE
+        image = self.part_lengths < 0
         return 2 + self._sums(np.where(image, num_patches + 2, self.part_lengths))
 
     def pairs(self) -> np.ndarray:
         """Find documents of exactly one text and one image, (num_documents,) bool."""
-        images = self._sums(self.part_lengths == IMAGE)
+        images = self._sums(self.part_lengths < 0)
         return (images == 1) & (np.diff(self.starts) == 2)
 
     def edits(self) -> np.ndarray:
         """Find documents of exactly image, instruction, image, (num_documents,) bool."""
         found = np.diff(self.starts) == 3
         first = self.starts[:-1][found]
-        image = self.part_lengths == IMAGE
+        image = self.part_lengths < 0
         found[found] = image[first] & ~image[first + 1] & image[first + 2]
         return found
 
+    def prompted(self) -> np.ndarray:
+        """Find documents whose last image is generated after a text, (num_documents,) bool."""
+        owner = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        is_image = self.part_lengths < 0
+        images, texts = np.flatnonzero(is_image), np.flatnonzero(~is_image)
+        last_image, first_text = np.full(len(self), -1), np.full(len(self), len(owner))
+        last_image[owner[images]] = images
+        first_text[owner[texts[::-1]]] = texts[::-1]
+        found = first_text < last_image
+        found[found] = self.part_lengths[last_image[found]] == IMAGE
+        return found
+
+    def num_images(self) -> np.ndarray:
+        """Count the images of each document, (num_documents,)."""
+        return self._sums(self.part_lengths < 0)
+
     def read_images(self) -> np.ndarray:
         """Count the images of each document that a later part attends to, (num_documents,)."""
-        image = self.part_lengths == IMAGE
+        image = self.part_lengths < 0
         return self._sums(image) - image[self.starts[1:] - 1]
 
     def _sums(self, of_parts: np.ndarray) -> np.ndarray:
@@ -308,19 +342,43 @@ class Layout:
         return totals[self.starts[1:]] - totals[self.starts[:-1]]
 
 
-def select_layout(parts: np.ndarray, starts: np.ndarray, documents: np.ndarray) -> Layout:
+def select_layout(
+    parts: np.ndarray, starts: np.ndarray, documents: np.ndarray, wordings: np.ndarray | None
+) -> Layout:
     """Describe some documents of a corpus; the index of other documents is not read.
 
     Args:
         parts: parts.npy of the corpus, (num_parts, 2).
         starts: documents.npy of the corpus, (num_documents + 1,).
         documents: numbers of the documents, (n,).
+        wordings: as in `Corpus.layout`, (n,).
     """
     first = starts[documents]
     counts = starts[documents + 1] - first
     chosen = np.concatenate([[0], np.cumsum(counts)])
     places = np.arange(chosen[-1]) + np.repeat(first - chosen[:-1], counts)
-    return Layout(parts[places, 1], chosen)
+    lengths = parts[places, 1]
+    other = lengths < ALTERNATIVE
+    if not other.any():
+        return Layout(lengths, chosen)
+    firsts = np.flatnonzero(~other)  # parts without the other wordings
+    owner = np.repeat(np.arange(len(documents)), counts)[firsts]
+    number = np.diff(np.append(firsts, len(lengths)))  # wordings of each part
+    drawn = np.zeros(len(documents)) if wordings is None else wordings
+    picked = lengths[firsts + (drawn[owner] * number).astype(np.int64)]
+    picked = np.where(picked < ALTERNATIVE, ALTERNATIVE - picked, picked)
+    return Layout(picked, np.searchsorted(owner, np.arange(len(documents) + 1)))
+
+
+def choose_wordings(lengths: list[int], wording: float) -> Iterator[int]:
+    """Yield the places of the parts of a document, with one wording of each text."""
+    place = 0
+    while place < len(lengths):
+        end = place + 1
+        while end < len(lengths) and lengths[end] < ALTERNATIVE:
+            end += 1
+        yield place + int(wording * (end - place))
+        place = end
 
 
 class LazyImages:
@@ -446,6 +504,10 @@ def _check_index(parts: np.ndarray, documents: np.ndarray, checks: np.ndarray) -
 def _check_parts(parts: list[list[int]], num_tokens: int, num_images: int) -> None:
     """Raise ValueError unless all parts lie within the stored tokens and images."""
     for start, length in parts:
-        end, limit = (start + 1, num_images) if length == IMAGE else (start + length, num_tokens)
-        if start < 0 or length < IMAGE or end > limit:
+        if length in (IMAGE, CONTEXT_IMAGE):
+            end, limit = start + 1, num_images
+        else:
+            tokens = length if length >= 0 else ALTERNATIVE - length
+            end, limit = start + tokens, num_tokens
+        if start < 0 or end > limit:
             raise ValueError("a part lies outside of its file")

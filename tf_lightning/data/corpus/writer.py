@@ -8,6 +8,7 @@ import shutil
 import zlib
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,8 @@ from PIL import Image
 
 from tf_lightning.autoencoder.statistics import MIN_IMAGES, Moments, check_finite, check_std
 from tf_lightning.data.corpus.reader import (
+    ALTERNATIVE,
+    CONTEXT_IMAGE,
     IMAGE,
     OWN_FILE,
     STORED_CODES,
@@ -26,12 +29,14 @@ from tf_lightning.data.corpus.reader import (
     checksum_seed,
     decodes_alike,
 )
-from tf_lightning.data.documents import BadSample, ContextText, RawDocument, TurnText
-from tf_lightning.data.images import CENTER, CROP_POSITIONS, byte_range, load_image
+from tf_lightning.data.documents import AnyText, BadSample, ContextText, RawDocument, TurnText
+from tf_lightning.data.images import CENTER, CONTEXT, CROP_POSITIONS, byte_range, load_image
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
 ENCODER_BATCH = 64  # images encoded at once
+
+EncodedPart = list[list[int]] | Image.Image  # a text in one or several wordings, or an image
 
 
 class CorpusWriter:
@@ -64,7 +69,7 @@ class CorpusWriter:
         if autoencoder:
             autoencoder.to(self.device)
         self.parts, self.documents = array("q"), array("q", [0])
-        self.num_tokens = self.num_images = 0
+        self.num_tokens = self.num_images = self.num_cut = 0
         self.image_size: tuple[int, int] | None = None  # width, height in pixels
         self.checks = array("I")  # uint32 CRC-32 of each part; the seed until it is encoded
         # Of the latents' means and of the images, without the other crops and flips.
@@ -82,27 +87,65 @@ class CorpusWriter:
         return len(self.documents) - 1
 
     def add(self, raw: RawDocument) -> None:
-        """Append a document; a long text becomes several documents.
+        """Append a document; one that is longer than a row becomes several documents.
+
+        A text is cut anywhere. A document with images is cut between its parts, unless it is a
+        caption with its image, an edit or a conversation, whose parts need each other.
 
         Raises:
             BadSample: the document cannot be used.
             UserError: there are images but no autoencoder, or they do not divide into patches.
         """
-        parts = [self._encode_text(part) if isinstance(part, str) else part for part in raw]
+        parts = [self._encode_texts(part) if isinstance(part, str) else part for part in raw]
         parts = [part for part in parts if part != []]
         images = [part for part in parts if isinstance(part, Image.Image)]
         if not parts:
             raise BadSample("empty document")
         if not images:
-            tokens, step = list(chain(*parts)), self.row_length - 2  # room for <bos> and <eos>
+            tokens, step = list(chain(*(part[0] for part in parts))), self.row_length - 2
+            if any(len(part) > 1 for part in parts) and sum(map(self._length, parts)) <= step:
+                self._write(parts)
+                return
             for start in range(0, len(tokens), step):
-                self._write([tokens[start : start + step]])
+                self._write([[tokens[start : start + step]]])
             return
-        num_patches = self._check_images(images)
-        num_tokens = sum(len(part) for part in parts if isinstance(part, list))
-        if 2 + num_tokens + len(images) * (num_patches + 2) > self.row_length:
+        self.num_patches = self._check_images(images)
+        if 2 + sum(map(self._length, parts)) <= self.row_length:
+            self._write(parts)
+            return
+        is_chat = any(isinstance(part, ContextText) for part in raw)
+        is_edit = len(parts) == 3 and len(images) == 2
+        if len(parts) < 3 or is_edit or is_chat or 4 + self.num_patches > self.row_length:
             raise BadSample(f"longer than a row of {self.row_length} tokens")
-        self._write(parts)
+        self.num_cut += 1
+        for piece in self._cut(parts):
+            self._write(piece)
+
+    def _length(self, part: EncodedPart) -> int:
+        """Count the positions of a part, of its longest wording."""
+        return max(map(len, part)) if isinstance(part, list) else self.num_patches + 2
+
+    def _cut(self, parts: list[EncodedPart]) -> Iterator[list[EncodedPart]]:
+        """Cut a document into pieces that fill rows, between its parts and inside of long texts."""
+        room = self.row_length - 2  # for <bos> and <eos>
+        piece: list[EncodedPart] = []
+        for part in parts:
+            whole = [part]
+            if isinstance(part, list) and self._length(part) > room:
+                whole = [[part[0][i : i + room]] for i in range(0, len(part[0]), room)]
+            for section in whole:
+                if piece and sum(map(self._length, [*piece, section])) > room:
+                    yield piece
+                    piece = []
+                piece.append(section)
+        yield piece
+
+    def _encode_texts(self, text: str) -> list[list[int]]:
+        """Tokenize a text in all its wordings; an empty list if all of them are empty."""
+        wordings = text.texts if isinstance(text, AnyText) else [text]
+        encoded = [ids for ids in map(self._encode_text, wordings) if ids]
+        fitting = [ids for ids in encoded if len(ids) <= self.row_length - 2]
+        return fitting if len(encoded) > 1 and fitting else encoded
 
     def _encode_text(self, text: str) -> list[int]:
         try:
@@ -135,20 +178,26 @@ class CorpusWriter:
             raise BadSample("image of another size than the first")
         return (size[0] // pixels) * (size[1] // pixels) + self.time_token
 
-    def _write(self, parts: list[list[int] | Image.Image]) -> None:
+    def _write(self, parts: list[EncodedPart]) -> None:
         """Append the tokens and images of one document."""
-        for place, part in enumerate(parts):
-            self.checks.append(checksum_seed(place, len(parts)))
-            if isinstance(part, list):
-                tokens = np.array(part, np.int32)
-                tokens.tofile(self.tokens_file)
-                self._update_check(-1, tokens)
-                self.parts.extend((self.num_tokens, len(part)))
-                self.num_tokens += len(part)
-            else:
-                self.parts.extend((self.num_images, IMAGE))
+        count = sum(len(part) if isinstance(part, list) else 1 for part in parts)
+        seeds = (checksum_seed(place, count) for place in range(count))
+        for part in parts:
+            if not isinstance(part, list):
+                self.checks.append(next(seeds))
+                kind = CONTEXT_IMAGE if part.info.get(CONTEXT) else IMAGE
+                self.parts.extend((self.num_images, kind))
                 self.num_images += 1
                 self._add_image(part)
+                continue
+            for number, ids in enumerate(part):
+                self.checks.append(next(seeds))
+                tokens = np.array(ids, np.int32)
+                tokens.tofile(self.tokens_file)
+                self._update_check(-1, tokens)
+                length = ALTERNATIVE - len(ids) if number else len(ids)
+                self.parts.extend((self.num_tokens, length))
+                self.num_tokens += len(ids)
         self.documents.append(len(self.parts) // 2)
         if len(self.waiting) >= ENCODER_BATCH:
             self._encode_waiting()
@@ -235,6 +284,7 @@ class CorpusWriter:
             "num_documents": self.num_documents,
             "num_tokens": self.num_tokens,
             "num_images": self.num_images,
+            "num_cut": self.num_cut,
             "image_shape": self._image_shape(),
             "num_codes": self.autoencoder and self.autoencoder.num_codes,
             "latents": self.image_storage.to_json(),
@@ -291,6 +341,7 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
         _merge_locations(shards, facts, folder)
     counts = ("num_documents", "num_tokens", "num_images")
     merged = {name: sum(fact[name] for fact in facts) for name in counts}
+    merged["num_cut"] = sum(fact.get("num_cut", 0) for fact in facts)
     merged["image_shape"] = list(next(iter(shapes))) if shapes else None
     merged |= {name: facts[0][name] for name in ("num_codes", "latents")}
     for name in ("latent_moments", "pixel_moments"):
@@ -319,7 +370,8 @@ def _merge_index(shards: list[Path], facts: list[dict], folder: Path) -> None:
     done: Counter[str] = Counter()
     for shard, fact in zip(shards, facts, strict=True):
         piece = np.load(shard / "parts.npy")
-        piece[:, 0] += np.where(piece[:, 1] == IMAGE, done["num_images"], done["num_tokens"])
+        shown = (piece[:, 1] == IMAGE) | (piece[:, 1] == CONTEXT_IMAGE)
+        piece[:, 0] += np.where(shown, done["num_images"], done["num_tokens"])
         parts[done["parts"] : done["parts"] + len(piece)] = piece
         starts = np.load(shard / "documents.npy")[1:] + done["parts"]
         first = done["num_documents"] + 1

@@ -1,4 +1,4 @@
-"""Images with captions, from WebDataset tars, tables and JSON; and images alone.
+"""Images with captions, from tars, tables, JSON and text files; and images alone.
 
 - `CaptionTars`: WebDataset tars such as those of img2dataset.
 - `CaptionRows`: tables with one image a row: metadata.jsonl|csv|parquet beside a folder of images
@@ -6,104 +6,68 @@
   `prompt`), and the parquet files of the Hugging Face hub (`image`, `text`), img2dataset (`jpg`,
   `txt` or `caption`) and BAGEL (`image`, `captions`).
 - `CaptionJson`: one JSON file: COCO captions, Karpathy's split of COCO, LLaVA's conversations.
+- `CaptionFolders`: image files with a text file of the same name beside each.
 - `ImageFiles`: image files without captions.
+
+If an image has several captions, each epoch draws one of them.
 """
 
 import glob
-import re
-import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from tf_lightning.data.documents import BadSample
-from tf_lightning.data.readers.files import ImageFileSource, ImagePathSource, as_image_file
+from tf_lightning.data.documents import AnyText, BadSample
+from tf_lightning.data.images import is_image_file
+from tf_lightning.data.readers.chat import (
+    COLUMNS,
+    ChatFiles,
+    conversation,
+    is_conversation,
+    is_message,
+    read_messages,
+)
+from tf_lightning.data.readers.files import (
+    ContextImage,
+    ImageFileSource,
+    ImagePathSource,
+    as_image_file,
+)
 from tf_lightning.data.readers.formats import (
     by_extension,
+    column_names,
+    decode_text,
     file_format,
+    format_by_name,
+    is_ignored,
+    json_items,
+    missing,
     parse_json,
-    parse_object,
-    read_bytes,
+    parse_record,
     read_csv,
-    read_lines,
     read_parquet,
+    read_records,
+    read_start,
     read_tar,
+    refuse,
 )
 from tf_lightning.errors import UserError
 
-# Tars
+Parts = list[str | bytes | Path | ContextImage]
 
-TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "image")
-TAR_CAPTIONS = ("txt", "text", "caption")
-
-
-class CaptionTars(ImageFileSource):
-    """Captioned images from WebDataset tars.
-
-    A sample is {key}.jpg|jpeg|png|webp|gif|image with {key}.txt|text|caption, or with a {key}.json
-    that has "caption" or "text". The files of a key are next to each other.
-    """
-
-    def samples(self, file: Path) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-        """Yield the files of each key; see `FileSource.samples`."""
-        return read_tar(file)
-
-    def parts(self, sample: list[tuple[str, bytes]]) -> list[str | bytes]:
-        """List caption and image; see `ImageFileSource.parts`."""
-        files = by_extension(sample)
-        image = first_present(files, TAR_IMAGES)
-        if image is None:
-            raise BadSample("caption without image")
-        return [_tar_caption(files), image]
-
-
-def _tar_caption(files: dict[str, bytes]) -> str:
-    try:
-        text = first_present(files, TAR_CAPTIONS)
-        if text is None:
-            return parse_caption(parse_json(files["json"]), ("caption", "text"))
-        return parse_caption({"caption": text.decode()}, ("caption",))
-    except (BadSample, UnicodeDecodeError, KeyError) as error:
-        raise BadSample("image without caption") from error
-
-
-# Tables
-
-ROW_IMAGES = ("image", "jpg", "jpeg", "png", "webp", "file_name", "path", "img_path", "image_path")
-ROW_CAPTIONS = ("text", "caption", "prompt", "txt", "captions")
-
-
-class CaptionRows(ImagePathSource):
-    """Captioned images from .jsonl (also .gz, .zst), .csv or .parquet, one a row.
-
-    The image is the first present column of `image`, `jpg`, `jpeg`, `png`, `webp`, `file_name`,
-    `path`, `img_path`, `image_path`: a path, or in parquet the content of the file. The caption is
-    the first present column of `text`, `caption`, `prompt`, `txt`, or one of `captions`, chosen by
-    a hash so that it is always the same one.
-    """
-
-    def samples(self, file: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
-        """Yield the folder of the images with each row; see `FileSource.samples`."""
-        match file_format(file):
-            case ".jsonl":
-                rows = read_lines(file)
-            case ".csv":
-                rows = read_csv(file)
-            case ".parquet":
-                rows = read_parquet(file, ROW_IMAGES + ROW_CAPTIONS)
-            case _:
-                raise UserError(f"{file} is neither .jsonl, .csv nor .parquet; name other files")
-        for number, row in enumerate(rows):
-            yield str(number), (self.image_folder(file), row)
-
-    def parts(self, sample: tuple[Path, Any]) -> list[str | bytes | Path]:
-        """List caption and image; see `ImageFileSource.parts`."""
-        folder, row = sample
-        row = parse_object(row) if isinstance(row, bytes) else row
-        image = as_image_file(first_present(row, ROW_IMAGES), folder)
-        if image is None:
-            raise BadSample("caption without image")
-        return [parse_caption(row, ROW_CAPTIONS), image]
+IMAGE_EXTENSIONS = (
+    "jpg", "jpeg", "png", "webp", "gif", "image", "img", "jfif", "jpe", "bmp", "tif", "tiff",
+    "avif", "jp2",
+)  # fmt: skip
+CAPTION_EXTENSIONS = ("txt", "text", "caption", "captions")
+IMAGE_KEYS = (
+    "image", "jpg", "jpeg", "png", "webp", "file_name", "path", "img_path", "image_path",
+    "filepath", "filename", "file", "image_file", "image_name", "img",
+)  # fmt: skip
+CAPTION_KEYS = (
+    "text", "caption", "prompt", "txt", "captions", "title", "description", "sentences", "raw",
+)  # fmt: skip
 
 
 def first_present(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -111,123 +75,324 @@ def first_present(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
-def parse_caption(row: Any, names: tuple[str, ...]) -> str:
-    """Return the caption of a row; one of several is chosen by a hash.
+def parse_caption(row: Any, caption_key: str | None = None) -> str:
+    """Return the caption of a row, or all of several as `AnyText`.
+
+    Args:
+        row: a dict with a caption, or the caption itself: a text, a list of texts, BAGEL's dict
+            {name of the captioner: caption} or its JSON.
+        caption_key: key of the caption; null: the first of CAPTION_KEYS.
 
     Raises:
         BadSample: the row has no caption.
     """
-    caption = first_present(row, names) if isinstance(row, dict) else None
-    if isinstance(caption, str) and caption == row.get("captions"):
-        caption = parse_object(caption)  # BAGEL: {name of the captioner: caption}
-    if isinstance(caption, dict):
-        caption = list(caption.values())
-    if isinstance(caption, list) and caption:
-        caption = caption[zlib.crc32(repr(caption).encode()) % len(caption)]
-    if not isinstance(caption, str) or not caption.strip():
+    keys = (caption_key,) if caption_key else CAPTION_KEYS
+    caption = row
+    if isinstance(row, dict):
+        if not any(key in row for key in keys):
+            raise BadSample(missing("caption", row, keys, "caption_key"))
+        caption = first_present(row, keys)
+        if isinstance(caption, str) and caption == row.get("captions") and caption[:1] in "{[":
+            caption = parse_json(caption)
+    texts = list(_texts(caption))
+    if not texts:
         raise BadSample("image without caption")
-    return caption.strip()
+    return AnyText(texts)
+
+
+def _texts(caption: Any) -> Iterator[str]:
+    """Yield the non-empty texts of a caption, which may be nested in lists and dicts."""
+    if isinstance(caption, str):
+        text = caption.strip().removeprefix("\ufeff")
+        if text:
+            yield text
+    elif isinstance(caption, list):
+        for one in caption:
+            text = first_present(one, CAPTION_KEYS) if isinstance(one, dict) else one
+            yield from _texts(text)
+    elif isinstance(caption, dict):
+        for value in caption.values():
+            yield from _texts(value)
+
+
+# Tars
+
+
+@dataclass(eq=False)
+class CaptionTars(ImageFileSource):
+    """Captioned images from WebDataset tars.
+
+    A sample is {key}.jpg|jpeg|png|webp|gif|... with {key}.txt|text|caption, or with a {key}.json
+    that has one of CAPTION_KEYS, or a list of captions. Upper case is allowed, and the order of the
+    files does not matter.
+
+    Args:
+        paths: tars or globs of them to train on.
+        caption_key: extension of the caption's file, or key of the caption in the .json; null: the
+            first of CAPTION_EXTENSIONS, then of CAPTION_KEYS.
+        image_key: extension of the image's file; null: the first of IMAGE_EXTENSIONS.
+    """
+
+    caption_key: str | None = None
+    image_key: str | None = None
+
+    NEW_ARGUMENTS: ClassVar[tuple[str, ...]] = ("caption_key", "image_key")
+
+    def samples(self, file: Path) -> Iterator[tuple[str, list[tuple[str, bytes]] | BadSample]]:
+        """Yield the files of each key; see `FileSource.samples`."""
+        if file_format(file) != "tar":
+            raise refuse(file, "CaptionTars reads tars; ImageCaptionData also reads other files")
+        return read_tar(file)
+
+    def parts(self, sample: list[tuple[str, bytes]]) -> list[str | bytes]:
+        """List caption and image; see `ImageFileSource.parts`."""
+        files = by_extension(sample)
+        extensions = (self.image_key,) if self.image_key else IMAGE_EXTENSIONS
+        image = first_present(files, extensions)
+        if image is None and not self.image_key:
+            image = next((x for x in files.values() if is_image_file(x[:64])), None)
+        if image is None:
+            raise BadSample(missing("image", files, extensions[:5], "image_key"))
+        return [tar_caption(files, self.caption_key), image]
+
+
+def tar_caption(files: dict[str, bytes], caption_key: str | None = None) -> str:
+    """Return the caption among the files of a sample, by extension.
+
+    Raises:
+        BadSample: there is none.
+    """
+    extensions = (caption_key,) if caption_key else CAPTION_EXTENSIONS
+    text = first_present(files, extensions)
+    if text is not None:
+        return parse_caption(decode_text(text))
+    if "json" not in files:
+        raise BadSample(missing("caption", files, (*extensions, "json"), "caption_key"))
+    return parse_caption(parse_json(files["json"]), caption_key)
+
+
+# Tables
+
+
+@dataclass(eq=False)
+class CaptionRows(ImagePathSource):
+    """Captioned images from JSON lines, a JSON array, CSV or parquet, one a row.
+
+    The image is the first present column of IMAGE_KEYS: a path, or in parquet the content of the
+    file. The caption is the first present column of CAPTION_KEYS. Rows that are conversations are
+    read as `ChatFiles` reads them.
+
+    Args:
+        caption_key: column of the captions; null: the first of CAPTION_KEYS.
+        image_key: column of the images; null: the first of IMAGE_KEYS.
+    """
+
+    caption_key: str | None = None
+    image_key: str | None = None
+
+    NEW_ARGUMENTS: ClassVar[tuple[str, ...]] = ("caption_key", "image_key")
+
+    def samples(self, file: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
+        """Yield the folder of the images with each row; see `FileSource.samples`."""
+        match file_format(file):
+            case "json":
+                rows = read_records(file)
+            case "csv" | "text":  # captions.txt of Flickr8k is a table
+                rows = read_csv(file)
+            case "parquet":
+                names = (self.image_key, self.caption_key, *IMAGE_KEYS, *CAPTION_KEYS, *COLUMNS)
+                columns = list(dict.fromkeys(name for name in names if name))
+                rows = read_parquet(file, columns, "image_key and caption_key")
+            case _:
+                raise refuse(file, "tables are read from .jsonl, .json, .csv and .parquet files")
+        for number, row in enumerate(rows):
+            yield str(number), (self.image_folder(file), row)
+
+    def parts(self, sample: tuple[Path, Any]) -> Parts:
+        """List caption and image, or a conversation; see `ImageFileSource.parts`."""
+        folder, row = sample
+        return row_parts(parse_record(row), folder, self.image_key, self.caption_key)
+
+
+def row_parts(row: Any, folder: Path, image_key: str | None, caption_key: str | None) -> Parts:
+    """Return caption and image of a row, or its conversation.
+
+    Raises:
+        BadSample: the row has no image or no caption, or is not an object.
+    """
+    if is_conversation(row):
+        return conversation(read_messages(row, folder))
+    if not isinstance(row, dict):
+        raise BadSample("line that is not a JSON object")
+    keys = (image_key,) if image_key else IMAGE_KEYS
+    image = as_image_file(first_present(row, keys), folder)
+    if image is None and not any(key in row for key in keys):
+        raise BadSample(missing("image", row, keys, "image_key"))
+    if image is None:
+        raise BadSample("caption without image")
+    return [parse_caption(row, caption_key), image]
 
 
 # JSON
 
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
-LLAVA_ROLES = {"human": "USER", "gpt": "ASSISTANT", "system": "SYSTEM"}
 
 
+@dataclass(eq=False)
 class CaptionJson(ImagePathSource):
     """Captioned images from COCO's captions_*.json, Karpathy's dataset_coco.json, or LLaVA's JSON.
 
-    Each caption is a document with its image, and the captions of an image are held out together.
-    Karpathy's file itself names the splits: "train" and "restval" are trained on, "val" is
-    validated on. A conversation of LLaVA is one document, with an image for each <image> marker.
+    Each image is a document with one of its captions, drawn in each epoch. Karpathy's file itself
+    names the splits: "train" and "restval" are trained on, "val" is validated on. Conversations, as
+    in LLaVA's files, are read as `ChatFiles` reads them, with an image for each <image> marker.
 
     Args:
         images: folder that paths of images are relative to, such as coco/val2014 for COCO, or the
             folder that contains val2014 for Karpathy; null: the folder of the JSON file.
+        caption_key: key of a caption; null: "caption" for COCO, "raw" for Karpathy.
+        image_key: key of an image's file; null: "file_name" for COCO, "filename" for Karpathy.
     """
+
+    caption_key: str | None = None
+    image_key: str | None = None
+
+    VERSION: ClassVar[int] = 2
+    NEW_ARGUMENTS: ClassVar[tuple[str, ...]] = ("caption_key", "image_key")
 
     def samples(self, file: Path) -> Iterator[tuple]:
-        """Yield each caption with its image, or each conversation; see `FileSource.samples`."""
-        content, folder = parse_json(read_bytes(file)), self.image_folder(file)
-        try:
-            if isinstance(content, list):
-                yield from llava(content, folder)
-            elif "annotations" in content:
-                yield from coco(content, folder)
-            else:
-                yield from karpathy(content, folder)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BadSample("JSON that is not in the layout of COCO, Karpathy or LLaVA") from error
+        """Yield each image with its captions, or each conversation; see `FileSource.samples`."""
+        if file_format(file) != "json":
+            raise refuse(file, "COCO's and LLaVA's captions are JSON; use ImageCaptionData")
+        folder = self.image_folder(file)
+        match json_layout(file):
+            case "coco":
+                yield from coco(file, folder, self.image_key, self.caption_key)
+            case "karpathy":
+                yield from karpathy(file, folder, self.image_key, self.caption_key)
+            case _:
+                for number, record in enumerate(read_records(file)):
+                    yield str(number), (folder, record)
 
-    def parts(self, sample: list | BadSample) -> list[str | Path]:
+    def parts(self, sample: tuple[Path, Any]) -> Parts:
         """List texts and images; see `ImageFileSource.parts`."""
-        if isinstance(sample, BadSample):
-            raise sample
-        return sample
+        folder, row = sample
+        return row_parts(parse_record(row), folder, self.image_key, self.caption_key)
 
 
-def coco(content: dict[str, Any], folder: Path) -> Iterator[tuple[str, list | BadSample]]:
-    """Yield each annotation. Layout: images[{id, file_name}], annotations[{image_id, caption}]."""
-    files = {image["id"]: folder / image["file_name"] for image in content["images"]}
-    for annotation in content["annotations"]:
-        key = annotation["image_id"]
-        yield str(key), _pair(annotation["caption"], files.get(key))
+def json_layout(file: Path) -> str:
+    """Return "coco" or "karpathy" for a JSON object of either, "rows" for any other file."""
+    if read_start(file).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{":
+        return "rows"
+    keys = set()
+    try:
+        for key, item in json_items(file):
+            keys.add(key)
+            if key == "images" and isinstance(item, dict) and "sentences" in item:
+                return "karpathy"
+            if key in ("images", "annotations") and isinstance(item, dict) and "id" in item:
+                return "coco"
+    except BadSample:  # JSON lines, or damage that the reader will report
+        pass
+    return "coco" if {"images", "annotations"} & keys and not keys & {"messages"} else "rows"
 
 
-def karpathy(content: dict[str, Any], folder: Path) -> Iterator[tuple]:
-    """Yield each sentence. Layout: images[{filepath, filename, split, sentences[{raw}]}]."""
-    for image in content["images"]:
-        file = folder / image.get("filepath", "") / image["filename"]
-        for sentence in image["sentences"]:
-            if image["split"] in KARPATHY_SPLITS:  # no reader asks for "test"
-                split = KARPATHY_SPLITS[image["split"]]
-                yield image["filename"], _pair(sentence["raw"], file), split
-            else:
-                yield image["filename"], BadSample("image of an unknown split")
+def coco(
+    file: Path, folder: Path, image_key: str | None = None, caption_key: str | None = None
+) -> Iterator[tuple[str, tuple[Path, dict] | BadSample]]:
+    """Yield each image with all its captions.
 
-
-def llava(content: list[Any], folder: Path) -> Iterator[tuple[str, list | BadSample]]:
-    """Yield each conversation.
-
-    Layout: a list of {"image": path or paths, "conversations": [{from, value}]}.
+    Layout: images[{id, file_name}], annotations[{image_id, caption}].
     """
-    for number, record in enumerate(content):
-        try:
-            names = record.get("image") or []
-            names = [names] if isinstance(names, str) else names
-            files = [folder / name for name in names]
-            yield str(record.get("id", number)), _conversation(record["conversations"], files)
-        except (KeyError, TypeError, AttributeError):
-            yield str(number), BadSample("conversation that is not in LLaVA's layout")
+    files: dict[Any, Any] = {}
+    twice: set[Any] = set()
+    captions: dict[Any, list[str]] = {}
+    damage = None
+    try:
+        for key, item in json_items(file):
+            if key == "images" and item != []:
+                image_id = str(item["id"])
+                if image_id in files and files[image_id] != item.get(image_key or "file_name"):
+                    twice.add(image_id)
+                files[image_id] = item.get(image_key or "file_name")
+            elif key == "annotations" and item != []:
+                texts = captions.setdefault(str(item["image_id"]), [])
+                texts.append(item.get(caption_key or "caption"))
+    except BadSample as error:
+        damage = error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadSample("JSON that is not in the layout of COCO, Karpathy or LLaVA") from error
+    if not files and not damage:
+        raise BadSample("JSON that is not in the layout of COCO, Karpathy or LLaVA")
+    for image_id, texts in captions.items():
+        if image_id in twice:
+            yield image_id, BadSample("id of two images, so it is unknown which one is right")
+        else:
+            yield image_id, (folder, {"image": files.get(image_id), "caption": texts})
+    if damage:
+        raise damage
 
 
-def _conversation(turns: list[dict[str, str]], files: list[Path]) -> list | BadSample:
-    """Write turns as LLaVA-1.5 does, "USER: ... ASSISTANT: ...", with a file for each <image>."""
-    dialogue = " ".join(
-        f"{LLAVA_ROLES.get(turn['from'], turn['from'])}: {turn['value']}" for turn in turns
-    )
-    texts = re.split(r"<image>\n?", dialogue)
-    if len(texts) != len(files) + 1:
-        return BadSample("conversation with a wrong number of <image> markers")
-    parts = [texts[0]]
-    for file, text in zip(files, texts[1:], strict=True):
-        parts += [file, text]
-    return [part for part in parts if part]
+def karpathy(
+    file: Path, folder: Path, image_key: str | None = None, caption_key: str | None = None
+) -> Iterator[tuple]:
+    """Yield each image with its sentences.
+
+    Layout: images[{filepath, filename, split, sentences[{raw}]}].
+    """
+    for key, image in json_items(file):
+        if key != "images" or not isinstance(image, dict):
+            continue
+        name, sentences = image.get(image_key or "filename"), image.get("sentences")
+        if not isinstance(name, str) or not isinstance(sentences, list):
+            yield str(name), BadSample("image without filename or sentences")
+        elif image.get("split") not in KARPATHY_SPLITS:
+            yield name, BadSample("image of an unknown split")
+        else:  # no reader asks for "test"
+            texts = [s.get(caption_key or "raw") for s in sentences if isinstance(s, dict)]
+            row = {"image": f"{image.get('filepath') or '.'}/{name}", "caption": texts}
+            yield name, (folder, row), KARPATHY_SPLITS[image["split"]]
 
 
-def _pair(caption: Any, file: Path | None) -> list | BadSample:
-    if file is None:
-        return BadSample("caption without image")
-    if not isinstance(caption, str) or not caption.strip():
-        return BadSample("image without caption")
-    return [caption.strip(), file]
+# Text files
+
+
+@dataclass(eq=False)
+class CaptionFolders(ImageFileSource):
+    """Captioned images: image files, with their captions in text files of the same names.
+
+    The caption of a/b.jpg is a/b.txt, a/b.caption or a/b.json, as img2dataset's output "files" has
+    them.
+
+    Args:
+        paths: image files or globs to train on, such as 'photos/**/*.jpg'; other files are ignored.
+        caption_key: suffix of the captions' files without dot, or key of the caption in the .json;
+            null: the first of CAPTION_EXTENSIONS, then of CAPTION_KEYS.
+    """
+
+    caption_key: str | None = None
+
+    def samples(self, file: Path) -> Iterator[tuple[str, Path]]:
+        """Yield the file itself if it is an image; see `FileSource.samples`."""
+        if file_format(file) == "image":
+            yield file.stem, file
+
+    def parts(self, sample: Path) -> list[str | Path]:
+        """List caption and image; see `ImageFileSource.parts`."""
+        wanted = (*CAPTION_EXTENSIONS, "json", *([self.caption_key] if self.caption_key else []))
+        beside = {kind: sample.with_suffix(f".{kind}") for kind in wanted}
+        files = {kind: file.read_bytes() for kind, file in beside.items() if file.is_file()}
+        return [tar_caption(files, self.caption_key), sample]
 
 
 # Any of the above
 
 # Files that have the captions of a folder, in order of preference.
-CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "*.tar", "*.parquet")
+CAPTION_FILES = (
+    "metadata.jsonl", "metadata.csv", "metadata.parquet", "*.tar", "*.parquet", "*.jsonl",
+    "captions.txt", "*.csv", "*.tsv",
+)  # fmt: skip
+
+CaptionSource = CaptionTars | CaptionRows | CaptionJson | CaptionFolders | ChatFiles
 
 
 def caption_source(
@@ -235,28 +400,72 @@ def caption_source(
     *,
     val_paths: str | list[str] | None = None,
     images: str | None = None,
+    caption_key: str | None = None,
+    image_key: str | None = None,
     **options,
-) -> CaptionTars | CaptionRows | CaptionJson:
-    """Create the source for captioned images whose format is that of the first path.
+) -> CaptionSource:
+    """Create the source for captioned images whose format is that of the first file.
 
     Args:
-        paths: files, globs or folders to train on. For a folder, its CAPTION_FILES are read.
+        paths: files, globs or folders to train on. For a folder, its CAPTION_FILES are read, or its
+            images with a text file beside each.
         val_paths: files, globs or folders to validate on.
         images: folder that paths of images are relative to; tars contain their images.
+        caption_key: key, column or extension of the captions; null: the known ones.
+        image_key: key, column or extension of the images; null: the known ones.
         options: the other arguments of the source.
 
     Raises:
-        UserError: a folder contains none of CAPTION_FILES.
+        UserError: a folder contains no captions.
     """
     paths, val_paths = _replace_folders(paths), val_paths and _replace_folders(val_paths)
-    options |= {"val_paths": val_paths}
-    match file_format(Path(paths if isinstance(paths, str) else paths[0])):
-        case ".json":
-            return CaptionJson(paths, images=images, **options)
-        case ".jsonl" | ".csv" | ".parquet":
-            return CaptionRows(paths, images=images, **options)
+    options |= {"val_paths": val_paths, "caption_key": caption_key}
+    named = {"images": images, "image_key": image_key}
+    match _caption_format(_first_file(paths)):
+        case "image":
+            return CaptionFolders(paths, **options)
+        case "object":
+            return CaptionJson(paths, **named, **options)
+        case "rows":
+            return CaptionRows(paths, **named, **options)
+        case "chat":
+            del options["caption_key"]
+            return ChatFiles(paths, **named, **options)
         case _:
-            return CaptionTars(paths, **options)
+            return CaptionTars(paths, image_key=image_key, **options)
+
+
+def _first_file(paths: str | list[str]) -> Path:
+    """Return the first file, or its name if it does not exist, as where data is only encoded."""
+    first = paths if isinstance(paths, str) else paths[0]
+    found = sorted(glob.glob(str(Path(first).expanduser()), recursive=True))
+    return Path(next((name for name in found if Path(name).is_file()), first))
+
+
+def _caption_format(file: Path) -> str:
+    """Return "tar", "image", "rows", "chat" for conversations, or "object" for COCO's JSON."""
+    kind = file_format(file) if file.is_file() else format_by_name(file)
+    if kind in ("text", "json", "csv") and _has_image_beside(file):
+        return "image"
+    if kind == "parquet" and file.is_file() and "messages" in column_names(file):
+        return "chat"
+    if kind in ("text", "csv", "parquet"):
+        return "rows"
+    if kind != "json":
+        return kind
+    if not file.is_file():
+        return "rows" if ".jsonl" in file.name else "object"
+    if json_layout(file) != "rows":
+        return "object"
+    try:
+        record = parse_record(next(read_records(file, is_message), None))
+    except BadSample:
+        return "rows" if ".jsonl" in file.name else "object"
+    return "chat" if is_conversation(record) else "rows"
+
+
+def _has_image_beside(file: Path) -> bool:
+    return any(file.with_suffix(f".{kind}").is_file() for kind in IMAGE_EXTENSIONS)
 
 
 def _replace_folders(paths: str | list[str]) -> str | list[str]:
@@ -266,12 +475,17 @@ def _replace_folders(paths: str | list[str]) -> str | list[str]:
     folder = Path(paths).expanduser()
     if not folder.is_dir():
         return paths
+    escaped = glob.escape(str(folder))
     for pattern in CAPTION_FILES:
-        if any(folder.glob(pattern)):
-            return f"{glob.escape(str(folder))}/{pattern}"
+        if any(not is_ignored(file.name) for file in folder.glob(pattern)):
+            return f"{escaped}/{pattern}"
+    texts = (file for kind in (*CAPTION_EXTENSIONS, "json") for file in folder.rglob(f"*.{kind}"))
+    if any(_has_image_beside(file) for file in texts):
+        return f"{escaped}/**/*"
     raise UserError(
         f"the folder {paths} has no captions: it needs a metadata.jsonl with a line such as "
-        '{"file_name": "cat.jpg", "text": "a cat"} for each image, or .tar or .parquet files'
+        '{"file_name": "cat.jpg", "text": "a cat"} for each image, a cat.txt beside each cat.jpg, '
+        "or .tar or .parquet files"
     )
 
 

@@ -1,19 +1,22 @@
 """Base classes of the sources that read files: globs, held-out documents, fingerprints, shards."""
 
+import base64
 import copy
 import glob
 import os
 import zlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
-from tf_lightning.data.images import load_image
+from tf_lightning.data.images import CONTEXT, load_image
+from tf_lightning.data.readers.formats import is_ignored
 from tf_lightning.errors import UserError
 
 SHARD_BYTES = 64_000_000  # total size of the files that one preparation shard reads
@@ -33,9 +36,15 @@ class FileSource(Source):
     val_paths: str | list[str] | None = None
     val_fraction: float = 0.01
 
+    # A higher number makes all corpora of the source be prepared again.
+    VERSION: ClassVar[int] = 1
+    # Arguments that corpora prepared by older versions do not know; they are not part of the
+    # fingerprint while they have their default.
+    NEW_ARGUMENTS: ClassVar[tuple[str, ...]] = ()
+
     @abstractmethod
     def samples(self, file: Path) -> Iterator[tuple]:
-        """Yield (key, sample) for each sample of a file.
+        """Yield (key, sample) for each sample of a file; a BadSample stands for one to be skipped.
 
         The split of a sample is a hash of the file's name and the key, so samples with the same key
         are held out together. Yield (key, sample, split) if the file itself names the split.
@@ -59,14 +68,21 @@ class FileSource(Source):
                 for key, sample, *named in self.samples(file):
                     if named == [split] if named else self._in_split(f"{file.name}/{key}", split):
                         yield from self._convert(sample)
-            except BadSample as error:
-                yield Skipped(str(error))
+            except (BadSample, *UNEXPECTED) as error:
+                yield Skipped(reason(error))
 
     def fingerprint(self, split: Split) -> str:
         """See `Source.fingerprint`."""
         stats = [(str(file), file.stat()) for file in self.files(split)]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        return repr((type(self).__name__, split, sorted(vars(self).items()), files))
+        defaults = {field.name: field.default for field in fields(self)}
+        arguments = [
+            (name, value)
+            for name, value in sorted(vars(self).items())
+            if not (name in self.NEW_ARGUMENTS and value == defaults[name])
+        ]
+        version = [self.VERSION] if self.VERSION > 1 else []
+        return repr((type(self).__name__, split, arguments, files, *version))
 
     def files(self, split: Split) -> list[Path]:
         """List the files that a split is read from."""
@@ -99,18 +115,45 @@ class FileSource(Source):
     def _convert(self, sample: Any) -> Iterator[RawDocument | Skipped]:
         """Yield the skipped parts of a sample, then its document unless nothing is left of it."""
         try:
+            if isinstance(sample, BadSample):
+                raise sample
             parts = self.document(sample)
-        except BadSample as error:
-            parts = [Skipped(str(error))]
+        except (BadSample, *UNEXPECTED) as error:
+            parts = [Skipped(reason(error))]
         yield from (part for part in parts if isinstance(part, Skipped))
         document = [part for part in parts if not isinstance(part, Skipped)]
         if document or not parts:
             yield document
 
 
+# What a reader may raise for content of types that nobody foresaw. It costs one sample.
+UNEXPECTED = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RecursionError,
+    TypeError, ValueError,
+)  # fmt: skip
+
+
+def reason(error: Exception) -> str:
+    """Return the reason for which a sample is skipped.
+
+    Raises:
+        UserError: the error is a mistake in the arguments, which concerns all samples.
+    """
+    if isinstance(error, UserError):
+        raise error
+    return str(error) if isinstance(error, BadSample) else f"sample with a {type(error).__name__}"
+
+
 @dataclass(frozen=True)
 class OptionalImage:
     """An image file that is left out of its document if it is missing or damaged."""
+
+    file: bytes | Path
+
+
+@dataclass(frozen=True)
+class ContextImage:
+    """An image file that is read in its document but never generated, such as one in a question."""
 
     file: bytes | Path
 
@@ -125,7 +168,7 @@ class ImageFileSource(FileSource):
 
     image_size: int = 256
 
-    def parts(self, sample: Any) -> list[str | bytes | Path | OptionalImage]:
+    def parts(self, sample: Any) -> list[str | bytes | Path | OptionalImage | ContextImage]:
         """List the texts and image files of a sample in order; by default the sample itself.
 
         Raises:
@@ -137,7 +180,11 @@ class ImageFileSource(FileSource):
         """See `FileSource.document`."""
         return [part if isinstance(part, str) else self._load(part) for part in self.parts(sample)]
 
-    def _load(self, file: bytes | Path | OptionalImage) -> Image.Image | Skipped:
+    def _load(self, file: bytes | Path | OptionalImage | ContextImage) -> Image.Image | Skipped:
+        if isinstance(file, ContextImage):
+            image = load_image(file.file, self.image_size)
+            image.info[CONTEXT] = True
+            return image
         if not isinstance(file, OptionalImage):
             return load_image(file, self.image_size)
         try:
@@ -166,19 +213,40 @@ def as_image_file(value: Any, folder: Path) -> bytes | Path | None:
     """Convert the image field of a record to an image file; None if it holds no image.
 
     Args:
-        value: a path relative to `folder`, the content of a file, or a dict {"bytes", "path"} as on
-            the Hugging Face hub.
+        value: a path relative to `folder`, the content of a file, a data URL, or a dict {"bytes",
+            "path"} as on the Hugging Face hub.
         folder: folder that paths are relative to.
+
+    Raises:
+        BadSample: the field is the URL of an image that was not downloaded.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value:
-        return folder / value
-    return value if isinstance(value, bytes) else None
+    if isinstance(value, bytes):
+        return value or None
+    if not isinstance(value, str) or value in NO_IMAGE:
+        return None
+    if value.startswith("data:"):
+        return _decode_data_url(value)
+    if value.startswith(("http://", "https://")):
+        raise BadSample("image that is only a URL; download the images, such as with img2dataset")
+    return folder / value.removeprefix("file://")
+
+
+NO_IMAGE = ("", "None", "none", "null", "nan")  # written for a missing image
+
+
+def _decode_data_url(url: str) -> bytes:
+    try:
+        return base64.b64decode(url.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise BadSample("damaged image") from error
 
 
 def find_files(paths: str | list[str]) -> list[Path]:
     """List the files that paths or globs match (`**` included), sorted within each glob.
+
+    Files that macOS and file managers put beside the real ones are left out.
 
     Raises:
         UserError: a path or glob matches no file.
@@ -186,11 +254,22 @@ def find_files(paths: str | list[str]) -> list[Path]:
     files = []
     for path in [paths] if isinstance(paths, str) else paths:
         found = sorted(glob.glob(os.path.expanduser(path), recursive=True))
-        found = [Path(name) for name in found if os.path.isfile(name)]
-        if not found:
-            raise UserError(f"no file matches {path!r}; give files or globs such as 'data/*.tar'")
-        files += found
+        names = [name for name in found if os.path.isfile(name) and not is_ignored(name)]
+        if not names:
+            raise UserError(_no_file(path, found))
+        files += [Path(name) for name in names]
     return files
+
+
+def _no_file(path: str, found: list[str]) -> str:
+    """Say what a path without files is, and what to give instead."""
+    if found and os.path.isdir(found[0]):
+        suffixes = Counter(
+            Path(name).suffix for name in os.listdir(found[0]) if not name.startswith(".")
+        )
+        suffix = suffixes.most_common(1)[0][0] if suffixes else ""
+        return f"{path!r} is a folder; give the files in it, such as '{found[0]}/*{suffix}'"
+    return f"no file matches {path!r}; give files or globs such as 'data/*.tar'"
 
 
 def held_out(key: str, fraction: float) -> bool:

@@ -67,7 +67,7 @@ def read_names(file: str) -> dict[str, str]:
         UserError: the file cannot be read or contains no names.
     """
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{file} cannot be read; give a file of lines 'n01440764 tench', or names: null"

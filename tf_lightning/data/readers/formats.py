@@ -1,9 +1,13 @@
 """Iterators over the records of a file: lines, JSON, rows of CSV and parquet, samples of a tar.
 
-Files are read as streams, and .gz and .zst files are decompressed on the way. If a file is damaged,
-its iterator yields the records before the damage and then raises BadSample. Members of a tar are
-never unpacked to disk, their names are only used as keys, and links and devices are ignored, so a
-tar cannot refer to other files.
+The first bytes of a file decide what it is; its suffix is asked only where they do not. Files are
+read as streams and decompressed on the way (gz, zst, bz2, xz). If a file is damaged, its iterator
+yields the records before the damage and then raises BadSample. Members of a tar are never unpacked
+to disk, their names are only used as keys, and links and devices are ignored, so a tar cannot refer
+to other files.
+
+Every record has a limit that is checked before it is read, so that small hostile files cannot fill
+the memory.
 """
 
 import csv
@@ -12,8 +16,8 @@ import json
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,72 +25,193 @@ import pyarrow
 from pyarrow import parquet
 
 from tf_lightning.data.documents import BadSample
-from tf_lightning.data.images import FileBytes
+from tf_lightning.data.images import FileBytes, is_image_file
+from tf_lightning.errors import UserError
 
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-MAX_BYTES = 2**28  # largest record; a larger one is a sign of damage or a decompression bomb
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz", ".tgz": "gzip"}
+COMPRESSION_MAGIC = {
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\0": "xz",
+}  # fmt: skip
+START = 2**16  # bytes that are read to find out what a file is
+FIRST_LINE = 2**20  # bytes that are read to find out whether JSON has one record a line
+MAX_BYTES = 2**24  # of a line or a JSON value; parsed JSON takes up to 20 times as much
+MAX_SAMPLE = 2**28  # bytes of all files of a sample in a tar
+MAX_MEMBERS = 2**20  # files in a tar
+MAX_HEADER = 2**20  # bytes of a name or of extended attributes in a tar
 ROWS_AT_ONCE = 64
+BATCH_BYTES = 2**26  # of a batch of rows of a parquet file
+CHUNK = 2**16  # characters of JSON that are read at once
 
+BOM = b"\xef\xbb\xbf"
+UTF_16 = b"\xff\xfe", b"\xfe\xff"
 DAMAGED_FILE = "damaged file, read up to the damage"
 DAMAGED_TAR = "damaged tar, read up to the damage"
 
+# What a file is
+
+SUFFIXES = {
+    "tar": (".tar", ".tgz"),
+    "parquet": (".parquet",),
+    "json": (".json", ".jsonl", ".ndjson"),
+    "csv": (".csv", ".tsv"),
+    "text": (".txt", ".text", ".md"),
+    "image": (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+              ".ppm", ".pgm", ".avif", ".jp2"),
+}  # fmt: skip
+OTHER_FORMATS = {
+    b"version https://git-lfs": "a Git LFS pointer, whose content `git lfs pull` fetches",
+    b"<!DOCTYPE html": "an HTML page", b"<html": "an HTML page", b"PK\x03\x04": "a ZIP archive",
+    b"ARROW1": "an Arrow file", b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy file",
+    b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive", b"%PDF": "a PDF file",
+    b"SQLite format 3": "an SQLite database", b"\x80\x02}": "a pickle", b"\x80\x04\x95": "a pickle",
+}  # fmt: skip
+
 
 def file_format(file: Path) -> str:
-    """Return the suffix without compression in lower case: ".jsonl" for "a.jsonl.zst"."""
-    return (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix.lower()
+    """Return the format of a file: a key of SUFFIXES, or a description of any other format.
+
+    The format is read from the content. The suffix decides for empty and damaged files, and between
+    plain text and tables.
+    """
+    start = read_start(file)
+    text = start.removeprefix(BOM).lstrip()
+    if start[:4] == b"PAR1":
+        return "parquet"
+    if is_tar_header(start[: tarfile.BLOCKSIZE]):
+        return "tar"
+    if is_image_file(start):
+        return "image"
+    for magic, description in OTHER_FORMATS.items():
+        if text.startswith(magic):
+            return description
+    named = format_by_name(file)
+    if named != "csv" and starts_json(text):
+        return "json"
+    return named or "text"
+
+
+def format_by_name(file: Path) -> str | None:
+    """Return the format that the suffix of a file stands for: a key of SUFFIXES, or None."""
+    packed = file.suffix.lower() in (".gz", ".zst", ".bz2", ".xz")
+    suffix = (file.with_suffix("") if packed else file).suffix.lower()
+    return next((kind for kind, known in SUFFIXES.items() if suffix in known), None)
+
+
+def is_tar_header(block: bytes) -> bool:
+    """Return whether a block of 512 bytes is the header of a tar's member; it has a checksum."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def starts_json(text: bytes) -> bool:
+    """Return whether a text begins with a line of JSON, or with an array or object over lines."""
+    if text[:1] not in (b"{", b"["):
+        return False
+    line = text.split(b"\n", 1)[0].rstrip()
+    try:
+        found, end = json.JSONDecoder().raw_decode(line.decode("utf-8", "replace"))
+    except json.JSONDecodeError as error:  # incomplete at the end of the line: it goes on below it
+        return error.pos >= len(line.decode("utf-8", "replace")) or len(line) > START // 2
+    except (ValueError, RecursionError):
+        return True
+    return end == len(line.decode("utf-8", "replace")) and isinstance(found, dict | list)
+
+
+def refuse(file: Path, known: str) -> UserError:
+    """Return the error for a file of a format that a source does not read."""
+    kind = file_format(file)
+    names = {"tar": "a tar", "parquet": "a parquet file", "json": "a JSON file",
+             "text": "plain text", "csv": "a CSV file", "image": "an image"}  # fmt: skip
+    return UserError(f"{file} is {names.get(kind, kind)}; {known}")
+
+
+# Bytes and text
+
+
+def compression(file: Path) -> str | None:
+    """Return the codec of a file, or None if it is not compressed.
+
+    A file that is named as compressed but begins with text was decompressed on its way, for example
+    by a browser; any other is damaged, and its codec will say so.
+    """
+    with file.open("rb") as raw:
+        start = raw.read(6)
+    for magic, codec in COMPRESSION_MAGIC.items():
+        if start.startswith(magic):
+            return codec
+    is_text = start.removeprefix(BOM).lstrip()[:1] in (b"{", b"[")
+    return None if is_text else COMPRESSED.get(file.suffix.lower())
 
 
 def open_stream(file: Path) -> io.BufferedReader:
     """Open a file as a stream of decompressed bytes."""
-    stream = pyarrow.input_stream(str(file), compression=COMPRESSED.get(file.suffix))
-    return io.BufferedReader(stream)
+    codec = compression(file)
+    if codec == "xz":
+        return io.BufferedReader(lzma.open(file))
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression=codec))
 
 
-def read_bytes(file: Path) -> bytes:
-    """Read and decompress a whole file."""
+STREAM_ERRORS = (OSError, EOFError, lzma.LZMAError, pyarrow.ArrowException)
+
+
+def read_start(file: Path, size: int = START) -> bytes:
+    """Read the first bytes of a file; none if it is damaged or may not be read."""
     try:
         with open_stream(file) as stream:
-            return stream.read()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise BadSample("damaged file") from error
+            return stream.read(size)
+    except STREAM_ERRORS:
+        return b""
+
+
+def decode_text(content: bytes) -> str:
+    """Decode UTF-8, without the byte order mark that some editors write.
+
+    Raises:
+        BadSample: the content is not UTF-8.
+    """
+    if content.startswith(UTF_16):
+        raise BadSample("text in UTF-16; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample("text that is not UTF-8") from error
 
 
 def read_lines(file: Path) -> Iterator[bytes]:
-    """Iterate over the lines of a file."""
-    empty = True
+    """Iterate over the lines of a file, without a byte order mark."""
+    first = True
     try:
         with open_stream(file) as stream:
             while line := stream.readline(MAX_BYTES + 1):
                 if len(line) > MAX_BYTES:
                     raise BadSample(f"line longer than {MAX_BYTES:,} bytes")
-                yield line
-                empty = False
-    except (OSError, pyarrow.ArrowException) as error:
+                if first and line.startswith(UTF_16):
+                    raise BadSample("text in UTF-16; save it as UTF-8")
+                yield line.removeprefix(BOM) if first else line
+                first = False
+    except STREAM_ERRORS as error:
         raise BadSample(DAMAGED_FILE) from error
-    if empty and file.suffix in COMPRESSED:  # truncated in its header, which raises no error
+    if first and compression(file):  # truncated in its header, which raises no error
         raise BadSample(DAMAGED_FILE)
 
 
-def read_csv(file: Path) -> Iterator[dict[str, str]]:
-    """Iterate over the rows of a CSV file whose first line names the columns."""
-    try:
-        with io.TextIOWrapper(open_stream(file), "utf-8-sig", newline="") as lines:
-            yield from csv.DictReader(lines)
-    except (OSError, pyarrow.ArrowException, csv.Error, UnicodeDecodeError) as error:
-        raise BadSample(DAMAGED_FILE) from error
+def read_text(file: Path) -> Iterator[str]:
+    """Read a text file: whole, or in pieces of whole lines if it has more than MAX_BYTES."""
+    piece: list[bytes] = []
+    size = 0
+    for line in read_lines(file):
+        if size + len(line) > MAX_BYTES:
+            yield decode_text(b"".join(piece))
+            piece, size = [], 0
+        piece.append(line)
+        size += len(line)
+    yield decode_text(b"".join(piece))
 
 
-def read_parquet(file: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Iterate over the rows of a parquet file, with those of `columns` that it has."""
-    try:
-        with parquet.ParquetFile(file, page_checksum_verification=True) as table:
-            found = [name for name in columns if name in table.schema_arrow.names]
-            if not found:
-                raise BadSample("parquet file without the expected columns")
-            for batch in table.iter_batches(ROWS_AT_ONCE, columns=found):
-                yield from batch.to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise BadSample(DAMAGED_FILE) from error
+# JSON
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -101,34 +226,431 @@ def parse_json(content: str | bytes) -> Any:
         raise BadSample("line that is not JSON") from error
 
 
-def parse_object(line: str | bytes) -> dict[str, Any]:
-    """Parse a JSON object.
+def parse_record(record: Any) -> Any:
+    """Parse a line of JSON; return a record that is parsed already.
 
     Raises:
-        BadSample: the line is not a JSON object.
+        BadSample: the line is not JSON, or a BadSample stands for the record.
     """
-    record = parse_json(line)
+    if isinstance(record, BadSample):
+        raise record
+    return parse_json(record) if isinstance(record, bytes) else record
+
+
+def parse_object(record: Any) -> dict[str, Any]:
+    """Do what `parse_record` does for a JSON object.
+
+    Raises:
+        BadSample: the record is not a JSON object.
+    """
+    record = parse_record(record)
     if not isinstance(record, dict):
         raise BadSample("line that is not a JSON object")
     return record
 
 
-def read_tar(file: Path) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """Iterate over the samples of a WebDataset tar: key, and (extension, content) of each file.
+def read_records(file: Path, is_part: Callable[[Any], bool] = lambda item: False) -> Iterator[Any]:
+    """Iterate over JSON records: the lines of a file as bytes, or the parsed items of one array.
 
-    The files of a sample have the same key and are next to each other.
+    An array may be on one line or on several. So may the only object of a file.
+
+    Args:
+        file: the file.
+        is_part: whether an item is part of a record; an array of parts is one record.
+    """
+    if not is_one_value(file):
+        yield from (line for line in read_lines(file) if line.strip())
+        return
+    members: dict[str, Any] = {}
+    items = json_items(file)
+    for key, value in items:
+        if key is None and is_part(value):
+            yield [value, *(other for _, other in items)]
+        elif key is None:
+            yield value
+        elif isinstance(members.get(key), list):
+            members[key].append(value)
+        else:
+            members[key] = value
+    if members:
+        yield members
+
+
+def is_one_value(file: Path) -> bool:
+    """Return whether a JSON file is one array, or one object over several lines."""
+    lines = (
+        line for line in read_start(file, FIRST_LINE).removeprefix(BOM).splitlines() if line.strip()
+    )
+    first, second = next(lines, b"").rstrip(), next(lines, b"")
+    if first[:1] not in (b"[", b"{"):
+        return False
+    if not second:  # the only line, or the beginning of a long one
+        return first[:1] == b"["
+    if first == b"[":
+        return True
+    return not _is_json(first) and not _is_json(second) and starts_json(first)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+class _JsonReader:
+    """Decodes a stream of JSON value by value."""
+
+    def __init__(self, stream: io.TextIOBase):
+        self.stream, self.buffer, self.place, self.at_end = stream, "", 0, False
+        self.decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """Return the next character that is not a space; "" at the end."""
+        while True:
+            while self.place < len(self.buffer) and self.buffer[self.place].isspace():
+                self.place += 1
+            if self.place < len(self.buffer) or self.at_end:
+                return self.buffer[self.place : self.place + 1]
+            self._fill(CHUNK)
+
+    def take(self, expected: str) -> str:
+        """Consume the next character, which must be one of `expected`."""
+        found = self.peek()
+        if not found or found not in expected:
+            raise BadSample(DAMAGED_FILE)
+        self.place += 1
+        return found
+
+    def value(self) -> Any:
+        """Decode the next value."""
+        self.peek()
+        while True:
+            try:
+                found, end = self.decoder.raw_decode(self.buffer, self.place)
+            except ValueError as error:
+                failure = error
+            else:
+                if end < len(self.buffer) or self.at_end:  # a number may go on
+                    self.place = end
+                    return found
+                failure = None
+            if self.at_end:
+                raise BadSample(DAMAGED_FILE) from failure
+            if len(self.buffer) - self.place > MAX_BYTES:
+                raise BadSample(f"JSON value longer than {MAX_BYTES:,} bytes")
+            self._fill(max(CHUNK, len(self.buffer) - self.place))  # doubles, so retries are few
+
+    def _fill(self, size: int) -> None:
+        more = self.stream.read(size)
+        self.buffer, self.place = self.buffer[self.place :] + more, 0
+        self.at_end = not more
+
+
+def json_items(file: Path) -> Iterator[tuple[str | None, Any]]:
+    """Iterate over the items of a JSON array as (None, item), or over an object's (key, value).
+
+    If the value of a key is an array, an empty list is yielded for it and then each of its items.
+
+    Raises:
+        BadSample: the file is not JSON, or damaged after what was yielded.
     """
     try:
-        with tarfile.open(file) as tar:
-            for key, group in groupby(_plain_files(tar), key=lambda m: split_name(m.name)[0]):
-                yield key, [(split_name(m.name)[1], _read(tar, m, file)) for m in group]
-            tar.fileobj.seek(tar.offset)
+        with io.TextIOWrapper(open_stream(file), "utf-8-sig") as stream:
+            reader = _JsonReader(stream)
+            if reader.peek() == "[":
+                yield from ((None, item) for item in _array(reader))
+            else:
+                yield from _object(reader)
+            if reader.peek():
+                raise BadSample(DAMAGED_FILE)
+    except UnicodeDecodeError as error:
+        raise BadSample("text that is not UTF-8") from error
+    except (*STREAM_ERRORS, RecursionError) as error:
+        raise BadSample(DAMAGED_FILE) from error
+
+
+def _array(reader: _JsonReader) -> Iterator[Any]:
+    reader.take("[")
+    if reader.peek() == "]":
+        reader.take("]")
+        return
+    more = ","
+    while more == ",":
+        yield reader.value()
+        more = reader.take(",]")
+
+
+def _object(reader: _JsonReader) -> Iterator[tuple[str, Any]]:
+    reader.take("{")
+    more = "" if reader.peek() == "}" else ","
+    while more == ",":
+        key = reader.value()
+        reader.take(":")
+        if reader.peek() == "[":
+            yield key, []
+            yield from ((key, item) for item in _array(reader))
+        else:
+            yield key, reader.value()
+        more = reader.take(",}")
+
+
+# Tables
+
+
+def read_csv(file: Path) -> Iterator[dict[str, str]]:
+    """Iterate over the rows of a CSV or TSV file whose first line names the columns."""
+    csv.field_size_limit(MAX_BYTES)
+    try:
+        lines = (decode_text(line) for line in read_lines(file))
+        header = next(lines, "")
+        delimiter = max("\t,;|", key=header.count)
+        yield from csv.DictReader(chain([header], lines), delimiter=delimiter)
+    except csv.Error as error:
+        raise BadSample(DAMAGED_FILE) from error
+
+
+def read_parquet(
+    file: Path, columns: Iterable[str], option: str = ""
+) -> Iterator[dict[str, Any] | BadSample]:
+    """Iterate over the rows of a parquet file, with those of `columns` that it has.
+
+    A BadSample stands for a row whose values cannot be converted, such as text that is not UTF-8.
+
+    Args:
+        file: the file.
+        columns: names of the columns.
+        option: argument of the source that chooses a column, for the message.
+
+    Raises:
+        BadSample: it has none of the columns, or is damaged.
+    """
+    try:
+        with parquet.ParquetFile(
+            file, page_checksum_verification=True, buffer_size=2**20, pre_buffer=False
+        ) as table:
+            found = [name for name in columns if name in table.schema_arrow.names]
+            if not found:
+                raise BadSample(missing("column", table.schema_arrow.names, columns, option))
+            for batch in table.iter_batches(_rows_at_once(table), columns=found):
+                for number in range(len(batch)):
+                    yield _row(batch.slice(number, 1))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise BadSample(DAMAGED_FILE) from error
+
+
+def column_names(file: Path) -> list[str]:
+    """Return the columns of a parquet file; none if it is damaged."""
+    try:
+        return parquet.read_schema(file).names
+    except (OSError, ValueError, pyarrow.ArrowException):
+        return []
+
+
+def _row(batch: pyarrow.RecordBatch) -> dict[str, Any] | BadSample:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return BadSample("text that is not UTF-8")
+    except (ValueError, OverflowError, pyarrow.ArrowException) as error:
+        return BadSample(f"row that cannot be converted ({type(error).__name__})")
+
+
+def _rows_at_once(table: parquet.ParquetFile) -> int:
+    """Choose the rows of a batch so that it has about BATCH_BYTES."""
+    rows = max(table.metadata.num_rows, 1)
+    groups = (table.metadata.row_group(i) for i in range(table.metadata.num_row_groups))
+    size = sum(group.total_byte_size for group in groups) // rows + 1
+    return max(1, min(ROWS_AT_ONCE, BATCH_BYTES // size))
+
+
+def missing(what: str, found: Iterable[str], wanted: Iterable[str], option: str = "") -> str:
+    """Say that nothing has one of the wanted names: "no caption: found ..., wanted one of ..."."""
+    names = ", ".join(sorted(str(name)[:40] for name in found)[:12])
+    text = f"no {what}: found {names or 'nothing'}; wanted one of {', '.join(wanted)}"
+    return f"{text}; choose with {option}" if option else text
+
+
+# Tars
+
+IGNORED = (".DS_Store", "Thumbs.db", "desktop.ini")  # written by file managers
+TAR_ERRORS = (tarfile.TarError, ValueError, zlib.error, RecursionError, *STREAM_ERRORS)
+
+Member = tuple[str, int, int]  # name, offset, bytes
+TarSample = list[tuple[str, bytes]]  # extension and content of each file
+
+
+def is_ignored(name: str) -> bool:
+    """Return whether a file was written by a file manager or by macOS's tar, beside the real one.
+
+    macOS stores the attributes of NAME in "._NAME".
+    """
+    *folders, base = name.split("/")
+    return base.startswith("._") or base in IGNORED or "__MACOSX" in folders
+
+
+class _TarStream:
+    """A stream that can be sought forward, and refuses to read more than a header's limit at once.
+
+    tarfile reads the names and attributes of members whole, however long the header says they are.
+    """
+
+    def __init__(self, stream: io.BufferedReader):
+        self.stream, self.place, self.limit = stream, 0, MAX_HEADER
+
+    def read(self, size: int) -> bytes:
+        """Read up to `size` bytes."""
+        if size > self.limit:
+            raise tarfile.ReadError("header longer than its limit")
+        content = self.stream.read(size)
+        self.place += len(content)
+        return content
+
+    def tell(self) -> int:
+        """Return the number of bytes before the next one."""
+        return self.place
+
+    def seek(self, place: int) -> None:
+        """Skip to a later position."""
+        if self.stream.seekable():
+            self.place = self.stream.seek(place)
+        while self.place < place:
+            content = self.stream.read(min(place - self.place, 2**20))
+            if not content:
+                return
+            self.place += len(content)
+
+
+def read_tar(file: Path) -> Iterator[tuple[str, TarSample | BadSample]]:
+    """Iterate over the samples of a WebDataset tar: key, and (extension, content) of each file.
+
+    The names of a sample's files are equal up to the first dot of the last component
+    (webdataset's rule), or up to the last dot if several samples are equal up to the first. The
+    files need not be next to each other, but a compressed tar is then held in memory in part.
+    """
+    members, damage = list_members(file)
+    samples = group_members(members)
+    read = _read_compressed if compression(file) else _read_plain
+    yield from read(file, samples)
+    if damage:
+        raise damage
+
+
+def list_members(file: Path) -> tuple[list[Member], BadSample | None]:
+    """List the files in a tar up to its damage, and the damage."""
+    members: list[Member] = []
+    try:
+        with open_stream(file) as stream:
+            counted = _TarStream(stream)
+            tar = tarfile.open(fileobj=counted, mode="r:")
+            for member in tar:
+                tar.members = []  # tarfile would keep all of them
+                if not 0 <= member.size:  # a negative size would loop forever
+                    raise BadSample(DAMAGED_TAR)
+                if member.isreg() and not member.issparse() and not is_ignored(member.name):
+                    members.append((member.name, member.offset_data, member.size))
+                if len(members) > MAX_MEMBERS:
+                    raise BadSample(f"tar of more than {MAX_MEMBERS:,} files")
+            counted.seek(tar.offset)
             # A tar ends with blocks of zeros. tarfile silently accepts a truncated header, or the
             # end of the file, in their place.
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            if counted.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise BadSample(DAMAGED_TAR)
-    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise BadSample(DAMAGED_TAR) from error
+    except BadSample as damage:
+        return members, damage
+    except TAR_ERRORS:
+        return members, BadSample(DAMAGED_TAR)
+    return members, None
+
+
+def group_members(members: list[Member]) -> list[tuple[str, list[tuple[str, Member]]]]:
+    """Group the files of a tar by sample, in the order of their first files.
+
+    Returns:
+        Key, and (extension, member) of each file, for each sample.
+    """
+    groups: dict[str, list[list[tuple[str, Member]]]] = {}  # by key up to the first dot
+    order: list[tuple[str, list]] = []
+    latest = None
+    for member in members:
+        key, extension = split_name(member[0])
+        rounds = groups.setdefault(key, [])
+        # A name that comes again, not next to its sample, begins another sample of the same key.
+        again = latest != key and rounds and extension in dict(rounds[-1])
+        if not rounds or again:
+            rounds.append([])
+            order.append((key, rounds[-1]))
+        rounds[-1].append((extension, member))
+        latest = key
+    return [sample for key, files in order for sample in _split_group(key, files)]
+
+
+def _split_group(
+    key: str, files: list[tuple[str, Member]]
+) -> Iterator[tuple[str, list[tuple[str, Member]]]]:
+    """Split the files of a key at the last dots of their names if their extensions are not unique.
+
+    "a.1.jpg, a.1.txt, a.2.jpg, a.2.txt" are two samples, "a.input.jpg, a.output.txt" are one.
+    """
+    short = [(extension.rpartition(".")[2], member) for extension, member in files]
+    if len(dict(short)) == len(short) or all("." not in extension for extension, _ in files):
+        yield key, short
+        return
+    parts: dict[str, list[tuple[str, Member]]] = {}
+    for extension, member in files:
+        middle, _, last = extension.rpartition(".")
+        parts.setdefault(f"{key}.{middle}" if middle else key, []).append((last, member))
+    yield from parts.items()
+
+
+def _read_plain(file: Path, samples: list) -> Iterator[tuple[str, TarSample | BadSample]]:
+    """Read the files of each sample at their offsets."""
+    with file.open("rb") as stream:
+        for key, files in samples:
+            if sum(size for _, (_, _, size) in files) > MAX_SAMPLE:
+                yield key, BadSample(f"files of more than {MAX_SAMPLE:,} bytes")
+                continue
+            contents = []
+            for extension, (_, offset, size) in files:
+                stream.seek(offset)
+                content = FileBytes(_exactly(stream.read(size), size), file, offset)
+                contents.append((extension, content))
+            yield key, contents
+
+
+def _read_compressed(file: Path, samples: list) -> Iterator[tuple[str, TarSample | BadSample]]:
+    """Read all files in their order; a sample is complete with its last one."""
+    places = sorted(
+        (offset, size, number, index)
+        for number, (_, files) in enumerate(samples)
+        for index, (_, (_, offset, size)) in enumerate(files)
+    )
+    held: dict[int, dict[int, bytes]] = {}  # contents of incomplete samples
+    num_bytes = 0
+    with open_stream(file) as raw:
+        stream = _TarStream(raw)
+        stream.limit = MAX_SAMPLE
+        for offset, size, number, index in places:
+            key, files = samples[number]
+            num_bytes += size
+            if num_bytes > MAX_SAMPLE:
+                raise BadSample("compressed tar whose samples are too large or not sorted by name")
+            try:
+                stream.seek(offset)
+                content = _exactly(stream.read(size), size)
+            except TAR_ERRORS as error:
+                raise BadSample(DAMAGED_TAR) from error
+            held.setdefault(number, {})[index] = content
+            if len(held[number]) == len(files):
+                contents = held.pop(number)
+                num_bytes -= sum(map(len, contents.values()))
+                yield key, [(extension, contents[i]) for i, (extension, _) in enumerate(files)]
+
+
+def _exactly(content: bytes, size: int) -> bytes:
+    if len(content) != size:
+        raise BadSample(DAMAGED_TAR)
+    return content
 
 
 def by_extension(files: list[tuple[str, bytes]]) -> dict[str, bytes]:
@@ -148,18 +670,3 @@ def split_name(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     key, _, extension = base.partition(".")
     return f"{folder}/{key}", extension.lower()
-
-
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, file: Path) -> bytes:
-    content = tar.extractfile(member).read()
-    if isinstance(tar.fileobj, io.BufferedReader):
-        return FileBytes(content, file, member.offset_data)
-    return content  # offsets in a compressed tar are not offsets of the file
-
-
-def _plain_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    for member in tar:
-        if not 0 <= member.size <= MAX_BYTES:  # a negative size would loop forever
-            raise BadSample(DAMAGED_TAR)
-        if member.isfile():
-            yield member

@@ -8,70 +8,94 @@ import hashlib
 import io
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image, ImageSequence
 
 from tf_lightning.data.documents import BadSample
-from tf_lightning.data.images import to_rgb
+from tf_lightning.data.images import MAX_BYTES, check_memory, to_rgb
 from tf_lightning.data.readers.files import ImagePathSource, OptionalImage, as_image_file
 from tf_lightning.data.readers.formats import (
     by_extension,
     file_format,
-    parse_json,
+    missing,
     parse_object,
-    read_lines,
+    parse_record,
     read_parquet,
+    read_records,
     read_tar,
+    refuse,
 )
-from tf_lightning.errors import UserError
 
 Parts = list[str | OptionalImage]
+OPTIONS = "images_key and texts_key"
 
 
+@dataclass(eq=False)
 class InterleavedFiles(ImagePathSource):
-    """Interleaved documents: a line of .jsonl (also .gz, .zst), a row of .parquet or a key of .tar.
+    """Interleaved documents: a record of JSON, a row of parquet or a key of a tar.
 
-    A line of .jsonl is {"parts": ["a text", {"text": "another"}, {"image": "a/b.png"}]}, that list
-    itself, a document of MMC4 (`text_list`, `image_info`), or a document of OBELICS (`images`,
-    `texts`). A .parquet file has the columns of OBELICS. A .tar has the files of MINT-1T (.json and
-    .tiff). Missing images of MMC4, OBELICS and MINT-1T are left out of their documents and counted.
+    A record is {"parts": ["a text", {"text": "another"}, {"image": "a/b.png"}]}, that list itself,
+    a document of MMC4 (`text_list`, `image_info`), or a document of OBELICS (`images`, `texts`). A
+    parquet file has the columns of OBELICS. A tar has the files of MINT-1T (.json and .tiff).
+    Missing images of MMC4, OBELICS and MINT-1T are left out of their documents and counted. JSON
+    may be lines or one array, and compressed.
 
     Args:
         images: folder that paths of images are relative to; null: the folder of the file that
             contains the path. The image of a URL of OBELICS is in it under the URL's SHA-256.
+        images_key: key or column of the images, as in OBELICS; null: "images".
+        texts_key: key or column of the texts, as in OBELICS; null: "texts".
     """
 
+    images_key: str | None = None
+    texts_key: str | None = None
+
+    NEW_ARGUMENTS: ClassVar[tuple[str, ...]] = ("images_key", "texts_key")
+
+    @property
+    def _keys(self) -> tuple[str, str]:
+        return self.images_key or "images", self.texts_key or "texts"
+
     def samples(self, file: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
-        """Yield the folder of the images with each line, row or key; see `FileSource.samples`."""
+        """Yield the folder of the images with each record; see `FileSource.samples`."""
         match file_format(file):
-            case ".jsonl":
-                records = enumerate(read_lines(file))
-            case ".parquet":
-                records = enumerate(read_parquet(file, ("images", "texts")))
-            case ".tar":
+            case "json":
+                records = enumerate(read_records(file, is_part))
+            case "parquet":
+                records = enumerate(read_parquet(file, self._keys, OPTIONS))
+            case "tar":
                 records = read_tar(file)
             case _:
-                raise UserError(f"{file} is neither .jsonl, .parquet nor .tar; name other files")
+                raise refuse(file, "documents are read from .jsonl, .json, .parquet and .tar files")
         for key, record in records:
             yield str(key), (self.image_folder(file), record)
 
     def parts(self, sample: tuple[Path, Any]) -> list[str | Path | OptionalImage]:
         """List texts and images in order; see `ImageFileSource.parts`."""
         folder, record = sample
-        if isinstance(record, list):
+        if isinstance(record, list) and record and isinstance(record[0], tuple):
             return mint(record)
-        content = parse_json(record) if isinstance(record, bytes) else record
+        content = parse_record(record)
         match content:
             case {"text_list": _}:
                 return mmc4(content, folder)
-            case {"texts": _}:
-                return obelics(content, folder)
+            case dict() if self._keys[1] in content or "parts" not in content:
+                return obelics(content, folder, *self._keys)
         return [
-            value if modality == "text" else folder / value
+            value if modality == "text" else as_image_file(value, folder)
             for modality, value in parse_parts(content)
         ]
+
+
+def is_part(value: Any) -> bool:
+    """Return whether a value is a part of a document: a text or an image."""
+    return isinstance(value, str) or isinstance(value, dict) and set(value) in PARTS
+
+
+PARTS = ({"text"}, {"image"})
 
 
 def parse_parts(content: Any) -> list[tuple[str, str]]:
@@ -83,7 +107,10 @@ def parse_parts(content: Any) -> list[tuple[str, str]]:
     parts = content.get("parts") if isinstance(content, dict) else content
     if not isinstance(parts, list):
         raise BadSample('line without "parts"')
-    return [_parse_part(part) for part in parts]
+    return [_parse_part(part) for part in parts if part not in NOTHING]
+
+
+NOTHING = (None, {"text": None}, {"image": None}, {"image": ""})  # written for what is missing
 
 
 def _parse_part(part: str | dict[str, str]) -> tuple[str, str]:
@@ -97,32 +124,50 @@ def _parse_part(part: str | dict[str, str]) -> tuple[str, str]:
     raise BadSample("part that is neither text nor image")
 
 
-def obelics(row: dict[str, Any], folder: Path) -> Parts:
+def obelics(
+    row: dict[str, Any], folder: Path, images_key: str = "images", texts_key: str = "texts"
+) -> Parts:
     """Parse a document of OBELICS: lists `images` and `texts` of equal length.
 
-    At each index one of the lists has an entry and the other has None. An image is the content of a
-    file, {"bytes": ...}, a path, or a URL. The image of a URL is the file whose name is the SHA-256
-    of the URL, in 64 hexadecimal digits without extension.
+    At each index at most one of the lists has an entry, and the other has None or "". An image is
+    the content of a file, {"bytes": ...}, a path, or a URL. The image of a URL is the file whose
+    name is the SHA-256 of the URL, in 64 hexadecimal digits without extension.
     """
-    images, texts = row.get("images"), row.get("texts")
-    if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
+    images, texts = row.get(images_key), row.get(texts_key)
+    if not isinstance(images, list) or not isinstance(texts, list):
+        wanted = ("parts", texts_key, images_key, "text_list")
+        raise BadSample(missing("parts", row, wanted, OPTIONS))
+    if len(images) != len(texts):
         raise BadSample("document whose images and texts differ in length")
     parts: Parts = []
     for image, text in zip(images, texts, strict=True):
         if isinstance(image, str) and "://" in image:
             image = hashlib.sha256(image.encode("utf-8", "replace")).hexdigest()
         file = as_image_file(image, folder)
-        if (file is None) == (not isinstance(text, str)):
-            raise BadSample("document entry that is not either text or image")
-        parts.append(text if file is None else OptionalImage(file))
+        has_text = isinstance(text, str) and text != ""
+        if file is not None and has_text:
+            raise BadSample("document entry that is both text and image")
+        if file is not None:
+            parts.append(OptionalImage(file))
+        elif has_text:
+            parts.append(text)
+        elif image or text not in (None, ""):
+            raise BadSample("document entry that is neither text nor image")
+    if not parts:
+        raise BadSample("document without text and images")
     return parts
 
 
 def mmc4(record: dict[str, Any], folder: Path) -> Parts:
-    """Parse a document of MMC4: each image goes before the sentence that it matches best."""
+    """Parse a document of MMC4: each image goes before the sentence that it matches best.
+
+    An image without a name was not downloaded, and is left out.
+    """
     try:
         before: dict[int, Parts] = {}
         for image in record["image_info"]:
+            if not image["image_name"]:
+                continue
             file = OptionalImage(folder / image["image_name"])
             before.setdefault(image["matched_text_index"], []).append(file)
         parts: Parts = []
@@ -143,7 +188,7 @@ def mint(members: list[tuple[str, bytes]]) -> Parts:
     pages = iter(_pages(tiff) if tiff else [])
     images = record.get("images")
     names = images if isinstance(images, list) else []
-    files = [name if name is None else next(pages, b"") for name in names]
+    files = [next(pages, b"") if name else None for name in names]
     if b"" in files or next(pages, None) is not None:
         raise BadSample("document with a wrong number of TIFF pages")
     return obelics({**record, "images": files}, Path())
@@ -151,14 +196,19 @@ def mint(members: list[tuple[str, bytes]]) -> Parts:
 
 def _pages(tiff: bytes) -> list[bytes]:
     """Convert the pages of a TIFF to PNG files."""
-    files = []
+    files, num_bytes = [], 0
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(tiff)) as pages:
+        opened = Image.open(io.BytesIO(tiff), formats=("TIFF",))
+        with warnings.catch_warnings(action="ignore"), opened as pages:
             for page in ImageSequence.Iterator(pages):
                 if page.width * page.height > Image.MAX_IMAGE_PIXELS:  # Pillow checks the first
                     raise BadSample(f"image of more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+                check_memory(page)
                 files.append(io.BytesIO())
                 to_rgb(page).save(files[-1], "PNG", compress_level=1)
+                num_bytes += files[-1].tell()
+                if num_bytes > MAX_BYTES:
+                    raise BadSample(f"document with images of more than {MAX_BYTES:,} bytes")
     except BadSample:
         raise
     except Exception as error:  # Pillow raises errors of many types for damaged files

@@ -1,58 +1,72 @@
-"""Text from .txt, JSON lines and parquet, such as C4, Dolma and FineWeb."""
+"""Text from plain files, JSON and parquet, such as C4, Dolma and FineWeb."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tf_lightning.data.documents import BadSample, RawDocument
 from tf_lightning.data.readers.files import FileSource
 from tf_lightning.data.readers.formats import (
     file_format,
-    parse_json,
-    read_bytes,
-    read_lines,
+    missing,
+    parse_record,
     read_parquet,
+    read_records,
+    read_text,
+    refuse,
 )
-from tf_lightning.errors import UserError
 
-NO_TEXT = 'line that is not JSON with a "text"'
+TEXT_KEYS = ("text", "content", "raw_content")
 
 
+@dataclass(eq=False)
 class TextFiles(FileSource):
-    """Text: each .txt file, each line of .jsonl or .json, and each row of .parquet is a document.
+    """Text: each plain text file, JSON record and row of parquet is a document.
 
-    Lines and rows have their text under "text". All but .parquet may be compressed as .gz or .zst.
+    JSON records are the lines of a file, or the items of one array. The content of a file decides
+    what it is. All but parquet may be compressed (.gz, .zst, .bz2, .xz).
+
+    Args:
+        paths: files or globs to train on.
+        val_paths: files or globs to validate on; null: hold out a share of `paths`.
+        val_fraction: share of the documents to hold out if `val_paths` is null, in [0, 1).
+        text_key: key or column of the text; null: the first of TEXT_KEYS.
     """
 
-    def samples(self, file: Path) -> Iterator[tuple[str, tuple[str, Any]]]:
-        """Yield the format and the content of each document; see `FileSource.samples`."""
-        match file_format(file):
-            case ".txt":
-                yield "", (".txt", read_bytes(file))
-            case ".jsonl" | ".json":
-                for number, line in enumerate(read_lines(file)):
-                    yield str(number), (".jsonl", line)
-            case ".parquet":
-                for number, row in enumerate(read_parquet(file, ("text",))):
-                    yield str(number), (".parquet", row)
-            case _:
-                raise UserError(
-                    f"{file} is neither .txt, .jsonl, .json (these also .gz or .zst) nor .parquet; "
-                    "rename it or name other files"
-                )
+    text_key: str | None = None
 
-    def document(self, sample: tuple[str, Any]) -> RawDocument:
+    NEW_ARGUMENTS: ClassVar[tuple[str, ...]] = ("text_key",)
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        return (self.text_key,) if self.text_key else TEXT_KEYS
+
+    def samples(self, file: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the text or the record of each document; see `FileSource.samples`."""
+        match file_format(file):
+            case "text":
+                for text in read_text(file):
+                    yield "", text
+            case "json":
+                for number, record in enumerate(read_records(file)):
+                    yield str(number), record
+            case "parquet":
+                for number, row in enumerate(read_parquet(file, self._keys, "text_key")):
+                    yield str(number), row
+            case _:
+                raise refuse(file, "text is read from .txt, .jsonl, .json and .parquet files")
+
+    def document(self, sample: Any) -> RawDocument:
         """See `FileSource.document`."""
-        suffix, content = sample
-        try:
-            if suffix == ".txt":
-                return [content.decode("utf-8")]
-            record = parse_json(content) if suffix == ".jsonl" else content
-            text = record["text"]
-        except UnicodeDecodeError as error:
-            raise BadSample("text that is not UTF-8") from error
-        except (BadSample, KeyError, TypeError) as error:
-            raise BadSample(NO_TEXT) from error
-        if not isinstance(text, str):
-            raise BadSample(NO_TEXT)
-        return [text]
+        record = sample if isinstance(sample, str) else parse_record(sample)
+        if isinstance(record, str):
+            return [record]
+        if not isinstance(record, dict):
+            raise BadSample("line that is not a JSON object")
+        key = next((key for key in self._keys if record.get(key) is not None), None)
+        if key is None:
+            raise BadSample(missing("text", record, self._keys, "text_key"))
+        if not isinstance(record[key], str):
+            raise BadSample(f"{key!r} that is not a text but {type(record[key]).__name__}")
+        return [record[key]]
