@@ -63,7 +63,7 @@ def train(name: str, base: Path, out: Path, steps: int, more: list[str]) -> None
     arguments += [f"--trainer.logger.init_args.save_dir={out}"]
     if name in INITIAL_MODELS:
         start = train_initial_model(INITIAL_MODELS[name], out, more)
-        arguments += [f"--trainer.callbacks.checkpoint={start}"]  # of InitFrom, the last of them
+        arguments += [f"--init_from.checkpoint={start}"]
     arguments += more
     if steps_done(out / name) < steps:
         tf_lightning(["fit", *arguments, "--ckpt_path=last"])

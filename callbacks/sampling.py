@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
 
 from callbacks.prompts import Prompt, center_crop_resize
 from tf_lightning.diffusion.sampler import resolve_sampler
 from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.sampling import SamplingConfig, not_for_codes
+from tf_lightning.progress import progress_bar
 from tf_lightning.training.module import Transfusion
 
 Kind = Literal["generated", "captioned"]
@@ -115,7 +115,7 @@ def sample(
         precision: context in which the network computes, the trainer's.
         progress: show a progress bar.
     """
-    for indices in tqdm(batches, desc=kind.title(), disable=not progress, leave=False):
+    for indices in progress_bar(batches, desc=kind.title(), disable=not progress, leave=False):
         batch = [prompts[i] for i in indices]
         how = {"seed": [seed + i for i in indices], "batch_size": len(batch), "progress": False}
         if kind == "generated":

@@ -72,7 +72,7 @@ def test_the_language_model_that_a_variant_starts_from_is_trained_first_and_once
     assert f"--trainer.logger.init_args.save_dir={tmp_path}" in first
     assert "--trainer.devices=1" in first and "--trainer.devices=1" in second
     start = tmp_path / "shapes_text" / "checkpoints" / "last.ckpt"
-    assert f"--trainer.callbacks.checkpoint={start}" in second and second[0] == "fit"
+    assert f"--init_from.checkpoint={start}" in second and second[0] == "fit"
     variants.train("monoformer", tmp_path / "base.yaml", tmp_path, 9, [])
     assert [args[0] for args in commands] == ["fit", "fit", "validate"]
 

@@ -60,6 +60,27 @@ def test_a_callback_that_the_configuration_lists_is_not_added_a_second_time(tmp_
         assert names.count(name) == 1
 
 
+def test_callbacks_with_a_key_come_between_those_of_every_run_and_the_list(tmp_path):
+    def own(config: dict) -> None:
+        config["trainer"]["callbacks"] = [{"class_path": "support.runs.StopAt", "init_args": {"step": 9}}]
+        config["retrieval_accuracy"] = {"source": "captions"}
+
+    command = built(tmp_path, "--evaluate.prompts=callbacks.prompts.ShapesPrompts", change=own)
+    names = [name for name in callbacks_of(command) if name in {"Throughput", "Evaluate", "StopAt"}]
+    assert names == ["Throughput", "Evaluate", "StopAt"]
+    assert "RetrievalAccuracy" in callbacks_of(command)
+    assert "ShapesReport" not in callbacks_of(command)
+
+
+def test_a_listed_callback_replaces_the_one_of_its_key(tmp_path):
+    """Configurations written before callbacks had keys list them."""
+    names = callbacks_of(built(tmp_path))
+    assert all(names.count(name) == 1 for name in ("Throughput", "TextPerplexity", "Evaluate"))
+    with pytest.warns(UserWarning, match="has a ShapesReport too, so `shapes_report` is not used"):
+        names = callbacks_of(built(tmp_path, "--shapes_report.num_prompts=9"))
+    assert names.count("ShapesReport") == 1
+
+
 @pytest.mark.parametrize(
     ("option", "left_out"),
     [

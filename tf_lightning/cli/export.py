@@ -24,7 +24,7 @@ MODEL_CONFIG = """\
 To start from a Llama, Mistral, Qwen2, Qwen3, OLMo 2, SmolLM3 or Phi-3:
   tf-lightning model-config FOLDER > model.yaml
   tf-lightning fit -c CONFIG --model model.yaml --data.tokenizer FOLDER \\
-    --trainer.callbacks+=callbacks.init_from.InitFrom --trainer.callbacks.checkpoint=FOLDER
+    --init_from.checkpoint FOLDER
 
 FOLDER contains config.json, safetensors files and a tokenizer, or is a name on the Hugging Face
 hub.

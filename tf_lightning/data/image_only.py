@@ -24,7 +24,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from tf_lightning.data.corpus.prepare import format_reasons, summary
 from tf_lightning.data.corpus.reader import refuse_damage
@@ -32,6 +31,7 @@ from tf_lightning.data.documents import Skipped, Source, Split
 from tf_lightning.data.stream import ENDLESS, StreamData
 from tf_lightning.errors import UserError
 from tf_lightning.files import publish_folder
+from tf_lightning.progress import progress_bar
 from tf_lightning.ranges import NonNegativeInt, PositiveInt, Range, check_arguments, check_fields
 
 FORMAT = 1  # version of the files; a higher number makes every store be made again
@@ -287,7 +287,7 @@ def _write(source: Source, split: Split, folder: Path) -> tuple[list[int], dict[
     count = 0
     title = f"storing {split} images"
     with (folder / "pictures.bin").open("wb") as file:
-        for document in tqdm(source.documents(split), title, unit=" documents", delay=2):
+        for document in progress_bar(source.documents(split), title, unit=" documents", delay=2):
             if isinstance(document, Skipped):
                 skipped[document.reason] += 1
                 continue

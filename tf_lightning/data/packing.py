@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
-from tqdm import tqdm
 
 from tf_lightning.batch import Document, Row, is_image
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.errors import UserError
+from tf_lightning.progress import progress_bar
 
 WINDOW = 2**15  # documents that are packed together
 ATTEMPTS = 8  # tries to pack a window into its rows, before the first epoch's packing is taken
@@ -140,7 +140,7 @@ class CorpusRows:
         """Count the rows of each window by packing the first epoch; done once for a corpus."""
         rows, num_tokens, left_out = [], 0, 0
         title = f"planning {self.corpus.name}"
-        for number in tqdm(range(self.num_windows), title, unit=" windows", delay=2):
+        for number in progress_bar(range(self.num_windows), title, unit=" windows", delay=2):
             window = self._pack(number, 0, 0)
             rows.append(len(window.rows))
             num_tokens += window.num_tokens

@@ -17,7 +17,6 @@ from itertools import compress
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tf_lightning.batch import Document, is_image
 from tf_lightning.diffusion.sampler import DenoisingState
@@ -34,6 +33,7 @@ from tf_lightning.generation.requests import (
     rows_by_branch,
 )
 from tf_lightning.generation.token_sampling import find_stop, sample_tokens
+from tf_lightning.progress import progress_bar
 
 
 def generate(
@@ -100,7 +100,9 @@ class _Engine:
     def run(self, progress: bool) -> Iterator[Event]:
         """Generate all outputs."""
         total = len(self.waiting) * self.plan.max_steps
-        with tqdm(total=total, desc="Generating", unit="step", disable=not progress) as self.bar:
+        with progress_bar(
+            total=total, desc="Generating", unit="step", disable=not progress
+        ) as self.bar:
             while self.waiting or self.writing or self.denoising:
                 if self.waiting and self.free:
                     yield from self._begin()

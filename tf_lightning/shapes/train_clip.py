@@ -22,10 +22,10 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import trange
 
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_folder
+from tf_lightning.progress import progress_bar
 from tf_lightning.shapes.grammar import captions
 from tf_lightning.shapes.world import IMAGE_SIZE, Meaning, generator, meanings, place, render
 
@@ -72,7 +72,7 @@ def train(*, steps: int, batch_size: int, lr: float, seed: int) -> tuple[nn.Modu
     loss = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    progress = trange(steps, desc="shapes-clip", mininterval=1.0)
+    progress = progress_bar(range(steps), "shapes-clip", mininterval=1.0)
     for step in progress:
         rng = generator(SEED_OFFSET + seed, step)
         images, words = pairs(different_meanings(batch_size, rng), rng)

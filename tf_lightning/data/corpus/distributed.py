@@ -14,13 +14,13 @@ from typing import NamedTuple
 import lightning as L
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 
 from tf_lightning.data.corpus.encoded import TOKENIZER_FILE, find_corpora
 from tf_lightning.data.corpus.prepare import PrepareJob, ShardWriter, prepare
 from tf_lightning.data.documents import RawDocument, Skipped
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
+from tf_lightning.progress import progress_bar
 
 DOCUMENTS_PER_PIECE = 64
 MAX_WAIT = timedelta(days=30)  # how long the first rank that finishes waits for the last one
@@ -155,7 +155,7 @@ class ShardEncoder(L.LightningModule):
         total = -(-len(self.trainer.datamodule.shards) // num_ranks)
         title = f"encoding, rank 0 of {num_ranks}" if num_ranks > 1 else "encoding"
         silent = not self.trainer.is_global_zero
-        self.bar = tqdm(total=total, desc=title, unit=" shards", delay=2, disable=silent)
+        self.bar = progress_bar(total=total, desc=title, unit=" shards", delay=2, disable=silent)
         self.group = dist.new_group(backend="gloo", timeout=MAX_WAIT) if num_ranks > 1 else None
 
     def predict_step(self, piece: ShardPiece | UserError, batch_index: int) -> int:

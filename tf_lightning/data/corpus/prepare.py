@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from tqdm import tqdm
 
 from tf_lightning.autoencoder.statistics import Moments, check_std
 from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
@@ -28,6 +27,7 @@ from tf_lightning.data.corpus.writer import CorpusWriter, merge
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
 from tf_lightning.errors import UserError
 from tf_lightning.files import publish_folder
+from tf_lightning.progress import progress_bar
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
 MAX_REASONS = 100  # different reasons for skipped samples that are counted apart
@@ -230,7 +230,9 @@ def prepare(
 def _prepare_shards(job: PrepareJob, numbers: list[int], processes: int) -> None:
     """Prepare these shards, in this process or in several."""
     processes, several = min(processes, len(numbers)), len(numbers) > 1
-    bar = tqdm(total=len(numbers), desc=job.title, unit=" shards", delay=2, disable=not several)
+    bar = progress_bar(
+        total=len(numbers), desc=job.title, unit=" shards", delay=2, disable=not several
+    )
     if processes <= 1:
         for number in numbers:
             _prepare_shard(job, number, silent=several)
@@ -271,7 +273,9 @@ def _prepare_shard(job: PrepareJob, number: int, silent: bool) -> None:
     """Write one shard."""
     documents = job.shards[number].documents(job.split)
     with ShardWriter(job, number) as shard:
-        for document in tqdm(documents, job.title, unit=" documents", delay=2, disable=silent):
+        for document in progress_bar(
+            documents, job.title, unit=" documents", delay=2, disable=silent
+        ):
             shard.add(document)
 
 

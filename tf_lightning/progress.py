@@ -1,0 +1,55 @@
+"""Progress bars: a line that is redrawn on a terminal, and a line now and then in a log file."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+LOG_SECONDS = 30.0  # between two lines of a bar in a log file
+
+
+class LogBar(tqdm):
+    """A progress bar for output that is not a terminal: whole lines, `LOG_SECONDS` apart.
+
+    A bar that stays on a terminal when it ends also writes its last state.
+    """
+
+    last_line: float | None = None  # when the last line was written; at first, when the bar began
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write a line if the last one is old enough."""
+        now = time.monotonic()
+        if self.last_line is None:
+            self.last_line = now
+        elif now - self.last_line >= LOG_SECONDS:
+            self.last_line = now
+            self.fp.write(f"{self}\n")
+        return False
+
+    def clear(self, nolock: bool = False) -> None:
+        """Do nothing: a log file has no line to clear for other output."""
+
+    def close(self) -> None:
+        """Write the last state, unless the bar ends before its delay or disappears at its end."""
+        if self.leave and not self.disable and time.time() - self.start_t >= self.delay:
+            self.fp.write(f"{self}\n")
+        self.leave = False  # tqdm would end the line again
+        super().close()
+
+
+def on_terminal() -> bool:
+    """Whether progress bars are shown on a terminal."""
+    return sys.stderr.isatty()
+
+
+def progress_bar(*args: Any, **options: Any) -> tqdm:
+    """Return a tqdm bar on standard error, or a `LogBar` if that is not a terminal.
+
+    Args:
+        args: positional arguments of tqdm: the iterable and the description.
+        options: keyword arguments of tqdm.
+    """
+    if on_terminal():
+        return tqdm(*args, dynamic_ncols=True, **options)
+    return LogBar(*args, **(options | {"ncols": 0, "bar_format": None}))  # 0: numbers alone
