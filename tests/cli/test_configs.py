@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 
-from tf_lightning.cli.lightning import ALWAYS, CALLBACKS, LINKED, LOGGER, TRAINER
+from tf_lightning.cli.lightning import ALWAYS, LINKED, LOGGER, TRAINER
 from tf_lightning.cli.main import main
+from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.diffusion.process import build_process
 from tf_lightning.diffusion.sampler import resolve_sampler
 from tf_lightning.training.autoencoder import AutoencoderModule
@@ -70,7 +71,7 @@ def with_classes(said: dict) -> dict:
     """Returns what a file says with `init_args` where it leaves the default class unnamed."""
     said = copy.deepcopy(said)
     for section in (said, said.get("trainer", {})):
-        for key in section.keys() & {"model", "data", "logger"}:
+        for key in section.keys() & {"model", "data", "logger", *NAMED}:
             if "class_path" not in section[key] and "init_args" not in section[key]:
                 section[key] = {"init_args": section[key]}
     return said
@@ -114,9 +115,7 @@ def test_a_recipe_does_not_repeat_a_default(file):
     defaults["seed_everything"] = 0
     repeated = {key for key, value in said.items() if key in defaults and defaults[key] == value}
     assert repeated == set()
-    listed = said.get("trainer.callbacks", []) + said.get("trainer.callbacks+", [])
-    names = {item if isinstance(item, str) else item["class_path"] for item in listed}
-    assert not names & {default["class_path"] for default in CALLBACKS}
+    assert not load(file).keys() & {key for key, named in NAMED.items() if named.default}
 
 
 def test_a_recipe_without_trainer_options_has_the_defaults_of_the_command(parsed):
@@ -127,24 +126,49 @@ def test_a_recipe_without_trainer_options_has_the_defaults_of_the_command(parsed
     assert "precision" not in trainer and "check_val_every_n_epoch" not in trainer  # null
 
 
-def test_a_run_has_the_default_callbacks_in_order(parsed):
+def test_a_run_has_the_default_callbacks(parsed):
     config = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"))
-    names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
-    assert names[: len(CALLBACKS)] == [default["class_path"] for default in CALLBACKS]
+    assert config.keys() >= {key for key, named in NAMED.items() if named.default}
     # The throughput of training must not count the time of an evaluation.
-    assert names.index("callbacks.throughput.Throughput") < names.index(
-        "callbacks.evaluate.Evaluate"
-    )
+    assert [*NAMED].index("throughput") < [*NAMED].index("evaluate")
     for key, (_, values) in ALWAYS.items():
         assert config[key].items() >= values.items()
 
 
-def test_a_later_file_can_take_all_callbacks_out(parsed, tmp_path):
-    (tmp_path / "none.yaml").write_text("trainer: {callbacks: []}")
-    config = parsed(
-        "fit", "-c", str(CONFIGS / "quickstart.yaml"), "-c", str(tmp_path / "none.yaml")
-    )
-    assert config["trainer"]["callbacks"] == []
+def written(folder: Path, **content) -> str:
+    """Write a configuration file; returns its path."""
+    (folder / "more.yaml").write_text(yaml.safe_dump(content))
+    return str(folder / "more.yaml")
+
+
+def test_a_later_file_changes_one_option_of_one_callback(parsed, tmp_path):
+    base = ("fit", "-c", str(CONFIGS / "quickstart.yaml"))
+    more = written(tmp_path, evaluate={"sampling": {"num_inference_steps": 7}})
+    before, after = flat(parsed(*base)), flat(parsed(*base, "-c", more))
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    assert changed == {"evaluate.init_args.sampling.num_inference_steps": 7}
+
+
+def test_the_command_line_changes_and_removes_any_callback(parsed):
+    base = ("fit", "-c", str(CONFIGS / "quickstart.yaml"))
+    options = ("--evaluate.sampling.guidance_scale=4", "--evaluate.prompts.count=9")
+    removed = ("--shapes_report=null", "--throughput=null")
+    config = parsed(*base, *options, *removed, "--unigram_baseline={}")
+    evaluate = config["evaluate"]["init_args"]
+    assert evaluate["sampling"]["guidance_scale"] == 4
+    assert evaluate["prompts"]["init_args"]["count"] == 9
+    assert not {"shapes_report", "throughput"} & config.keys()
+    assert {"unigram_baseline", "text_perplexity"} <= config.keys()
+
+
+def test_a_file_that_names_the_class_drops_the_options_of_earlier_files(parsed, tmp_path):
+    base = ("fit", "-c", str(CONFIGS / "quickstart.yaml"))
+    prompts = {"class_path": "callbacks.prompts.ShapesPrompts", "init_args": {"seed": 2}}
+    whole = {"class_path": "callbacks.evaluate.Evaluate", "init_args": {"prompts": prompts}}
+    evaluate = parsed(*base, "-c", written(tmp_path, evaluate=whole))["evaluate"]["init_args"]
+    assert evaluate["texts"] == [] and evaluate["batch_size"] == 32  # not the quickstart's
+    assert evaluate["sampling"]["guidance_scale"] == 3.0
+    assert evaluate["prompts"]["init_args"] == {"count": 128, "real_per_prompt": 8, "seed": 2}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -205,18 +229,13 @@ def test_an_experiment_changes_what_it_says_and_makes_a_network(name, parsed):
     said = flat(with_classes(load(file)))
     assert said["trainer.logger.init_args.name"] == file.stem  # a run folder of its own
     config = parsed("fit", "-c", str(CONFIGS / "quickstart.yaml"), "-c", str(file))
-    added = said.pop("trainer.callbacks+", [])  # behind the recipe's own
     whole = flat(config)
     assert {key: whole.get(key) for key in said} == said  # a null is left out
-    last = config["trainer"]["callbacks"][-len(added) :] if added else []
-    for callback, given in zip(last, added, strict=True):
-        assert callback["class_path"] == given["class_path"]
-        assert callback["init_args"].items() >= given["init_args"].items()
 
     model = config["model"]["init_args"]
     assert 8 % model["patch_size"] == 0  # latents of the shapes world have 8 x 8
-    for callback in config["trainer"]["callbacks"]:
-        sampling = (callback.get("init_args") or {}).get("sampling") or {}
+    for key in NAMED:
+        sampling = config.get(key, {}).get("init_args", {}).get("sampling") or {}
         resolve_sampler(build_process(model["prediction_type"]), sampling.get("sampler"))
     module = Transfusion(**model)
     with torch.device("meta"):
@@ -254,15 +273,18 @@ def test_an_experiment_can_be_made_small(name, parsed):
 
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_every_evaluation_goes_with_a_recipe_and_writes_elsewhere(name, parsed):
-    arguments = ["-c", str(CONFIGS / "quickstart.yaml"), "-c", str(CONFIGS / "eval" / name)]
+    file = CONFIGS / "eval" / name
+    alone = ["-c", str(CONFIGS / "mixture.yaml"), "-c", str(file)]
+    arguments = ["-c", str(CONFIGS / "quickstart.yaml"), "-c", str(file)]
     config = parsed("validate", *arguments)
+    # The protocol does not depend on the recipe that it is combined with.
+    assert config["evaluate"] == parsed("validate", *alone)["evaluate"]
+    assert not {"shapes_report", "retrieval_accuracy"} & config.keys()
     assert config["verbose"] is False
-    callback = config["trainer"]["callbacks"][-1]  # what the command line can change
-    assert callback["class_path"] == "callbacks.evaluate.Evaluate"
     logger = config["trainer"]["logger"]["init_args"]
     assert logger["name"] not in {recipe.removesuffix(".yaml") for recipe in RECIPES}
     assert logger.get("version") is None  # a new folder each time
-    head = (CONFIGS / "eval" / name).read_text().split("verbose:")[0]
+    head = (CONFIGS / "eval" / name).read_text().split("trainer:")[0]
     assert f"-c configs/eval/{name}" in head and "--ckpt_path" in head
 
 
@@ -278,10 +300,7 @@ def test_an_autoencoder_parses_saves_its_last_step_and_begins_with_its_command(n
     trainer, saves = config["trainer"], config["checkpoint"]
     assert trainer["max_steps"] % saves["every_n_train_steps"] == 0
     assert saves["save_last"] == "link" and saves["enable_version_counter"] is False
-    assert [callback["class_path"] for callback in trainer["callbacks"]] == [
-        "callbacks.reconstruct.Reconstruct",
-        "callbacks.save_autoencoder.SaveAutoencoder",
-    ]
+    assert {"reconstruct", "save_autoencoder"} <= config.keys()
     assert trainer["use_distributed_sampler"] is False
     logger = trainer["logger"]["init_args"]
     assert logger["version"] == ""
@@ -324,7 +343,7 @@ def test_monoformers_language_model_has_the_quickstarts_transformer_and_text(par
         assert text["data"]["init_args"][name] == quickstart["data"]["init_args"][name]
     assert text["data"]["init_args"]["weights"] == {"captions": 0.0, "text": 1.0, "edits": 0.0}
     experiment = load(CONFIGS / "experiments" / "monoformer.yaml")
-    start = experiment["trainer"]["callbacks+"][0]["init_args"]["checkpoint"]
+    start = experiment["init_from"]["checkpoint"]
     logger = text["trainer"]["logger"]["init_args"]
     assert start == f"{logger['save_dir']}/{logger['name']}/checkpoints/last.ckpt"
 

@@ -62,7 +62,9 @@ def test_a_callback_that_the_configuration_lists_is_not_added_a_second_time(tmp_
 
 def test_callbacks_with_a_key_come_between_those_of_every_run_and_the_list(tmp_path):
     def own(config: dict) -> None:
-        config["trainer"]["callbacks"] = [{"class_path": "support.runs.StopAt", "init_args": {"step": 9}}]
+        config["trainer"]["callbacks"] = [
+            {"class_path": "support.runs.StopAt", "init_args": {"step": 9}}
+        ]
         config["retrieval_accuracy"] = {"source": "captions"}
 
     command = built(tmp_path, "--evaluate.prompts=callbacks.prompts.ShapesPrompts", change=own)

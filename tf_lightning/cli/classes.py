@@ -3,6 +3,8 @@
 A test compares the lists with the code.
 """
 
+from tf_lightning.cli.named_callbacks import NAMED
+
 MODELS = {
     "tf_lightning.Transfusion": "text and images in one Transformer; the default",
     "tf_lightning.training.autoencoder.AutoencoderModule": "trains an autoencoder for images",
@@ -29,21 +31,10 @@ SOURCES = {
     "tf_lightning.shapes.sources.ShapesTexts": "the shapes world's texts",
     "tf_lightning.shapes.sources.ShapesEdits": "the shapes world's image edits",
 }
-CALLBACKS = {
-    "callbacks.evaluate.Evaluate": "generates images and captions, and scores them",
-    "callbacks.text_perplexity.TextPerplexity": "perplexity and bits per byte; a default",
-    "callbacks.throughput.Throughput": "tokens and FLOPs per second; a default",
-    "callbacks.retrieval.RetrievalAccuracy": "tests if captions reproduce training images",
-    "callbacks.shapes_report.ShapesReport": "the quickstart's report.json and sheet.png",
-    "callbacks.unigram.UnigramBaseline": "logs a unigram perplexity as a baseline",
-    "callbacks.predictions.PredictionWriter": "writes the outputs of predict",
-    "callbacks.init_from.InitFrom": "starts from a checkpoint or a language model",
-    "callbacks.reconstruct.Reconstruct": "scores an autoencoder's reconstructions",
-    "callbacks.save_autoencoder.SaveAutoencoder": "writes an autoencoder for diffusers",
-}
+CALLBACKS = {named.class_path: named.purpose for named in NAMED.values()}
 GROUPS = {
     "Models (--model.class_path)": MODELS,
     "Data modules (--data.class_path)": DATA,
     "Sources of a Mixture (data.sources) and of ImageData (data.source)": SOURCES,
-    "Callbacks (trainer.callbacks)": CALLBACKS,
+    "Callbacks, each with a key, as in --evaluate.seed 3; null leaves one out": CALLBACKS,
 }

@@ -8,6 +8,7 @@ import importlib
 from difflib import get_close_matches
 
 from tf_lightning.cli.classes import CALLBACKS, DATA, GROUPS, MODELS, SOURCES
+from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.cli.parser import stop
 
 OVERVIEW = """\
@@ -66,7 +67,7 @@ callback PredictionWriter. An interrupted command continues where it stopped."""
 KEYS = """\
 Keys of a configuration:
   trainer       Lightning's Trainer: max_steps, val_check_interval, devices, precision, strategy,
-                logger.name (the folder's name), callbacks (replaces the list), callbacks+ (appends)
+                logger.name (the folder's name), callbacks (a list of callbacks of your own)
   model, data   arguments of Transfusion and Mixture; class_path and init_args name another class
   checkpoint    when to save: every_n_train_steps, save_top_k
   progress_bar, learning_rate_monitor, seed_everything, ckpt_path
@@ -100,7 +101,11 @@ TOPICS = {
     "data": ("tf_lightning.data.Mixture", "data"),
     **{path.rpartition(".")[2]: (path, "model") for path in MODELS},
     **{path.rpartition(".")[2]: (path, "data") for path in DATA},
-    **{path.rpartition(".")[2]: (path, None) for path in [*SOURCES, *CALLBACKS]},
+    **{path.rpartition(".")[2]: (path, None) for path in SOURCES},
+    **{
+        named.class_path.rpartition(".")[2]: (named.class_path, key) for key, named in NAMED.items()
+    },
+    **{key: (named.class_path, key) for key, named in NAMED.items()},
 }
 
 
@@ -135,6 +140,8 @@ def verb_help(verb: str) -> str:
         module = _shared_module(classes)
         where = f", in {module}" if module else ""
         names = {path.removeprefix(f"{module}."): line for path, line in classes.items()}
+        if classes is CALLBACKS:
+            names = {key: named.purpose for key, named in NAMED.items()}
         lines += ["", f"{title}{where}:", *_aligned(names)]
     return "\n".join([*lines, "", MORE.format(verb=verb)])
 

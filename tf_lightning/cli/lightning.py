@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import pkgutil
 import re
 import sys
 import warnings
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
@@ -28,6 +29,7 @@ from tf_lightning.autoencoder.frozen import load_matching_autoencoder
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, find_checkpoint, read_checkpoint
 from tf_lightning.cli.advice import find_problem
 from tf_lightning.cli.config_files import Place, read_config
+from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.cli.parser import Parser, stop
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
@@ -53,13 +55,6 @@ LOGGER = {
     # An empty version makes runs/NAME the run's folder, so that --ckpt_path last finds it.
     "init_args": {"save_dir": "runs", "name": "run", "version": "", "default_hp_metric": False},
 }
-# `callbacks:` of a configuration replaces this list, `callbacks+:` appends to it. Models other than
-# Transfusion run without these.
-CALLBACKS = [
-    {"class_path": "callbacks.throughput.Throughput"},
-    {"class_path": "callbacks.text_perplexity.TextPerplexity"},
-    {"class_path": "callbacks.gradient_norms.GradientNorms"},
-]
 # Callbacks of every run, each configured under its own key.
 ALWAYS: dict[str, tuple[type[Callback], dict]] = {
     "progress_bar": (TQDMProgressBar, {}),
@@ -132,6 +127,26 @@ class ConfigParser(LightningArgumentParser):
         return names + [action.dest for action in self._actions if action.option_strings]
 
 
+class ConfigFile(ActionConfigFile):
+    """Reads a configuration file over the values of earlier ones.
+
+    A file that gives a callback of `NAMED` with its `class_path` states all of its options; those
+    of earlier files are dropped. So an evaluation protocol does not depend on the run's recipe.
+    """
+
+    @staticmethod
+    def apply_config(
+        parser: LightningArgumentParser, cfg: Namespace, dest: str, value: str
+    ) -> None:
+        """Read the file `value` into `cfg`."""
+        path = Path(value)
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        for key, given in content.items() if isinstance(content, dict) else ():
+            if key in NAMED and isinstance(given, dict) and "class_path" in given:
+                cfg[key] = None
+        ActionConfigFile.apply_config(parser, cfg, dest, value)
+
+
 class SaveFitConfig(SaveConfigCallback):
     """Writes config.yaml when training starts.
 
@@ -185,6 +200,12 @@ class TransfusionCLI(LightningCLI):
         place = self.places.get(problem.key)
         return f"{place}: {problem.sentence}" if place else problem.sentence
 
+    def init_parser(self, **kwargs) -> LightningArgumentParser:
+        """Create a parser whose configuration files are read by `ConfigFile`."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="configuration file, YAML")
+        return parser
+
     def subcommands(self) -> dict[str, set[str]]:
         """Return the commands to build parsers for, with Trainer arguments that they leave out."""
         commands = LightningCLI.subcommands()
@@ -195,10 +216,15 @@ class TransfusionCLI(LightningCLI):
         # With a default class, `model:` and `data:` may hold the arguments of the class directly.
         parser.set_defaults({"model": {"class_path": class_path(Transfusion)}})
         parser.set_defaults({"data": {"class_path": class_path(Mixture)}})
-        parser.set_defaults({"trainer.logger": LOGGER, "trainer.callbacks": CALLBACKS})
+        parser.set_defaults({"trainer.logger": LOGGER})
         for key, (callback, defaults) in ALWAYS.items():
             parser.add_class_arguments(callback, key, sub_configs=True)
             parser.set_defaults({f"{key}.{name}": value for name, value in defaults.items()})
+        for key, named in NAMED.items():
+            cls = pkgutil.resolve_name(named.class_path)
+            parser.add_argument(f"--{key}", type=cls | None, default=None, help=named.purpose)
+            if named.default:
+                parser.set_defaults({key: {"class_path": named.class_path}})
         model, data = "model.init_args", "data.init_args"
         parser.link_arguments(f"{model}.patch_size", f"{data}.patch_size")
         parser.link_arguments(f"{model}.transformer.vocab_size", f"{data}.vocab_size")
@@ -207,6 +233,16 @@ class TransfusionCLI(LightningCLI):
         parser.link_arguments(
             "data.latent_channels", f"{model}.latent_channels", apply_on="instantiate"
         )
+
+    def _prepare_subcommand_parser(self, *args, **kwargs) -> LightningArgumentParser:
+        """Create the parser of a command without Lightning's table, which drops labels in brackets.
+
+        `callbacks.scores.PrintScores` prints a table of its own.
+        """
+        parser = super()._prepare_subcommand_parser(*args, **kwargs)
+        if any(action.dest == "verbose" for action in parser._actions):
+            parser.set_defaults(verbose=False)
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse, and refuse a checkpoint that is missing or damaged."""
@@ -301,9 +337,6 @@ class TransfusionCLI(LightningCLI):
         built = self.config_init.get(self.subcommand) or self.config_init
         listed = built.trainer.callbacks or []
         listed = listed if isinstance(listed, list) else [listed]
-        if not isinstance(self.model, Transfusion):
-            only_transfusion = {default["class_path"] for default in CALLBACKS}
-            listed = [own for own in listed if class_path(type(own)) not in only_transfusion]
         switches = {
             "progress_bar": built.trainer.enable_progress_bar,
             "checkpoint": built.trainer.enable_checkpointing,
@@ -314,7 +347,25 @@ class TransfusionCLI(LightningCLI):
             for key, (callback, _) in ALWAYS.items()
             if switches[key] is not False and not any(isinstance(own, callback) for own in listed)
         ]
-        return super().instantiate_trainer(callbacks=[*always, *listed], **kwargs)
+        callbacks = [*always, *self.named_callbacks(built, listed), *listed]
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def named_callbacks(self, built: Namespace, listed: list[Callback]) -> list[Callback]:
+        """Return the callbacks that have a key of their own.
+
+        One that is also in `trainer.callbacks` is taken from there, so that configurations that
+        list every callback keep their meaning.
+        """
+        keys = [key for key in NAMED if built[key] is not None]
+        if not isinstance(self.model, Transfusion):
+            keys = [key for key in keys if not NAMED[key].default]
+        taken = {callback.state_key for callback in listed}
+        for key in keys:
+            if built[key].state_key in taken and not NAMED[key].default:
+                rank_zero_warn(
+                    f"trainer.callbacks has a {type(built[key]).__name__} too; {key} is not used"
+                )
+        return [built[key] for key in keys if built[key].state_key not in taken]
 
     def before_fit(self) -> None:
         """Refuse a damaged file that `--ckpt_path last` would resume, and an impossible run."""
