@@ -21,7 +21,6 @@ TRAINER = {
     "max_steps": 2,
     "val_check_interval": 2,
     "enable_progress_bar": False,
-    "callbacks": [],
 }
 MODEL = {"transformer": {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48}}
 WORLD = {
@@ -41,19 +40,17 @@ EVALUATE = {
         "sampling": FEW,
     },
 }
-REPORT = {
-    "class_path": "callbacks.shapes_report.ShapesReport",
-    "init_args": {"num_prompts": 2, "sampling": FEW},
-}
-PREDICTIONS = {"class_path": "callbacks.predictions.PredictionWriter"}
+REPORT = {"num_prompts": 2, "sampling": FEW}
 MINIATURES = {  # what goes behind a recipe to make it small
     "quickstart": {
-        "trainer": TRAINER | {"callbacks": [PREDICTIONS, EVALUATE, REPORT]},
+        "trainer": TRAINER,
+        "evaluate": EVALUATE,
+        "shapes_report": REPORT,
         "model": MODEL,
         "data": WORLD,
     },
-    "eval/quickstart": {"trainer": {"callbacks": [EVALUATE]}, "data": WORLD},
-    "my_pictures": {"trainer": TRAINER | {"callbacks": [PREDICTIONS]}, "model": MODEL},
+    "eval/quickstart": {"evaluate": EVALUATE, "data": WORLD},
+    "my_pictures": {"trainer": TRAINER, "evaluate": None, "model": MODEL},
 }
 
 

@@ -362,9 +362,8 @@ class TransfusionCLI(LightningCLI):
         taken = {callback.state_key for callback in listed}
         for key in keys:
             if built[key].state_key in taken and not NAMED[key].default:
-                rank_zero_warn(
-                    f"trainer.callbacks has a {type(built[key]).__name__} too; {key} is not used"
-                )
+                name = type(built[key]).__name__
+                rank_zero_warn(f"trainer.callbacks has a {name} too, so `{key}` is not used")
         return [built[key] for key in keys if built[key].state_key not in taken]
 
     def before_fit(self) -> None:
