@@ -48,7 +48,6 @@ class GradientNorms(L.Callback):
                 scale = backward(trainer, loss)
             norm = gradient_norm(pl_module.net) / scale
             pl_module.log(f"train/grad_norm_{name.removeprefix('loss_')}", norm, batch_size=1)
-        pl_module.zero_grad()
 
 
 def backward(trainer: L.Trainer, loss: Tensor) -> float:
