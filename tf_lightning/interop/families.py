@@ -56,33 +56,43 @@ FAMILIES = {
 }
 LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False}
 
-# Known families that our blocks cannot express, and what they need.
-MISSING_FEATURES = {
-    "gemma": "a GeGLU feed-forward and scaled embeddings",
-    "gemma2": "soft caps of attention scores and logits, and norms before and after each branch",
-    "gemma3": "norms before and after each branch, sliding windows and scaled embeddings",
-    "gemma3_text": "norms before and after each branch, sliding windows and scaled embeddings",
-    "granite": "multipliers of embeddings, branches, attention scores and logits",
-    "stablelm": "layer norms with biases and rotary positions in a part of each head",
-    "phi": "layer norms, parallel branches and rotary positions in a part of each head",
-    "olmo": "layer norms without weights",
-    "olmo3": "sliding windows in three of four blocks",
-    "cohere": "layer norms, parallel branches and a scale of the logits",
-    "cohere2": "layer norms, parallel branches and a scale of the logits",
-    "glm4": "norms before and after each branch and interleaved rotary positions",
-    "ministral3": "attention scores that are scaled by position",
-    "starcoder2": "layer norms with biases and a feed-forward without a gate",
-    "gpt2": "layer norms, learned positions and a feed-forward without a gate",
-    "gpt_neox": "layer norms, parallel branches and a feed-forward without a gate",
-    "mixtral": "a mixture of experts",
-    "qwen2_moe": "a mixture of experts",
-    "qwen3_moe": "a mixture of experts",
-    "gpt_oss": "a mixture of experts and attention sinks",
-    "deepseek_v3": "a mixture of experts and latent attention",
-    "llama4": "a mixture of experts and chunked attention",
-    "llama4_text": "a mixture of experts and chunked attention",
-    "qwen3_next": "linear attention",
+# What known families need that our blocks cannot express.
+UNSUPPORTED = {
+    "a GeGLU feed-forward and scaled embeddings": ["gemma"],
+    "norms before and after each branch, and soft caps of attention scores and logits": ["gemma2"],
+    "norms before and after each branch, and sliding windows in most blocks": [
+        *("gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+    ],
+    "sliding windows in three of four blocks": ["olmo3", "exaone4", "cwm"],
+    "multipliers of embeddings, branches, attention scores and logits": ["granite"],
+    "layer norms with biases, and rotary positions in a part of each head": ["stablelm"],
+    "layer norms, parallel branches, and rotary positions in a part of each head": [
+        *("phi", "gpt_neox", "gptj"),
+    ],
+    "layer norms without weights": ["olmo"],
+    "layer norms and parallel branches": ["cohere", "cohere2", "falcon"],
+    "layer norms, and positions in the attention scores (ALiBi)": ["bloom", "mpt"],
+    "layer norms, learned positions, and a feed-forward without a gate": ["gpt2", "opt"],
+    "layer norms, and a feed-forward without a gate": ["starcoder2", "nemotron", "persimmon"],
+    "a feed-forward without a gate": ["arcee", "apertus", "nanochat"],
+    "rotary positions in interleaved order": ["glm", "glm4", "helium", "ernie4_5"],
+    "attention scores that are scaled by position": ["ministral3"],
+    "differential attention": ["diffllama"],
+    "latent attention": ["minicpm3"],
+    "convolutions": ["lfm2"],
+    "state-space layers": [
+        *("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba2"),
+    ],
+    "linear attention": ["qwen3_next", "qwen3_5", "qwen3_5_text"],
+    "a mixture of experts": [
+        *("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "granitemoe", "ernie4_5_moe"),
+        *("deepseek_v2", "deepseek_v3", "gpt_oss", "llama4", "llama4_text", "glm4_moe", "dots1"),
+    ],
+    "its own vision network": [
+        *("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "mllama", "smolvlm"),
+    ],
 }
+MISSING_FEATURES = {name: feature for feature, names in UNSUPPORTED.items() for name in names}
 
 # Options of language models that our `Transformer` does not have, with their value in a Llama.
 # They are looked up in config.json and in its rotary parameters; null is always accepted.
@@ -101,6 +111,8 @@ FIXED_OPTIONS = {
     "use_qkv_bias": False,
     "use_bias": False,
     "use_qk_norm": False,
+    "qk_norm": False,
+    "attn_output_gate": False,
     "qk_layernorm": False,
     "clip_qkv": None,
     "attn_logit_softcapping": None,
@@ -121,6 +133,7 @@ FIXED_OPTIONS = {
     "alibi": False,
     # residual stream and logits
     "use_parallel_residual": False,
+    "parallel_attn": False,
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
     "scale_emb": 1.0,
