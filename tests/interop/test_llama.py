@@ -179,6 +179,13 @@ def test_missing_weights_are_named(tmp_path):
         open_language_model(tmp_path)
 
 
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="only as pytorch_model.bin, a pickle, .*save_pretrained"):
+        open_language_model(tmp_path)
+
+
 def test_a_truncated_file_is_named(tmp_path):
     tiny().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -25,7 +25,7 @@ VARIANTS = pytest.mark.parametrize(
         (False, False, {"num_kv_heads": None}),
         (False, False, {"num_kv_heads": 2}),
         (False, False, {"num_kv_heads": 1, "qk_norm": True}),
-        (False, False, {"num_kv_heads": 2, "qk_norm": "full", "head_dim": 6, "nope_interval": 2}),
+        (False, False, {"num_kv_heads": 2, "qk_norm": "full", "head_dim": 24, "nope_interval": 2}),
         (True, False, {"num_kv_heads": 2}),
         (False, True, {"num_kv_heads": 2}),
         (True, True, {"num_kv_heads": 2}),

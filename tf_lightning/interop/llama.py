@@ -148,7 +148,16 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
     """Return the safetensors files, each with the tensor names that the index assigns to it."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return {folder / "model.safetensors": set()}
+        single = folder / "model.safetensors"
+        pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth")])
+        if pickles and not single.is_file():
+            raise UserError(
+                f"{folder} has its weights only as {pickles[0].name}, a pickle, which can run "
+                "code; write them as safetensors with transformers: "
+                f"AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+                f".save_pretrained({str(folder)!r})"
+            )
+        return {single: set()}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map; download it again")
