@@ -5,7 +5,13 @@ import json
 import pytest
 from PIL import Image
 
-from tf_lightning.cli.outputs import digest, is_written, write_output, write_sheet
+from tf_lightning.cli.outputs import (
+    digest,
+    is_written,
+    read_prompts,
+    write_output,
+    write_sheet,
+)
 
 RED, BLUE = (Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
 RECORD = {"prompt": [("text", "a <red> circle")], "seed": 7, "interval": (0.0, 1.0)}
@@ -47,3 +53,13 @@ def test_the_digest_of_a_prompt_depends_on_its_text_and_pixels():
     prompts = [["a", RED], ["a", BLUE], [RED, "a"], ["b", RED], ["a"]]
     assert len(set(map(digest, prompts))) == 5
     assert digest(["a", RED.copy()]) == digest(["a", RED])
+
+
+def test_prompts_begin_after_the_byte_order_mark_and_end_at_line_ends(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffa red\u2028circle\r\n\r\na square".encode())
+    assert read_prompts(tmp_path / "a.txt") == [
+        [("text", "a red\u2028circle")],
+        [("text", "a square")],
+    ]
+    (tmp_path / "a.jsonl").write_text('\ufeff["a\u2028b"]\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "a.jsonl") == [[("text", "a\u2028b")]]

@@ -200,3 +200,101 @@ def test_truncated_images_are_skipped(tmp_path):
     source = ImageFiles(str(tmp_path / "*.png"), val_fraction=0, image_size=32)
     found = list(source.documents("train"))
     assert found[1:] == [Skipped("truncated image")] * 2 and found[0][0].size == (32, 32)
+
+
+# Values of white, and what may be opened
+
+RAMP = np.tile(np.linspace(0, 1, 8), (8, 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (RAMP.astype(np.float32), "TIFF"),
+        ((RAMP * 255).astype(np.float32), "TIFF"),
+        ((RAMP * 1.2 - 0.005).clip(-0.005, 1).astype(np.float32), "TIFF"),
+        *(((RAMP * white).astype(np.int32), "TIFF") for white in (255, 1023, 65_535, 2**31 - 1)),
+        *(((RAMP * white).astype(np.uint16), kind) for white in (255, 65_535)
+          for kind in ("TIFF", "PNG")),
+    ],
+)  # fmt: skip
+def test_gray_of_16_and_32_bits_is_not_black(values, kind):
+    loaded = np.asarray(load_image(saved(Image.fromarray(values), kind), 8)).astype(int)
+    expected = (values.clip(0) / values.max() * 255)[..., None]
+    assert np.abs(loaded - expected).max() <= 1
+
+
+@pytest.mark.parametrize("maximum", [255, 1023, 65_535])
+def test_gray_of_pgm_files(maximum):
+    values = (RAMP * maximum).astype(">u2" if maximum > 255 else np.uint8)
+    loaded = load_image(b"P5 8 8 %d\n" % maximum + values.tobytes(), 8)
+    assert np.abs(np.asarray(loaded)[:, :, 0] - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize("values", [RAMP - 0.5, RAMP * np.nan, RAMP * 1e30])
+def test_values_of_unknown_range_are_named(values):
+    with pytest.raises(BadSample, match="float image with values of unknown range"):
+        load_image(saved(Image.fromarray(values.astype(np.float32)), "TIFF"), 8)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "1", "P"])
+def test_a_transparent_color_becomes_white(mode):
+    image = Image.new(mode, (8, 8), 0)
+    transparency = (0, 0, 0) if mode == "RGB" else 0
+    assert np.asarray(load_image(saved(image, transparency=transparency), 8)).min() == 255
+
+
+def test_progressive_jpeg_is_read():
+    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    loaded = np.asarray(load_image(saved(image, "JPEG", progressive=True, quality=95), 16))
+    assert np.abs(loaded.astype(int) - (200, 100, 50)).max() <= 3
+
+
+def png_header(width: int, height: int, color_type: int) -> bytes:
+    """The start of a PNG file of any size, without its pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 99) + b"IDAT"
+
+
+@pytest.mark.parametrize(
+    ("size", "color_type", "reason"),
+    [
+        ((0, 8), 2, "undecodable image"),
+        ((60_000, 60_000), 2, "image of more than 89,478,485 pixels"),
+        ((9_000, 9_000), 6, "image of mode RGBA with more than 44,739,242 pixels"),
+        ((9_000, 9_000), 2, "truncated image"),
+    ],
+)
+def test_sizes_are_checked_before_pixels_are_read(size, color_type, reason):
+    with pytest.raises(BadSample, match=reason):
+        load_image(png_header(*size, color_type), 8)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PSD", "FLI", "BLP", "PDF", "ICNS", "PCX", "TGA", "SGI"])
+def test_formats_outside_of_the_list_are_never_opened(kind, monkeypatch):
+    Image.init()
+    if kind in Image.OPEN:
+        monkeypatch.setitem(Image.OPEN, kind, (pytest.fail, None))
+    start = {
+        "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "PSD": b"8BPS\0\1",
+        "FLI": bytes(4) + b"\x11\xaf",
+        "BLP": b"BLP2",
+    }.get(kind, b"%PDF")
+    with pytest.raises(BadSample, match="undecodable image|image file that is"):
+        load_image(start + bytes(200), 8)
+
+
+def test_only_the_orientation_is_read_from_exif():
+    """A tag that Pillow cannot write back does not cost the image."""
+    image = Image.new("RGB", (16, 16), "white")
+    image.paste("black", (0, 0, 16, 8))
+    # Orientation 6, and XResolution as text where a ratio of numbers is expected.
+    ifd = struct.pack(">H", 2) + struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    ifd += struct.pack(">HHI4s", 0x011A, 2, 4, b"abc\0") + struct.pack(">I", 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">I", 8) + ifd
+    loaded = np.asarray(load_image(saved(image, "JPEG", quality=95, exif=exif), 16))
+    assert loaded[:, :6].min() > 200 and loaded[:, 10:].max() < 50
+    broken = saved(image, "JPEG", quality=95, exif=exif[:16])
+    assert np.asarray(load_image(broken, 16))[:6].max() < 50

@@ -56,6 +56,11 @@ def test_the_published_prompts_are_read_unchanged(data_dir):
     assert [json.dumps(prompt) for prompt in prompts] == lines
 
 
+def test_prompts_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\ufeff" + json.dumps(PROMPT) + "\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "a.jsonl") == [PROMPT]
+
+
 BROKEN = {
     "no JSON": "{",
     "another tag": json.dumps(PROMPT | {"tag": "color"}),

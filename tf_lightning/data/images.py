@@ -164,7 +164,8 @@ def upright(image: Image.Image) -> Image.Image:
     write would cost the image.
     """
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        with warnings.catch_warnings(action="ignore"):  # about other tags
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
         turn = TURNS.get(orientation)
     except Exception:  # damaged tags: the pixels are good
         return image

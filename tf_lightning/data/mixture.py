@@ -86,8 +86,9 @@ class Mixture(StreamData):
         batch_size: rows in a batch of one rank.
         image_first_prob: probability that a captioned image precedes its caption (paper: 0.2).
         caption_drop_prob: probability that a caption before an image is dropped, for
-            classifier-free guidance. Editing instructions are dropped with the same probability,
-            half of the time together with the image before them.
+            classifier-free guidance. With the same probability, an edit loses its instruction, and
+            any other document whose last image follows a text loses all texts; half of the time
+            together with the images before the last one.
         max_caption_t: largest noise level, in (0, 1], of images that precede their caption, or the
             result of an edit (paper: 0.5).
         clean_copies: let later parts of a document attend to a clean copy of each image, instead of

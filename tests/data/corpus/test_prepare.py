@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support import training_datasets
+from support.files import encoded_image, write_lines
+from support.training_datasets import COLORS
 from tf_lightning.autoencoder.frozen import load_autoencoder
+from tf_lightning.data import CaptionRows
 from tf_lightning.data.corpus.prepare import plan_corpus, prepare, summary
+from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.documents import Skipped
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
@@ -202,3 +207,49 @@ def test_the_facts_are_readable(run):
     assert (facts["num_documents"], facts["num_images"]) == (1, 1)
     assert facts["image_shape"] == [3, 8, 8]
     assert facts["skipped"] == {"missing image": 1}
+
+
+@pytest.mark.parametrize("change", ["nothing", "missing", "mended", "replaced"])
+def test_images_that_were_missing_or_replaced_are_noticed(change, mixture, tmp_path):
+    images = training_datasets.write_images(tmp_path / "images")
+    if change == "mended":
+        (images / "red.png").rename(tmp_path / "away.png")
+    lines = [{"file_name": f"{color}.png", "text": color} for color in COLORS]
+    file = write_lines(images / "metadata.jsonl", lines)
+
+    def prepared() -> Corpus:
+        source = CaptionRows(str(file), val_paths=str(file), image_size=16)
+        data = mixture({"pictures": source})
+        data.setup()
+        return data.corpora["train"]["pictures"]
+
+    before = prepared()
+    match change:
+        case "missing":
+            (images / "red.png").unlink()
+        case "mended":
+            (tmp_path / "away.png").rename(images / "red.png")
+        case "replaced":
+            (images / "red.png").write_bytes(encoded_image("blue", "PNG", (24, 24)))
+    after = prepared()
+    assert (before.path == after.path) == (change == "nothing")
+    assert before.skipped == ({"missing image": 1} if change == "mended" else {})
+    assert after.skipped == ({"missing image": 1} if change == "missing" else {})
+
+
+def test_skipped_samples_are_told_in_every_run(mixture, caplog):
+    source = Given(["red", red_image()], Skipped("missing image"))
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            mixture({"pictures": source}).setup()
+        assert "skipped 1: 1 missing image" in caplog.text
+    assert "to read them again, delete" in caplog.text
+
+
+def test_a_flood_of_reasons_is_counted_together(mixture):
+    skipped = [Skipped(f"reason {number}") for number in range(1000)]
+    data = mixture({"pictures": Given(["red", red_image()], *skipped)})
+    data.setup()
+    reasons = data.corpora["train"]["pictures"].skipped
+    assert len(reasons) <= 101 and sum(reasons.values()) == 1000

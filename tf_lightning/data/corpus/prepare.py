@@ -93,7 +93,8 @@ def plan_corpus(
     returns a list of sources whose concatenated documents are its own documents.
 
     Args:
-        source: yields the raw documents.
+        source: yields the raw documents. It may have a method `image_digest(split)` that returns
+            a hash of the image files that its files name.
         split: "train" or "val".
         name: name of the source, for the folder and for messages.
         directory: the cache folder.
@@ -116,7 +117,11 @@ def plan_corpus(
     # The default storage is not part of the digest.
     if image_storage != ImageStorageSpec():
         origin.append(image_storage.to_json())
-    digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
+    path = corpus_path(directory, name, split, origin)
+    # A corpus that was prepared before the images were part of its origin is still used.
+    if hasattr(source, "image_digest") and not path.is_dir():
+        origin.append({"images": source.image_digest(split)})
+        path = corpus_path(directory, name, split, origin)
     writer_arguments = {
         "tokenizer": tokenizer,
         "autoencoder": autoencoder,
@@ -128,11 +133,17 @@ def plan_corpus(
     return PrepareJob(
         name=name,
         split=split,
-        path=Path(directory) / f"{name}-{split}-{digest}",
+        path=path,
         origin=origin,
         writer_arguments=writer_arguments,
         shards=source.shards(split) if hasattr(source, "shards") else [source],
     )
+
+
+def corpus_path(directory: str | Path, name: str, split: Split, origin: list) -> Path:
+    """Return the folder of a corpus of this origin."""
+    digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
+    return Path(directory) / f"{name}-{split}-{digest}"
 
 
 def origin_facts(origin: list) -> dict:

@@ -13,12 +13,14 @@ If an image has several captions, each epoch draws one of them.
 """
 
 import glob
+import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tf_lightning.data.documents import AnyText, BadSample
+from tf_lightning.data.documents import AnyText, BadSample, Split
 from tf_lightning.data.images import is_image_file
 from tf_lightning.data.readers.chat import (
     COLUMNS,
@@ -371,6 +373,14 @@ class CaptionFolders(ImageFileSource):
 
     caption_key: str | None = None
 
+    def fingerprint(self, split: Split) -> str:
+        """Include the sizes and times of the text files; see `Source.fingerprint`."""
+        digest = hashlib.sha256()
+        for file in (path for image in self.files(split) for path in self._texts(image).values()):
+            stat = file.stat()
+            digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return f"{super().fingerprint(split)} {digest.hexdigest()}"
+
     def samples(self, file: Path) -> Iterator[tuple[str, Path]]:
         """Yield the file itself if it is an image; see `FileSource.samples`."""
         if file_format(file) == "image":
@@ -378,10 +388,14 @@ class CaptionFolders(ImageFileSource):
 
     def parts(self, sample: Path) -> list[str | Path]:
         """List caption and image; see `ImageFileSource.parts`."""
-        wanted = (*CAPTION_EXTENSIONS, "json", *([self.caption_key] if self.caption_key else []))
-        beside = {kind: sample.with_suffix(f".{kind}") for kind in wanted}
-        files = {kind: file.read_bytes() for kind, file in beside.items() if file.is_file()}
+        files = {kind: file.read_bytes() for kind, file in self._texts(sample).items()}
         return [tar_caption(files, self.caption_key), sample]
+
+    def _texts(self, image: Path) -> dict[str, Path]:
+        """Find the text files beside an image, by suffix."""
+        wanted = (*CAPTION_EXTENSIONS, "json", *([self.caption_key] if self.caption_key else []))
+        beside = {kind: image.with_suffix(f".{kind}") for kind in wanted}
+        return {kind: file for kind, file in beside.items() if os.path.isfile(file)}
 
 
 # Any of the above

@@ -3,11 +3,13 @@
 import base64
 import copy
 import glob
+import hashlib
 import os
 import zlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +18,7 @@ from PIL import Image
 
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
 from tf_lightning.data.images import CONTEXT, load_image
-from tf_lightning.data.readers.formats import is_ignored
+from tf_lightning.data.readers.formats import has_image_columns, is_ignored
 from tf_lightning.errors import UserError
 
 SHARD_BYTES = 64_000_000  # total size of the files that one preparation shard reads
@@ -208,6 +210,30 @@ class ImagePathSource(ImageFileSource):
         """Return the folder that the image paths in a file are relative to."""
         return Path(self.images).expanduser() if self.images else file.parent
 
+    def image_digest(self, split: Split) -> str:
+        """Hash the names, sizes and times of the image files that the split's files name.
+
+        It changes when an image is added, replaced or removed. Images in parquet files are covered
+        by `fingerprint`.
+        """
+        digest = hashlib.sha256()
+        for file in self.files(split):
+            for path in () if has_image_columns(file) else self._image_paths(file):
+                try:
+                    stat = os.stat(path)
+                    digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                except (OSError, ValueError):
+                    digest.update(f"{path!r} missing\n".encode())
+        return digest.hexdigest()
+
+    def _image_paths(self, file: Path) -> Iterator[Path]:
+        """Yield the paths of the images that a file names; bad samples have none."""
+        with suppress(BadSample, *UNEXPECTED):
+            for _, sample, *_ in self.samples(file):
+                with suppress(BadSample, *UNEXPECTED):
+                    parts = [getattr(part, "file", part) for part in self.parts(sample)]
+                    yield from (part for part in parts if isinstance(part, Path))
+
 
 def as_image_file(value: Any, folder: Path) -> bytes | Path | None:
     """Convert the image field of a record to an image file; None if it holds no image.
@@ -264,9 +290,9 @@ def find_files(paths: str | list[str]) -> list[Path]:
 def _no_file(path: str, found: list[str]) -> str:
     """Say what a path without files is, and what to give instead."""
     if found and os.path.isdir(found[0]):
-        suffixes = Counter(
-            Path(name).suffix for name in os.listdir(found[0]) if not name.startswith(".")
-        )
+        readable = os.access(found[0], os.R_OK | os.X_OK)
+        names = [n for n in os.listdir(found[0]) if n[0] != "."] if readable else []
+        suffixes = Counter(Path(name).suffix for name in names)
         suffix = suffixes.most_common(1)[0][0] if suffixes else ""
         return f"{path!r} is a folder; give the files in it, such as '{found[0]}/*{suffix}'"
     return f"no file matches {path!r}; give files or globs such as 'data/*.tar'"

@@ -447,6 +447,16 @@ def column_names(file: Path) -> list[str]:
         return []
 
 
+def has_image_columns(file: Path) -> bool:
+    """Return whether a parquet file has columns of bytes, which hold images."""
+    if file_format(file) != "parquet":
+        return False
+    try:
+        return any("binary" in str(field.type) for field in parquet.read_schema(file))
+    except (OSError, ValueError, pyarrow.ArrowException):
+        return True
+
+
 def _row(batch: pyarrow.RecordBatch) -> dict[str, Any] | BadSample:
     try:
         return batch.to_pylist()[0]
