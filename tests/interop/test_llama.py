@@ -179,6 +179,13 @@ def test_missing_weights_are_named(tmp_path):
         open_language_model(tmp_path)
 
 
+def test_joined_matrices_of_other_sizes_are_reported_under_their_name(tmp_path):
+    tiny("Phi3", pad_token_id=None).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", {"intermediate_size": 50})
+    with pytest.raises(UserError, match="unexpected 2 .layers.0.mlp.gate_up_proj.weight"):
+        open_language_model(tmp_path)
+
+
 def test_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_path):
     tiny().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")

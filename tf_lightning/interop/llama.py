@@ -32,8 +32,6 @@ from tf_lightning.tokenizer.tokenizer import NUM_IMAGE_TOKENS
 OUR_NAMES = {  # parts of Hugging Face's tensor names: ours
     "model.": "",
     "embed_tokens": "tok_embeddings",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attention.wq",
     "self_attn.k_proj": "attention.wk",
     "self_attn.v_proj": "attention.wv",
@@ -45,20 +43,24 @@ OUR_NAMES = {  # parts of Hugging Face's tensor names: ours
     "mlp.up_proj": "feed_forward.w3",
     "lm_head": "output",
 }
+PRE_NORM_NAMES = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 POST_NORM_NAMES = {  # OLMo 2 has its norms after the branches
     "post_attention_layernorm": "attention_norm",
     "post_feedforward_layernorm": "ffn_norm",
+}
+JOINED_NAMES = {  # Phi-3 stores these matrices joined
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
 }
 VOCAB_WEIGHTS = ("tok_embeddings.weight", "output.weight")  # one row for each vocabulary entry
 
 
 def _our_names(model_type: str) -> dict[str, str]:
     """Return the parts of a family's tensor names and ours."""
-    if model_type != "olmo2":
-        return OUR_NAMES
-    return {t: o for t, o in OUR_NAMES.items() if not o.endswith("_norm") or "self" in t} | (
-        POST_NORM_NAMES
-    )
+    return OUR_NAMES | (POST_NORM_NAMES if model_type == "olmo2" else PRE_NORM_NAMES)
 
 
 def state_dict_from_hf(
@@ -84,25 +86,23 @@ def state_dict_to_hf(state_dict: Mapping[str, Any], model_type: str = "llama") -
     return {n if n.startswith("lm_head") else f"model.{n}": v for n, v in renamed.items()}
 
 
-def split_fused(weights: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
-    """Split the matrices that Phi-3 stores joined, by rows.
+def split_joined(weights: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """Split the matrices of JOINED_NAMES by rows.
 
     A matrix with another number of rows is left as it is, so that it is reported under its name.
     """
-    q_dim, kv_dim = (n * config.head_size for n in (config.num_heads, config.kv_heads))
-    parts = {
-        "qkv_proj": {"q_proj": q_dim, "k_proj": kv_dim, "v_proj": kv_dim},
-        "gate_up_proj": {"gate_proj": config.ffn_dim, "up_proj": config.ffn_dim},
-    }
+    q_dim, kv_dim = (count * config.head_size for count in (config.num_heads, config.kv_heads))
+    rows = {"q_proj": q_dim, "k_proj": kv_dim, "v_proj": kv_dim}
+    rows |= {"gate_proj": config.ffn_dim, "up_proj": config.ffn_dim}
     separate = {}
     for name, weight in weights.items():
-        sizes = next((parts[joined] for joined in parts if f".{joined}." in name), None)
-        if sizes is None or len(weight) != sum(sizes.values()):
+        joined = next((part for part in JOINED_NAMES if f".{part}." in name), None)
+        sizes = [rows[part] for part in JOINED_NAMES.get(joined, ())]
+        if not sizes or weight.shape[:1] != (sum(sizes),):
             separate[name] = weight
             continue
-        start, joined, end = name.rpartition(next(p for p in parts if f".{p}." in name))
-        for part, rows in zip(sizes, weight.split(list(sizes.values())), strict=True):
-            separate[f"{start}{part}{end}"] = rows
+        for part, matrix in zip(JOINED_NAMES[joined], weight.split(sizes), strict=True):
+            separate[name.replace(joined, part)] = matrix
     return separate
 
 
@@ -221,7 +221,7 @@ class LanguageModel:
 
     def load(self, vocab_size: int) -> dict[str, Tensor]:
         """Load the weights under our names, with `vocab_size` vocabulary rows."""
-        weights = split_fused(_read_tensors(self.folder), self.config)
+        weights = split_joined(_read_tensors(self.folder), self.config)
         weights = state_dict_from_hf(weights, self.model_type)
         if self.config.tie_embeddings:
             weights["output.weight"] = weights["tok_embeddings.weight"]
@@ -253,7 +253,7 @@ def open_language_model(name: str | Path) -> LanguageModel:
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
     model_type = hf_config["model_type"]
-    found = state_dict_from_hf(split_fused(read_tensor_shapes(folder), config), model_type)
+    found = state_dict_from_hf(split_joined(read_tensor_shapes(folder), config), model_type)
     if config.tie_embeddings:  # some folders store the shared matrix twice
         found["output.weight"] = expected["output.weight"]
     _check_shapes(
