@@ -195,17 +195,18 @@ def test_a_damaged_image_store_is_read_or_refused(tmp_path):
     assert refused
 
 
-KINDS = {"latents": {}, "moments": {"sample_posterior": True, "hflip": True}, "in place": {}}
+MOMENTS = {"autoencoder": "shapes", "patch_size": 1, "sample_posterior": True, "hflip": True}
+KINDS = {"latents": {}, "moments": MOMENTS, "in place": {}}
 
 
 def a_corpus(kind: str, mixture, folder: Path) -> Corpus:
     """Prepare 20 captioned images; for "in place" they are in a parquet file."""
-    source = GreyImages(num_documents=20)
+    source = GreyImages(side=16, num_documents=20)
     if kind == "in place":
         images = [image for _, image in source.documents("train")]
         rows = [{"image": {"bytes": as_png(x)}, "caption": f"{n}"} for n, x in enumerate(images)]
         file = write_parquet(folder / "a.parquet", rows)
-        source = CaptionRows(str(file), val_fraction=0, image_size=8)
+        source = CaptionRows(str(file), val_fraction=0, image_size=16)
     data = mixture({"pictures": source}, lazy_images=kind == "in place", **KINDS[kind])
     data.setup()
     return data.corpora["train"]["pictures"]
