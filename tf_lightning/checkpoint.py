@@ -162,7 +162,7 @@ def select_weights(
         The weights with the names of the network, and their kind, "ema" or "raw".
 
     Raises:
-        UserError: `weights` is "ema" and there are no EMA weights.
+        UserError: `weights` is "ema" and there are no EMA weights, or a weight is not finite.
     """
     has_ema = any(name.startswith("ema.") for name in state_dict)
     weights = weights or ("ema" if has_ema else "raw")
@@ -170,6 +170,12 @@ def select_weights(
         raise UserError("the checkpoint has no EMA weights; give --weights raw")
     prefix = "ema." if weights == "ema" else "net."
     selected = {n.removeprefix(prefix): w for n, w in state_dict.items() if n.startswith(prefix)}
+    spoilt = [name for name, weight in selected.items() if not torch.isfinite(weight).all()]
+    if spoilt:
+        raise UserError(
+            f"{len(spoilt)} of the {len(selected)} weights in the checkpoint are not finite, the "
+            f"first is {spoilt[0]}; use an earlier checkpoint of the run"
+        )
     return selected, weights
 
 

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import lightning as L
+import torch
+
 from support import runs
 from tf_lightning.cli.main import main
 
@@ -11,6 +14,14 @@ VQ = {
     "latent_noise": 0.0,
     "dead_after": 2,
 }  # instead of a VAE
+
+
+class Spoil(L.Callback):
+    """Makes one gradient of the discriminator NaN in its first step."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == GAN_START:
+            next(pl_module.discriminator.parameters()).grad[0] = torch.nan
 
 
 def config(folder: Path, **changes) -> dict:

@@ -165,6 +165,10 @@ class StreamData(L.LightningDataModule):
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
         return accumulated * self.batches_at_once
 
+    def rows_per_step(self) -> int:
+        """Number of rows that all ranks together read in an optimizer step."""
+        return self.batch_size * self.world_size * self.batches_per_step()
+
     def num_batches(self) -> int:
         """Count the batches of one rank in the whole run."""
         if self.trainer is None or self.trainer.max_steps < 0:
@@ -175,9 +179,8 @@ class StreamData(L.LightningDataModule):
         """Compute the first row that no optimizer step has read, from the number of steps."""
         if self.trainer is None:
             return self._first_row
-        rows_per_step = self.batch_size * self.world_size * self.batches_per_step()
         steps = self.trainer.global_step - self._first_step
-        return self._first_row + steps * rows_per_step
+        return self._first_row + steps * self.rows_per_step()
 
     def train_sampler(self, rows: Dataset) -> RowSampler:
         """Sample this rank's rows of the stream without end, from the next row of the run."""

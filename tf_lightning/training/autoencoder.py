@@ -46,10 +46,12 @@ from tf_lightning.ranges import (
     Decay,
     NonNegative,
     NonNegativeInt,
+    Positive,
     PositiveInt,
     Share,
     check_arguments,
 )
+from tf_lightning.training.guard import StepGuard, check_finite
 from tf_lightning.training.optim import lr_scale, parameter_groups
 from tf_lightning.training.ranks import check_same_weights
 from tf_lightning.training.steps import (
@@ -108,6 +110,10 @@ class AutoencoderModule(L.LightningModule):
         warmup_steps: optimizer steps of warm-up.
         min_lr_ratio: last learning rate as a share of the peak; 1: constant.
         seed: seed of the noise.
+        max_bad_steps: end the run after this many steps in a row whose loss or gradient is not
+            finite. Such steps change nothing.
+        spike_sigma: leave out a step whose gradient norm is more than this many standard deviations
+            above the mean of the last 100 steps; null: leave out no finite step.
 
     Raises:
         UserError: a value is out of range, or `latent_noise` is given for a VQ.
@@ -131,6 +137,8 @@ class AutoencoderModule(L.LightningModule):
         warmup_steps: NonNegativeInt = 1000,
         min_lr_ratio: Share = 1.0,
         seed: NonNegativeInt = 0,
+        max_bad_steps: PositiveInt = 5,
+        spike_sigma: Positive | None = None,
     ):
         super().__init__()
         check_arguments(AutoencoderModule.__init__, locals())
@@ -145,6 +153,7 @@ class AutoencoderModule(L.LightningModule):
         self.codebook_use: CodebookUsage | None = None
         self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
         self.reconstruction_loss: ReconstructionLoss | None = None  # built for training only
+        self.guard = StepGuard(max_bad_steps, spike_sigma)
 
     # ---------------------------------------------------------------- building
 
@@ -259,6 +268,7 @@ class AutoencoderModule(L.LightningModule):
             means |= self.count_codes(torch.cat(ids))
         means = {f"train/{name}": value for name, value in means.items()}
         self.log_dict(means, batch_size=1, sync_dist=True)
+        self.step_loss = means["train/loss"]
         return loss
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer) -> None:
@@ -430,9 +440,11 @@ class AutoencoderModule(L.LightningModule):
         """Clip the gradients of each network by its own norm; log the autoencoder's norm."""
         limit = gradient_clip_val or float("inf")
         norm = nn.utils.clip_grad_norm_(self.autoencoder.parameters(), limit)
+        both = norm
         if self.discriminator is not None:
-            nn.utils.clip_grad_norm_(self.discriminator.parameters(), limit)
+            both = norm + nn.utils.clip_grad_norm_(self.discriminator.parameters(), limit)
         self.log("train/grad_norm", norm, batch_size=1)
+        self.guard.check(self, self.step_loss, both)
 
     # ---------------------------------------------------------------- validation
 
@@ -470,9 +482,11 @@ class AutoencoderModule(L.LightningModule):
         """Record the autoencoder type.
 
         Raises:
-            UserError: the ranks have different weights.
+            UserError: a weight is not finite, or the ranks have different weights.
         """
+        check_finite(checkpoint, self.trainer)
         check_same_weights(self)
+        checkpoint["step_guard"] = self.guard.state_dict()
         checkpoint["autoencoder"] = "vq" if self.config.num_codes else "vae"
         checkpoint["hyper_parameters"] = plain_hparams(checkpoint["hyper_parameters"])
 
@@ -488,6 +502,8 @@ class AutoencoderModule(L.LightningModule):
         upgrade(checkpoint)
         count_steps(checkpoint)
         self.loaded_step = checkpoint["global_step"]
+        if "step_guard" in checkpoint:  # missing in old checkpoints
+            self.guard.load_state_dict(checkpoint["step_guard"])
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """Load weights as torch does, with an error message of one sentence."""

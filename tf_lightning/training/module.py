@@ -44,6 +44,7 @@ from tf_lightning.ranges import (
     Decay,
     NonNegative,
     NonNegativeInt,
+    Positive,
     PositiveInt,
     Range,
     Share,
@@ -51,6 +52,7 @@ from tf_lightning.ranges import (
 )
 from tf_lightning.training.breakdown import LossBreakdown
 from tf_lightning.training.fsdp import apply_fsdp
+from tf_lightning.training.guard import StepGuard, check_finite
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
 from tf_lightning.training.optim import DECAYS, build_optimizer, lr_scale
 from tf_lightning.training.ranks import check_same_weights
@@ -102,6 +104,10 @@ class Transfusion(L.LightningModule):
         min_lr_ratio: last learning rate as a share of the peak.
         ema_decay: decay per optimizer step of the weights' moving average; 0: keep none.
         compile: compile the network with torch.compile.
+        max_bad_steps: end the run after this many steps in a row whose loss or gradient is not
+            finite. Such steps change nothing.
+        spike_sigma: leave out a step whose gradient norm is more than this many standard deviations
+            above the mean of the last 100 steps; null: leave out no finite step.
 
     Raises:
         UserError: a value is out of range, or two options exclude each other.
@@ -133,6 +139,8 @@ class Transfusion(L.LightningModule):
         min_lr_ratio: Share = 0.05,
         ema_decay: Decay = 0.9999,
         compile: bool = False,
+        max_bad_steps: PositiveInt = 5,
+        spike_sigma: Positive | None = None,
     ):
         super().__init__()
         check_arguments(Transfusion.__init__, locals())
@@ -156,6 +164,7 @@ class Transfusion(L.LightningModule):
         self.process = process_from_hparams(self.hparams)  # None: images are discrete codes
         self.net: TransfusionModel | None = None
         self.ema: TransfusionModel | None = None
+        self.guard = StepGuard(max_bad_steps, spike_sigma)
         self.breakdown: LossBreakdown | None = None  # while the module is trained
         self.tokenizer_proto: bytes | None = None
         self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
@@ -307,6 +316,7 @@ class Transfusion(L.LightningModule):
             if part is not batches[-1]:
                 backward_of_part(self, values["loss"])
         self.log_dict(means, batch_size=1, sync_dist=True)
+        self.step_loss = means["train/loss"]
         return values["loss"]
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer) -> None:
@@ -388,15 +398,16 @@ class Transfusion(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP: over all shards
         self.log("train/grad_norm", norm, batch_size=1)
+        self.guard.check(self, self.step_loss, norm)
 
     def optimizer_step(self, *args, **kwargs) -> None:
-        """Step the optimizer, then update the moving average.
+        """Step the optimizer, then update the moving average unless the step is left out.
 
         The decay grows to `ema_decay` over the first steps, so that the average forgets the
         initial weights.
         """
         super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
+        if self.ema is not None and not self.guard.leaves_out:
             step = self.trainer.global_step
             update_ema(self.ema, self.net, min(self.hparams.ema_decay, (1 + step) / (10 + step)))
 
@@ -459,9 +470,11 @@ class Transfusion(L.LightningModule):
         """Add what generation needs: the tokenizer, the autoencoder's identity, the row length.
 
         Raises:
-            UserError: the ranks have different weights.
+            UserError: a weight is not finite, or the ranks have different weights.
         """
+        check_finite(checkpoint, self.trainer)
         check_same_weights(self)
+        checkpoint["step_guard"] = self.guard.state_dict()
         proto = bytearray(self.tokenizer_proto)
         checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
         checkpoint["image_codec"] = self.image_codec
@@ -501,6 +514,8 @@ class Transfusion(L.LightningModule):
         self.tokenizer_proto = proto
         self.image_codec = with_data(checkpoint["image_codec"], self.image_codec)
         self.loaded_step = checkpoint["global_step"]
+        if "step_guard" in checkpoint:  # missing in old checkpoints
+            self.guard.load_state_dict(checkpoint["step_guard"])
         self.row_length = checkpoint.get("row_length")  # missing in old checkpoints
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):

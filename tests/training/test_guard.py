@@ -1,0 +1,151 @@
+"""Steps that are not finite are left out, end the run when they go on, and are never saved."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+
+from support import autoencoder_runs as aruns
+from support.compare import bit_equal
+from support.sources import GreyImages, RepeatedWord
+from support.tiny import SIZES, tiny_module
+from tf_lightning.checkpoint import select_weights
+from tf_lightning.cli.main import main
+from tf_lightning.errors import UserError
+from tf_lightning.model.transformer import TransformerConfig
+from tf_lightning.training import guard
+from tf_lightning.training.guard import StepGuard, floating_tensors
+from tf_lightning.training.module import Transfusion
+
+
+class Inject(L.Callback):
+    """Spoils some steps, and keeps the weights, the optimizer and the average after each."""
+
+    def __init__(self, what: str, steps: range):
+        self.what, self.steps, self.states, self.counts = what, steps, [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step not in self.steps:
+            return
+        if self.what == "latent":
+            batch.latents.view(-1)[0] = torch.nan
+        if self.what == "weight":
+            pl_module.net.transformer.norm.weight.data[0] = torch.inf
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.what == "gradient" and trainer.global_step in self.steps:
+            pl_module.net.transformer.norm.weight.grad[0] = torch.nan
+        if self.what == "spike" and trainer.global_step in self.steps:
+            pl_module.net.transformer.norm.weight.grad[0] = 1e6
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        state = pl_module.state_dict(), trainer.optimizers[0].state_dict()["state"]
+        self.states.append(copy.deepcopy(state))
+        self.counts.append(trainer.logged_metrics["train/steps_left_out"].item())
+
+
+@pytest.fixture
+def fit(mixture, tmp_path):
+    """A function that trains a tiny model on pictures; returns its trainer."""
+
+    def train(callback: L.Callback, max_steps: int = 8, **options) -> L.Trainer:
+        L.seed_everything(0)
+        config = TransformerConfig(vocab_size=300, **SIZES)
+        module = Transfusion(config, 4, 3, warmup_steps=1, lr=1e-3, ema_decay=0.5, **options)
+        trainer = L.Trainer(
+            **{"accelerator": "cpu", "max_steps": max_steps, "default_root_dir": tmp_path},
+            **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
+            **{"enable_checkpointing": False, "limit_val_batches": 0, "log_every_n_steps": 1},
+            **{"use_distributed_sampler": False, "gradient_clip_val": 1.0, "callbacks": callback},
+        )
+        sources = {"pictures": GreyImages(), "words": RepeatedWord("red", 5)}
+        trainer.fit(module, mixture(sources, {"pictures": 0.8, "words": 0.2}, batch_size=4))
+        return trainer
+
+    return train
+
+
+@pytest.mark.parametrize("what", ["latent", "gradient"])
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fit, what, muon):
+    callback = Inject(what, range(3, 5))
+    fit(callback, muon=muon)
+    assert callback.counts == [0, 0, 0, 1, 2, 2, 2, 2]
+    for step, state in enumerate(callback.states[1:], 1):
+        assert bit_equal(state, callback.states[step - 1]) == (step in (3, 4)), step
+    assert all(x.isfinite().all() for _, x in floating_tensors(callback.states[-1]))
+
+
+def test_steps_that_are_not_finite_end_the_run_with_their_rows(fit):
+    callback = Inject("gradient", range(2, 8))
+    told = r"in 3 steps in a row \(steps 3 to 5, rows 8 to 19 of the data\)"
+    with pytest.raises(UserError, match=told):
+        fit(callback, max_bad_steps=3)
+    assert len(callback.states) == 4
+
+
+def test_weights_that_are_not_finite_are_not_saved(fit, tmp_path):
+    trainer = fit(Inject("none", range(0)), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "good.ckpt")
+    good = (tmp_path / "good.ckpt").read_bytes()
+    weight = trainer.lightning_module.ema.transformer.norm.weight.data
+    weight[0] = torch.inf
+    with pytest.raises(UserError, match="1 weights .* state_dict.ema.transformer.norm.weight; no"):
+        trainer.save_checkpoint(tmp_path / "good.ckpt")
+    weight[0] = 1
+    next(iter(trainer.optimizers[0].state.values()))["exp_avg_sq"][0] = torch.inf
+    with pytest.raises(UserError, match="optimizer_states.0.state.0.exp_avg_sq; no checkpoint is"):
+        trainer.save_checkpoint(tmp_path / "good.ckpt")
+    assert (tmp_path / "good.ckpt").read_bytes() == good
+
+
+def test_a_large_gradient_is_left_out_where_asked(fit, monkeypatch):
+    monkeypatch.setattr(guard, "WINDOW", 4)
+    usual, careful = Inject("spike", range(6, 7)), Inject("spike", range(6, 7))
+    fit(usual)
+    fit(careful, spike_sigma=20.0)
+    assert usual.counts[-1] == 0 and careful.counts == [0] * 6 + [1, 1]
+    assert bit_equal(careful.states[6], careful.states[5])
+    assert not bit_equal(usual.states[6], usual.states[5])
+
+
+def test_the_guard_continues_from_a_checkpoint():
+    first, second = StepGuard(5, 3.0), StepGuard(5, 3.0)
+    first.left_out, first.in_a_row = 7, 2
+    first.norms.extend([1.0] * 60 + [2.0] * 60)  # the window keeps the last 100
+    second.load_state_dict(first.state_dict())
+    assert (second.left_out, second.in_a_row) == (7, 2)
+    mean, std = 1.6, (0.6 * 0.4 * 100 / 99) ** 0.5
+    for each in (first, second):
+        assert not each.is_spike(mean + 2.99 * std) and each.is_spike(mean + 3.01 * std)
+    assert not StepGuard(5, None).is_spike(1e9)
+
+
+def test_an_autoencoders_step_that_is_not_finite_changes_nothing(tmp_path):
+    def often(config: dict) -> None:
+        config["trainer"] |= {"max_steps": 5, "limit_val_batches": 0}
+        config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
+        config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 1
+
+    config = aruns.write_config(tmp_path, often)
+    spoil = "--trainer.callbacks+=support.autoencoder_runs.Spoil"
+    main(["fit", "-c", str(config), spoil])
+    states = [
+        torch.load(tmp_path / "run" / "checkpoints" / f"step000000{step}.ckpt", weights_only=True)
+        for step in (3, 4, 5)
+    ]
+    assert not bit_equal(states[1]["state_dict"], states[2]["state_dict"])
+    for part in ("state_dict", "optimizer_states"):
+        assert bit_equal(states[0][part], states[1][part]), part
+    assert [state["step_guard"]["left_out"] for state in states] == [0, 1, 1]
+
+
+def test_weights_of_a_checkpoint_that_are_not_finite_are_refused():
+    """So `export`, `generate` and InitFrom refuse them."""
+    weights = tiny_module().state_dict()
+    select_weights(weights)
+    weights["ema.transformer.norm.weight"][0] = torch.nan
+    with pytest.raises(UserError, match="1 of the .* the first is transformer.norm.weight"):
+        select_weights(weights)
+    select_weights(weights, "raw")
