@@ -11,9 +11,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from callbacks.prompts import Prompt
 from callbacks.results import run_folder
@@ -24,13 +21,6 @@ PACKAGES = (
     *("torch", "lightning", "torchmetrics", "torch-fidelity", "open_clip_torch"),
     *("diffusers", "pillow", "tf-lightning"),
 )
-COLUMNS = {  # heading in the printed table: key in a protocol
-    "prompts": "num_prompts",
-    "weights": "weights",
-    "guidance": "guidance_scale",
-    "steps": "num_inference_steps",
-    "sampler": "sampler",
-}
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ def save_records(
 ) -> None:
     """Write the records of a validation: one file a step in `fit`, `metrics.json` otherwise.
 
-    Outside `fit` the records are also printed. Call it on every rank; rank zero writes.
+    Call it on every rank; rank zero writes.
 
     Args:
         trainer: trainer of the run.
@@ -105,26 +95,4 @@ def save_records(
         return
     path = folder / ("metrics.json" if tag == "val" else f"metrics-{tag}.json")
     write_records(path, records, checkpoint=trainer.ckpt_path, global_step=step)
-    print_records(records)
     rank_zero_info(f"Wrote {path}")
-
-
-def print_records(records: Sequence[MetricRecord]) -> None:
-    """Print a table of names and values.
-
-    A setting that varies between records has a column (in a sweep, the guidance scale). Settings
-    that are equal for all records are printed once in the caption, to leave room for the names.
-    """
-    settings = {
-        heading: [str(record.protocol.get(key, "")) for record in records]
-        for heading, key in COLUMNS.items()
-    }
-    values = {heading: {*column} - {""} for heading, column in settings.items()}
-    varying = [heading for heading, found in values.items() if len(found) > 1]
-    common = [f"{heading} {found.pop()}" for heading, found in values.items() if len(found) == 1]
-    fixed = [Column(heading, no_wrap=True) for heading in ("metric", "value")]
-    table = Table(*fixed, *varying, caption=", ".join(common))
-    for row, record in enumerate(records):
-        more = [settings[heading][row] for heading in varying]
-        table.add_row(escape(record.name), f"{record.value:.6g}", *more)
-    Console().print(table)

@@ -42,7 +42,7 @@ def without_callbacks(config: dict) -> None:
 
 def test_the_callbacks_of_every_run_come_first(tmp_path):
     names = callbacks_of(built(tmp_path, change=without_callbacks))
-    assert names[:2] == ["TQDMProgressBar", "LearningRateMonitor"]
+    assert names[:3] == ["TrainingProgress", "PrintScores", "LearningRateMonitor"]
     assert names[-1] == "ModelCheckpoint"  # Lightning moves it to the end
 
 
@@ -58,6 +58,7 @@ def test_a_callback_that_the_configuration_lists_is_not_added_a_second_time(tmp_
     names = callbacks_of(built(tmp_path, change=list_all))
     for name in ("TQDMProgressBar", "LearningRateMonitor", "ModelCheckpoint"):
         assert names.count(name) == 1
+    assert "TrainingProgress" not in names
 
 
 def test_callbacks_with_a_key_come_between_those_of_every_run_and_the_list(tmp_path):
@@ -86,7 +87,7 @@ def test_a_listed_callback_replaces_the_one_of_its_key(tmp_path):
 @pytest.mark.parametrize(
     ("option", "left_out"),
     [
-        ("enable_progress_bar", "TQDMProgressBar"),
+        ("enable_progress_bar", "TrainingProgress"),
         ("enable_checkpointing", "ModelCheckpoint"),
         ("logger", "LearningRateMonitor"),
     ],

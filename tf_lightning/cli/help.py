@@ -70,7 +70,7 @@ Keys of a configuration:
                 logger.name (the folder's name), callbacks (a list of callbacks of your own)
   model, data   arguments of Transfusion and Mixture; class_path and init_args name another class
   checkpoint    when to save: every_n_train_steps, save_top_k
-  progress_bar, learning_rate_monitor, seed_everything, ckpt_path
+  progress_bar, scores, learning_rate_monitor, seed_everything, ckpt_path
 """
 RECIPES = {
     "quickstart.yaml": "the shapes world: no download, no GPU, 15 minutes",

@@ -16,12 +16,7 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    Callback,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    TQDMProgressBar,
-)
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -55,11 +50,12 @@ LOGGER = {
     # An empty version makes runs/NAME the run's folder, so that --ckpt_path last finds it.
     "init_args": {"save_dir": "runs", "name": "run", "version": "", "default_hp_metric": False},
 }
-# Callbacks of every run, each configured under its own key.
-ALWAYS: dict[str, tuple[type[Callback], dict]] = {
-    "progress_bar": (TQDMProgressBar, {}),
+# Callbacks of every run, each configured under its own key: path of the class, and defaults.
+ALWAYS: dict[str, tuple[str, dict]] = {
+    "progress_bar": ("callbacks.progress.TrainingProgress", {}),
+    "scores": ("callbacks.scores.PrintScores", {}),
     "checkpoint": (
-        ModelCheckpoint,
+        "lightning.pytorch.callbacks.ModelCheckpoint",
         {
             "save_top_k": -1,
             "save_last": "link",
@@ -70,7 +66,10 @@ ALWAYS: dict[str, tuple[type[Callback], dict]] = {
             "enable_version_counter": False,
         },
     ),
-    "learning_rate_monitor": (LearningRateMonitor, {"logging_interval": "step"}),
+    "learning_rate_monitor": (
+        "lightning.pytorch.callbacks.LearningRateMonitor",
+        {"logging_interval": "step"},
+    ),
 }
 # Options of the data that follow the model.
 LINKED = {
@@ -217,8 +216,8 @@ class TransfusionCLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": class_path(Transfusion)}})
         parser.set_defaults({"data": {"class_path": class_path(Mixture)}})
         parser.set_defaults({"trainer.logger": LOGGER})
-        for key, (callback, defaults) in ALWAYS.items():
-            parser.add_class_arguments(callback, key, sub_configs=True)
+        for key, (path, defaults) in ALWAYS.items():
+            parser.add_class_arguments(pkgutil.resolve_name(path), key, sub_configs=True)
             parser.set_defaults({f"{key}.{name}": value for name, value in defaults.items()})
         for key, named in NAMED.items():
             cls = pkgutil.resolve_name(named.class_path)
@@ -344,8 +343,9 @@ class TransfusionCLI(LightningCLI):
         }
         always = [
             built[key]
-            for key, (callback, _) in ALWAYS.items()
-            if switches[key] is not False and not any(isinstance(own, callback) for own in listed)
+            for key in ALWAYS
+            if switches.get(key) is not False
+            and not any(same_role(own, built[key]) for own in listed)
         ]
         callbacks = [*always, *self.named_callbacks(built, listed), *listed]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
@@ -397,6 +397,13 @@ class TransfusionCLI(LightningCLI):
                 f"  tf-lightning generate {last} {prompt}\n"
                 f"  tensorboard --logdir {os.path.relpath(self.trainer.log_dir or '.')}"
             )
+
+
+def same_role(one: Callback, other: Callback) -> bool:
+    """Whether a run needs only one of two callbacks, such as two progress bars."""
+    return any(
+        isinstance(one, kind) and isinstance(other, kind) for kind in (type(other), ProgressBar)
+    )
 
 
 def class_path(cls: type) -> str:
