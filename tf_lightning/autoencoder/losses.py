@@ -178,7 +178,7 @@ def gan_loss(fake: Tensor) -> Tensor:
 
 
 def last_layer_gradients(
-    reconstruction_loss: Tensor, gan_loss: Tensor, last_weight: Tensor
+    reconstruction_loss: Tensor, gan_loss: Tensor, last_weight: Tensor, factor: float = 1.0
 ) -> Tensor:
     """Return the gradients of both losses at the last layer, stacked, (2, *shape of the weight).
 
@@ -186,9 +186,11 @@ def last_layer_gradients(
         reconstruction_loss: scalar.
         gan_loss: scalar.
         last_weight: weight of the decoder's last convolution.
+        factor: multiplies the losses in the backward pass, so that their gradients do not vanish in
+            fp16; a power of two changes nothing else.
     """
     gradients = [
-        torch.autograd.grad(loss, last_weight, retain_graph=True)[0]
+        torch.autograd.grad(factor * loss, last_weight, retain_graph=True)[0] / factor
         for loss in (reconstruction_loss, gan_loss)
     ]
     return torch.stack(gradients)

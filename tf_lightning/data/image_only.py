@@ -144,6 +144,11 @@ class ImageData(StreamData):
                 "num_val, or val_paths"
             )
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """Number of training images."""
+        return len(self.stores["train"])
+
     def train_dataloader(self) -> DataLoader:
         """Load batches without end, from the next image of the run."""
         images = TrainImages(self.stores["train"], self.augment, self.seed)

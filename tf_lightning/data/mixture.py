@@ -301,6 +301,11 @@ class Mixture(StreamData):
         )
         return self.train_loader(rows, collate)
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows after which every source with a weight above 0 has been read in full once."""
+        return self._stream().rows_per_epoch
+
     def epochs(self) -> dict[str, float]:
         """Count the epochs of each source that the run has read, such as 1.5, by source name."""
         return dict(zip(self.source_names, self.rows.epochs(self.next_row()), strict=True))

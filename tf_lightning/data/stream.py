@@ -9,6 +9,7 @@ several batches of each rank.
 """
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -61,6 +62,15 @@ class Rows(Dataset):
         """Count the rows of each source before row `index`, (num_sources,)."""
         cycles, place = divmod(index, CYCLE)
         return cycles * self.counts + self.earlier[place]
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows after which every source has been read in full at least once."""
+        rows = np.array([corpus.rows_per_epoch for corpus in self.corpora])
+        used = self.counts > 0
+        cycles = int((rows[used] // self.counts[used]).max()) + 1
+        is_over = lambda index: bool((self.before(index) >= rows)[used].all())  # noqa: E731
+        return bisect_left(range(cycles * CYCLE), True, key=is_over)
 
     def epochs(self, index: int) -> list[float]:
         """Count the epochs of each source before row `index`."""
@@ -159,6 +169,11 @@ class StreamData(L.LightningDataModule):
     def world_size(self) -> int:
         """Number of ranks."""
         return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of the stream that count as one epoch, for `max_epochs`; call it after `setup`."""
+        raise NotImplementedError
 
     def batches_per_step(self) -> int:
         """Number of batches that one rank reads in an optimizer step."""

@@ -52,8 +52,11 @@ from tf_lightning.ranges import (
     check_arguments,
 )
 from tf_lightning.training.guard import StepGuard, check_finite
-from tf_lightning.training.optim import lr_scale, parameter_groups
+from tf_lightning.training.horizon import epochs_to_steps, expected_steps, has_end
+from tf_lightning.training.optim import lr_scale, parameter_groups, with_schedule
+from tf_lightning.training.precision import check_precision, clip_gradients, loss_scale
 from tf_lightning.training.ranks import check_same_weights
+from tf_lightning.training.resume import check_resumed
 from tf_lightning.training.steps import (
     backward_of_part,
     check_strategy,
@@ -154,6 +157,7 @@ class AutoencoderModule(L.LightningModule):
         self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
         self.reconstruction_loss: ReconstructionLoss | None = None  # built for training only
         self.guard = StepGuard(max_bad_steps, spike_sigma)
+        self.loss_scale = 1.0  # factor of the loss in backward passes
 
     # ---------------------------------------------------------------- building
 
@@ -166,22 +170,25 @@ class AutoencoderModule(L.LightningModule):
         hparams = self.hparams
         check_trainer(trainer)
         check_strategy(trainer.strategy, shards=False)
-        if trainer.max_steps < 1:
-            raise UserError(f"max_steps={trainer.max_steps} is unlimited; set trainer.max_steps")
         check_divisible(*data.image_size, self.config.downsample)
         if hparams.gan_weight and min(data.image_size) < MIN_GAN_SIDE:
             raise UserError(
                 f"images of {data.image_size[0]}x{data.image_size[1]} pixels are too small for the "
                 f"discriminator; give at least {MIN_GAN_SIDE} a side, or set gan_weight to 0"
             )
-        if hparams.gan_weight and not hparams.gan_start_step < trainer.max_steps:
-            raise UserError(
-                f"gan_start_step={hparams.gan_start_step} is not before the last step "
-                f"(max_steps={trainer.max_steps}); start earlier, or set gan_weight to 0"
-            )
+        self.check_gan_start(trainer)
         if self.reconstruction_loss is None:
             self.reconstruction_loss = ReconstructionLoss(
                 hparams.lpips_weight, hparams.lpips_network
+            )
+
+    def check_gan_start(self, trainer: L.Trainer) -> None:
+        """Raise UserError if the discriminator would start after the last step."""
+        start, last = self.hparams.gan_start_step, trainer.max_steps
+        if self.hparams.gan_weight and 0 < last <= start:
+            raise UserError(
+                f"gan_start_step={start} is not before the last step (max_steps={last}); start "
+                "earlier, or set gan_weight to 0"
             )
 
     def configure_model(self) -> None:
@@ -196,9 +203,17 @@ class AutoencoderModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check again, because a trainer used from Python does not call `before_training`."""
+        check_precision(self.trainer)
         if stage == "fit":
             self.before_training(self.trainer, self.trainer.datamodule)
             take_whole_steps(self.trainer)
+            epochs_to_steps(self.trainer)
+            self.check_gan_start(self.trainer)
+            if self.hparams.latent_noise and not has_end(self.trainer):
+                raise UserError(
+                    f"latent_noise={self.hparams.latent_noise} grows over a third of the run, but "
+                    "this run has no end; give max_steps, max_epochs or max_time"
+                )
 
     def teardown(self, stage: str) -> None:
         """Give the trainer its setting back."""
@@ -217,15 +232,12 @@ class AutoencoderModule(L.LightningModule):
             for group in parameter_groups(self.discriminator, hparams.weight_decay):
                 groups.append(group | {"name": f"discriminator_{group['name']}"})
         optimizer = torch.optim.AdamW(groups, lr=hparams.lr, betas=hparams.betas)
-        max_steps = self.trainer.max_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: lr_scale(step, hparams.warmup_steps, max_steps, hparams.min_lr_ratio),
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return with_schedule(optimizer, self.lr_scale)
+
+    def lr_scale(self, step: int) -> float:
+        """Return the factor of the peak learning rate after `step` optimizer steps."""
+        hparams, end = self.hparams, expected_steps(self.trainer, step)
+        return lr_scale(step, hparams.warmup_steps, end, hparams.min_lr_ratio)
 
     @property
     def codebook(self) -> Tensor:
@@ -242,6 +254,10 @@ class AutoencoderModule(L.LightningModule):
     def gan_started(self) -> bool:
         """Whether the discriminator is used at this step."""
         return self.discriminator is not None and self.global_step >= self.hparams.gan_start_step
+
+    def on_train_batch_start(self, batch: ImageBatch | list[ImageBatch], batch_index: int) -> None:
+        """Read the factor of the loss, which changes only between steps."""
+        self.loss_scale = loss_scale(self.trainer)
 
     def training_step(self, batch: ImageBatch | list[ImageBatch], batch_index: int) -> Tensor:
         """Compute and log all losses of an optimizer step.
@@ -345,7 +361,8 @@ class AutoencoderModule(L.LightningModule):
         made = self.reconstruct(images, batch.rows, noise_std).images
         reconstruction, _ = self.reconstruction_loss(images, made)
         last_weight = self.autoencoder.decoder.conv_out.weight
-        return losses.last_layer_gradients(reconstruction, self.gan_loss(made), last_weight)
+        gan = self.gan_loss(made)
+        return losses.last_layer_gradients(reconstruction, gan, last_weight, self.loss_scale)
 
     def reconstruct(
         self, images: Tensor, rows: Tensor | None = None, noise_std: Tensor | None = None
@@ -369,7 +386,8 @@ class AutoencoderModule(L.LightningModule):
             noise, more_noise, share = row_noise(mean, rows, self.hparams.seed)
             latents = posterior.sample(noise)
             if self.hparams.latent_noise:
-                ramp = min(1.0, 3 * self.global_step / self.trainer.max_steps)
+                step = self.global_step
+                ramp = min(1.0, 3 * step / expected_steps(self.trainer, step))
                 strength = self.hparams.latent_noise * ramp * share
                 std = self.noise_std(mean) if noise_std is None else noise_std
                 latents = add_latent_noise(latents, std, strength, more_noise)
@@ -414,7 +432,9 @@ class AutoencoderModule(L.LightningModule):
             scale = torch.ones((), device=made.device)
         elif scale is None:
             last_weight = self.autoencoder.decoder.conv_out.weight
-            gradients = losses.last_layer_gradients(reconstruction, gan, last_weight)
+            gradients = losses.last_layer_gradients(
+                reconstruction, gan, last_weight, self.loss_scale
+            )
             scale = losses.gan_scale(mean_over_ranks(gradients))
         real, fake = self.discriminator(images), self.discriminator(made.detach())
         loss_discriminator = losses.discriminator_loss(real, fake)
@@ -437,12 +457,12 @@ class AutoencoderModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients of each network by its own norm; log the autoencoder's norm."""
-        limit = gradient_clip_val or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.autoencoder.parameters(), limit)
+        """Clip the gradients of each network by itself; log the autoencoder's norm before."""
+        how = gradient_clip_val, gradient_clip_algorithm
+        norm = clip_gradients(self.autoencoder.parameters(), *how)
         both = norm
         if self.discriminator is not None:
-            both = norm + nn.utils.clip_grad_norm_(self.discriminator.parameters(), limit)
+            both = norm + clip_gradients(self.discriminator.parameters(), *how)
         self.log("train/grad_norm", norm, batch_size=1)
         self.guard.check(self, self.step_loss, both)
 
@@ -498,8 +518,15 @@ class AutoencoderModule(L.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, map_location, **arguments)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Restore the step."""
+        """Restore the step.
+
+        Raises:
+            UserError: the run resumes with another network.
+        """
         upgrade(checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            changeable = set(self.hparams) - {"network"}
+            check_resumed(self.hparams, checkpoint["hyper_parameters"], changeable, {"gan_weight"})
         count_steps(checkpoint)
         self.loaded_step = checkpoint["global_step"]
         if "step_guard" in checkpoint:  # missing in old checkpoints

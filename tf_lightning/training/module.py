@@ -11,7 +11,6 @@ from typing import Annotated
 import lightning as L
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torchmetrics import SumMetric
 
 from tf_lightning.autoencoder.recorded import as_hint, with_data
@@ -53,9 +52,12 @@ from tf_lightning.ranges import (
 from tf_lightning.training.breakdown import LossBreakdown
 from tf_lightning.training.fsdp import apply_fsdp
 from tf_lightning.training.guard import StepGuard, check_finite
+from tf_lightning.training.horizon import epochs_to_steps, expected_steps
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
-from tf_lightning.training.optim import DECAYS, build_optimizer, lr_scale
+from tf_lightning.training.optim import DECAYS, build_optimizer, lr_scale, with_schedule
+from tf_lightning.training.precision import check_precision, clip_gradients
 from tf_lightning.training.ranks import check_same_weights
+from tf_lightning.training.resume import check_resumed
 from tf_lightning.training.steps import (
     backward_of_part,
     check_mesh,
@@ -65,6 +67,13 @@ from tf_lightning.training.steps import (
     give_back_steps,
     take_whole_steps,
 )
+
+# Hyper-parameters that take effect when a run resumes with another value.
+CHANGEABLE = {
+    *("lr", "betas", "weight_decay", "warmup_steps", "lr_decay", "min_lr_ratio", "ema_decay"),
+    *("diffusion_weight", "z_loss_weight", "min_snr_gamma", "compile", "transformer.dropout"),
+}
+SWITCHES = {"ema_decay"}
 
 
 class Transfusion(L.LightningModule):
@@ -214,9 +223,11 @@ class Transfusion(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check trainer and data, and keep what a checkpoint needs besides the weights."""
         data = self.trainer.datamodule
+        check_precision(self.trainer)
         if stage == "fit":
             self.before_training(self.trainer, data)
             take_whole_steps(self.trainer)
+            epochs_to_steps(self.trainer)
         self.check_data(data)
         self.tokenizer_proto, self.row_length = data.tokenizer.proto, data.row_length
         self.image_codec = {
@@ -267,16 +278,18 @@ class Transfusion(L.LightningModule):
         """Build AdamW or Muon with AdamW, and the learning-rate schedule."""
         hparams = self.hparams
         names = ("lr", "betas", "weight_decay", "text_lr_ratio", "muon")
-        bf16 = "bf16" in str(self.trainer.precision)
-        optimizer = build_optimizer(self.net, **{n: hparams[n] for n in names}, bf16=bf16)
-        plan = (hparams.warmup_steps, self.trainer.max_steps, hparams.min_lr_ratio)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_scale(step, *plan, hparams.lr_decay)
+        optimizer = build_optimizer(
+            self.net,
+            **{name: hparams[name] for name in names},
+            bf16="bf16" in str(self.trainer.precision),
+            fused=self.trainer.precision != "16-mixed",
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return with_schedule(optimizer, self.lr_scale)
+
+    def lr_scale(self, step: int) -> float:
+        """Return the factor of the peak learning rate after `step` optimizer steps."""
+        hparams, end = self.hparams, expected_steps(self.trainer, step)
+        return lr_scale(step, hparams.warmup_steps, end, hparams.min_lr_ratio, hparams.lr_decay)
 
     # ---------------------------------------------------------------- training
 
@@ -393,10 +406,9 @@ class Transfusion(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip gradients by their global norm, and log the norm before clipping."""
-        limit = gradient_clip_val or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP: over all shards
+        """Clip gradients, and log their global norm before clipping."""
+        parameters = self.net.parameters()
+        norm = clip_gradients(parameters, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm, batch_size=1)
         self.guard.check(self, self.step_loss, norm)
 
@@ -501,9 +513,12 @@ class Transfusion(L.LightningModule):
         """Restore the tokenizer, what is known of the autoencoder, the row length and the step.
 
         Raises:
-            UserError: the data has another tokenizer or autoencoder than the checkpoint.
+            UserError: the data has another tokenizer or autoencoder than the checkpoint, or the run
+                resumes with another value of a hyper-parameter that cannot change.
         """
         upgrade(checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            check_resumed(self.hparams, checkpoint["hyper_parameters"], CHANGEABLE, SWITCHES)
         count_steps(checkpoint)
         proto = bytes(checkpoint["tokenizer"].numpy())
         if self.tokenizer_proto not in (None, proto):

@@ -1,14 +1,19 @@
-"""Optimizers of the Transfusion model: parameter groups, learning-rate schedule, AdamW and Muon.
+"""Optimizers: parameter groups, learning-rate schedule, AdamW and Muon.
+
+A checkpoint holds the state of an optimizer; rates, decays and schedule are those of the run's
+configuration, also when it resumes.
 
 Shapes: n matrices of one shape (a, b), a <= b.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from tf_lightning.model.transfusion import TransfusionModel
 
@@ -22,6 +27,7 @@ def build_optimizer(
     text_lr_ratio: float,
     muon: bool,
     bf16: bool,
+    fused: bool = True,
 ) -> torch.optim.Optimizer:
     """Build AdamW, or Muon for the matrices of the blocks with AdamW for the rest.
 
@@ -33,13 +39,15 @@ def build_optimizer(
         text_lr_ratio: learning rate of the text parameters as a share of `lr`, in [0, 1].
         muon: use Muon.
         bf16: let Muon compute in bf16; for runs in that precision.
+        fused: use PyTorch's fused AdamW. Under a GradScaler it would divide the gradients by the
+            scale only in its step, after they are clipped.
     """
     groups = parameter_groups(net, weight_decay, muon)
     if 0 < text_lr_ratio < 1:
         groups = split_text_groups(groups, net.transformer.text_parameters(), text_lr_ratio * lr)
     if muon:
         return MuonAdamW(groups, lr, betas, bf16)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 
 def parameter_groups(net: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
@@ -99,7 +107,7 @@ DECAYS = {  # from 1 to 0, as a function of progress from 0 to 1
 
 
 def lr_scale(
-    step: int, warmup_steps: int, max_steps: int, min_lr_ratio: float, decay: str = "cosine"
+    step: int, warmup_steps: int, max_steps: float, min_lr_ratio: float, decay: str = "cosine"
 ) -> float:
     """Factor of the peak learning rate at an optimizer step, in (0, 1].
 
@@ -110,7 +118,7 @@ def lr_scale(
     Args:
         step: number of finished optimizer steps.
         warmup_steps: optimizer steps of warm-up.
-        max_steps: optimizer steps of the run.
+        max_steps: optimizer steps of the run; infinity: no decay.
         min_lr_ratio: last learning rate as a share of the peak.
         decay: "cosine" or "linear".
     """
@@ -118,6 +126,45 @@ def lr_scale(
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return min_lr_ratio + (1 - min_lr_ratio) * DECAYS[decay](progress)
+
+
+class Schedule(LambdaLR):
+    """A LambdaLR that keeps its own peak rates when it resumes."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from the step of a checkpoint."""
+        super().load_state_dict(state_dict | {"base_lrs": self.base_lrs})
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
+
+
+def keep_options(optimizer: torch.optim.Optimizer) -> None:
+    """Let a checkpoint restore the optimizer's state, but not the options of its groups."""
+
+    def keep(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        saved, groups = state_dict["param_groups"], optimizer.param_groups
+        if len(saved) != len(groups):
+            return state_dict  # torch refuses it
+        kept = [
+            old | {name: value for name, value in group.items() if name != "params"}
+            for old, group in zip(saved, groups, strict=True)
+        ]
+        return state_dict | {"param_groups": kept}
+
+    optimizer.register_load_state_dict_pre_hook(keep)
+
+
+def with_schedule(optimizer: torch.optim.Optimizer, scale: Callable[[int], float]) -> dict:
+    """Return what `configure_optimizers` returns: the optimizer and its learning-rate schedule.
+
+    Args:
+        optimizer: its rates are the peak rates.
+        scale: factor of the peak rates after a number of finished optimizer steps.
+    """
+    keep_options(optimizer)
+    schedule = Schedule(optimizer, scale)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 # ---------------------------------------------------------------- Muon

@@ -6,6 +6,8 @@ before the first batch, and every mean is taken over the step. A step of the tra
 an optimizer step: it validates, saves and resumes between two of them, never within one.
 """
 
+import math
+
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from tf_lightning.data.stream import StreamData
 from tf_lightning.errors import UserError
+from tf_lightning.training.precision import check_precision
 
 
 def check_trainer(trainer: L.Trainer) -> None:
@@ -27,7 +30,8 @@ def check_trainer(trainer: L.Trainer) -> None:
 
     Raises:
         UserError: gradients are accumulated over fewer than 1 batch or over a number that changes,
-            or the training data should repeat after a few batches.
+            the limit of gradients is negative, the precision is not supported, or the training
+            data should repeat after a few batches.
     """
     if trainer.accumulate_grad_batches < 1:
         raise UserError(
@@ -44,6 +48,10 @@ def check_trainer(trainer: L.Trainer) -> None:
             f"overfit_batches={trainer.overfit_batches} has no effect on an endless stream of "
             "rows; leave it out and give the data a source of few documents"
         )
+    clip_val = trainer.gradient_clip_val or 0
+    if not 0 <= clip_val < math.inf:
+        raise UserError(f"gradient_clip_val={clip_val} must be above 0, or 0 for no clipping")
+    check_precision(trainer)
     interval, last = trainer.val_check_interval, trainer.max_steps
     if isinstance(interval, int) and 0 < last < interval and trainer.limit_val_batches:
         rank_zero_warn(

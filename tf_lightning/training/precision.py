@@ -1,0 +1,58 @@
+"""Precisions of the trainer, and what depends on them.
+
+Weights, their moving average, noise levels, noise schedules and losses are fp32, and only the
+network computes in less. With "16-mixed" the trainer multiplies the loss by a large factor, so that
+gradients do not vanish in fp16, and divides the gradients by it before they are clipped.
+"""
+
+from collections.abc import Iterable
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tf_lightning.errors import UserError
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def check_precision(trainer: L.Trainer) -> None:
+    """Refuse precisions in which weights, moving averages or noise levels are not fp32.
+
+    Raises:
+        UserError: the trainer's precision is not one of PRECISIONS.
+    """
+    if trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"precision={trainer.precision} is not supported, because weights, their moving "
+            f"average and noise levels need fp32; use {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
+        )
+
+
+def loss_scale(trainer: L.Trainer) -> float:
+    """Return the factor of the loss: a power of two under "16-mixed", 1 otherwise."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler.get_scale() if scaler else 1.0
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], limit: float | None, algorithm: str | None
+) -> Tensor:
+    """Clip gradients in place as the trainer's options say.
+
+    Args:
+        parameters: whose gradients to clip.
+        limit: gradient_clip_val; None or 0: do not clip.
+        algorithm: gradient_clip_algorithm. "value" limits the magnitude of each element; "norm", or
+            None, the norm of all gradients together.
+
+    Returns:
+        The norm of all gradients before clipping, a scalar.
+    """
+    parameters, by_value = list(parameters), algorithm == "value"
+    max_norm = float("inf") if by_value else limit or float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if by_value and limit:
+        torch.nn.utils.clip_grad_value_(parameters, limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP: over all shards

@@ -1,0 +1,52 @@
+"""Which hyper-parameters a resumed run may change."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tf_lightning.checkpoint import plain_hparams
+from tf_lightning.errors import UserError
+
+
+def check_resumed(
+    hparams: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    changeable: set[str],
+    switches: set[str] = frozenset(),
+) -> None:
+    """Refuse to resume with another value of a hyper-parameter that weights or state depend on.
+
+    Hyper-parameters that only one side has are of another version and not compared.
+
+    Args:
+        hparams: hyper-parameters of the module that resumes.
+        saved: hyper-parameters in the checkpoint.
+        changeable: names of those that take effect when a run resumes.
+        switches: those of them that add weights, so that 0 must stay 0.
+
+    Raises:
+        UserError: another one differs.
+    """
+    for name, value, old in differences(plain_hparams(hparams), plain_hparams(saved)):
+        if name not in changeable or (name in switches and bool(value) != bool(old)):
+            raise UserError(
+                f"{name}={value} differs from the checkpoint's {old}, and a resumed run cannot "
+                "change it; give the checkpoint's value, or start a new run with the callback "
+                "callbacks.init_from.InitFrom"
+            )
+
+
+def differences(
+    new: Mapping[str, Any], old: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted name and both values of each difference."""
+    for name in sorted(new.keys() & old.keys()):
+        value, before = new[name], old[name]
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            yield from differences(value, before, f"{prefix}{name}.")
+        elif as_list(value) != as_list(before):
+            yield f"{prefix}{name}", value, before
+
+
+def as_list(value: Any) -> Any:
+    """Return a tuple as a list, as YAML and checkpoints may hold either."""
+    return list(value) if isinstance(value, tuple) else value
