@@ -275,4 +275,4 @@ def test_checkpoints_of_the_wrong_kind_and_damaged_ones_are_refused(
     other = aruns.write_config(tmp_path / "other", **(aruns.VQ if kind == "vae" else {}))
     (tmp_path / "other" / "run" / "checkpoints").mkdir(parents=True)
     shutil.copy(ours, tmp_path / "other" / "run" / "checkpoints" / "last.ckpt")
-    assert "do not fit this model" in refused("fit", "-c", other, "--ckpt_path", "last")
+    assert "differs from the checkpoint's" in refused("fit", "-c", other, "--ckpt_path", "last")

@@ -30,6 +30,7 @@ from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.module import Transfusion
+from tf_lightning.training.resume import differences
 
 LOOP = {"validate": "val", "test": "test", "predict": "predict"}
 
@@ -247,6 +248,7 @@ class TransfusionCLI(LightningCLI):
         """Parse, and refuse a checkpoint that is missing or damaged."""
         args = expand_home(sys.argv[1:] if args is None else args)
         refuse_linked(args)
+        self.typed = args
         try:
             self.places = places_of_keys(args)
         except UserError as error:
@@ -289,12 +291,14 @@ class TransfusionCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Replace the model's arguments by the hyper-parameters of `--ckpt_path FILE`.
 
-        LightningCLI does the same, but does not know how to upgrade older checkpoints.
+        LightningCLI does the same, but does not know how to upgrade older checkpoints. `fit` keeps
+        its configuration; the module refuses what a resumed run cannot change.
         """
         verb = self.config.get("subcommand")
         path = self.config[verb].get("ckpt_path") if verb else None
-        if path and Path(path).is_file():
+        if path and Path(path).is_file() and verb != "fit":
             hparams = read_checkpoint(path, self.kind(verb), mmap=True)["hyper_parameters"]
+            refuse_model_options(self.typed, verb, self.config[verb].model.init_args, hparams)
             if class_path := self.config[verb].model.get("class_path"):
                 hparams = {"class_path": class_path, "init_args": hparams}
             self.config = self.parser.parse_object({verb: {"model": hparams}}, self.config)
@@ -309,6 +313,12 @@ class TransfusionCLI(LightningCLI):
         config = self.config[self.config.subcommand] if self.config.get("subcommand") else None
         if config and config.trainer.precision is None:
             config.trainer.precision = fast_precision(config.trainer.accelerator)
+        if config and config.trainer.precision in (16, "16", "16-mixed"):
+            if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+                raise UserError(
+                    f"precision={config.trainer.precision} needs a GPU; use bf16-mixed or 32-true "
+                    "on a CPU"
+                )
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer from the config."""
@@ -492,6 +502,26 @@ def refuse_linked(args: list[str]) -> None:
         if option and option[1] in LINKED:
             name = option[1]
             raise UserError(f"{arg}: the data takes {name} from the model; give {LINKED[name]}")
+
+
+def refuse_model_options(
+    args: list[str], verb: str, given: Namespace, hparams: Mapping[str, Any]
+) -> None:
+    """Refuse an option of the model on an evaluation's command line that the checkpoint overrides.
+
+    Args:
+        args: the command line.
+        verb: the command.
+        given: the model's arguments of configuration and command line.
+        hparams: those of the checkpoint.
+    """
+    typed = {m[1] for arg in args if (m := re.match(r"--model\.(?:init_args\.)?([\w.]+)", arg))}
+    for name, value, saved in differences(given.as_dict(), hparams):
+        if name in typed:
+            raise UserError(
+                f"--model.{name} {value}: {verb} takes the model from the checkpoint, which has "
+                f"{saved}; leave it out"
+            )
 
 
 def warn_of_unused_values(config: Namespace) -> None:

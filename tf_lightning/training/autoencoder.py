@@ -54,7 +54,12 @@ from tf_lightning.ranges import (
 from tf_lightning.training.guard import StepGuard, check_finite
 from tf_lightning.training.horizon import epochs_to_steps, expected_steps, has_end
 from tf_lightning.training.optim import lr_scale, parameter_groups, with_schedule
-from tf_lightning.training.precision import check_precision, clip_gradients, loss_scale
+from tf_lightning.training.precision import (
+    check_precision,
+    clip_gradients,
+    fp32_by_default,
+    loss_scale,
+)
 from tf_lightning.training.ranks import check_same_weights
 from tf_lightning.training.resume import check_resumed
 from tf_lightning.training.steps import (
@@ -191,6 +196,7 @@ class AutoencoderModule(L.LightningModule):
                 "earlier, or set gan_weight to 0"
             )
 
+    @fp32_by_default()
     def configure_model(self) -> None:
         """Build the autoencoder and, if needed, the discriminator and the codebook statistics."""
         if self.autoencoder is not None:

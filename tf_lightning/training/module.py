@@ -55,7 +55,7 @@ from tf_lightning.training.guard import StepGuard, check_finite
 from tf_lightning.training.horizon import epochs_to_steps, expected_steps
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
 from tf_lightning.training.optim import DECAYS, build_optimizer, lr_scale, with_schedule
-from tf_lightning.training.precision import check_precision, clip_gradients
+from tf_lightning.training.precision import check_precision, clip_gradients, fp32_by_default
 from tf_lightning.training.ranks import check_same_weights
 from tf_lightning.training.resume import check_resumed
 from tf_lightning.training.steps import (
@@ -191,6 +191,7 @@ class Transfusion(L.LightningModule):
         check_trainer(trainer)
         check_strategy(trainer.strategy, shards=True)
 
+    @fp32_by_default()
     def configure_model(self) -> None:
         """Build the network and its EMA copy in the strategy's device and precision context.
 

@@ -1,11 +1,13 @@
 """Precisions of the trainer, and what depends on them.
 
-Weights, their moving average, noise levels, noise schedules and losses are fp32, and only the
-network computes in less. With "16-mixed" the trainer multiplies the loss by a large factor, so that
-gradients do not vanish in fp16, and divides the gradients by it before they are clipped.
+Weights, their moving average, noise levels, noise schedules and losses are fp32, or fp64 with
+"64-true"; only the network computes in less. With "16-mixed" the trainer multiplies the loss by a
+large factor, so that gradients do not vanish in fp16, and divides the gradients by it before they
+are clipped.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import lightning as L
 import torch
@@ -14,11 +16,11 @@ from torch.distributed.tensor import DTensor
 
 from tf_lightning.errors import UserError
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 
 def check_precision(trainer: L.Trainer) -> None:
-    """Refuse precisions in which weights, moving averages or noise levels are not fp32.
+    """Refuse precisions that round weights, moving averages or noise levels to 16 bits.
 
     Raises:
         UserError: the trainer's precision is not one of PRECISIONS.
@@ -26,8 +28,19 @@ def check_precision(trainer: L.Trainer) -> None:
     if trainer.precision not in PRECISIONS:
         raise UserError(
             f"precision={trainer.precision} is not supported, because weights, their moving "
-            f"average and noise levels need fp32; use {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
+            "average and noise levels need fp32; use 32-true, bf16-mixed or 16-mixed"
         )
+
+
+@contextmanager
+def fp32_by_default() -> Iterator[None]:
+    """Create tensors in fp32, so that initial weights are the same with every precision."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def loss_scale(trainer: L.Trainer) -> float:
