@@ -72,6 +72,7 @@ from tf_lightning.training.steps import (
 CHANGEABLE = {
     *("lr", "betas", "weight_decay", "warmup_steps", "lr_decay", "min_lr_ratio", "ema_decay"),
     *("diffusion_weight", "z_loss_weight", "min_snr_gamma", "compile", "transformer.dropout"),
+    *("max_bad_steps", "spike_sigma"),
 }
 SWITCHES = {"ema_decay"}
 
