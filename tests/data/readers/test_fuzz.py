@@ -10,7 +10,6 @@ import gzip
 import io
 import os
 import random
-import re
 import tarfile
 from pathlib import Path
 
@@ -20,8 +19,9 @@ import torch
 
 from support import training_datasets
 from support.files import encoded_image, write_lines, write_parquet
+from support.hostile_files import damaged, wrong_pairs
 from support.sources import GreyImages
-from support.training_datasets import COLORS, color_of
+from support.training_datasets import COLORS
 from tf_lightning.data import (
     CaptionJson,
     CaptionRows,
@@ -36,18 +36,6 @@ from tf_lightning.data.image_only import ImageStore, store_images
 from tf_lightning.errors import UserError
 
 ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 60))
-
-
-def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Flip some bytes, cut off the end, or both."""
-    content = bytearray(content)
-    what = rng.randrange(3)
-    if what != 0:
-        for _ in range(rng.choice([1, 1, 2, 8, 64])):
-            content[rng.randrange(len(content))] ^= rng.randrange(1, 256)
-    if what != 1:
-        del content[rng.randrange(len(content)) :]
-    return bytes(content)
 
 
 def images(folder: Path) -> str:
@@ -108,25 +96,6 @@ CAPTIONS = {
     "MINT-1T": (training_datasets.mint, InterleavedFiles),
 }
 FOLDERS = {"MMC4": images, "OBELICS": lambda folder: str(folder / "downloaded")}
-
-
-def wrong_pairs(document: list) -> list[tuple[str, str]]:
-    """Return the pairs of caption and image color that differ.
-
-    Damage may change words or pixels, so only known colors are compared. In MINT-1T the words
-    follow their image; in an edit they describe the image after them.
-    """
-    marks = [
-        re.sub(r"[ !]", "", part) if isinstance(part, str) else (color_of(part),)
-        for part in document
-    ]
-    words = [mark for mark in marks if isinstance(mark, str) and mark in COLORS]
-    shown = [mark[0] for mark in marks if isinstance(mark, tuple) and mark[0]]
-    if len(document) == 3 and not isinstance(document[0], str):  # an edit
-        shown = shown[1:]
-    if len(words) != len(shown):
-        return []
-    return [pair for pair in zip(words, shown, strict=True) if pair[0] != pair[1]]
 
 
 def whole_or_counted(file: Path, good: int, found: int, all_of_them: int) -> bool:

@@ -35,6 +35,7 @@ COMPRESSION_MAGIC = {
 START = 2**16  # bytes that are read to find out what a file is
 FIRST_LINE = 2**20  # bytes that are read to find out whether JSON has one record a line
 MAX_BYTES = 2**24  # of a line or a JSON value; parsed JSON takes up to 20 times as much
+MAX_RATIO = 200  # of decompressed to compressed bytes of a file of more than MAX_BYTES
 MAX_SAMPLE = 2**28  # bytes of all files of a sample in a tar
 MAX_MEMBERS = 2**20  # files in a tar
 MAX_HEADER = 2**20  # bytes of a name or of extended attributes in a tar
@@ -147,11 +148,42 @@ def compression(file: Path) -> str | None:
 
 
 def open_stream(file: Path) -> io.BufferedReader:
-    """Open a file as a stream of decompressed bytes."""
+    """Open a file as a stream of decompressed bytes.
+
+    Reading raises BadSample after more bytes than data is known to expand to.
+    """
     codec = compression(file)
-    if codec == "xz":
-        return io.BufferedReader(lzma.open(file))
-    return io.BufferedReader(pyarrow.input_stream(str(file), compression=codec))
+    if codec is None:
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression=None))
+    stream = (
+        lzma.open(file) if codec == "xz" else pyarrow.input_stream(str(file), compression=codec)
+    )
+    return io.BufferedReader(_Limited(stream, max(MAX_BYTES, MAX_RATIO * file.stat().st_size)))
+
+
+class _Limited(io.RawIOBase):
+    """A stream that ends with BadSample after `limit` bytes."""
+
+    def __init__(self, stream: Any, limit: int):
+        self.stream, self.left = stream, limit
+
+    def readable(self) -> bool:
+        """Return True; BufferedReader asks."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Read up to len(buffer) bytes."""
+        content = self.stream.read(len(buffer))
+        self.left -= len(content)
+        if self.left < 0:
+            raise BadSample(f"file that expands more than {MAX_RATIO} times")
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        """Close the stream below."""
+        self.stream.close()
+        super().close()
 
 
 STREAM_ERRORS = (OSError, EOFError, lzma.LZMAError, pyarrow.ArrowException)
