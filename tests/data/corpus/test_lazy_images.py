@@ -14,7 +14,7 @@ from PIL import Image
 
 from support.files import write_parquet, write_tar
 from tf_lightning.data import CaptionRows, CaptionTars, ImageCaptionData, InterleavedData
-from tf_lightning.data.corpus.reader import LazyImages, decodes_alike
+from tf_lightning.data.corpus.reader import Corpus, LazyImages, decodes_alike
 from tf_lightning.data.images import load_image
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
@@ -230,3 +230,22 @@ def test_a_replaced_image_is_refused(tmp_path):
     noise(2).save(path)
     with pytest.raises(UserError, match="image 0 at byte 0 of .*cannot be read any more"):
         images.read(0, check)
+
+
+def test_a_project_moves_with_images_and_corpora(tars, tmp_path_factory, monkeypatch):
+    old = tmp_path_factory.mktemp("old") / "project"
+    tars.rename(old)
+    arguments = {"val_fraction": 0.0, "image_size": 8, "lazy_images": True, "cache_dir": "cache"}
+    monkeypatch.chdir(old)
+    ImageCaptionData("*.tar", **arguments, **SIZES).prepare_data()
+    new = old.rename(tmp_path_factory.mktemp("new") / "project")
+    monkeypatch.chdir(new)
+    corpora = {path: path.stat().st_mtime_ns for path in new.glob("cache/*/corpus.json")}
+    data = ImageCaptionData("*.tar", **arguments, **SIZES)
+    data.setup()
+    corpus = data.corpora["train"]["captions"]
+    assert torch.equal(corpus.document(7)[1], pixels(noise(7)))
+    assert {path: path.stat().st_mtime_ns for path in new.glob("cache/*/corpus.json")} == corpora
+    monkeypatch.chdir(new.parent)
+    with pytest.raises(UserError, match="cannot be read any more"):
+        Corpus(new / "cache" / corpus.name).document(7)

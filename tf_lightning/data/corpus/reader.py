@@ -20,6 +20,7 @@ With lazy images, latents.bin is empty and there are also:
                    `decode` gives the prepared image
     pictures.bin   copies of image files that have no byte range in the source: images in parquet
                    files and compressed tars
+and corpus.json lists the source files, and the folder that was current when they were read
 
 Shapes: C x h x w latents, 3 x H x W pixels.
 """
@@ -179,7 +180,8 @@ class Corpus:
         if self.image_storage.lazy:
             locations = np.asarray(np.load(self.path / "pictures.npy", mmap_mode="r"))
             size, own_file = (self.image_shape or [0])[-1], self.path / "pictures.bin"
-            self._lazy_images = LazyImages(facts["files"], locations, size, own_file)
+            folder = facts.get("folder")
+            self._lazy_images = LazyImages(facts["files"], locations, size, own_file, folder)
         else:
             self._latents = _memmap(self.path / "latents.bin", stored, shape)
         self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))
@@ -393,10 +395,21 @@ class LazyImages:
             image, (num_images, 4).
         image_size: side of the images in pixels.
         own_file: pictures.bin, with copies of images that have no byte range in a source file.
+        folder: the current folder when the corpus was prepared; None: it is not known. A file that
+            is missing is looked for at the same place relative to the present current folder, so
+            that a project moves with its images.
     """
 
-    def __init__(self, files: list[str], locations: np.ndarray, image_size: int, own_file: Path):
+    def __init__(
+        self,
+        files: list[str],
+        locations: np.ndarray,
+        image_size: int,
+        own_file: Path,
+        folder: str | None = None,
+    ):
         self.files = [*files, str(own_file)]  # OWN_FILE is the last
+        self.folder = folder
         self.locations, self.image_size = locations, image_size
         self._descriptors: OrderedDict[int, int] = OrderedDict()  # by file number, oldest first
 
@@ -438,7 +451,10 @@ class LazyImages:
         if file not in self._descriptors:
             if len(self._descriptors) == OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[file] = os.open(Path(self.files[file]), os.O_RDONLY)
+            path = Path(self.files[file])
+            if self.folder and not path.exists():
+                path = Path(os.path.relpath(path, self.folder))
+            self._descriptors[file] = os.open(path, os.O_RDONLY)
         self._descriptors.move_to_end(file)
         return self._descriptors[file]
 

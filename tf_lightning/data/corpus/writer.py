@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import shutil
 import zlib
 from array import array
@@ -245,13 +246,21 @@ class CorpusWriter:
             UserError: a latent is not finite, or those of the first images are far from unit
                 variance.
         """
-        check_finite(latents, lambda i: image_name(self.waiting[i][0]))
+        check_finite(latents, self._image_name)
         is_first = not self.latent_moments.num_values
         self.latent_moments.update(latents[:, 0, 0])
         self.pixel_moments.update(pixels)
         if is_first and len(self.waiting) >= MIN_IMAGES:
             count = len(self.waiting)
             check_std(self.latent_moments, self.pixel_moments, count, warn=False)
+
+    def _image_name(self, index: int) -> str:
+        """Return what to call a queued image in a message: its number and its file, if any."""
+        number = self.num_images - len(self.waiting) + index
+        place = byte_range(self.waiting[index][0].info.get("file"))
+        path, offset, _ = place or ("", 0, 0)
+        file = f" (byte {offset:,} of {path})" if offset else f" ({path})" if path else ""
+        return f"image {number:,}{file}"
 
     def _pixels(self, crop: float) -> torch.Tensor:
         """Stack a crop of the queued images, (B, 3, H, W) in [-1, 1]."""
@@ -295,6 +304,7 @@ class CorpusWriter:
             facts["pixel_moments"] = self.pixel_moments.to_json()
         if self.own_file:
             self.own_file.close()
+            facts["folder"] = os.getcwd()
             locations = np.array(self.locations, np.int64).reshape(-1, 4)
             np.save(self.folder / "pictures.npy", locations)
         write_facts(self.folder, facts, skipped, origin)
@@ -305,14 +315,6 @@ class CorpusWriter:
             return None
         width, height = (side // self.autoencoder.downsample for side in self.image_size)
         return self.autoencoder.latent_channels, height, width
-
-
-def image_name(image: Image.Image) -> str:
-    """Return what to call an image in a message: its file, if it has one."""
-    if not (place := byte_range(image.info.get("file"))):
-        return "an image"
-    path, offset, _ = place
-    return f"the image at byte {offset:,} of {path}" if offset else path
 
 
 def merge(shards: list[Path], folder: Path, origin: list) -> None:
@@ -349,6 +351,7 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
         if measured and all(name in fact for fact in measured):
             merged[name] = Moments.merge([fact[name] for fact in measured]).to_json()
     merged["files"] = [file for fact in facts for file in fact["files"]]
+    merged |= {"folder": facts[0]["folder"]} if "folder" in facts[0] else {}
     skipped: Counter[str] = Counter()
     for fact in facts:
         skipped.update(fact["skipped"])
