@@ -10,13 +10,14 @@ from tf_lightning.cli.main import main
 
 
 @pytest.mark.slow
-def test_two_sharded_ranks_equal_one_and_their_checkpoint_loads_on_one_device(tmp_path):
-    """FSDP2 on two CPU processes: losses, weights, moving average, resume, and an image.
+def test_two_sharded_ranks_equal_one_and_each_resumes_the_other(tmp_path):
+    """FSDP2 on two CPU processes: losses, weights, moving average, validations, and an image.
 
     With separate image weights and Muon; test_chameleon.py covers FSDP2 without them.
     """
-    check_two_ranks(tmp_path, json.dumps(ranks.SHARDED), "all", muon=True, accumulate=(1, 2))
-    file = str(tmp_path / "ranks2" / "run" / "checkpoints" / "last.ckpt")
+    options = {"modality_weights": "all", "muon": True, "accumulate": (1, 2), "validate": True}
+    check_two_ranks(tmp_path, json.dumps(ranks.SHARDED), swapped=True, **options)
+    file = str(tmp_path / "ranks1" / "run" / "checkpoints" / "last.ckpt")  # of the sharded half
     drawn = tmp_path / "drawn"
     main(["generate", file, "a red circle", "--num-inference-steps", "2", "-n1", "-o", str(drawn)])
     assert (drawn / "0000.png").is_file()
@@ -34,6 +35,7 @@ def check_two_ranks(
     swapped: bool = False,
     muon: bool = False,
     accumulate: tuple[int, int] = (1, 1),
+    validate: bool = False,
 ) -> None:
     """Compare losses and weights of two runs over three steps, and three more after a resume.
 
@@ -47,10 +49,12 @@ def check_two_ranks(
         swapped: see above.
         muon: option of the model.
         accumulate: batches a step of one rank, and of two.
+        validate: validate after every step.
     """
     more = [f"--data.init_args.cache_dir={tmp_path}/data"]
     more += [f"--model.transformer.modality_weights={modality_weights}"]
     more += [f"--model.muon={str(muon).lower()}"]
+    more += ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=1"] * validate
     for first in (1, 2):
         folder = tmp_path / f"ranks{first}"
         folder.mkdir()

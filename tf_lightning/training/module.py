@@ -10,6 +10,7 @@ from typing import Annotated
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics import SumMetric
 
@@ -50,7 +51,12 @@ from tf_lightning.ranges import (
     check_arguments,
 )
 from tf_lightning.training.breakdown import LossBreakdown
-from tf_lightning.training.fsdp import apply_fsdp
+from tf_lightning.training.fsdp import (
+    apply_fsdp,
+    check_numbers,
+    number_states_by_module,
+    reshard,
+)
 from tf_lightning.training.guard import StepGuard, check_finite
 from tf_lightning.training.horizon import epochs_to_steps, expected_steps
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
@@ -191,6 +197,15 @@ class Transfusion(L.LightningModule):
         """
         check_trainer(trainer)
         check_strategy(trainer.strategy, shards=True)
+
+    def check_resume(self, trainer: L.Trainer, checkpoint: dict) -> None:
+        """Check that this run can continue a checkpoint.
+
+        Raises:
+            UserError: the checkpoint is of an older version, and the strategy is FSDP2.
+        """
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            check_numbers(checkpoint)
 
     @fp32_by_default()
     def configure_model(self) -> None:
@@ -462,6 +477,7 @@ class Transfusion(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/<source>/<loss>`, means over all ranks."""
+        reshard(self.inference_net)
         for (source, name), sums in self.val_sums.items():
             total, count = (metric.compute() for metric in sums)  # the same on every rank
             if count:
@@ -488,6 +504,9 @@ class Transfusion(L.LightningModule):
         """
         check_finite(checkpoint, self.trainer)
         check_same_weights(self)
+        states = checkpoint.get("optimizer_states", [])
+        for state, optimizer in zip(states, self.trainer.optimizers, strict=False):
+            number_states_by_module(state, optimizer, self)
         checkpoint["step_guard"] = self.guard.state_dict()
         proto = bytearray(self.tokenizer_proto)
         checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
