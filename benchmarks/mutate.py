@@ -40,6 +40,10 @@ REQUESTS = "tf_lightning/generation/requests.py"
 TRAINING, GENERATION = "tests/training/test_wiring.py", "tests/generation/test_wiring.py"
 TOKENS, PACKING = "tests/generation/test_sampling_wiring.py", "tests/test_batch.py"
 
+TRANSFORMER, LAYERS = "tf_lightning/model/transformer.py", "tf_lightning/model/layers.py"
+FAMILIES, FLOPS = "tf_lightning/interop/families.py", "tf_lightning/training/flops.py"
+LANGUAGE_MODELS = "tests/interop/test_families.py"
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -108,6 +112,11 @@ def token_option(option: str, default: str) -> Mutant:
     argument = option.removeprefix("code_")
     old, new = f"{argument}=self.sampling.{option},", f"{argument}={default},"
     return engine(f"{option} not passed on", old, new, TOKENS)
+
+
+def family(name: str, old: str, new: str) -> Mutant:
+    """A mistake in reading or writing the config.json of a language model."""
+    return Mutant(name, FAMILIES, old, new, LANGUAGE_MODELS)
 
 
 MUTANTS = [
@@ -251,6 +260,29 @@ MUTANTS = [
     engine("stop strings do not end a text", "or self._is_stopped(sequence.text)", ""),
     Mutant("stop strings stay in a text", PIPELINE, "(document, plan.sampling.stop)",
            "(document, ())", GENERATION),
+    # language models
+    family("head_dim of a language model dropped", "head_dim=_head_dim(config, family),", ""),
+    family("rope_scaling of a language model dropped", "rope_scaling=_rope_scaling(rope),", ""),
+    family("rope_theta of a language model dropped",
+           'rope_theta=rope.get("rope_theta") or values["rope_theta"],', ""),
+    family("rms_norm_eps of a language model dropped", 'norm_eps=values["rms_norm_eps"],', ""),
+    family("tied embeddings of a language model dropped",
+           'tie_embeddings=values["tie_word_embeddings"],', ""),
+    family("exported head_dim", '"head_dim": config.head_size,',
+           '"head_dim": config.dim // config.num_heads,'),
+    family("exported rms_norm_eps", '"rms_norm_eps": config.norm_eps,', '"rms_norm_eps": 1e-5,'),
+    family("exported rope_theta", '"rope_theta": config.rope_theta,', '"rope_theta": 1e4,'),
+    family("exported rope_scaling", '"rope_scaling": _rope_scaling_to_hf(config.rope_scaling),',
+           '"rope_scaling": None,'),
+    Mutant("rotary positions in every block", TRANSFORMER,
+           "rope if config.has_rope(i) else None", "rope", LANGUAGE_MODELS),
+    Mutant("rotary positions in every block with image weights", TRANSFORMER,
+           "ropes if self.config.has_rope(i) else [None, None]", "ropes",
+           "tests/model/test_modality.py"),
+    Mutant("linear scaling left out", LAYERS, 'if self.rope_type == "linear":', "if False:",
+           LANGUAGE_MODELS),
+    Mutant("FLOPs without head_dim", FLOPS, "config.num_heads * config.head_size", "config.dim",
+           "tests/training/test_flops.py"),
 ]  # fmt: skip
 
 
