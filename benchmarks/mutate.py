@@ -77,8 +77,8 @@ def module(name: str, old: str, new: str) -> Mutant:
 
 def not_passed(option: str, default: str) -> Mutant:
     """An option of the optimizer that is not passed on."""
-    old = "**{n: hparams[n] for n in names}"
-    new = f'**({{n: hparams[n] for n in names}} | {{"{option}": {default}}})'
+    old = "**{name: hparams[name] for name in names}"
+    new = f'**({{name: hparams[name] for name in names}} | {{"{option}": {default}}})'
     return module(f"{option} not passed on", old, new)
 
 
@@ -148,11 +148,12 @@ MUTANTS = [
     not_passed("weight_decay", "0.1"),
     not_passed("text_lr_ratio", "1.0"),
     not_passed("muon", "False"),
-    module("precision of Muon", 'bf16 = "bf16" in', 'bf16 = "half" in'),
-    module("warmup_steps not passed on", "(hparams.warmup_steps,", "(4000,"),
-    module("min_lr_ratio not passed on", "hparams.min_lr_ratio)", "0.05)"),
-    module("lr_decay not passed on", "*plan, hparams.lr_decay)", "*plan)"),
-    module("schedule by epochs", '"interval": "step"', '"interval": "epoch"'),
+    module("precision of Muon", 'bf16="bf16" in', 'bf16="half" in'),
+    module("warmup_steps not passed on", "hparams.warmup_steps, end", "4000, end"),
+    module("min_lr_ratio not passed on", "end, hparams.min_lr_ratio", "end, 0.05"),
+    module("lr_decay not passed on", ", hparams.lr_decay)", ")"),
+    Mutant("schedule by epochs", OPTIM, '"interval": "step"', '"interval": "epoch"', TRAINING),
+    module("fused AdamW in fp16", 'fused=self.trainer.precision != "16-mixed"', "fused=True"),
     module("text weights not frozen", "if hparams.text_lr_ratio == 0:", "if False:"),
     module("ema_decay not passed on", "min(self.hparams.ema_decay,", "min(0.9999,"),
     module("average kept at ema_decay 0", "if hparams.ema_decay > 0:", "if True:"),

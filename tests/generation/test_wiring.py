@@ -47,7 +47,8 @@ class Recorded:
         autoencoder = SimpleNamespace(decode=self.decode, downsample=1)
         codec = {"autoencoder": "pixels", "latent_shape": list(LATENT_SHAPE)}
         checkpoint = {"hyper_parameters": hparams, "image_codec": codec, "row_length": 64}
-        self.pipe = TransfusionPipeline(net, tokenizer, autoencoder, checkpoint)
+        self.pipe = TransfusionPipeline(net, tokenizer, checkpoint)
+        self.pipe.autoencoder = autoencoder
 
     def __call__(self, **options):
         return self.pipe([PROMPT], progress=False, **options)

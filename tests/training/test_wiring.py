@@ -290,6 +290,15 @@ def test_the_options_of_adamw_reach_it():
     }
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("bf16-mixed", True), ("16-mixed", False)])
+def test_adamw_is_fused_except_where_its_gradients_are_scaled(precision, fused):
+    module, _ = made(None, latent_channels=3)
+    module.configure_model()
+    module.kept_trainer.precision = precision
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert all(group["fused"] == fused for group in optimizer.param_groups)
+
+
 def test_muon_takes_the_matrices_of_the_blocks_in_the_precision_of_the_run():
     module, made_optimizer = optimizer_of(muon=True, weight_decay=0.3, betas=(0.8, 0.7), lr=0.02)
     optimizer = made_optimizer["optimizer"]
