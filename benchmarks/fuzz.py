@@ -129,7 +129,9 @@ def run_try(section: str, seed: int) -> str | None:
 
 def main() -> int:
     """Run tries until the time or the number of them is over."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=1, help="time for all sections")
     parser.add_argument("--tries", type=int, help="tries of each section; overrides --minutes")
     parser.add_argument("--only", choices=SECTIONS, help="a single section")

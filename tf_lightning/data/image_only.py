@@ -7,7 +7,6 @@ All images of a split are stored once in a folder of two files:
 Shapes: B images of H x W pixels.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -25,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tf_lightning.data.corpus.prepare import format_reasons, summary
+from tf_lightning.data.corpus.prepare import corpus_path, format_reasons, summary, told_if_full
 from tf_lightning.data.corpus.reader import refuse_damage
 from tf_lightning.data.documents import Skipped, Source, Split
 from tf_lightning.data.stream import ENDLESS, StreamData
@@ -266,8 +265,11 @@ def store_images(source: Source, split: Split, directory: str | Path) -> ImageSt
         UserError: the images differ in size, or there are none to train on.
     """
     origin = [FORMAT, source.fingerprint(split)]
-    digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
-    path = Path(directory) / f"pictures-{split}-{digest}"
+    path = corpus_path(directory, "pictures", split, origin)
+    # A store that was made before the images were part of its origin is still used.
+    if hasattr(source, "image_digest") and not path.is_dir():
+        origin.append({"images": source.image_digest(split)})
+        path = corpus_path(directory, "pictures", split, origin)
     if path.is_dir():
         return ImageStore(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +277,8 @@ def store_images(source: Source, split: Split, directory: str | Path) -> ImageSt
     # own, and the first that finishes wins.
     unfinished = Path(tempfile.mkdtemp(dir=directory, prefix=f".{path.name}-"))
     try:
-        shape, skipped = _write(source, split, unfinished)
+        with told_if_full(path.parent):
+            shape, skipped = _write(source, split, unfinished)
         facts = {"shape": shape, "skipped": skipped, "origin": origin}
         (unfinished / "store.json").write_text(json.dumps(facts, indent=2) + "\n")
         publish_folder(unfinished, path)

@@ -1,6 +1,8 @@
 """Preparation counts unusable samples, leaves no partial corpus and is done once."""
 
+import errno
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.data import CaptionRows
 from tf_lightning.data.corpus.prepare import plan_corpus, prepare, summary
 from tf_lightning.data.corpus.reader import Corpus
+from tf_lightning.data.corpus.writer import CorpusWriter
 from tf_lightning.data.documents import Skipped
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
@@ -253,3 +256,26 @@ def test_a_flood_of_reasons_is_counted_together(mixture):
     data.setup()
     reasons = data.corpora["train"]["pictures"].skipped
     assert len(reasons) <= 101 and sum(reasons.values()) == 1000
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, None])
+def test_a_full_disk_is_named_and_nothing_is_left(number, mixture, monkeypatch, tmp_path):
+    def fail(*_):
+        raise OSError(number, "full") if number else OSError("9 requested and 0 written")
+
+    data = mixture({"pictures": Given(["red", red_image()])})
+    monkeypatch.setattr(CorpusWriter, "_add_image", fail)
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr("tf_lightning.data.corpus.prepare.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match="no space left on the disk of .*cache; free some, or name"):
+        data.setup()
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".model"]
+
+
+def test_another_error_of_writing_is_not_called_a_full_disk(mixture, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(CorpusWriter, "_add_image", fail)
+    with pytest.raises(OSError, match="broken disk"):
+        mixture({"pictures": Given(["red", red_image()])}).setup()

@@ -6,15 +6,17 @@ complete, so an interrupted preparation continues with the first missing shard. 
 corpus, too, appears only when the corpus is complete.
 """
 
+import errno
 import hashlib
 import json
 import multiprocessing
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +142,21 @@ def plan_corpus(
     )
 
 
+@contextmanager
+def told_if_full(folder: Path) -> Iterator[None]:
+    """Raise UserError if a block that writes into a folder fails because its disk is full."""
+    try:
+        yield
+    except OSError as error:
+        # numpy's tofile raises an OSError without errno.
+        is_full = error.errno is None and shutil.disk_usage(folder).free < 2**20
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not is_full:
+            raise
+        raise UserError(
+            f"no space left on the disk of {folder}; free some, or name a folder on another disk"
+        ) from error
+
+
 def corpus_path(directory: str | Path, name: str, split: Split, origin: list) -> Path:
     """Return the folder of a corpus of this origin."""
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
@@ -220,7 +237,9 @@ def prepare(
         return corpus
     job.shards_folder.mkdir(parents=True, exist_ok=True)
     try:
-        _prepare_shards(job, [n for n in job.missing_shards() if n % part[1] == part[0]], processes)
+        numbers = [n for n in job.missing_shards() if n % part[1] == part[0]]
+        with told_if_full(job.path.parent):
+            _prepare_shards(job, numbers, processes)
         missing, count = len(job.missing_shards()), len(job.shards)
         if missing:
             rank_zero_info(
@@ -228,7 +247,8 @@ def prepare(
                 "the other parts prepare the rest"
             )
             return None
-        _finish(job)
+        with told_if_full(job.path.parent):
+            _finish(job)
     except FileNotFoundError:  # another process finished first and removed the shards
         if not job.path.is_dir():
             raise
