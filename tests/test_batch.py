@@ -185,3 +185,9 @@ def test_a_batch_is_moved_with_all_its_fields():
     tensors = {name: value for name, value in vars(batch).items() if name != "buckets"}
     assert all(torch.equal(getattr(moved, name), value) for name, value in tensors.items())
     assert moved.source_ids.tolist() == [3]
+
+
+def test_the_shift_of_noise_levels_reaches_them():
+    rows = [[document("2i", 1), document("3i", 2)], [document("1i", 3)]]
+    plain, shifted = packed(rows), packed(rows, timestep_shift=3.0)
+    torch.testing.assert_close(shifted.t, 3 * plain.t / (1 + 2 * plain.t))  # SD3 Eq. 23
