@@ -38,7 +38,6 @@ from tf_lightning.training.module import Transfusion
 MODULE_PROTOCOL = {  # definitions of the losses that the module logs at validation
     "loss_lm": "mean nll in nats over text targets",
     "loss_codes": "mean nll in nats over image codes and the <eoi> after them",
-    "loss_diffusion": "mean squared error over latent elements",
 }
 
 
@@ -335,13 +334,16 @@ def module_records(
     """Return records of the losses that the module logged at this validation."""
     known = {record.name for record in others}
     weights = "raw" if module.ema is None else "ema"
+    definitions = MODULE_PROTOCOL
+    if module.process is not None:
+        definitions = definitions | {"loss_diffusion": module.process.loss_definition}
     return [
         MetricRecord(
             name,
             float(value),
-            {"definition": MODULE_PROTOCOL[name.rpartition("/")[2]], "weights": weights},
+            {"definition": definitions[name.rpartition("/")[2]], "weights": weights},
         )
         for name, value in trainer.callback_metrics.items()
-        if name.rpartition("/")[2] in MODULE_PROTOCOL and name.startswith("val/")
+        if name.rpartition("/")[2] in definitions and name.startswith("val/")
         if name not in known
     ]

@@ -11,6 +11,13 @@ from tf_lightning.batch import Batch
 from tf_lightning.data.stream import as_batches
 from tf_lightning.training.flops import Workload, flops_6nd, squared_lengths, training_flops
 
+COMPUTE_DTYPES = {  # type in which the network multiplies, by the trainer's precision
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "64-true": torch.float64,
+}
+
 
 class Throughput(L.Callback):
     """Logs speed, FLOPs, padding and mixture of the training, and the time of its validations.
@@ -68,7 +75,7 @@ class Throughput(L.Callback):
         self.squares = torch.zeros((), dtype=torch.float64, device=pl_module.device)
         self.positions = 0
         if self.peak_flops is None:
-            dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+            dtype = COMPUTE_DTYPES[trainer.precision]
             self.peak_flops = get_available_flops(trainer.strategy.root_device, dtype)
         self.started = time.perf_counter()
         self.window, self.image_work, self.window_start = Workload(), {}, self.started

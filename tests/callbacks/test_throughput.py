@@ -124,3 +124,24 @@ def test_times_continue_from_a_checkpoint(clock):
     resumed.started = 0.0
     assert resumed.fit_seconds == 100  # the clock reads 0
     assert resumed.state_dict() == {"fit_seconds": 101, "validation_seconds": 10}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("32-true", torch.float32),
+        ("bf16-mixed", torch.bfloat16),
+        ("16-mixed", torch.float16),
+        ("64-true", torch.float64),
+    ],
+)
+def test_the_peak_is_that_of_the_type_in_which_the_network_multiplies(
+    precision, dtype, monkeypatch
+):
+    monkeypatch.setattr("callbacks.throughput.get_available_flops", lambda _, kind: (kind, 7))
+    data = SimpleNamespace(source_names=["text"])
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(datamodule=data, precision=precision, strategy=strategy)
+    callback = Throughput()
+    callback.on_train_start(trainer, SimpleNamespace(device="cpu"))
+    assert callback.peak_flops == (dtype, 7)

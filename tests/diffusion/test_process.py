@@ -373,3 +373,23 @@ def test_the_process_of_a_checkpoint_has_its_hyper_parameters():
     torch.testing.assert_close(process.alphas_cumprod, alphas_cumprod(linear_betas(10)))
     assert isinstance(process_from_hparams({"prediction_type": "flow"}), RectifiedFlow)
     assert process_from_hparams(hparams | {"num_codes": 512}) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "mean squared error of epsilon over latent elements"),
+        (
+            {"prediction_type": "v_prediction", "min_snr_gamma": 5.0},
+            "mean squared error of v_prediction over latent elements, times its min-SNR weight "
+            "(gamma 5)",
+        ),
+        (
+            {"learned_sigma": True, "num_train_timesteps": 500},
+            "mean squared error of epsilon over latent elements, plus 0.5 x the VLB in bits",
+        ),
+        ({"prediction_type": "flow"}, "mean squared error of velocity over latent elements"),
+    ],
+)
+def test_the_definition_of_a_loss_names_all_its_terms(options, words):
+    assert build_process(**options).loss_definition == words

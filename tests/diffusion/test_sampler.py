@@ -19,6 +19,7 @@ from tf_lightning.diffusion.sampler import (
     set_timesteps,
 )
 from tf_lightning.errors import UserError
+from tf_lightning.generation.sampling import SamplingConfig
 
 # diffusers 0.42 raises this warning with numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -41,6 +42,19 @@ def exact_output(x_t: Tensor, t: float, prediction_type: str) -> Tensor:
     noise, latents = b * gain, MEAN + a * STD**2 * gain
     velocities = {"epsilon": noise, "v_prediction": a * noise - b * latents}
     return velocities.get(prediction_type, noise - latents)
+
+
+@pytest.mark.parametrize(("sampler", "kind"), PAIRS)
+def test_the_reported_evaluations_are_those_of_the_network(sampler, kind):
+    calls = []
+
+    def model(x_t: Tensor, t: float) -> Tensor:
+        calls.append(t)
+        return torch.zeros_like(x_t)
+
+    denoised(sampler, kind, model, torch.randn(1, 1, 1, 1), 6)
+    used = SamplingConfig(sampler=sampler, num_inference_steps=6).used("image")
+    assert used["nfe"] == len(calls) == (11 if "Heun" in sampler else 6)
 
 
 def denoised(

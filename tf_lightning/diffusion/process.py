@@ -48,6 +48,8 @@ class DiffusionProcess(Protocol):
     evenly_spaced_samplers: tuple[str, ...]
     """Samplers whose steps diffusers spaces evenly, so that `timestep_shift` must be 1."""
     default_sampler: str
+    loss_definition: str
+    """What `loss_sum` is per latent element, in words, for reports."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t and sigma_t, (M, 1, 1, 1), of noise levels t (M,)."""
@@ -150,6 +152,14 @@ def diffusion_loss_sum(output: Tensor, target: Tensor, weight: Tensor | None = N
     return (weight * (output.float() - target.float()).square()).sum()
 
 
+def squared_error(prediction: str, min_snr_gamma: float | None) -> str:
+    """Name the mean of a squared error and its weight, if it has one."""
+    weight = (
+        "" if min_snr_gamma is None else f", times its min-SNR weight (gamma {min_snr_gamma:g})"
+    )
+    return f"mean squared error of {prediction} over latent elements{weight}"
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -239,6 +249,14 @@ class DDPM(nn.Module):
         if self.prediction_type == "epsilon":
             return (x_t - sigma_t * output) / alpha_t
         return alpha_t * x_t - sigma_t * output
+
+    @property
+    def loss_definition(self) -> str:
+        """Squared error of the prediction, its weight, and the variational term."""
+        error = squared_error(self.prediction_type, self.min_snr_gamma)
+        if not self.learned_sigma:
+            return error
+        return f"{error}, plus {VLB_WEIGHT * self.num_train_timesteps:g} x the VLB in bits"
 
     def loss_sum(self, output: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Squared error, plus the variational term of a learned variance (iDDPM Eq. 16)."""
@@ -358,6 +376,11 @@ class RectifiedFlow(nn.Module):
     def predicted_x_0(self, x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
         """x_0 = x_t - sigma_t (eps - x_0)."""
         return x_t - self.coefficients(t)[1] * output
+
+    @property
+    def loss_definition(self) -> str:
+        """Squared error of the velocity and its weight."""
+        return squared_error("velocity", self.min_snr_gamma)
 
     def loss_sum(self, output: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Squared error of the velocity."""

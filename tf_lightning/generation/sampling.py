@@ -52,7 +52,8 @@ class SamplingConfig:
     guidance_rescale: Share = option(0.0, "denoising")
     """Strength of the correction for overexposure, in [0, 1]; 0 turns it off."""
     num_inference_steps: PositiveInt = option(50, "denoising")
-    """Denoising steps of an image, from 1 to 1000."""
+    """Denoising steps of an image, from 1 to 1000. Heun's method evaluates the network twice in
+    each but the last, 99 times in 50 steps."""
     sampler: str | None = option(None, "denoising")
     """Name of a diffusers scheduler: DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler,
     DPMSolverMultistepScheduler-SDE or UniPCMultistepScheduler; for a rectified flow
@@ -111,7 +112,7 @@ class SamplingConfig:
         return replace(self, **options)
 
     def used(self, output_modality: OutputModality, makes_codes: bool = False) -> dict[str, Any]:
-        """Return the options that influence an output, by name.
+        """Return the options that influence an output, by name, and `nfe` where it denoises.
 
         Args:
             output_modality: modality of the output.
@@ -120,7 +121,14 @@ class SamplingConfig:
         image = {"guidance", "codes" if makes_codes else "denoising"}
         groups = {"image": image, "text": {"text"}, "any": image | {"text", "any"}}[output_modality]
         values = asdict(self)
-        return {f.name: values[f.name] for f in fields(self) if f.metadata["group"] in groups}
+        used = {f.name: values[f.name] for f in fields(self) if f.metadata["group"] in groups}
+        return used | ({"nfe": self.nfe} if "denoising" in groups else {})
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of an image, not counting those of guidance (EDM's NFE)."""
+        is_heun = self.sampler == "FlowMatchHeunDiscreteScheduler"
+        return 2 * self.num_inference_steps - 1 if is_heun else self.num_inference_steps
 
 
 def not_for_codes(sampling: SamplingConfig) -> None:
