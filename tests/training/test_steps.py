@@ -168,13 +168,19 @@ def fit(mixture, tmp_path):
     """A function that trains a tiny model; returns the Recorder and the module."""
 
     def train(
-        batch_size: int, accumulate: int, *callbacks, resume: str | None = None, **arguments
+        batch_size: int,
+        accumulate: int,
+        *callbacks,
+        resume: str | None = None,
+        num_workers: int = 0,
+        **arguments,
     ) -> tuple[Recorder, Transfusion]:
         L.seed_everything(0)
         config = TransformerConfig(vocab_size=300, **SIZES)
         module = Transfusion(config, patch_size=4, latent_channels=3, warmup_steps=1, lr=1e-2)
         sources = {"words": RepeatedWord("red", 5), "pictures": GreyImages()}
         data = mixture(sources, {"words": 0.5, "pictures": 0.5}, batch_size=batch_size)
+        data.num_workers = num_workers
         recorder = Recorder(tmp_path, save_at=3)
         trainer = L.Trainer(
             **{"accelerator": "cpu", "max_steps": 6, "default_root_dir": tmp_path}
@@ -217,6 +223,12 @@ def test_a_run_resumes_the_same_rows_with_another_division_of_its_steps(fit, tmp
             assert resumed.validated == validated
             for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_workers_load_the_batches_of_a_step_together(fit):
+    alone, workers = fit(2, 3)[0], fit(2, 3, num_workers=1)[0]
+    assert torch.equal(torch.cat(workers.rows), torch.cat(alone.rows))
+    assert workers.losses == alone.losses
 
 
 def test_a_run_resumes_at_the_next_row_with_other_rows_a_step(fit, tmp_path):
@@ -284,8 +296,14 @@ def test_strategies_that_would_train_diverging_copies_are_refused():
     steps.check_strategy(ModelParallelStrategy(), shards=True)
     with pytest.raises(UserError, match="cannot train an autoencoder; set .* to ddp"):
         steps.check_strategy(ModelParallelStrategy(), shards=False)
-    size = lambda n: SimpleNamespace(size=lambda: n)  # noqa: E731
-    mesh = {"data_parallel": size(2), "tensor_parallel": size(1)}
-    steps.check_mesh(mesh)
+    two = [torch.device("cpu")] * 2
+    sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    steps.check_strategy(sharded, shards=True)
+    for given in ({}, {"data_parallel_size": 1, "tensor_parallel_size": 2}):
+        default = ModelParallelStrategy(**given)
+        default.parallel_devices = two
+        with pytest.raises(UserError, match="tensor_parallel_size=2 .* number of ranks .2. and"):
+            steps.check_strategy(default, shards=True)
+    steps.check_mesh(2, 1)
     with pytest.raises(UserError, match="tensor_parallel_size=4 .* number of ranks .8. and"):
-        steps.check_mesh(mesh | {"tensor_parallel": size(4)})
+        steps.check_mesh(2, 4)

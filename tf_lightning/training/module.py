@@ -217,7 +217,8 @@ class Transfusion(L.LightningModule):
         if self.net is not None:
             return
         if self.device_mesh is not None:  # set by ModelParallelStrategy
-            check_mesh(self.device_mesh)
+            axes = ("data_parallel", "tensor_parallel")
+            check_mesh(*(self.device_mesh[axis].size() for axis in axes))
         hparams = self.hparams
         self.net = build_network(hparams)
         self.net.reset_parameters()

@@ -73,6 +73,12 @@ def check_strategy(strategy: Strategy, shards: bool) -> None:
     name = type(strategy).__name__
     if isinstance(strategy, ModelParallelStrategy) and not shards:
         raise UserError(f"{name} cannot train an autoencoder; set trainer.strategy to ddp")
+    if isinstance(strategy, ModelParallelStrategy):  # the mesh does not exist yet
+        data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
+        check_mesh(
+            strategy.num_nodes if data == "auto" else data,
+            strategy.num_processes if tensor == "auto" else tensor,
+        )
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise UserError(
             f"the strategy {name} is not supported; set trainer.strategy to auto, ddp or "
@@ -80,21 +86,21 @@ def check_strategy(strategy: Strategy, shards: bool) -> None:
         )
 
 
-def check_mesh(mesh: torch.distributed.DeviceMesh) -> None:
-    """Refuse tensor parallelism, which would train a copy on each rank of the mesh's second axis.
+def check_mesh(data_parallel: int, tensor_parallel: int) -> None:
+    """Refuse tensor parallelism, whose ranks would each train a copy of their own.
 
     Args:
-        mesh: ModelParallelStrategy's mesh with the axes data_parallel and tensor_parallel.
+        data_parallel: size of ModelParallelStrategy's data-parallel axis.
+        tensor_parallel: size of its other axis.
 
     Raises:
-        UserError: the axis tensor_parallel has more than one rank.
+        UserError: the second axis has more than one rank.
     """
-    data, tensor = mesh["data_parallel"].size(), mesh["tensor_parallel"].size()
-    if tensor > 1:
+    if tensor_parallel > 1:
         raise UserError(
-            f"ModelParallelStrategy with tensor_parallel_size={tensor} is not supported; set "
-            f"data_parallel_size to the number of ranks ({data * tensor}) and tensor_parallel_size "
-            "to 1"
+            f"ModelParallelStrategy with tensor_parallel_size={tensor_parallel} is not supported; "
+            f"set its data_parallel_size to the number of ranks "
+            f"({data_parallel * tensor_parallel}) and its tensor_parallel_size to 1"
         )
 
 
