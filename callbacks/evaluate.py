@@ -32,7 +32,8 @@ from callbacks.text_perplexity import TextPerplexity
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
-from tf_lightning.generation.sampling import SamplingConfig
+from tf_lightning.generation.sampling import GuidanceScale, SamplingConfig
+from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
 from tf_lightning.training.module import Transfusion
 
 MODULE_PROTOCOL = {  # definitions of the losses that the module logs at validation
@@ -71,22 +72,21 @@ class Evaluate(L.Callback):
         generate_images: bool = True,
         caption_images: bool = True,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - it is frozen
-        guidance_scales: Sequence[float] | None = None,
-        seed: int = 0,
+        guidance_scales: list[GuidanceScale] | None = None,
+        seed: NonNegativeInt = 0,
         weights: Literal["ema", "raw"] = "ema",
-        batch_size: int = 32,
-        num_shown: int = 8,
+        batch_size: PositiveInt = 32,
+        num_shown: NonNegativeInt = 8,
         texts: Sequence[str] = (),
         tag: str = "val",
     ):
+        check_arguments(Evaluate.__init__, locals())
         self.prompt_set, self.metrics = prompts, list(metrics)
         self.enabled = {"generated": generate_images, "captioned": caption_images}
         if guidance_scales is not None and not guidance_scales:
             raise UserError("guidance_scales=[] has no scale; give one number or more, or null")
         self.sampling, self.seed = sampling, seed
         self.scales = list(guidance_scales or [sampling.guidance_scale])
-        for scale in self.scales:
-            sampling.with_options(guidance_scale=scale)  # refuses a scale that is not finite
         self.weights, self.batch_size = weights, batch_size
         self.num_shown, self.texts, self.tag = num_shown, list(texts), tag
         self.records: list[MetricRecord] = []

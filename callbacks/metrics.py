@@ -7,7 +7,7 @@ world's own CLIP is not mistaken for one of Inception or CLIP ViT-L.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from evaluation.image_scores import ImageScores
 from evaluation.inception_score import InceptionScore
 from evaluation.kid import KID
 from tf_lightning import shapes
+from tf_lightning.ranges import Positive, PositiveInt, Range, check_arguments
 
 SHAPES_CLIP = Path(shapes.__file__).parent / "assets" / "shapes-clip"
 REAL_BATCH = 64  # real images whose features are extracted together
@@ -94,9 +95,10 @@ class ImageQuality(SampleMetric):
         weights: str | None = None,
         scores: Sequence[Literal["fid", "kid", "inception_score"]] = ("fid",),
         references: str | None = None,
-        kid_subset_size: int = 1000,
-        splits: int = 10,
+        kid_subset_size: Annotated[int, Range(ge=2)] = 1000,
+        splits: PositiveInt = 10,
     ):
+        check_arguments(ImageQuality.__init__, locals())
         self.label, self.extractor, self.weights = label, extractor, weights
         self.names, self.references = list(scores), references
         self.kid_subset_size, self.splits = kid_subset_size, splits
@@ -219,8 +221,9 @@ class CLIPScore(SampleMetric):
         model: str = "shapes",
         pretrained: str | None = None,
         prefix: str = "",
-        scale: float = 100.0,
+        scale: Positive = 100.0,
     ):
+        check_arguments(CLIPScore.__init__, locals())
         self.name = f"clip_score[{label}]"
         self.arguments = {"pretrained": pretrained, "prefix": prefix, "scale": scale}
         self.model = model

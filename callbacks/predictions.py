@@ -23,6 +23,7 @@ from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.requests import GenerationOutput
 from tf_lightning.generation.sampling import SamplingConfig
+from tf_lightning.ranges import NonNegativeInt, check_arguments
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -42,8 +43,9 @@ class PredictionWriter(BasePredictionWriter):
         self,
         output_modality: Literal["text", "image"] = "text",
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - it is frozen
-        seed: int = 0,
+        seed: NonNegativeInt = 0,
     ):
+        check_arguments(PredictionWriter.__init__, locals())
         super().__init__(write_interval="batch")
         self.output_modality, self.sampling, self.seed = output_modality, sampling, seed
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tf_lightning.data.documents import RawDocument, Skipped, Source, Split
 from tf_lightning.errors import UserError
+from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
 from tf_lightning.shapes.grammar import caption, captions, parse
 from tf_lightning.shapes.oracle import read
 from tf_lightning.shapes.sources import scene_image
@@ -81,12 +82,10 @@ class ShapesPrompts(PromptSet):
 
     image_size = None
 
-    def __init__(self, count: int = 128, real_per_prompt: int = 8, seed: int = 0):
-        if min(count, real_per_prompt) < 1:
-            raise UserError(
-                f"count={count} and real_per_prompt={real_per_prompt} are out of range; give 1 or "
-                "more of each"
-            )
+    def __init__(
+        self, count: PositiveInt = 128, real_per_prompt: PositiveInt = 8, seed: NonNegativeInt = 0
+    ):
+        check_arguments(ShapesPrompts.__init__, locals())
         self.count, self.real_per_prompt, self.seed = count, real_per_prompt, seed
         self.facts = {
             "dataset": f"shapes held-out, seed {seed}",
@@ -131,7 +130,8 @@ class HeldOut(PromptSet):
 
     image_size = None
 
-    def __init__(self, source: str, count: int = 128):
+    def __init__(self, source: str, count: PositiveInt = 128):
+        check_arguments(HeldOut.__init__, locals())
         self.source, self.count = source, count
         self.facts = {"dataset": f"{source} held-out", "resize": "as trained on"}
 

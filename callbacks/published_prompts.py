@@ -15,6 +15,7 @@ from evaluation.composition import read_prompts
 from tf_lightning.data.readers.folders import CLASS_PROMPT
 from tf_lightning.data.readers.formats import is_ignored
 from tf_lightning.errors import UserError
+from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
 
 # `callbacks.sampling.sample` crops and resizes images to caption.
 RESIZED_BY_SAMPLE = "center crop, lanczos to the model's image size"
@@ -40,11 +41,12 @@ class CocoPrompts(PromptSet):
     def __init__(
         self,
         root: str,
-        count: int = 30_000,
+        count: PositiveInt = 30_000,
         real: Literal["all", "matched"] = "all",
-        image_size: int = 256,
-        seed: int = 0,
+        image_size: PositiveInt = 256,
+        seed: NonNegativeInt = 0,
     ):
+        check_arguments(CocoPrompts.__init__, locals())
         self.root, self.count, self.real = Path(root), count, real
         self.image_size, self.seed = image_size, seed
         self.facts = {
@@ -97,8 +99,9 @@ class KarpathyPrompts(PromptSet):
     image_size = None
 
     def __init__(
-        self, annotations: str, images: str, split: str = "test", count: int | None = None
+        self, annotations: str, images: str, split: str = "test", count: PositiveInt | None = None
     ):
+        check_arguments(KarpathyPrompts.__init__, locals())
         self.annotations, self.images = Path(annotations), Path(images)
         self.split, self.count = split, count
         self.facts = {"dataset": f"coco karpathy {split}", "resize": RESIZED_BY_SAMPLE}
@@ -138,10 +141,11 @@ class ImageNetPrompts(PromptSet):
         self,
         synsets: str,
         images: str,
-        per_class: int = 50,
+        per_class: PositiveInt = 50,
         template: str = CLASS_PROMPT,
-        image_size: int = 256,
+        image_size: PositiveInt = 256,
     ):
+        check_arguments(ImageNetPrompts.__init__, locals())
         self.synsets, self.images = Path(synsets), Path(images)
         self.per_class, self.template, self.image_size = per_class, template, image_size
         self.facts = {
@@ -174,7 +178,8 @@ class GenEvalPrompts(PromptSet):
 
     image_size = None
 
-    def __init__(self, file: str, copies: int = 4):
+    def __init__(self, file: str, copies: PositiveInt = 4):
+        check_arguments(GenEvalPrompts.__init__, locals())
         self.file, self.copies = Path(file), copies
         self.facts = {"dataset": "geneval", "resize": "none"}
 

@@ -14,6 +14,7 @@ from evaluation.image_scores import ImageScores
 from tf_lightning.autoencoder.losses import code_perplexity
 from tf_lightning.data.image_only import ImageBatch
 from tf_lightning.errors import UserError
+from tf_lightning.ranges import NonNegativeInt, check_arguments
 from tf_lightning.training.autoencoder import AutoencoderModule, Reconstruction
 
 DEFINITIONS = {
@@ -41,8 +42,12 @@ class Reconstruct(L.Callback):
     """
 
     def __init__(
-        self, extractor: str | None = "shapes", weights: str | None = None, num_shown: int = 16
+        self,
+        extractor: str | None = "shapes",
+        weights: str | None = None,
+        num_shown: NonNegativeInt = 16,
     ):
+        check_arguments(Reconstruct.__init__, locals())
         self.extractor, self.weights, self.num_shown = extractor, weights, num_shown
         self.scores: ImageScores | None = None
 

@@ -15,6 +15,7 @@ from tf_lightning.data.images import to_pixels
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.sampling import SamplingConfig
+from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
 from tf_lightning.training.module import Transfusion
 
 BATCH_SIZE = 32  # prompts sampled together
@@ -38,10 +39,11 @@ class RetrievalAccuracy(L.Callback):
     def __init__(
         self,
         source: str,
-        num_prompts: int = 128,
+        num_prompts: PositiveInt = 128,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - it is frozen
-        seed: int = 0,
+        seed: NonNegativeInt = 0,
     ):
+        check_arguments(RetrievalAccuracy.__init__, locals())
         self.source, self.num_prompts, self.seed = source, num_prompts, seed
         self.sampling = sampling
 

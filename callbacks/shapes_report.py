@@ -27,6 +27,7 @@ from tf_lightning.batch import pack
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.sampling import SamplingConfig
+from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
 from tf_lightning.shapes.grammar import caption, draw_text, parse, text_log_prob
 from tf_lightning.shapes.oracle import read
 from tf_lightning.shapes.world import Meaning, draw_scene, generator, render
@@ -79,10 +80,11 @@ class ShapesReport(L.Callback):
 
     def __init__(
         self,
-        num_prompts: int = 128,
+        num_prompts: PositiveInt = 128,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - it is frozen
-        seed: int = 0,
+        seed: NonNegativeInt = 0,
     ):
+        check_arguments(ShapesReport.__init__, locals())
         self.num_prompts, self.sampling, self.seed = num_prompts, sampling, seed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tf_lightning.batch import Batch
 from tf_lightning.data.stream import as_batches
+from tf_lightning.ranges import Positive, check_arguments
 from tf_lightning.training.flops import Workload, flops_6nd, squared_lengths, training_flops
 
 COMPUTE_DTYPES = {  # type in which the network multiplies, by the trainer's precision
@@ -48,7 +49,8 @@ class Throughput(L.Callback):
             precision. Without a value (CPUs) there is no `train/mfu`.
     """
 
-    def __init__(self, peak_flops: float | None = None):
+    def __init__(self, peak_flops: Positive | None = None):
+        check_arguments(Throughput.__init__, locals())
         self.peak_flops = peak_flops
         self.fit_before = self.validation_seconds = 0.0
         self.started: float | None = None

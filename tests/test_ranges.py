@@ -8,9 +8,30 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 
 import pytest
 
+from callbacks.evaluate import Evaluate
+from callbacks.metrics import CLIPScore, ImageQuality
+from callbacks.predictions import PredictionWriter
+from callbacks.prompts import HeldOut, ShapesPrompts
+from callbacks.published_prompts import (
+    CocoPrompts,
+    GenEvalPrompts,
+    ImageNetPrompts,
+    KarpathyPrompts,
+)
+from callbacks.reconstruct import Reconstruct
+from callbacks.retrieval import RetrievalAccuracy
+from callbacks.shapes_report import ShapesReport
+from callbacks.throughput import Throughput
 from support.tiny import SIZES
 from tf_lightning.autoencoder.network import AutoencoderConfig
-from tf_lightning.data import ImageData, Mixture
+from tf_lightning.data import (
+    CaptionTars,
+    ChatFiles,
+    ClassFolders,
+    ImageData,
+    Mixture,
+    TextFiles,
+)
 from tf_lightning.data.image_only import Augment
 from tf_lightning.errors import UserError
 from tf_lightning.generation.sampling import SamplingConfig
@@ -19,6 +40,7 @@ from tf_lightning.model.patches import LinearConfig
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.unet import UNetConfig
 from tf_lightning.ranges import Range, broken_limit, hints
+from tf_lightning.shapes.sources import ShapesCaptions, ShapesEdits, ShapesTexts
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.module import Transfusion
 
@@ -36,10 +58,22 @@ REQUIRED = {  # arguments without a default
         "high_freq_factor": 4.0,
         "original_length": 8192,
     },
+    **{cls: {"paths": "*.jsonl"} for cls in (TextFiles, CaptionTars, ChatFiles, ClassFolders)},
+    Evaluate: {"prompts": None},
+    RetrievalAccuracy: {"source": "captions"},
+    HeldOut: {"source": "captions"},
+    CocoPrompts: {"root": "coco"},
+    KarpathyPrompts: {"annotations": "a.json", "images": "images"},
+    ImageNetPrompts: {"synsets": "s.txt", "images": "images"},
+    GenEvalPrompts: {"file": "g.jsonl"},
 }
 DECLARED = [
     *(TransformerConfig, RopeScaling, UNetConfig, LinearConfig, AutoencoderConfig),
     *(SamplingConfig, Augment, Transfusion, AutoencoderModule, Mixture, ImageData),
+    *(ShapesCaptions, ShapesTexts, ShapesEdits, TextFiles, CaptionTars, ChatFiles, ClassFolders),
+    *(Evaluate, ImageQuality, CLIPScore, PredictionWriter, Reconstruct, RetrievalAccuracy),
+    *(ShapesReport, Throughput, ShapesPrompts, HeldOut, CocoPrompts, KarpathyPrompts),
+    *(ImageNetPrompts, GenEvalPrompts),
 ]
 
 
@@ -49,7 +83,8 @@ def arguments_with_ranges() -> list:
         pytest.param(cls, name, kind, id=f"{cls.__name__}.{name}")
         for cls in DECLARED
         for name, kind in hints(cls if is_dataclass(cls) else cls.__init__).items()
-        if mentions(kind, (int, float)) or get_origin(kind) is Literal
+        if name in inspect.signature(cls).parameters
+        and (mentions(kind, (int, float)) or get_origin(kind) is Literal)
     ]
 
 
@@ -73,6 +108,8 @@ def wrong(kind: object) -> list:
         return wrong(next(part for part in inner if get_origin(part)))
     if origin is dict:
         return [{"a": value, "b": 1.0} for value in wrong(inner[1])]
+    if origin is list:
+        return [[value] for value in wrong(inner[0])]
     if origin is tuple:
         more = [] if inner[-1] is ... else [part for part in inner[1:]]
         rest = [0.5 for _ in more]

@@ -27,6 +27,7 @@ def option(default: Any, group: str) -> Any:
     return field(default=default, metadata={"group": group})
 
 
+GuidanceScale = Annotated[float, Range(note="1 turns guidance off")]
 Temperature = Annotated[float, Range(ge=0, note="0 is greedy")]
 TopP = Annotated[float, Range(gt=0, le=1)]
 
@@ -42,7 +43,7 @@ class SamplingConfig:
         UserError: a value is out of its range.
     """
 
-    guidance_scale: Annotated[float, Range(note="1 turns guidance off")] = option(3.0, "guidance")
+    guidance_scale: GuidanceScale = option(3.0, "guidance")
     """How strongly images follow the prompt (classifier-free guidance); 1 turns it off."""
     image_guidance_scale: Annotated[float, Range()] | None = option(None, "guidance")
     """How strongly images follow the images in the prompt, for editing (InstructPix2Pix uses

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from tf_lightning.data.documents import RawDocument
-from tf_lightning.errors import UserError
+from tf_lightning.ranges import NonNegativeInt, PositiveInt, Share, check_fields
 from tf_lightning.shapes import grammar, world
 from tf_lightning.shapes.grammar import caption, draw_edit, draw_text
 from tf_lightning.shapes.world import Scene, Split, draw_scene, generator, render
@@ -30,13 +30,13 @@ class ShapesCaptions:
         seed: seed of the documents, >= 0.
     """
 
-    num_documents: int = 30_000
-    num_val: int = 1_000
-    two_objects: float = 0.75
-    seed: int = 0
+    num_documents: PositiveInt = 30_000
+    num_val: NonNegativeInt = 1_000
+    two_objects: Share = 0.75
+    seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        _check(self.num_documents, self.num_val, self.two_objects)
+        check_fields(self)
 
     def documents(self, split: Split) -> Iterator[RawDocument]:
         """Yield the documents of a split, in order."""
@@ -62,12 +62,12 @@ class ShapesTexts:
         seed: seed of the documents, >= 0.
     """
 
-    num_documents: int = 30_000
-    num_val: int = 1_000
-    seed: int = 1
+    num_documents: PositiveInt = 30_000
+    num_val: NonNegativeInt = 1_000
+    seed: NonNegativeInt = 1
 
     def __post_init__(self) -> None:
-        _check(self.num_documents, self.num_val)
+        check_fields(self)
 
     def documents(self, split: Split) -> Iterator[RawDocument]:
         """Yield the documents of a split, in order."""
@@ -90,13 +90,13 @@ class ShapesEdits:
         seed: seed of the documents, >= 0.
     """
 
-    num_documents: int = 10_000
-    num_val: int = 1_000
-    two_objects: float = 0.75
-    seed: int = 2
+    num_documents: PositiveInt = 10_000
+    num_val: NonNegativeInt = 1_000
+    two_objects: Share = 0.75
+    seed: NonNegativeInt = 2
 
     def __post_init__(self) -> None:
-        _check(self.num_documents, self.num_val, self.two_objects)
+        check_fields(self)
 
     def documents(self, split: Split) -> Iterator[RawDocument]:
         """Yield the documents of a split, in order."""
@@ -118,16 +118,6 @@ def scene_image(scene: Scene) -> Image.Image:
 
 def _count(source: ShapesCaptions | ShapesTexts | ShapesEdits, split: Split) -> int:
     return source.num_documents if split == "train" else source.num_val
-
-
-def _check(num_documents: int, num_val: int, two_objects: float = 0.0) -> None:
-    if num_documents < 1 or num_val < 0:
-        raise UserError(
-            f"num_documents={num_documents} and num_val={num_val} are out of range; "
-            "give num_documents >= 1 and num_val >= 0"
-        )
-    if not 0 <= two_objects <= 1:
-        raise UserError(f"two_objects={two_objects} is not in [0, 1]; give a share")
 
 
 def _fingerprint(

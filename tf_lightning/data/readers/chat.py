@@ -26,6 +26,7 @@ from tf_lightning.data.readers.formats import (
     refuse,
 )
 from tf_lightning.errors import UserError
+from tf_lightning.ranges import PositiveInt
 
 MESSAGES_KEYS = ("messages", "conversations", "conversation")
 IMAGES_KEYS = ("image", "images")
@@ -76,7 +77,7 @@ class ChatFiles(ImagePathSource):
         image_key: key or column of the images; null: "image" or "images".
     """
 
-    image_size: int | None = None
+    image_size: PositiveInt | None = None
     messages_key: str | None = None
     role_key: str | None = None
     content_key: str | None = None

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from PIL import Image
 
@@ -20,6 +20,7 @@ from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source,
 from tf_lightning.data.images import CONTEXT, load_image
 from tf_lightning.data.readers.formats import has_image_columns, is_ignored
 from tf_lightning.errors import UserError
+from tf_lightning.ranges import PositiveInt, Range, check_fields
 
 SHARD_BYTES = 64_000_000  # total size of the files that one preparation shard reads
 
@@ -36,13 +37,17 @@ class FileSource(Source):
 
     paths: str | list[str]
     val_paths: str | list[str] | None = None
-    val_fraction: float = 0.01
+    val_fraction: Annotated[float, Range(ge=0, lt=1)] = 0.01
 
     # A higher number makes all corpora of the source be prepared again.
     VERSION: ClassVar[int] = 1
     # Arguments that corpora prepared by older versions do not know; they are not part of the
     # fingerprint while they have their default.
     NEW_ARGUMENTS: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_fields(self)
 
     @abstractmethod
     def samples(self, file: Path) -> Iterator[tuple]:
@@ -168,7 +173,7 @@ class ImageFileSource(FileSource):
         image_size: side of the square images in pixels.
     """
 
-    image_size: int = 256
+    image_size: PositiveInt = 256
 
     def parts(self, sample: Any) -> list[str | bytes | Path | OptionalImage | ContextImage]:
         """List the texts and image files of a sample in order; by default the sample itself.

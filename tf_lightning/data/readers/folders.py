@@ -31,7 +31,8 @@ class ClassFolders(ImageFileSource):
     learn_prompts: bool = False
 
     def __post_init__(self):
-        """Check the prompt."""
+        """Check the arguments."""
+        super().__post_init__()
         if "{}" not in self.prompt:
             raise UserError(
                 f"prompt={self.prompt!r} has no place for the class's name; put {{}} in it"
