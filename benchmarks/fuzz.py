@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support import hostile_files  # noqa: E402
+from support import hostile_files, hostile_folders  # noqa: E402
 from support.sources import GreyImages  # noqa: E402
 from tf_lightning.data import Mixture, Skipped  # noqa: E402
 from tf_lightning.data.corpus.reader import Corpus  # noqa: E402
@@ -86,6 +86,8 @@ def corpora(folder: Path, rng: random.Random) -> None:
 SECTIONS: dict[str, Callable[[Path, random.Random], None]] = {
     "readers": readers,
     "corpora": corpora,
+    "autoencoders": hostile_folders.read_autoencoder,
+    "exports": hostile_folders.read_export,
 }
 
 

@@ -181,7 +181,7 @@ def select_weights(
 
 def state_dict_error(error: RuntimeError) -> UserError:
     """Shorten the message of `load_state_dict` for weights that do not fit to one sentence."""
-    first = str(error).splitlines()[1].strip().rstrip(".")
+    first = str(error).splitlines()[:2][-1].strip().rstrip(".")  # after torch's heading
     return UserError(
         f"the checkpoint's weights do not fit this model ({first}); "
         "give the configuration that it was trained with"

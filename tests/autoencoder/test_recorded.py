@@ -95,6 +95,13 @@ def test_a_missing_one_is_refused_with_the_ways_to_give_it(codec, tmp_path):
         assert way in message
 
 
+def test_a_hub_name_that_cannot_be_reached_is_refused_with_the_ways_to_give_it(codec, monkeypatch):
+    """Old checkpoints may also hold a relative path that looks like a hub name."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the hub does not provide .*; or give it with --auto"):
+        found(codec | {"autoencoder": "runs/vae"})
+
+
 def test_a_checkpoint_without_fingerprint_opens_its_path(vae, other, codec):
     """As checkpoints of version 0.2 and before."""
     del codec["fingerprint"]

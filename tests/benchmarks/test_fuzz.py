@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import fuzz
 
-TRIES = {"readers": 300, "corpora": 40}
+TRIES = {"readers": 300, "corpora": 40, "autoencoders": 30, "exports": 60}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tf_lightning.autoencoder.network import decode_latents, encode_vq, quantize
 from tf_lightning.autoencoder.weights import load_network
 from tf_lightning.errors import UserError
+from tf_lightning.hub import first_sentence
 
 ASSETS = Path(__file__).parents[1] / "shapes" / "assets"
 SHAPES_FOLDER = ASSETS / "shapes-autoencoder"
@@ -377,8 +378,10 @@ def load_autoencoder(name: str) -> Autoencoder:
         return (
             VQAutoencoder(model) if hasattr(model, "quantize") else LatentAutoencoder(model, config)
         )
-    except UserError as error:
-        raise UserError(f'autoencoder "{name}": {error}') from error
+    except Exception as error:  # the first image fails for a config with wrong values
+        failed = f"it cannot encode an image ({first_sentence(error)}); check its config.json"
+        reason = error if isinstance(error, UserError) else failed
+        raise UserError(f'autoencoder "{name}": {reason}') from error
 
 
 def load_matching_autoencoder(

@@ -25,6 +25,7 @@ from tf_lightning.hub import split_hub_name
 
 VARIABLE = "TF_LIGHTNING_AUTOENCODER"
 REMEDY = f"give it with --autoencoder NAME, autoencoder=NAME in Python, or {VARIABLE}=NAME"
+MAX_SIZE = 2**16  # channels, or side of latents
 NUM_PARENTS = 3  # a checkpoint is runs/NAME/checkpoints/FILE, and paths start beside runs
 
 
@@ -33,6 +34,23 @@ def as_hint(name: str | None) -> str | None:
     if name is None or name in (*SHIPPED, "pixels") or not Path(name).exists():
         return name
     return name if name.startswith(("/", ".")) else f"./{name}"
+
+
+def checked_codec(image_codec: dict[str, Any]) -> dict[str, Any]:
+    """Return `image_codec` of a checkpoint if its values have the right types.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    texts = [image_codec["autoencoder"], image_codec.get("fingerprint")]
+    shapes = [image_codec["latent_shape"] or [1, 1, 1], *image_codec.get("other_shapes", ())]
+    sizes = [size for shape in shapes for size in shape]
+    right = all(text is None or isinstance(text, str) for text in texts)
+    right &= all(len(shape) == 3 for shape in shapes)
+    right &= all(type(size) is int and 0 < size < MAX_SIZE for size in sizes)
+    if not right or (image_codec["latent_shape"] and not texts[0]):
+        raise UserError(f"image_codec={image_codec} of the checkpoint is damaged; use another one")
+    return image_codec
 
 
 def candidates(hint: str, folder: Path | None) -> Iterator[str]:
@@ -75,7 +93,10 @@ def open_recorded(
     hint, expected = image_codec["autoencoder"], image_codec.get("fingerprint")
     others: list[tuple[str, Autoencoder]] = []
     for name in [given] if given else candidates(hint, folder):
-        autoencoder = load_autoencoder(name)
+        try:
+            autoencoder = load_autoencoder(name)
+        except UserError as error:
+            raise UserError(str(error) if given else f"{error}; or {REMEDY}") from error
         if expected in (None, autoencoder.fingerprint):
             check_matching(name, autoencoder, hparams["latent_channels"], hparams["num_codes"])
             return autoencoder

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from tf_lightning.autoencoder.frozen import Autoencoder
-from tf_lightning.autoencoder.recorded import VARIABLE, open_recorded
+from tf_lightning.autoencoder.recorded import VARIABLE, checked_codec, open_recorded
 from tf_lightning.batch import Document
 from tf_lightning.checkpoint import select_weights, state_dict_error
 from tf_lightning.data.images import to_image, to_pixels
@@ -34,6 +34,7 @@ from tf_lightning.generation.sampling import (
     not_for_codes,
 )
 from tf_lightning.generation.token_sampling import find_stop, num_streamable
+from tf_lightning.hub import first_sentence
 from tf_lightning.interop.export import export, read_weights
 from tf_lightning.model.transfusion import TransfusionModel, build_network
 from tf_lightning.tokenizer.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ class TransfusionPipeline:
             folder: folder of the checkpoint, to which a recorded path may be relative.
         """
         self.checkpoint, self.hparams = checkpoint, checkpoint["hyper_parameters"]
-        codec = checkpoint["image_codec"]
+        codec = checked_codec(checkpoint["image_codec"])
         self.autoencoder_name, self.folder = autoencoder, folder
         self.process = process_from_hparams(self.hparams)
         shape = codec["latent_shape"]
@@ -133,17 +134,20 @@ class TransfusionPipeline:
         state_dict = checkpoint.pop("state_dict")
         selected, kind = select_weights(state_dict, None if exported else weights)
         checkpoint.setdefault("weights", kind)
-        hparams = checkpoint["hyper_parameters"]
-        net = build_network(hparams)
-        try:
-            net.load_state_dict(selected)
-        except RuntimeError as error:
-            raise state_dict_error(error) from error
-        net = net.requires_grad_(False).eval().to(device, dtype)
-        tokenizer = Tokenizer.from_proto(bytes(checkpoint["tokenizer"].numpy()))
         name = str(autoencoder) if autoencoder else os.environ.get(VARIABLE)
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        return cls(net, tokenizer, checkpoint, name, folder)
+        try:
+            net = load_network(checkpoint["hyper_parameters"], selected)
+            net = net.requires_grad_(False).eval().to(device, dtype)
+            tokenizer = Tokenizer.from_proto(bytes(checkpoint["tokenizer"].numpy()))
+            return cls(net, tokenizer, checkpoint, name, folder)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # values of other types in a file that somebody else wrote
+            raise UserError(
+                f"{path} cannot be loaded ({first_sentence(error)}); it is damaged or of another "
+                "program: export it again, or use another checkpoint"
+            ) from error
 
     @classmethod
     def from_module(cls, module: Transfusion, ema: bool = True) -> "TransfusionPipeline":
@@ -399,6 +403,27 @@ def find_device(name: str | torch.device | None) -> torch.device:
         raise UserError(
             f"device={str(name)!r} is not on this machine; give {' or '.join(['cpu', *found])}"
         ) from error
+
+
+def load_network(hparams: dict[str, Any], weights: dict[str, Tensor]) -> TransfusionModel:
+    """Build a network with given weights; memory is taken only if their sizes match.
+
+    Raises:
+        UserError: the weights do not fit the hyper-parameters.
+    """
+    if hparams["transformer"]["num_layers"] > len(weights):
+        raise UserError(
+            f"the model has num_layers={hparams['transformer']['num_layers']} but only "
+            f"{len(weights):,} weights; use another checkpoint"
+        )
+    try:
+        with torch.device("meta"):
+            build_network(hparams).load_state_dict(weights, assign=True)
+        net = build_network(hparams)
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise state_dict_error(error) from error
+    return net
 
 
 def default_modality(prompts: Sequence[Prompt]) -> OutputModality:

@@ -120,7 +120,8 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the path is neither, or is damaged, or the hub does not provide it.
     """
-    folder = find_folder(path, ["net.json", "net.safetensors", "tokenizer.bin"])
+    files = ["net.json", "net.safetensors", "tokenizer.bin"]
+    folder = find_folder(path, files, lambda folder: all((folder / f).is_file() for f in files))
     if not (folder / "net.json").is_file():
         return read_checkpoint(folder)
     checkpoint = read_json(folder / "net.json")
@@ -131,6 +132,6 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         if transformer_config(checkpoint).tie_embeddings:
             net[HEAD] = net["transformer.tok_embeddings.weight"]
         checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder} cannot be read ({error}); export it again") from error
     return checkpoint | {"state_dict": {f"net.{name}": weight for name, weight in net.items()}}

@@ -247,7 +247,7 @@ def open_language_model(name: str | Path) -> LanguageModel:
         UserError: a file is missing or damaged, or the network is not of the Llama family or has
             an option that our blocks cannot express.
     """
-    folder = find_folder(name, LANGUAGE_MODEL_FILES)
+    folder = find_folder(name, LANGUAGE_MODEL_FILES, lambda f: any(f.glob("model*.safetensors")))
     hf_config = read_json(folder / "config.json")
     config = config_from_hf(hf_config)
     with torch.device("meta"):

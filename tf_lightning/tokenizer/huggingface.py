@@ -132,7 +132,10 @@ def read_pretrained(path: str | Path) -> bytes:
         UserError: a file is missing or damaged, or the vocabulary does not fit the model.
     """
     is_json = Path(path).suffix == ".json"
-    folder = Path(path).parent if is_json else find_folder(path, LANGUAGE_MODEL_FILES)
+    if is_json:
+        folder = Path(path).parent
+    else:
+        folder = find_folder(path, LANGUAGE_MODEL_FILES, lambda f: any(f.glob("tokenizer*")))
     config = read_json(folder / "config.json")
     size = config.get("vocab_size")
     if not isinstance(size, int):
