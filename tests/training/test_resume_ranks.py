@@ -54,6 +54,7 @@ def check_two_ranks(
     more = [f"--data.init_args.cache_dir={tmp_path}/data"]
     more += [f"--model.transformer.modality_weights={modality_weights}"]
     more += [f"--model.muon={str(muon).lower()}"]
+    more += ["--model.transformer.head_dim=24", "--model.transformer.qk_norm=full"]
     more += ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=1"] * validate
     for first in (1, 2):
         folder = tmp_path / f"ranks{first}"
