@@ -5,16 +5,17 @@ is an option of this callback and not of the model.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
 
 from callbacks.contact_sheet import Tile, contact_sheet
+from callbacks.media import log_image, log_table
 from callbacks.metrics import ImageQuality, SampleMetric
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
@@ -23,6 +24,8 @@ from callbacks.results import run_folder
 from callbacks.sampling import (
     Kind,
     SampleBatch,
+    check_draws,
+    check_module,
     refuse_shards,
     resolve_sampling,
     sample,
@@ -45,10 +48,11 @@ MODULE_PROTOCOL = {  # definitions of the losses that the module logs at validat
 class Evaluate(L.Callback):
     """Samples at every validation and logs `val/<metric>[<label>]`.
 
-    Images, captions and texts are shown in TensorBoard. `validate` and `test` also print a table,
-    and write `metrics.json` and, for several guidance scales, the plot `guidance.png` into a
+    Images, captions and texts are given to every logger that takes them (TensorBoard, Weights &
+    Biases, MLflow, Comet); without one they are written to `media/` in the run's folder. `validate`
+    and `test` write `metrics.json` and, for several guidance scales, the plot `guidance.png` into a
     separate folder. `fit` writes `metrics/step<N>-<tag>.json`. A failed evaluation is a warning in
-    `fit` and an error otherwise.
+    `fit` and an error otherwise; a metric that fails does not take the values of the others.
 
     Args:
         prompts: the prompts and the real images.
@@ -60,9 +64,9 @@ class Evaluate(L.Callback):
         seed: prompt i is sampled with seed + i.
         weights: "ema" for the EMA weights if the model has them, or "raw".
         batch_size: prompts sampled together.
-        num_shown: prompts shown in TensorBoard, at most a batch.
-        texts: beginnings of texts that the model continues in TensorBoard.
-        tag: name of the prompts in TensorBoard and in files, for a run with several evaluations.
+        num_shown: prompts that are shown, at most a batch; 0: none.
+        texts: beginnings of texts whose continuations are shown.
+        tag: name of the prompts in loggers and in files, for a run with several evaluations.
     """
 
     def __init__(
@@ -90,30 +94,82 @@ class Evaluate(L.Callback):
         self.weights, self.batch_size = weights, batch_size
         self.num_shown, self.texts, self.tag = num_shown, list(texts), tag
         self.records: list[MetricRecord] = []
+        self.failed: dict[SampleMetric, str] = {}  # reason of each metric without a value
+        self.checked = False
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the options and load the metrics' networks, so that mistakes stop before training.
+    @property
+    def state_key(self) -> str:
+        """Identify the callback by its tag: a run has one evaluation of each tag."""
+        return f"Evaluate[{self.tag}]"
+
+    def before_run(
+        self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """Check options and prompts, and load the metrics' networks, before data is prepared.
 
         Raises:
-            UserError: an option or a metric does not fit the model or the prompts.
+            UserError: an option or a metric does not fit the model, the data or the prompts.
         """
-        refuse_shards(pl_module, self)
-        self.sampling = resolve_sampling(self.sampling, pl_module)
+        check_module(model, self)
+        tags = [c.tag for c in trainer.callbacks if isinstance(c, Evaluate)]
+        if tags.count(self.tag) > 1:
+            raise UserError(
+                f"two Evaluate callbacks have tag={self.tag!r}; give them different tags"
+            )
+        self.sampling = resolve_sampling(self.sampling, model)
+        if any(self.enabled.values()):
+            remedy = "set evaluate to null, or generate_images and caption_images to false"
+            check_draws(data, self, remedy)
         try:
-            for metric in self.metrics:
-                if not self.enabled[metric.kind]:
-                    option = "generate_images" if metric.kind == "generated" else "caption_images"
-                    raise UserError(
-                        f"{type(metric).__name__} scores {metric.kind} images, but {option} is "
-                        "false; set it to true or remove the metric"
-                    )
-                metric.open(self.prompt_set)
+            self.check_metrics(data)
         except ValueError as error:
             raise UserError(str(error)) from error
+        self.checked = True
+
+    def check_metrics(self, data: L.LightningDataModule) -> None:
+        """Read the prompts and check every metric against them.
+
+        Raises:
+            ValueError: a metric is of samples that are not made, or does not fit the prompts.
+        """
+        prompts = self.prompt_set.prompts(data)
+        if self.enabled["captioned"] and not all(prompt.image for prompt in prompts):
+            raise UserError("these prompts have no images to caption; set caption_images to false")
+        for metric in self.metrics:
+            if not self.enabled[metric.kind]:
+                option = "generate_images" if metric.kind == "generated" else "caption_images"
+                raise UserError(
+                    f"{type(metric).__name__} scores {metric.kind} images, but {option} is "
+                    "false; set it to true or remove the metric"
+                )
+            metric.open(self.prompt_set)
+            metric.check(prompts, partial(count_real, self.prompt_set, data), self.batch_size)
+        names = [name for metric in self.metrics for name in metric.names]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise UserError(
+                f"two metrics are named {', '.join(sorted(repeated))}; give them different labels"
+            )
+
+    def score_names(self, data: L.LightningDataModule) -> list[str]:
+        """Return the names of the values that this callback logs."""
+        names = [f"val/{name}" for m in self.metrics if m.kind == "captioned" for name in m.names]
+        generated = [name for m in self.metrics if m.kind == "generated" for name in m.names]
+        suffixes = [self.suffix(scale) for scale in self.scales]
+        return names + [f"val/{name}{suffix}" for suffix in suffixes for name in generated]
+
+    def suffix(self, scale: float) -> str:
+        """Return the end of a metric's name: the guidance scale, if there are several."""
+        return f"@{scale:g}" if len(self.scales) > 1 else ""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check again, because a trainer used from Python does not call `before_run`."""
+        if not self.checked:
+            self.before_run(trainer, pl_module, trainer.datamodule)
+        refuse_shards(pl_module, self)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Sample, compute the metrics and log them."""
-        self.records = []
+        self.records, self.failed = [], {}
         if trainer.sanity_checking:
             return
         try:
@@ -122,6 +178,9 @@ class Evaluate(L.Callback):
             if trainer.state.fn != "fit":
                 raise UserError(str(error)) from error
             rank_zero_warn(f"the evaluation at step {trainer.global_step} failed: {error}")
+        if trainer.state.fn == "fit":
+            for reason in self.failed.values():
+                rank_zero_warn(f"a score at step {trainer.global_step} is missing: {reason}")
         for record in self.records:
             value = torch.tensor(record.value, dtype=torch.float64)
             pl_module.log(record.name, value, add_dataloader_idx=False)
@@ -139,6 +198,8 @@ class Evaluate(L.Callback):
         records = [*self.records, *text_records(trainer)]
         records += module_records(trainer, pl_module, records)
         save_records(trainer, pl_module, records, self.tag)
+        if self.failed and trainer.state.fn != "fit":  # the other scores are written first
+            raise UserError("; ".join(dict.fromkeys(self.failed.values())))
 
     on_test_end = on_validation_end
 
@@ -146,12 +207,10 @@ class Evaluate(L.Callback):
         """Sample and return the records of all metrics, for every guidance scale.
 
         Raises:
-            ValueError: there are no prompts, too few samples, or samples that are not finite; it is
-                raised on all ranks.
+            ValueError: the samples are not finite; it is raised on all ranks.
         """
+        self.folder = run_folder(trainer)  # on every rank
         prompts = self.prompt_set.prompts(trainer.datamodule)
-        if self.enabled["captioned"] and not all(prompt.image for prompt in prompts):
-            raise UserError("these prompts have no images to caption; set caption_images: false")
         pipe = TransfusionPipeline.from_module(module, ema=self.weights == "ema")
         for metric in self.metrics:
             metric.to(module.device)
@@ -169,10 +228,30 @@ class Evaluate(L.Callback):
         }
         records = self.score(trainer, pipe, prompts, "captioned", self.sampling, facts)
         for scale in self.scales:
-            suffix = f"@{scale:g}" if len(self.scales) > 1 else ""
             sampling = self.sampling.with_options(guidance_scale=scale)
+            suffix = self.suffix(scale)
             records += self.score(trainer, pipe, prompts, "generated", sampling, facts, suffix)
         return records
+
+    def try_each(
+        self, metrics: Sequence[SampleMetric], work: Callable[[SampleMetric], object]
+    ) -> None:
+        """Do some work for each metric that has not failed; note the reason if it fails now."""
+        for metric in metrics:
+            if metric not in self.failed:
+                try:
+                    work(metric)
+                except ValueError as error:
+                    self.failed[metric] = str(error)
+
+    def share_failures(self, trainer: L.Trainer) -> None:
+        """Leave out the metrics that failed on any rank, because ranks compute values together."""
+        if trainer.world_size > 1:
+            own = {self.metrics.index(metric): reason for metric, reason in self.failed.items()}
+            found: list[dict[int, str]] = [{}] * trainer.world_size
+            torch.distributed.all_gather_object(found, own)
+            everyone = {i: reason for reasons in found for i, reason in reasons.items()}
+            self.failed = {self.metrics[i]: everyone[i] for i in sorted(everyone)}
 
     def add_real(self, trainer: L.Trainer) -> None:
         """Add real images to metrics without real statistics."""
@@ -181,9 +260,9 @@ class Evaluate(L.Callback):
             return
         images = self.prompt_set.real_images(trainer.datamodule)
         share = images[trainer.global_rank :: trainer.world_size]
-        raise_on_all_ranks(trainer, lambda: [metric.add_real(share) for metric in metrics])
-        for metric in metrics:
-            metric.keep_real()
+        self.try_each(metrics, lambda metric: metric.add_real(share))
+        self.share_failures(trainer)
+        self.try_each(metrics, lambda metric: metric.keep_real())  # fails on all ranks or on none
 
     def score(
         self,
@@ -196,6 +275,8 @@ class Evaluate(L.Callback):
         suffix: str = "",
     ) -> list[MetricRecord]:
         """Generate the images or the captions of all prompts, and compute the metrics of them.
+
+        A metric that fails is left out; `failed` has its reason.
 
         Args:
             trainer: trainer of the run.
@@ -224,38 +305,37 @@ class Evaluate(L.Callback):
 
         def update_metrics() -> None:
             for batch in batches:
-                for metric in metrics:
-                    metric.update(batch)
-                if batch.indices.start == 0:  # rank zero's first batch
-                    self.log_samples(trainer, batch, suffix)
+                self.try_each(metrics, lambda metric, batch=batch: metric.update(batch))
+                if batch.indices.start == 0 and self.num_shown:  # rank zero's first batch
+                    shown, tag = batch.first(self.num_shown), self.tag + suffix
+                    log_samples(trainer, self.folder, self.prompt_set, shown, tag)
 
         raise_on_all_ranks(trainer, update_metrics)
+        self.share_failures(trainer)
         modality = "image" if kind == "generated" else "text"
         facts = facts | sampling.used(modality, makes_codes=bool(pipe.model.net.num_codes))
-        values: dict[str, float] = {}
-        protocols: dict[str, dict] = {}
+        records = []
         for metric in metrics:
-            values |= metric.compute()
-            protocols |= metric.protocol
-        return [
-            MetricRecord(f"val/{name}{suffix}", value, facts | protocols[name])
-            for name, value in values.items()
-        ]
-
-    def log_samples(self, trainer: L.Trainer, batch: SampleBatch, suffix: str) -> None:
-        """Show the first samples of a batch in TensorBoard."""
-        if isinstance(trainer.logger, TensorBoardLogger) and self.num_shown:
-            shown, tag = batch.first(self.num_shown), self.tag + suffix
-            log_samples(trainer, self.prompt_set, shown, tag)
+            if metric in self.failed:
+                continue
+            values, reasons = metric.compute()
+            protocols = metric.protocol
+            records += [
+                MetricRecord(f"val/{name}{suffix}", value, facts | protocols[name])
+                for name, value in values.items()
+            ]
+            if reasons:
+                self.failed[metric] = "; ".join(reasons)
+        return records
 
     def log_texts(self, trainer: L.Trainer, pipe: TransfusionPipeline) -> None:
-        """Show continuations of `texts` in TensorBoard, on rank zero."""
-        if isinstance(trainer.logger, TensorBoardLogger) and self.texts and trainer.is_global_zero:
+        """Show continuations of `texts`, on rank zero."""
+        if self.texts and trainer.is_global_zero:
             sampling = self.sampling.with_options(temperature=1.0)
             how = {"batch_size": len(self.texts), "progress": False, "sampling": sampling}
             ends = pipe(self.texts, output_modality="text", **how).texts
-            whole = "\n\n".join(f"{a} {b}" for a, b in zip(self.texts, ends, strict=True))
-            trainer.logger.experiment.add_text(f"text/{self.tag}", whole, trainer.global_step)
+            rows = list(zip(self.texts, ends, strict=True))
+            log_table(trainer, self.folder, f"text/{self.tag}", ["beginning", "continuation"], rows)
 
     def plot(self) -> Image.Image:
         """Plot each metric against the guidance scale."""
@@ -287,13 +367,19 @@ def raise_on_all_ranks(trainer: L.Trainer, work: Callable[[], object]) -> None:
         raise UserError(message)
 
 
-def log_samples(trainer: L.Trainer, prompts: PromptSet, batch: SampleBatch, tag: str) -> None:
-    """Show samples in TensorBoard, marked right or wrong where the prompt set can judge them.
+def count_real(prompts: PromptSet, data: L.LightningDataModule) -> int:
+    """Count the real images of a prompt set."""
+    return len(prompts.real_images(data))
+
+
+def log_samples(
+    trainer: L.Trainer, folder: Path, prompts: PromptSet, batch: SampleBatch, tag: str
+) -> None:
+    """Show samples in the run's loggers, marked right or wrong where the prompt set can judge them.
 
     Generated images are shown above their prompts as `generated/<tag>`. Images above their
     generated captions are shown as `captioned/<tag>`, beside a table `captions/<tag>`.
     """
-    writer, step = trainer.logger.experiment, trainer.global_step
     if batch.captions is None:
         title = f"generated/{tag}"
         tiles = [
@@ -308,18 +394,14 @@ def log_samples(trainer: L.Trainer, prompts: PromptSet, batch: SampleBatch, tag:
                 batch.prompts, batch.images, batch.captions, strict=True
             )
         ]
-        writer.add_text(f"captions/{tag}", caption_table(batch), step)
-    sheet = contact_sheet([(f"{title}, step {step}", tiles)], columns=2)
-    writer.add_image(title, pil_to_tensor(sheet), step)
-
-
-def caption_table(batch: SampleBatch) -> str:
-    """Return a Markdown table of the reference captions and the generated caption of each image."""
-    rows = [
-        f"| {'<br>'.join(prompt.references[:5])} | {caption} |"
-        for prompt, caption in zip(batch.prompts, batch.captions, strict=True)
-    ]
-    return "\n".join(["| reference captions | generated caption |", "|---|---|", *rows])
+        rows = [
+            ("\n".join(prompt.references[:5]), caption)
+            for prompt, caption in zip(batch.prompts, batch.captions, strict=True)
+        ]
+        columns = ["reference captions", "generated caption"]
+        log_table(trainer, folder, f"captions/{tag}", columns, rows)
+    sheet = contact_sheet([(f"{title}, step {trainer.global_step}", tiles)], columns=2)
+    log_image(trainer, folder, title, sheet)
 
 
 def text_records(trainer: L.Trainer) -> list[MetricRecord]:

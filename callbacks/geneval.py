@@ -1,6 +1,7 @@
 """GenEval: its tasks on the shapes world, judged by the oracle, and the folder of its script."""
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import torch
 from PIL import Image
 
 from callbacks.metrics import SampleMetric
+from callbacks.prompts import Prompt
+from callbacks.results import check_writable
 from callbacks.sampling import Kind, SampleBatch
-from evaluation.composition import Composition, write_samples
+from evaluation.composition import TASKS, Composition, write_samples
+from tf_lightning.errors import UserError
 from tf_lightning.shapes.oracle import read
 from tf_lightning.shapes.world import Meaning
 
@@ -31,7 +35,18 @@ class ShapesComposition(SampleMetric):
 
     def __init__(self, label: str = "shapes"):
         self.name = f"composition[{label}]"
+        self.names = [f"{self.name}/{task}" for task in (*TASKS, "overall")]
         self.score = Composition(self.name, judge="the shapes world's oracle")
+
+    def check(
+        self, prompts: Sequence[Prompt], num_real: Callable[[], int], batch_size: int
+    ) -> None:
+        """Refuse prompts whose meaning in the shapes world is unknown."""
+        if not all(isinstance(prompt.about, Meaning) for prompt in prompts):
+            raise UserError(
+                "ShapesComposition judges images of the shapes world alone; use the prompts "
+                "callbacks.prompts.ShapesPrompts or remove this metric"
+            )
 
     def to(self, device: torch.device) -> "ShapesComposition":
         """Move the sums to a device."""
@@ -44,9 +59,13 @@ class ShapesComposition(SampleMetric):
             for task, right in verdicts(prompt.about, image).items():
                 self.score.update(task, right)
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> tuple[dict[str, float], list[str]]:
         """Return the share of each task and their mean, by name."""
-        return {f"{self.name}/{task}": float(v) for task, v in self.score.compute().items()}
+        try:
+            shares = self.score.compute()
+        except ValueError as error:
+            return {}, [str(error)]
+        return {f"{self.name}/{task}": float(value) for task, value in shares.items()}, []
 
     def reset(self) -> None:
         """Remove all verdicts."""
@@ -83,10 +102,27 @@ class GenEvalFolder(SampleMetric):
     """
 
     kind: Kind = "generated"
+    names: list[str] = []
     protocol: dict[str, dict] = {}
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
+
+    def check(
+        self, prompts: Sequence[Prompt], num_real: Callable[[], int], batch_size: int
+    ) -> None:
+        """Refuse other prompts than GenEval's, and batches that divide a prompt's images."""
+        check_writable(self.folder)
+        if not all(isinstance(prompt.about, tuple) and prompt.metadata for prompt in prompts):
+            raise UserError(
+                "GenEvalFolder needs the prompts callbacks.published_prompts.GenEvalPrompts"
+            )
+        copies = prompts[0].about[1]
+        if batch_size % copies:
+            raise UserError(
+                f"batch_size={batch_size} divides the {copies} images of a prompt; give a multiple "
+                f"of {copies}"
+            )
 
     def to(self, device: torch.device) -> "GenEvalFolder":
         """Do nothing: there are no tensors."""
@@ -109,9 +145,9 @@ class GenEvalFolder(SampleMetric):
             metadata = members[0][0].metadata
             write_samples(self.folder, number, metadata, [image for _, image in members])
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> tuple[dict[str, float], list[str]]:
         """Return no values."""
-        return {}
+        return {}, []
 
     def reset(self) -> None:
         """Do nothing: written files stay."""

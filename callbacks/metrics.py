@@ -5,7 +5,7 @@ world's own CLIP is not mistaken for one of Inception or CLIP ViT-L.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchvision.transforms.functional import pil_to_tensor
 
-from callbacks.prompts import OpenImage, PromptSet, center_crop_resize
+from callbacks.prompts import OpenImage, Prompt, PromptSet, center_crop_resize
+from callbacks.results import check_writable
 from callbacks.sampling import Kind, SampleBatch
 from evaluation import clip_score
 from evaluation.bleu import BLEU4
 from evaluation.cider import CIDEr
+from evaluation.compute import compute_each
 from evaluation.features import Extractor, Features, inception, open_clip_features
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
 from evaluation.inception_score import InceptionScore
 from evaluation.kid import KID
 from tf_lightning import shapes
+from tf_lightning.errors import UserError
 from tf_lightning.ranges import Positive, PositiveInt, Range, check_arguments
 
 SHAPES_CLIP = Path(shapes.__file__).parent / "assets" / "shapes-clip"
@@ -36,11 +39,12 @@ REAL_BATCH = 64  # real images whose features are extracted together
 class SampleMetric(ABC):
     """A metric of generated images or captions; each rank updates it with its own samples.
 
-    `kind` is the kind of samples. `protocol` maps the name of each value to everything it depends
-    on beside the samples.
+    `kind` is the kind of samples and `names` are the names of the values. `protocol` maps the name
+    of each value to everything it depends on beside the samples.
     """
 
     kind: Kind
+    names: list[str]
     protocol: dict[str, dict]
 
     def open(self, prompts: PromptSet) -> None:  # noqa: B027 - most metrics load nothing
@@ -48,6 +52,20 @@ class SampleMetric(ABC):
 
         Raises:
             ValueError: a file is missing or does not fit the prompt set.
+        """
+
+    def check(  # noqa: B027 - most metrics fit any prompts
+        self, prompts: Sequence[Prompt], num_real: Callable[[], int], batch_size: int
+    ) -> None:
+        """Refuse prompts that this metric cannot score; called after `open`, before any sampling.
+
+        Args:
+            prompts: all prompts; one image or caption is generated for each.
+            num_real: counts the real images.
+            batch_size: prompts that are sampled together.
+
+        Raises:
+            ValueError: there are too few prompts or images, or they lack what the metric needs.
         """
 
     @abstractmethod
@@ -59,12 +77,8 @@ class SampleMetric(ABC):
         """Add samples."""
 
     @abstractmethod
-    def compute(self) -> dict[str, float]:
-        """Return the values over the samples of all ranks, by name.
-
-        Raises:
-            ValueError: there are too few samples.
-        """
+    def compute(self) -> tuple[dict[str, float], list[str]]:
+        """Return the values over the samples of all ranks by name, and why others are missing."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -82,8 +96,8 @@ class ImageQuality(SampleMetric):
             default weights.
         scores: which of "fid", "kid" and "inception_score" to compute.
         references: folder for the statistics of the real images; None: keep them in memory.
-        kid_subset_size: images in a subset of KID; at most the number of prompts.
-        splits: number of splits of the Inception Score.
+        kid_subset_size: images in a subset of KID, from 2 to the number of prompts.
+        splits: number of splits of the Inception Score, from 1 to the number of prompts.
     """
 
     kind: Kind = "generated"
@@ -99,8 +113,11 @@ class ImageQuality(SampleMetric):
         splits: PositiveInt = 10,
     ):
         check_arguments(ImageQuality.__init__, locals())
+        if len({*scores}) != len(scores):
+            raise UserError(f"scores={list(scores)} names a score twice; name each once")
         self.label, self.extractor, self.weights = label, extractor, weights
-        self.names, self.references = list(scores), references
+        self.score_names, self.references = list(scores), references
+        self.names = [f"{score}[{label}]" for score in scores]
         self.kid_subset_size, self.splits = kid_subset_size, splits
 
     def open(self, prompts: PromptSet) -> None:
@@ -108,8 +125,32 @@ class ImageQuality(SampleMetric):
         extractor = load_extractor(self.extractor, self.weights)
         self.image_size = prompts.image_size
         self.scores = ImageScores(
-            extractor, [self._build(name, extractor, prompts.facts) for name in self.names]
+            extractor, [self._build(name, extractor, prompts.facts) for name in self.score_names]
         )
+
+    def check(
+        self, prompts: Sequence[Prompt], num_real: Callable[[], int], batch_size: int
+    ) -> None:
+        """Refuse fewer images than the scores need, and a folder that cannot be written."""
+        needs_real = bool({"fid", "kid"} & {*self.score_names})
+        counts = {"generated": len(prompts)}
+        if needs_real:
+            kept = [m.reference.statistics for m in self.scores.reference_metrics]
+            found = None if None in kept else min(int(statistics["count"]) for statistics in kept)
+            counts["real"] = num_real() if found is None else found
+        if self.references and self.needs_real:
+            check_writable(Path(self.references))
+        least = {"fid": 2, "kid": self.kid_subset_size, "inception_score": self.splits}
+        option = {"kid": "lower kid_subset_size", "inception_score": "lower splits"}
+        for score in self.score_names:
+            compared = counts if score != "inception_score" else {"generated": len(prompts)}
+            for kind, count in compared.items():
+                if count < least[score]:
+                    remedy = f"{option[score]} or " if score in option else ""
+                    raise UserError(
+                        f"{score}[{self.label}] needs {least[score]} {kind} images but there are "
+                        f"{count}; {remedy}give it more"
+                    )
 
     def _build(self, score: str, extractor: Extractor, facts: dict) -> FID | KID | InceptionScore:
         name = f"{score}[{self.label}]"
@@ -153,7 +194,7 @@ class ImageQuality(SampleMetric):
             images = [center_crop_resize(image, self.image_size) for image in images]
         return torch.stack([pil_to_tensor(image) for image in images]).to(self.device)
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> tuple[dict[str, float], list[str]]:
         """Return one value for each score."""
         return self.scores.compute()
 
@@ -225,6 +266,7 @@ class CLIPScore(SampleMetric):
     ):
         check_arguments(CLIPScore.__init__, locals())
         self.name = f"clip_score[{label}]"
+        self.names = [self.name]
         self.arguments = {"pretrained": pretrained, "prefix": prefix, "scale": scale}
         self.model = model
 
@@ -244,9 +286,9 @@ class CLIPScore(SampleMetric):
         pixels = batch.pixels.to(self.score.device)
         self.score.update(pixels, [prompt.text for prompt in batch.prompts])
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> tuple[dict[str, float], list[str]]:
         """Return the score."""
-        return {self.name: float(self.score.compute())}
+        return compute_each([self.score])
 
     def reset(self) -> None:
         """Remove all pairs."""
@@ -269,6 +311,18 @@ class CaptionScores(SampleMetric):
 
     def __init__(self, label: str = "shapes"):
         self.scores: list[Metric] = [CIDEr(f"cider[{label}]"), BLEU4(f"bleu4[{label}]")]
+        self.names = [score.name for score in self.scores]
+
+    def check(
+        self, prompts: Sequence[Prompt], num_real: Callable[[], int], batch_size: int
+    ) -> None:
+        """Refuse prompts without reference captions."""
+        missing = sum(not prompt.references for prompt in prompts)
+        if missing:
+            raise UserError(
+                f"{' and '.join(self.names)} need reference captions, which {missing} of "
+                f"{len(prompts)} prompts lack; use other prompts or remove CaptionScores"
+            )
 
     def to(self, device: torch.device) -> "CaptionScores":
         """Move the sums to a device."""
@@ -280,9 +334,9 @@ class CaptionScores(SampleMetric):
         for score in self.scores:
             score.update(batch.captions, [prompt.references for prompt in batch.prompts])
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> tuple[dict[str, float], list[str]]:
         """Return both scores, by name."""
-        return {score.name: float(score.compute()) for score in self.scores}
+        return compute_each(self.scores)
 
     def reset(self) -> None:
         """Remove all captions."""

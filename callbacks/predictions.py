@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from callbacks.results import run_folder
-from callbacks.sampling import resolve_sampling
+from callbacks.sampling import check_draws, check_module, resolve_sampling
 from tf_lightning.batch import Document
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
@@ -49,10 +49,24 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.output_modality, self.sampling, self.seed = output_modality, sampling, seed
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the sampling options against the model."""
+    def before_run(
+        self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """Check the options before data is prepared.
+
+        Raises:
+            UserError: an option does not fit the model, or the model has no images.
+        """
+        check_module(model, self)
         if self.output_modality == "image":
-            self.sampling = resolve_sampling(self.sampling, pl_module)
+            check_draws(data, self, "set prediction_writer.output_modality to text")
+            self.sampling = resolve_sampling(self.sampling, model)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check again, because a trainer used from Python does not call `before_run`."""
+        self.before_run(trainer, pl_module, trainer.datamodule)
+        if stage == "predict":
+            check_draws(trainer.datamodule, self, "predict answers captioned images alone")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the existing lines; remove lines of other runs from this rank's file."""

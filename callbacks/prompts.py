@@ -137,11 +137,7 @@ class HeldOut(PromptSet):
 
     def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
         """Return the caption of each image with the image."""
-        if self.source not in data.sources:
-            raise UserError(
-                f"the data has no source {self.source!r}; name one of {', '.join(data.sources)}"
-            )
-        pairs = [*islice(caption_pairs(data.sources[self.source], "val"), self.count)]
+        pairs = [*islice(caption_pairs(find_source(data, self.source), "val"), self.count)]
         if not pairs:
             raise UserError(
                 f"source {self.source!r} has no captioned image in its validation split; hold some "
@@ -161,6 +157,19 @@ class HeldOut(PromptSet):
 def as_image(image: Image.Image | np.ndarray) -> Image.Image:
     """Convert an array to an image; return an image unchanged."""
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
+def find_source(data: L.LightningDataModule, name: str) -> Source:
+    """Return the source of this name.
+
+    Raises:
+        UserError: the data has no such source.
+    """
+    sources = getattr(data, "sources", {})
+    if name not in sources:
+        known = f"name one of {', '.join(sources)}" if sources else "it has none"
+        raise UserError(f"the data has no source {name!r}; {known}")
+    return sources[name]
 
 
 def caption_pairs(source: Source, split: Split) -> Iterator[tuple[str, Image.Image]]:

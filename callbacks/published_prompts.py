@@ -67,13 +67,16 @@ class CocoPrompts(PromptSet):
                 f"{self.root} has {len(annotations)} captions, fewer than count={self.count}; "
                 "lower count"
             )
+        drawn = random.Random(self.seed).sample(annotations, self.count)
+        paths = [self.root / "val2014" / files[annotation["image_id"]] for annotation in drawn]
+        check_files(paths)
         return [
             Prompt(
                 annotation["caption"].strip(),
-                self._open(self.root / "val2014" / files[annotation["image_id"]]),
+                self._open(path),
                 tuple(captions[annotation["image_id"]]),
             )
-            for annotation in random.Random(self.seed).sample(annotations, self.count)
+            for annotation, path in zip(drawn, paths, strict=True)
         ]
 
     def real_images(self, data: L.LightningDataModule) -> list[OpenImage]:
@@ -113,10 +116,12 @@ class KarpathyPrompts(PromptSet):
             raise UserError(
                 f"{self.annotations} has no image in the split {self.split!r}; name another split"
             )
+        images = images[: self.count]
+        paths = [self.images / image["filepath"] / image["filename"] for image in images]
+        check_files(paths)
         found = []
-        for image in images[: self.count]:
+        for image, path in zip(images, paths, strict=True):
             captions = tuple(sentence["raw"].strip() for sentence in image["sentences"])
-            path = self.images / image["filepath"] / image["filename"]
             found.append(Prompt(captions[0], partial(open_image, path, None), captions))
         return found
 
@@ -146,6 +151,8 @@ class ImageNetPrompts(PromptSet):
         image_size: PositiveInt = 256,
     ):
         check_arguments(ImageNetPrompts.__init__, locals())
+        if "{}" not in template:
+            raise UserError(f"template={template!r} has no place {{}} for the name of the class")
         self.synsets, self.images = Path(synsets), Path(images)
         self.per_class, self.template, self.image_size = per_class, template, image_size
         self.facts = {
@@ -209,6 +216,20 @@ def open_image(path: Path, image_size: int | None) -> Image.Image:
     except OSError as error:
         raise UserError(f"{path} cannot be read as an image; complete the local copy") from error
     return image if image_size is None else center_crop_resize(image, image_size)
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """Refuse an incomplete local copy before anything is generated.
+
+    Raises:
+        UserError: files are missing.
+    """
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing):,} of {len(paths):,} images are missing, the first is {missing[0]}; "
+            "complete the local copy"
+        )
 
 
 def image_files(folder: Path) -> Sequence[Path]:

@@ -2,13 +2,17 @@
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from callbacks.media import log_image
 from callbacks.metrics import load_extractor
 from callbacks.protocol import MetricRecord, save_records
+from callbacks.results import run_folder
+from callbacks.sampling import check_module
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
 from tf_lightning.autoencoder.losses import code_perplexity
@@ -30,15 +34,15 @@ class Reconstruct(L.Callback):
     """Logs `val/psnr`, `val/ssim` and `val/rfid[<extractor>]`.
 
     For a VQ autoencoder it also logs `val/code_use`, `val/code_perplexity` and `val/dead_codes`.
-    TensorBoard shows images above their reconstructions. `validate` and `test` print a table and
-    write `metrics.json`; `fit` writes `metrics/step<N>-val.json`.
+    The run's loggers show images above their reconstructions. `validate` and `test` write
+    `metrics.json`; `fit` writes `metrics/step<N>-val.json`.
 
     Args:
         extractor: network of the rFID: "shapes" for the CLIP of the shapes world, "inception", or
             an open_clip model; null: no rFID.
         weights: file of Inception's weights, or tag or file of the open_clip model's; null: the
             default weights.
-        num_shown: images in the grid, at most a batch.
+        num_shown: images in the grid, at most a batch; 0: no grid.
     """
 
     def __init__(
@@ -50,9 +54,24 @@ class Reconstruct(L.Callback):
         check_arguments(Reconstruct.__init__, locals())
         self.extractor, self.weights, self.num_shown = extractor, weights, num_shown
         self.scores: ImageScores | None = None
+        self.records: list[MetricRecord] = []
+        self.checked = False
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Load the extractor, so that missing weights are reported before training."""
+    def score_names(self, data: L.LightningDataModule) -> list[str]:
+        """Return the names of the values that this callback logs."""
+        rfid = [] if self.extractor is None else [f"rfid[{self.extractor}]"]
+        return [f"val/{name}" for name in (*DEFINITIONS, *rfid)]
+
+    def before_run(
+        self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """Load the extractor before data is prepared.
+
+        Raises:
+            UserError: the model is no autoencoder, or weights are missing.
+        """
+        check_module(model, self, AutoencoderModule)
+        self.checked = True
         self.psnr = PeakSignalNoiseRatio((-1.0, 1.0), reduction="elementwise_mean", dim=(1, 2, 3))
         self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
         if self.extractor is None:
@@ -63,8 +82,14 @@ class Reconstruct(L.Callback):
             raise UserError(str(error)) from error
         self.scores = ImageScores(extractor, [FID(extractor, f"rfid[{self.extractor}]")])
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check again, because a trainer used from Python does not call `before_run`."""
+        if not self.checked:
+            self.before_run(trainer, pl_module, trainer.datamodule)
+
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
         """Reset all metrics."""
+        self.folder = run_folder(trainer)  # on every rank
         for metric in (self.psnr, self.ssim, self.scores):
             if metric is not None:
                 metric.to(pl_module.device)
@@ -102,19 +127,21 @@ class Reconstruct(L.Callback):
 
     def show(self, trainer: L.Trainer, images: Tensor, reconstructed: Tensor) -> None:
         """Log a grid: rows of images, each above the row of their reconstructions."""
-        if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
+        if not self.num_shown or not trainer.is_global_zero:
             return
         pairs = zip(images.split(8), reconstructed.split(8), strict=True)
         rows = [part for pair in pairs for part in pair]
         grid = make_grid(torch.cat(rows) / 2 + 0.5, nrow=min(8, len(images)))
-        writer = trainer.logger.experiment
-        writer.add_image("reconstructions/val", grid.cpu(), trainer.global_step)
+        log_image(trainer, self.folder, "reconstructions/val", to_pil_image(grid.cpu().clamp(0, 1)))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
         """Log the values."""
         values = {"psnr": self.psnr.compute(), "ssim": self.ssim.compute()}
         if self.scores is not None:
-            values |= self.scores.compute()
+            found, reasons = self.scores.compute()
+            values |= found
+            for reason in reasons:  # the same on all ranks
+                rank_zero_warn(f"a score is missing: {reason}")
         if self.counts is not None:
             counts = pl_module.all_gather(self.counts).view(-1, len(self.counts)).sum(0)
             values |= code_use(counts)

@@ -8,10 +8,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from callbacks.contact_sheet import Tile, contact_sheet
-from callbacks.prompts import caption_pairs
+from callbacks.prompts import caption_pairs, find_source
 from callbacks.results import outside_fit, run_folder
-from callbacks.sampling import image_protocol, refuse_shards, resolve_sampling
+from callbacks.sampling import (
+    check_draws,
+    check_module,
+    image_protocol,
+    refuse_shards,
+    resolve_sampling,
+)
 from tf_lightning.data.images import to_pixels
+from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.sampling import SamplingConfig
@@ -47,10 +54,26 @@ class RetrievalAccuracy(L.Callback):
         self.source, self.num_prompts, self.seed = source, num_prompts, seed
         self.sampling = sampling
 
+    def before_run(
+        self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """Check the options before data is prepared.
+
+        Raises:
+            UserError: an option does not fit the model, or the source has no captioned images.
+        """
+        check_module(model, self)
+        check_draws(data, self, "set retrieval_accuracy to null")
+        self.sampling = resolve_sampling(self.sampling, model)
+        if next(caption_pairs(find_source(data, self.source), "train"), None) is None:
+            raise UserError(
+                f"source {self.source!r} has no captioned image to retrieve; name another"
+            )
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the sampling options, so that mistakes stop before training."""
+        """Check again, because a trainer used from Python does not call `before_run`."""
+        self.before_run(trainer, pl_module, trainer.datamodule)
         refuse_shards(pl_module, self)
-        self.sampling = resolve_sampling(self.sampling, pl_module)
 
     def examine(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Generate images, find their nearest images and write the results, on rank zero."""

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from callbacks.prompts import Prompt, center_crop_resize
-from tf_lightning.diffusion.sampler import resolve_sampler
+from tf_lightning.diffusion.sampler import build_scheduler, resolve_sampler, set_timesteps
 from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.sampling import SamplingConfig, not_for_codes
@@ -40,6 +41,32 @@ class SampleBatch:
         """Return the first `count` samples, or all of fewer."""
         parts = (self.prompts, self.indices, self.images, self.captions)
         return SampleBatch(*(part and part[:count] for part in parts))
+
+
+def check_module(module: L.LightningModule, callback: object, kind: type = Transfusion) -> None:
+    """Refuse a callback in the run of a module that it was not written for.
+
+    Raises:
+        UserError: the module is not of this kind.
+    """
+    if not isinstance(module, kind):
+        raise UserError(
+            f"{type(callback).__name__} works with {kind.__name__}, but the model is "
+            f"{type(module).__name__}; remove the callback"
+        )
+
+
+def check_draws(data: L.LightningDataModule, callback: object, remedy: str) -> None:
+    """Refuse images of a model that is trained without images.
+
+    Raises:
+        UserError: the data has no autoencoder.
+    """
+    if getattr(data, "autoencoder_name", None) is None:
+        raise UserError(
+            f"{type(callback).__name__} needs a model of images, but the data has no autoencoder; "
+            f"{remedy}"
+        )
 
 
 def refuse_shards(module: Transfusion, callback: object) -> None:
@@ -74,6 +101,8 @@ def resolve_sampling(
         return sampling
     preferred = default_sampler if default_sampler in process.samplers else None
     sampler = resolve_sampler(process, sampling.sampler or preferred, sampling.timestep_shift)
+    scheduler = build_scheduler(process, sampler, sampling.timestep_shift)
+    set_timesteps(scheduler, sampling.num_inference_steps)  # refuses too many steps
     return sampling.with_options(sampler=sampler)
 
 

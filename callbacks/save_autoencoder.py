@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from callbacks.results import outside_fit, run_folder
+from callbacks.sampling import check_module
 from tf_lightning.autoencoder.network import latent_statistics, save_network
 from tf_lightning.data.image_only import ImageData, ValImages
+from tf_lightning.ranges import PositiveInt, check_arguments
 from tf_lightning.training.autoencoder import AutoencoderModule
 
 
@@ -27,8 +29,15 @@ class SaveAutoencoder(L.Callback):
         half: store the weights as float16, which halves the file.
     """
 
-    def __init__(self, num_images: int = 2000, half: bool = False):
+    def __init__(self, num_images: PositiveInt = 2000, half: bool = False):
+        check_arguments(SaveAutoencoder.__init__, locals())
         self.num_images, self.half = num_images, half
+
+    def before_run(
+        self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """Refuse a model that is no autoencoder."""
+        check_module(model, self, AutoencoderModule)
 
     def save(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
         """Compute the statistics of the latents and write the folder, on rank zero."""

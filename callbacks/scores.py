@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from tqdm import tqdm
 
+from callbacks.monitor import check_monitors, check_train_monitors
 from callbacks.protocol import MetricRecord
 
 
@@ -67,6 +68,17 @@ class PrintScores(L.Callback):
     `validate` and `test` print a table with the unit, the better direction and the number of
     samples of each score. `fit` prints a line after each validation.
     """
+
+    def before_run(
+        self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """Refuse a monitored score that this run does not have."""
+        check_monitors(trainer, model, data)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+        """Refuse a monitored value of training that is missing after the first log."""
+        if trainer.global_step == trainer.log_every_n_steps + 1:
+            check_train_monitors(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the scores on rank zero."""

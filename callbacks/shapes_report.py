@@ -19,7 +19,13 @@ from PIL import Image
 
 from callbacks.contact_sheet import Tile, contact_sheet
 from callbacks.results import outside_fit, run_folder
-from callbacks.sampling import image_protocol, refuse_shards, resolve_sampling
+from callbacks.sampling import (
+    check_draws,
+    check_module,
+    image_protocol,
+    refuse_shards,
+    resolve_sampling,
+)
 from callbacks.text_perplexity import TextBytes, add_text
 from callbacks.throughput import Throughput
 from evaluation.perplexity import Perplexity
@@ -87,10 +93,22 @@ class ShapesReport(L.Callback):
         check_arguments(ShapesReport.__init__, locals())
         self.num_prompts, self.sampling, self.seed = num_prompts, sampling, seed
 
+    def before_run(
+        self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """Check the options before data is prepared.
+
+        Raises:
+            UserError: an option does not fit the model, or the model has no images.
+        """
+        check_module(model, self)
+        check_draws(data, self, "set shapes_report to null")
+        self.sampling = resolve_sampling(self.sampling, model, "DDPMScheduler")
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the sampling options, so that mistakes stop before training."""
+        """Check again, because a trainer used from Python does not call `before_run`."""
+        self.before_run(trainer, pl_module, trainer.datamodule)
         refuse_shards(pl_module, self)
-        self.sampling = resolve_sampling(self.sampling, pl_module, "DDPMScheduler")
 
     def examine(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Generate and judge images and captions, and write the results, on rank zero."""
@@ -253,6 +271,12 @@ def summary(folder: Path, checkpoint: str | Path | None, report: dict) -> str:
     """Return the scores, the files that were written, and the commands to type next."""
     here = os.path.relpath(Path(sys.executable).parent)
     command = "" if here.startswith("..") else f"{here}/"  # .venv/bin/ after `make quickstart`
+    commands = ""
+    if checkpoint is not None:  # a run without checkpoints has nothing to generate from
+        commands = f""" Next:
+  {command}tf-lightning generate {checkpoint} "a red circle above a blue square" -o out
+  {command}tf-lightning generate {checkpoint} --image {folder}/samples/0000.png
+  {command}tensorboard --logdir {folder.parent}"""
     one, two, captions = (report[k] for k in ("one_object", "two_objects", "caption_accuracy"))
     perplexity, bound = report["perplexity"], report["perplexity_bound"]
     return f"""
@@ -260,7 +284,4 @@ Images of one object right    {one:7.1%}   (prompts judged by the oracle)
 Images of two objects right   {two:7.1%}   (meanings unseen in training)
 Captions right                {captions:7.1%}   (held-out images)
 Text perplexity               {perplexity:7.3f}   (lower bound {bound:.3f})
-Wrote {folder}/sheet.png, samples/ and report.json. Next:
-  {command}tf-lightning generate {checkpoint} "a red circle above a blue square" -o out
-  {command}tf-lightning generate {checkpoint} --image {folder}/samples/0000.png
-  {command}tensorboard --logdir {folder.parent}"""
+Wrote {folder}/sheet.png, samples/ and report.json.{commands}"""

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from callbacks.protocol import MetricRecord
+from callbacks.sampling import check_module
 from evaluation.perplexity import Perplexity
 from tf_lightning.batch import Batch
 from tf_lightning.tokenizer.tokenizer import Tokenizer
@@ -28,6 +29,16 @@ class TextPerplexity(L.Callback):
 
     def __init__(self):
         self.records: list[MetricRecord] = []
+
+    def score_names(self, data: L.LightningDataModule) -> list[str]:
+        """Return the names of the values that this callback logs."""
+        return [f"val/{source}/{name}" for source in data.source_names for name in DEFINITION]
+
+    def before_run(
+        self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """Refuse a model without text."""
+        check_module(model, self)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Create an empty metric for each source."""

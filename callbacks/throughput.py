@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
+from callbacks.sampling import check_module
 from tf_lightning.batch import Batch
 from tf_lightning.data.stream import as_batches
 from tf_lightning.ranges import Positive, check_arguments
@@ -54,6 +55,12 @@ class Throughput(L.Callback):
         self.peak_flops = peak_flops
         self.fit_before = self.validation_seconds = 0.0
         self.started: float | None = None
+
+    def before_run(
+        self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """Refuse a model whose operations are not counted."""
+        check_module(model, self)
 
     @property
     def fit_seconds(self) -> float:

@@ -4,6 +4,7 @@ import lightning as L
 import numpy as np
 import torch
 
+from callbacks.sampling import check_module
 from tf_lightning.batch import unmasked_ids
 from tf_lightning.data.corpus.reader import Corpus
 
@@ -15,6 +16,16 @@ class UnigramBaseline(L.Callback):
     token is impossible. They are evaluated on the tokens that `val/<source>/perplexity` counts: all
     tokens of a validation document except the first, and its end.
     """
+
+    def score_names(self, data: L.LightningDataModule) -> list[str]:
+        """Return the names of the values that this callback logs."""
+        return [f"val/{source}/perplexity_unigram" for source in data.source_names]
+
+    def before_run(
+        self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """Refuse a model without text."""
+        check_module(model, self)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compute the perplexities once."""

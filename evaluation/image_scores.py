@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from evaluation.compute import compute_each
 from evaluation.features import Extractor, as_uint8
 from evaluation.fid import FID
 from evaluation.inception_score import InceptionScore
@@ -54,9 +55,9 @@ class ImageScores(nn.Module):
         for metric in self.reference_metrics:
             metric.keep_real()
 
-    def compute(self) -> dict[str, float]:
-        """Return the value of every metric over all ranks, by name."""
-        return {metric.name: float(metric.compute()) for metric in self.metrics}
+    def compute(self) -> tuple[dict[str, float], list[str]]:
+        """Return the values over all ranks by name, and the reasons of metrics without a value."""
+        return compute_each(self.metrics)
 
     def reset(self) -> None:
         """Remove the generated images, and real images that were not kept."""

@@ -1,7 +1,6 @@
 """Validation gives equal values in a run and on its checkpoint, and on one process and on two."""
 
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +13,14 @@ from PIL import Image
 from callbacks import evaluate
 from callbacks.contact_sheet import WRONG
 from callbacks.evaluate import Evaluate, log_samples
+from callbacks.geneval import GenEvalFolder
+from callbacks.metrics import CaptionScores
 from callbacks.prompts import ShapesPrompts
+from callbacks.published_prompts import GenEvalPrompts
 from callbacks.sampling import SampleBatch
 from support import ranks, runs
 from tf_lightning.cli.main import main
+from tf_lightning.errors import UserError
 from tf_lightning.generation.sampling import SamplingConfig
 
 
@@ -176,48 +179,146 @@ def test_nothing_is_sampled_in_the_sanity_check():
 # Evaluations that fail
 
 
-TOO_FEW = [{"class_path": "callbacks.metrics.ImageQuality", "init_args": {"scores": ["kid"]}}]
-NOTHING = {"class_path": "callbacks.prompts.HeldOut", "init_args": {"source": "text"}}
-UNMEASURABLE = {
-    "kid[shapes] was given 5 generated": {"metrics": TOO_FEW},
-    "source 'text' has no captioned image in its": {"prompts": NOTHING, "metrics": []},
-}
+def image_quality(**arguments) -> dict:
+    return {"class_path": "callbacks.metrics.ImageQuality", "init_args": arguments}
 
 
-@pytest.mark.parametrize("sentence", UNMEASURABLE)
-def test_an_evaluation_that_fails_is_reported_in_one_sentence(sentence, run, tmp_path, capsys):
+def prompts(name: str, **arguments) -> dict:
+    return {"class_path": f"callbacks.{name}", "init_args": arguments}
+
+
+HELD_OUT = prompts("prompts.HeldOut", source="captions", count=3)
+GENEVAL_FILE = {"prompt": "a circle", "tag": "single_object", "include": []}
+REFUSED = {
+    "kid[shapes] needs 1000 generated images but there are 5": {
+        "metrics": [image_quality(scores=["fid", "kid"])]
+    },
+    "kid[shapes] needs 3 real images but there are 2": {
+        "metrics": [image_quality(scores=["kid"], kid_subset_size=3)],
+        "prompts": prompts("prompts.ShapesPrompts", count=5, real_per_prompt=1),
+        "real": 2,
+    },
+    "fid[shapes] needs 2 generated images but there are 1": {
+        "prompts": prompts("prompts.ShapesPrompts", count=1)
+    },
+    "scores=['fid', 'fid'] names a score twice": {
+        "metrics": [image_quality(scores=["fid", "fid"])]
+    },
+    "kid_subset_size=1 must be at least 2": {"metrics": [image_quality(kid_subset_size=1)]},
+    "two metrics are named fid[shapes]": {"metrics": [image_quality(), image_quality()]},
+    "source 'text' has no captioned image in its": {
+        "prompts": prompts("prompts.HeldOut", source="text"), "metrics": [],
+    },
+    "the data has no source 'caption'; name one of captions, text": {
+        "prompts": prompts("prompts.HeldOut", source="caption"), "metrics": [],
+    },
+    "ShapesComposition judges images of the shapes world alone": {
+        "prompts": HELD_OUT, "metrics": [{"class_path": "callbacks.geneval.ShapesComposition"}],
+    },
+    "no Inception weights at gone.pth": {
+        "metrics": [image_quality(extractor="inception", weights="gone.pth")]
+    },
+    "open_clip cannot load 'ViT-L-14' with pretrained='gone.pt'": {
+        "metrics": [
+            {
+                "class_path": "callbacks.metrics.CLIPScore",
+                "init_args": {"model": "ViT-L-14", "pretrained": "gone.pt"},
+            }
+        ]
+    },
+    "gone.json cannot be read; give the file of a local copy": {
+        "prompts": prompts("published_prompts.KarpathyPrompts", annotations="gone.json", images=""),
+        "metrics": [], "generate_images": False,
+    },
+    "num_inference_steps=1001 must be from 1 to 990": {
+        "sampling": {"num_inference_steps": 1001, "sampler": "DDPMScheduler"}
+    },
+    "sampler='DDPM' is no sampler for a model that predicts": {"sampling": {"sampler": "DDPM"}},
+    "CaptionScores scores captioned images, but caption_images is false": {"caption_images": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_cannot_be_measured_is_refused_before_data_is_prepared(
+    sentence, tmp_path, monkeypatch, capsys
+):
+    changed = dict(REFUSED[sentence])
+    if real := changed.pop("real", None):
+        monkeypatch.setattr(ShapesPrompts, "real_images", lambda self, data=None: [None] * real)
+    config = runs.write_config(tmp_path, only_evaluate(tmp_path, **changed))
+    config.write_text(config.read_text().replace("verbose: false\n", ""))
+    monkeypatch.setattr("tf_lightning.data.Mixture.prepare_data", lambda self: pytest.fail("late"))
     with pytest.raises(SystemExit) as stop:
-        validate(run, tmp_path, **UNMEASURABLE[sentence])
+        main(["fit", "-c", str(config)])
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert stop.value.code == 1 and len(errors) == 1 and sentence in errors[0]
-    assert not (tmp_path / "run" / "validate").exists()
+    assert not list((tmp_path / "run").glob("*")) if (tmp_path / "run").exists() else True
 
 
-@pytest.mark.parametrize("sentence", UNMEASURABLE)
-def test_training_continues_after_an_evaluation_that_failed(sentence, tmp_path):
-    config = runs.write_config(tmp_path, only_evaluate(tmp_path, **UNMEASURABLE[sentence]))
-    text = config.read_text().replace("verbose: false\n", "")
-    config.write_text(text)
-    with pytest.warns(
-        UserWarning, match="the evaluation at step 3 failed: .*" + re.escape(sentence[:12])
-    ):
+def test_geneval_is_refused_where_a_batch_divides_a_prompt_or_the_folder_is_a_file(tmp_path):
+    file = tmp_path / "evaluation_metadata.jsonl"
+    file.write_text(json.dumps(GENEVAL_FILE) + "\n")
+    asked = GenEvalPrompts(str(file), copies=4).prompts(None)
+    GenEvalFolder(str(tmp_path / "new" / "folder")).check(asked, None, 8)
+    assert not (tmp_path / "new").exists()  # nothing is written yet
+    with pytest.raises(UserError, match="batch_size=6 divides the 4 images of a prompt"):
+        GenEvalFolder(str(tmp_path)).check(asked, None, 6)
+    with pytest.raises(UserError, match="evaluation_metadata.jsonl is a file"):
+        GenEvalFolder(str(file / "below")).check(asked, None, 8)
+    with pytest.raises(UserError, match="GenEvalFolder needs the prompts"):
+        GenEvalFolder(str(tmp_path)).check(ShapesPrompts(2).prompts(), None, 8)
+    with pytest.raises(UserError, match="need reference captions, which 4 of 4 prompts lack"):
+        CaptionScores().check(asked, None, 8)
+
+
+def refuse(self, *args) -> None:
+    raise ValueError("kid[shapes] met something new")
+
+
+KID = [
+    image_quality(scores=["fid", "kid"], kid_subset_size=2),
+    {"class_path": "callbacks.metrics.CLIPScore"},
+]
+
+
+def test_a_score_that_fails_in_training_is_a_warning_and_takes_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.kid.KID.compute", refuse)
+    config = runs.write_config(tmp_path, only_evaluate(tmp_path, metrics=KID))
+    config.write_text(config.read_text().replace("verbose: false\n", ""))
+    with pytest.warns(UserWarning, match="a score at step 3 is missing: kid.shapes. met something"):
         main(["fit", "-c", str(config), "--trainer.max_steps", "4"])
     found = values(tmp_path / "run" / "metrics" / "step0000003-val.json")
-    assert "val/text/perplexity" in found and not any("kid" in name for name in found)
+    assert {"val/fid[shapes]", "val/clip_score[shapes]", "val/text/perplexity"} <= found.keys()
+    assert not any("kid" in name for name in found)
 
 
-def test_training_that_diverges_is_reported_at_each_validation_and_continues(tmp_path):
+def test_a_score_that_fails_in_an_evaluation_is_an_error_after_the_others_are_written(
+    run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("callbacks.metrics.CLIPScore.update", refuse)
+    with pytest.raises(SystemExit) as stop:
+        validate(run, tmp_path, metrics=KID)
+    said = capsys.readouterr()
+    assert stop.value.code == 1 and "error: kid[shapes] met something new" in said.err
+    found = values(tmp_path / "run" / "validate" / "metrics.json")
+    assert {"val/fid[shapes]", "val/kid[shapes]"} <= found.keys() and "clip" not in str(found)
+    assert "val/kid[shapes]" in said.out  # the table
+
+
+def test_training_continues_after_an_evaluation_that_failed(tmp_path, monkeypatch):
+    def fail(*args, **how):
+        raise ValueError("the images are not a number")
+
+    monkeypatch.setattr(evaluate, "sample", fail)
     config = runs.write_config(tmp_path, only_evaluate(tmp_path))
     config.write_text(config.read_text().replace("verbose: false\n", ""))
-    huge = ["--model.lr=1e30", "--trainer.gradient_clip_val=null", "--trainer.max_steps=6"]
     with pytest.warns(UserWarning) as warnings:
-        main(["fit", "-c", str(config), *huge])
+        main(["fit", "-c", str(config)])
     sentences = [str(w.message) for w in warnings if "the evaluation at" in str(w.message)]
     assert [sentence[18:25] for sentence in sentences] == ["step 3 ", "step 6 "]
-    assert all("not a number (NaN or infinite)" in s and "\n" not in s for s in sentences)
     found = values(tmp_path / "run" / "metrics" / "step0000006-val.json")
     assert {"val/text/perplexity", "val/captions/loss_diffusion"} <= found.keys()
-    assert all(value is None for value in found.values())
+    assert not any("fid" in name for name in found)
 
 
 def test_images_of_weights_that_diverged_are_reported(run, tmp_path, capsys):
@@ -247,12 +348,6 @@ def test_an_evaluation_of_an_empty_validation_set_is_refused(run, tmp_path, caps
     assert "error: no documents to validate on in captions, text" in capsys.readouterr().err
 
 
-def test_a_metric_of_samples_that_are_disabled_is_refused(run, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        validate(run, tmp_path, "--trainer.callbacks.caption_images=false")
-    assert "CaptionScores scores captioned images" in capsys.readouterr().err
-
-
 # TensorBoard
 
 
@@ -272,8 +367,8 @@ class Writer:
 def logged(batch: SampleBatch) -> Writer:
     """The writer after samples were logged at step 9."""
     writer = Writer()
-    trainer = SimpleNamespace(logger=SimpleNamespace(experiment=writer), global_step=9)
-    log_samples(trainer, ShapesPrompts(2), batch, "val")
+    trainer = SimpleNamespace(loggers=[SimpleNamespace(experiment=writer)], global_step=9)
+    log_samples(trainer, None, ShapesPrompts(2), batch, "val")
     return writer
 
 

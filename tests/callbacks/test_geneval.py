@@ -50,12 +50,13 @@ def test_one_object_is_judged_by_shape_and_color(color, shape, right):
 def test_real_images_score_one_and_blank_images_zero():
     asked, score = ShapesPrompts(30).prompts(), ShapesComposition()
     score.update(SampleBatch(asked, range(30), [prompt.image() for prompt in asked]))
-    values = score.compute()
+    values, reasons = score.compute()
+    assert reasons == []
     assert set(values.values()) == {1.0} and "composition[shapes]/overall" in values
     assert set(score.protocol) == set(values)
     score.reset()
     score.update(SampleBatch(asked, range(30), [Image.new("RGB", (64, 64))] * 30))
-    assert set(score.compute().values()) == {0.0}
+    assert set(score.compute()[0].values()) == {0.0}
 
 
 def test_the_folder_has_the_metadata_and_images_of_each_prompt(tmp_path):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from callbacks.reconstruct import Reconstruct, code_use
 from tf_lightning.data.image_only import PADDING_ROW, ImageBatch
@@ -26,7 +27,19 @@ class Module(SimpleNamespace):
         return value
 
 
-TRAINER = SimpleNamespace(sanity_checking=False, logger=None, is_global_zero=True)
+@pytest.fixture(autouse=True)
+def trainer(tmp_path, monkeypatch) -> SimpleNamespace:
+    """A trainer without loggers, for modules of any class."""
+    monkeypatch.setattr("callbacks.reconstruct.check_module", lambda *_: None)
+    vars(TRAINER).update(log_dir=str(tmp_path))
+    return TRAINER
+
+
+TRAINER = SimpleNamespace(
+    **{"sanity_checking": False, "loggers": [], "is_global_zero": True, "datamodule": None},
+    global_step=8,
+    state=SimpleNamespace(fn="fit"),
+)
 
 
 def measured(images, reconstructed, *, ids=None, num_codes=None, rows=None, extractor=None) -> dict:
@@ -100,6 +113,18 @@ def test_the_use_of_codes(images):
     logged = measured(images, images, ids=ids, num_codes=8)
     assert (logged["val/code_use"], logged["val/dead_codes"]) == (3 / 8, 5)
     assert code_use(torch.ones(4))["code_perplexity"] == pytest.approx(4)
+
+
+def test_reconstructions_are_written_where_no_logger_takes_them(images, tmp_path):
+    measured(images, images)
+    written = Image.open(tmp_path / "media" / "reconstructions-val-step0000008.png")
+    assert written.width > 3 * 32 and written.height == 2 * 34 + 2  # a row of each, and borders
+
+
+def test_too_few_images_for_the_rfid_do_not_take_the_other_scores(images):
+    with pytest.warns(UserWarning, match="a score is missing: rfid.shapes. was given 1"):
+        logged = measured(images[:1], images[:1], extractor="shapes")
+    assert logged["val/ssim"] == pytest.approx(1) and "val/rfid[shapes]" not in logged
 
 
 def test_missing_inception_weights_are_reported_before_training(tmp_path):

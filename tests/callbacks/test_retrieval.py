@@ -74,7 +74,7 @@ def test_accuracy_is_the_share_of_images_nearest_to_their_own(
     monkeypatch.setattr(TransfusionPipeline, "from_module", lambda module: Memory(remembers))
     trainer = SimpleNamespace(
         **{"is_global_zero": True, "log_dir": str(tmp_path), "global_step": 7},
-        datamodule=SimpleNamespace(sources={"captions": Greys()}),
+        datamodule=SimpleNamespace(sources={"captions": Greys()}, autoencoder_name="pixels"),
         state=SimpleNamespace(fn="fit"),
         precision="32-true",
         precision_plugin=Precision(),
@@ -85,13 +85,14 @@ def test_accuracy_is_the_share_of_images_nearest_to_their_own(
     callback = RetrievalAccuracy(
         "captions", num_prompts=5, sampling=SamplingConfig(**SHIFTED), seed=4
     )
+    monkeypatch.setattr("callbacks.retrieval.check_module", lambda *_: None)
     callback.setup(trainer, module, "fit")
     callback.examine(trainer, module)
     report = json.loads((tmp_path / "retrieval.json").read_text())
     assert report == {
         **{"retrieval_accuracy": accuracy, "num_prompts": 5, "num_images": 10},
         **{"seed": 4, "global_step": 7},
-        **{"guidance_scale": 3.0, "num_inference_steps": 50, **SHIFTED},
+        **{"guidance_scale": 3.0, "num_inference_steps": 50, "nfe": 50, **SHIFTED},
         **{"image_guidance_scale": None, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0},
     }
     assert Image.open(tmp_path / "retrieval.png").width > 500

@@ -87,7 +87,9 @@ def report_of(module, model_class, folder, monkeypatch) -> dict:
         **{"state": SimpleNamespace(fn="fit"), "callbacks": [timed()]},
         precision="32-true",
         precision_plugin=Precision(),
+        datamodule=SimpleNamespace(autoencoder_name="pixels"),
     )
+    monkeypatch.setattr("callbacks.shapes_report.check_module", lambda *_: None)
     report = ShapesReport(COUNT, SamplingConfig(num_inference_steps=2, timestep_shift=2.5), SEED)
     report.setup(trainer, module, "fit")
     report.examine(trainer, module)
@@ -147,7 +149,7 @@ def test_the_report_has_the_scores_and_their_protocol(module, tmp_path, monkeypa
     }
     assert report.items() >= expected.items()
     assert report.keys() - expected.keys() == {
-        *("one_object", "two_objects", "caption_accuracy", "perplexity", "perplexity_bound")
+        *("nfe", "one_object", "two_objects", "caption_accuracy", "perplexity", "perplexity_bound")
     }
 
 

@@ -376,6 +376,12 @@ class TransfusionCLI(LightningCLI):
                 rank_zero_warn(f"trainer.callbacks has a {name} too, so `{key}` is not used")
         return [built[key] for key in keys if built[key].state_key not in taken]
 
+    def after_instantiate_classes(self) -> None:
+        """Let the callbacks refuse what they can know before data is prepared."""
+        for callback in self.trainer.callbacks if self.subcommand else ():
+            if hasattr(callback, "before_run"):
+                callback.before_run(self.trainer, self.model, self.datamodule)
+
     def before_fit(self) -> None:
         """Refuse a damaged file that `--ckpt_path last` would resume, and an impossible run."""
         if hasattr(self.model, "before_training"):
