@@ -36,6 +36,7 @@ def scalars(events: EventAccumulator, tag: str) -> list[float]:
 def test_a_run_logs_losses_speed_and_shares_under_their_documented_names(events):
     tags = {
         *(f"train/{name}" for name in ("loss", "loss_lm", "loss_diffusion", "grad_norm")),
+        "train/steps_left_out",
         *("train/tokens_per_sec", "train/padding_share", "train/tflops_per_sec"),
         *("train/flops_per_token", "train/flops_per_token_6n", "train/images_per_token"),
         *("train/mixture/captions", "train/mixture/text"),
@@ -53,9 +54,11 @@ def test_a_run_logs_losses_speed_and_shares_under_their_documented_names(events)
     by_source = {f"train/{source}/loss_lm" for source in ("captions", "text")}
     by_source |= {"train/captions/loss_diffusion"}
     by_level = {f"train/loss_diffusion/t{t:.2f}-{t + 0.25:.2f}" for t in (0, 0.25, 0.5, 0.75)}
+    by_loss = {f"train/grad_norm_{loss}" for loss in ("lm", "diffusion")}  # at every fourth log
+    assert all(len(scalars(events, tag)) == 1 for tag in by_loss)
     logged = set(events.Tags()["scalars"])
     assert tags <= logged and by_source <= logged and by_level & logged
-    assert logged - tags - by_source - by_level == {"epoch"}
+    assert logged - tags - by_source - by_level - by_loss == {"epoch"}
     for tag in tags:
         steps = 2 if tag.startswith("val/") else runs.MAX_STEPS
         assert len(scalars(events, tag)) == steps, tag

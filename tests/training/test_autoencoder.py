@@ -42,7 +42,7 @@ def test_losses_and_metrics_are_logged_under_their_names(trained):
     kind, run = trained
     events = logged(run)
     steps = {tag: len(events.Scalars(tag)) for tag in events.Tags()["scalars"]}
-    always = ["train/loss", "train/loss_l1", "train/grad_norm"]
+    always = ["train/loss", "train/loss_l1", "train/grad_norm", "train/steps_left_out"]
     always += {"vae": ["train/loss_kl"], "vq": ["train/loss_codebook"]}[kind]
     always += ["train/code_perplexity", "train/dead_codes"] if kind == "vq" else []
     groups = ("decay", "no_decay", "discriminator_decay", "discriminator_no_decay")
