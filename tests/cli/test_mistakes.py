@@ -153,6 +153,14 @@ MISTAKES = {
     "--data.init_args.sources.text.init_args.num_documents=0": "num_documents=0",
     "--trainer.accelerator=nonsense": "nonsense",
     "--trainer.devices=0": "devices",
+    "--trainer.precision=16-mixed": "precision=16-mixed needs a GPU; use bf16-mixed or 32-true",
+    "--trainer.precision=bf16-true": "precision=bf16-true is not supported",
+    "--trainer.gradient_clip_val=-1.0": "gradient_clip_val=-1.0 must be above 0",
+    "--model.lr=-1.0": "lr=-1.0 must be at least 0",
+    "--model.lr=.nan": "lr=nan must be at least 0",
+    "--model.betas=[1.5,0.9]": "betas=(1.5, 0.9) must be at least 0 and less than 1, each",
+    "--model.transformer.num_heads=3": "dim=32 does not divide into num_heads=3 heads",
+    "--data.init_args.num_workers=-1": "num_workers=-1 must be at least 0",
 }
 
 
@@ -233,3 +241,14 @@ def test_a_tokenizer_other_than_the_checkpoints_is_refused(run, tmp_path, fails)
     config = runs.write_config(tmp_path)
     code, line = fails("validate", "-c", config, "--ckpt_path", checkpoint_of(run), other_words)
     assert code == 1 and "tokenizer is not the one that this checkpoint was trained with" in line
+
+
+def test_an_evaluation_refuses_another_value_of_the_model_than_the_checkpoint_has(
+    run, tmp_path, fails
+):
+    config = runs.write_config(tmp_path)
+    arguments = ["validate", "-c", config, "--ckpt_path", checkpoint_of(run)]
+    code, line = fails(*arguments, "--model.diffusion_weight=2")
+    assert code == 1 and "--model.diffusion_weight 2.0: validate takes the model from the" in line
+    code, line = fails(*arguments, "--model.transformer.dim", "64")
+    assert code == 1 and "which has 32; leave it out" in line

@@ -6,9 +6,12 @@ from pathlib import Path
 import lightning as L
 
 from support.tiny import SIZES
-from tf_lightning.data import Mixture
+from tf_lightning.autoencoder.network import AutoencoderConfig
+from tf_lightning.data import ImageData, Mixture
+from tf_lightning.data.stream import StreamData
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
+from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.module import Transfusion
 
 QUIET = {
@@ -34,7 +37,23 @@ def shapes_module(**changed) -> Transfusion:
     )
 
 
-def fit(module: Transfusion, data: Mixture, ckpt_path: Path | None = None, **options) -> L.Trainer:
+def image_data(folder: Path | str = "data", **changed) -> ImageData:
+    """Images of the shapes world."""
+    source = ShapesCaptions(6, num_val=2)
+    return ImageData(source, cache_dir=str(folder), **{"batch_size": 2} | changed)
+
+
+def autoencoder_module(**changed) -> AutoencoderModule:
+    """A tiny VAE with a discriminator, the same whenever it is built."""
+    L.seed_everything(0, verbose=False)
+    network = AutoencoderConfig((4, 8), 1, latent_channels=4, norm_groups=2, mid_attention=False)
+    options = {"lpips_weight": 0.0, "gan_start_step": 1, "latent_noise": 0.2, "warmup_steps": 1}
+    return AutoencoderModule(network, **options | changed)
+
+
+def fit(
+    module: L.LightningModule, data: StreamData, ckpt_path: Path | None = None, **options
+) -> L.Trainer:
     """Train on the CPU without validation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

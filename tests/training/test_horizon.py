@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 from lightning.pytorch.callbacks import Timer
 
-from support.fits import Rates, fit, shapes_data, shapes_module
+from support.fits import (
+    QUIET,
+    Rates,
+    autoencoder_module,
+    fit,
+    image_data,
+    shapes_data,
+    shapes_module,
+)
+from tf_lightning.data import Mixture
 from tf_lightning.data.stream import CYCLE, Rows
+from tf_lightning.errors import UserError
 from tf_lightning.training.horizon import epochs_to_steps, expected_steps, has_end
 from tf_lightning.training.optim import lr_scale
 
@@ -67,6 +77,8 @@ def test_an_epoch_of_a_mixture_lasts_until_every_source_was_read_once():
         ({"max_epochs": 1, "max_steps": 5}, (3, None)),
         ({"max_steps": 5, "min_epochs": 1}, (5, 3)),
         ({"max_steps": 5, "min_steps": 2}, (5, 2)),
+        ({"max_epochs": 3, "limit_train_batches": 2}, (6, None)),
+        ({"max_epochs": 3, "limit_train_batches": 0.4}, (3, None)),
         ({"max_epochs": -1}, (-1, None)),
     ],
 )
@@ -79,6 +91,31 @@ def test_epochs_are_counted_in_optimizer_steps_of_all_ranks(limits, steps, monke
     epochs_to_steps(trainer)
     assert (trainer.max_steps, trainer.min_steps) == steps
     assert (trainer.max_epochs, trainer.min_epochs) == (-1, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "interval"),
+    [
+        ({}, 5),  # 30 rows an epoch, 6 rows a step
+        ({"check_val_every_n_epoch": 2}, 10),
+        ({"val_check_interval": 0.4}, 2),
+        ({"val_check_interval": 7, "check_val_every_n_epoch": None}, 7),
+    ],
+)
+def test_validations_in_epochs_count_epochs_of_the_data(options, interval, monkeypatch):
+    for limit in ({"max_epochs": 3}, {"max_time": "00:01:00:00"}):
+        trainer = L.Trainer(accelerator="cpu", **QUIET, **limit, **options)
+        trainer.datamodule = shapes_data(batch_size=3)
+        monkeypatch.setattr(Mixture, "rows_per_epoch", 30)
+        monkeypatch.setattr(Mixture, "world_size", 2)
+        epochs_to_steps(trainer)
+        assert trainer.val_check_interval == interval
+        assert trainer.check_val_every_n_epoch is None
+
+
+def test_validations_that_never_come_are_refused(tmp_path):
+    with pytest.raises(UserError, match="check_val_every_n_epoch=2 never validates"):
+        fit(shapes_module(), shapes_data(tmp_path), max_steps=4, check_val_every_n_epoch=2)
 
 
 def test_a_run_of_two_epochs_ends_after_them_with_the_last_rate(tmp_path):
@@ -97,3 +134,15 @@ def test_a_run_limited_by_time_keeps_its_rate_after_the_warm_up(tmp_path):
     module = shapes_module(lr=1e-3, warmup_steps=2, min_lr_ratio=0.0)
     fit(module, shapes_data(tmp_path), max_time="01:00:00:00", callbacks=[rates])
     assert rates.used == pytest.approx([5e-4, *[1e-3] * 5], rel=1e-4)
+
+
+def test_an_autoencoder_trains_for_epochs_and_refuses_noise_that_would_never_come(tmp_path):
+    rates = Rates()
+    module = autoencoder_module(lr=1e-3, min_lr_ratio=0.1)
+    trainer = fit(module, image_data(tmp_path), max_epochs=2, callbacks=[rates])
+    assert trainer.global_step == 6  # 6 images, 2 a step
+    assert rates.used == pytest.approx([1e-3 * lr_scale(step, 1, 6, 0.1) for step in range(6)])
+    with pytest.raises(UserError, match="gan_start_step=9 is not before the last step"):
+        fit(autoencoder_module(gan_start_step=9), image_data(tmp_path), max_epochs=2)
+    with pytest.raises(UserError, match="latent_noise=0.2 grows .* has no end"):
+        fit(autoencoder_module(), image_data(tmp_path), max_epochs=-1)

@@ -6,10 +6,19 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from support.fits import QUIET, Rates, fit, shapes_data, shapes_module
+from support.fits import (
+    QUIET,
+    Rates,
+    autoencoder_module,
+    fit,
+    image_data,
+    shapes_data,
+    shapes_module,
+)
 from tf_lightning.errors import UserError
 from tf_lightning.training.precision import PRECISIONS, clip_gradients, loss_scale
 
+NAME = "train/gan_scale"
 ROUNDING = {"64-true": 1e-5, "16-mixed": 2e-3, "bf16-mixed": 2e-2}
 MODELS = {"adamw": {}, "muon": {"muon": True}, "text": {"text_lr_ratio": 0.5}}
 
@@ -43,6 +52,33 @@ def test_every_precision_trains_as_fp32_does_up_to_its_rounding(folder, model, c
         assert dtypes == {torch.double if precision == "64-true" else torch.float}
 
 
+def test_an_autoencoder_and_its_discriminator_train_in_fp16_as_in_fp32(folder):
+    """The adaptive weight of the GAN is a ratio of gradients that are tiny in fp16."""
+
+    class Scales(Rates):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+            found = float(trainer.callback_metrics.get(NAME, 1))
+            self.scales = [*getattr(self, "scales", []), found]
+            weights = [w for w in module.discriminator.parameters() if w.grad is not None]
+            self.clipped = [weight.grad.clone() for weight in weights]
+
+    runs = {}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # so that no step overflows
+    half = [MixedPrecision("16-mixed", "cpu", scaler)]
+    for precision, plugins in (("32-true", []), ("16-mixed", half)):
+        runs[precision] = rates = Scales()
+        options = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"}
+        module, data = autoencoder_module(lr=1e-3), image_data(folder, batch_size=1)
+        fit(module, data, max_steps=2, plugins=plugins or None, callbacks=[rates], **options)
+    exact, half = runs.values()
+    assert half.losses == pytest.approx(exact.losses, rel=1e-2)
+    assert half.norms == pytest.approx(exact.norms, rel=5e-2)
+    assert half.scales == pytest.approx(exact.scales, rel=5e-2) and exact.scales[-1] != 1
+    largest = max(gradient.abs().max() for gradient in half.clipped)
+    assert largest == pytest.approx(1e-4)
+
+
 def test_precisions_that_round_weights_are_refused_before_any_data_is_prepared(tmp_path):
     for precision in ("bf16-true", "16-true"):
         with pytest.raises(UserError, match=f"precision={precision} is not supported.*32-true"):
@@ -63,6 +99,11 @@ def test_the_loss_scale_is_that_of_the_grad_scaler():
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=512.0))
     assert loss_scale(L.Trainer(accelerator="cpu", plugins=[plugin], **QUIET)) == 512.0
     assert loss_scale(L.Trainer(accelerator="cpu", **QUIET)) == 1.0
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_network_without_gradients_is_not_clipped(algorithm):
+    assert clip_gradients([nn.Parameter(torch.zeros(2))], 1.0, algorithm) == 0
 
 
 GRADIENT = torch.tensor([3.0, -4.0])

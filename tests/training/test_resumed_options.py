@@ -4,7 +4,14 @@ import lightning as L
 import pytest
 import torch
 
-from support.fits import Rates, fit, shapes_data, shapes_module
+from support.fits import (
+    Rates,
+    autoencoder_module,
+    fit,
+    image_data,
+    shapes_data,
+    shapes_module,
+)
 from tf_lightning.errors import UserError
 from tf_lightning.training.optim import keep_options, lr_scale, with_schedule
 from tf_lightning.training.resume import check_resumed
@@ -100,3 +107,14 @@ def test_an_optimizer_with_other_groups_is_left_to_torch():
     other = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)])
     with pytest.raises(ValueError, match="different number of parameter groups"):
         optimizer.load_state_dict(other.state_dict())
+
+
+def test_an_autoencoder_may_resume_with_other_losses_but_not_with_another_network(tmp_path):
+    trainer = fit(autoencoder_module(), image_data(tmp_path), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    rates, last = Rates(), tmp_path / "last.ckpt"
+    module = autoencoder_module(lr=1e-5, kl_weight=0.1)
+    fit(module, image_data(tmp_path), last, max_steps=3, callbacks=[rates])
+    assert rates.used == pytest.approx([1e-5])
+    with pytest.raises(UserError, match="gan_weight=0.0 differs from the checkpoint's 0.5"):
+        fit(autoencoder_module(gan_weight=0.0), image_data(tmp_path), last, max_steps=3)

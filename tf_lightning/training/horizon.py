@@ -14,16 +14,19 @@ from tf_lightning.data.stream import StreamData
 
 
 def epochs_to_steps(trainer: L.Trainer) -> None:
-    """Replace `max_epochs` and `min_epochs` of a fit by `max_steps` and `min_steps`.
+    """Replace the limits in epochs of a fit by limits in optimizer steps.
 
     An epoch is what the data module says, see `StreamData.rows_per_epoch`. Where steps are limited
-    too, the earlier end and the later beginning count.
+    too, the earlier end and the later beginning count. Without a limit in steps, validations that
+    are given in epochs (`check_val_every_n_epoch`) count epochs of the data too.
     """
     loop = trainer.fit_loop
     if not isinstance(trainer.datamodule, StreamData):
         return  # of another project, whose loader ends
     # With min_steps, Lightning sets min_epochs to 1, which an endless epoch never reaches.
     min_epochs = 0 if trainer.min_steps else loop.min_epochs
+    if loop.max_steps < 0 and trainer.check_val_every_n_epoch is not None:
+        validate_by_steps(trainer)
     if loop.max_epochs not in (None, -1):
         steps = steps_of_epochs(trainer, loop.max_epochs)
         limits = [steps] if loop.max_steps < 0 else [steps, loop.max_steps]
@@ -33,11 +36,24 @@ def epochs_to_steps(trainer: L.Trainer) -> None:
     loop.max_epochs, loop.min_epochs = -1, 0
 
 
-def steps_of_epochs(trainer: L.Trainer, epochs: int) -> int:
-    """Count the optimizer steps that read the rows of some epochs, rounded up."""
-    data = trainer.datamodule
+def validate_by_steps(trainer: L.Trainer) -> None:
+    """Replace a validation interval in epochs, or in parts of one, by optimizer steps."""
+    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+    if isinstance(interval, float):
+        trainer.val_check_interval = steps_of_epochs(trainer, every * interval)
+    trainer.check_val_every_n_epoch = None
+
+
+def steps_of_epochs(trainer: L.Trainer, epochs: float) -> int:
+    """Count the optimizer steps that read the rows of some epochs, rounded up.
+
+    `limit_train_batches` shortens each epoch, as a number of steps or as a share.
+    """
+    data, limit = trainer.datamodule, trainer.limit_train_batches
     rows_per_step = data.batch_size * data.world_size * data.batches_per_step()
-    return math.ceil(epochs * data.rows_per_epoch / rows_per_step)
+    steps = data.rows_per_epoch / rows_per_step
+    steps = steps * limit if isinstance(limit, float) else min(steps, limit)
+    return math.ceil(epochs * steps)
 
 
 def expected_steps(trainer: L.Trainer, step: int) -> float:

@@ -63,9 +63,10 @@ def clip_gradients(
     Returns:
         The norm of all gradients before clipping, a scalar.
     """
-    parameters, by_value = list(parameters), algorithm == "value"
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    by_value = algorithm == "value"
     max_norm = float("inf") if by_value else limit or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    if by_value and limit:
+    if by_value and limit and parameters:  # torch refuses an empty list
         torch.nn.utils.clip_grad_value_(parameters, limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP: over all shards

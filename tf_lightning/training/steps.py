@@ -52,6 +52,12 @@ def check_trainer(trainer: L.Trainer) -> None:
     if not 0 <= clip_val < math.inf:
         raise UserError(f"gradient_clip_val={clip_val} must be above 0, or 0 for no clipping")
     check_precision(trainer)
+    epochs = trainer.check_val_every_n_epoch or 1
+    if epochs > 1 and trainer.max_steps >= 0:
+        raise UserError(
+            f"check_val_every_n_epoch={epochs} never validates in a run of max_steps, which is one "
+            "epoch to Lightning; set it to null and val_check_interval to a number of steps"
+        )
     interval, last = trainer.val_check_interval, trainer.max_steps
     if isinstance(interval, int) and 0 < last < interval and trainer.limit_val_batches:
         rank_zero_warn(
