@@ -7,7 +7,9 @@ import torch
 
 from support import runs
 from tf_lightning.cli.lightning import TransfusionCLI, build, fast_precision
+from tf_lightning.errors import UserError
 from tf_lightning.training.autoencoder import AutoencoderModule
+from tf_lightning.training.module import Transfusion
 
 
 @pytest.mark.parametrize(
@@ -139,3 +141,66 @@ def test_another_class_inherits_no_argument_of_the_default_class(tmp_path):
         assert command.model.hparams[name] == own[name]
     assert tuple(command.model.hparams["betas"]) == own["betas"]
     assert not {"Throughput", "TextPerplexity", "GradientNorms"} & set(callbacks_of(command))
+
+
+@pytest.mark.parametrize(
+    ("options", "seed"),
+    [
+        ([], 0),
+        (["--seed_everything=5"], 5),
+        (["--seed_everything=5", "--data.seed=3"], 3),
+        (["--data.init_args.seed", "3"], 3),
+    ],
+)
+def test_the_seed_of_the_run_is_that_of_the_data(options, seed, tmp_path):
+    command = built(tmp_path, *options)
+    assert command.datamodule.seed == seed
+    assert command.config.data.init_args.seed == seed  # what config.yaml records
+    assert command.datamodule.sources["captions"].seed == 0  # other images are other data
+
+
+def test_a_file_that_gives_the_data_a_seed_keeps_it(tmp_path):
+    def give(config: dict) -> None:
+        config["data"]["init_args"]["seed"] = 3
+
+    assert built(tmp_path, "--seed_everything=5", change=give).datamodule.seed == 3
+
+
+def test_a_run_does_not_resume_with_rows_of_another_seed(run, tmp_path, fails):
+    last = str(run / "checkpoints" / "last.ckpt")
+    command = ["fit", "-c", runs.write_config(tmp_path), "--ckpt_path", last]
+    code, line = fails(*command, "--seed_everything=5")
+    assert code == 1 and "resume it with --data.seed 0" in line
+    data = built(tmp_path / "other", "--data.seed=3").datamodule
+    assert data.state_dict() == {"next_row": 0, "global_step": 0, "seed": 3}
+    with pytest.raises(UserError, match="had seed=5, but now has seed=3; resume it with"):
+        data.load_state_dict({"next_row": 0, "global_step": 0, "seed": 5})
+
+
+class MyModel(Transfusion):
+    """A model of the user."""
+
+    def __init__(self, extra: int = 3, **options):
+        super().__init__(**options)
+        self.extra = extra
+
+
+def test_another_class_takes_the_flat_arguments_of_the_file(tmp_path):
+    name = f"{__name__}.MyModel"
+    for options in ([f"--model.class_path={name}"], ["--model", name, "--model.extra=7"]):
+        command = built(tmp_path, *options, "--model.lr=0.01")
+        assert type(command.model).__name__ == "MyModel"
+        assert command.model.extra == (7 if len(options) > 1 else 3)
+        assert command.model.hparams["lr"] == 0.01
+        assert command.model.hparams["warmup_steps"] == runs.WARMUP_STEPS  # of the file
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+def test_a_file_may_mix_a_class_path_with_flat_arguments(section, tmp_path):
+    def mix(config: dict) -> None:
+        values = config[section].pop("init_args", config[section])
+        paths = {"model": "tf_lightning.Transfusion", "data": "tf_lightning.data.Mixture"}
+        config[section] = {"class_path": paths[section], **values}
+
+    command = built(tmp_path, change=mix)
+    assert command.model.hparams["lr"] == runs.PEAK_LR and command.datamodule.row_length == 256

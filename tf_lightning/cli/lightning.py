@@ -118,6 +118,13 @@ class ConfigParser(LightningArgumentParser):
             super().error(message, ex)
         raise ConfigError(message, self.option_names()) from ex
 
+    def parse_string(self, content: str, *args, **kwargs) -> Namespace:
+        """Parse the content of a file, in which `class_path` may stand beside flat arguments."""
+        values = yaml.safe_load(content)
+        if isinstance(values, dict) and (mixed := nest_arguments(values)) != values:
+            content = yaml.safe_dump(mixed)
+        return super().parse_string(content, *args, **kwargs)
+
     def option_names(self) -> list[str]:
         """Return the names of the options, also those of the commands."""
         verbs = [action.choices for action in self._actions if isinstance(action.choices, dict)]
@@ -125,6 +132,20 @@ class ConfigParser(LightningArgumentParser):
             name for verb in verbs for parser in verb.values() for name in parser.option_names()
         ]
         return names + [action.dest for action in self._actions if action.option_strings]
+
+
+def nest_arguments(values: Any) -> Any:
+    """Move arguments beside a `class_path` into its `init_args`, at every depth."""
+    if isinstance(values, list):
+        return [nest_arguments(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    values = {key: nest_arguments(value) for key, value in values.items()}
+    if "class_path" not in values:
+        return values
+    own = {key: values[key] for key in ("class_path", "init_args", "dict_kwargs") if key in values}
+    flat = {key: value for key, value in values.items() if key not in own}
+    return own | {"init_args": {**(own.get("init_args") or {}), **flat}} if flat else own
 
 
 class ConfigFile(ActionConfigFile):
@@ -184,6 +205,7 @@ class TransfusionCLI(LightningCLI):
             kwargs: arguments of LightningCLI.
         """
         self.verb, self.data_only, self.places = verb, data_only, {}
+        self.given, self.seed_follows = set(), False
         self.more_options = more_options
         try:
             super().__init__(*args, **kwargs)
@@ -253,6 +275,7 @@ class TransfusionCLI(LightningCLI):
             self.places = places_of_keys(args)
         except UserError as error:
             stop(str(error), code=2, hint=HINT)
+        self.given = {*self.places, *typed_keys(args)}
         if self.data_only and "model" not in self.places:
             args = ["--model.transformer={}", *args]
         super().parse_arguments(parser, args)
@@ -319,6 +342,29 @@ class TransfusionCLI(LightningCLI):
                     f"precision={config.trainer.precision} needs a GPU; use bf16-mixed or 32-true "
                     "on a CPU"
                 )
+        self.link_seed(self.config.get(self.subcommand or "", self.config))
+
+    def link_seed(self, config: Namespace) -> None:
+        """Give the data the run's seed where its own is left open; config.yaml records it."""
+        data = config.data.get("init_args") or {}
+        if "seed" in data and "data.seed" not in self.given:
+            data.seed = int(config.seed_everything)
+            self.seed_follows = True
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Refuse to resume a run of other rows; see `StreamData.load_state_dict`."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        path = arguments.get("ckpt_path")
+        if subcommand == "fit" and self.seed_follows and path and Path(path).is_file():
+            state = read_checkpoint(path, self.kind("fit"), mmap=True)
+            position = state.get(type(self.datamodule).__qualname__, {})
+            # Until this version seed_everything did not set the data's seed, which was 0.
+            if "seed" not in position and self.datamodule.seed != 0:
+                raise UserError(
+                    f"the data of {path} had seed=0, but seed_everything={self.datamodule.seed} "
+                    "changes it; resume it with --data.seed 0"
+                )
+        return arguments
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer from the config."""
@@ -461,8 +507,14 @@ def places_of_keys(args: list[str]) -> dict[str, Place]:
     places: dict[str, Place] = {}
     for file in config_files(args):
         places |= read_config(Path(file))
-    typed = {arg.lstrip("-").partition("=")[0].replace(".init_args", "") for arg in args}
+    typed = typed_keys(args)
     return {key: place for key, place in places.items() if key not in typed}
+
+
+def typed_keys(args: list[str]) -> set[str]:
+    """Return the keys that a command line gives as options, without `init_args`."""
+    options = (arg[2:].partition("=")[0] for arg in args if arg.startswith("--"))
+    return {option.replace(".init_args", "") for option in options}
 
 
 def config_files(args: list[str]) -> list[str]:

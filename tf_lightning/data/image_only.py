@@ -99,7 +99,8 @@ class ImageData(StreamData):
         batch_size: images in a batch of one rank.
         augment: random changes of training images.
         num_workers: processes that load images; 0 loads in the training process.
-        seed: seed of the order and of the changes, >= 0.
+        seed: seed of the order and of the changes, >= 0. On the command line it
+            follows `seed_everything` where it is not given.
         cache_dir: folder in which the images are stored, as uint8.
     """
 

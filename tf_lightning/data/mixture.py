@@ -99,7 +99,8 @@ class Mixture(StreamData):
         timestep_distribution: distribution of noise levels, "uniform" (paper) or "logit_normal"
             (common with rectified flow).
         num_workers: processes that load rows; 0 loads in the training process.
-        seed: seed of the order of documents and of the noise, >= 0.
+        seed: seed of the order of documents and of the noise, >= 0. On the command line it
+            follows `seed_everything` where it is not given.
         cache_dir: folder for the trained tokenizer and the prepared corpora.
 
     Raises:

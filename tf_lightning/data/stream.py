@@ -144,6 +144,8 @@ class RowSampler(DistributedSampler):
 class StreamData(L.LightningDataModule):
     """Base of data modules that serve an endless stream; it keeps the run's position in it.
 
+    Subclasses set `seed`, the seed of the order of the rows.
+
     Args:
         batch_size: rows in a batch of one rank.
         num_workers: processes that load rows; 0 loads in the training process.
@@ -158,6 +160,7 @@ class StreamData(L.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         # Batches that the training loader yields at once, as a list; 1: it yields each batch alone.
         self.batches_at_once = 1
+        self.seed = 0
         self._first_row = self._first_step = 0
 
     @property
@@ -251,10 +254,21 @@ class StreamData(L.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """Return the position in the stream, for the checkpoint; valid for any number of ranks."""
         step = self.trainer.global_step if self.trainer else self._first_step
-        return {"next_row": self.next_row(), "global_step": step}
+        seed = {"seed": self.seed} if self.seed else {}
+        return {"next_row": self.next_row(), "global_step": step} | seed
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue from the position of a checkpoint."""
+        """Continue from the position of a checkpoint.
+
+        Raises:
+            UserError: the rows of the checkpoint's run were in the order of another seed.
+        """
+        seed = state_dict.get("seed", self.seed)
+        if seed != self.seed:
+            raise UserError(
+                f"the data of this run had seed={seed}, but now has seed={self.seed}; resume it "
+                f"with --data.seed {seed}"
+            )
         # Lightning looks for a stateful loader, finds none, and would warn without reason.
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         self._first_row, self._first_step = state_dict["next_row"], state_dict["global_step"]
