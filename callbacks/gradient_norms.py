@@ -34,7 +34,8 @@ class GradientNorms(L.Callback):
         batch_idx: int,
     ) -> None:
         """Measure before the step, with the weights and the rows that it will use."""
-        if (trainer.global_step + 1) % (self.every_n_logs * trainer.log_every_n_steps):
+        interval = self.every_n_logs * trainer.log_every_n_steps
+        if not interval or (trainer.global_step + 1) % interval:
             return
         batches = as_batches(batch)
         counts = pl_module.step_counts(batches)

@@ -16,7 +16,10 @@ from typing import NamedTuple
 from tf_lightning.cli.classes import GROUPS
 
 # Packages whose classes may be named without their path: in a message, not in a configuration.
-KNOWN_MODULES = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers")
+KNOWN_MODULES = (
+    *("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "callbacks.prompts"),
+    *("callbacks.published_prompts", "callbacks.metrics", "callbacks.geneval"),
+)
 KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -36,6 +39,7 @@ REQUIRED = re.compile(
     r"following arguments are required: ([\w, .-]+)|(?:Key|Option) \"?'?([\w.]+)['\"]? is required"
 )
 NO_CLASS = re.compile(r"(?:Expected a dot import path string|Unexpected import path format): (.*)")
+NO_FILE = re.compile(r"Unable to load config ['\"](.*?)['\"]")
 SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
 SIMPLE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 
@@ -60,6 +64,7 @@ def find_problem(report: str, options: Iterable[str]) -> Problem:
         (UNKNOWN, unknown_option),
         (NO_MODULE, no_module),
         (REQUIRED, required_options),
+        (NO_FILE, no_file),
         (NO_CLASS, no_class),
     ):
         if found := pattern.search(report):
@@ -108,8 +113,9 @@ def no_attribute(found, key: str, owner: str, options: list[str], report: str) -
 
 def no_module(found, key: str, owner: str, options: list[str], report: str) -> str:
     """Describe a class whose module cannot be imported."""
-    name = owner.rpartition(".")[2]
-    near = close(name, known_classes())
+    if Path(owner).suffix in (".yaml", ".yml"):
+        return f"{key}={owner}: there is no such file; check the path"
+    near = close(owner.rpartition(".")[2], known_classes())
     if near:
         return f"{key}: there is no class {owner}; did you mean {known_classes()[near]}?"
     return (
@@ -135,24 +141,34 @@ def unknown_option(found, key: str, owner: str, options: list[str], report: str)
         return f"{word} is an unexpected word; did you mean -c {word}?"
     if not word.startswith("-") and "unrecognized" in report:
         return f"{word} is an unexpected word; values follow an option, as in --model.lr 1e-3"
-    if near := close(name, options) or near_parent(name, options):
-        return f"there is no option --{name}; did you mean --{near}?"
     roots = sorted({option.partition(".")[0] for option in options} - {"help", "print_config"})
+    near = near_parent(name, roots) if "." in name and name.split(".")[0] not in roots else ""
+    if near := near or close(name, options):
+        return f"there is no option --{name}; did you mean --{near}?"
     return f"there is no option --{name}; options begin with {', '.join(roots)}"
 
 
-def near_parent(name: str, options: list[str]) -> str:
-    """Correct the first part of an option of a class, such as modl.lr."""
+def near_parent(name: str, roots: list[str]) -> str:
+    """Correct the first part of an option, such as modl.lr."""
     first, _, rest = name.partition(".")
-    near = close(first, {option.partition(".")[0] for option in options} - {first})
-    return f"{near}.{rest}" if near and rest else near
+    near = close(first, roots)
+    return f"{near}.{rest}" if near else ""
 
 
 def required_options(found, key: str, owner: str, options: list[str], report: str) -> str:
     """Describe options without a default that are missing."""
-    names = ", ".join(f"--{key}.{name.strip()}" if key else f"--{name.strip()}"
-                      for name in (found[1] or found[2]).split(","))  # fmt: skip
+    named = re.sub(r"\b(fit|validate|test|predict)\.", "", found[1] or found[2])
+    prefix = f"--{key}." if key else "--"
+    names = ", ".join(prefix + name.strip() for name in named.split(","))
     return f"{owner or 'the command'} needs {names}"
+
+
+def no_file(found, key: str, owner: str, options: list[str], report: str) -> str:
+    """Describe a value in place of a file of options."""
+    return (
+        f"--{key} {shorten(found[1])} is no file of options; give one of them, as in "
+        f"--{key}.KEY VALUE"
+    )
 
 
 def no_class(found, key: str, owner: str, options: list[str], report: str) -> str:
@@ -165,19 +181,19 @@ def no_class(found, key: str, owner: str, options: list[str], report: str) -> st
         return f"{key}={shorten(word)} is not a class; did you mean {known_classes()[near]}?"
     return (
         f"{key}={shorten(word)} is not a class; give its path, as in "
-        f"{next(iter(known_classes().values()))}, or class_path and init_args in a file"
+        "lightning.pytorch.loggers.CSVLogger, or class_path and init_args in a file"
     )
 
 
 def known_classes() -> dict[str, str]:
     """Return the paths of our classes, and of Lightning's callbacks and loggers, by name."""
-    lightning = {
-        name: f"{module}.{name}"
-        for module in KNOWN_MODULES
-        for name in importlib.import_module(module).__all__
+    others = {
+        name: f"{path}.{name}"
+        for path in KNOWN_MODULES
+        for name, member in vars(importlib.import_module(path)).items()
+        if inspect.isclass(member) and member.__module__.startswith(path)
     }
-    ours = {path.rpartition(".")[2]: path for group in GROUPS.values() for path in group}
-    return lightning | ours
+    return others | {path.rpartition(".")[2]: path for group in GROUPS.values() for path in group}
 
 
 def arguments_of(owner: str, group: str = "") -> list[str]:

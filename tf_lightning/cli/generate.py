@@ -39,8 +39,8 @@ def text_part(text: str) -> tuple[str, str]:
     """Return a part of the prompt with its kind; its bytes are UTF-8 in every locale."""
     try:
         return "text", os.fsencode(text).decode("utf-8")
-    except UnicodeError:
-        return "text", text
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not text in UTF-8") from error
 
 
 def image_part(file: str) -> tuple[str, str]:
@@ -159,7 +159,10 @@ def run_generate(args: list[str]) -> None:
     if options.parts and options.prompts:
         raise UserError("both a prompt and --prompts are given; leave one out")
     if not options.parts and not options.prompts:
-        raise UserError("there is no prompt; give text, --image FILE or --prompts FILE")
+        raise UserError(
+            f"there is no prompt behind the checkpoint {options.checkpoint!r}; give text, --image "
+            "FILE or --prompts FILE"
+        )
     given = {f.name: vars(options)[f.name] for f in fields(SamplingConfig) if f.name in options}
     sampling = SamplingConfig(**given)
     from tf_lightning.cli.outputs import generate_outputs  # imports torch

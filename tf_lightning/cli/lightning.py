@@ -18,11 +18,12 @@ from jsonargparse import ActionConfigFile, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from tf_lightning.autoencoder.frozen import load_matching_autoencoder
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, find_checkpoint, read_checkpoint
-from tf_lightning.cli.advice import find_problem
+from tf_lightning.cli.advice import close, find_problem
 from tf_lightning.cli.config_files import Place, read_config
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.cli.parser import Parser, stop
@@ -379,7 +380,10 @@ class TransfusionCLI(LightningCLI):
             cause: BaseException = error  # jsonargparse wraps the message of a constructor
             while cause.__cause__ and not isinstance(cause, UserError):
                 cause = cause.__cause__
-            raise UserError(" ".join(str(cause).split())) from error
+            message = " ".join(str(cause).split())
+            if "argument after ** must be a mapping" in message:
+                message = "a group of options is null; give its options, or leave it out"
+            raise UserError(message) from error
         if isinstance(self.model, Transfusion):
             check_autoencoder(self.model, self.datamodule, config.model.init_args.latent_channels)
 
@@ -605,6 +609,15 @@ def check_limits_positive(verb: str, trainer: Mapping) -> None:
     for name in limits:
         if trainer[name] == 0:
             raise UserError(f"{verb} with {name}=0 has nothing to do; give 1 or more")
+    if (trainer.log_every_n_steps or 0) < 0:
+        raise UserError(
+            f"trainer.log_every_n_steps={trainer.log_every_n_steps} must be at least 0 (never)"
+        )
+    known = {"auto", *StrategyRegistry.available_strategies()}
+    if isinstance(trainer.strategy, str) and trainer.strategy not in known:
+        near = close(trainer.strategy, known)
+        advice = f"did you mean {near}?" if near else "give auto, ddp, fsdp or a class"
+        raise UserError(f"there is no trainer.strategy={trainer.strategy}; {advice}")
 
 
 def check_autoencoder(model: Transfusion, data: L.LightningDataModule, configured: int) -> None:

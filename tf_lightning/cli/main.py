@@ -105,11 +105,13 @@ def run(args: list[str]) -> None:
     """Run the verb that the arguments begin with."""
     verb = args[0]
     if verb not in VERBS and not verb.startswith("-"):
-        nearest = get_close_matches(verb, VERBS, n=1)
+        nearest = get_close_matches(verb.lower(), VERBS, n=1)
         advice = f"did you mean {nearest[0]!r}? The commands are" if nearest else "use one of"
         stop(f"unknown command {verb!r}; {advice} {', '.join(VERBS)}", code=1)
-    # Options before the verb, such as `-c CONFIG fit`, are LightningCLI's.
-    module, function = VERBS.get(verb, VERBS["fit"])
+    if verb not in VERBS:
+        later = next((word for word in args if word in VERBS), "fit")
+        stop(f"{verb} comes before the command; begin with `tf-lightning {later}`", code=2)
+    module, function = VERBS[verb]
     try:
         runner = getattr(importlib.import_module(f"tf_lightning.cli.{module}"), function)
         runner(args if function == "run_lightning" else args[1:])

@@ -1,0 +1,185 @@
+"""Typical slips on the command line, each answered with one sentence that says what to do.
+
+`test_mistakes.py` has those that are found later: in checkpoints, data and devices.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from support import runs
+
+FIT = ("fit", "-c", "config.yaml")
+# What is typed behind FIT: what the sentence says.
+OPTIONS = {
+    # a misspelt name
+    "--trainr.max_steps=3": "did you mean --trainer.max_steps?",
+    "--trainer.max_stps=3": "did you mean --trainer.max_steps?",
+    "--checkpoint.every_n_steps=3": "did you mean --checkpoint.every_n",
+    "--seed_everithing=3": "did you mean --seed_everything?",
+    "--ckptpath=last": "did you mean --ckpt_path?",
+    "--modl.lr=1": "did you mean --model.lr?",
+    "--model.lrr=1": "did you mean --model.lr?",
+    "--model.patchsize=2": "did you mean --model.patch_size?",
+    "--model.transformer.num_lyers=2": "did you mean --model.transformer.num_layers?",
+    "--model.linear.tim=added": "did you mean --model.linear.time?",
+    "--data.rowlength=9": "did you mean --data.row_length?",
+    "--data.sources.text.num_document=9": "did you mean --data.sources.text.num_documents?",
+    "--evalute.sampling.guidance_scale=3": "did you mean --evaluate.sampling.guidance_scale?",
+    "--evaluate.guidance_scal=3": "did you mean --evaluate.guidance_scales?",
+    "--trainer.logger.nam=x": "did you mean --trainer.logger.name?",
+    "--optimizer=Adam": "there is no option --optimizer; options begin with checkpoint",
+    "--lr=1": "there is no option --lr; options begin with",
+    "-ckpt_path=last": "write --ckpt_path=last",
+    "more.yaml": "did you mean -c more.yaml?",
+    "more": "more is an unexpected word",
+    # a wrong value
+    "--trainer.max_steps=abc": "trainer.max_steps=abc must be a whole number",
+    "--trainer.max_steps=1.5": "trainer.max_steps=1.5 must be a whole number",
+    "--trainer.precision=bf16-mixd": "did you mean bf16-mixed?",
+    "--trainer.precision=8": "trainer.precision=8 must be 64, 32, 16",
+    "--trainer.gradient_clip_val=a": "trainer.gradient_clip_val=a must be a whole number, a number",
+    "--trainer.inference_mode=maybe": "trainer.inference_mode=maybe must be true or false",
+    "--trainer.use_distributed_sampler=3": "must be true or false",
+    "--trainer.strategy=ddpp": "there is no trainer.strategy=ddpp; did you mean ddp?",
+    "--trainer.strategy=nothing": "there is no trainer.strategy=nothing; give auto, ddp",
+    "--trainer.log_every_n_steps=-1": "trainer.log_every_n_steps=-1 must be at least 0",
+    "--trainer.max_steps=0": "fit with max_steps=0 has nothing to do",
+    "--trainer=3": "--trainer 3 is no file of options; give one of them",
+    "--trainer=mine.yaml": "--trainer mine.yaml is no file of options",
+    "--checkpoint.save_last=foo": "checkpoint.save_last=foo must be true or false, link or null",
+    "--learning_rate_monitor.logging_interval=foo": "must be step, epoch or null",
+    "--seed_everything=abc": "seed_everything=abc must be true or false or a whole number",
+    "--seed_everything=-1": "seed_everything=-1 must be from 0 to 4294967295",
+    f"--seed_everything={2**70}": f"seed_everything={2**70} must be from 0 to 4294967295",
+    "--model.lr=fast": "model.lr=fast must be a number",
+    "--model.betas=0.9": "model.betas=0.9 must be a list",
+    "--model.betas=[1,2,3]": "must be a list with 2 elements",
+    "--model.compile=maybe": "model.compile=maybe must be true or false",
+    "--model.patch_size=two": "model.patch_size=two must be a whole number",
+    "--model.linear.time=early": "model.linear.time=early must be added, token or adaln",
+    "--model.transformer.qk_norm=lyer": "did you mean layer?",
+    "--model.unet.channels=abc": "model.unet.channels=abc must be a list",
+    "--model=null": "the command needs --model",
+    "--model=missing.yaml": "model=missing.yaml: there is no such file",
+    "--model.transformer=null": "a group of options is null; give its options, or leave it out",
+    "--data=null": "the command needs --data",
+    "--data=3": "data=3 is not a class",
+    "--data.hflip=maybe": "data.hflip=maybe must be true or false",
+    "--data.crops=4": "data.crops=4 must be 1, 2 or 3",
+    "--data.weights=[1,2]": "data.weights=[1, 2] must be a mapping of names to values or null",
+    "--data.weights={captions: much}": "data.weights=much must be a number",
+    "--data.weights_count=words": "data.weights_count=words must be tokens or documents",
+    "--data.timestep_distribution=normal": "must be uniform or logit_normal",
+    "--data.patch_size=2": "give --model.patch_size",
+    "--data.sources.text.num_documents=many": "must be a whole number",
+    "--evaluate.sampling.guidance_scale=high": "evaluate.sampling.guidance_scale=high must be a n",
+    # a wrong class
+    "--model=Transfusio": "did you mean tf_lightning.Transfusion?",
+    "--model.class_path=tf_lightning.Transfuson": "did you mean tf_lightning.Transfusion?",
+    "--model.class_path=my_code.Model": "there is no module my_code; install it, or start",
+    "--data.class_path=tf_lightning.data.Mixtur": "did you mean tf_lightning.data.Mixture?",
+    "--data.class_path=tf_lightning.data.TextData": "tf_lightning.data.TextData needs --data.paths",
+    "--data.sources.text.class_path=tf_lightning.data.TextFile": "tf_lightning.data.TextFiles?",
+    "--evaluate.prompts=ShapesPrompt": "did you mean callbacks.prompts.ShapesPrompts?",
+    "--evaluate.metrics=[callbacks.metrics.ImageQualit]": "callbacks.metrics.ImageQuality?",
+    "--trainer.logger=CSVLoger": "did you mean lightning.pytorch.loggers.CSVLogger?",
+    "--trainer.logger=lightning.pytorch.loggers.CSVLoger": "pytorch.loggers.CSVLogger?",
+    "--trainer.callbacks=[EarlyStoping]": "did you mean lightning.pytorch.callbacks.EarlyStopping?",
+    "--trainer.callbacks=[nowhere.Mine]": "there is no module nowhere",
+    "--trainer.plugins=abc": "trainer.plugins=abc is not a class",
+    "--print_config=all": 'Invalid option "all" for --print_config',
+}
+COMMANDS = {
+    ("fit",): "fit needs the configuration of a run; give -c CONFIG",
+    ("validate",): "validate needs the configuration of a run; give -c CONFIG",
+    ("prepare",): "prepare needs the configuration of a run; give -c CONFIG",
+    ("inspect",): "inspect needs the configuration of a run; give -c CONFIG",
+    ("fit", "config.yaml"): "did you mean -c config.yaml?",
+    ("inspect", "config.yaml"): "did you mean -c config.yaml?",
+    ("prepare", "config.yaml"): "did you mean -c config.yaml?",
+    ("-c", "config.yaml", "fit"): "-c comes before the command; begin with `tf-lightning fit`",
+    ("Fit", "-c", "config.yaml"): "did you mean 'fit'?",
+    ("trian",): "unknown command 'trian'",
+    ("fit", "-c"): "expected one argument",
+    ("fit", "-c", "none.yaml"): "there is no configuration none.yaml",
+    ("fit", "-c", "."): ". is a folder; give the YAML file in it",
+    (
+        "fit",
+        "-c",
+        "damaged.ckpt",
+    ): "damaged.ckpt is not a text file in UTF-8; -c takes the YAML file",
+    ("fit", "-c", "empty.yaml"): "empty.yaml has no keys such as `model:`",
+    ("fit", "-c", "tab.yaml"): "tab.yaml line 2: found",
+    ("fit", "-c", "twice.yaml"): "twice.yaml line 2: model is given a second time, after line 1",
+    ("fit", "-c", "wrong.yaml"): "wrong.yaml line 2: model.lr=fast must be a number",
+    ("fit", "-c", "config.yaml", "-c", "key.yaml"): "did you mean --trainer.max_steps?",
+    ("fit", "-c", "config.yaml", "--ckpt_path"): "expected one argument",
+    ("fit", "--help", "Evalute"): "did you mean 'Evaluate'?",
+    (*FIT, "--ckpt_path", "none.ckpt"): "no checkpoint at none.ckpt",
+    (*FIT, "--ckpt_path", "."): ". is a folder without checkpoints/last.ckpt",
+    ("validate", "-c", "config.yaml"): "validate needs a trained model; add --ckpt_path FILE",
+    ("validate", "-c", "config.yaml", "--ckpt_path", "last"): "there is no checkpoint in ",
+    ("prepare", "-c", "config.yaml", "--proceses", "2"): "did you mean --processes?",
+    ("prepare", "-c", "config.yaml", "--processes", "0"): "0 is not a number of at least 1",
+    ("prepare", "-c", "config.yaml", "--shard", "3/3"): "--shard 3/3 is not I/N with 0 <= I < N",
+    ("inspect", "-c", "config.yaml", "--documens", "2"): "did you mean --documents?",
+    ("inspect", "-c", "config.yaml", "--rows", "x"): "x is not a number of at least 1",
+    ("generate",): "the following arguments are required: CKPT",
+    ("generate", "a red circle"): "there is no prompt behind the checkpoint 'a red circle'",
+    ("generate", "none.ckpt", "a"): "no checkpoint at none.ckpt",
+    ("generate", "config.yaml", "a"): "config.yaml",
+    ("generate", ".", "a"): ". is a folder without checkpoints/last.ckpt",
+    ("generate", "c", "a", "--gidance-scale", "3"): "did you mean --guidance-scale?",
+    ("generate", "c", "a", "--guidance-scale", "x"): "argument --guidance-scale: invalid float",
+    ("generate", "c", "a", "-n", "0"): "0 is not a number of at least 1",
+    ("generate", "c", "a", "--seed", str(2**70)): "is not a whole number below",
+    ("generate", "c", "a", "--dtype", "fp8"): "argument --dtype: invalid choice: 'fp8'",
+    ("generate", "c", "a", "--weights", "emma"): "argument --weights: invalid choice: 'emma'",
+    ("generate", "c", "\udcff"): "is not text in UTF-8",
+    ("export", "none", "-o", "x"): "no checkpoint at none",
+    ("export", "none"): "the following arguments are required: -o/--out",
+    ("export", "c", "-o", "x", "--oly", "net"): "did you mean --only?",
+    ("model-config",): "the following arguments are required: FOLDER",
+    ("model-config", "none"): "none/config.json cannot be read",
+}
+FILES = {
+    "empty.yaml": "",
+    "tab.yaml": "trainer:\n\tmax_steps: 3\n",
+    "twice.yaml": "model: {lr: 1}\nmodel: {lr: 2}\n",
+    "wrong.yaml": "model:\n  lr: fast\n",
+    "key.yaml": "trainer:\n  max_stps: 3\n",
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory with a configuration of few callbacks, and files with faults."""
+
+    def short(config: dict) -> None:
+        config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
+
+    runs.write_config(tmp_path, short)
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "damaged.ckpt").write_bytes(b"PK\x03\x04\x80\x81")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_slip_in_an_option_is_answered(option, folder, fails):
+    code, line = fails(*FIT, option)
+    assert code in (1, 2) and OPTIONS[option] in line
+    assert not (folder / "run").exists() and not (folder / "data").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_slip_in_a_command_is_answered(command, folder, fails):
+    code, line = fails(*command)
+    assert code in (1, 2) and COMMANDS[command] in line
+    assert not (folder / "run").exists()
+
+
+def test_there_are_a_hundred_of_them():
+    assert len(OPTIONS) + len(COMMANDS) >= 100
