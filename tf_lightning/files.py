@@ -1,10 +1,31 @@
 """Files and folders that appear whole or not at all."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tf_lightning.errors import UserError
+
+FULL = 2**20  # bytes; a disk with less room is full
+
+
+@contextmanager
+def told_if_full(folder: Path) -> Iterator[None]:
+    """Raise UserError if a block that writes into a folder fails because its disk is full."""
+    try:
+        yield
+    except Exception as error:
+        # numpy, torch and safetensors raise errors of their own, without errno.
+        number = getattr(error, "errno", None)
+        is_full = number is None and shutil.disk_usage(folder).free < FULL
+        if isinstance(error, UserError) or not (is_full or number in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        raise UserError(
+            f"no space left on the disk of {folder}; free some, or name a folder on another disk"
+        ) from error
 
 
 @contextmanager
@@ -15,8 +36,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        with told_if_full(path.parent):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -42,10 +64,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
-        yield partial
-        if path.exists():
-            os.rename(path, old)
-        os.rename(partial, path)
+        with told_if_full(path.parent):
+            yield partial
+            if path.exists():
+                os.rename(path, old)
+            os.rename(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Outputs of `generate` on disk, and which of them a repeated command keeps."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from tf_lightning.cli.outputs import (
     write_output,
     write_sheet,
 )
+from tf_lightning.errors import UserError
 
 RED, BLUE = (Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
 RECORD = {"prompt": [("text", "a <red> circle")], "seed": 7, "interval": (0.0, 1.0)}
@@ -63,3 +65,17 @@ def test_prompts_begin_after_the_byte_order_mark_and_end_at_line_ends(tmp_path):
     ]
     (tmp_path / "a.jsonl").write_text('\ufeff["a\u2028b"]\n', encoding="utf-8")
     assert read_prompts(tmp_path / "a.jsonl") == [[("text", "a\u2028b")]]
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), RuntimeError("torch")])
+def test_a_full_disk_is_told_with_its_folder_and_leaves_nothing(fault, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr("tf_lightning.files.shutil.disk_usage", lambda folder: usage)
+
+    def fail(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(UserError, match=f"no space left on the disk of {tmp_path}; free some"):
+        write_output(tmp_path, "0000", {}, [Image.new("RGB", (4, 4))])
+    assert not list(tmp_path.iterdir())

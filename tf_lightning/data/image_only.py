@@ -24,12 +24,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tf_lightning.data.corpus.prepare import corpus_path, format_reasons, summary, told_if_full
+from tf_lightning.data.corpus.prepare import corpus_path, format_reasons, summary
 from tf_lightning.data.corpus.reader import refuse_damage
 from tf_lightning.data.documents import Skipped, Source, Split
 from tf_lightning.data.stream import ENDLESS, StreamData
 from tf_lightning.errors import UserError
-from tf_lightning.files import publish_folder
+from tf_lightning.files import publish_folder, told_if_full
 from tf_lightning.progress import progress_bar
 from tf_lightning.ranges import NonNegativeInt, PositiveInt, Range, check_arguments, check_fields
 

@@ -266,7 +266,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(number, mixture, monkeypatch, 
     data = mixture({"pictures": Given(["red", red_image()])})
     monkeypatch.setattr(CorpusWriter, "_add_image", fail)
     usage = shutil.disk_usage(tmp_path)._replace(free=0)
-    monkeypatch.setattr("tf_lightning.data.corpus.prepare.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("tf_lightning.files.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match="no space left on the disk of .*cache; free some, or name"):
         data.setup()
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".model"]

@@ -6,17 +6,15 @@ complete, so an interrupted preparation continues with the first missing shard. 
 corpus, too, appears only when the corpus is complete.
 """
 
-import errno
 import hashlib
 import json
 import multiprocessing
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.corpus.writer import CorpusWriter, merge
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
 from tf_lightning.errors import UserError
-from tf_lightning.files import publish_folder
+from tf_lightning.files import publish_folder, told_if_full
 from tf_lightning.progress import progress_bar
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
@@ -140,21 +138,6 @@ def plan_corpus(
         writer_arguments=writer_arguments,
         shards=source.shards(split) if hasattr(source, "shards") else [source],
     )
-
-
-@contextmanager
-def told_if_full(folder: Path) -> Iterator[None]:
-    """Raise UserError if a block that writes into a folder fails because its disk is full."""
-    try:
-        yield
-    except OSError as error:
-        # numpy's tofile raises an OSError without errno.
-        is_full = error.errno is None and shutil.disk_usage(folder).free < 2**20
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not is_full:
-            raise
-        raise UserError(
-            f"no space left on the disk of {folder}; free some, or name a folder on another disk"
-        ) from error
 
 
 def corpus_path(directory: str | Path, name: str, split: Split, origin: list) -> Path:
