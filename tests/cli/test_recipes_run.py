@@ -232,7 +232,7 @@ def earlier_runs(in_checkout) -> None:
     """The runs that other recipes start from: each is the command that their heads name."""
     train("autoencoder/emoji", root=in_checkout)
     more = ["--data.autoencoder=autoencoder", "--model.patch_size=2", "--trainer.logger.name=base"]
-    more += ["--model.transformer.qk_norm=false"]
+    more += ["--model.transformer.qk_norm=false", "--model.prediction_type=epsilon"]
     train("my_pictures", root=in_checkout, more=more, run="base")
     train("quickstart", root=in_checkout)
     train("shapes_text", root=in_checkout)

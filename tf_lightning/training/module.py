@@ -539,7 +539,8 @@ class Transfusion(L.LightningModule):
                 resumes with another value of a hyper-parameter that cannot change.
         """
         upgrade(checkpoint)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
+        # Without ckpt_path the weights are those that InitFrom starts a new run with.
+        if self._trainer is not None and self.trainer.state.fn == "fit" and self.trainer.ckpt_path:
             check_resumed(self.hparams, checkpoint["hyper_parameters"], CHANGEABLE, SWITCHES)
         count_steps(checkpoint)
         proto = bytes(checkpoint["tokenizer"].numpy())
