@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from tf_lightning.autoencoder.recorded import with_data
 from tf_lightning.batch import Batch, pack, unpack
 from tf_lightning.checkpoint import read_checkpoint, select_weights
 from tf_lightning.data.stream import as_batches
@@ -23,7 +24,7 @@ from tf_lightning.interop.llama import LanguageModel, open_language_model
 from tf_lightning.model.attention import build_attention
 from tf_lightning.model.transformer import with_modality_weights
 from tf_lightning.tokenizer.tokenizer import Tokenizer
-from tf_lightning.training.module import Transfusion
+from tf_lightning.training.module import Transfusion, same_tokenizer
 
 MAX_CHANGE = 1e-6  # largest relative change of the text perplexity at step 0
 
@@ -101,14 +102,15 @@ class InitFrom(L.Callback):
         rank_zero_info(check_text(trainer, pl_module))
 
     def _checkpoint_weights(self, module: Transfusion) -> dict[str, Tensor]:
-        """Return the network's weights in the checkpoint: the EMA weights if it has any."""
+        """Return the network's weights in the checkpoint: the EMA weights if it has any.
+
+        Raises:
+            UserError: the checkpoint was trained with another tokenizer or autoencoder.
+        """
         checkpoint = read_weights(self.checkpoint)
-        codec = module.image_codec, module.row_length
-        if self.transformer_only:
-            module.image_codec = None  # the image side starts anew, with any autoencoder
-        module.on_load_checkpoint(checkpoint)  # refuses another tokenizer or autoencoder
-        module.image_codec, module.row_length = codec
-        module.loaded_step = 0
+        same_tokenizer(checkpoint, module.tokenizer_proto)
+        if not self.transformer_only:  # else the image side starts anew, with any autoencoder
+            with_data(checkpoint["image_codec"], module.image_codec)
         return select_weights(checkpoint["state_dict"])[0]
 
     def _load(self, module: Transfusion, weights: dict[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ ALL_LAYOUTS = ("folder", "file", "any name", "sharded", "fp16", "sharded fp16", 
 LAYOUTS = [(c, layout) for c in CLASSES for layout in ALL_LAYOUTS]
 LAYOUTS += [(c, layout) for c in WITH_ATTENTION for layout in ("old names", "old names in a file")]
 LAYOUTS += [(c, layout) for c in LDM for layout in ("original", "checkpoint")]
+LAYOUTS += [("AutoencoderDC", "original")]
 
 
 def largest_error(network: torch.nn.Module, name: str | Path) -> float:

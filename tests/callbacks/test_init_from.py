@@ -5,7 +5,9 @@ import shutil
 import pytest
 import torch
 
+from callbacks.init_from import InitFrom
 from support import runs
+from support.tiny import tiny_module
 from tf_lightning.cli.main import main
 from tf_lightning.errors import UserError
 from tf_lightning.tokenizer.tokenizer import Tokenizer
@@ -83,6 +85,16 @@ def test_image_weights_start_as_copies_of_a_frozen_text_side(run, tmp_path, chec
         trained = "image_layers" in name or "patch_coder" in name
         assert torch.equal(value, start) != trained, name
         assert (value - start).abs().max() < 0.05, name  # after six steps
+
+
+def test_only_the_transformer_may_come_from_a_run_with_another_autoencoder(checkpoint):
+    module = tiny_module()
+    codec = {"autoencoder": "other", "fingerprint": "0" * 16, "latent_shape": [3, 64, 64]}
+    module.image_codec = codec
+    with pytest.raises(UserError, match="give the data that one"):
+        InitFrom(checkpoint)._checkpoint_weights(module)
+    assert InitFrom(checkpoint, transformer_only=True)._checkpoint_weights(module)
+    assert module.image_codec == codec
 
 
 def test_a_resumed_run_continues_from_its_own_checkpoint(run, tmp_path, checkpoint):

@@ -58,6 +58,25 @@ ORIGINAL = (  # diffusers' names and those of latent diffusion, for a network of
 )
 
 
+DC_ORIGINAL = (  # diffusers' names and those of DC-AE's authors
+    (r"(en|de)coder\.(down|up)_blocks\.(\d)\.", r"\1coder.stages.\3.op_list."),
+    (r"(op_list\.\d)\.(conv[12]?|norm)\.", r"\1.main.\2."),
+    (r"(main\.conv[12]?)\.", r"\1.conv."),
+    (r"main\.norm", "main.conv2.norm"),
+    (r"\.attn\.to_qkv_multiscale\.0\.proj_in", ".context_module.main.aggreg.0.0"),
+    (r"\.attn\.to_qkv_multiscale\.0\.proj_out", ".context_module.main.aggreg.0.1"),
+    (r"\.attn\.norm_out", ".context_module.main.proj.norm"),
+    (r"\.attn\.to_out", ".context_module.main.proj.conv"),
+    (r"\.conv_out\.conv_(inverted|depth|point)", r".local_module.main.\1_conv.conv"),
+    (r"\.conv_out\.norm", ".local_module.main.point_conv.norm"),
+    (r"encoder\.conv_in", "encoder.project_in.conv"),
+    (r"encoder\.conv_out", "encoder.project_out.main.0.conv"),
+    (r"decoder\.conv_in", "decoder.project_in.main.conv"),
+    (r"decoder\.norm_out", "decoder.project_out.0"),
+    (r"decoder\.conv_out", "decoder.project_out.2.conv"),
+)
+
+
 def make(class_name: str) -> nn.Module:
     """A network with random weights; FLUX.2's has statistics that do not normalize exactly."""
     torch.manual_seed(0)
@@ -141,6 +160,25 @@ def original_names(weights: dict[str, Tensor], inner_quant: bool) -> dict[str, T
     return renamed
 
 
+def dc_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of DC-AE's authors, where queries, keys and values are one convolution."""
+    renamed = {}
+    for name, value in weights.items():
+        if ".attn.to_q.weight" in name:
+            parts = [weights[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")]
+            name, value = (
+                name.replace("attn.to_q", "context_module.main.qkv.conv"),
+                torch.cat(parts),
+            )
+        elif ".attn.to_k." in name or ".attn.to_v." in name:
+            continue
+        for ours, theirs in DC_ORIGINAL:
+            name = re.sub(ours, theirs, name)
+        is_linear = re.search(r"main\.(qkv|proj)\.conv\.weight", name)
+        renamed[name] = (value[..., None, None] if is_linear else value).contiguous()
+    return renamed
+
+
 def write_hub(cache: Path, model: str, folder: Path, subfolder: str = "") -> None:
     """Write a folder into a cache as the hub's client would after downloading it."""
     base = cache / f"models--{model.replace('/', '--')}"
@@ -179,8 +217,10 @@ def write_layout(network: nn.Module, layout: str, folder: Path) -> Path:
         save_file(old_names(weights), plain / name)
         return plain if layout == "old names" else plain / name
     if layout in ("original", "checkpoint"):
-        inner = type(network).__name__ == "AutoencoderKLFlux2"
-        renamed = original_names(weights, inner)
+        name = type(network).__name__
+        inner = name == "AutoencoderKLFlux2"
+        is_dc = name == "AutoencoderDC"
+        renamed = dc_names(weights) if is_dc else original_names(weights, inner)
         if layout == "checkpoint":
             renamed = {f"first_stage_model.{name}": weight for name, weight in renamed.items()}
             renamed["model.diffusion_model.out.weight"] = torch.zeros(2)

@@ -136,7 +136,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     add("--seed", type=seed, default=0, metavar="N", help="output i uses seed + i (default: 0)")
     add("--autoencoder", metavar="NAME",
-        help="folder, file or hub name of the model's autoencoder (default: as it was trained)",
+        help="the model's autoencoder: folder, file or hub name (default: that of the checkpoint)",
     )  # fmt: skip
     add("--batch-size", type=positive_int, default=16, metavar="N",
         help="outputs that are generated together (default: 16)")  # fmt: skip

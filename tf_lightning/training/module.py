@@ -543,13 +543,7 @@ class Transfusion(L.LightningModule):
         if self._trainer is not None and self.trainer.state.fn == "fit" and self.trainer.ckpt_path:
             check_resumed(self.hparams, checkpoint["hyper_parameters"], CHANGEABLE, SWITCHES)
         count_steps(checkpoint)
-        proto = bytes(checkpoint["tokenizer"].numpy())
-        if self.tokenizer_proto not in (None, proto):
-            raise UserError(
-                "the data's tokenizer is not the one that this checkpoint was trained with; set "
-                "the data's `tokenizer` to the checkpoint file to use its tokenizer"
-            )
-        self.tokenizer_proto = proto
+        self.tokenizer_proto = same_tokenizer(checkpoint, self.tokenizer_proto)
         self.image_codec = with_data(checkpoint["image_codec"], self.image_codec)
         self.loaded_step = checkpoint["global_step"]
         if "step_guard" in checkpoint:  # missing in old checkpoints
@@ -562,3 +556,22 @@ class Transfusion(L.LightningModule):
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
             raise state_dict_error(error) from error
+
+
+def same_tokenizer(checkpoint: dict, proto: bytes | None) -> bytes:
+    """Return the tokenizer of a checkpoint.
+
+    Args:
+        checkpoint: the checkpoint.
+        proto: the tokenizer of the data; None without data.
+
+    Raises:
+        UserError: they differ.
+    """
+    found = bytes(checkpoint["tokenizer"].numpy())
+    if proto not in (None, found):
+        raise UserError(
+            "the data's tokenizer is not the one that this checkpoint was trained with; set the "
+            "data's `tokenizer` to the checkpoint file to use its tokenizer"
+        )
+    return found
