@@ -12,7 +12,7 @@ help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 quickstart: env  ## train the small model, no GPU needed; write images and captions to runs/quickstart
-	$(BIN)/tf-lightning fit -c configs/quickstart.yaml
+	$(BIN)/tf-lightning fit -c configs/quickstart.yaml --ckpt_path last
 
 test: env  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder

@@ -20,7 +20,7 @@ from callbacks.metrics import ImageQuality, SampleMetric
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
 from callbacks.protocol import MetricRecord, prompts_hash, save_records
-from callbacks.results import run_folder
+from callbacks.results import is_trial, run_folder
 from callbacks.sampling import (
     Kind,
     SampleBatch,
@@ -170,7 +170,7 @@ class Evaluate(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Sample, compute the metrics and log them."""
         self.records, self.failed = [], {}
-        if trainer.sanity_checking:
+        if is_trial(trainer):
             return
         try:
             self.records = self.evaluate(trainer, pl_module)
@@ -189,7 +189,7 @@ class Evaluate(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Write all values with their protocols, also the losses and the text perplexity."""
-        if trainer.sanity_checking:
+        if is_trial(trainer):
             return
         folder = run_folder(trainer)  # on every rank
         if trainer.is_global_zero and len(self.scales) > 1 and self.records:

@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 from callbacks.media import log_image
 from callbacks.metrics import load_extractor
 from callbacks.protocol import MetricRecord, save_records
-from callbacks.results import run_folder
+from callbacks.results import is_trial, run_folder
 from callbacks.sampling import check_module
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
@@ -161,7 +161,7 @@ class Reconstruct(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
         """Write the values with their protocols."""
-        if not trainer.sanity_checking:
+        if not is_trial(trainer):
             save_records(trainer, pl_module, self.records)
 
     on_test_epoch_start = on_validation_epoch_start

@@ -35,6 +35,11 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"{existing} may not be written; allow it or name another folder")
 
 
+def is_trial(trainer: L.Trainer) -> bool:
+    """Whether the model is not worth examining: the sanity check, or one batch (fast_dev_run)."""
+    return trainer.sanity_checking or bool(trainer.fast_dev_run)
+
+
 def outside_fit(hook: Callable) -> Callable:
     """Wrap a callback's hook so that it is skipped in the validations within `fit`.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from callbacks.contact_sheet import Tile, contact_sheet
 from callbacks.prompts import caption_pairs, find_source
-from callbacks.results import outside_fit, run_folder
+from callbacks.results import is_trial, outside_fit, run_folder
 from callbacks.sampling import (
     check_draws,
     check_module,
@@ -77,6 +77,8 @@ class RetrievalAccuracy(L.Callback):
 
     def examine(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Generate images, find their nearest images and write the results, on rank zero."""
+        if is_trial(trainer):
+            return
         folder = run_folder(trainer)  # on every rank
         if not trainer.is_global_zero:
             return

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from callbacks.results import outside_fit, run_folder
+from callbacks.results import is_trial, outside_fit, run_folder
 from callbacks.sampling import check_module
 from tf_lightning.autoencoder.network import latent_statistics, save_network
 from tf_lightning.data.image_only import ImageData, ValImages
@@ -41,6 +41,8 @@ class SaveAutoencoder(L.Callback):
 
     def save(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
         """Compute the statistics of the latents and write the folder, on rank zero."""
+        if is_trial(trainer):
+            return
         folder = run_folder(trainer) / "autoencoder"  # on every rank
         if not trainer.is_global_zero:
             return

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from callbacks.contact_sheet import Tile, contact_sheet
-from callbacks.results import outside_fit, run_folder
+from callbacks.results import is_trial, outside_fit, run_folder
 from callbacks.sampling import (
     check_draws,
     check_module,
@@ -112,6 +112,8 @@ class ShapesReport(L.Callback):
 
     def examine(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Generate and judge images and captions, and write the results, on rank zero."""
+        if is_trial(trainer):
+            return
         folder = run_folder(trainer)  # on every rank
         if not trainer.is_global_zero:
             return

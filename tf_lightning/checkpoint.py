@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tf_lightning.checkpoint_file import load_checkpoint
 from tf_lightning.errors import UserError
 
 TRANSFUSION, AUTOENCODER = "image_codec", "autoencoder"  # keys that tell checkpoints apart
@@ -90,7 +91,7 @@ def read_checkpoint(path: str | Path, kind: str = TRANSFUSION, mmap: bool = Fals
             f"no checkpoint at {path}; train one with `tf-lightning fit` or check the path"
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        checkpoint = load_checkpoint(path, mmap)
     except Exception as error:  # torch raises many types for files of other programs
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint; it is damaged "

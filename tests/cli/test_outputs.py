@@ -8,10 +8,11 @@ from PIL import Image
 
 from tf_lightning.cli.outputs import (
     digest,
-    is_written,
+    number_outputs,
     read_prompts,
     write_output,
     write_sheet,
+    written_outputs,
 )
 from tf_lightning.errors import UserError
 
@@ -41,12 +42,27 @@ def test_only_an_output_made_in_the_same_way_is_kept(tmp_path, change):
         (tmp_path / "0007.json").write_text("[]")
     if change == "torn":
         (tmp_path / "0007.json").write_text('{"prompt": ')
-    assert is_written(tmp_path, "0007", record) == (change == "nothing")
+    (name,) = number_outputs(tmp_path, [record], written_outputs(tmp_path))
+    assert name == ("0007" if change == "nothing" else "0008")
+
+
+def test_new_outputs_continue_the_numbers_of_a_folder_and_replace_nothing(tmp_path):
+    records = [RECORD | {"seed": seed} for seed in (7, 8)]
+    assert number_outputs(tmp_path, records, {}) == ["0007", "0008"]
+    write_output(tmp_path, "0007", records[0], [RED, "and", BLUE])
+    (tmp_path / "0012.png").write_bytes(b"of another program")
+    (tmp_path / "0031.json").write_text("[]")
+    (tmp_path / "notes-0099.json").write_text("{}")
+    blue = RECORD | {"prompt": [("text", "a blue circle")]}
+    wanted = [records[0], blue, records[1], RECORD | {"seed": 31}]
+    names = number_outputs(tmp_path, wanted, written_outputs(tmp_path))
+    assert names == ["0007", "0032", "0008", "0033"]
 
 
 def test_a_sheet_shows_written_outputs_and_escapes_text(tmp_path):
     write_output(tmp_path, "0007", RECORD, [RED, "a & b"])
-    page = write_sheet(tmp_path, ["0007", "0008"]).read_text()
+    (tmp_path / "0008.json").write_text("[]")  # not an output
+    page = write_sheet(tmp_path).read_text()
     assert page.count("<figure>") == 1 and 'src="0007.png"' in page
     assert "a &lt;red&gt; circle" in page and "a &amp; b" in page
 

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from support import runs
 from tf_lightning.cli.main import main
 from tf_lightning.data import Mixture
+from tf_lightning.processes import end_with_parent
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
 
 TIMEOUT = 180  # seconds
@@ -44,6 +45,7 @@ def run_ranks(command: list[str], ranks: int, **environment: str) -> None:
 
 def _run_rank(rank: int, command: list[str], environment: dict[str, str]) -> None:
     """Run the command as one rank of `run_ranks`."""
+    end_with_parent()  # the server process, which ends with the test
     os.environ |= environment | {"LOCAL_RANK": str(rank)}
     rank_zero_only.rank = rank  # it was read from the environment at import
     torch.set_num_threads(1)

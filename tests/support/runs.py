@@ -66,6 +66,37 @@ class Disturb(L.Callback):
                 pl_module.net.transformer.norm.weight[0] += 1e-6
 
 
+class SignalAt(L.Callback):
+    """Send this process a signal at the nth call of a hook, on one rank or on all if None."""
+
+    def __init__(self, hook: str, nth: int = 1, signum: int = 15, rank: int | None = None):
+        self.nth, self.signum, self.rank, self.count = nth, signum, rank, 0
+        setattr(self, hook, self.call)
+
+    def call(self, trainer, pl_module, *args):
+        self.count += 1
+        if self.count == self.nth and self.rank in (None, trainer.global_rank):
+            os.kill(os.getpid(), self.signum)
+
+
+class RaiseAt(SignalAt):
+    """Raise an error at the nth call of a hook."""
+
+    def call(self, trainer, pl_module, *args):
+        self.count += 1
+        if self.count == self.nth and self.rank in (None, trainer.global_rank):
+            raise Killed
+
+
+class Examine(L.Callback):
+    """Writes `examined` at the end of `fit`: the step of the last checkpoint, which is there."""
+
+    def on_train_end(self, trainer, pl_module):
+        folder = Path(trainer.default_root_dir)
+        last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        (folder / "examined").write_text(str(last["global_step"]))
+
+
 def shapes(kind: str, num_documents: int, **arguments) -> dict:
     """The config of a source of the shapes world: Captions, Texts or Edits."""
     arguments = {"num_documents": num_documents, "num_val": NUM_VAL} | arguments
@@ -183,3 +214,15 @@ def fit(folder: Path, *arguments: str) -> Path:
     """Train; return the folder of the run."""
     main(["fit", "-c", str(write_config(folder)), *arguments])
     return folder / "run"
+
+
+def only_checkpoints(config: dict) -> None:
+    """Remove every callback but the checkpoint."""
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
+
+
+def stop_at(hook: str, nth: int = 1, signum: int = 15, kind: str = "Signal") -> list[str]:
+    """Arguments of the command line that add `SignalAt` or, with kind "Raise", `RaiseAt`."""
+    prefix = "--trainer.callbacks"
+    arguments = [f"{prefix}+=support.runs.{kind}At", f"{prefix}.hook={hook}", f"{prefix}.nth={nth}"]
+    return [*arguments, f"{prefix}.signum={int(signum)}"]

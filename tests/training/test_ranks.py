@@ -32,7 +32,7 @@ def test_a_tensor_that_differs_is_named(monkeypatch, name):
     for key in changed:
         other.state_dict()[key].view(torch.int32).flatten()[-1] ^= 1
     theirs = torch.stack([checksum(x) for x in other.state_dict().values()])
-    monkeypatch.setattr(type(module), "trainer", SimpleNamespace(world_size=2))
+    monkeypatch.setattr(type(module), "trainer", SimpleNamespace(world_size=2, interrupted=False))
     monkeypatch.setattr(module, "all_gather", lambda ours: torch.stack([ours, theirs]))
     if name is None:
         return check_same_weights(module)

@@ -5,6 +5,7 @@ import logging
 import os
 import pkgutil
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,8 +17,9 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -27,9 +29,22 @@ from tf_lightning.cli.advice import close, find_problem
 from tf_lightning.cli.config_files import Place, read_config
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.cli.parser import Parser, stop
+from tf_lightning.cli.run_folder import (
+    find_checkpoints,
+    folder_of,
+    is_requeued,
+    newest_sound,
+    refuse_started_run,
+    remove_run,
+    resume_command,
+)
 from tf_lightning.data.mixture import Mixture
-from tf_lightning.errors import UserError
+from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.training.autoencoder import AutoencoderModule
+from tf_lightning.training.checkpoint_io import CheckedCheckpointIO
+from tf_lightning.training.interrupts import Interrupts, handled, interrupt
+from tf_lightning.training.last_checkpoint import LastCheckpoint, link_to
+from tf_lightning.training.missed_work import MissedWork, read_progress
 from tf_lightning.training.module import Transfusion
 from tf_lightning.training.resume import differences
 
@@ -52,6 +67,7 @@ LOGGER = {
     # An empty version makes runs/NAME the run's folder, so that --ckpt_path last finds it.
     "init_args": {"save_dir": "runs", "name": "run", "version": "", "default_hp_metric": False},
 }
+DEFAULT_FOLDER = Path("runs", "run")  # of a run without a logger
 # Callbacks of every run, each configured under its own key: path of the class, and defaults.
 ALWAYS: dict[str, tuple[str, dict]] = {
     "progress_bar": ("callbacks.progress.TrainingProgress", {}),
@@ -236,6 +252,12 @@ class TransfusionCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the defaults, add the callbacks of every run, and link the data to the model."""
+        if self.verb == "fit":
+            parser.add_argument(
+                "--overwrite",
+                action="store_true",
+                help="Remove the run that is in the run's folder, and start anew.",
+            )
         # With a default class, `model:` and `data:` may hold the arguments of the class directly.
         parser.set_defaults({"model": {"class_path": class_path(Transfusion)}})
         parser.set_defaults({"data": {"class_path": class_path(Mixture)}})
@@ -396,6 +418,9 @@ class TransfusionCLI(LightningCLI):
         built = self.config_init.get(self.subcommand) or self.config_init
         listed = built.trainer.callbacks or []
         listed = listed if isinstance(listed, list) else [listed]
+        if built.trainer.fast_dev_run:  # ModelCheckpoint would still save at the end
+            listed = [own for own in listed if not isinstance(own, ModelCheckpoint)]
+            kwargs["enable_checkpointing"] = built.trainer.enable_checkpointing = False
         switches = {
             "progress_bar": built.trainer.enable_progress_bar,
             "checkpoint": built.trainer.enable_checkpointing,
@@ -407,8 +432,22 @@ class TransfusionCLI(LightningCLI):
             if switches.get(key) is not False
             and not any(same_role(own, built[key]) for own in listed)
         ]
-        callbacks = [*always, *self.named_callbacks(built, listed), *listed]
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        self.run_folder = folder_of(built.trainer.logger, DEFAULT_FOLDER)
+        listed = [*self.named_callbacks(built, listed), *listed]
+        savers = [own for own in [*always, *listed] if isinstance(own, ModelCheckpoint)]
+        for saver in savers:
+            saver.dirpath = saver.dirpath or str(self.run_folder / "checkpoints")
+        self.saver = next((saver for saver in savers if saver.save_last), next(iter(savers), None))
+        ends = [Interrupts()]
+        ends += [LastCheckpoint(self.saver), MissedWork()] if self.saver else []
+        plugins = built.trainer.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, CheckedCheckpointIO()]
+        # Lightning keeps the state of jobs that SLURM preempts in the root directory.
+        kwargs["default_root_dir"] = built.trainer.default_root_dir or str(self.run_folder)
+        callbacks = [*always, *listed, *ends]
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def named_callbacks(self, built: Namespace, listed: list[Callback]) -> list[Callback]:
         """Return the callbacks that have a key of their own.
@@ -433,35 +472,98 @@ class TransfusionCLI(LightningCLI):
                 callback.before_run(self.trainer, self.model, self.datamodule)
 
     def before_fit(self) -> None:
-        """Refuse a damaged file that `--ckpt_path last` would resume, and an impossible run."""
+        """Choose the checkpoint to resume, and refuse an impossible run."""
         if hasattr(self.model, "before_training"):
             self.model.before_training(self.trainer, self.datamodule)
-        resumed = self.config.fit.ckpt_path
-        if resumed == "last" and self.trainer.checkpoint_callback:
-            folder = self.trainer.checkpoint_callback.dirpath
-            last = Path(folder or f"{self.trainer.log_dir}/checkpoints") / "last.ckpt"
-            resumed = last.is_file()
-            if resumed:
-                read_checkpoint(last, self.kind("fit"))
-            else:
-                rank_zero_info(f"There is no {last} yet; training starts at step 0.")
+        self.finished_step = None
+        resumed = self.choose_checkpoint()
+        self.config_init.fit.ckpt_path = resumed
         for callback in self.trainer.callbacks:
             if not resumed and hasattr(callback, "before_training"):  # InitFrom
                 callback.before_training(self.model, self.datamodule)
 
+    def choose_checkpoint(self) -> str | None:
+        """Return the checkpoint that `fit` resumes; None for a new run.
+
+        Raises:
+            UserError: a new run would be mixed with the one in its folder.
+        """
+        config, trainer = self.config.fit, self.trainer
+        overwrite = config.pop("overwrite", False)  # config.yaml is used again, without it
+        if trainer.fast_dev_run:
+            return None if config.ckpt_path == "last" else config.ckpt_path
+        checkpoints = Path(self.saver.dirpath if self.saver else self.run_folder / "checkpoints")
+        folders = self.run_folder, checkpoints
+        if overwrite:
+            if config.ckpt_path:
+                raise UserError(
+                    "--overwrite removes the checkpoints that --ckpt_path would resume; leave one "
+                    "of them out"
+                )
+            if trainer.is_global_zero:
+                remove_run(*folders)
+        elif config.ckpt_path == "last" or (not config.ckpt_path and is_requeued()):
+            found, last = newest_sound(*folders, self.kind("fit")), checkpoints / "last.ckpt"
+            if found and trainer.is_global_zero and (last.is_symlink() or not last.exists()):
+                link_to(found, last)  # of a run that was killed before, or whose last is damaged
+            finished = (read_progress(self.run_folder) or {}).get("finished_step")
+            if found and finished and 0 < trainer.max_steps <= finished:
+                self.finished_step = finished
+            return found and str(found)
+        elif not config.ckpt_path:
+            refuse_started_run(*folders)
+        return config.ckpt_path
+
+    def fit(self, **arguments) -> None:
+        """Train; LightningCLI calls it in place of `Trainer.fit`.
+
+        A run that does not reach its end says how to go on. A finished one is left as it is.
+        """
+        if self.finished_step:
+            rank_zero_info(
+                f"The run in {os.path.relpath(self.run_folder)} ended at step "
+                f"{self.finished_step:,}, and nothing is missing; raise trainer.max_steps to go on."
+            )
+            return
+        try:
+            self.trainer.fit(**arguments)
+        except BaseException as error:
+            launcher = self.trainer.strategy.launcher
+            if launcher is not None:
+                launcher.kill(signal.SIGTERM)  # ranks that wait for this one
+            hint = self.how_to_go_on()
+            if isinstance(error, Interrupted):
+                error.hint = hint
+            elif hint and self.trainer.is_global_zero:
+                print(hint, file=sys.stderr)
+            raise
+
+    def how_to_go_on(self) -> str:
+        """Return the newest checkpoint of a run that ended early, and how to resume it."""
+        if not self.saver or self.trainer.fast_dev_run:
+            return ""
+        found = find_checkpoints(self.run_folder, Path(self.saver.dirpath))
+        if not found:
+            return "Nothing was saved, because no step was finished."
+        newest = os.path.relpath(found[0])
+        return f"The newest checkpoint is {newest}. Go on with:\n  {resume_command(self.typed)}"
+
     def after_fit(self) -> None:
         """Say where the checkpoint is and what to type next."""
-        saved = (
-            self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.last_model_path
-        )
-        if saved and isinstance(self.model, Transfusion):
-            last = os.path.relpath(saved)
+        trainer = self.trainer
+        step = f"step {self.finished_step or trainer.global_step:,}"
+        if trainer.fast_dev_run:
+            rank_zero_info("The trial run (fast_dev_run) is over; it saved nothing.")
+        elif not self.saver:
+            rank_zero_info(f"Trained to {step}; nothing was saved, as checkpoints are turned off.")
+        elif isinstance(self.model, Transfusion):
+            last = os.path.relpath(Path(self.saver.dirpath, "last.ckpt"))
             draws = self.datamodule.autoencoder_name is not None
             prompt = '"a prompt" -o out' if draws else '"a prompt" --output-modality text'
             rank_zero_info(
-                f"The last checkpoint is {last} (step {self.trainer.global_step:,}). Next:\n"
+                f"The last checkpoint is {last} ({step}). Next:\n"
                 f"  tf-lightning generate {last} {prompt}\n"
-                f"  tensorboard --logdir {os.path.relpath(self.trainer.log_dir or '.')}"
+                f"  tensorboard --logdir {os.path.relpath(self.run_folder)}"
             )
 
 
@@ -704,5 +806,6 @@ def build(
 
 
 def run_lightning(args: list[str]) -> None:
-    """Run fit, validate, test or predict."""
-    build(args)
+    """Run fit, validate, test or predict; a signal raises Interrupted."""
+    with handled(interrupt):
+        build(args)

@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 from tf_lightning.cli.help import OVERVIEW, print_verb_help
 from tf_lightning.cli.parser import print_error, stop
-from tf_lightning.errors import UserError
+from tf_lightning.errors import Interrupted, UserError
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 # Verb: the module in tf_lightning.cli and the function that runs it.
@@ -124,6 +124,8 @@ def run(args: list[str]) -> None:
         stop(message, code=1)
     except KeyboardInterrupt:
         stop("interrupted", code=130)
+    except Interrupted as error:
+        stop(str(error), code=error.exit_code, hint=error.hint)
 
 
 def explain_error(error: Exception) -> str | None:

@@ -1,14 +1,16 @@
 """The work of `tf-lightning generate`: reads prompts, generates, writes outputs and a sheet.
 
-Output NNNN is NNNN.png and NNNN.json; sheet.html shows all of them. A file appears whole or not at
-all, and the JSON of an output is written last, so that finished outputs can be kept.
+Output NNNN is NNNN.png and NNNN.json; sheet.html shows all of a folder. A file appears whole or not
+at all, and the JSON of an output is written last, so that finished outputs can be kept. No output
+replaces another one: new outputs continue the numbers of the folder.
 """
 
 import argparse
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import fields
 from datetime import datetime
 from html import escape
@@ -189,8 +191,9 @@ def write_outputs(
         batch_size: outputs that are generated together.
     """
     out.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-    names = [f"{record['seed']:04d}" for record in records]
-    missing = [i for i, name in enumerate(names) if not is_written(out, name, records[i])]
+    written = written_outputs(out)
+    names = number_outputs(out, records, written)
+    missing = [i for i, name in enumerate(names) if name not in written]
     seeds, num_written = [records[i]["seed"] for i in missing], 0
     outputs = pipe.iterate([prompts[i] for i in missing], seeds, plan, batch_size, progress=True)
     try:
@@ -199,26 +202,64 @@ def write_outputs(
             write_output(out, names[i], records[i], output)
             num_written += 1
     except KeyboardInterrupt:
-        write_sheet(out, names)
+        write_sheet(out)
         print(
             f"Kept {num_written} outputs in {out}; the same command makes the rest.",
             file=sys.stderr,
         )
         raise
-    sheet, num_kept = write_sheet(out, names), len(names) - len(missing)
+    sheet, num_kept = write_sheet(out), len(names) - len(missing)
     kept = f" ({num_kept} were there already)" if num_kept else ""
     print(f"Wrote {num_written} outputs to {out}{kept}: {names[0]}.json ... Look at {sheet}")
 
 
-def is_written(folder: Path, name: str, record: dict[str, Any]) -> bool:
-    """Return whether an output is there that was made in exactly this way."""
-    try:
-        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        images = [folder / value for kind, value in found.pop("parts") if kind == "image"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another program
-        return False
-    as_json = json.loads(json.dumps(record))  # tuples become lists
-    return found == as_json and all(map(Path.is_file, images))
+def written_outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the complete outputs of a folder: the content of each JSON by its name."""
+    outputs = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            images = [folder / value for kind, value in found["parts"] if kind == "image"]
+            complete = found["prompt"] and isinstance(found["seed"], int)
+        except (OSError, ValueError, KeyError, TypeError):  # of another program
+            continue
+        if complete and all(map(Path.is_file, images)):
+            outputs[file.stem] = found
+    return outputs
+
+
+def number_outputs(
+    folder: Path, records: list[dict[str, Any]], written: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Return the name of each output: that of an output made in exactly this way, or a new one.
+
+    A new output is named by its seed, or by the next number if a file has that name.
+
+    Args:
+        folder: folder of the outputs.
+        records: how each output is made.
+        written: the complete outputs of the folder.
+    """
+    made = {}
+    for name, record in written.items():
+        made[as_key({key: value for key, value in record.items() if key != "parts"})] = name
+    pattern = re.compile(r"(\d{4,})(?:-\d+)?\.(?:json|png)")
+    numbers = (pattern.fullmatch(path.name) for path in folder.iterdir())
+    taken = {int(number[1]) for number in numbers if number}
+    names = []
+    for record in records:
+        name = made.get(as_key(record))
+        if name is None:
+            number = record["seed"] if record["seed"] not in taken else max(taken) + 1
+            taken.add(number)
+            name = f"{number:04d}"
+        names.append(name)
+    return names
+
+
+def as_key(record: dict[str, Any]) -> str:
+    """Return a record as JSON, where tuples are lists."""
+    return json.dumps(record, sort_keys=True)
 
 
 def write_output(folder: Path, name: str, record: dict[str, Any], output: RawDocument) -> None:
@@ -238,25 +279,21 @@ def write_output(folder: Path, name: str, record: dict[str, Any], output: RawDoc
         partial.write_text(text, encoding="utf-8")
 
 
-def write_sheet(folder: Path, names: list[str]) -> Path:
-    """Write a page that shows these outputs over their prompts, and return its path."""
-    figures = "\n".join(figure for name in names for figure in _figure(folder, name))
+def write_sheet(folder: Path) -> Path:
+    """Write a page that shows the outputs of a folder over their prompts, and return its path."""
+    figures = "\n".join(map(_figure, written_outputs(folder).values()))
     page = f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>\n{figures}\n"
     with atomic_file(folder / "sheet.html") as partial:
         partial.write_text(page, encoding="utf-8")
     return folder / "sheet.html"
 
 
-def _figure(folder: Path, name: str) -> Iterator[str]:
-    """Yield the HTML of an output, or nothing if it was not written."""
-    file = folder / f"{name}.json"
-    if not file.is_file():
-        return
-    record = json.loads(file.read_text(encoding="utf-8"))
+def _figure(record: dict[str, Any]) -> str:
+    """Return the HTML of an output."""
     shown = "".join(
         f'<img src="{escape(value)}">' if kind == "image" else f"<p>{escape(value)}</p>"
         for kind, value in record["parts"]
     )
     prompt = " ".join(value if kind == "text" else f"[{value}]" for kind, value in record["prompt"])
     caption = f"{escape(prompt)} <small>seed {record['seed']}</small>"
-    yield f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"

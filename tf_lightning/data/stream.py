@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from tf_lightning.batch import Row
 from tf_lightning.data.packing import CorpusRows
 from tf_lightning.errors import UserError
+from tf_lightning.processes import start_worker
 from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
 
 CYCLE = 10_000  # rows after which the order of the sources repeats
@@ -249,7 +250,11 @@ class StreamData(L.LightningDataModule):
 
     def _loading(self) -> dict[str, Any]:
         """Return the arguments that all loaders share."""
-        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        return {
+            "num_workers": self.num_workers,
+            "worker_init_fn": start_worker,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the stream, for the checkpoint; valid for any number of ranks."""

@@ -105,7 +105,10 @@ def check_finite(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     named, device = list(floating_tensors(parts)), trainer.strategy.root_device
     flags = [torch.isfinite(x).all().to(device) for _, x in named]
     flags = torch.stack(flags).tolist() if flags else []  # FSDP: rank 0 may hold all of them
-    if trainer.strategy.reduce_boolean_decision(all(flags), all=True):
+    finite = all(flags)
+    if not trainer.interrupted:  # after an interruption, rank 0 may save alone
+        finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
+    if finite:
         return
     names = [name for (name, _), is_finite in zip(named, flags, strict=True) if not is_finite]
     first = f", the first is {names[0]}" if names else " on another rank"

@@ -25,8 +25,9 @@ from tf_lightning.autoencoder.statistics import Moments, check_std
 from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.corpus.writer import CorpusWriter, merge
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
-from tf_lightning.errors import UserError
+from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.files import publish_folder, told_if_full
+from tf_lightning.processes import end_with_parent
 from tf_lightning.progress import progress_bar
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
@@ -265,6 +266,10 @@ def _prepare_shards(job: PrepareJob, numbers: list[int], processes: int) -> None
                     f"{job.title}: one of {processes} processes was killed, perhaps because memory "
                     "ran out; finished shards are kept, run it again with fewer --processes"
                 ) from error
+            except Interrupted:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
     bar.close()
@@ -276,6 +281,7 @@ _job: PrepareJob | None = None  # the job of a process that `_prepare_shards` st
 def _start_process(job: PrepareJob) -> None:
     global _job
     _job = job
+    end_with_parent()
     torch.set_num_threads(1)
 
 

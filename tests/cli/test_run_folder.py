@@ -1,0 +1,180 @@
+"""The folder of a run: one run in it, everything of the run in it, and what is resumed from it."""
+
+import os
+import pickle
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from support import runs
+from tf_lightning.checkpoint import TRANSFUSION
+from tf_lightning.cli.main import main
+from tf_lightning.cli.run_folder import check_sharded, folder_of, newest_sound, resume_command
+from tf_lightning.errors import UserError
+
+WAYS = ("--ckpt_path last", "--trainer.logger.name", "--overwrite")
+
+
+def few_steps(config: dict) -> None:
+    runs.only_checkpoints(config)
+    config["trainer"] |= {"max_steps": 2, "limit_val_batches": 0}
+
+
+def fit(folder: Path, *arguments: str, change=few_steps) -> None:
+    main(["fit", "-c", str(runs.write_config(folder, change)), *arguments])
+
+
+def load(run: Path, name: str = "last") -> dict:
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_second_run_in_the_folder_is_refused_with_three_ways_on(tmp_path, refused, caplog):
+    fit(tmp_path)
+    before = content(tmp_path / "run")
+    command = ["fit", "-c", str(tmp_path / "config.yaml")]
+    line = refused(*command, "--model.lr=1e-5")
+    assert all(way in line for way in WAYS)
+    assert content(tmp_path / "run") == before
+    with caplog.at_level("INFO"):
+        main([*command, "--ckpt_path=last"])  # first way: nothing is left to do
+    assert "ended at step 2" in caplog.text and content(tmp_path / "run") == before
+    main([*command, "--trainer.logger.name=second"])
+    assert content(tmp_path / "run") == before and load(tmp_path / "second")["global_step"] == 2
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    main([*command, "--overwrite", "--trainer.max_steps=1"])
+    assert sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "step0000001.ckpt",
+    ]
+    assert len(list((tmp_path / "run").glob("events*"))) == 1
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    # The record of the run does not overwrite it when it is used again.
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert "overwrite" not in saved
+    line = refused(*command, "--overwrite", "--ckpt_path=last")
+    assert "leave one of them out" in line
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_started_again(tmp_path):
+    with pytest.raises(runs.Killed):
+        fit(tmp_path, *runs.stop_at("on_train_batch_start", 1, kind="Raise"))
+    assert (tmp_path / "run" / "config.yaml").exists()
+    fit(tmp_path)
+    assert load(tmp_path / "run")["global_step"] == 2
+
+
+def trial(config: dict) -> None:
+    config["trainer"] |= {"fast_dev_run": True}
+    for logger in ("save_dir", "name"):
+        del config["trainer"]["logger"]["init_args"][logger]
+
+
+def unlogged(config: dict) -> None:
+    few_steps(config)
+    config["trainer"]["logger"] = False
+
+
+def unsaved(config: dict) -> None:
+    few_steps(config)
+    trial(config)
+    config["trainer"] |= {"fast_dev_run": False, "enable_checkpointing": False, "callbacks": []}
+
+
+@pytest.mark.parametrize(
+    ("change", "written", "said"),
+    [
+        (trial, [], "it saved nothing"),
+        (unlogged, ["runs/run"], "runs/run/checkpoints/last.ckpt (step 2)"),
+        (unsaved, ["runs/run"], "Trained to step 2; nothing was saved"),
+    ],
+)
+def test_nothing_is_written_outside_the_runs_folder(
+    change, written, said, tmp_path, monkeypatch, caplog, capsys
+):
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.chdir(there)
+    with caplog.at_level("INFO"):
+        fit(tmp_path, change=change)
+    assert [str(path.relative_to(there)) for path in there.glob("*/*")] == written
+    assert len(list(there.iterdir())) == len(written)
+    assert said in caplog.text and "None" not in caplog.text.partition("Next:")[2]
+    assert ".ckpt None" not in caplog.text and "generate None" not in caplog.text
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, refused):
+    fit(tmp_path, "--trainer.callbacks.every_n_train_steps=1")
+    folder = tmp_path / "run" / "checkpoints"
+    for name, before in (("step0000002", "step0000001"), ("step0000001", None)):
+        file = folder / f"{name}.ckpt"
+        damaged = bytearray(file.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        changed = file.stat()
+        file.write_bytes(damaged)
+        os.utime(file, ns=(changed.st_atime_ns, changed.st_mtime_ns))
+        if before:
+            with pytest.warns(UserWarning, match=f"{name}.ckpt.*damaged.*goes on from.*{before}"):
+                found = newest_sound(tmp_path / "run", folder, TRANSFUSION)
+            assert found == (folder / f"{before}.ckpt").resolve()
+    assert "damaged" in refused("fit", "-c", tmp_path / "config.yaml", "--ckpt_path=last")
+
+
+def test_the_folder_of_a_run_is_its_first_loggers(tmp_path):
+    default = Path("runs", "run")
+    board = TensorBoardLogger(str(tmp_path), name="board", version="")
+    table = CSVLogger(str(tmp_path), name="table", version="v")
+    assert folder_of(board, default) == tmp_path / "board"
+    assert folder_of([table, board], default) == tmp_path / "table" / "v"
+    for none in (False, True, None, []):
+        assert folder_of(none, default) == default
+
+
+def test_the_command_that_resumes_keeps_the_options():
+    typed = shlex.split("fit -c 'my run.yaml' --ckpt_path a.ckpt --model.lr=1 --overwrite")
+    resumed = "tf-lightning fit -c 'my run.yaml' --model.lr=1 --ckpt_path last"
+    assert resume_command(typed) == resumed
+    assert resume_command(["fit", "--ckpt_path=a.ckpt"]) == "tf-lightning fit --ckpt_path last"
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch RAN",)
+
+
+class Hidden:
+    """Reaches a function through a module that descriptions of shards come from."""
+
+    def __reduce__(self):
+        return torch.distributed.checkpoint.metadata.field, ()
+
+
+@pytest.mark.parametrize("content", [Evil(), Hidden(), print, {"a": Evil}])
+def test_the_metadata_of_a_sharded_checkpoint_runs_no_code(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({}, tmp_path / "meta.pt")
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="no complete sharded checkpoint"):
+        check_sharded(tmp_path)
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_a_sharded_checkpoint_of_torch_is_accepted(tmp_path):
+    torch.distributed.checkpoint.save(
+        {"weights": torch.ones(3, 4), "step": 3, "names": ["a"]}, checkpoint_id=tmp_path
+    )
+    torch.save({"global_step": 3}, tmp_path / "meta.pt")
+    check_sharded(tmp_path)
+    (tmp_path / "meta.pt").unlink()  # killed before it was complete
+    with pytest.raises(UserError, match="no complete sharded checkpoint"):
+        check_sharded(tmp_path)

@@ -1,0 +1,230 @@
+"""Interrupted runs: what is saved, the exit code, what a resumed run makes up."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Timer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from support import ranks, runs
+from support.compare import bit_equal
+from tf_lightning.cli.main import main
+from tf_lightning.training import module
+
+PARTS = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "Mixture")
+SAVED = "Go on with:\n  tf-lightning fit -c "
+
+
+def no_period(config: dict) -> None:
+    """Let nothing but the end of the run save a checkpoint."""
+    runs.only_checkpoints(config)
+    config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 1_000
+
+
+def end_of(folder: Path, *arguments: str, change=no_period) -> int:
+    """Train in `folder`; return the exit code."""
+    try:
+        main(["fit", "-c", str(runs.write_config(folder, change)), *arguments])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert end_of(folder) == 0
+    return folder / "run"
+
+
+def check_equal(run: Path, whole: Path) -> None:
+    """Assert that a resumed run ends in the same state, and validated at the same steps."""
+    one, other = load(run), load(whole)
+    for part in PARTS:
+        assert bit_equal(one[part], other[part]), part
+    assert validations(run) == validations(whole)
+
+
+def load(run: Path, name: str = "last") -> dict:
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def validations(run: Path) -> list[int]:
+    """The steps whose validation was logged, in the order of time."""
+    events = EventAccumulator(str(run)).Reload().Scalars("val/captions/loss_lm")
+    return [event.step for event in events]
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
+def test_a_signal_saves_the_step_and_the_resumed_run_equals_an_uninterrupted_one(
+    signum, code, whole, tmp_path, capsys
+):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stop = runs.stop_at("on_train_batch_start", 4, signum)
+    assert end_of(tmp_path, *stop) == code
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    said = capsys.readouterr().err
+    assert f"interrupted by {signal.Signals(signum).name}" in said and SAVED in said
+    saved = load(tmp_path / "run")
+    assert saved["global_step"] == 4
+    assert end_of(tmp_path, "--ckpt_path=last") == 0
+    check_equal(tmp_path / "run", whole)
+
+
+def test_the_printed_command_resumes(tmp_path, capsys):
+    end_of(tmp_path, "--ckpt_path", "last", *runs.stop_at("on_train_batch_start", 2))
+    command = re.search(r"  tf-lightning (fit .*)", capsys.readouterr().err)[1].split()
+    assert command.count("--ckpt_path") == 1 and command[-2:] == ["--ckpt_path", "last"]
+    main([argument for argument in command if "callbacks" not in argument])
+    assert load(tmp_path / "run")["global_step"] == runs.MAX_STEPS
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_after_backward"])
+def test_an_error_in_a_step_saves_the_step_before(hook, whole, tmp_path, capsys):
+    with pytest.raises(runs.Killed):
+        end_of(tmp_path, *runs.stop_at(hook, 5, kind="Raise"))
+    assert SAVED in capsys.readouterr().err
+    assert load(tmp_path / "run")["global_step"] == 4
+    end_of(tmp_path, "--ckpt_path=last")
+    check_equal(tmp_path / "run", whole)
+
+
+def test_a_state_in_the_middle_of_an_update_is_not_saved(tmp_path, monkeypatch, capsys):
+    update, count = module.update_ema, []
+
+    def fail_at_third(*args):
+        count.append(update(*args))
+        if len(count) == 3:
+            raise runs.Killed
+
+    monkeypatch.setattr(module, "update_ema", fail_at_third)
+    with pytest.raises(runs.Killed):
+        end_of(tmp_path)
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+    assert "Nothing was saved" in capsys.readouterr().err
+
+
+def examined(config: dict) -> None:
+    no_period(config)
+    config["trainer"]["callbacks"].append({"class_path": "support.runs.Examine"})
+
+
+@pytest.mark.parametrize(
+    ("hook", "nth", "step"),
+    [("on_validation_batch_start", 1, 3), ("on_validation_end", 2, 6), ("on_train_end", 1, 6)],
+)
+def test_a_resumed_run_makes_up_its_validation_and_its_end(
+    hook, nth, step, whole, tmp_path, caplog
+):
+    def stopped(config: dict) -> None:
+        examined(config)
+        signal_at = {"class_path": "support.runs.SignalAt", "init_args": {"hook": hook, "nth": nth}}
+        config["trainer"]["callbacks"].insert(1, signal_at)
+
+    run = tmp_path / "run"
+    assert end_of(tmp_path, change=stopped) == 143
+    assert load(run)["global_step"] == step and not (run / "examined").exists()
+    (run / "checkpoints" / "last.ckpt").unlink()  # as if killed before the link was set
+    assert end_of(tmp_path, "--ckpt_path=last", change=examined) == 0
+    assert (run / "examined").read_text() == "6"
+    steps = validations(run)
+    assert sorted(set(steps)) == validations(whole)
+    # Once complete, nothing is done again.
+    (run / "examined").unlink()
+    with caplog.at_level("INFO"):
+        assert end_of(tmp_path, "--ckpt_path=last", change=examined) == 0
+    assert not (run / "examined").exists() and validations(run) == steps
+    assert "ended at step 6, and nothing is missing" in caplog.text
+
+
+def test_a_run_shorter_than_the_period_has_its_last_checkpoint_before_it_validates(tmp_path):
+    def killed_in_validation(config: dict) -> None:
+        no_period(config)
+        config["trainer"] |= {"max_steps": 2, "val_check_interval": 2}
+
+    stop = runs.stop_at("on_validation_start", kind="Raise")
+    with pytest.raises(runs.Killed):
+        end_of(tmp_path, *stop, change=killed_in_validation)
+    assert load(tmp_path / "run")["global_step"] == 2
+
+
+def test_a_run_that_its_time_limit_ends_makes_up_its_end(tmp_path, monkeypatch):
+    elapsed = iter([0, 0])
+    monkeypatch.setattr(Timer, "time_elapsed", lambda *args: next(elapsed, 1_000))
+    limit = ["--trainer.max_time=00:00:10:00"]
+    with pytest.raises(runs.Killed):
+        end_of(tmp_path, *limit, *runs.stop_at("on_train_end", kind="Raise"))
+    step = load(tmp_path / "run")["global_step"]
+    assert 0 < step < runs.MAX_STEPS
+    assert end_of(tmp_path, *limit, "--ckpt_path=last", change=examined) == 0
+    assert (tmp_path / "run" / "examined").read_text() == str(step)
+
+
+SLURM = {
+    "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1",
+}  # fmt: skip
+
+
+def test_a_preempted_slurm_job_is_queued_again_and_goes_on_from_its_own_folder(
+    whole, tmp_path, monkeypatch
+):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    stop = runs.stop_at("on_train_batch_start", 4, signal.SIGUSR1)
+    assert end_of(tmp_path, *stop) == 138
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    saved = tmp_path / "run" / "hpc_ckpt_1.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == 4
+    assert list(tmp_path.rglob("*.ckpt")) == [saved]
+    # Another run takes nothing from it.
+    assert end_of(tmp_path, "--trainer.logger.name=other", "--trainer.max_steps=2") == 0
+    assert load(tmp_path / "other")["global_step"] == 2
+    # The same command is refused, unless SLURM repeats it.
+    assert end_of(tmp_path) == 1
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert end_of(tmp_path) == 0
+    check_equal(tmp_path / "run", whole)
+
+
+def without_validation(config: dict) -> None:
+    no_period(config)
+    config["trainer"]["limit_val_batches"] = 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_a_signal_that_reaches_one_of_two_ranks_saves_and_ends_both(strategy, tmp_path):
+    config = runs.write_config(tmp_path, without_validation)
+    stop = [*runs.stop_at("on_train_batch_start", 4), "--trainer.callbacks.rank=1"]
+    strategy = json.dumps(ranks.SHARDED) if strategy == "sharded" else strategy
+    with pytest.raises(ProcessExitedException) as ended:
+        ranks.fit(config, 2, strategy, *stop)
+    assert ended.value.exit_code == 143
+    assert load(tmp_path / "run")["global_step"] == 4
+    ranks.fit(config, 2, strategy, "--ckpt_path=last")
+    assert load(tmp_path / "run")["global_step"] == runs.MAX_STEPS
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_both_and_rank_zero_saves(tmp_path):
+    config = runs.write_config(tmp_path, no_period)
+    stop = [*runs.stop_at("on_train_batch_start", 4, kind="Raise"), "--trainer.callbacks.rank=1"]
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        ranks.fit(config, 2, "ddp", *stop)
+    assert load(tmp_path / "run")["global_step"] == 3

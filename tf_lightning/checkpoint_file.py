@@ -1,0 +1,154 @@
+"""Checkpoint files that are whole, on the disk, and unchanged: written at once, with a checksum.
+
+A checkpoint is a zip archive of torch.save. The checksum is the archive's comment, so that other
+programs read the file as before: the last 16 bytes are the comment's length (2 bytes) and
+"crc32:" with eight hexadecimal digits. It covers all bytes of the file as torch wrote it. A CRC-32
+finds every change of a few bits and all but one in 4 billion others.
+"""
+
+import errno
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from tf_lightning.errors import UserError
+
+LABEL = b"crc32:"
+COMMENT_SIZE = len(LABEL) + 8
+NO_COMMENT = b"\0\0"  # the comment's length, the last bytes that torch writes
+TRAILER_SIZE = len(NO_COMMENT) + COMMENT_SIZE
+END_OF_ARCHIVE, END_SIZE = b"PK\5\6", 22  # the record at the end of an archive without comment
+CHUNK = 1 << 22  # bytes
+
+
+class DamagedFile(Exception):
+    """The content of a checkpoint is not what was written."""
+
+
+class ChecksumWriter:
+    """Writes to a file and computes the CRC-32 of what it has written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.checksum = file, 0
+        self.error: OSError | None = None  # torch replaces it by an error of its own
+
+    def write(self, data: bytes) -> int:
+        """Write bytes."""
+        try:
+            count = self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.checksum = zlib.crc32(data, self.checksum)
+        return count
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self.file.flush()
+
+
+def trailer(checksum: int) -> bytes:
+    """Return the archive's comment with its length."""
+    return COMMENT_SIZE.to_bytes(2, "little") + LABEL + b"%08x" % checksum
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint with its checksum; the file appears whole, when it is on the disk.
+
+    It is written beside its final name. What killed writes left there is removed.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(".*.ckpt.*.partial"):
+        left.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    writer = None
+    # The checksum of the file replaces those of the archive's members, which torch.load ignores.
+    member_checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        with partial.open("wb") as file:
+            writer = ChecksumWriter(file)
+            torch.save(checkpoint, writer)
+            file.seek(-len(NO_COMMENT), os.SEEK_END)
+            file.write(trailer(writer.checksum))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        cause = writer.error if writer and writer.error else error
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left for {path}; free some on the disk of {path.parent}, then go on "
+                "with --ckpt_path last"
+            ) from error
+        raise
+    finally:
+        torch.serialization.set_crc32_options(member_checksums)
+        partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of a folder's files are on the disk."""
+    if os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(path: Path, mmap: bool = False) -> Any:
+    """Load a checkpoint to the CPU, without running code that it contains, and check its checksum.
+
+    Args:
+        path: the file; one without a checksum, of an older version, is loaded as it is.
+        mmap: leave tensors in the file until they are used; saves memory if few are needed.
+
+    Raises:
+        DamagedFile: the content is not what was written.
+    """
+    with ThreadPoolExecutor(1) as pool:  # reads the file at the same time as torch
+        checked = pool.submit(check, path)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception:
+            checked.result()  # rather says that the file is damaged
+            raise
+        checked.result()
+    return checkpoint
+
+
+def check(path: Path) -> None:
+    """Raise DamagedFile unless the content of a file has its checksum, or it has none."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        is_archive = file.read(2) == END_OF_ARCHIVE[:2]
+        file.seek(max(size - TRAILER_SIZE, 0))
+        found = file.read()
+        if found[len(NO_COMMENT) :].startswith(LABEL):
+            if found != trailer(checksum_of(file, size - TRAILER_SIZE)):
+                raise DamagedFile(f"{path} does not have its checksum")
+        elif is_archive:
+            file.seek(max(size - END_SIZE, 0))
+            end = file.read()
+            if not (end.startswith(END_OF_ARCHIVE) and end.endswith(NO_COMMENT)):
+                raise DamagedFile(f"{path} has no end")
+
+
+def checksum_of(file: BinaryIO, size: int) -> int:
+    """Compute the checksum of the first bytes of a file, as torch wrote it."""
+    file.seek(0)
+    checksum = 0
+    while size:
+        data = file.read(min(CHUNK, size))
+        checksum, size = zlib.crc32(data, checksum), size - len(data)
+    return zlib.crc32(NO_COMMENT, checksum)

@@ -1,0 +1,169 @@
+"""The folder of a run: where it is, whether it holds a run already, and what to resume from."""
+
+import os
+import pickle
+import shlex
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from tf_lightning.checkpoint import read_checkpoint
+from tf_lightning.errors import UserError
+from tf_lightning.training.missed_work import PROGRESS_FILE, read_progress
+
+# What a run writes into its folder, by itself or by this project's callbacks.
+WRITTEN = (
+    "config.yaml", "hparams.yaml", "metrics.csv", "events.out.tfevents.*", "checkpoints",
+    "hpc_ckpt_*.ckpt", PROGRESS_FILE, "metrics", "report.json", "sheet.png", "samples",
+)  # fmt: skip
+SHARDED_METADATA = ".metadata"
+
+
+def folder_of(logger: Logger | Iterable[Logger] | bool | None, default: Path) -> Path:
+    """Return the folder of a run: its first logger's, or `default` without a logger.
+
+    Args:
+        logger: `trainer.logger` of the configuration.
+        default: for a run without a logger, or with Lightning's own default.
+    """
+    loggers = [logger] if isinstance(logger, Logger) else logger
+    if not loggers or loggers is True:
+        return default
+    first = next(iter(loggers))
+    if isinstance(first, TensorBoardLogger | CSVLogger):
+        return Path(first.log_dir)
+    return Path(first.save_dir or default.parent, str(first.name or default.name))
+
+
+def refuse_started_run(folder: Path, checkpoints: Path) -> None:
+    """Raise UserError if the folder holds a run that a new one would be mixed with.
+
+    A run that was killed before its first checkpoint and its first validation left nothing to keep.
+    """
+    progress = read_progress(folder) or {}
+    has_results = any(step is not None for step in progress.values())
+    if has_results or (folder / "report.json").exists() or find_checkpoints(folder, checkpoints):
+        raise UserError(
+            f"{os.path.relpath(folder)} holds a run already; resume it with --ckpt_path last, give "
+            "the new run its own --trainer.logger.name, or replace the old one with --overwrite"
+        )
+
+
+def remove_run(folder: Path, checkpoints: Path) -> None:
+    """Remove what an earlier run wrote into its folder, and nothing else."""
+    found = [path for pattern in WRITTEN for path in folder.glob(pattern)]
+    for path in [*found, checkpoints]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def find_checkpoints(folder: Path, checkpoints: Path) -> list[Path]:
+    """Find the checkpoints of a run, newest first; links are not listed beside their targets.
+
+    Args:
+        folder: the run's folder, where SLURM's preempted jobs leave theirs.
+        checkpoints: folder of the others.
+    """
+    found = {path.resolve() for path in [*checkpoints.glob("*.ckpt"), *folder.glob("hpc_*.ckpt")]}
+    kept = [path for path in found if path.exists()]
+    return sorted(kept, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def newest_sound(folder: Path, checkpoints: Path, kind: str) -> Path | None:
+    """Return the newest checkpoint of a run that is not damaged; None if it has none.
+
+    Args:
+        folder: the run's folder.
+        checkpoints: folder of its checkpoints.
+        kind: kind of checkpoint, as in `read_checkpoint`.
+
+    Raises:
+        UserError: all are damaged, or are of another program.
+    """
+    found, refusal = find_checkpoints(folder, checkpoints), None
+    for path in found:
+        try:
+            check_sharded(path) if path.is_dir() else read_checkpoint(path, kind)
+        except UserError as error:
+            refusal = refusal or error
+            continue
+        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        if refusal:
+            rank_zero_warn(f"{refusal}; this run goes on from {path}, the one before")
+        return path
+    if refusal:
+        raise refusal
+    rank_zero_info(f"There is no {checkpoints / 'last.ckpt'} yet; training starts at step 0.")
+    return None
+
+
+def resume_command(args: list[str]) -> str:
+    """Return the command that goes on with an interrupted run.
+
+    Args:
+        args: arguments of the command that started it, with its verb.
+    """
+    kept, rest = [], iter(args)
+    for arg in rest:
+        if arg == "--ckpt_path":
+            next(rest, None)
+        elif not arg.startswith("--ckpt_path=") and arg != "--overwrite":
+            kept.append(arg)
+    return shlex.join(["tf-lightning", *kept, "--ckpt_path", "last"])
+
+
+def is_requeued() -> bool:
+    """Whether SLURM started this job again after it was preempted."""
+    return SLURMEnvironment.detect() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
+# ---------------------------------------------------------------- sharded checkpoints
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Builds only the classes that describe the shards of a checkpoint, and calls nothing else."""
+
+    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    OTHERS = {
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch._utils", "_rebuild_layout"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        """Return a class of the metadata, or refuse it."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if module in self.MODULES and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        elif is_dtype or (module, name) in self.OTHERS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+
+
+def check_sharded(folder: Path) -> None:
+    """Refuse a sharded checkpoint that is incomplete, or whose metadata would run code.
+
+    Raises:
+        UserError: its metadata cannot be read, or names anything but descriptions of shards.
+    """
+    try:
+        with (folder / SHARDED_METADATA).open("rb") as file:
+            MetadataUnpickler(file).load()
+        torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle and torch raise many types for other content
+        raise UserError(
+            f"{folder} is no complete sharded checkpoint of tf_lightning ({error}); use an earlier "
+            "one"
+        ) from error

@@ -1,0 +1,36 @@
+"""Child processes that load or prepare data: they end with the process that started them."""
+
+import os
+import signal
+import threading
+import time
+
+POLL_SECONDS = 1.0
+
+
+def end_with_parent() -> None:
+    """Exit soon after the parent has ended, in whatever way.
+
+    A killed process cannot stop its children. They would wait forever to hand over their data, as
+    each of them keeps the pipe open that the others write to.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def start_worker(worker_id: int) -> None:
+    """Begin a worker of a DataLoader: signals to the whole group are the training process's.
+
+    Ctrl-C and job schedulers signal all processes of a run. The training process still needs the
+    workers then, until it has saved.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    end_with_parent()

@@ -1,0 +1,161 @@
+"""The newest state of a run is saved whenever the run ends, so that it can be resumed exactly."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from tf_lightning.errors import Interrupted
+from tf_lightning.training.interrupts import is_sharded, requeue, requeues, wait_for_rank_zero
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves after the last step, before its validation, and when training fails or is stopped.
+
+    It uses the names of the run's ModelCheckpoint. An interrupted run is saved as it was at the end
+    of the last finished step: validation does not change the state, and the gradients of an
+    unfinished step are dropped. It comes last in the list of callbacks.
+
+    Args:
+        saver: the run's ModelCheckpoint.
+    """
+
+    def __init__(self, saver: ModelCheckpoint):
+        self.saver = saver
+        saver._link_checkpoint = replace_link  # Lightning's leaves a moment without last.ckpt
+        self.step = self.saved_step = 0
+        self.loops: dict[str, Any] = {}
+        self.saved_loops: dict[str, Any] | None = None
+        self.updating: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from a state that needs no saving: the first one, or that of a checkpoint."""
+        self.step = self.saved_step = trainer.global_step
+        self.loops = trainer.fit_loop.state_dict()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *args) -> None:
+        """Weights, optimizer and moving average change until the step is counted."""
+        self.updating = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args) -> None:
+        """Keep the state of the loops at the end of a step; save after the last step."""
+        if trainer.global_step == self.step:  # within an accumulation
+            return
+        self.step, self.loops = trainer.global_step, trainer.fit_loop.state_dict()
+        if is_last_step(trainer):
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save where a validation ended the training, as EarlyStopping does."""
+        if trainer.should_stop:
+            self.save(trainer)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Save the last consistent state, if it is newer than the newest checkpoint."""
+        is_signal = isinstance(exception, Interrupted)
+        together = trainer.world_size == 1 or (is_signal and exception.on_all_ranks)
+        asks_to_requeue = is_signal and requeues(trainer, exception.signum)
+        loops = self.consistent_loops(trainer)
+        if loops is not None and (together or not is_sharded(pl_module)):
+            self.saved_loops = loops
+            path = None
+            if asks_to_requeue:
+                root = trainer.default_root_dir
+                path = trainer._checkpoint_connector.hpc_save_path(root)
+            try:
+                self.save(trainer, path, together)
+            except Exception as error:  # the first error is the one to report
+                rank_zero_warn(f"the state of step {trainer.global_step} was not saved: {error}")
+        if asks_to_requeue and trainer.is_global_zero:
+            requeue()
+        if is_signal and not trainer.is_global_zero:
+            wait_for_rank_zero()
+
+    def consistent_loops(self, trainer: L.Trainer) -> dict[str, Any] | None:
+        """Return the loops' state that belongs to the weights; None in the middle of a step."""
+        if trainer.state.fn != "fit" or trainer.fast_dev_run or trainer.global_step == 0:
+            return None
+        if self.updating == trainer.global_step:
+            return None
+        if self.step == trainer.global_step:
+            return self.loops
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        return trainer.fit_loop.state_dict() if batches.processed == batches.ready else None
+
+    def save(self, trainer: L.Trainer, path: str | None = None, together: bool = True) -> None:
+        """Save the state unless it is in the newest checkpoint already.
+
+        Args:
+            trainer: trainer of the run.
+            path: the file; None: the name that the ModelCheckpoint gives, with `last.ckpt` as a
+                link to it.
+            together: all ranks call this; otherwise rank zero saves without the others.
+        """
+        step, saver = trainer.global_step, self.saver
+        if trainer.fast_dev_run or step in (self.saved_step, saver._last_global_step_saved):
+            return
+        metrics = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(step)}
+        last = Path(saver.dirpath) / f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}"
+        if path is None:
+            logged = trainer.callback_metrics if together else {}  # reduces them over ranks
+            path = saver.format_checkpoint_name({**logged, **metrics})
+            saver.last_model_path, saver._last_checkpoint_saved = str(last), path
+        if saver.monitor is None:
+            saver._last_global_step_saved = step
+        if together:
+            trainer.save_checkpoint(path, weights_only=False)
+        elif trainer.is_global_zero:
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+        if saver._last_checkpoint_saved == path and trainer.is_global_zero:
+            link_to(Path(path), last)
+        self.saved_step = step
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the state of the loops at the end of the last step into an interrupted run's file."""
+        if self.saved_loops is not None:
+            checkpoint["loops"]["fit_loop"] = self.saved_loops
+
+
+def is_last_step(trainer: L.Trainer) -> bool:
+    """Whether the training ends with the present batch."""
+    last_epoch = trainer.max_epochs not in (None, -1) and (
+        trainer.current_epoch + 1 >= trainer.max_epochs
+    )
+    return (
+        trainer.should_stop
+        or 0 <= trainer.max_steps <= trainer.global_step
+        or (trainer.is_last_batch and last_epoch)
+    )
+
+
+def replace_link(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+    """Make `linkpath` a link to the checkpoint `filepath`, on rank zero."""
+    if trainer.is_global_zero:
+        link_to(Path(filepath), Path(linkpath))
+    trainer.strategy.barrier()
+
+
+def link_to(file: Path, link: Path) -> None:
+    """Make `link` a relative symbolic link to `file`; an older link is replaced in one step."""
+    if os.path.abspath(file) == os.path.abspath(link):
+        return
+    if link.is_dir() and not link.is_symlink():  # of a sharded run with save_last: true
+        os.rename(link, link.with_name(f"previous-{link.name}"))
+    link.parent.mkdir(parents=True, exist_ok=True)
+    partial = link.with_name(f".{link.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        partial.symlink_to(os.path.relpath(file, link.parent))
+    except OSError:  # Windows allows links to administrators only, some file systems none
+        shutil.copyfile(file, partial)
+    os.replace(partial, link)
