@@ -269,6 +269,7 @@ def test_epochs_of_limited_batches_do_not_break_a_step(fit):
     ("changed", "told"),
     [
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be 1"),
+        ({"log_every_n_steps": 0}, "log_every_n_steps=0 must be at least 1"),
         ({"accumulate_grad_batches": -2}, "accumulate_grad_batches=-2 must be 1"),
         ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "GradientAccumulationScheduler"),
         ({"overfit_batches": 3}, "overfit_batches=3 has no effect"),

@@ -168,6 +168,11 @@ class Transfusion(L.LightningModule):
         transformer = TransformerConfig(**transformer)
         unet = None if unet is None else UNetConfig(**unet)
         linear = None if linear is None else LinearConfig(**linear)
+        if num_codes is not None and linear is not None:
+            raise UserError(
+                f"linear has no effect with num_codes={num_codes}, whose images are tokens; leave "
+                "it out"
+            )
         if num_codes is not None:
             check_code_options(num_codes, patch_size, unet, transformer)
         elif unet is not None:

@@ -30,7 +30,7 @@ def check_trainer(trainer: L.Trainer) -> None:
 
     Raises:
         UserError: gradients are accumulated over fewer than 1 batch or over a number that changes,
-            the limit of gradients is negative, the precision is not supported, or the training
+            a limit or an interval is out of range, the precision is not supported, or the training
             data should repeat after a few batches.
     """
     if trainer.accumulate_grad_batches < 1:
@@ -52,6 +52,11 @@ def check_trainer(trainer: L.Trainer) -> None:
     if not 0 <= clip_val < math.inf:
         raise UserError(f"gradient_clip_val={clip_val} must be above 0, or 0 for no clipping")
     check_precision(trainer)
+    if trainer.log_every_n_steps < 1:
+        raise UserError(
+            f"log_every_n_steps={trainer.log_every_n_steps} must be at least 1 (barebones sets 0); "
+            "set logger to false to log nothing"
+        )
     epochs = trainer.check_val_every_n_epoch or 1
     if epochs > 1 and trainer.max_steps >= 0:
         raise UserError(
