@@ -180,6 +180,12 @@ CHANGES = [
     ({"rope_parameters": {"full_attention": {}}}, "rope_parameters that differ between layers"),
     ({"hidden_size": None}, "config.json lacks hidden_size"),
     ({"num_attention_heads": 0}, "config.json lacks num_attention_heads"),
+    ({"architectures": "LlamaForCausalLM"}, "has architectures='LlamaForC.* of type list"),
+    ({"num_hidden_layers": 10**30}, "num_hidden_layers=1000000.*, more than any language model"),
+    ({"vocab_size": 10**9}, "vocab_size=1000000000, more than any language model"),
+    ({"architectures": [1]}, r"architectures=\[1\] but only LlamaForCausalLM"),
+    ({"rope_parameters": [1]}, r"has rope_parameters=\[1\] but needs a value of type dict"),
+    ({"rope_theta": "1e4"}, r"has rope_theta='1e4' but needs a value of type int \| float"),
 ]
 
 
@@ -190,7 +196,12 @@ def test_options_that_change_the_function_are_refused(change, message):
     config_from_hf(hf_config(**dict.fromkeys(change.keys() - {*REQUIRED})))
 
 
-REQUIRED = ("hidden_size", "num_attention_heads")  # null is accepted for every other option
+REQUIRED = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)  # null is accepted for every other option
 
 
 @pytest.mark.parametrize("layers", [[0, 1, 1], [1, 0, 0], [1, 0, 1, 1, 0]])

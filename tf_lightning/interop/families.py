@@ -151,6 +151,24 @@ SIZE_NAMES = {  # Hugging Face's name: ours
     "num_attention_heads": "num_heads",
     "intermediate_size": "ffn_dim",
 }
+MAX_SIZE, MAX_SIZES = 10**7, {"num_hidden_layers": 1000}  # refused before memory is taken
+KINDS = {  # of the other values that are read, where they are not null
+    "model_type": str,
+    "architectures": list,
+    "layer_types": list,
+    "no_rope_layers": list,
+    "no_rope_layer_interval": int,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "sliding_window": int,
+    "use_sliding_window": bool,
+    "tie_word_embeddings": bool,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+    "rope_theta": int | float,
+    "rms_norm_eps": int | float,
+    "original_max_position_embeddings": int | float,
+}
 ROPE_SCALING_NAMES = {  # Hugging Face's name: ours, by rope_type
     "linear": {"factor": "factor"},
     "llama3": {
@@ -173,9 +191,16 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
     Raises:
         UserError: the architecture or one of its options is not supported.
     """
+    _check_kinds(config)
     family = _family(config)
     if absent := [name for name in SIZE_NAMES if not _is_size(config.get(name))]:
         raise UserError(f"config.json lacks {', '.join(absent)}; download it again")
+    for name in SIZE_NAMES:
+        if config[name] > MAX_SIZES.get(name, MAX_SIZE):
+            raise UserError(
+                f"config.json has {name}={config[name]}, more than any language model; download it "
+                "again"
+            )
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if original := config.get("original_max_position_embeddings"):
         rope["original_max_position_embeddings"] = original  # transformers prefers it
@@ -199,6 +224,17 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
     )
 
 
+def _check_kinds(config: Mapping[str, Any]) -> None:
+    for name, kind in KINDS.items():
+        value = config.get(name)
+        if value is not None and not isinstance(value, kind):
+            expected = getattr(kind, "__name__", kind)
+            raise UserError(
+                f"config.json has {name}={value!r} but needs a value of type {expected}; download "
+                "it again"
+            )
+
+
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and value > 0
 
@@ -218,7 +254,7 @@ def _family(config: Mapping[str, Any]) -> Family:
         )
     family = FAMILIES[model_type]
     architectures = config.get("architectures") or [f"{family.name}ForCausalLM"]
-    if architectures[0].lower() != f"{family.name}ForCausalLM".lower():
+    if str(architectures[0]).lower() != f"{family.name}ForCausalLM".lower():
         raise UserError(
             f"the checkpoint has architectures={architectures} but only {family.name}ForCausalLM "
             f"is supported for model_type={model_type!r}; give a causal language model"
@@ -238,7 +274,10 @@ def _check_fixed_options(config: Mapping[str, Any]) -> None:
 
 def _check_layers(config: Mapping[str, Any]) -> None:
     """Refuse layers of other kinds, and packed weights."""
-    others = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    others = {str(kind) for kind in config.get("layer_types") or ()} - {
+        "full_attention",
+        "sliding_attention",
+    }
     if others:
         raise UserError(
             f"the checkpoint has layer_types with {', '.join(sorted(map(repr, others)))} but only "
@@ -279,7 +318,7 @@ def _nope_interval(config: Mapping[str, Any]) -> int | None:
     first = has_rope.index(False) + 1
     if first < 2 or has_rope != [bool((i + 1) % first) for i in range(num_layers)]:
         raise UserError(
-            f"the checkpoint has no_rope_layers={config['no_rope_layers']} but only one layer "
+            f"the checkpoint has no_rope_layers={list(map(int, has_rope))} but only one layer "
             "without rotary positions in every n, the last of them, is supported; give another "
             "model"
         )
@@ -287,7 +326,7 @@ def _nope_interval(config: Mapping[str, Any]) -> int | None:
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    rope_type = str(rope.get("rope_type") or rope.get("type") or "default")
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise UserError(
             "the checkpoint has rope_parameters that differ between layers but only one set is "
