@@ -11,11 +11,11 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from tf_lightning.autoencoder.recorded import with_data
 from tf_lightning.batch import Batch, pack, unpack
-from tf_lightning.checkpoint import read_checkpoint, select_weights
+from tf_lightning.checkpoint import select_weights
 from tf_lightning.data.stream import as_batches
 from tf_lightning.errors import UserError
 from tf_lightning.hub import is_hub_name
@@ -23,6 +23,7 @@ from tf_lightning.interop.export import read_weights
 from tf_lightning.interop.llama import LanguageModel, open_language_model
 from tf_lightning.model.attention import build_attention
 from tf_lightning.model.transformer import with_modality_weights
+from tf_lightning.model.transfusion import build_network
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 from tf_lightning.training.module import Transfusion, same_tokenizer
 
@@ -62,15 +63,13 @@ class InitFrom(L.Callback):
     def before_training(self, model: Transfusion, data: L.LightningDataModule) -> None:
         """Check that the checkpoint fits this run before any data is prepared.
 
-        Only file headers are read.
-
         Raises:
-            UserError: the checkpoint does not exist, or the language model's tokenizer or sizes do
-                not fit this run.
+            UserError: the checkpoint is missing or damaged, or its sizes, or those of a language
+                model or its tokenizer, do not fit this run.
         """
         if not self.is_language_model:
-            if not Path(self.checkpoint).exists():
-                read_checkpoint(self.checkpoint)  # raises the error for a missing file
+            weights = select_weights(read_weights(self.checkpoint)["state_dict"])[0]
+            check_shapes(model, self._complete(weights, model))
             return
         source = open_language_model(self.checkpoint)
         source.check(model.config, getattr(data, "row_length", None))
@@ -113,15 +112,44 @@ class InitFrom(L.Callback):
             with_data(checkpoint["image_codec"], module.image_codec)
         return select_weights(checkpoint["state_dict"])[0]
 
-    def _load(self, module: Transfusion, weights: dict[str, Tensor]) -> None:
-        """Load `weights` into the network and its EMA weights; other weights are unchanged."""
-        weights = with_modality_weights(weights, module.net.state_dict())
+    def _complete(self, weights: dict[str, Tensor], module: Transfusion) -> dict[str, Tensor]:
+        """Choose the weights to load, and add those of the network that `weights` leave out."""
+        own = empty_network(module) if module.net is None else module.net
+        weights = with_modality_weights(weights, own.state_dict())
         if self.transformer_only:
             weights = {n: w for n, w in weights.items() if n.startswith("transformer.")}
         if self.is_language_model or self.transformer_only:
-            weights = module.net.state_dict() | weights
+            weights = own.state_dict() | weights
+        return weights
+
+    def _load(self, module: Transfusion, weights: dict[str, Tensor]) -> None:
+        """Load `weights` into the network and its EMA weights; other weights are unchanged."""
+        weights = self._complete(weights, module)
         prefixes = ["net."] + (["ema."] if module.ema is not None else [])
         module.load_state_dict({p + name: w for p in prefixes for name, w in weights.items()})
+
+
+def empty_network(module: Transfusion) -> nn.Module:
+    """Build the network of a module without memory for its weights."""
+    with torch.device("meta"):
+        return build_network(module.hparams)
+
+
+def check_shapes(module: Transfusion, weights: dict[str, Tensor]) -> None:
+    """Refuse weights whose names or shapes are not those of a module's network.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    wanted = {name: tuple(w.shape) for name, w in empty_network(module).state_dict().items()}
+    found = {name: tuple(w.shape) for name, w in weights.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            theirs, ours = (shapes.get(name, "missing") for shapes in (found, wanted))
+            raise UserError(
+                f"the checkpoint of init_from does not fit this model: {name} is {theirs} there "
+                f"and {ours} here; give the model the checkpoint's options"
+            )
 
 
 def load_report(source: LanguageModel, module: Transfusion) -> str:

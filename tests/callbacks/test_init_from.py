@@ -55,6 +55,20 @@ def test_a_run_starts_from_the_ema_weights_of_another(run, tmp_path, checkpoint)
     assert not torch.equal(theirs[f"net.{name}"], theirs[f"ema.{name}"])
 
 
+def test_sizes_that_differ_are_refused_before_data_is_prepared(
+    run, tmp_path, checkpoint, monkeypatch, capsys
+):
+    def wider(config: dict) -> None:
+        config["model"]["transformer"]["ffn_dim"] = 64
+
+    monkeypatch.setattr("tf_lightning.data.Mixture.prepare_data", lambda self: pytest.fail("late"))
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", str(write_config(run, tmp_path, checkpoint, wider))])
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 1
+    assert "feed_forward.w1.weight is (48, 32) there and (64, 32) here" in error
+
+
 def test_only_the_transformer_may_be_loaded(run, tmp_path, checkpoint):
     """As MonoFormer starts from a language model: the image side differs and is new."""
 
