@@ -125,7 +125,7 @@ def test_a_resumed_run_continues_from_its_own_checkpoint(run, tmp_path, checkpoi
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c["model"]["transformer"].update(ffn_dim=40), "do not fit this model"),
+        (lambda c: c["model"]["transformer"].update(ffn_dim=40), "does not fit this model"),
         (lambda c: c["data"]["init_args"]["sources"].pop("text"), "tokenizer is not the one"),
     ],
 )
