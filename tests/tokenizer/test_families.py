@@ -124,6 +124,23 @@ def test_tokens_that_only_the_configuration_names_are_added_as_by_transformers(t
     assert number in ids and ids == theirs.encode("a <|extra|> b", add_special_tokens=False)
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"a": {}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {}}}),
+        ("tokenizer_config.json", {"eos_token": []}),
+        ("tokenizer.json", {"added_tokens": [{}]}),
+        ("config.json", {"pad_token_id": []}),
+    ],
+)
+def test_damaged_values_are_refused_in_one_sentence(tmp_path, file, change):
+    folder = make_folder(tmp_path, llama2)
+    edit_json(folder / file, change)
+    with pytest.raises(UserError, match="tokenizer files in .* are damaged .*Error.*download them"):
+        Tokenizer(folder)
+
+
 def both_files(folder: Path) -> Tokenizer:
     """Write tokenizer.model and the same vocabulary as tokenizer.json; return the former."""
     from transformers import AutoTokenizer

@@ -140,6 +140,18 @@ def read_pretrained(path: str | Path) -> bytes:
     size = config.get("vocab_size")
     if not isinstance(size, int):
         raise UserError(f"{folder}/config.json lacks vocab_size; download it again")
+    try:
+        return _read_folder(folder, size, config, is_json)
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the tokenizer files in {folder} are damaged ({type(error).__name__}: {error}); "
+            "download them again"
+        ) from error
+
+
+def _read_folder(folder: Path, size: int, config: dict[str, Any], is_json: bool) -> bytes:
     if (folder / "tokenizer.model").is_file() and not is_json:
         num_pieces = _num_pieces(folder)
         if not _adds_tokens(folder / "tokenizer.json", num_pieces):
