@@ -81,6 +81,8 @@ def test_prompts_begin_after_the_byte_order_mark_and_end_at_line_ends(tmp_path):
     ]
     (tmp_path / "a.jsonl").write_text('\ufeff["a\u2028b"]\n', encoding="utf-8")
     assert read_prompts(tmp_path / "a.jsonl") == [[("text", "a\u2028b")]]
+    (tmp_path / "a.json").write_text(json.dumps(["a circle", {"parts": ["a square"]}], indent=1))
+    assert read_prompts(tmp_path / "a.json") == [[("text", "a circle")], [("text", "a square")]]
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), RuntimeError("torch")])

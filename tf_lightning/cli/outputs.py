@@ -24,7 +24,7 @@ from tf_lightning.checkpoint import find_checkpoint
 from tf_lightning.cli.parser import flag
 from tf_lightning.data.documents import BadSample, RawDocument
 from tf_lightning.data.images import load_image
-from tf_lightning.data.readers.formats import parse_json
+from tf_lightning.data.readers.formats import parse_json, parse_record, read_records
 from tf_lightning.data.readers.interleaved import parse_parts
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
@@ -124,6 +124,8 @@ def describe(
 def read_prompts(file: Path) -> list[Parts]:
     """Read one prompt from each line: a text, or the parts of a document in a .jsonl file.
 
+    A .json file is an array of such prompts.
+
     Raises:
         UserError: the file is no text file, holds no prompts, or a line cannot be parsed.
     """
@@ -134,10 +136,12 @@ def read_prompts(file: Path) -> list[Parts]:
         raise UserError(f"{file} is not a text file; give one prompt in each line") from error
     if not lines:
         raise UserError(f"{file} has no prompts; give one in each line")
-    if file.suffix != ".jsonl":
+    if file.suffix not in (".json", ".jsonl"):
         return [[("text", line)] for line in lines]
     try:
-        parsed = [parse_parts(parse_json(line)) for line in lines]
+        records = read_records(file) if file.suffix == ".json" else map(parse_json, lines)
+        records = list(map(parse_record, records))
+        parsed = [[("text", r)] if isinstance(r, str) else parse_parts(r) for r in records]
     except BadSample as error:
         raise UserError(f"{file} has a {error}; see `tf-lightning generate --help`") from error
     if [] in parsed:

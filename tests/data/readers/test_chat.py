@@ -176,6 +176,7 @@ LAYOUTS = {
     "UltraChat": {"data": TALK},
     "messages": {"messages": MESSAGES},
     "a list of messages": MESSAGES,
+    "messages as JSON": {"conversations": json.dumps(MESSAGES)},
     "ShareGPT": share_gpt(*TALK),
     "ShareGPT that begins with an answer": {
         "conversations": [{"from": "gpt", "value": "hello"}, *share_gpt(*TALK)["conversations"]]
@@ -239,7 +240,7 @@ def test_conversations_in_arrays_and_packed(form, tmp_path):
     records = [share_gpt(*TALK), {"messages": MESSAGES}]
     file = tmp_path / {".gz": "a.jsonl.gz", "parquet": "a.parquet"}.get(form, "a.json")
     if form == "parquet":
-        write_parquet(file, [{"messages": MESSAGES}] * 2)
+        write_parquet(file, [{"messages": MESSAGES}, {"messages": MESSAGES}])
     elif form == ".gz":
         write_lines(file, records)
     else:

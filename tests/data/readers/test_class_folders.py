@@ -96,8 +96,14 @@ def test_the_prompt_is_in_the_loss_only_if_asked_and_boi_always(imagenet, tmp_pa
 def test_a_bad_prompt_or_names_file_is_a_user_error(imagenet):
     with pytest.raises(UserError, match="no place for the class's name"):
         source(imagenet, prompt="an image")
-    for names, words in (("none.txt", "cannot be read"), ("empty.txt", "names no class")):
-        (imagenet / "empty.txt").write_text("\n")
+    (imagenet / "empty.txt").write_text("\n")
+    (imagenet / "twice.txt").write_text("n1 cat\nn2 dog\nn1 cow")
+    faults = {
+        "none.txt": "cannot be read",
+        "empty.txt": "names no class",
+        "twice.txt": "names 'n1' twice",
+    }
+    for names, words in faults.items():
         with pytest.raises(UserError, match=words):
             source(imagenet, names=f"{imagenet}/{names}").fingerprint("train")
 

@@ -181,6 +181,10 @@ def test_images_with_a_text_file_beside_each(path, beside):
     [
         ("cc.tsv", "filepath\ttitle\n00000/0.png\tred\n00000/1.png\tlime\n"),
         ("captions.txt", "image,caption\n00000/0.png,red\n00000/1.png,lime\n"),
+        ("results.csv", "image_name| comment_number| comment\n00000/0.png| 0| red\n"
+                        "00000/1.png| 0| lime"),
+        ("a.jsonl", '{"IMAGE": "00000\\\\0.png", "TEXT": "red"}\n'
+                    '{"IMAGE": "00000/1.png", "TEXT": "lime"}'),
         ("a.csv", BOM + "file_name;text\r\n00000/0.png;red\r\n00000/1.png;lime\r\n"),
         ("a.json", '[{"image": "00000/0.png", "text": "red"},'
                    ' {"image": "00000/1.png", "text": "lime"}]'),
@@ -191,6 +195,19 @@ def test_images_with_a_text_file_beside_each(path, beside):
 def test_tables_of_captions(name, content, beside):
     (beside.parent / name).write_text(content)
     assert captions(str(beside.parent / name)) == [RED, LIME]
+
+
+def test_a_column_given_twice_is_refused(beside):
+    (beside.parent / "a.csv").write_text("image,text,text\n00000/0.png,red,lime\n")
+    assert captions(f"{beside.parent}/a.csv") == [Skipped("table with two columns 'text'")]
+
+
+def test_annotations_without_captions_name_their_keys(tmp_path):
+    content = {"images": [{"id": 1, "file_name": "a.png"}],
+               "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}] * 3}  # fmt: skip
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    (skipped,) = captions(f"{tmp_path}/instances.json")
+    assert skipped.reason.startswith("no caption: found bbox, image_id; wanted one of caption")
 
 
 def test_columns_can_be_chosen(beside):
@@ -387,7 +404,9 @@ def test_keys_of_text_can_be_chosen(tmp_path):
     data = TextData(str(file), val_fraction=0, text_key="body", cache_dir="none")
     assert read(data.sources["text"]) == [["one"]]
     (skipped,) = read(TextFiles(str(file), val_fraction=0))
-    assert skipped == Skipped("'text' that is not a text but int")
+    assert skipped == Skipped("text that is of type int")
+    (tmp_path / "a.csv").write_text("id,text\n1,one\n")
+    assert read(TextFiles(f"{tmp_path}/a.csv", val_fraction=0)) == [["one"]]
 
 
 def test_the_format_is_read_from_the_content(tmp_path):

@@ -15,7 +15,7 @@ If an image has several captions, each epoch draws one of them.
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,6 +41,7 @@ from tf_lightning.data.readers.formats import (
     column_names,
     decode_text,
     file_format,
+    first_present,
     format_by_name,
     is_ignored,
     json_items,
@@ -69,12 +70,8 @@ IMAGE_KEYS = (
 )  # fmt: skip
 CAPTION_KEYS = (
     "text", "caption", "prompt", "txt", "captions", "title", "description", "sentences", "raw",
+    "comment",
 )  # fmt: skip
-
-
-def first_present(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """Return the value of the first name that a row has, or None."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def parse_caption(row: Any, caption_key: str | None = None) -> str:
@@ -91,9 +88,9 @@ def parse_caption(row: Any, caption_key: str | None = None) -> str:
     keys = (caption_key,) if caption_key else CAPTION_KEYS
     caption = row
     if isinstance(row, dict):
-        if not any(key in row for key in keys):
-            raise BadSample(missing("caption", row, keys, "caption_key"))
         caption = first_present(row, keys)
+        if caption is None and not any(key in row for key in keys):
+            raise BadSample(missing("caption", row, keys, "caption_key"))
         if isinstance(caption, str) and caption == row.get("captions") and caption[:1] in "{[":
             caption = parse_json(caption)
     texts = list(_texts(caption))
@@ -308,7 +305,7 @@ def coco(
     files: dict[Any, Any] = {}
     twice: set[Any] = set()
     captions: dict[Any, list[str]] = {}
-    damage = None
+    found, damage = None, None
     try:
         for key, item in json_items(file):
             if key == "images" and item != []:
@@ -319,6 +316,7 @@ def coco(
             elif key == "annotations" and item != []:
                 texts = captions.setdefault(str(item["image_id"]), [])
                 texts.append(item.get(caption_key or "caption"))
+                found = found or item.keys()
     except BadSample as error:
         damage = error
     except (KeyError, TypeError, AttributeError) as error:
@@ -328,6 +326,9 @@ def coco(
     for image_id, texts in captions.items():
         if image_id in twice:
             yield image_id, BadSample("id of two images, so it is unknown which one is right")
+        elif texts.count(None) == len(texts):
+            wanted = [caption_key or "caption"]
+            yield image_id, BadSample(missing("caption", found, wanted, "caption_key"))
         else:
             yield image_id, (folder, {"image": files.get(image_id), "caption": texts})
     if damage:

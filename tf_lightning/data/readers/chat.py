@@ -219,8 +219,11 @@ def _turns(record: Any, messages_key: str | None) -> list:
         raise BadSample("line that is not a JSON object")
     keys = (messages_key,) if messages_key else (*MESSAGES_KEYS, "data")
     for key in keys:
-        if isinstance(record.get(key), list):
-            return record[key]
+        turns = record.get(key)
+        if isinstance(turns, str) and turns[:1] == "[":  # JSON in a column of texts
+            turns = parse_record(turns.encode("utf-8", "surrogatepass"))
+        if isinstance(turns, list):
+            return turns
     question = next((record[key] for key in QUESTION_KEYS if record.get(key)), None)
     reply = next((record[key] for key in ANSWER_KEYS if record.get(key)), None)
     if isinstance(question, str) and isinstance(reply, str) and not messages_key:

@@ -261,7 +261,7 @@ def as_image_file(value: Any, folder: Path) -> bytes | Path | None:
         return _decode_data_url(value)
     if value.startswith(("http://", "https://")):
         raise BadSample("image that is only a URL; download the images, such as with img2dataset")
-    return folder / value.removeprefix("file://")
+    return folder / value.removeprefix("file://").replace("\\", "/")  # paths of Windows
 
 
 NO_IMAGE = ("", "None", "none", "null", "nan")  # written for a missing image

@@ -74,7 +74,11 @@ def read_names(file: str) -> dict[str, str]:
             f"{file} cannot be read; give a file of lines 'n01440764 tench', or names: null"
         ) from error
     pairs = (line.split(maxsplit=1) for line in lines)
-    names = {pair[0]: pair[1].split(",")[0].strip() for pair in pairs if len(pair) == 2}
+    names: dict[str, str] = {}
+    for folder, text in (pair for pair in pairs if len(pair) == 2):
+        name = text.split(",")[0].strip()
+        if names.setdefault(folder, name) != name:
+            raise UserError(f"{file} names {folder!r} twice; keep one of the lines")
     if not names:
         raise UserError(f"{file} names no class; it needs lines such as 'n01440764 tench'")
     return names

@@ -16,7 +16,8 @@ import json
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -437,7 +438,10 @@ def read_csv(file: Path) -> Iterator[dict[str, str]]:
         lines = (decode_text(line) for line in read_lines(file))
         header = next(lines, "")
         delimiter = max("\t,;|", key=header.count)
-        yield from csv.DictReader(chain([header], lines), delimiter=delimiter)
+        options = {"delimiter": delimiter, "skipinitialspace": True}
+        rows = csv.DictReader(chain([header], lines), **options)
+        check_unique(rows.fieldnames or [])
+        yield from rows
     except csv.Error as error:
         raise BadSample(DAMAGED_FILE) from error
 
@@ -461,14 +465,33 @@ def read_parquet(
         with parquet.ParquetFile(
             file, page_checksum_verification=True, buffer_size=2**20, pre_buffer=False
         ) as table:
-            found = [name for name in columns if name in table.schema_arrow.names]
+            names, columns = table.schema_arrow.names, list(columns)
+            found = [name for name in names if name in columns or name.lower() in columns]
             if not found:
-                raise BadSample(missing("column", table.schema_arrow.names, columns, option))
+                raise BadSample(missing("column", names, columns, option))
+            check_unique(found)
             for batch in table.iter_batches(_rows_at_once(table), columns=found):
                 for number in range(len(batch)):
                     yield _row(batch.slice(number, 1))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise BadSample(DAMAGED_FILE) from error
+
+
+def check_unique(names: Iterable[str]) -> None:
+    """Raise BadSample if a table has two columns of one name: it is unknown which one is right."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise BadSample(f"table with two columns {str(twice[0])[:40]!r}")
+
+
+def first_present(row: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """Return the value of the first name that a row has, in any case; None if it has none."""
+    names = list(names)
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    lower = {key.lower(): value for key, value in row.items() if isinstance(key, str)}
+    return next((lower[name] for name in names if lower.get(name) is not None), None)
 
 
 def column_names(file: Path) -> list[str]:
@@ -499,11 +522,18 @@ def _row(batch: pyarrow.RecordBatch) -> dict[str, Any] | BadSample:
 
 
 def _rows_at_once(table: parquet.ParquetFile) -> int:
-    """Choose the rows of a batch so that it has about BATCH_BYTES."""
+    """Choose the rows of a batch so that it has about BATCH_BYTES.
+
+    A value that many rows share is stored once, and only a hostile file gains much by it.
+    """
     rows = max(table.metadata.num_rows, 1)
-    groups = (table.metadata.row_group(i) for i in range(table.metadata.num_row_groups))
-    size = sum(group.total_byte_size for group in groups) // rows + 1
-    return max(1, min(ROWS_AT_ONCE, BATCH_BYTES // size))
+    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    packed = sum(column.total_compressed_size for column in columns)
+    size = sum(column.total_uncompressed_size for column in columns)
+    if size > MAX_RATIO * packed:
+        return 1
+    return max(1, min(ROWS_AT_ONCE, BATCH_BYTES // (size // rows + 1)))
 
 
 def missing(what: str, found: Iterable[str], wanted: Iterable[str], option: str = "") -> str:

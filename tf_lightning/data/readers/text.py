@@ -9,8 +9,10 @@ from tf_lightning.data.documents import BadSample, RawDocument
 from tf_lightning.data.readers.files import FileSource
 from tf_lightning.data.readers.formats import (
     file_format,
+    first_present,
     missing,
     parse_record,
+    read_csv,
     read_parquet,
     read_records,
     read_text,
@@ -22,7 +24,7 @@ TEXT_KEYS = ("text", "content", "raw_content")
 
 @dataclass(eq=False)
 class TextFiles(FileSource):
-    """Text: each plain text file, JSON record and row of parquet is a document.
+    """Text: each plain text file, JSON record and row of CSV or parquet is a document.
 
     JSON records are the lines of a file, or the items of one array. The content of a file decides
     what it is. All but parquet may be compressed (.gz, .zst, .bz2, .xz).
@@ -51,11 +53,14 @@ class TextFiles(FileSource):
             case "json":
                 for number, record in enumerate(read_records(file)):
                     yield str(number), record
+            case "csv":
+                for number, row in enumerate(read_csv(file)):
+                    yield str(number), row
             case "parquet":
                 for number, row in enumerate(read_parquet(file, self._keys, "text_key")):
                     yield str(number), row
             case _:
-                raise refuse(file, "text is read from .txt, .jsonl, .json and .parquet files")
+                raise refuse(file, "text is read from .txt, .jsonl, .json, .csv and .parquet files")
 
     def document(self, sample: Any) -> RawDocument:
         """See `FileSource.document`."""
@@ -64,9 +69,9 @@ class TextFiles(FileSource):
             return [record]
         if not isinstance(record, dict):
             raise BadSample("line that is not a JSON object")
-        key = next((key for key in self._keys if record.get(key) is not None), None)
-        if key is None:
+        text = first_present(record, self._keys)
+        if text is None:
             raise BadSample(missing("text", record, self._keys, "text_key"))
-        if not isinstance(record[key], str):
-            raise BadSample(f"{key!r} that is not a text but {type(record[key]).__name__}")
-        return [record[key]]
+        if not isinstance(text, str):
+            raise BadSample(f"text that is of type {type(text).__name__}")
+        return [text]
