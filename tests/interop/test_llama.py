@@ -112,6 +112,15 @@ def test_a_shard_without_the_tensors_of_its_index_is_refused(tmp_path):
         open_language_model(tmp_path)
 
 
+@pytest.mark.parametrize("file", [5, "../model.safetensors", ""])
+def test_an_index_names_only_files_beside_it(tmp_path, file):
+    tiny().save_pretrained(tmp_path, max_shard_size="10KB")
+    index = tmp_path / "model.safetensors.index.json"
+    edit_json(index, {"weight_map": json.loads(index.read_text())["weight_map"] | {"a": file}})
+    with pytest.raises(UserError, match="which is no file beside it; download it again"):
+        open_language_model(tmp_path)
+
+
 def test_new_rows_are_the_mean_row():
     weight = torch.randn(5, 3)
     extended = extend_rows(weight, 7)
