@@ -163,7 +163,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
         raise UserError(f"{index} has no weight_map; download it again")
     files: dict[Path, set[str]] = {}
     for name, file in sorted(weight_map.items()):
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
             raise UserError(
                 f"{index} names {file!r}, which is no file beside it; download it again"
             )
