@@ -38,7 +38,7 @@ class GradientNorms(L.Callback):
         if not interval or (trainer.global_step + 1) % interval:
             return
         batches = as_batches(batch)
-        counts = pl_module.step_counts(batches)
+        counts, norms = pl_module.step_counts(batches), {}
         for name in pl_module.loss_names:
             pl_module.zero_grad()
             scale = 1.0
@@ -48,7 +48,10 @@ class GradientNorms(L.Callback):
                     loss = pl_module.loss_shares(sums, counts)[name]
                 scale = backward(trainer, loss)
             norm = gradient_norm(pl_module.net) / scale
-            pl_module.log(f"train/grad_norm_{name.removeprefix('loss_')}", norm, batch_size=1)
+            norms[f"train/grad_norm_{name.removeprefix('loss_')}"] = norm.item()
+        # `self.log` would repeat the values at every log until the next measurement.
+        for logger in trainer.loggers:
+            logger.log_metrics(norms, step=trainer.global_step)
 
 
 def backward(trainer: L.Trainer, loss: Tensor) -> float:

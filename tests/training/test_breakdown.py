@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from callbacks.gradient_norms import GradientNorms
 from support.tiny import SIZES, code_batch, document, packed, tiny_module
@@ -74,11 +75,22 @@ def test_codes_are_counted_by_source(monkeypatch):
     assert set(means) == {f"{s}/{loss}" for s in "ab" for loss in ("loss_lm", "loss_codes")}
 
 
-class Record(L.Callback):
-    """Keeps what each step logs and the gradient of the whole loss."""
+class Lines(DummyLogger):
+    """Keeps what is logged."""
 
     def __init__(self):
-        self.logged, self.norms, self.of_text = [], [], []
+        super().__init__()
+        self.lines = []
+
+    def log_metrics(self, metrics, step=None):
+        self.lines.append({"step": step, **metrics})
+
+
+class Record(L.Callback):
+    """Keeps the norm of the whole gradient and that of the text's loss at each step."""
+
+    def __init__(self):
+        self.norms, self.of_text = [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         sums = [pl_module.loss_sums(pl_module.net, part).nll for part in batch]
@@ -90,9 +102,6 @@ class Record(L.Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         squares = [p.grad.square().sum() for p in pl_module.net.parameters()]
         self.norms.append(torch.stack(squares).sum().sqrt().item())
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.logged.append({k: v.item() for k, v in trainer.logged_metrics.items()})
 
 
 def test_gradient_norms_are_those_of_each_loss_and_change_nothing(tmp_path):
@@ -109,7 +118,7 @@ def test_gradient_norms_are_those_of_each_loss_and_change_nothing(tmp_path):
         record = Record()
         trainer = L.Trainer(
             **{"accelerator": "cpu", "max_steps": 4, "default_root_dir": tmp_path},
-            **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
+            **{"logger": Lines(), "enable_progress_bar": False, "enable_model_summary": False},
             **{"enable_checkpointing": False, "limit_val_batches": 0, "log_every_n_steps": 1},
             **{"use_distributed_sampler": False, "accumulate_grad_batches": 2},
             callbacks=[*callbacks, record],
@@ -117,18 +126,20 @@ def test_gradient_norms_are_those_of_each_loss_and_change_nothing(tmp_path):
         trainer.fit(module, data)
         runs[bool(callbacks)] = record
     assert runs[True].norms == runs[False].norms
-    measured = [
-        (logged.get("train/grad_norm_lm"), logged.get("train/grad_norm_diffusion"))
-        for logged in runs[True].logged
-    ]
-    assert [lm is not None for lm, _ in measured] == [False, True, True, True]  # kept until step 4
-    assert measured[1] == measured[2] != measured[3]
-    of_text = runs[True].of_text
+
+    def logged(name: str) -> dict[int, float]:
+        """The values of a curve by step."""
+        return {line["step"]: line[name] for line in trainer.logger.lines if name in line}
+
+    norms = [logged(f"train/grad_norm_{loss}") for loss in ("lm", "diffusion")]
+    assert [list(values) for values in norms] == [[1, 3]] * 2 and list(logged("train/loss"))[0] == 0
     for step in (1, 3):
-        assert measured[step][0] == pytest.approx(of_text[step], rel=1e-5)
-        lm, diffusion = measured[step]
-        whole = runs[True].norms[step]
-        assert abs(lm - 2 * diffusion) <= whole <= lm + 2 * diffusion
-    names = set(runs[False].logged[-1])
-    assert {"train/text/loss_lm", "train/captions/loss_diffusion"} <= names
-    assert any(name.startswith("train/loss_diffusion/t0.") for name in names)
+        lm, diffusion = (values[step] for values in norms)
+        assert lm == pytest.approx(runs[True].of_text[step], rel=1e-5)
+        assert abs(lm - 2 * diffusion) <= runs[True].norms[step] <= lm + 2 * diffusion
+    by_level = [f"train/loss_diffusion/t{t:.2f}-{t + 0.25:.2f}" for t in (0, 0.25, 0.5, 0.75)]
+    for step in range(4):  # a curve has no value at steps without an image
+        levels = any(step in logged(name) for name in by_level)
+        assert levels == (step in logged("train/captions/loss_diffusion"))
+    assert len(logged("train/text/loss_lm")) == 4
+    assert any(0 < len(logged(name)) < 4 for name in by_level)

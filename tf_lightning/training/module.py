@@ -362,7 +362,10 @@ class Transfusion(L.LightningModule):
         """Log the losses by source and by noise level, as means since the last log."""
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             means = self.breakdown.take_means(self.trainer.strategy.reduce)
-            self.log_dict({f"train/{name}": mean for name, mean in means.items()}, batch_size=1)
+            means = {f"train/{name}": mean for name, mean in means.items()}
+            # `self.log` would repeat the old value of a source that had no row since the last log.
+            for logger in self.trainer.loggers:
+                logger.log_metrics(means, step=self.trainer.global_step - 1)
 
     def loss_sums(self, net: TransfusionModel, batch: Batch, by_image: bool = False) -> LossSums:
         """Return the summed losses of a batch; see `losses.loss_sums`."""
