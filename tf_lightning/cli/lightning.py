@@ -20,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from tf_lightning.autoencoder.frozen import load_matching_autoencoder
@@ -42,6 +42,7 @@ from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.checkpoint_io import CheckedCheckpointIO
+from tf_lightning.training.fsdp import check_numbers
 from tf_lightning.training.interrupts import Interrupts, handled, interrupt
 from tf_lightning.training.last_checkpoint import LastCheckpoint, link_to
 from tf_lightning.training.missed_work import MissedWork, read_progress
@@ -478,6 +479,9 @@ class TransfusionCLI(LightningCLI):
         self.finished_step = None
         resumed = self.choose_checkpoint()
         self.config_init.fit.ckpt_path = resumed
+        is_sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if is_sharded and resumed and Path(resumed).is_file():
+            check_numbers(read_checkpoint(resumed, self.kind("fit"), mmap=True))
         for callback in self.trainer.callbacks:
             if not resumed and hasattr(callback, "before_training"):  # InitFrom
                 callback.before_training(self.model, self.datamodule)

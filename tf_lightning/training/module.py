@@ -10,7 +10,6 @@ from typing import Annotated
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics import SumMetric
 
@@ -53,7 +52,6 @@ from tf_lightning.ranges import (
 from tf_lightning.training.breakdown import LossBreakdown
 from tf_lightning.training.fsdp import (
     apply_fsdp,
-    check_numbers,
     number_states_by_module,
     reshard,
 )
@@ -202,15 +200,6 @@ class Transfusion(L.LightningModule):
         """
         check_trainer(trainer)
         check_strategy(trainer.strategy, shards=True)
-
-    def check_resume(self, trainer: L.Trainer, checkpoint: dict) -> None:
-        """Check that this run can continue a checkpoint.
-
-        Raises:
-            UserError: the checkpoint is of an older version, and the strategy is FSDP2.
-        """
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            check_numbers(checkpoint)
 
     @fp32_by_default()
     def configure_model(self) -> None:
