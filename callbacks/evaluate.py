@@ -20,7 +20,7 @@ from callbacks.metrics import ImageQuality, SampleMetric
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
 from callbacks.protocol import MetricRecord, prompts_hash, save_records
-from callbacks.results import is_trial, run_folder
+from callbacks.results import is_trial, run_folder, weights_step
 from callbacks.sampling import (
     Kind,
     SampleBatch,
@@ -210,6 +210,7 @@ class Evaluate(L.Callback):
             ValueError: the samples are not finite; it is raised on all ranks.
         """
         self.folder = run_folder(trainer)  # on every rank
+        self.step = weights_step(trainer, module)
         prompts = self.prompt_set.prompts(trainer.datamodule)
         pipe = TransfusionPipeline.from_module(module, ema=self.weights == "ema")
         for metric in self.metrics:
@@ -308,7 +309,7 @@ class Evaluate(L.Callback):
                 self.try_each(metrics, lambda metric, batch=batch: metric.update(batch))
                 if batch.indices.start == 0 and self.num_shown:  # rank zero's first batch
                     shown, tag = batch.first(self.num_shown), self.tag + suffix
-                    log_samples(trainer, self.folder, self.prompt_set, shown, tag)
+                    log_samples(trainer, self.folder, self.step, self.prompt_set, shown, tag)
 
         raise_on_all_ranks(trainer, update_metrics)
         self.share_failures(trainer)
@@ -335,7 +336,8 @@ class Evaluate(L.Callback):
             how = {"batch_size": len(self.texts), "progress": False, "sampling": sampling}
             ends = pipe(self.texts, output_modality="text", **how).texts
             rows = list(zip(self.texts, ends, strict=True))
-            log_table(trainer, self.folder, f"text/{self.tag}", ["beginning", "continuation"], rows)
+            columns = ["beginning", "continuation"]
+            log_table(trainer, self.folder, self.step, f"text/{self.tag}", columns, rows)
 
     def plot(self) -> Image.Image:
         """Plot each metric against the guidance scale."""
@@ -373,7 +375,7 @@ def count_real(prompts: PromptSet, data: L.LightningDataModule) -> int:
 
 
 def log_samples(
-    trainer: L.Trainer, folder: Path, prompts: PromptSet, batch: SampleBatch, tag: str
+    trainer: L.Trainer, folder: Path, step: int, prompts: PromptSet, batch: SampleBatch, tag: str
 ) -> None:
     """Show samples in the run's loggers, marked right or wrong where the prompt set can judge them.
 
@@ -399,9 +401,9 @@ def log_samples(
             for prompt, caption in zip(batch.prompts, batch.captions, strict=True)
         ]
         columns = ["reference captions", "generated caption"]
-        log_table(trainer, folder, f"captions/{tag}", columns, rows)
-    sheet = contact_sheet([(f"{title}, step {trainer.global_step}", tiles)], columns=2)
-    log_image(trainer, folder, title, sheet)
+        log_table(trainer, folder, step, f"captions/{tag}", columns, rows)
+    sheet = contact_sheet([(f"{title}, step {step}", tiles)], columns=2)
+    log_image(trainer, folder, step, title, sheet)
 
 
 def text_records(trainer: L.Trainer) -> list[MetricRecord]:

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tf_lightning.files import atomic_file
 
 
-def log_image(trainer: L.Trainer, folder: Path, tag: str, image: Image.Image) -> None:
+def log_image(trainer: L.Trainer, folder: Path, step: int, tag: str, image: Image.Image) -> None:
     """Give an image to all loggers; write `folder`/media/<tag>-step<N>.png if none takes it.
 
     Call it on rank zero.
@@ -21,10 +21,10 @@ def log_image(trainer: L.Trainer, folder: Path, tag: str, image: Image.Image) ->
     Args:
         trainer: trainer of the run.
         folder: folder for the file.
+        step: optimizer steps of the weights; see `results.weights_step`.
         tag: name of the image, such as "generated/val".
         image: RGB image.
     """
-    step = trainer.global_step
     if not any([give_image(logger, tag, image, step) for logger in trainer.loggers]):
         with atomic_file(media_file(folder, tag, step, ".png")) as file:
             image.save(file, format="PNG")
@@ -33,6 +33,7 @@ def log_image(trainer: L.Trainer, folder: Path, tag: str, image: Image.Image) ->
 def log_table(
     trainer: L.Trainer,
     folder: Path,
+    step: int,
     tag: str,
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -42,11 +43,11 @@ def log_table(
     Args:
         trainer: trainer of the run.
         folder: folder for the file.
+        step: optimizer steps of the weights; see `results.weights_step`.
         tag: name of the table, such as "captions/val".
         columns: the headings.
         rows: the cells.
     """
-    step = trainer.global_step
     if not any([give_table(logger, tag, columns, rows, step) for logger in trainer.loggers]):
         with atomic_file(media_file(folder, tag, step, ".md")) as file:
             file.write_text(markdown_table(columns, rows) + "\n", encoding="utf-8")

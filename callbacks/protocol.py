@@ -13,7 +13,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.prompts import Prompt
-from callbacks.results import run_folder
+from callbacks.results import run_folder, weights_step
 from evaluation.weights import file_hash
 from tf_lightning.files import atomic_file
 
@@ -88,7 +88,7 @@ def save_records(
     folder = run_folder(trainer)
     if not trainer.is_global_zero:
         return
-    step = trainer.global_step or module.loaded_step
+    step = weights_step(trainer, module)
     if trainer.state.fn == "fit":
         path = folder / f"metrics/step{step:07d}-{tag}.json"
         write_records(path, records, checkpoint=None, global_step=step)

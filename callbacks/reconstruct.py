@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 from callbacks.media import log_image
 from callbacks.metrics import load_extractor
 from callbacks.protocol import MetricRecord, save_records
-from callbacks.results import is_trial, run_folder
+from callbacks.results import is_trial, run_folder, weights_step
 from callbacks.sampling import check_module
 from evaluation.fid import FID
 from evaluation.image_scores import ImageScores
@@ -123,6 +123,7 @@ class Reconstruct(L.Callback):
             ids = outputs.ids[counted].flatten()
             self.counts += torch.bincount(ids, minlength=len(self.counts))
         if batch_idx == 0 and not trainer.sanity_checking:
+            self.step = weights_step(trainer, pl_module)
             self.show(trainer, images[: self.num_shown], reconstructed[: self.num_shown])
 
     def show(self, trainer: L.Trainer, images: Tensor, reconstructed: Tensor) -> None:
@@ -132,7 +133,13 @@ class Reconstruct(L.Callback):
         pairs = zip(images.split(8), reconstructed.split(8), strict=True)
         rows = [part for pair in pairs for part in pair]
         grid = make_grid(torch.cat(rows) / 2 + 0.5, nrow=min(8, len(images)))
-        log_image(trainer, self.folder, "reconstructions/val", to_pil_image(grid.cpu().clamp(0, 1)))
+        log_image(
+            trainer,
+            self.folder,
+            self.step,
+            "reconstructions/val",
+            to_pil_image(grid.cpu().clamp(0, 1)),
+        )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:
         """Log the values."""

@@ -21,6 +21,11 @@ def run_folder(trainer: L.Trainer) -> Path:
     return folder
 
 
+def weights_step(trainer: L.Trainer, module: L.LightningModule) -> int:
+    """Return the optimizer steps of the weights; outside `fit` the trainer's own count is 0."""
+    return trainer.global_step or module.loaded_step
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be written or created; nothing is created.
 

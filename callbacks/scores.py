@@ -80,6 +80,14 @@ class PrintScores(L.Callback):
         if trainer.global_step == trainer.log_every_n_steps + 1:
             check_train_monitors(trainer)
 
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the scores of an evaluation at the step of its weights.
+
+        Lightning would log them at step 0, where TensorBoard hides the curves of the training.
+        """
+        if trainer.state.fn != "fit" and (step := getattr(pl_module, "loaded_step", 0)):
+            pl_module.log("step", float(step - 1))  # the index of the last step, as in `fit`
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the scores on rank zero."""
         if trainer.sanity_checking:
@@ -92,6 +100,7 @@ class PrintScores(L.Callback):
         else:
             print_table(records)
 
+    on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import evaluate
 from callbacks.contact_sheet import WRONG
@@ -74,6 +75,15 @@ def test_validate_on_a_checkpoint_equals_the_validation_of_its_run(run, tmp_path
     assert of_the_run.read_bytes() == before
     table = capsys.readouterr().out
     assert table.count("val/fid[shapes]") == 1 and "val/text/perplexity" in table
+
+
+def test_an_evaluation_is_logged_at_the_step_of_its_weights(run, tmp_path):
+    validate(run, tmp_path)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [e.step for e in events.Scalars("val/fid[shapes]")] == [runs.MAX_STEPS - 1]
+    assert [e.step for e in events.Images("generated/val")] == [runs.MAX_STEPS]
+    in_fit = EventAccumulator(str(run)).Reload()
+    assert [e.step + 1 for e in in_fit.Scalars("val/fid[shapes]")][-1] == runs.MAX_STEPS
 
 
 def test_every_value_has_its_protocol(run, tmp_path):
@@ -367,8 +377,8 @@ class Writer:
 def logged(batch: SampleBatch) -> Writer:
     """The writer after samples were logged at step 9."""
     writer = Writer()
-    trainer = SimpleNamespace(loggers=[SimpleNamespace(experiment=writer)], global_step=9)
-    log_samples(trainer, None, ShapesPrompts(2), batch, "val")
+    trainer = SimpleNamespace(loggers=[SimpleNamespace(experiment=writer)])
+    log_samples(trainer, None, 9, ShapesPrompts(2), batch, "val")
     return writer
 
 

@@ -62,9 +62,9 @@ class Mlflow(Recorder):
 
 def give(folder, *loggers) -> None:
     """Log an image and a table at step 9."""
-    trainer = SimpleNamespace(loggers=loggers, global_step=9)
-    log_image(trainer, folder, "generated/val", RED)
-    log_table(trainer, folder, "captions/val", COLUMNS, ROWS)
+    trainer = SimpleNamespace(loggers=loggers)
+    log_image(trainer, folder, 9, "generated/val", RED)
+    log_table(trainer, folder, 9, "captions/val", COLUMNS, ROWS)
 
 
 def test_the_stub_has_the_methods_of_wandb():
