@@ -103,7 +103,7 @@ def test_a_hub_name_that_cannot_be_reached_is_refused_with_the_ways_to_give_it(c
 
 
 def test_a_checkpoint_without_fingerprint_opens_its_path(vae, other, codec):
-    """As checkpoints of version 0.2 and before."""
+    """As checkpoints of version 0.1."""
     del codec["fingerprint"]
     assert found(codec | {"autoencoder": str(vae)}) and found(codec, given=str(other))
     with pytest.raises(UserError, match="has 8 channels but the model has latent_channels=4"):

@@ -80,6 +80,11 @@ class LatentAutoencoder:
         """Hash of the weights, of the normalization and of other settings that change latents."""
         return hash_network(self.model, self.mean, self.std)
 
+    @cached_property
+    def old_fingerprint(self) -> str:
+        """Fingerprint in corpora of version 0.1, which did not cover the settings."""
+        return hash_network(self.model, self.mean, self.std, settings=())
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Return the latents, for a posterior its mode.
@@ -163,6 +168,11 @@ class VQAutoencoder:
         """Hash of the weights and of other settings that change the codes or the images."""
         return hash_network(self.model)
 
+    @cached_property
+    def old_fingerprint(self) -> str:
+        """Fingerprint in corpora of version 0.1, which did not cover the settings."""
+        return hash_network(self.model, settings=())
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Return the index of the nearest code at each latent position.
@@ -208,7 +218,7 @@ class PixelAutoencoder:
 
     latent_channels = 3
     downsample = 1
-    fingerprint = "pixels"
+    fingerprint = old_fingerprint = "pixels"
     num_codes = None
     unit_variance = False
     deterministic = True
@@ -327,15 +337,23 @@ def check_sizes(autoencoder: "LatentAutoencoder | VQAutoencoder") -> None:
         )
 
 
-def hash_network(model: nn.Module, *normalization: Tensor) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of all that determines latents."""
+def hash_network(
+    model: nn.Module, *normalization: Tensor, settings: tuple[str, ...] = SETTINGS
+) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of all that determines latents.
+
+    Args:
+        model: the network.
+        normalization: mean and standard deviation of its latents.
+        settings: items of its config that count if they differ from diffusers' defaults.
+    """
     digest = hashlib.sha256()
     for tensor in (*model.state_dict().values(), *normalization):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     defaults = inspect.signature(type(model).__init__).parameters
     changed = {
         name: model.config[name]
-        for name in SETTINGS
+        for name in settings
         if name in defaults and model.config[name] != defaults[name].default
     }
     if changed:

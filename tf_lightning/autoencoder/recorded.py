@@ -5,7 +5,7 @@ training opened it. The name is a hint: a path may lead elsewhere in another fol
 machine. `image_codec` in a checkpoint holds both:
 
     autoencoder   name: a shipped one, a hub name, or a path, which begins with "/" or "."
-    fingerprint   as in `frozen.py`; missing in checkpoints of version 0.2 and before
+    fingerprint   as in `frozen.py`; missing in checkpoints of version 0.1
     latent_shape  [C, h, w] of the latents, None for a model of text alone
     other_shapes  further resolutions, if there are any
 """

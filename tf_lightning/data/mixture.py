@@ -237,6 +237,7 @@ class Mixture(StreamData):
         required = EncodedRequirements(
             tokenizer=self.tokenizer.fingerprint,
             autoencoder=autoencoder and autoencoder.fingerprint,
+            old_autoencoder=autoencoder and autoencoder.old_fingerprint,
             downsample=autoencoder.downsample if autoencoder else 1,
             patch_size=self.patch_size,
             time_token=self.time_token,

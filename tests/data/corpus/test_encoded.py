@@ -69,6 +69,16 @@ def test_training_samples_the_posterior_or_takes_the_mode_as_configured(build):
     torch.testing.assert_close(draws.std(0), std, rtol=0.25, atol=2e-3)
 
 
+def test_a_folder_with_the_former_fingerprint_of_its_autoencoder_is_read(build, tmp_path, folder):
+    """Of version 0.1, which did not cover settings such as norm_num_groups=8 of "shapes"."""
+    copy = shutil.copytree(folder, tmp_path / "old")
+    for file in copy.glob("*/corpus.json"):
+        facts = json.loads(file.read_text())
+        facts["made_from"][3] = load_autoencoder("shapes").old_fingerprint
+        file.write_text(json.dumps(facts))
+    assert build(encoded=str(copy)).corpora["train"]
+
+
 def test_pickling_keeps_sample_posterior(build):
     for choice in (False, True):
         corpus = build(sample_posterior=choice).corpora["train"]["noise"]

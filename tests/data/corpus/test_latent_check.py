@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tf_lightning.autoencoder.frozen import SHAPES_FOLDER
+from tf_lightning.autoencoder.frozen import SHAPES_FOLDER, LatentAutoencoder, load_autoencoder
 from tf_lightning.data import Mixture
 from tf_lightning.data.readers.captions import CaptionRows
 from tf_lightning.errors import UserError
@@ -59,6 +59,16 @@ def test_mean_and_deviation_of_each_channel_are_recorded(tmp_path):
     torch.testing.assert_close(
         torch.tensor(found["std"]), latents.std((0, 2, 3), correction=0), atol=1e-3, rtol=0
     )
+
+
+def test_a_corpus_under_the_former_fingerprint_is_found_again(tmp_path, monkeypatch):
+    """Of version 0.1, which did not cover settings such as norm_num_groups=8 of "shapes"."""
+    with monkeypatch.context() as patch:
+        patch.setattr(LatentAutoencoder, "fingerprint", LatentAutoencoder.old_fingerprint)
+        before = prepare(tmp_path, "shapes").corpora["train"]["captions"]
+    assert load_autoencoder("shapes").fingerprint != before.origin[3] == "42d4fac4acce56f6"
+    assert prepare(tmp_path, "shapes").corpora["train"]["captions"].path == before.path
+    assert len(stored(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("factor", [0.1, 10])

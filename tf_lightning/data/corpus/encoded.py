@@ -45,7 +45,8 @@ class EncodedRequirements:
 
     Attributes:
         tokenizer: fingerprint of the tokenizer.
-        autoencoder: fingerprint of the autoencoder's weights and scaling; None without one.
+        autoencoder: fingerprint of the autoencoder; None without one.
+        old_autoencoder: its fingerprint in corpora of version 0.1.
         downsample: pixels per latent pixel, along each side.
         patch_size: side of a patch in latent pixels.
         time_token: whether each image takes one more position.
@@ -57,6 +58,7 @@ class EncodedRequirements:
 
     tokenizer: str
     autoencoder: str | None
+    old_autoencoder: str | None
     downsample: int
     patch_size: int
     time_token: bool
@@ -104,7 +106,8 @@ def _settings(
     facts, storage = origin_facts(corpus.origin), corpus.image_storage
     yield "format", facts["format"], FORMAT
     yield "a tokenizer of fingerprint", facts["tokenizer"], required.tokenizer
-    yield "an autoencoder of fingerprint", facts["autoencoder"], required.autoencoder
+    if facts["autoencoder"] != required.old_autoencoder:
+        yield "an autoencoder of fingerprint", facts["autoencoder"], required.autoencoder
     yield "patch_size", facts["patch_size"], required.patch_size
     yield "time_token", facts["time_token"], required.time_token
     image_size = getattr(source, "image_size", None)

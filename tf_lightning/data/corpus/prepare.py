@@ -119,6 +119,9 @@ def plan_corpus(
     if image_storage != ImageStorageSpec():
         origin.append(image_storage.to_json())
     path = corpus_path(directory, name, split, origin)
+    former = [*origin[:3], getattr(autoencoder, "old_fingerprint", None), *origin[4:]]
+    if not path.is_dir() and corpus_path(directory, name, split, former).is_dir():
+        path = corpus_path(directory, name, split, former)  # of version 0.1
     # A corpus that was prepared before the images were part of its origin is still used.
     if hasattr(source, "image_digest") and not path.is_dir():
         origin.append({"images": source.image_digest(split)})
