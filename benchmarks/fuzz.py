@@ -1,4 +1,4 @@
-"""Give random and damaged files to all that reads files; count what is neither read nor refused.
+"""Give random and damaged files, options and prompts to all that reads them; count what fails.
 
     python benchmarks/fuzz.py --minutes 10
     python benchmarks/fuzz.py --only readers --tries 1000 --seed 7
@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support import hostile_files, hostile_folders  # noqa: E402
+from support import hostile_files, hostile_folders, hostile_options  # noqa: E402
 from support.sources import GreyImages  # noqa: E402
 from tf_lightning.data import Mixture, Skipped  # noqa: E402
 from tf_lightning.data.corpus.reader import Corpus  # noqa: E402
@@ -88,6 +88,8 @@ SECTIONS: dict[str, Callable[[Path, random.Random], None]] = {
     "corpora": corpora,
     "autoencoders": hostile_folders.read_autoencoder,
     "exports": hostile_folders.read_export,
+    "configs": hostile_options.build_model,
+    "prompts": hostile_options.answer_prompt,
 }
 
 

@@ -174,6 +174,11 @@ def test_a_prompt_of_another_type_is_refused(loaded):
         loaded([3])
 
 
+def test_a_prompt_that_is_not_unicode_is_refused(loaded):
+    with pytest.raises(UserError, match="character 5 of the prompt, .* is not a Unicode character"):
+        loaded("caf\u00e9\udce9")
+
+
 def test_zero_outputs_are_refused_and_no_prompts_give_no_outputs(loaded):
     with pytest.raises(UserError, match="num_outputs=0 must be at least 1"):
         loaded("a red circle", num_outputs=0)

@@ -366,6 +366,13 @@ class TransfusionPipeline:
                 f"a prompt is a string, an image or a list of both, not {type(part).__name__}"
             )
         if isinstance(part, str):
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:  # bytes of a terminal that are not UTF-8
+                raise UserError(
+                    f"character {error.start + 1} of the prompt, {part[error.start]!r}, is not a "
+                    "Unicode character; type it again, or save the prompt as UTF-8"
+                ) from error
             return torch.tensor(self.model.tokenizer.encode(part), dtype=torch.long)
         if not self.has_images:
             raise UserError("this model was trained on text alone; leave the images out")
