@@ -5,7 +5,7 @@ import pytest
 from benchmarks import fuzz
 
 TRIES = {"readers": 300, "corpora": 40, "autoencoders": 30, "exports": 60}
-TRIES |= {"configs": 200, "prompts": 60}
+TRIES |= {"configs": 80, "prompts": 60}
 
 
 @pytest.mark.filterwarnings("ignore")
