@@ -157,3 +157,33 @@ def test_fit_reuses_the_corpora_that_prepare_made(tmp_path, capsys):
     assert made and "tf-lightning fit" in capsys.readouterr().out
     main(["fit", "-c", str(config), "--trainer.max_steps", "1"])
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("corpus.json")} == made
+
+
+def test_an_exported_folder_is_evaluated_like_its_checkpoint(run, tmp_path, capsys, refused):
+    """The export holds the EMA weights, with which an evaluation works anyway."""
+
+    def few(config: dict) -> None:
+        config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
+
+    config = str(runs.write_config(tmp_path, few))
+    last, exported = str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "exported")
+    main(["export", last, "--only", "net", "-o", exported])
+    capsys.readouterr()
+    tables = []
+    for path in (last, exported):
+        main(["validate", "-c", config, "--ckpt_path", path])
+        lines = capsys.readouterr().out.splitlines()
+        tables.append([line for line in lines if "val/" in line])
+    assert tables[0] == tables[1] and tables[0]
+    line = refused("fit", "-c", config, "--ckpt_path", exported)
+    assert "start a new run from it with --init_from.checkpoint" in line
+
+
+def test_validate_finds_the_last_checkpoint_of_the_configurations_run(run, tmp_path, capsys):
+    """An evaluation protocol has a logger of its own, so the folder is the recipe's."""
+    (tmp_path / "protocol.yaml").write_text("trainer: {logger: {name: protocol, version: null}}")
+    options = ["--trainer.limit_val_batches=1", "--ckpt_path", "last"]
+    recipe = str(run / "config.yaml")
+    main(["validate", "-c", recipe, "-c", str(tmp_path / "protocol.yaml"), *options])
+    assert "val/" in capsys.readouterr().out
+    main(["validate", "-c", recipe, *options[:1], "--ckpt_path", str(run)])

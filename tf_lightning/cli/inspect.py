@@ -207,7 +207,7 @@ def run_inspect(args: list[str]) -> None:
     report += f"\npadding of the first {options.rows} rows of training: {padding:.1%}\n"
     print(report)
     with atomic_file(folder / "report.txt") as partial:
-        partial.write_text(report)
+        partial.write_text(report, encoding="utf-8")
     shown = pick_documents(data, options.documents, options.seed)
     for name, drawing in {"rows.png": rows, "documents.png": draw_documents(shown)}.items():
         with atomic_file(folder / name) as partial:

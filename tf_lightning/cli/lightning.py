@@ -27,6 +27,7 @@ from tf_lightning.autoencoder.frozen import load_matching_autoencoder
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, find_checkpoint, read_checkpoint
 from tf_lightning.cli.advice import close, find_problem
 from tf_lightning.cli.config_files import Place, read_config
+from tf_lightning.cli.exported import ExportIO, is_exported, read_trained
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.cli.parser import Parser, stop
 from tf_lightning.cli.run_folder import (
@@ -41,7 +42,6 @@ from tf_lightning.cli.run_folder import (
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.training.autoencoder import AutoencoderModule
-from tf_lightning.training.checkpoint_io import CheckedCheckpointIO
 from tf_lightning.training.fsdp import check_numbers
 from tf_lightning.training.interrupts import Interrupts, handled, interrupt
 from tf_lightning.training.last_checkpoint import LastCheckpoint, link_to
@@ -313,7 +313,7 @@ class TransfusionCLI(LightningCLI):
         check_limits_positive(verb, config.trainer)
         config.ckpt_path = self.find_checkpoint(verb, config)
         if config.ckpt_path not in (None, "last"):
-            read_checkpoint(config.ckpt_path, self.kind(verb))
+            read_trained(config.ckpt_path, self.kind(verb))
 
     def find_checkpoint(self, verb: str, config: Namespace) -> str | None:
         """Return the checkpoint that `ckpt_path` means: a file, or the last one of a folder.
@@ -325,8 +325,13 @@ class TransfusionCLI(LightningCLI):
             return path
         if not path:
             raise UserError(f"{verb} needs a trained model; add --ckpt_path FILE")
+        if verb == "fit" and is_exported(path):
+            raise UserError(
+                f"{path} is an export, which has no optimizer to resume; start a new run from it "
+                f"with --init_from.checkpoint {path}"
+            )
         if path != "last":
-            return str(find_checkpoint(path))
+            return path if is_exported(path) else str(find_checkpoint(path))
         folders = run_folders(config)
         found = [folder for folder in folders if (folder / "checkpoints" / "last.ckpt").exists()]
         if not found:
@@ -343,8 +348,8 @@ class TransfusionCLI(LightningCLI):
         """
         verb = self.config.get("subcommand")
         path = self.config[verb].get("ckpt_path") if verb else None
-        if path and Path(path).is_file() and verb != "fit":
-            hparams = read_checkpoint(path, self.kind(verb), mmap=True)["hyper_parameters"]
+        if path and verb != "fit":
+            hparams = read_trained(path, self.kind(verb))["hyper_parameters"]
             refuse_model_options(self.typed, verb, self.config[verb].model.init_args, hparams)
             if class_path := self.config[verb].model.get("class_path"):
                 hparams = {"class_path": class_path, "init_args": hparams}
@@ -444,7 +449,7 @@ class TransfusionCLI(LightningCLI):
         plugins = built.trainer.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins = [*plugins, CheckedCheckpointIO()]
+            plugins = [*plugins, ExportIO()]
         # Lightning keeps the state of jobs that SLURM preempts in the root directory.
         kwargs["default_root_dir"] = built.trainer.default_root_dir or str(self.run_folder)
         callbacks = [*always, *listed, *ends]
