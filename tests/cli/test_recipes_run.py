@@ -193,7 +193,10 @@ def miniature(*files: Path) -> dict:
         small["data"] = {"sources": data["sources"]}
     else:
         named = ("paths", "image_size", "val_fraction")
-        small["data"] = shrink({name: data[name] for name in named if name in data})
+        small["data"] = {name: data[name] for name in named if name in data}
+        if "val_paths" not in data:
+            small["data"] |= {"val_fraction": 0.25}
+        shrink(small["data"])
     return small
 
 
