@@ -11,6 +11,7 @@ from PIL import Image
 
 from tf_lightning.autoencoder.frozen import SHAPES_FOLDER, LatentAutoencoder, load_autoencoder
 from tf_lightning.data import Mixture
+from tf_lightning.data.corpus.writer import ENCODER_BATCH
 from tf_lightning.data.readers.captions import CaptionRows
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.sources import ShapesCaptions
@@ -78,6 +79,21 @@ def test_an_autoencoder_of_another_scale_is_refused_and_nothing_is_stored(factor
     measured = float(str(caught.value).split("standard deviation ")[1].split(",")[0])
     assert measured == pytest.approx(0.95 * factor, rel=0.03)
     assert not stored(tmp_path)
+
+
+def test_the_first_batch_of_images_is_enough_to_refuse(tmp_path):
+    passes = []
+
+    class Counted(ShapesCaptions):
+        def documents(self, split):
+            passes.append(0)
+            for document in super().documents(split):
+                passes[-1] += 1
+                yield document
+
+    with pytest.raises(UserError, match="of 64 images have standard deviation"):
+        prepare(tmp_path, scaled(tmp_path, 0.1), Counted(200, 2))
+    assert passes == [200, ENCODER_BATCH]  # the tokenizer's texts, then the preparation
 
 
 def test_few_images_are_prepared_with_a_warning(tmp_path):
