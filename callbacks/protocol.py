@@ -46,6 +46,12 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def weights_file(checkpoint: str | Path) -> Path:
+    """Return the file that holds the weights of a checkpoint or of an exported folder."""
+    exported = Path(checkpoint, "net.safetensors")
+    return exported if exported.is_file() else Path(checkpoint)
+
+
 def write_records(
     path: Path, records: Sequence[MetricRecord], *, checkpoint: str | None, global_step: int
 ) -> None:
@@ -54,12 +60,12 @@ def write_records(
     Args:
         path: file to write; its folder is created.
         records: the records; values that are not finite become null, since JSON has no NaN.
-        checkpoint: file of the weights; None during training.
+        checkpoint: file of the weights, or folder of `tf-lightning export`; None during training.
         global_step: optimizer steps of the weights.
     """
     content = {
         "checkpoint": checkpoint and Path(checkpoint).name,
-        "checkpoint_hash": file_hash(checkpoint) if checkpoint else None,
+        "checkpoint_hash": file_hash(weights_file(checkpoint)) if checkpoint else None,
         "global_step": global_step,
         "versions": {name: installed_version(name) for name in PACKAGES},
         "numbers": [
