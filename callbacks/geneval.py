@@ -11,10 +11,10 @@ from PIL import Image
 
 from callbacks.metrics import SampleMetric
 from callbacks.prompts import Prompt
-from callbacks.results import check_writable
 from callbacks.sampling import Kind, SampleBatch
 from evaluation.composition import TASKS, Composition, write_samples
 from tf_lightning.errors import UserError
+from tf_lightning.folders import check_writable
 from tf_lightning.shapes.oracle import read
 from tf_lightning.shapes.world import Meaning
 

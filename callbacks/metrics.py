@@ -17,7 +17,6 @@ from torchmetrics import Metric
 from torchvision.transforms.functional import pil_to_tensor
 
 from callbacks.prompts import OpenImage, Prompt, PromptSet, center_crop_resize
-from callbacks.results import check_writable
 from callbacks.sampling import Kind, SampleBatch
 from evaluation import clip_score
 from evaluation.bleu import BLEU4
@@ -30,6 +29,7 @@ from evaluation.inception_score import InceptionScore
 from evaluation.kid import KID
 from tf_lightning import shapes
 from tf_lightning.errors import UserError
+from tf_lightning.folders import check_writable
 from tf_lightning.ranges import Positive, PositiveInt, Range, check_arguments
 
 SHAPES_CLIP = Path(shapes.__file__).parent / "assets" / "shapes-clip"

@@ -1,13 +1,10 @@
 """Result files of a run: the folder they go to, and the validations that write them."""
 
-import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
 import lightning as L
-
-from tf_lightning.errors import UserError
 
 
 def run_folder(trainer: L.Trainer) -> Path:
@@ -24,20 +21,6 @@ def run_folder(trainer: L.Trainer) -> Path:
 def weights_step(trainer: L.Trainer, module: L.LightningModule) -> int:
     """Return the optimizer steps of the weights; outside `fit` the trainer's own count is 0."""
     return trainer.global_step or module.loaded_step
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written or created; nothing is created.
-
-    Raises:
-        UserError: it or the folder above it is a file, or may not be written.
-    """
-    above = [folder.absolute(), *folder.absolute().parents]
-    existing = next(path for path in above if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"{existing} is a file, so {folder} cannot be a folder; name another one")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"{existing} may not be written; allow it or name another folder")
 
 
 def is_trial(trainer: L.Trainer) -> bool:

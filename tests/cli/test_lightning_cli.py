@@ -7,6 +7,7 @@ import torch
 
 from support import runs
 from tf_lightning.cli.lightning import TransfusionCLI, build, fast_precision
+from tf_lightning.cli.main import main
 from tf_lightning.errors import UserError
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.module import Transfusion
@@ -76,6 +77,17 @@ def test_callbacks_with_a_key_come_between_those_of_every_run_and_the_list(tmp_p
     assert names == ["Throughput", "Evaluate", "StopAt"]
     assert "RetrievalAccuracy" in callbacks_of(command)
     assert "ShapesReport" not in callbacks_of(command)
+
+
+def test_a_run_whose_folder_cannot_be_written_is_refused_before_data_is_prepared(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "run").write_text("a file")
+    monkeypatch.setattr("tf_lightning.data.Mixture.prepare_data", lambda self: pytest.fail("late"))
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", str(runs.write_config(tmp_path))])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and f"{tmp_path / 'run'} is a file" in error
 
 
 def test_a_listed_callback_replaces_the_one_of_its_key(tmp_path):

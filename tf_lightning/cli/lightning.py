@@ -41,6 +41,7 @@ from tf_lightning.cli.run_folder import (
 )
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import Interrupted, UserError
+from tf_lightning.folders import check_writable
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.fsdp import check_numbers
 from tf_lightning.training.interrupts import Interrupts, handled, interrupt
@@ -472,8 +473,16 @@ class TransfusionCLI(LightningCLI):
         return [built[key] for key in keys if built[key].state_key not in taken]
 
     def after_instantiate_classes(self) -> None:
-        """Let the callbacks refuse what they can know before data is prepared."""
-        for callback in self.trainer.callbacks if self.subcommand else ():
+        """Refuse what is known before data is prepared, and let the callbacks do so."""
+        if not self.subcommand:
+            return
+        if not self.trainer.fast_dev_run:
+            check_writable(self.run_folder)
+        arguments = self.config_init[self.subcommand]
+        if arguments.get("verbose"):
+            rank_zero_warn("verbose is not used: Lightning's table drops labels such as [shapes]")
+            arguments["verbose"] = False
+        for callback in self.trainer.callbacks:
             if hasattr(callback, "before_run"):
                 callback.before_run(self.trainer, self.model, self.datamodule)
 
