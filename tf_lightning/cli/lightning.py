@@ -48,6 +48,7 @@ from tf_lightning.training.interrupts import Interrupts, handled, interrupt
 from tf_lightning.training.last_checkpoint import LastCheckpoint, link_to
 from tf_lightning.training.missed_work import MissedWork, read_progress
 from tf_lightning.training.module import Transfusion
+from tf_lightning.training.precision import check_precision
 from tf_lightning.training.resume import differences
 
 LOOP = {"validate": "val", "test": "test", "predict": "predict"}
@@ -366,6 +367,8 @@ class TransfusionCLI(LightningCLI):
         config = self.config[self.config.subcommand] if self.config.get("subcommand") else None
         if config and config.trainer.precision is None:
             config.trainer.precision = fast_precision(config.trainer.accelerator)
+        if config and str(config.trainer.precision).startswith("transformer-engine"):
+            check_precision(config.trainer.precision)  # before Lightning asks to install it
         if config and config.trainer.precision in (16, "16", "16-mixed"):
             if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
                 raise UserError(

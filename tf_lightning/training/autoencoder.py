@@ -209,7 +209,7 @@ class AutoencoderModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check again, because a trainer used from Python does not call `before_training`."""
-        check_precision(self.trainer)
+        check_precision(self.trainer.precision)
         if stage == "fit":
             self.before_training(self.trainer, self.trainer.datamodule)
             take_whole_steps(self.trainer)

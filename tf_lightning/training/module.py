@@ -235,7 +235,7 @@ class Transfusion(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check trainer and data, and keep what a checkpoint needs besides the weights."""
         data = self.trainer.datamodule
-        check_precision(self.trainer)
+        check_precision(self.trainer.precision)
         if stage == "fit":
             self.before_training(self.trainer, data)
             take_whole_steps(self.trainer)

@@ -19,15 +19,15 @@ from tf_lightning.errors import UserError
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 
-def check_precision(trainer: L.Trainer) -> None:
+def check_precision(precision: str) -> None:
     """Refuse precisions that round weights, moving averages or noise levels to 16 bits.
 
     Raises:
-        UserError: the trainer's precision is not one of PRECISIONS.
+        UserError: the precision is not one of PRECISIONS.
     """
-    if trainer.precision not in PRECISIONS:
+    if precision not in PRECISIONS:
         raise UserError(
-            f"precision={trainer.precision} is not supported, because weights, their moving "
+            f"precision={precision} is not supported, because weights, their moving "
             "average and noise levels need fp32; use 32-true, bf16-mixed or 16-mixed"
         )
 

@@ -51,7 +51,7 @@ def check_trainer(trainer: L.Trainer) -> None:
     clip_val = trainer.gradient_clip_val or 0
     if not 0 <= clip_val < math.inf:
         raise UserError(f"gradient_clip_val={clip_val} must be above 0, or 0 for no clipping")
-    check_precision(trainer)
+    check_precision(trainer.precision)
     if trainer.log_every_n_steps < 1:
         raise UserError(
             f"log_every_n_steps={trainer.log_every_n_steps} must be at least 1 (barebones sets 0); "
