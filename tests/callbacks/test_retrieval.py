@@ -77,6 +77,8 @@ def test_accuracy_is_the_share_of_images_nearest_to_their_own(
         datamodule=SimpleNamespace(sources={"captions": Greys()}, autoencoder_name="pixels"),
         state=SimpleNamespace(fn="fit"),
         precision="32-true",
+        sanity_checking=False,
+        fast_dev_run=False,
         precision_plugin=Precision(),
     )
     module = torch.nn.Linear(1, 1)

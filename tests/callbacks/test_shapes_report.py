@@ -88,6 +88,8 @@ def report_of(module, model_class, folder, monkeypatch) -> dict:
         precision="32-true",
         precision_plugin=Precision(),
         datamodule=SimpleNamespace(autoencoder_name="pixels"),
+        sanity_checking=False,
+        fast_dev_run=False,
     )
     monkeypatch.setattr("callbacks.shapes_report.check_module", lambda *_: None)
     report = ShapesReport(COUNT, SamplingConfig(num_inference_steps=2, timestep_shift=2.5), SEED)

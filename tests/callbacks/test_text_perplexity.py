@@ -129,8 +129,8 @@ def test_counts_of_documents_with_several_parts(data):
 def test_a_source_without_text_has_no_values(module, data, tmp_path, monkeypatch):
     whole = Corpus.document
 
-    def without_captions(corpus: Corpus, index: int, random=None) -> list[Tensor]:
-        parts = whole(corpus, index)
+    def without_captions(corpus: Corpus, index: int, *how) -> list[Tensor]:
+        parts = whole(corpus, index, *how)
         return [part for part in parts if part.ndim == 3 or corpus.image_shape is None]
 
     monkeypatch.setattr(Corpus, "document", without_captions)
