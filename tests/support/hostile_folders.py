@@ -1,5 +1,6 @@
 """Random damage of folders that another person may have written: autoencoders and exports."""
 
+import copy
 import json
 import random
 import shutil
@@ -43,7 +44,7 @@ def damage_json(file: Path, rng: random.Random) -> None:
         if rng.random() < 0.2:
             place.pop(key, None)
         else:
-            place[key] = rng.choice(VALUES)
+            place[key] = copy.deepcopy(rng.choice(VALUES))  # a value may be changed later
     file.write_text(json.dumps(content))
 
 
