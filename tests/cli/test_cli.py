@@ -93,9 +93,10 @@ def test_validation_shows_images_captions_and_text(events):
         assert image.height < title + 1.5 * IMAGE_SIZE + 8 * FONT_SIZE
     tables = events.Tensors("captions/val/text_summary")
     assert [table.step for table in tables] == [3, 6]
-    assert tables[0].tensor_proto.string_val[0].decode().count("\n| ") == 2
+    rows = tables[0].tensor_proto.string_val[0].decode().split("\n| ")[1:]
+    assert rows[0].startswith("---") and len(rows[1:]) == 2
     (text, _) = events.Tensors("text/val/text_summary")
-    assert text.tensor_proto.string_val[0].decode().startswith("imagine ")
+    assert "imagine " in text.tensor_proto.string_val[0].decode()
 
 
 def test_a_fit_ends_with_its_checkpoint_and_the_next_command(tmp_path, capsys, caplog):
@@ -137,7 +138,7 @@ def test_an_evaluation_of_the_checkpoint_agrees_with_the_run_and_leaves_it_alone
     assert all(0 < seconds[name] <= at_the_end[name] for name in seconds)
     table = capsys.readouterr().out
     assert "val/text/perplexity" in table
-    assert f"{scalars(events, 'val/text/perplexity')[-1]:.4f}"[:7] in table
+    assert f"{scalars(events, 'val/text/perplexity')[-1]:.6g}" in table
 
 
 def test_a_run_prints_no_message_that_a_user_cannot_act_on(tmp_path):
