@@ -17,6 +17,7 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -502,6 +503,8 @@ class TransfusionCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             if not resumed and hasattr(callback, "before_training"):  # InitFrom
                 callback.before_training(self.model, self.datamodule)
+        # What the callbacks have drawn for their checks does not change the initial weights.
+        reset_seed()
 
     def choose_checkpoint(self) -> str | None:
         """Return the checkpoint that `fit` resumes; None for a new run.

@@ -162,6 +162,7 @@ class AutoencoderModule(L.LightningModule):
         self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
         self.reconstruction_loss: ReconstructionLoss | None = None  # built for training only
         self.guard = StepGuard(max_bad_steps, spike_sigma)
+        self.saves_alone = False  # whether rank zero saves without the others, after an error
         self.loss_scale = 1.0  # factor of the loss in backward passes
 
     # ---------------------------------------------------------------- building
@@ -510,8 +511,8 @@ class AutoencoderModule(L.LightningModule):
         Raises:
             UserError: a weight is not finite, or the ranks have different weights.
         """
-        check_finite(checkpoint, self.trainer)
-        check_same_weights(self)
+        check_finite(checkpoint, self.trainer, self.saves_alone)
+        check_same_weights(self, self.saves_alone)
         checkpoint["step_guard"] = self.guard.state_dict()
         checkpoint["autoencoder"] = "vq" if self.config.num_codes else "vae"
         checkpoint["hyper_parameters"] = plain_hparams(checkpoint["hyper_parameters"])

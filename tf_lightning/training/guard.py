@@ -93,13 +93,18 @@ def describe_end(trainer: L.Trainer, in_a_row: int) -> str:
     )
 
 
-def check_finite(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
+def check_finite(checkpoint: dict[str, Any], trainer: L.Trainer, alone: bool = False) -> None:
     """Refuse to save a checkpoint with a weight or an optimizer state that is not finite.
 
     It is found before anything is written, so the checkpoints on the disk stay as they are.
 
+    Args:
+        checkpoint: what will be saved.
+        trainer: trainer of the run.
+        alone: the other ranks do not call this.
+
     Raises:
-        UserError: on every rank, if a tensor of any rank is not finite.
+        UserError: on every rank that calls it, if a tensor of one of them is not finite.
     """
     parts = {name: checkpoint.get(name) for name in ("state_dict", "optimizer_states")}
     named, device = list(floating_tensors(parts)), trainer.strategy.root_device

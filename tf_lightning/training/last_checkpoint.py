@@ -112,6 +112,7 @@ class LastCheckpoint(Checkpoint):
         if together:
             trainer.save_checkpoint(path, weights_only=False)
         elif trainer.is_global_zero:
+            trainer.lightning_module.saves_alone = True  # other ranks do not join its checks
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
         if saver._last_checkpoint_saved == path and trainer.is_global_zero:

@@ -184,6 +184,7 @@ class Transfusion(L.LightningModule):
         self.net: TransfusionModel | None = None
         self.ema: TransfusionModel | None = None
         self.guard = StepGuard(max_bad_steps, spike_sigma)
+        self.saves_alone = False  # whether rank zero saves without the others, after an error
         self.breakdown: LossBreakdown | None = None  # while the module is trained
         self.tokenizer_proto: bytes | None = None
         self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
@@ -500,8 +501,8 @@ class Transfusion(L.LightningModule):
         Raises:
             UserError: a weight is not finite, or the ranks have different weights.
         """
-        check_finite(checkpoint, self.trainer)
-        check_same_weights(self)
+        check_finite(checkpoint, self.trainer, self.saves_alone)
+        check_same_weights(self, self.saves_alone)
         states = checkpoint.get("optimizer_states", [])
         for state, optimizer in zip(states, self.trainer.optimizers, strict=False):
             number_states_by_module(state, optimizer, self)

@@ -38,6 +38,7 @@ def check_same_weights(module: L.LightningModule) -> None:
     gathered = module.all_gather(ours)  # (ranks, tensors)
     differs = (gathered != gathered[0]).any(0).tolist()
     if any(differs):
+        module.ranks_differ = True
         first = next(name for name, is_other in zip(whole, differs, strict=True) if is_other)
         raise UserError(
             f"{sum(differs)} of {len(whole)} tensors are not the same on all ranks, the first is "
