@@ -20,15 +20,19 @@ def checksum(values: Tensor) -> Tensor:
     return bits.sum(dtype=torch.int64)
 
 
-def check_same_weights(module: L.LightningModule) -> None:
-    """Compare all weights and buffers that every rank holds completely; every rank must call it.
+def check_same_weights(module: L.LightningModule, alone: bool = False) -> None:
+    """Compare all weights and buffers that every rank holds completely.
 
-    After an interruption nothing is compared.
+    Args:
+        module: what is trained.
+        alone: the other ranks do not call this; then only an earlier result counts.
 
     Raises:
-        UserError: on every rank, if the ranks differ in a tensor.
+        UserError: on every rank that calls it, if the ranks differ in a tensor.
     """
-    if module.trainer.world_size == 1 or module.trainer.interrupted:  # rank 0 may save alone
+    if getattr(module, "ranks_differ", False):
+        raise UserError("the weights are not the same on all ranks, so they are not saved")
+    if module.trainer.world_size == 1 or alone:
         return
     # FSDP gives each rank a part of a tensor of its own.
     whole = {n: x for n, x in module.state_dict().items() if not isinstance(x, DTensor)}
