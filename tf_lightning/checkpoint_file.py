@@ -6,7 +6,6 @@ programs read the file as before: the last 16 bytes are the comment's length (2 
 finds every change of a few bits and all but one in 4 billion others.
 """
 
-import errno
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,40 +14,18 @@ from typing import Any, BinaryIO
 
 import torch
 
-from tf_lightning.errors import UserError
+from tf_lightning.files import atomic_file
 
 LABEL = b"crc32:"
 COMMENT_SIZE = len(LABEL) + 8
 NO_COMMENT = b"\0\0"  # the comment's length, the last bytes that torch writes
 TRAILER_SIZE = len(NO_COMMENT) + COMMENT_SIZE
 END_OF_ARCHIVE, END_SIZE = b"PK\5\6", 22  # the record at the end of an archive without comment
-CHUNK = 1 << 22  # bytes
+CHUNK = 1 << 20  # bytes
 
 
 class DamagedFile(Exception):
     """The content of a checkpoint is not what was written."""
-
-
-class ChecksumWriter:
-    """Writes to a file and computes the CRC-32 of what it has written."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.checksum = file, 0
-        self.error: OSError | None = None  # torch replaces it by an error of its own
-
-    def write(self, data: bytes) -> int:
-        """Write bytes."""
-        try:
-            count = self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.checksum = zlib.crc32(data, self.checksum)
-        return count
-
-    def flush(self) -> None:
-        """Flush the file."""
-        self.file.flush()
 
 
 def trailer(checksum: int) -> bytes:
@@ -67,32 +44,22 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(".*.ckpt.*.partial"):
         left.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    writer = None
     # The checksum of the file replaces those of the archive's members, which torch.load ignores.
     member_checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        with partial.open("wb") as file:
-            writer = ChecksumWriter(file)
-            torch.save(checkpoint, writer)
-            file.seek(-len(NO_COMMENT), os.SEEK_END)
-            file.write(trailer(writer.checksum))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        cause = writer.error if writer and writer.error else error
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left for {path}; free some on the disk of {path.parent}, then go on "
-                "with --ckpt_path last"
-            ) from error
-        raise
+        with atomic_file(path) as partial:
+            torch.save(checkpoint, partial)
+            with partial.open("r+b") as file:
+                size = partial.stat().st_size - len(NO_COMMENT)
+                checksum = checksum_of(file, size)
+                file.seek(size)
+                file.write(trailer(checksum))
+                file.flush()
+                os.fsync(file.fileno())
     finally:
         torch.serialization.set_crc32_options(member_checksums)
-        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -147,8 +114,8 @@ def check(path: Path) -> None:
 def checksum_of(file: BinaryIO, size: int) -> int:
     """Compute the checksum of the first bytes of a file, as torch wrote it."""
     file.seek(0)
-    checksum = 0
+    buffer, checksum = memoryview(bytearray(CHUNK)), 0
     while size:
-        data = file.read(min(CHUNK, size))
-        checksum, size = zlib.crc32(data, checksum), size - len(data)
+        count = file.readinto(buffer[: min(CHUNK, size)])
+        checksum, size = zlib.crc32(buffer[:count], checksum), size - count
     return zlib.crc32(NO_COMMENT, checksum)
