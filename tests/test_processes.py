@@ -12,12 +12,11 @@ from tf_lightning.processes import start_worker
 
 # Workers with rows to hand over, more than a pipe holds, when the process is killed.
 PARENT = """
-import os, signal
+import os, signal, torch
 from torch.utils.data import DataLoader
 from tf_lightning.processes import start_worker
-rows = [b"0" * 200_000] * 100
-how = {"num_workers": 2, "prefetch_factor": 20, "collate_fn": list}
-rows = iter(DataLoader(rows, worker_init_fn=start_worker, **how))
+rows = [torch.zeros(200_000)] * 100
+rows = iter(DataLoader(rows, num_workers=2, prefetch_factor=20, worker_init_fn=start_worker))
 next(rows)
 print(*[worker.pid for worker in rows._workers], flush=True)
 for worker in rows._workers:  # as Ctrl-C and job schedulers do

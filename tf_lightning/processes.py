@@ -1,11 +1,14 @@
 """Child processes that load or prepare data: they end with the process that started them."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 
 POLL_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def end_with_parent() -> None:
@@ -15,6 +18,8 @@ def end_with_parent() -> None:
     each of them keeps the pipe open that the others write to.
     """
     parent = os.getppid()
+    if sys.platform == "linux":  # at once, whatever the process is doing
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         while os.getppid() == parent:
