@@ -155,6 +155,7 @@ MISTAKES = {
     "--trainer.devices=0": "devices",
     "--trainer.precision=16-mixed": "precision=16-mixed needs a GPU; use bf16-mixed or 32-true",
     "--trainer.precision=transformer-engine": "precision=transformer-engine is not supported",
+    "--trainer.devices=99": "trainer.devices=99 starts as many processes on this CPU; give at most",
     "--trainer.precision=bf16-true": "precision=bf16-true is not supported",
     "--trainer.gradient_clip_val=-1.0": "gradient_clip_val=-1.0 must be above 0",
     "--model.lr=-1.0": "lr=-1.0 must be at least 0",

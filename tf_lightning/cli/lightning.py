@@ -102,6 +102,8 @@ LINKED = {
 
 
 EXAMPLE = "configs/quickstart.yaml"
+MOST_CPU_PROCESSES = 8  # of one run, on a machine with fewer cores
+
 HINT = "`tf-lightning fit --help` lists the keys; CHANGELOG.md lists those that were renamed."
 
 
@@ -370,12 +372,8 @@ class TransfusionCLI(LightningCLI):
             config.trainer.precision = fast_precision(config.trainer.accelerator)
         if config and str(config.trainer.precision).startswith("transformer-engine"):
             check_precision(config.trainer.precision)  # before Lightning asks to install it
-        if config and config.trainer.precision in (16, "16", "16-mixed"):
-            if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
-                raise UserError(
-                    f"precision={config.trainer.precision} needs a GPU; use bf16-mixed or 32-true "
-                    "on a CPU"
-                )
+        if config and (config.trainer.accelerator == "cpu" or not torch.cuda.is_available()):
+            check_cpu(config.trainer)
         self.link_seed(self.config.get(self.subcommand or "", self.config))
 
     def link_seed(self, config: Namespace) -> None:
@@ -744,6 +742,20 @@ def check_limits_positive(verb: str, trainer: Mapping) -> None:
         near = close(trainer.strategy, known)
         advice = f"did you mean {near}?" if near else "give auto, ddp, fsdp or a class"
         raise UserError(f"there is no trainer.strategy={trainer.strategy}; {advice}")
+
+
+def check_cpu(trainer: Mapping) -> None:
+    """Raise UserError for settings of the trainer that a CPU cannot run."""
+    if trainer.precision in (16, "16", "16-mixed"):
+        raise UserError(
+            f"precision={trainer.precision} needs a GPU; use bf16-mixed or 32-true on a CPU"
+        )
+    most = max(MOST_CPU_PROCESSES, os.cpu_count() or 1)
+    if str(trainer.devices).isdecimal() and int(trainer.devices) > most:
+        raise UserError(
+            f"trainer.devices={trainer.devices} starts as many processes on this CPU; give at most "
+            f"{most}"
+        )
 
 
 def check_autoencoder(model: Transfusion, data: L.LightningDataModule, configured: int) -> None:
