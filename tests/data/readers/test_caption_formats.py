@@ -108,6 +108,18 @@ def test_coco_captions_of_one_image_are_held_out_together(tmp_path):
     assert train and val and not train & val and train | val == set(COLORS)
 
 
+def test_other_keys_are_read_from_coco_and_karpathy(tmp_path):
+    training_datasets.write_images(tmp_path)
+    coco, karpathy = (
+        {"images": [{"id": 7, "url": "red.png"}], "annotations": [{"image_id": 7, "en": "red"}]},
+        {"images": [{"url": "red.png", "split": "train", "sentences": [{"en": "red"}]}]},
+    )
+    for layout in (coco, karpathy):
+        (tmp_path / "captions.json").write_text(json.dumps(layout))
+        source = from_json(tmp_path / "captions.json", image_key="url", caption_key="en")
+        assert read(source) == [["red", "<red>"]]
+
+
 def test_karpathys_file_names_the_splits(tmp_path):
     source = from_json(training_datasets.karpathy(tmp_path), val_fraction=0.9)
     splits = {0: "train", 1: "train", 2: "val", 3: "test"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.files import encoded_image, write_parquet
+from support.files import encoded_image, write_lines, write_parquet
 from tf_lightning.data import EditData, EditFiles
 from tf_lightning.data.documents import Skipped
 
@@ -72,6 +72,16 @@ def test_turns_of_one_image_are_held_out_together(folder):
     held, seen = ([image for (image,) in source.documents(split)] for split in ("val", "train"))
     assert len(held) + len(seen) == 600 and not set(held) & set(seen)
     assert 0.2 < len(held) / 600 < 0.4
+
+
+def test_edits_of_one_image_in_json_lines_are_held_out_together(folder, tmp_path):
+    picture = "images/7/7-input.png"
+    edit = {"source_img": picture, "instruction": "make it", "target_img": picture}
+    lines = [edit | {"img_id": f"{n // 4}", "instruction": f"{n // 4}"} for n in range(80)]
+    file = write_lines(tmp_path / "edits.jsonl", [*lines, edit])
+    source = EditFiles(str(file), val_fraction=0.5, image_size=16)
+    train, val = ({d[1] for d in source.documents(split)} for split in ("train", "val"))
+    assert train and val and not train & val
 
 
 def test_turns_of_a_parquet_file_become_the_same_documents(folder, tmp_path):

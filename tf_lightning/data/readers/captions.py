@@ -275,7 +275,13 @@ class CaptionJson(ImagePathSource):
     def parts(self, sample: tuple[Path, Any]) -> Parts:
         """List texts and images; see `ImageFileSource.parts`."""
         folder, row = sample
+        if isinstance(row, Found):
+            return row_parts(row, folder, "image", "caption")
         return row_parts(parse_record(row), folder, self.image_key, self.caption_key)
+
+
+class Found(dict):
+    """The `image` and the `caption` of an image of COCO or Karpathy, found by the given keys."""
 
 
 def json_layout(file: Path) -> str:
@@ -330,7 +336,7 @@ def coco(
             wanted = [caption_key or "caption"]
             yield image_id, BadSample(missing("caption", found, wanted, "caption_key"))
         else:
-            yield image_id, (folder, {"image": files.get(image_id), "caption": texts})
+            yield image_id, (folder, Found(image=files.get(image_id), caption=texts))
     if damage:
         raise damage
 
@@ -352,7 +358,7 @@ def karpathy(
             yield name, BadSample("image of an unknown split")
         else:  # no reader asks for "test"
             texts = [s.get(caption_key or "raw") for s in sentences if isinstance(s, dict)]
-            row = {"image": f"{image.get('filepath') or '.'}/{name}", "caption": texts}
+            row = Found(image=f"{image.get('filepath') or '.'}/{name}", caption=texts)
             yield name, (folder, row), KARPATHY_SPLITS[image["split"]]
 
 

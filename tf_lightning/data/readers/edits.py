@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,6 +87,8 @@ class EditFiles(ImagePathSource):
             if in_turns:
                 key, folder = turn_folder(record, file)
             else:
+                with suppress(BadSample):  # which `parts` raises again
+                    record = parse_record(record)
                 key = record.get("img_id") if isinstance(record, dict) else None
                 folder = self.image_folder(file)
             yield str(number if key is None else key), (folder, record)
