@@ -97,6 +97,17 @@ class Examine(L.Callback):
         (folder / "examined").write_text(str(last["global_step"]))
 
 
+class SpoilGradients(L.Callback):
+    """Puts a NaN into the gradient of every step from the nth on."""
+
+    def __init__(self, nth: int):
+        self.nth = nth
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step >= self.nth:
+            pl_module.net.transformer.norm.weight.grad[0] = torch.nan
+
+
 def shapes(kind: str, num_documents: int, **arguments) -> dict:
     """The config of a source of the shapes world: Captions, Texts or Edits."""
     arguments = {"num_documents": num_documents, "num_val": NUM_VAL} | arguments

@@ -98,6 +98,21 @@ def test_an_error_in_a_step_saves_the_step_before(hook, whole, tmp_path, capsys)
     check_equal(tmp_path / "run", whole)
 
 
+def test_gradients_that_are_not_finite_end_the_run_with_its_last_weights_saved(
+    whole, tmp_path, capsys
+):
+    spoil = ["--trainer.callbacks+=support.runs.SpoilGradients", "--trainer.callbacks.nth=3"]
+    assert end_of(tmp_path, *spoil, "--model.max_bad_steps=2") == 1
+    said = capsys.readouterr().err
+    assert "2 steps in a row (steps 4 to 5" in said and SAVED in said
+    saved, never_spoilt = load(tmp_path / "run"), load(whole)
+    assert saved["global_step"] == 4 and saved["step_guard"]["left_out"] == 2
+    # The weights are those of step 3, and the run goes on from the rows after step 4.
+    assert saved["optimizer_states"][0]["state"][0]["step"] == 3
+    assert end_of(tmp_path, "--ckpt_path=last", "--model.max_bad_steps=2") == 0
+    assert load(tmp_path / "run")["Mixture"] == never_spoilt["Mixture"]
+
+
 def test_a_state_in_the_middle_of_an_update_is_not_saved(tmp_path, monkeypatch, capsys):
     update, count = module.update_ema, []
 

@@ -82,7 +82,8 @@ class LastCheckpoint(Checkpoint):
         """Return the loops' state that belongs to the weights; None in the middle of a step."""
         if trainer.state.fn != "fit" or trainer.fast_dev_run or trainer.global_step == 0:
             return None
-        if self.updating == trainer.global_step:
+        # A step that is left out changes nothing, also the one after which the guard ends the run.
+        if self.updating == trainer.global_step and not trainer.lightning_module.guard.leaves_out:
             return None
         if self.step == trainer.global_step:
             return self.loops
