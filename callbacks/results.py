@@ -5,14 +5,17 @@ from functools import wraps
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 
 def run_folder(trainer: L.Trainer) -> Path:
     """Return the run's folder in `fit`, and its subfolder of the command's name otherwise.
 
-    Call it on every rank: `log_dir` broadcasts rank zero's folder to the others.
+    Call it on every rank: `log_dir` broadcasts rank zero's folder to the others. That of loggers
+    such as W&B is shared by all runs; the command line sets the root directory to the run's folder.
     """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    is_own = isinstance(trainer.logger, TensorBoardLogger | CSVLogger)
+    folder = Path(trainer.log_dir if is_own else trainer.default_root_dir)
     folder = folder if trainer.state.fn == "fit" else folder / str(trainer.state.fn.value)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.results import outside_fit, run_folder
@@ -17,10 +19,16 @@ from callbacks.results import outside_fit, run_folder
     ],
 )
 def test_an_evaluation_writes_into_a_folder_of_its_own(fn, place, tmp_path):
-    trainer = SimpleNamespace(
-        log_dir=str(tmp_path / "run"), state=SimpleNamespace(fn=fn), default_root_dir="no"
-    )
-    assert run_folder(trainer) == tmp_path / place and (tmp_path / place).is_dir()
+    state, run = SimpleNamespace(fn=fn), str(tmp_path / "run")
+    for logger, log_dir, root in (
+        (CSVLogger(str(tmp_path), name="run", version=""), run, "no"),
+        (DummyLogger(), "the folder of all runs", run),  # as Weights & Biases has it
+        (None, None, run),
+    ):
+        trainer = SimpleNamespace(
+            logger=logger, log_dir=log_dir, state=state, default_root_dir=root
+        )
+        assert run_folder(trainer) == tmp_path / place and (tmp_path / place).is_dir()
 
 
 def test_a_hook_outside_fit_is_skipped_in_the_validations_of_fit():

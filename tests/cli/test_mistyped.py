@@ -43,7 +43,7 @@ OPTIONS = {
     "--trainer.use_distributed_sampler=3": "must be true or false",
     "--trainer.strategy=ddpp": "there is no trainer.strategy=ddpp; did you mean ddp?",
     "--trainer.strategy=nothing": "there is no trainer.strategy=nothing; give auto, ddp",
-    "--trainer.log_every_n_steps=-1": "trainer.log_every_n_steps=-1 must be at least 0",
+    "--trainer.log_every_n_steps=-1": "log_every_n_steps=-1 must be at least 1",
     "--trainer.max_steps=0": "fit with max_steps=0 has nothing to do",
     "--trainer=3": "--trainer 3 is no file of options; give one of them",
     "--trainer=mine.yaml": "--trainer mine.yaml is no file of options",

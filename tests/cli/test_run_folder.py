@@ -4,17 +4,25 @@ import os
 import pickle
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from support import runs
 from tf_lightning.checkpoint import TRANSFUSION
 from tf_lightning.cli.main import main
-from tf_lightning.cli.run_folder import check_sharded, folder_of, newest_sound, resume_command
+from tf_lightning.cli.run_folder import (
+    check_sharded,
+    configured_folders,
+    folder_of,
+    newest_sound,
+    resume_command,
+)
 from tf_lightning.errors import UserError
 
 WAYS = ("--ckpt_path last", "--trainer.logger.name", "--overwrite")
@@ -136,6 +144,41 @@ def test_the_folder_of_a_run_is_its_first_loggers(tmp_path):
     assert folder_of([table, board], default) == tmp_path / "table" / "v"
     for none in (False, True, None, []):
         assert folder_of(none, default) == default
+
+
+def test_the_runs_of_one_project_have_folders_of_their_own(tmp_path):
+    logger = SimpleNamespace(save_dir=str(tmp_path), name="project", _name="first")
+    assert folder_of([logger], Path("runs", "run")) == tmp_path / "first"
+    logger = SimpleNamespace(save_dir=None, name="12", _run_name="second")
+    assert folder_of([logger], Path("runs", "run")) == Path("runs", "second")
+
+
+@pytest.mark.parametrize("version", ["", "v", 0, 3])
+def test_a_configuration_names_the_folder_of_its_first_logger(version, tmp_path):
+    options = {"save_dir": str(tmp_path), "name": "run", "version": version}
+    config = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": options}
+    listed = Namespace(trainer=Namespace(logger=[config, "other"]))
+    assert configured_folders(listed, {}) == [folder_of(CSVLogger(**options), Path("no"))]
+    config["class_path"] = "lightning.pytorch.loggers.WandbLogger"
+    assert configured_folders(listed, {}) == [tmp_path / "run"]
+
+
+def test_overwriting_keeps_what_the_new_run_starts_from(tmp_path, refused):
+    fit(tmp_path)
+    before = content(tmp_path / "run")
+    command = ["fit", "-c", str(tmp_path / "config.yaml"), "--overwrite"]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    line = refused(*command, f"--init_from.checkpoint={last}")
+    assert f"--overwrite would remove {last}, which the new run needs" in line
+    assert "would remove" in refused(*command, f"--data.tokenizer={last}")
+    assert content(tmp_path / "run") == before
+
+
+def test_a_root_directory_is_the_folder_of_a_run_without_a_logger(tmp_path):
+    fit(tmp_path, f"--trainer.default_root_dir={tmp_path / 'root'}", change=unlogged)
+    assert load(tmp_path / "root")["global_step"] == 2
+    assert (tmp_path / "root" / "progress.json").exists()
+    assert (tmp_path / "root" / "config.yaml").exists()
 
 
 def test_the_command_that_resumes_keeps_the_options():

@@ -32,10 +32,12 @@ from tf_lightning.cli.exported import ExportIO, is_exported, read_trained
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.cli.parser import Parser, stop
 from tf_lightning.cli.run_folder import (
+    configured_folders,
     find_checkpoints,
     folder_of,
     is_requeued,
     newest_sound,
+    refuse_needed,
     refuse_started_run,
     remove_run,
     resume_command,
@@ -201,8 +203,11 @@ class SaveFitConfig(SaveConfigCallback):
         """Write nothing yet: data and checkpoint may still not fit the model."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the file."""
-        super().setup(trainer, pl_module, "fit")
+        """Write the file into the run's folder."""
+        if trainer.is_global_zero:
+            file = Path(trainer.default_root_dir, self.config_filename)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
 
 
 class TransfusionCLI(LightningCLI):
@@ -337,7 +342,7 @@ class TransfusionCLI(LightningCLI):
             )
         if path != "last":
             return path if is_exported(path) else str(find_checkpoint(path))
-        folders = run_folders(config)
+        folders = configured_folders(config, LOGGER["init_args"])
         found = [folder for folder in folders if (folder / "checkpoints" / "last.ckpt").exists()]
         if not found:
             raise UserError(
@@ -441,7 +446,8 @@ class TransfusionCLI(LightningCLI):
             if switches.get(key) is not False
             and not any(same_role(own, built[key]) for own in listed)
         ]
-        self.run_folder = folder_of(built.trainer.logger, DEFAULT_FOLDER)
+        default = Path(built.trainer.default_root_dir or DEFAULT_FOLDER)
+        self.run_folder = folder_of(built.trainer.logger, default)
         listed = [*self.named_callbacks(built, listed), *listed]
         savers = [own for own in [*always, *listed] if isinstance(own, ModelCheckpoint)]
         for saver in savers:
@@ -454,7 +460,7 @@ class TransfusionCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, ExportIO()]
         # Lightning keeps the state of jobs that SLURM preempts in the root directory.
-        kwargs["default_root_dir"] = built.trainer.default_root_dir or str(self.run_folder)
+        kwargs["default_root_dir"] = str(self.run_folder)
         callbacks = [*always, *listed, *ends]
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
@@ -522,6 +528,10 @@ class TransfusionCLI(LightningCLI):
                     "--overwrite removes the checkpoints that --ckpt_path would resume; leave one "
                     "of them out"
                 )
+            data = self.datamodule
+            needed = [getattr(callback, "checkpoint", None) for callback in trainer.callbacks]
+            needed += [getattr(data, name, None) for name in ("tokenizer_file", "autoencoder_name")]
+            refuse_needed(*folders, [name for name in needed if isinstance(name, str | Path)])
             if trainer.is_global_zero:
                 remove_run(*folders)
         elif config.ckpt_path == "last" or (not config.ckpt_path and is_requeued()):
@@ -658,23 +668,6 @@ def config_files(args: list[str]) -> list[str]:
     return files
 
 
-def run_folders(config: Namespace) -> list[Path]:
-    """Return the folders of runs that a configuration names: by its logger, or by its files.
-
-    An evaluation protocol has a logger of its own, so each file is read for itself too.
-    """
-    loggers, folders = [config.trainer.logger], []
-    for file in map(str, config.get("config") or []):
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        loggers.append((content.get("trainer") or {}).get("logger"))
-        folders.append(Path(file).parent)  # of a run's own config.yaml
-    for logger in loggers:
-        if isinstance(logger, dict | Namespace):
-            options = {**LOGGER["init_args"], **logger, **(logger.get("init_args") or {})}
-            folders.insert(0, Path(options["save_dir"] or ".", options["name"] or ""))
-    return list(dict.fromkeys(folders))
-
-
 def check_seed(seed: bool | int) -> None:
     """Raise UserError for a seed that numpy does not take."""
     if not isinstance(seed, bool) and not 0 <= seed < 2**32:
@@ -733,10 +726,6 @@ def check_limits_positive(verb: str, trainer: Mapping) -> None:
     for name in limits:
         if trainer[name] == 0:
             raise UserError(f"{verb} with {name}=0 has nothing to do; give 1 or more")
-    if (trainer.log_every_n_steps or 0) < 0:
-        raise UserError(
-            f"trainer.log_every_n_steps={trainer.log_every_n_steps} must be at least 0 (never)"
-        )
     known = {"auto", *StrategyRegistry.available_strategies()}
     if isinstance(trainer.strategy, str) and trainer.strategy not in known:
         near = close(trainer.strategy, known)

@@ -4,10 +4,13 @@ import os
 import pickle
 import shlex
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -37,7 +40,54 @@ def folder_of(logger: Logger | Iterable[Logger] | bool | None, default: Path) ->
     first = next(iter(loggers))
     if isinstance(first, TensorBoardLogger | CSVLogger):
         return Path(first.log_dir)
-    return Path(first.save_dir or default.parent, str(first.name or default.name))
+    # To W&B, MLflow and Neptune, `name` is the project; the run's own name is private.
+    own = getattr(first, "_name", None) or getattr(first, "_run_name", None)
+    return Path(first.save_dir or default.parent, str(own or first.name or default.name))
+
+
+def configured_folders(config: Mapping[str, Any], options: Mapping[str, Any]) -> list[Path]:
+    """Return the folders of runs that a configuration names: by its logger, or by its files.
+
+    An evaluation protocol has a logger of its own, so each file is read for itself too.
+
+    Args:
+        config: the configuration of a command.
+        options: default options of the logger.
+    """
+    loggers, folders = [config.trainer.logger], []
+    for file in map(str, config.get("config") or []):
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        loggers.append((content.get("trainer") or {}).get("logger"))
+        folders.append(Path(file).parent)  # of a run's own config.yaml
+    for logger in loggers:
+        first = logger[0] if isinstance(logger, list) and logger else logger
+        if isinstance(first, Mapping | Namespace):
+            given = {**options, **first, **(first.get("init_args") or {})}
+            folders.insert(0, folder_of_options(given))
+    return list(dict.fromkeys(folders))
+
+
+def folder_of_options(options: Mapping[str, Any]) -> Path:
+    """Return what `folder_of` returns for a logger of these options, with its `class_path`."""
+    version, logger = options.get("version"), str(options.get("class_path", "TensorBoardLogger"))
+    if not logger.endswith(("TensorBoardLogger", "CSVLogger")):
+        version = ""  # the identity of a run, and no part of its folder
+    elif isinstance(version, int):
+        version = f"version_{version}"
+    return Path(options["save_dir"] or ".", options["name"] or "", version or "")
+
+
+def refuse_needed(folder: Path, checkpoints: Path, needed: Iterable[str | Path | None]) -> None:
+    """Raise UserError if `remove_run` would remove something that the new run starts from."""
+    found = [path for pattern in WRITTEN for path in folder.glob(pattern)]
+    removed = [path.resolve() for path in [*found, checkpoints]]
+    for path in filter(None, needed):
+        place = Path(path).resolve()
+        if any(place.is_relative_to(old) or old.is_relative_to(place) for old in removed):
+            raise UserError(
+                f"--overwrite would remove {path}, which the new run needs; give the new run its "
+                "own --trainer.logger.name"
+            )
 
 
 def refuse_started_run(folder: Path, checkpoints: Path) -> None:
