@@ -7,7 +7,9 @@ from torch.distributed.tensor import DTensor
 
 from tf_lightning.batch import Batch
 from tf_lightning.data.stream import as_batches
+from tf_lightning.ranges import PositiveInt, check_arguments
 from tf_lightning.training.module import Transfusion
+from tf_lightning.training.precision import loss_scale
 from tf_lightning.training.steps import mean_over_ranks
 
 
@@ -20,10 +22,14 @@ class GradientNorms(L.Callback):
     (every 4th log of one in 25 steps), training takes 2 % longer.
 
     Args:
-        every_n_logs: measure at every n-th step at which the trainer logs, >= 1.
+        every_n_logs: measure at every n-th step at which the trainer logs.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
-    def __init__(self, every_n_logs: int = 4):
+    def __init__(self, every_n_logs: PositiveInt = 4):
+        check_arguments(GradientNorms.__init__, locals())
         self.every_n_logs = every_n_logs
 
     def on_train_batch_start(
@@ -35,7 +41,7 @@ class GradientNorms(L.Callback):
     ) -> None:
         """Measure before the step, with the weights and the rows that it will use."""
         interval = self.every_n_logs * trainer.log_every_n_steps
-        if not interval or (trainer.global_step + 1) % interval:
+        if (trainer.global_step + 1) % interval:
             return
         batches = as_batches(batch)
         counts, norms = pl_module.step_counts(batches), {}
@@ -56,12 +62,9 @@ class GradientNorms(L.Callback):
 
 def backward(trainer: L.Trainer, loss: Tensor) -> float:
     """Compute the gradients of a loss; return the factor by which they are scaled (fp16)."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None:
-        loss.backward()
-        return 1.0
-    scaler.scale(loss).backward()
-    return scaler.get_scale()
+    scale = loss_scale(trainer)
+    (loss * scale).backward()
+    return scale
 
 
 def gradient_norm(net: nn.Module) -> Tensor:

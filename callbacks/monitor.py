@@ -6,10 +6,10 @@ import lightning as L
 
 from tf_lightning.errors import UserError
 from tf_lightning.training.autoencoder import AutoencoderModule
+from tf_lightning.training.breakdown import LOSSES
 from tf_lightning.training.module import Transfusion
 
 OURS = ("callbacks", "lightning", "tf_lightning")  # packages whose scores are all known
-LOSSES = ("loss_lm", "loss_codes", "loss_diffusion")
 
 
 def check_monitors(
@@ -65,5 +65,6 @@ def module_scores(model: L.LightningModule, data: L.LightningDataModule) -> list
     if isinstance(model, AutoencoderModule):
         return ["val/loss_l1"]
     if isinstance(model, Transfusion):
-        return [f"val/{source}/{loss}" for source in data.source_names for loss in LOSSES]
+        losses = [name for name in LOSSES if name in model.loss_names]
+        return [f"val/{source}/{loss}" for source in data.source_names for loss in losses]
     return []

@@ -5,12 +5,13 @@ from datetime import timedelta
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 from tqdm import tqdm
 
 from callbacks.scores import all_records, meaning
 from tf_lightning.progress import LOG_SECONDS, on_terminal, progress_bar
+from tf_lightning.training.horizon import timer_of
 
 TERMINAL_SECONDS = 0.5  # between two updates of the bar on a terminal
 SMOOTHING = 0.05  # weight of the newest loss in the moving average
@@ -89,8 +90,7 @@ class TrainingProgress(TQDMProgressBar):
         parts = [] if self.loss is None else [f"loss {self.loss.item():.4g}"]
         if trainer.optimizers:
             parts.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:.2e}")
-        timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)  # of max_time
-        if timer is not None and timer.time_remaining() is not None:
+        if timer := timer_of(trainer):
             parts.append(f"{timedelta(seconds=round(timer.time_remaining()))} left")
         self.train_progress_bar.set_postfix_str(", ".join([*parts, *self.scores]))
 

@@ -30,6 +30,7 @@ UNKNOWN = {
     "val/fid": "did you mean val/fid[shapes]?",
     "val/kid[shapes]": "did you mean val/fid[shapes]?",
     "val/txt/perplexity": "did you mean val/text/perplexity?",
+    "val/text/loss_codes": "did you mean val/text/loss_",
     "zzz": "use one of epoch, step, val/bleu4[shapes]",
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tf_lightning.errors import UserError
+from tf_lightning.training.precision import loss_scale
 
 WINDOW = 100  # gradient norms from which the usual size is estimated
 
@@ -50,8 +51,7 @@ class StepGuard:
         is_finite = bool(torch.isfinite(loss.detach().to(norm.device) + 0 * norm))
         is_finite = module.trainer.strategy.reduce_boolean_decision(is_finite, all=True)
         # In fp16 the trainer finds the scale of the loss by steps whose gradients overflow.
-        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-        is_search = scaler is not None and scaler.get_scale() > 1 and bool(torch.isfinite(loss))
+        is_search = loss_scale(module.trainer) > 1 and bool(torch.isfinite(loss))
         self.leaves_out = not is_finite or self.is_spike(norm.item())
         self.in_a_row = 0 if is_finite or is_search else self.in_a_row + 1
         if self.leaves_out:
@@ -111,7 +111,7 @@ def check_finite(checkpoint: dict[str, Any], trainer: L.Trainer, alone: bool = F
     flags = [torch.isfinite(x).all().to(device) for _, x in named]
     flags = torch.stack(flags).tolist() if flags else []  # FSDP: rank 0 may hold all of them
     finite = all(flags)
-    if not trainer.interrupted:  # after an interruption, rank 0 may save alone
+    if not alone:
         finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
     if finite:
         return

@@ -49,7 +49,7 @@ from tf_lightning.ranges import (
     Share,
     check_arguments,
 )
-from tf_lightning.training.breakdown import LossBreakdown
+from tf_lightning.training.breakdown import LOSSES, LossBreakdown
 from tf_lightning.training.fsdp import (
     apply_fsdp,
     number_states_by_module,
@@ -446,7 +446,7 @@ class Transfusion(L.LightningModule):
         self.val_sums = {
             (source, name): (self._sum(), self._sum())
             for source in self.trainer.datamodule.source_names
-            for name in ("loss_lm", "loss_codes", "loss_diffusion")
+            for name in LOSSES
         }
 
     def _sum(self) -> SumMetric:
