@@ -142,6 +142,8 @@ def read_prompts(file: Path) -> list[Parts]:
         records = read_records(file) if file.suffix == ".json" else map(parse_json, lines)
         records = list(map(parse_record, records))
         parsed = [[("text", r)] if isinstance(r, str) else parse_parts(r) for r in records]
+        if not all(isinstance(value, str) for parts in parsed for _, value in parts):
+            raise BadSample("part whose image is not a path")
     except BadSample as error:
         raise UserError(f"{file} has a {error}; see `tf-lightning generate --help`") from error
     if [] in parsed:

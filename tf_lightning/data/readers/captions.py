@@ -16,6 +16,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -92,7 +93,8 @@ def parse_caption(row: Any, caption_key: str | None = None) -> str:
         if caption is None and not any(key in row for key in keys):
             raise BadSample(missing("caption", row, keys, "caption_key"))
         if isinstance(caption, str) and caption == row.get("captions") and caption[:1] in "{[":
-            caption = parse_json(caption)
+            with suppress(BadSample):  # a caption may begin with a bracket
+                caption = parse_json(caption)
     texts = list(_texts(caption))
     if not texts:
         raise BadSample("image without caption")
@@ -401,17 +403,29 @@ class CaptionFolders(ImageFileSource):
     def _texts(self, image: Path) -> dict[str, Path]:
         """Find the text files beside an image, by suffix."""
         wanted = (*CAPTION_EXTENSIONS, "json", *([self.caption_key] if self.caption_key else []))
-        beside = {kind: image.with_suffix(f".{kind}") for kind in wanted}
-        return {kind: file for kind, file in beside.items() if os.path.isfile(file)}
+        names = ((kind, name) for kind in wanted for name in (kind.upper(), kind))
+        beside = {(kind, image.with_suffix(f".{name}")) for kind, name in names}
+        return {kind: file for kind, file in sorted(beside) if os.path.isfile(file)}
 
 
 # Any of the above
 
 # Files that have the captions of a folder, in order of preference.
-CAPTION_FILES = (
-    "metadata.jsonl", "metadata.csv", "metadata.parquet", "*.tar", "*.parquet", "*.jsonl",
-    "captions.txt", "*.csv", "*.tsv",
-)  # fmt: skip
+METADATA_FILES = "metadata.jsonl", "metadata.csv", "metadata.parquet"
+CAPTION_FILES = *METADATA_FILES, "*.tar", "*.tar.gz", "*.tgz", "*.parquet"
+IMAGES_BESIDE_TEXTS = "**/*"
+# Files that have them if there is no text beside an image, and then files in its folders.
+OTHER_CAPTION_FILES = (
+    "*.jsonl",
+    "captions.txt",
+    "*.csv",
+    "*.tsv",
+    "*.json",
+    "*.jsonl.gz",
+    "*.csv.gz",
+    "*.json.gz",
+    *(f"**/{name}" for name in CAPTION_FILES),
+)
 
 CaptionSource = CaptionTars | CaptionRows | CaptionJson | CaptionFolders | ChatFiles
 
@@ -459,8 +473,12 @@ def caption_source(
 def _first_file(paths: str | list[str]) -> Path:
     """Return the first file, or its name if it does not exist, as where data is only encoded."""
     first = paths if isinstance(paths, str) else paths[0]
-    found = sorted(glob.glob(str(Path(first).expanduser()), recursive=True))
-    return Path(next((name for name in found if Path(name).is_file()), first))
+    names = sorted(glob.glob(str(Path(first).expanduser()), recursive=True))
+    found = [Path(name) for name in names if Path(name).is_file() and not is_ignored(name)]
+    if first.endswith(f"/{IMAGES_BESIDE_TEXTS}"):  # other files, such as a README.txt, say nothing
+        images = (file for file in found if format_by_name(file) == "image")
+        return next(images, next(iter(found), Path(first)))
+    return next(iter(found), Path(first))
 
 
 def _caption_format(file: Path) -> str:
@@ -486,7 +504,17 @@ def _caption_format(file: Path) -> str:
 
 
 def _has_image_beside(file: Path) -> bool:
-    return any(file.with_suffix(f".{kind}").is_file() for kind in IMAGE_EXTENSIONS)
+    return any(
+        file.with_suffix(f".{name}").is_file()
+        for kind in IMAGE_EXTENSIONS
+        for name in (kind, kind.upper())
+    )
+
+
+def _texts_in(folder: Path) -> Iterator[Path]:
+    """Find the files in a folder that may have the caption of an image beside them."""
+    for kind in (*CAPTION_EXTENSIONS, "json"):
+        yield from folder.rglob("*." + "".join(f"[{letter}{letter.upper()}]" for letter in kind))
 
 
 def _replace_folders(paths: str | list[str]) -> str | list[str]:
@@ -497,12 +525,13 @@ def _replace_folders(paths: str | list[str]) -> str | list[str]:
     if not folder.is_dir():
         return paths
     escaped = glob.escape(str(folder))
-    for pattern in CAPTION_FILES:
-        if any(not is_ignored(file.name) for file in folder.glob(pattern)):
+    for pattern in (*CAPTION_FILES, IMAGES_BESIDE_TEXTS, *OTHER_CAPTION_FILES):
+        if pattern == IMAGES_BESIDE_TEXTS:
+            found = any(map(_has_image_beside, _texts_in(folder)))
+        else:
+            found = any(not is_ignored(str(file)) for file in folder.glob(pattern))
+        if found:
             return f"{escaped}/{pattern}"
-    texts = (file for kind in (*CAPTION_EXTENSIONS, "json") for file in folder.rglob(f"*.{kind}"))
-    if any(_has_image_beside(file) for file in texts):
-        return f"{escaped}/**/*"
     raise UserError(
         f"the folder {paths} has no captions: it needs a metadata.jsonl with a line such as "
         '{"file_name": "cat.jpg", "text": "a cat"} for each image, a cat.txt beside each cat.jpg, '

@@ -32,7 +32,7 @@ MESSAGES_KEYS = ("messages", "conversations", "conversation")
 IMAGES_KEYS = ("image", "images")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 # Records of one question and one answer: Alpaca, and the layouts of fine-tuning services.
-QUESTION_KEYS, ANSWER_KEYS = ("instruction", "prompt", "question"), (
+QUESTION_KEYS, ANSWER_KEYS = ("instruction", "prompt", "question", "query"), (
     "output", "completion", "response", "answer",
 )  # fmt: skip
 COLUMNS = (*MESSAGES_KEYS, "data", *IMAGES_KEYS, *QUESTION_KEYS, "input", "system", *ANSWER_KEYS)
@@ -62,7 +62,8 @@ class ChatFiles(ImagePathSource):
     - {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": ...}]}, as in
       ShareGPT, LLaVA and BAGEL, with an "image" or "images" for each <image> marker;
     - {"data": ["question", "answer", ...]}, as in UltraChat;
-    - {"instruction", "input", "output"}, as in Alpaca, or {"prompt", "completion"};
+    - {"instruction", "input", "output"}, as in Alpaca;
+    - {"prompt", "completion"}, each a text or both lists of messages, as in TRL;
     - the list of messages itself.
 
     System and tool messages are context. Messages after the last answer, and answers before the
@@ -226,6 +227,8 @@ def _turns(record: Any, messages_key: str | None) -> list:
             return turns
     question = next((record[key] for key in QUESTION_KEYS if record.get(key)), None)
     reply = next((record[key] for key in ANSWER_KEYS if record.get(key)), None)
+    if isinstance(question, list) and isinstance(reply, list) and not messages_key:
+        return question + reply  # messages, as in TRL
     if isinstance(question, str) and isinstance(reply, str) and not messages_key:
         more = record.get("input")  # Alpaca: what the instruction is about
         return [f"{question}\n{more}" if isinstance(more, str) and more else question, reply]

@@ -11,6 +11,7 @@ from tf_lightning.data.documents import AnyText, BadSample
 from tf_lightning.data.readers.files import ImagePathSource, as_image_file
 from tf_lightning.data.readers.formats import (
     file_format,
+    first_present,
     missing,
     parse_object,
     parse_record,
@@ -123,14 +124,13 @@ def turn_folder(record: Any, file: Path) -> tuple[str, Path]:
 
 def pair(row: dict[str, Any], folder: Path, keys: list[tuple[str, ...]]) -> Parts:
     """Parse one edit: an image, an instruction and the edited image."""
-    before, instruction, after = ([row[key] for key in names if key in row] for names in keys)
-    if not instruction:
+    present = {key.lower() for key in row} | set(row)
+    if not present & set(keys[1]):
         raise BadSample(missing("instruction", row, keys[1], "instruction_key"))
-    if not before and not after:
+    if not present & {*keys[0], *keys[2]}:
         raise BadSample(missing("image", row, keys[0] + keys[2], "source_key and target_key"))
-    first = [next((x for x in found if x is not None), None) for found in (before, after)]
-    images = [as_image_file(value, folder) for value in first]
-    return [images[0], wording(instruction[0]), images[1]]
+    before, instruction, after = (first_present(row, names) for names in keys)
+    return [as_image_file(before, folder), wording(instruction), as_image_file(after, folder)]
 
 
 def wording(instruction: Any) -> str | None:

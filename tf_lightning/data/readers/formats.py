@@ -62,7 +62,8 @@ SUFFIXES = {
 }  # fmt: skip
 OTHER_FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer, whose content `git lfs pull` fetches",
-    b"<!DOCTYPE html": "an HTML page", b"<html": "an HTML page", b"PK\x03\x04": "a ZIP archive",
+    b"<!DOCTYPE html": "an HTML page", b"<html": "an HTML page",
+    b"PK\x03\x04": "a ZIP archive, which must be unpacked",
     b"ARROW1": "an Arrow file", b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy file",
     b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive", b"%PDF": "a PDF file",
     b"SQLite format 3": "an SQLite database", b"\x80\x02}": "a pickle", b"\x80\x04\x95": "a pickle",
@@ -431,17 +432,34 @@ def _object(reader: _JsonReader) -> Iterator[tuple[str, Any]]:
 # Tables
 
 
-def read_csv(file: Path) -> Iterator[dict[str, str]]:
-    """Iterate over the rows of a CSV or TSV file whose first line names the columns."""
+SURPLUS = "row with more fields than the header; put quotes around texts that contain {!r}"
+
+
+def read_csv(file: Path) -> Iterator[dict[str, str] | BadSample]:
+    """Iterate over the rows of a CSV or TSV file whose first line names the columns.
+
+    A BadSample stands for a row with more fields than there are columns, most often a text that
+    contains the delimiter: its end would be lost.
+    """
     csv.field_size_limit(MAX_BYTES)
     try:
         lines = (decode_text(line) for line in read_lines(file))
-        header = next(lines, "")
+        header = next((line for line in lines if line.strip()), "")
         delimiter = max("\t,;|", key=header.count)
         options = {"delimiter": delimiter, "skipinitialspace": True}
         rows = csv.DictReader(chain([header], lines), **options)
-        check_unique(rows.fieldnames or [])
-        yield from rows
+        names = rows.fieldnames or []
+        rows.fieldnames = [name.strip() for name in names]
+        check_unique(rows.fieldnames)
+        padded = list(rows.fieldnames) != list(names)  # there are spaces before delimiters
+        for row in rows:
+            if any(row.pop(None, [])):
+                yield BadSample(SURPLUS.format(delimiter))
+            else:
+                yield {
+                    name: value.strip() if padded and value else value
+                    for name, value in row.items()
+                }
     except csv.Error as error:
         raise BadSample(DAMAGED_FILE) from error
 

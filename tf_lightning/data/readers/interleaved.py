@@ -31,6 +31,7 @@ from tf_lightning.data.readers.formats import (
 
 Parts = list[str | OptionalImage]
 OPTIONS = "images_key and texts_key"
+MMC4 = "text_list", "image_info"
 
 
 @dataclass(eq=False)
@@ -65,7 +66,8 @@ class InterleavedFiles(ImagePathSource):
             case "json":
                 records = enumerate(read_records(file, is_part))
             case "parquet":
-                records = enumerate(read_parquet(file, self._keys, OPTIONS))
+                columns = (*self._keys, "parts", *MMC4)
+                records = enumerate(read_parquet(file, columns, OPTIONS))
             case "tar":
                 records = read_tar(file)
             case _:
@@ -80,14 +82,15 @@ class InterleavedFiles(ImagePathSource):
             return mint(record)
         content = parse_record(record)
         match content:
-            case {"text_list": _}:
+            case {"text_list": list()}:
                 return mmc4(content, folder)
-            case dict() if self._keys[1] in content or "parts" not in content:
+            case dict() if content.get("parts") is None or self._keys[1] in content:
                 return obelics(content, folder, *self._keys)
-        return [
+        files = [
             value if modality == "text" else as_image_file(value, folder)
             for modality, value in parse_parts(content)
         ]
+        return [file for file in files if file is not None]
 
 
 def is_part(value: Any) -> bool:
@@ -98,8 +101,8 @@ def is_part(value: Any) -> bool:
 PARTS = ({"text"}, {"image"})
 
 
-def parse_parts(content: Any) -> list[tuple[str, str]]:
-    """Parse the parts of a line: ("text", the text) or ("image", the path of the image).
+def parse_parts(content: Any) -> list[tuple[str, Any]]:
+    """Parse the parts of a line: ("text", the text) or ("image", path or content of the image).
 
     Raises:
         BadSample: the content has no parts, or one is neither text nor image.
@@ -107,20 +110,26 @@ def parse_parts(content: Any) -> list[tuple[str, str]]:
     parts = content.get("parts") if isinstance(content, dict) else content
     if not isinstance(parts, list):
         raise BadSample('line without "parts"')
-    return [_parse_part(part) for part in parts if part not in NOTHING]
+    return [_parse_part(part) for part in parts if not _is_nothing(part)]
 
 
-NOTHING = (None, {"text": None}, {"image": None}, {"image": ""})  # written for what is missing
+def _is_nothing(part: Any) -> bool:
+    """Return whether a part is what is written for a missing one: null, or only empty values."""
+    if isinstance(part, dict) and "image" in part or part == {"text": None}:
+        return not any(part.get(key) for key in ("text", "image"))
+    return part is None
 
 
-def _parse_part(part: str | dict[str, str]) -> tuple[str, str]:
+def _parse_part(part: str | dict[str, Any]) -> tuple[str, Any]:
     match part:
         case str() as text:
             return "text", text
-        case {"text": str() as text}:
+        case {"image": file, "text": str() as text} if file and text:
+            raise BadSample("part that is both text and image")
+        case {"text": str() as text} if text or not part.get("image"):
             return "text", text
-        case {"image": str() as path}:
-            return "image", path
+        case {"image": str() | bytes() | dict() as file}:
+            return "image", file
     raise BadSample("part that is neither text nor image")
 
 
@@ -165,14 +174,14 @@ def mmc4(record: dict[str, Any], folder: Path) -> Parts:
     """
     try:
         before: dict[int, Parts] = {}
-        for image in record["image_info"]:
+        for image in record["image_info"] or []:
             if not image["image_name"]:
                 continue
             file = OptionalImage(folder / image["image_name"])
             before.setdefault(image["matched_text_index"], []).append(file)
         parts: Parts = []
         for number, sentence in enumerate(record["text_list"]):
-            parts += [*before.pop(number, []), sentence + " "]
+            parts += [*before.pop(number, []), *([sentence + " "] if sentence else [])]
     except (KeyError, TypeError) as error:
         raise BadSample("document that is not in MMC4's layout") from error
     if before:

@@ -70,6 +70,8 @@ class TextFiles(FileSource):
         if not isinstance(record, dict):
             raise BadSample("line that is not a JSON object")
         text = first_present(record, self._keys)
+        if text is None and any(key in record for key in self._keys):
+            raise BadSample("record without text")
         if text is None:
             raise BadSample(missing("text", record, self._keys, "text_key"))
         if not isinstance(text, str):
