@@ -66,7 +66,7 @@ class PredictionWriter(BasePredictionWriter):
         """Check again, because a trainer used from Python does not call `before_run`."""
         self.before_run(trainer, pl_module, trainer.datamodule)
         if stage == "predict":
-            check_draws(trainer.datamodule, self, "predict answers captioned images alone")
+            check_draws(trainer.datamodule, self, "give predict other data")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the existing lines; remove lines of other runs from this rank's file."""

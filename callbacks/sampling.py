@@ -65,7 +65,7 @@ def check_draws(data: L.LightningDataModule, callback: object, remedy: str) -> N
     if getattr(data, "autoencoder_name", None) is None:
         raise UserError(
             f"{type(callback).__name__} needs a model of images, but the data has no autoencoder; "
-            f"{remedy}"
+            f"name data.autoencoder, such as 'pixels', or {remedy}"
         )
 
 

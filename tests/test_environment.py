@@ -67,7 +67,7 @@ def test_pins_hold_on_every_platform():
 @pytest.mark.parametrize(
     "target, command",
     [
-        ("quickstart", ".venv/bin/tf-lightning fit -c configs/quickstart.yaml"),
+        ("quickstart", ".venv/bin/tf-lightning fit -c configs/quickstart.yaml --ckpt_path last"),
         (
             "test",
             "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "

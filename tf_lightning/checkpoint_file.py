@@ -44,21 +44,15 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(".*.ckpt.*.partial"):
         left.unlink(missing_ok=True)
-    # The checksum of the file replaces those of the archive's members, which torch.load ignores.
-    member_checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        with atomic_file(path) as partial:
-            torch.save(checkpoint, partial)
-            with partial.open("r+b") as file:
-                size = partial.stat().st_size - len(NO_COMMENT)
-                checksum = checksum_of(file, size)
-                file.seek(size)
-                file.write(trailer(checksum))
-                file.flush()
-                os.fsync(file.fileno())
-    finally:
-        torch.serialization.set_crc32_options(member_checksums)
+    with atomic_file(path) as partial:
+        torch.save(checkpoint, partial)
+        with partial.open("r+b") as file:
+            size = partial.stat().st_size - len(NO_COMMENT)
+            checksum = checksum_of(file, size)
+            file.seek(size)
+            file.write(trailer(checksum))
+            file.flush()
+            os.fsync(file.fileno())
     sync_folder(path.parent)
 
 

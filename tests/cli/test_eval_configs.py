@@ -81,7 +81,7 @@ def home(weights, tmp_path, monkeypatch) -> Path:
 def few(name: str, run: Path, home: Path) -> list[str]:
     """Returns the options of a run whose protocol has few prompts, steps and real images."""
     config = yaml.safe_load((EVAL / f"{name}.yaml").read_text())
-    evaluate = config["trainer"]["callbacks"][-1]["init_args"]
+    evaluate = config["evaluate"]["init_args"]
     evaluate["sampling"] |= {"num_inference_steps": 2, "max_new_tokens": 4}
     if name in COUNTS:
         evaluate["prompts"]["init_args"][COUNTS[name]] = 6

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from support import runs
+from support.files import write_tar
 from tf_lightning.cli.main import VERBS
 
 
@@ -145,7 +146,7 @@ MISTAKES = {
     "--model.latent_channels=4": "has 3 channels but the model has latent_channels=4",
     "--model.prediction_type=x0": "x0",
     "--data.init_args.autoencoder=none/": "there is no autoencoder",
-    "--data.init_args.autoencoder=null": "the data has images",
+    "--data.init_args.autoencoder=null": "name data.autoencoder, such as 'pixels'",
     "--data.init_args.image_first_prob=2": "image_first_prob=2.0 must be from 0 to 1",
     "--data.init_args.weights={captions: 1}": "weights are given for ['captions']",
     "--data.init_args.row_length=20": "longer than a row of 20 tokens",
@@ -174,9 +175,14 @@ def test_a_wrong_value_is_answered_with_one_sentence(argument, tmp_path, fails):
 
 
 def test_images_that_do_not_fit_the_model_are_refused_before_anything_is_prepared(tmp_path, fails):
-    config = runs.write_config(tmp_path)
+
+    def without_callbacks(config: dict) -> None:
+        config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
+
+    config = runs.write_config(tmp_path, without_callbacks)
     pictures = {"class_path": "tf_lightning.data.CaptionTars"}
-    pictures["init_args"] = {"paths": "none.tar", "image_size": 40}
+    tar = write_tar(tmp_path / "a.tar", {"a.txt": b"red"})
+    pictures["init_args"] = {"paths": str(tar), "image_size": 40}
     change = f"--data.init_args.sources.captions={json.dumps(pictures)}"
     for argument, told in {
         "--model.latent_channels=4": 'autoencoder "pixels" has 3 channels',
@@ -224,6 +230,7 @@ def test_a_file_without_documents_is_refused_and_nothing_half_written_is_left(
         files.write_text("not json\n" + content)
 
     def read_files(config: dict) -> None:
+        config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
         config["data"] = {
             "class_path": "tf_lightning.data.TextData",
             "init_args": {

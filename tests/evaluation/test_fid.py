@@ -81,7 +81,7 @@ def test_equals_torch_fidelity_on_the_same_files_with_weights_by_path_or_cache(
         **{"fid": True, "kid": True, "isc": True, "kid_subset_size": 8, "isc_splits": 1},
         **{"cuda": False, "cache": False, "save_cpu_ram": True, "verbose": False},
     )
-    ours = scores.compute()
+    ours, _ = scores.compute()
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
