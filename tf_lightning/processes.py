@@ -35,7 +35,7 @@ def start_worker(worker_id: int) -> None:
     Ctrl-C and job schedulers signal all processes of a run. The training process still needs the
     workers then, until it has saved.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     end_with_parent()

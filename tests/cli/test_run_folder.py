@@ -174,8 +174,13 @@ def test_overwriting_keeps_what_the_new_run_starts_from(tmp_path, refused):
     assert content(tmp_path / "run") == before
 
 
-def test_a_root_directory_is_the_folder_of_a_run_without_a_logger(tmp_path):
-    fit(tmp_path, f"--trainer.default_root_dir={tmp_path / 'root'}", change=unlogged)
+def test_a_root_directory_is_the_folder_of_a_run_without_a_logger(tmp_path, refused, caplog):
+    root = f"--trainer.default_root_dir={tmp_path / 'root'}"
+    with caplog.at_level("INFO"):
+        fit(tmp_path, root, change=unlogged)
+    assert "tf-lightning generate" in caplog.text and "tensorboard" not in caplog.text
+    line = refused("fit", "-c", str(tmp_path / "config.yaml"), root)
+    assert "its own --trainer.default_root_dir" in line
     assert load(tmp_path / "root")["global_step"] == 2
     assert (tmp_path / "root" / "progress.json").exists()
     assert (tmp_path / "root" / "config.yaml").exists()

@@ -63,7 +63,8 @@ def validations(run: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)],
 )
 def test_a_signal_saves_the_step_and_the_resumed_run_equals_an_uninterrupted_one(
     signum, code, whole, tmp_path, capsys
@@ -78,6 +79,15 @@ def test_a_signal_saves_the_step_and_the_resumed_run_equals_an_uninterrupted_one
     assert saved["global_step"] == 4
     assert end_of(tmp_path, "--ckpt_path=last") == 0
     check_equal(tmp_path / "run", whole)
+
+
+def test_a_closed_terminal_does_not_end_a_run_under_nohup(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = runs.stop_at("on_train_batch_start", 4, signal.SIGHUP)
+        assert end_of(tmp_path, *stop) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_printed_command_resumes(tmp_path, capsys):

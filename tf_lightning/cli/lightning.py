@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -543,7 +544,8 @@ class TransfusionCLI(LightningCLI):
                 self.finished_step = finished
             return found and str(found)
         elif not config.ckpt_path:
-            refuse_started_run(*folders)
+            option = "logger.name" if trainer.loggers else "default_root_dir"
+            refuse_started_run(*folders, option=f"--trainer.{option}")
         return config.ckpt_path
 
     def fit(self, **arguments) -> None:
@@ -592,10 +594,11 @@ class TransfusionCLI(LightningCLI):
             last = os.path.relpath(Path(self.saver.dirpath, "last.ckpt"))
             draws = self.datamodule.autoencoder_name is not None
             prompt = '"a prompt" -o out' if draws else '"a prompt" --output-modality text'
+            boards = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
+            curves = [f"\n  tensorboard --logdir {os.path.relpath(b.log_dir)}" for b in boards[:1]]
             rank_zero_info(
                 f"The last checkpoint is {last} ({step}). Next:\n"
-                f"  tf-lightning generate {last} {prompt}\n"
-                f"  tensorboard --logdir {os.path.relpath(self.run_folder)}"
+                f"  tf-lightning generate {last} {prompt}{''.join(curves)}"
             )
 
 

@@ -90,17 +90,24 @@ def refuse_needed(folder: Path, checkpoints: Path, needed: Iterable[str | Path |
             )
 
 
-def refuse_started_run(folder: Path, checkpoints: Path) -> None:
+def refuse_started_run(
+    folder: Path, checkpoints: Path, option: str = "--trainer.logger.name"
+) -> None:
     """Raise UserError if the folder holds a run that a new one would be mixed with.
 
     A run that was killed before its first checkpoint and its first validation left nothing to keep.
+
+    Args:
+        folder: the run's folder.
+        checkpoints: folder of its checkpoints.
+        option: what gives a run another folder.
     """
     progress = read_progress(folder) or {}
     has_results = any(step is not None for step in progress.values())
     if has_results or (folder / "report.json").exists() or find_checkpoints(folder, checkpoints):
         raise UserError(
             f"{os.path.relpath(folder)} holds a run already; resume it with --ckpt_path last, give "
-            "the new run its own --trainer.logger.name, or replace the old one with --overwrite"
+            f"the new run its own {option}, or replace the old one with --overwrite"
         )
 
 

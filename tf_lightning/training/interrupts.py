@@ -1,4 +1,7 @@
-"""Signals that end a run: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM, before a time limit).
+"""Signals that end a run.
+
+They are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is closed, unless `nohup` ignores that) and
+SIGUSR1 (SLURM, before a time limit).
 
 In the middle of a training step the state is not consistent, so a signal is heeded at the end of
 the batch, on all ranks at the same one. Outside of training steps it is heeded at once, because
@@ -21,9 +24,8 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from tf_lightning.errors import Interrupted
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-)  # Windows has no SIGUSR1
+NAMES = "SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # not on Windows
 WAIT = timedelta(seconds=60)  # for rank zero to save
 
 Handler = Callable[[int, FrameType | None], None]
@@ -40,13 +42,22 @@ def interrupt(signum: int, frame: FrameType | None = None, on_all_ranks: bool = 
     raise Interrupted(signum, on_all_ranks)
 
 
+def heeded() -> list[int]:
+    """Return SIGNALS without a SIGHUP that `nohup` lets the process ignore."""
+    return [
+        number
+        for number in SIGNALS
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
+    ]
+
+
 @contextmanager
 def handled(handler: Handler) -> Iterator[None]:
     """Handle SIGNALS by `handler` within the block, in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    before = {number: signal.signal(number, handler) for number in heeded()}
     try:
         yield
     finally:
@@ -76,7 +87,7 @@ class Interrupts(L.Callback):
         """Handle the signals from here on; Lightning restores the earlier handlers at the end."""
         self.received = 0
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in heeded():
                 signal.signal(number, self.handle)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -39,9 +39,7 @@ def test_text_that_is_not_utf8_is_skipped(tmp_path):
 
 def test_a_file_of_another_format_is_a_user_error(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK\3\4")
-    with pytest.raises(
-        UserError, match="a.zip is a ZIP archive, which must be unpacked"
-    ):
+    with pytest.raises(UserError, match="a.zip is a ZIP archive, which must be unpacked"):
         list(TextFiles([f"{tmp_path}/a.zip"]).documents("train"))
 
 
