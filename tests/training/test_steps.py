@@ -273,6 +273,8 @@ def test_epochs_of_limited_batches_do_not_break_a_step(fit):
         ({"accumulate_grad_batches": -2}, "accumulate_grad_batches=-2 must be 1"),
         ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "GradientAccumulationScheduler"),
         ({"overfit_batches": 3}, "overfit_batches=3 has no effect"),
+        ({"val_check_interval": 0}, "val_check_interval=0 must be a number of steps"),
+        ({"max_steps": 6, "min_steps": 7}, "min_steps=7 is after the last step"),
     ],
 )
 def test_settings_that_a_stream_cannot_follow_are_refused(changed, told):

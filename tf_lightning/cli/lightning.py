@@ -725,10 +725,13 @@ def warn_of_unused_values(config: Namespace) -> None:
 
 def check_limits_positive(verb: str, trainer: Mapping) -> None:
     """Raise UserError if a limit is 0, with which Lightning silently does nothing."""
-    limits = ["max_steps", "max_epochs"] if verb == "fit" else [f"limit_{LOOP[verb]}_batches"]
-    for name in limits:
+    limits = ["max_steps", "max_epochs", "limit_train_batches"]
+    for name in limits if verb == "fit" else [f"limit_{LOOP[verb]}_batches"]:
         if trainer[name] == 0:
             raise UserError(f"{verb} with {name}=0 has nothing to do; give 1 or more")
+    time = trainer.get("max_time")
+    if verb == "fit" and time and not str(time).strip("0:"):
+        raise UserError(f"fit with max_time={time} has nothing to do; give DD:HH:MM:SS")
     known = {"auto", *StrategyRegistry.available_strategies()}
     if isinstance(trainer.strategy, str) and trainer.strategy not in known:
         near = close(trainer.strategy, known)

@@ -57,6 +57,14 @@ def check_trainer(trainer: L.Trainer) -> None:
             f"log_every_n_steps={trainer.log_every_n_steps} must be at least 1 (barebones sets 0); "
             "set logger to false to log nothing"
         )
+    if trainer.val_check_interval == 0:
+        raise UserError(
+            "val_check_interval=0 must be a number of steps or a share of an epoch; set "
+            "limit_val_batches to 0 for no validations"
+        )
+    least, most = trainer.min_steps or 0, trainer.max_steps
+    if 0 < most < least:
+        raise UserError(f"min_steps={least} is after the last step (max_steps={most})")
     epochs = trainer.check_val_every_n_epoch or 1
     if epochs > 1 and trainer.max_steps >= 0:
         raise UserError(
