@@ -48,6 +48,7 @@ OPTIONS = {
     "--trainer.limit_train_batches=0": "fit with limit_train_batches=0 has nothing to do",
     "--trainer.max_time=00:00:00:00": "fit with max_time=00:00:00:00 has nothing to do",
     "--trainer.val_check_interval=0": "set limit_val_batches to 0",
+    "--trainer.val_check_interval=00:00:01:00": "set it to a number of steps",
     "--trainer=3": "--trainer 3 is no file of options; give one of them",
     "--trainer=mine.yaml": "--trainer mine.yaml is no file of options",
     "--checkpoint.save_last=foo": "checkpoint.save_last=foo must be true or false, link or null",

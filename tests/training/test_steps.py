@@ -274,6 +274,7 @@ def test_epochs_of_limited_batches_do_not_break_a_step(fit):
         ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "GradientAccumulationScheduler"),
         ({"overfit_batches": 3}, "overfit_batches=3 has no effect"),
         ({"val_check_interval": 0}, "val_check_interval=0 must be a number of steps"),
+        ({"val_check_interval": "00:00:01:00"}, "a val_check_interval in time"),
         ({"max_steps": 6, "min_steps": 7}, "min_steps=7 is after the last step"),
     ],
 )

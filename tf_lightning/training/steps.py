@@ -57,6 +57,11 @@ def check_trainer(trainer: L.Trainer) -> None:
             f"log_every_n_steps={trainer.log_every_n_steps} must be at least 1 (barebones sets 0); "
             "set logger to false to log nothing"
         )
+    if not hasattr(trainer, "val_check_interval"):  # Lightning keeps a time under another name
+        raise UserError(
+            "a val_check_interval in time would validate after other steps in each run; set it to "
+            "a number of steps"
+        )
     if trainer.val_check_interval == 0:
         raise UserError(
             "val_check_interval=0 must be a number of steps or a share of an epoch; set "
