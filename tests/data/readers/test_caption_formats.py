@@ -108,6 +108,23 @@ def test_coco_captions_of_one_image_are_held_out_together(tmp_path):
     assert train and val and not train & val and train | val == set(COLORS)
 
 
+@pytest.mark.parametrize("name", ["captions.txt", "captions.jsonl"])
+def test_rows_of_one_image_in_a_table_are_held_out_together(name, tmp_path):
+    rows_of = [(f"{n}.png", f"{n} in words {k}") for n in range(40) for k in range(5)]
+    lines = "".join(f"{image},{caption}\n" for image, caption in rows_of)
+    (tmp_path / "captions.txt").write_text("image,caption\n" + lines)
+    objects = [dict(zip(("image", "caption"), row, strict=True)) for row in rows_of]
+    write_lines(tmp_path / "captions.jsonl", objects)
+    for n in range(40):
+        (tmp_path / f"{n}.png").write_bytes(encoded_image("red"))
+    source = CaptionRows(f"{tmp_path}/{name}", val_fraction=0.5, image_size=16)
+    train, val = (
+        {str(caption).split()[0] for caption, _ in source.documents(split)}
+        for split in ("train", "val")
+    )
+    assert train and val and not train & val and len(train | val) == 40
+
+
 def test_other_keys_are_read_from_coco_and_karpathy(tmp_path):
     training_datasets.write_images(tmp_path)
     coco, karpathy = (

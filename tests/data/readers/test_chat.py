@@ -259,6 +259,12 @@ def test_keys_of_conversations_can_be_chosen(tmp_path):
     assert document == ["<|user|>\nq\n<|assistant|>\n", "a"]
 
 
+def test_a_column_of_messages_may_be_in_upper_case(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [{"Messages": MESSAGES}])
+    (document,) = ChatFiles(str(file), val_fraction=0).documents("train")
+    assert document[1] == TALK[1]
+
+
 def test_the_word_image_in_brackets_is_text_where_no_images_are_named(tmp_path):
     (document, _) = read(tmp_path, {"data": ["what is <image>", "a tag"]}, {"data": TALK})
     assert document[0] == "<|user|>\nwhat is <image>\n<|assistant|>\n"

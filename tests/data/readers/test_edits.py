@@ -84,6 +84,15 @@ def test_edits_of_one_image_in_json_lines_are_held_out_together(folder, tmp_path
     assert train and val and not train & val
 
 
+def test_keys_of_edits_may_be_in_upper_case(folder, tmp_path):
+    names = "images/7/7-input.png", "now blue", "images/7/7-output1.png"
+    edit = dict(zip(("Input_Image", "Instruction", "Edited_Image"), names, strict=True))
+    source = EditFiles(
+        str(write_lines(tmp_path / "a.jsonl", [edit])), val_fraction=0, image_size=16
+    )
+    assert [colors(d) for d in source.documents("train")] == [["red", "now blue", "blue"]]
+
+
 def test_turns_of_a_parquet_file_become_the_same_documents(folder, tmp_path):
     image = lambda color: {"bytes": encoded_image(color), "path": f"{color}.png"}  # noqa: E731
     rows = [

@@ -206,8 +206,14 @@ class CaptionRows(ImagePathSource):
                 rows = read_parquet(file, columns, "image_key and caption_key")
             case _:
                 raise refuse(file, "tables are read from .jsonl, .json, .csv and .parquet files")
+        names = (self.image_key,) if self.image_key else IMAGE_KEYS
         for number, row in enumerate(rows):
-            yield str(number), (self.image_folder(file), row)
+            with suppress(BadSample):  # which `parts` raises again
+                row = parse_record(row)
+            image = first_present(row, names) if isinstance(row, dict) else None
+            # Rows of one image are held out together: Flickr8k's captions.txt has five.
+            key = image if isinstance(image, str) else number
+            yield str(key), (self.image_folder(file), row)
 
     def parts(self, sample: tuple[Path, Any]) -> Parts:
         """List caption and image, or a conversation; see `ImageFileSource.parts`."""

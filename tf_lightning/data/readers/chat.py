@@ -19,6 +19,7 @@ from tf_lightning.data.documents import BadSample, ContextText, TurnText
 from tf_lightning.data.readers.files import ContextImage, ImagePathSource, as_image_file
 from tf_lightning.data.readers.formats import (
     file_format,
+    first_present,
     missing,
     parse_record,
     read_parquet,
@@ -220,7 +221,7 @@ def _turns(record: Any, messages_key: str | None) -> list:
         raise BadSample("line that is not a JSON object")
     keys = (messages_key,) if messages_key else (*MESSAGES_KEYS, "data")
     for key in keys:
-        turns = record.get(key)
+        turns = first_present(record, (key,))
         if isinstance(turns, str) and turns[:1] == "[":  # JSON in a column of texts
             turns = parse_record(turns.encode("utf-8", "surrogatepass"))
         if isinstance(turns, list):
