@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from tf_lightning.cli.lightning import ALWAYS, LINKED, LOGGER, TRAINER
+from tf_lightning.cli.command_line import LINKED
+from tf_lightning.cli.lightning import ALWAYS, LOGGER, TRAINER
 from tf_lightning.cli.main import main
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.diffusion.process import build_process

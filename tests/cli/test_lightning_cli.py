@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from support import runs
-from tf_lightning.cli.lightning import TransfusionCLI, build, fast_precision
+from tf_lightning.cli.checks import fast_precision
+from tf_lightning.cli.lightning import TransfusionCLI, build
 from tf_lightning.cli.main import main
 from tf_lightning.errors import UserError
 from tf_lightning.training.autoencoder import AutoencoderModule

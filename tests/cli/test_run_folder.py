@@ -174,6 +174,14 @@ def test_overwriting_keeps_what_the_new_run_starts_from(tmp_path, refused):
     assert content(tmp_path / "run") == before
 
 
+def test_a_run_that_does_not_begin_overwrites_nothing(tmp_path):
+    fit(tmp_path)
+    before = content(tmp_path / "run")
+    with pytest.raises(runs.Killed):
+        fit(tmp_path, "--overwrite", *runs.stop_at("on_fit_start", 1, kind="Raise"))
+    assert before.items() <= content(tmp_path / "run").items()
+
+
 def test_a_root_directory_is_the_folder_of_a_run_without_a_logger(tmp_path, refused, caplog):
     root = f"--trainer.default_root_dir={tmp_path / 'root'}"
     with caplog.at_level("INFO"):

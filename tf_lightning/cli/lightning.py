@@ -1,46 +1,58 @@
 """LightningCLI with this project's defaults, links between model and data, and one-line errors."""
 
-import inspect
 import logging
 import os
 import pkgutil
-import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import torch
-import yaml
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from tf_lightning.autoencoder.frozen import load_matching_autoencoder
 from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, find_checkpoint, read_checkpoint
-from tf_lightning.cli.advice import close, find_problem
-from tf_lightning.cli.config_files import Place, read_config
+from tf_lightning.cli.advice import find_problem
+from tf_lightning.cli.checks import (
+    check_autoencoder,
+    check_cpu,
+    check_limits_positive,
+    check_seed,
+    fast_precision,
+)
+from tf_lightning.cli.command_line import (
+    expand_home,
+    places_of_keys,
+    refuse_linked,
+    refuse_model_options,
+    typed_keys,
+    warn_of_unused_values,
+)
+from tf_lightning.cli.config_parser import ConfigError, ConfigFile, ConfigParser
 from tf_lightning.cli.exported import ExportIO, is_exported, read_trained
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.cli.parser import Parser, stop
 from tf_lightning.cli.run_folder import (
+    EarlierRun,
     configured_folders,
+    files_of_run,
     find_checkpoints,
     folder_of,
     is_requeued,
     newest_sound,
     refuse_needed,
     refuse_started_run,
-    remove_run,
     resume_command,
 )
 from tf_lightning.data.mixture import Mixture
@@ -53,9 +65,6 @@ from tf_lightning.training.last_checkpoint import LastCheckpoint, link_to
 from tf_lightning.training.missed_work import MissedWork, read_progress
 from tf_lightning.training.module import Transfusion
 from tf_lightning.training.precision import check_precision
-from tf_lightning.training.resume import differences
-
-LOOP = {"validate": "val", "test": "test", "predict": "predict"}
 
 # Defaults of every recipe. A recipe states what differs.
 
@@ -96,102 +105,10 @@ ALWAYS: dict[str, tuple[str, dict]] = {
         {"logging_interval": "step"},
     ),
 }
-# Options of the data that follow the model.
-LINKED = {
-    "patch_size": "--model.patch_size",
-    "vocab_size": "--model.transformer.vocab_size",
-    "time_token": "--model.linear.time",
-}
-
 
 EXAMPLE = "configs/quickstart.yaml"
-MOST_CPU_PROCESSES = 8  # of one run, on a machine with fewer cores
 
 HINT = "`tf-lightning fit --help` lists the keys; CHANGELOG.md lists those that were renamed."
-
-
-class ConfigError(Exception):
-    """A configuration that does not parse.
-
-    Attributes:
-        report: jsonargparse's message.
-        options: names of the options of the command.
-    """
-
-    def __init__(self, report: str, options: list[str]):
-        super().__init__(report)
-        self.report, self.options = report, options
-
-
-class ConfigParser(LightningArgumentParser):
-    """Parses a run's configuration; raises ConfigError where it does not parse."""
-
-    def get_defaults(self, *args, **kwargs) -> Namespace:
-        """Return the defaults; keep only the class names of `model` and `data`.
-
-        The arguments of the classes get defaults after parsing. Otherwise jsonargparse would pass
-        the arguments of the default class to another class that a configuration names.
-        """
-        defaults = super().get_defaults(*args, **kwargs)
-        for key in ("model", "data"):
-            if isinstance(defaults.get(key), Namespace):
-                defaults[key].pop("init_args", None)
-        return defaults
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise ConfigError."""
-        if not self.exit_on_error:  # the parser of one class; the outer one adds the key
-            super().error(message, ex)
-        raise ConfigError(message, self.option_names()) from ex
-
-    def parse_string(self, content: str, *args, **kwargs) -> Namespace:
-        """Parse the content of a file, in which `class_path` may stand beside flat arguments."""
-        values = yaml.safe_load(content)
-        if isinstance(values, dict) and (mixed := nest_arguments(values)) != values:
-            content = yaml.safe_dump(mixed)
-        return super().parse_string(content, *args, **kwargs)
-
-    def option_names(self) -> list[str]:
-        """Return the names of the options, also those of the commands."""
-        verbs = [action.choices for action in self._actions if isinstance(action.choices, dict)]
-        names = [
-            name for verb in verbs for parser in verb.values() for name in parser.option_names()
-        ]
-        return names + [action.dest for action in self._actions if action.option_strings]
-
-
-def nest_arguments(values: Any) -> Any:
-    """Move arguments beside a `class_path` into its `init_args`, at every depth."""
-    if isinstance(values, list):
-        return [nest_arguments(value) for value in values]
-    if not isinstance(values, dict):
-        return values
-    values = {key: nest_arguments(value) for key, value in values.items()}
-    if "class_path" not in values:
-        return values
-    own = {key: values[key] for key in ("class_path", "init_args", "dict_kwargs") if key in values}
-    flat = {key: value for key, value in values.items() if key not in own}
-    return own | {"init_args": {**(own.get("init_args") or {}), **flat}} if flat else own
-
-
-class ConfigFile(ActionConfigFile):
-    """Reads a configuration file over the values of earlier ones.
-
-    A file that gives a callback of `NAMED` with its `class_path` states all of its options; those
-    of earlier files are dropped. So an evaluation protocol does not depend on the run's recipe.
-    """
-
-    @staticmethod
-    def apply_config(
-        parser: LightningArgumentParser, cfg: Namespace, dest: str, value: str
-    ) -> None:
-        """Read the file `value` into `cfg`."""
-        path = Path(value)
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-        for key, given in content.items() if isinstance(content, dict) else ():
-            if key in NAMED and isinstance(given, dict) and "class_path" in given:
-                cfg[key] = None
-        ActionConfigFile.apply_config(parser, cfg, dest, value)
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -462,7 +379,8 @@ class TransfusionCLI(LightningCLI):
             plugins = [*plugins, ExportIO()]
         # Lightning keeps the state of jobs that SLURM preempts in the root directory.
         kwargs["default_root_dir"] = str(self.run_folder)
-        callbacks = [*always, *listed, *ends]
+        self.earlier = EarlierRun()
+        callbacks = [self.earlier, *always, *listed, *ends]
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def named_callbacks(self, built: Namespace, listed: list[Callback]) -> list[Callback]:
@@ -533,8 +451,7 @@ class TransfusionCLI(LightningCLI):
             needed = [getattr(callback, "checkpoint", None) for callback in trainer.callbacks]
             needed += [getattr(data, name, None) for name in ("tokenizer_file", "autoencoder_name")]
             refuse_needed(*folders, [name for name in needed if isinstance(name, str | Path)])
-            if trainer.is_global_zero:
-                remove_run(*folders)
+            self.earlier.files = files_of_run(*folders)
         elif config.ckpt_path == "last" or (not config.ckpt_path and is_requeued()):
             found, last = newest_sound(*folders, self.kind("fit")), checkpoints / "last.ckpt"
             if found and trainer.is_global_zero and (last.is_symlink() or not last.exists()):
@@ -620,164 +537,6 @@ def time_token(linear: Namespace | None) -> bool:
         return False
     arguments = linear.get("init_args", linear)  # jsonargparse wraps an optional dataclass
     return arguments["time"] == "token"
-
-
-def expand_home(values: Any) -> Any:
-    """Replace "~" at the start of every text in a nested value; a Namespace changes in place."""
-    if isinstance(values, str):
-        option, equals, value = values.partition("=")
-        if option.startswith("--") and equals:
-            return f"{option}={os.path.expanduser(value)}"
-        return os.path.expanduser(values)
-    if isinstance(values, list | tuple):
-        return type(values)(map(expand_home, values))
-    if isinstance(values, dict | Namespace):
-        for key, value in list(
-            vars(values).items() if isinstance(values, Namespace) else values.items()
-        ):
-            values[key] = expand_home(value)
-    return values
-
-
-def places_of_keys(args: list[str]) -> dict[str, Place]:
-    """Read the configuration files of a command line, and return the last place of each key.
-
-    Raises:
-        UserError: a file is missing or is not YAML.
-    """
-    places: dict[str, Place] = {}
-    for file in config_files(args):
-        places |= read_config(Path(file))
-    typed = typed_keys(args)
-    return {key: place for key, place in places.items() if key not in typed}
-
-
-def typed_keys(args: list[str]) -> set[str]:
-    """Return the keys that a command line gives as options, without `init_args`."""
-    options = (arg[2:].partition("=")[0] for arg in args if arg.startswith("--"))
-    return {option.replace(".init_args", "") for option in options}
-
-
-def config_files(args: list[str]) -> list[str]:
-    """Return the files that a command line names with -c or --config."""
-    files = []
-    for arg, following in zip(args, [*args[1:], ""], strict=False):
-        if arg in ("-c", "--config") and following:
-            files.append(following)
-        elif found := re.fullmatch(r"(?:--config=|-c=?)(?!onfig)(.+)", arg):
-            if re.match(r"kpt_path\b", found[1]):
-                raise UserError(f"{arg} has one dash; write -{arg}")
-            files.append(found[1])
-    return files
-
-
-def check_seed(seed: bool | int) -> None:
-    """Raise UserError for a seed that numpy does not take."""
-    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
-        raise UserError(f"seed_everything={seed} must be from 0 to {2**32 - 1}")
-
-
-def refuse_linked(args: list[str]) -> None:
-    """Refuse an option of the data on the command line that the model's value would overwrite."""
-    for arg in args:
-        option = re.match(r"--data\.(?:init_args\.)?(\w+)(?:=|$)", arg)
-        if option and option[1] in LINKED:
-            name = option[1]
-            raise UserError(f"{arg}: the data takes {name} from the model; give {LINKED[name]}")
-
-
-def refuse_model_options(
-    args: list[str], verb: str, given: Namespace, hparams: Mapping[str, Any]
-) -> None:
-    """Refuse an option of the model on an evaluation's command line that the checkpoint overrides.
-
-    Args:
-        args: the command line.
-        verb: the command.
-        given: the model's arguments of configuration and command line.
-        hparams: those of the checkpoint.
-    """
-    typed = {m[1] for arg in args if (m := re.match(r"--model\.(?:init_args\.)?([\w.]+)", arg))}
-    for name, value, saved in differences(given.as_dict(), hparams):
-        if name in typed:
-            raise UserError(
-                f"--model.{name} {value}: {verb} takes the model from the checkpoint, which has "
-                f"{saved}; leave it out"
-            )
-
-
-def warn_of_unused_values(config: Namespace) -> None:
-    """Warn of a configuration file that gives the data another value than the model has.
-
-    The links have already replaced the value in `config`, so the files are read again.
-    """
-    for file in config.get("config") or []:
-        content = yaml.safe_load(Path(str(file)).read_text(encoding="utf-8"))
-        data = content.get("data") if isinstance(content, dict) else None
-        data = data if isinstance(data, dict) else {}
-        for name, value in (data | (data.get("init_args") or {})).items():
-            if name in LINKED and value != config.data.init_args.get(name, value):
-                rank_zero_warn(
-                    f"{file}: data.{name}={value} is not used; the data takes {name} from the "
-                    f"model, see {LINKED[name]}"
-                )
-
-
-def check_limits_positive(verb: str, trainer: Mapping) -> None:
-    """Raise UserError if a limit is 0, with which Lightning silently does nothing."""
-    limits = ["max_steps", "max_epochs", "limit_train_batches"]
-    for name in limits if verb == "fit" else [f"limit_{LOOP[verb]}_batches"]:
-        if trainer[name] == 0:
-            raise UserError(f"{verb} with {name}=0 has nothing to do; give 1 or more")
-    time = trainer.get("max_time")
-    if verb == "fit" and time and not str(time).strip("0:"):
-        raise UserError(f"fit with max_time={time} has nothing to do; give DD:HH:MM:SS")
-    known = {"auto", *StrategyRegistry.available_strategies()}
-    if isinstance(trainer.strategy, str) and trainer.strategy not in known:
-        near = close(trainer.strategy, known)
-        advice = f"did you mean {near}?" if near else "give auto, ddp, fsdp or a class"
-        raise UserError(f"there is no trainer.strategy={trainer.strategy}; {advice}")
-
-
-def check_cpu(trainer: Mapping) -> None:
-    """Raise UserError for settings of the trainer that a CPU cannot run."""
-    if trainer.precision in (16, "16", "16-mixed"):
-        raise UserError(
-            f"precision={trainer.precision} needs a GPU; use bf16-mixed or 32-true on a CPU"
-        )
-    most = max(MOST_CPU_PROCESSES, os.cpu_count() or 1)
-    if str(trainer.devices).isdecimal() and int(trainer.devices) > most:
-        raise UserError(
-            f"trainer.devices={trainer.devices} starts as many processes on this CPU; give at most "
-            f"{most}"
-        )
-
-
-def check_autoencoder(model: Transfusion, data: L.LightningDataModule, configured: int) -> None:
-    """Refuse an autoencoder that does not fit the model, before any image is encoded.
-
-    Args:
-        model: built with the latent channels of the data's autoencoder.
-        data: names its autoencoder, if it has one.
-        configured: `latent_channels` of the configuration or the checkpoint; the default of
-            Transfusion counts as not configured.
-    """
-    if name := getattr(data, "autoencoder_name", None):
-        default = inspect.signature(Transfusion).parameters["latent_channels"].default
-        channels = model.hparams.latent_channels if configured == default else configured
-        load_matching_autoencoder(name, channels, model.hparams.num_codes)
-
-
-def fast_precision(accelerator: str) -> str:
-    """Return the precision that the hardware multiplies faster, "bf16-mixed" or "32-true".
-
-    A CPU without AVX-512 BF16 or AMX emulates bf16, which is slower than fp32.
-    """
-    if accelerator != "cpu" and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch 2.x
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return "bf16-mixed" if fast else "32-true"
 
 
 def silence_warnings() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import yaml
 from jsonargparse import Namespace
@@ -24,6 +25,7 @@ WRITTEN = (
     "config.yaml", "hparams.yaml", "metrics.csv", "events.out.tfevents.*", "checkpoints",
     "hpc_ckpt_*.ckpt", PROGRESS_FILE, "metrics", "report.json", "sheet.png", "samples",
 )  # fmt: skip
+REPLACED = ("hparams.yaml", "metrics.csv")  # of them, by the logger of a new run
 SHARDED_METADATA = ".metadata"
 
 
@@ -78,9 +80,8 @@ def folder_of_options(options: Mapping[str, Any]) -> Path:
 
 
 def refuse_needed(folder: Path, checkpoints: Path, needed: Iterable[str | Path | None]) -> None:
-    """Raise UserError if `remove_run` would remove something that the new run starts from."""
-    found = [path for pattern in WRITTEN for path in folder.glob(pattern)]
-    removed = [path.resolve() for path in [*found, checkpoints]]
+    """Raise UserError if `EarlierRun` would remove something that the new run starts from."""
+    removed = [path.resolve() for path in files_of_run(folder, checkpoints)]
     for path in filter(None, needed):
         place = Path(path).resolve()
         if any(place.is_relative_to(old) or old.is_relative_to(place) for old in removed):
@@ -111,14 +112,27 @@ def refuse_started_run(
         )
 
 
-def remove_run(folder: Path, checkpoints: Path) -> None:
-    """Remove what an earlier run wrote into its folder, and nothing else."""
-    found = [path for pattern in WRITTEN for path in folder.glob(pattern)]
-    for path in [*found, checkpoints]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def files_of_run(folder: Path, checkpoints: Path) -> list[Path]:
+    """List what a run has written into its folder, and nothing else."""
+    return [*(path for pattern in WRITTEN for path in folder.glob(pattern)), checkpoints]
+
+
+class EarlierRun(L.Callback):
+    """Removes the files of an earlier run when training starts.
+
+    A new run that is refused before, by its data for example, leaves them as they are.
+    """
+
+    def __init__(self):
+        self.files: list[Path] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove the files on rank zero, except those that the new run's logger has replaced."""
+        for path in self.files if trainer.is_global_zero else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in REPLACED:
+                path.unlink(missing_ok=True)
 
 
 def find_checkpoints(folder: Path, checkpoints: Path) -> list[Path]:
