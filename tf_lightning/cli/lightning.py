@@ -371,7 +371,8 @@ class TransfusionCLI(LightningCLI):
         for saver in savers:
             saver.dirpath = saver.dirpath or str(self.run_folder / "checkpoints")
         self.saver = next((saver for saver in savers if saver.save_last), next(iter(savers), None))
-        ends = [Interrupts()]
+        self.earlier = EarlierRun()
+        ends = [self.earlier, Interrupts()]
         ends += [LastCheckpoint(self.saver), MissedWork()] if self.saver else []
         plugins = built.trainer.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -379,8 +380,7 @@ class TransfusionCLI(LightningCLI):
             plugins = [*plugins, ExportIO()]
         # Lightning keeps the state of jobs that SLURM preempts in the root directory.
         kwargs["default_root_dir"] = str(self.run_folder)
-        self.earlier = EarlierRun()
-        callbacks = [self.earlier, *always, *listed, *ends]
+        callbacks = [*always, *listed, *ends]
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def named_callbacks(self, built: Namespace, listed: list[Callback]) -> list[Callback]:
