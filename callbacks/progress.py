@@ -111,8 +111,10 @@ class TrainingProgress(TQDMProgressBar):
         main.sort(key=lambda record: "[" not in record.name)  # scores of samples first
         self.scores = [f"{r.name.removeprefix('val/')} {r.value:.4g}" for r in main[:NUM_SCORES]]
 
-    def on_exception(self, *_) -> None:
-        """Close all bars, so that the error message begins on a line of its own."""
+    def on_exception(self, trainer: L.Trainer, *_) -> None:
+        """Close all bars at the present step; the error message begins on a line of its own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.n = trainer.global_step
         for bar in (self._val_progress_bar, self._train_progress_bar):
             if bar is not None:
                 bar.close()

@@ -11,7 +11,7 @@ import lightning as L
 import numpy as np
 from PIL import Image
 
-from tf_lightning.data.documents import RawDocument, Skipped, Source, Split
+from tf_lightning.data.documents import HOLD_OUT, RawDocument, Skipped, Source, Split
 from tf_lightning.errors import UserError
 from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
 from tf_lightning.shapes.grammar import caption, captions, parse
@@ -140,8 +140,8 @@ class HeldOut(PromptSet):
         pairs = [*islice(caption_pairs(find_source(data, self.source), "val"), self.count)]
         if not pairs:
             raise UserError(
-                f"source {self.source!r} has no captioned image in its validation split; hold some "
-                "out or name another source"
+                f"source {self.source!r} has no captioned image in its validation split; "
+                f"{HOLD_OUT}, or name another source"
             )
         return [
             Prompt(text, partial(as_image, image), getattr(text, "texts", (text,)))

@@ -345,7 +345,7 @@ def test_images_of_weights_that_diverged_are_reported(run, tmp_path, capsys):
 
 def test_a_source_without_validation_documents_is_named_and_the_rest_is_evaluated(run, tmp_path):
     nothing = "--data.init_args.sources.text.init_args.num_val=0"
-    with pytest.warns(UserWarning, match="^no documents to validate on in text; hold some out$"):
+    with pytest.warns(UserWarning, match="^no documents to validate on in text; give"):
         found = values(validate(run, tmp_path, nothing))
     assert "val/captions/perplexity" in found and not any("text" in name for name in found)
 

@@ -103,6 +103,14 @@ def test_the_scores_of_the_last_validation_are_beside_the_loss(clock, capsys):
     assert "loss 1, lr 3.00e-04, fid[shapes] 12.5, text/perplexity 8]" in line
 
 
+def test_an_interrupted_run_ends_its_bar_at_its_step(clock, capsys):
+    callback, trainer = started()
+    for _ in range(3):
+        step(callback, trainer, 1.0)
+    callback.on_exception(trainer, None, KeyboardInterrupt())
+    assert " 3/40 " in capsys.readouterr().err
+
+
 def test_other_ranks_show_nothing(clock, capsys):
     callback, trainer = started(is_global_zero=False)
     clock[0] = 99.0

@@ -315,12 +315,12 @@ def test_outputs_are_kept_unless_something_changed(checkpoint, prompts, tmp_path
     before = drawn(tmp_path / "out")
     (tmp_path / "out" / "0001.json").unlink()
     main([*command, "--num-inference-steps", "2"])
-    assert "Wrote 1 outputs" in capsys.readouterr().out.splitlines()[-1]
+    assert "Wrote 1 output " in capsys.readouterr().out.splitlines()[-1]
     after = drawn(tmp_path / "out")
     assert after.keys() - before.keys() == {"0003.png"} and after.items() > before.items()
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "in.png")  # same name, another picture
     main([*command, "--num-inference-steps", "2"])
-    assert "Wrote 1 outputs" in capsys.readouterr().out.splitlines()[-1]
+    assert "Wrote 1 output " in capsys.readouterr().out.splitlines()[-1]
     main([*command, "--num-inference-steps", "3"])
     assert "Wrote 3 outputs" in capsys.readouterr().out.splitlines()[-1]
     assert drawn(tmp_path / "out").items() > after.items()  # nothing was replaced
@@ -360,7 +360,7 @@ def test_an_interrupted_command_keeps_its_outputs_and_can_be_repeated(
     monkeypatch.undo()
     before = drawn(out)
     main(command)
-    assert "Wrote 1 outputs" in capsys.readouterr().out.splitlines()[-1]
+    assert "Wrote 1 output " in capsys.readouterr().out.splitlines()[-1]
     assert drawn(out).items() > before.items()
 
 

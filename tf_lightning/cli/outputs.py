@@ -210,13 +210,19 @@ def write_outputs(
     except KeyboardInterrupt:
         write_sheet(out)
         print(
-            f"Kept {num_written} outputs in {out}; the same command makes the rest.",
+            f"Kept {number_of_outputs(num_written)} in {out}; the same command makes the rest.",
             file=sys.stderr,
         )
         raise
     sheet, num_kept = write_sheet(out), len(names) - len(missing)
     kept = f" ({num_kept} were there already)" if num_kept else ""
-    print(f"Wrote {num_written} outputs to {out}{kept}: {names[0]}.json ... Look at {sheet}")
+    first = f"{names[0]}.json" + (" ..." if len(names) > 1 else "")
+    print(f"Wrote {number_of_outputs(num_written)} to {out}{kept}: {first} Look at {sheet}")
+
+
+def number_of_outputs(number: int) -> str:
+    """Return "1 output" or "2 outputs"."""
+    return f"{number} output" + "s" * (number != 1)
 
 
 def written_outputs(folder: Path) -> dict[str, dict[str, Any]]:

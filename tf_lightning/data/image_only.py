@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tf_lightning.data.corpus.prepare import corpus_path, format_reasons, summary
 from tf_lightning.data.corpus.reader import refuse_damage
-from tf_lightning.data.documents import Skipped, Source, Split
+from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split
 from tf_lightning.data.stream import ENDLESS, StreamData
 from tf_lightning.errors import UserError
 from tf_lightning.files import publish_folder, told_if_full
@@ -139,10 +139,7 @@ class ImageData(StreamData):
             split: store_images(self.source, split, self.cache_dir) for split in ("train", "val")
         }
         if not len(self.stores["val"]):
-            raise UserError(
-                "no image is held out to validate on; give the source a larger val_fraction, "
-                "num_val, or val_paths"
-            )
+            raise UserError(f"no image is held out to validate on; {HOLD_OUT}")
 
     @property
     def rows_per_epoch(self) -> int:

@@ -21,7 +21,7 @@ from tf_lightning.batch import Batch, pack
 from tf_lightning.data.corpus.encoded import EncodedRequirements, encoded_tokenizer, open_encoded
 from tf_lightning.data.corpus.prepare import PrepareJob, check_result, plan_corpus, prepare
 from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
-from tf_lightning.data.documents import Skipped, Source, Split
+from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split
 from tf_lightning.data.packing import CorpusRows
 from tf_lightning.data.stream import Rows, StreamData, StreamRow, ValidationRows
 from tf_lightning.errors import UserError
@@ -354,7 +354,7 @@ class Mixture(StreamData):
             UserError: no source has any, and the run is an evaluation.
         """
         empty = [name for name, corpus in self.corpora["val"].items() if not len(corpus)]
-        message = f"no documents to validate on in {', '.join(empty)}; hold some out"
+        message = f"no documents to validate on in {', '.join(empty)}; {HOLD_OUT}"
         if empty and len(empty) == len(self.sources) and self.trainer.state.fn != "fit":
             raise UserError(message)
         if empty:
