@@ -52,7 +52,9 @@ class GradientNorms(L.Callback):
                 with trainer.precision_plugin.forward_context():
                     sums = pl_module.loss_sums(pl_module.net, part)
                     loss = pl_module.loss_shares(sums, counts)[name]
-                scale = backward(trainer, loss)
+                scale = loss_scale(trainer)
+                if loss.requires_grad:  # not of rows of text with frozen text weights
+                    (loss * scale).backward()
             norm = gradient_norm(pl_module.net) / scale
             norms[f"train/grad_norm_{name.removeprefix('loss_')}"] = norm.item()
         # `self.log` would repeat the values at every log until the next measurement.
@@ -60,16 +62,11 @@ class GradientNorms(L.Callback):
             logger.log_metrics(norms, step=trainer.global_step)
 
 
-def backward(trainer: L.Trainer, loss: Tensor) -> float:
-    """Compute the gradients of a loss; return the factor by which they are scaled (fp16)."""
-    scale = loss_scale(trainer)
-    (loss * scale).backward()
-    return scale
-
-
 def gradient_norm(net: nn.Module) -> Tensor:
     """Return the norm of the gradients' mean over ranks; DDP has not averaged them."""
-    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    # Every rank needs the same list, also where its rows leave some weights without a gradient.
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     gradients = [g if isinstance(g, DTensor) else mean_over_ranks(g) for g in gradients]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -143,3 +143,24 @@ def test_gradient_norms_are_those_of_each_loss_and_change_nothing(tmp_path):
         assert levels == (step in logged("train/captions/loss_diffusion"))
     assert len(logged("train/text/loss_lm")) == 4
     assert any(0 < len(logged(name)) < 4 for name in by_level)
+
+
+def test_rows_of_text_with_frozen_text_weights_have_no_gradient_and_norms_of_zero(tmp_path):
+    L.seed_everything(0)
+    config = TransformerConfig(vocab_size=300, **SIZES)
+    module = Transfusion(config, 16, 3, warmup_steps=1, text_lr_ratio=0.0)
+    data = Mixture(
+        {"captions": ShapesCaptions(30, 6), "text": ShapesTexts(30, 6)},
+        {"captions": 1.0, "text": 9.0},
+        **{"autoencoder": "pixels", "vocab_size": 300, "patch_size": 16, "row_length": 256},
+        **{"batch_size": 1, "cache_dir": str(tmp_path / "data")},
+    )
+    trainer = L.Trainer(
+        **{"accelerator": "cpu", "max_steps": 8, "default_root_dir": tmp_path},
+        **{"logger": Lines(), "enable_progress_bar": False, "enable_model_summary": False},
+        **{"enable_checkpointing": False, "limit_val_batches": 0, "log_every_n_steps": 1},
+        **{"use_distributed_sampler": False, "callbacks": [GradientNorms(every_n_logs=1)]},
+    )
+    trainer.fit(module, data)
+    norms = [line["train/grad_norm_lm"] for line in trainer.logger.lines if len(line) == 3]
+    assert len(norms) == 8 and 0.0 in norms

@@ -185,7 +185,7 @@ class TransfusionCLI(LightningCLI):
             parser.add_argument(
                 "--overwrite",
                 action="store_true",
-                help="Remove the run that is in the run's folder, and start anew.",
+                help="Remove the earlier run in this folder when training starts.",
             )
         # With a default class, `model:` and `data:` may hold the arguments of the class directly.
         parser.set_defaults({"model": {"class_path": class_path(Transfusion)}})

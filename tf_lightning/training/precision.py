@@ -27,8 +27,8 @@ def check_precision(precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise UserError(
-            f"precision={precision} is not supported, because weights, their moving "
-            "average and noise levels need fp32; use 32-true, bf16-mixed or 16-mixed"
+            f"precision={precision} is not supported, because weights, their moving average and "
+            f"noise levels need fp32; use {', '.join(PRECISIONS)}"
         )
 
 
