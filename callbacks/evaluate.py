@@ -417,7 +417,6 @@ def module_records(
 ) -> list[MetricRecord]:
     """Return records of the losses that the module logged at this validation."""
     known = {record.name for record in others}
-    weights = "raw" if module.ema is None else "ema"
     definitions = MODULE_PROTOCOL
     if module.process is not None:
         definitions = definitions | {"loss_diffusion": module.process.loss_definition}
@@ -425,7 +424,10 @@ def module_records(
         MetricRecord(
             name,
             float(value),
-            {"definition": definitions[name.rpartition("/")[2]], "weights": weights},
+            {
+                "definition": definitions[name.rpartition("/")[2]],
+                "weights": module.inference_weights,
+            },
         )
         for name, value in trainer.callback_metrics.items()
         if name.rpartition("/")[2] in definitions and name.startswith("val/")

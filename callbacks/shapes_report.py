@@ -148,7 +148,7 @@ class ShapesReport(L.Callback):
             "counts": dict.fromkeys(("one_object", "two_objects", "captions", "texts"), len(one)),
             "seed": self.seed,
             "global_step": trainer.global_step or pl_module.loaded_step,
-            "weights": "raw" if pl_module.ema is None else "ema",
+            "weights": pl_module.inference_weights,
             "precision": trainer.precision,
             **image_protocol(self.sampling, pl_module),
         }

@@ -62,7 +62,7 @@ class TextPerplexity(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Log the values of each source."""
         self.records = []
-        weights = "raw" if pl_module.ema is None else "ema"
+        weights = pl_module.inference_weights
         for source, metric in self.metrics.items():
             try:
                 found = metric.compute()

@@ -160,7 +160,7 @@ class TransfusionPipeline:
         hparams = dict(module.hparams)
         averaged = ema and module.ema is not None
         checkpoint = {
-            "weights": "ema" if averaged else "raw",
+            "weights": "ema" if averaged else module.loaded_weights,
             "hyper_parameters": hparams,
             "image_codec": module.image_codec,
             "row_length": module.row_length,

@@ -187,6 +187,7 @@ class Transfusion(L.LightningModule):
         self.saves_alone = False  # whether rank zero saves without the others, after an error
         self.breakdown: LossBreakdown | None = None  # while the module is trained
         self.tokenizer_proto: bytes | None = None
+        self.loaded_weights = "raw"  # "ema" for an exported folder of EMA weights
         self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
         self.image_codec: dict | None = None
         self.row_length: int | None = None
@@ -232,6 +233,11 @@ class Transfusion(L.LightningModule):
     def inference_net(self) -> TransfusionModel:
         """The network with EMA weights, or the trained network if none are kept."""
         return self.net if self.ema is None else self.ema
+
+    @property
+    def inference_weights(self) -> str:
+        """Kind of these weights, "ema" or "raw"."""
+        return self.loaded_weights if self.ema is None else "ema"
 
     def setup(self, stage: str) -> None:
         """Check trainer and data, and keep what a checkpoint needs besides the weights."""
@@ -544,6 +550,7 @@ class Transfusion(L.LightningModule):
         self.tokenizer_proto = same_tokenizer(checkpoint, self.tokenizer_proto)
         self.image_codec = with_data(checkpoint["image_codec"], self.image_codec)
         self.loaded_step = checkpoint["global_step"]
+        self.loaded_weights = checkpoint.get("weights", "raw")  # only exported folders have it
         if "step_guard" in checkpoint:  # missing in old checkpoints
             self.guard.load_state_dict(checkpoint["step_guard"])
         self.row_length = checkpoint.get("row_length")  # missing in old checkpoints
