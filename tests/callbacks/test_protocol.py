@@ -79,7 +79,8 @@ def test_fit_writes_a_file_for_each_step_and_an_evaluation_a_file(fn, tag, place
     (tmp_path / "last.ckpt").write_bytes(b"weights")
     fit = fn == TrainerFn.FITTING
     trainer = SimpleNamespace(
-        log_dir=str(tmp_path),
+        logger=None,
+        default_root_dir=str(tmp_path),
         state=SimpleNamespace(fn=fn),
         is_global_zero=False,
         global_step=7 if fit else 0,

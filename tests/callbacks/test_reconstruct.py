@@ -31,12 +31,18 @@ class Module(SimpleNamespace):
 def trainer(tmp_path, monkeypatch) -> SimpleNamespace:
     """A trainer without loggers, for modules of any class."""
     monkeypatch.setattr("callbacks.reconstruct.check_module", lambda *_: None)
-    vars(TRAINER).update(log_dir=str(tmp_path))
+    vars(TRAINER).update(default_root_dir=str(tmp_path))
     return TRAINER
 
 
 TRAINER = SimpleNamespace(
-    **{"sanity_checking": False, "loggers": [], "is_global_zero": True, "datamodule": None},
+    **{
+        "sanity_checking": False,
+        "logger": None,
+        "loggers": [],
+        "is_global_zero": True,
+        "datamodule": None,
+    },
     global_step=8,
     state=SimpleNamespace(fn="fit"),
 )

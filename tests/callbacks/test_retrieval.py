@@ -73,7 +73,12 @@ def test_accuracy_is_the_share_of_images_nearest_to_their_own(
 ):
     monkeypatch.setattr(TransfusionPipeline, "from_module", lambda module: Memory(remembers))
     trainer = SimpleNamespace(
-        **{"is_global_zero": True, "log_dir": str(tmp_path), "global_step": 7},
+        **{
+            "is_global_zero": True,
+            "logger": None,
+            "default_root_dir": str(tmp_path),
+            "global_step": 7,
+        },
         datamodule=SimpleNamespace(sources={"captions": Greys()}, autoencoder_name="pixels"),
         state=SimpleNamespace(fn="fit"),
         precision="32-true",

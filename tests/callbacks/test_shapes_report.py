@@ -83,7 +83,13 @@ def report_of(module, model_class, folder, monkeypatch) -> dict:
     build = TransfusionPipeline.from_module.__func__
     monkeypatch.setattr(TransfusionPipeline, "from_module", lambda m: build(model_class, m))
     trainer = SimpleNamespace(
-        **{"is_global_zero": True, "log_dir": str(folder), "global_step": 5, "ckpt_path": None},
+        **{
+            "is_global_zero": True,
+            "logger": None,
+            "default_root_dir": str(folder),
+            "global_step": 5,
+            "ckpt_path": None,
+        },
         **{"state": SimpleNamespace(fn="fit"), "callbacks": [timed()]},
         precision="32-true",
         precision_plugin=Precision(),

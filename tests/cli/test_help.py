@@ -101,7 +101,7 @@ def test_every_callback_data_module_and_source_is_on_the_screen():
         named = {c.__name__ for c in found if c.__module__.split(".")[0] in ours}
         # No user names these; TrainingProgress and PrintScores have keys of their own.
         inner = {"SaveFitConfig", "StreamData", "ShardData", "TrainingProgress", "PrintScores"}
-        inner |= {"Interrupts", "LastCheckpoint", "MissedWork"}
+        inner |= {"Interrupts", "LastCheckpoint", "MissedWork", "EarlierRun"}
         assert {name for name in named if not name.startswith("_")} - inner <= shown
     sources = importlib.import_module("tf_lightning.data").__all__
     files = {
