@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tf_lightning.processes import start_worker
 rows = [torch.zeros(200_000)] * 100
 rows = iter(DataLoader(rows, num_workers=2, prefetch_factor=20, worker_init_fn=start_worker))
-next(rows)
+next(rows), next(rows)  # one of each worker, so both have begun
 print(*[worker.pid for worker in rows._workers], flush=True)
 for worker in rows._workers:  # as Ctrl-C and job schedulers do
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
