@@ -15,7 +15,7 @@ from callbacks.protocol import MetricRecord
 
 
 class Score(NamedTuple):
-    """What a value means.
+    """The unit and the better direction of a score.
 
     Attributes:
         better: 1 if higher values are better, -1 if lower ones are, 0 if neither.

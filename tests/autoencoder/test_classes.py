@@ -203,7 +203,7 @@ def test_a_config_that_cannot_be_used_is_refused(folder, changes, words):
 
 @pytest.mark.parametrize("layout", ["folder", "original"])
 def test_surplus_weights_are_refused(layout, tmp_path):
-    """Those of FLUX.2 in the config of an AutoencoderKL, whatever the names."""
+    """Weights of FLUX.2 do not load into an AutoencoderKL, whatever their names."""
     path = write_layout(make("AutoencoderKLFlux2"), layout, tmp_path)
     edit(tmp_path / "plain", _class_name="AutoencoderKL")
     assert "3 are no part of the class, such as bn." in refused(path)

@@ -1,6 +1,6 @@
 """Public autoencoders: their real configs and file layouts, with narrow random networks.
 
-The original names are written here by hand, independently of diffusers' converter.
+The original names are written by hand, independently of diffusers' converter.
 """
 
 import json
@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from support.autoencoders import original_names
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.errors import UserError
 
@@ -53,32 +54,12 @@ CONFIGS = {
     },
 }
 SCALING = {"sd-vae-ft-mse": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "flux": (0.3611, 0.1159)}
-ORIGINAL = (  # diffusers' names and the original names
-    (r"coder\.conv_norm_out", "coder.norm_out"),
-    (r"mid_block\.resnets\.0", "mid.block_1"),
-    (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
-    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
-    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
-    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
-    (r"up_blocks\.(\d)\.resnets", r"up.\1.block"),
-    (r"up_blocks\.(\d)\.upsamplers\.0", r"up.\1.upsample"),
-    (r"conv_shortcut", "nin_shortcut"),
-)
 
 
 def original(weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """CompVis' names: up blocks are counted from the last, attention is 1 x 1 convolutions."""
-    renamed = {}
-    for name, value in weights.items():
-        for ours, theirs in ORIGINAL:
-            name = re.sub(ours, theirs, name)
-        name = re.sub(r"\bup\.(\d)", lambda found: f"up.{3 - int(found[1])}", name)
-        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):
-            value = value[..., None, None]
-        renamed[prefix + name] = value.contiguous()
-    return renamed
+    """CompVis' names."""
+    names = original_names(weights, inner_quant=False, resolutions=4)
+    return {prefix + name: value for name, value in names.items()}
 
 
 def deprecated(weights: dict[str, Tensor]) -> dict[str, Tensor]:

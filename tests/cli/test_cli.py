@@ -50,7 +50,7 @@ def test_a_run_logs_losses_speed_and_shares_under_their_documented_names(events)
         *(f"val/composition[shapes]/{name}" for name in ("two_object", "color_attr", "position")),
         *("val/composition[shapes]/overall", "val/seconds", "val/time_share"),
     }
-    # Of a step without a source or without an image of a noise level, nothing is logged.
+    # A source or noise level that a step does not contain is not logged at that step.
     by_source = {f"train/{source}/loss_lm" for source in ("captions", "text")}
     by_source |= {"train/captions/loss_diffusion"}
     by_level = {f"train/loss_diffusion/t{t:.2f}-{t + 0.25:.2f}" for t in (0, 0.25, 0.5, 0.75)}

@@ -10,7 +10,7 @@ import pytest
 from support import runs
 
 FIT = ("fit", "-c", "config.yaml")
-# What is typed behind FIT: what the sentence says.
+# Mistyped options of `fit`, each with a part of the message.
 OPTIONS = {
     # a misspelt name
     "--trainr.max_steps=3": "did you mean --trainer.max_steps?",

@@ -1,4 +1,4 @@
-"""What the command does as a process: any locale, a closed pipe, the current folder, faults."""
+"""The command as a process: locales, closed pipes, classes of the current folder, faults."""
 
 import os
 import re

@@ -170,7 +170,7 @@ def load(*files: Path) -> dict:
 
 
 def miniature(*files: Path) -> dict:
-    """What goes behind recipes: a small model, few and small images, two steps."""
+    """Return options that shrink a recipe: a small model, few and small images, two steps."""
     recipe, small = load(*files), copy.deepcopy(SHORT)
     if "shapes_report" in recipe:  # the report of an experiment is the quickstart's
         few = {"sampling": {"num_inference_steps": 2}, "num_prompts": 2}

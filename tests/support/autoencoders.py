@@ -41,7 +41,7 @@ CONFIGS = {  # factors of powers of two scale without rounding
     "VQModel": KL | {"num_vq_embeddings": 32, "vq_embed_dim": 4, "lookup_from_codebook": True},
 }
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-ORIGINAL = (  # diffusers' names and those of latent diffusion, for a network of two resolutions
+ORIGINAL = (  # diffusers' names and those of latent diffusion
     (r"coder\.conv_norm_out", "coder.norm_out"),
     (r"mid_block\.resnets\.0", "mid.block_1"),
     (r"mid_block\.resnets\.1", "mid.block_2"),
@@ -142,18 +142,21 @@ def old_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(pattern, lambda found: OLD[found[1]], n): w for n, w in weights.items()}
 
 
-def original_names(weights: dict[str, Tensor], inner_quant: bool) -> dict[str, Tensor]:
+def original_names(
+    weights: dict[str, Tensor], inner_quant: bool, resolutions: int = 2
+) -> dict[str, Tensor]:
     """The names of latent diffusion: up blocks are counted from the last.
 
     Args:
-        weights: under diffusers' names, of a network of two resolutions.
+        weights: under diffusers' names.
         inner_quant: the quantization convolutions are parts of encoder and decoder (FLUX.2).
+        resolutions: number of the network's resolutions.
     """
     renamed = {}
     for name, value in weights.items():
         for ours, theirs in ORIGINAL if inner_quant else ORIGINAL[:-2]:
             name = re.sub(ours, theirs, name)
-        name = re.sub(r"\bup\.(\d)", lambda found: f"up.{1 - int(found[1])}", name)
+        name = re.sub(r"\bup\.(\d)", lambda found: f"up.{resolutions - 1 - int(found[1])}", name)
         if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):
             value = value[..., None, None]
         renamed[name] = value.contiguous()

@@ -43,7 +43,7 @@ def test_losses_by_source_and_level_are_means_of_each_row_and_image(changed, cle
 
 
 def test_each_image_has_the_loss_that_it_has_alone():
-    """Of two resolutions, in rows of three sources."""
+    """The images have two resolutions, and their rows have three sources."""
     module = tiny_module()
     small = torch.randn(3, 2, 4)
     rows = [[[torch.tensor([5, 6]), image]] for image in (small, document("i")[0], small + 1)]

@@ -45,7 +45,7 @@ SIMPLE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 
 
 class Problem(NamedTuple):
-    """What a report is about."""
+    """The key and value that a report of jsonargparse complains about."""
 
     key: str  # such as trainer.precision, without init_args; "" if unknown
     owner: str  # path of the class that the last part of the key is an argument of, or ""

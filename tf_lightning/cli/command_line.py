@@ -1,4 +1,4 @@
-"""What the words of a command line name: files, keys, and options that would have no effect."""
+"""Reads the files and keys of a command line, and refuses options without effect."""
 
 import os
 import re

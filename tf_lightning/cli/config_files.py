@@ -9,7 +9,7 @@ from tf_lightning.errors import UserError
 
 
 class Place(NamedTuple):
-    """Where a key stands."""
+    """The file and line of a key."""
 
     file: Path
     line: int

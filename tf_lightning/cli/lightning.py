@@ -400,7 +400,7 @@ class TransfusionCLI(LightningCLI):
         return [built[key] for key in keys if built[key].state_key not in taken]
 
     def after_instantiate_classes(self) -> None:
-        """Refuse what is known before data is prepared, and let the callbacks do so."""
+        """Run the checks that need no prepared data, those of the callbacks included."""
         if not self.subcommand:
             return
         if not self.trainer.fast_dev_run:
@@ -426,7 +426,7 @@ class TransfusionCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             if not resumed and hasattr(callback, "before_training"):  # InitFrom
                 callback.before_training(self.model, self.datamodule)
-        # What the callbacks have drawn for their checks does not change the initial weights.
+        # The checks of callbacks draw random numbers; the initial weights do not depend on them.
         reset_seed()
 
     def choose_checkpoint(self) -> str | None:

@@ -20,7 +20,7 @@ from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.errors import UserError
 from tf_lightning.training.missed_work import PROGRESS_FILE, read_progress
 
-# What a run writes into its folder, by itself or by this project's callbacks.
+# Files and folders of a run, including those of this project's callbacks.
 WRITTEN = (
     "config.yaml", "hparams.yaml", "metrics.csv", "events.out.tfevents.*", "checkpoints",
     "hpc_ckpt_*.ckpt", PROGRESS_FILE, "metrics", "report.json", "sheet.png", "samples",

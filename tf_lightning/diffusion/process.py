@@ -49,7 +49,7 @@ class DiffusionProcess(Protocol):
     """Samplers whose steps diffusers spaces evenly, so that `timestep_shift` must be 1."""
     default_sampler: str
     loss_definition: str
-    """What `loss_sum` is per latent element, in words, for reports."""
+    """Definition of `loss_sum` per latent element, in words for reports."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t and sigma_t, (M, 1, 1, 1), of noise levels t (M,)."""

@@ -56,7 +56,7 @@ FAMILIES = {
 }
 LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False}
 
-# What known families need that our blocks cannot express.
+# Features that the Transformer does not have, and the families that need them.
 UNSUPPORTED = {
     "a GeGLU feed-forward and scaled embeddings": ["gemma"],
     "norms before and after each branch, and soft caps of attention scores and logits": ["gemma2"],

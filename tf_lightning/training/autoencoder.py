@@ -85,7 +85,7 @@ class Reconstruction(NamedTuple):
 
 
 class StepValues(NamedTuple):
-    """What a batch has to know of the other batches of its optimizer step."""
+    """Values of a whole optimizer step that each of its batches needs."""
 
     noise_std: Tensor | None = None  # (1, C, 1, 1) unit of the latent noise
     gan_scale: Tensor | None = None  # () factor of the adversarial loss

@@ -1,4 +1,4 @@
-"""Which hyper-parameters a resumed run may change."""
+"""The hyper-parameters that a resumed run may change."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -70,7 +70,7 @@ def test_training_samples_the_posterior_or_takes_the_mode_as_configured(build):
 
 
 def test_a_folder_with_the_former_fingerprint_of_its_autoencoder_is_read(build, tmp_path, folder):
-    """Of version 0.1, which did not cover settings such as norm_num_groups=8 of "shapes"."""
+    """Fingerprints of version 0.1 ignored settings such as norm_num_groups."""
     copy = shutil.copytree(folder, tmp_path / "old")
     for file in copy.glob("*/corpus.json"):
         facts = json.loads(file.read_text())

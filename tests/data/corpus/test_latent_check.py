@@ -63,7 +63,7 @@ def test_mean_and_deviation_of_each_channel_are_recorded(tmp_path):
 
 
 def test_a_corpus_under_the_former_fingerprint_is_found_again(tmp_path, monkeypatch):
-    """Of version 0.1, which did not cover settings such as norm_num_groups=8 of "shapes"."""
+    """Fingerprints of version 0.1 ignored settings such as norm_num_groups."""
     with monkeypatch.context() as patch:
         patch.setattr(LatentAutoencoder, "fingerprint", LatentAutoencoder.old_fingerprint)
         before = prepare(tmp_path, "shapes").corpora["train"]["captions"]

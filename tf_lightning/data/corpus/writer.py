@@ -73,7 +73,7 @@ class CorpusWriter:
         self.num_tokens = self.num_images = self.num_cut = 0
         self.image_size: tuple[int, int] | None = None  # width, height in pixels
         self.checks = array("I")  # uint32 CRC-32 of each part; the seed until it is encoded
-        # Of the latents' means and of the images, without the other crops and flips.
+        # Moments of the latents' means and of the pixels; further crops and flips are not counted.
         self.latent_moments, self.pixel_moments = Moments(), Moments()
         self.waiting: list[tuple[Image.Image, int]] = []  # images to encode, and their part numbers
         self.files: dict[str, int] = {}  # numbers of the files with lazy images

@@ -133,7 +133,7 @@ class FileSource(Source):
             yield document
 
 
-# What a reader may raise for content of types that nobody foresaw. It costs one sample.
+# Errors of a reader at unexpected content. The sample is skipped.
 UNEXPECTED = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RecursionError,
     TypeError, ValueError,

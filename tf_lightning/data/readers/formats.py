@@ -49,7 +49,7 @@ UTF_16 = b"\xff\xfe", b"\xfe\xff"
 DAMAGED_FILE = "damaged file, read up to the damage"
 DAMAGED_TAR = "damaged tar, read up to the damage"
 
-# What a file is
+# Kinds of files
 
 SUFFIXES = {
     "tar": (".tar", ".tgz"),
