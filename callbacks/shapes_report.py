@@ -5,8 +5,6 @@ Prompts and images with two objects have held-out meanings, which no training im
 
 import json
 import math
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +166,7 @@ class ShapesReport(L.Callback):
         with atomic_file(folder / "sheet.png") as file:
             page = sheet(asked, generated, right, shown, captions, understood)
             page.save(file, format="PNG")
-        last = folder / "checkpoints" / "last.ckpt"
-        rank_zero_info(summary(folder, last if last.exists() else trainer.ckpt_path, report))
+        rank_zero_info(summary(folder, report))
 
     on_train_end = examine
     on_validation_end = outside_fit(examine)
@@ -269,16 +266,8 @@ def share(verdicts: Sequence[bool]) -> str:
     return f"{np.mean(verdicts):.1%} of {len(verdicts)}"
 
 
-def summary(folder: Path, checkpoint: str | Path | None, report: dict) -> str:
-    """Return the scores, the files that were written, and the commands to type next."""
-    here = os.path.relpath(Path(sys.executable).parent)
-    command = "" if here.startswith("..") else f"{here}/"  # .venv/bin/ after `make quickstart`
-    commands = ""
-    if checkpoint is not None:  # a run without checkpoints has nothing to generate from
-        commands = f""" Next:
-  {command}tf-lightning generate {checkpoint} "a red circle above a blue square" -o out
-  {command}tf-lightning generate {checkpoint} --image {folder}/samples/0000.png
-  {command}tensorboard --logdir {folder.parent}"""
+def summary(folder: Path, report: dict) -> str:
+    """Return the scores, and the files that were written."""
     one, two, captions = (report[k] for k in ("one_object", "two_objects", "caption_accuracy"))
     perplexity, bound = report["perplexity"], report["perplexity_bound"]
     return f"""
@@ -286,4 +275,4 @@ Images of one object right    {one:7.1%}   (prompts judged by the oracle)
 Images of two objects right   {two:7.1%}   (meanings unseen in training)
 Captions right                {captions:7.1%}   (held-out images)
 Text perplexity               {perplexity:7.3f}   (lower bound {bound:.3f})
-Wrote {folder}/sheet.png, samples/ and report.json.{commands}"""
+Wrote {folder}/sheet.png, samples/ and report.json."""

@@ -511,11 +511,14 @@ class TransfusionCLI(LightningCLI):
             last = os.path.relpath(Path(self.saver.dirpath, "last.ckpt"))
             draws = self.datamodule.autoencoder_name is not None
             prompt = '"a prompt" -o out' if draws else '"a prompt" --output-modality text'
+            here = os.path.relpath(Path(sys.executable).parent)
+            program = "" if here.startswith("..") else f"{here}/"  # .venv/bin/ of a checkout
             boards = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
-            curves = [f"\n  tensorboard --logdir {os.path.relpath(b.log_dir)}" for b in boards[:1]]
+            folders = [os.path.relpath(board.log_dir) for board in boards[:1]]
+            curves = "".join(f"\n  {program}tensorboard --logdir {folder}" for folder in folders)
             rank_zero_info(
                 f"The last checkpoint is {last} ({step}). Next:\n"
-                f"  tf-lightning generate {last} {prompt}{''.join(curves)}"
+                f"  {program}tf-lightning generate {last} {prompt}{curves}"
             )
 
 
