@@ -35,7 +35,11 @@ def test_an_existing_path_is_not_a_hub_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("{", "cannot be read"), ("[1]", "does not hold a JSON object")],
+    [
+        (None, "there is no config.json in"),
+        ("{", "cannot be read"),
+        ("[1]", "does not hold a JSON object"),
+    ],
 )
 def test_files_that_are_not_json_objects_are_refused(tmp_path, content, message):
     file = tmp_path / "config.json"

@@ -90,8 +90,12 @@ def read_checkpoint(path: str | Path, kind: str = TRANSFUSION, mmap: bool = Fals
         raise UserError(
             f"no checkpoint at {path}; train one with `tf-lightning fit` or check the path"
         )
+    if path.name == "net.safetensors":
+        raise UserError(f"{path} is a part of an export; give its folder, {path.parent}")
     try:
         checkpoint = load_checkpoint(path, mmap)
+    except PermissionError:
+        raise
     except Exception as error:  # torch raises many types for files of other programs
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint; it is damaged "

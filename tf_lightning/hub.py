@@ -82,6 +82,8 @@ def read_json(path: Path) -> dict:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"there is no {path.name} in {path.parent}; check the path") from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); check the path, or download the folder again"

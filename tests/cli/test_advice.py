@@ -71,5 +71,5 @@ def test_a_file_that_is_no_configuration_is_refused_with_its_name_and_line(conte
 def test_every_key_has_its_line(tmp_path):
     file = Path(tmp_path, "mine.yaml")
     file.write_text("model:\n  init_args:\n    lr: 1\ntrainer:\n  callbacks+: []\n")
-    places = {key: place.line for key, place in read_config(file).items()}
+    places = {key: place.line for key, place in read_config(file).places.items()}
     assert places == {"model": 1, "model.lr": 3, "trainer": 4, "trainer.callbacks": 5}

@@ -66,7 +66,7 @@ OPTIONS = {
     "--model.unet.channels=abc": "model.unet.channels=abc must be a list",
     "--model=null": "the command needs --model",
     "--model=missing.yaml": "model=missing.yaml: there is no such file",
-    "--model.transformer=null": "a group of options is null; give its options, or leave it out",
+    "--model.transformer=null": "model.transformer is null; give its options, as in --model.tr",
     "--data=null": "the command needs --data",
     "--data=3": "data=3 is not a class",
     "--data.hflip=maybe": "data.hflip=maybe must be true or false",
@@ -78,6 +78,20 @@ OPTIONS = {
     "--data.patch_size=2": "give --model.patch_size",
     "--data.sources.text.num_documents=many": "must be a whole number",
     "--evaluate.sampling.guidance_scale=high": "evaluate.sampling.guidance_scale=high must be a n",
+    f"--model.transformer.dim={10**30}": f"transformer.dim={10**30} must be at most {2**63 - 1}",
+    f"--trainer.max_steps={10**25}": f"trainer.max_steps={10**25} must be at most {2**63 - 1}",
+    "--trainer.num_sanity_val_steps=-5": "num_sanity_val_steps=-5 must be at least 0, or -1",
+    "--trainer.devices=cpu": "trainer.devices=cpu must be a number of processes on a CPU",
+    "--trainer.devices=-1": "trainer.devices=-1 must be a number of processes on a CPU",
+    "--ckpt_path=": "--ckpt_path is empty; give FILE or last, or leave it out",
+    "--checkpoint.monitor=loss": "--checkpoint.monitor has no effect, because trainer.callbacks",
+    "--data.cache_dir=": "data.cache_dir is empty; give a name",
+    "--data.cache_dir=config.yaml": "config.yaml is a file, so config.yaml cannot be a folder",
+    "--data.autoencoder=": "data.autoencoder is empty; give a name",
+    "--data.tokenizer=": "data.tokenizer is empty; give a name",
+    "--data.tokenizer=.": "there is no config.json in .; check the path",
+    "--data.sources={}": "sources is empty; name at least one source",
+    "": "the command line has an empty word; leave it out",
     # a wrong class
     "--model=Transfusio": "did you mean tf_lightning.Transfusion?",
     "--model.class_path=tf_lightning.Transfuson": "did you mean tf_lightning.Transfusion?",
@@ -92,6 +106,8 @@ OPTIONS = {
     "--trainer.callbacks=[EarlyStoping]": "did you mean lightning.pytorch.callbacks.EarlyStopping?",
     "--trainer.callbacks=[nowhere.Mine]": "there is no module nowhere",
     "--trainer.plugins=abc": "trainer.plugins=abc is not a class",
+    "--throughput=3": "throughput=3 is not a class; give the path of a class, as in callbacks.thr",
+    "--evaluate.prompts=none.txt": "evaluate.prompts=none.txt is a file, but must be a class; give",
     "--print_config=all": 'Invalid option "all" for --print_config',
 }
 COMMANDS = {
@@ -106,6 +122,8 @@ COMMANDS = {
     ("Fit", "-c", "config.yaml"): "did you mean 'fit'?",
     ("trian",): "unknown command 'trian'",
     ("fit", "-c"): "expected one argument",
+    ("--versoin",): "there is no option --versoin; see `tf-lightning --help`",
+    ("fit", "-c", ""): "-c is empty; give the YAML file of a run",
     ("fit", "-c", "none.yaml"): "there is no configuration none.yaml",
     ("fit", "-c", "."): ". is a folder; give the YAML file in it",
     (
@@ -127,6 +145,9 @@ COMMANDS = {
     ("prepare", "-c", "config.yaml", "--proceses", "2"): "did you mean --processes?",
     ("prepare", "-c", "config.yaml", "--processes", "0"): "0 is not a number of at least 1",
     ("prepare", "-c", "config.yaml", "--shard", "3/3"): "--shard 3/3 is not I/N with 0 <= I < N",
+    ("prepare", "-c", "config.yaml", "--shard", ""): "is not I/N with 0 <= I < N",
+    ("inspect", "-c", "config.yaml", "--seed", "-1"): "-1 is not a number of at least 0",
+    ("inspect", "-c", "config.yaml", "-o", "config.yaml"): "so config.yaml cannot be a folder",
     ("inspect", "-c", "config.yaml", "--documens", "2"): "did you mean --documents?",
     ("inspect", "-c", "config.yaml", "--rows", "x"): "x is not a number of at least 1",
     ("generate",): "the following arguments are required: CKPT",
@@ -141,11 +162,46 @@ COMMANDS = {
     ("generate", "c", "a", "--dtype", "fp8"): "argument --dtype: invalid choice: 'fp8'",
     ("generate", "c", "a", "--weights", "emma"): "argument --weights: invalid choice: 'emma'",
     ("generate", "c", "\udcff"): "is not text in UTF-8",
+    ("generate", "", "a"): "argument CKPT: the name is empty",
+    ("generate", "c", "a", "-o", ""): "argument -o/--out: the path is empty",
+    ("generate", "c", "a", "-o", "config.yaml/x"): "is a file, so config.yaml/x cannot be a folder",
+    ("generate", "c", "--image", ""): "argument --image: the name is empty",
+    ("generate", "c", "a", "--sampler", ""): "argument --sampler: the name is empty",
+    ("generate", "exported/net.safetensors", "a"): "is a part of an export; give its folder",
+    ("export", "exported", "-o", "x"): "exported is an export already; give a checkpoint",
+    ("export", "", "-o", "x"): "argument CKPT: the path is empty",
+    ("export", "damaged.ckpt", "-o", "config.yaml/x"): "config.yaml/x cannot be a folder",
     ("export", "none", "-o", "x"): "no checkpoint at none",
     ("export", "none"): "the following arguments are required: -o/--out",
     ("export", "c", "-o", "x", "--oly", "net"): "did you mean --only?",
     ("model-config",): "the following arguments are required: FOLDER",
-    ("model-config", "none"): "none/config.json cannot be read",
+    ("model-config", "none"): "there is no config.json in none; check the path",
+}
+# Mistakes in a file that follows the recipe, each with a part of the message.
+CONTENTS = {
+    "model.lrr: 3": "more.yaml line 1: --model.lrr is not an option of tf_lightning.Transfusion",
+    "trainer.max_steps: 3\ntrainer: {max_steps: 4}": "line 2: trainer.max_steps is given a second",
+    "model: {lr: 1, init_args: {lr: 2}}": "line 1: model.lr is given a second time",
+    "trainer:\n  max_stepz: 3": "more.yaml line 2: there is no option --trainer.max_stepz; did",
+    "triner:\n  max_steps: 3": "more.yaml line 2: there is no option --triner.max_steps; did you",
+    "evaluate:\n  metric: []": "more.yaml line 2: --evaluate.metric is not an option of callb",
+    "trainer: [1]": "more.yaml line 1: trainer is [1]; give its options, as in",
+    "trainer:": "more.yaml line 1: trainer is null; give its options",
+    "checkpoint: null": "more.yaml line 1: checkpoint is null; give its options",
+    "seed_everything: null": "seed_everything=null must be from 0",
+    "checkpoint: 5": "more.yaml line 1: checkpoint is 5; give its options",
+    "model: {transformer: [1]}": "model.transformer is [1]; give its options, as in --model.transf",
+    "model: !!python/object:os.system {}": "line 1: could not determine a constructor for the tag",
+    "? [a, b]\n: 3": "more.yaml line 1: the key is no text; write a name",
+    "3: 4": "more.yaml line 1: the key 3 is no text; write a name, or quote it",
+    "config: other.yaml": "more.yaml line 1: config is no key; give another -c",
+    'trainer: {logger: {name: "a\\0b"}}': "trainer.logger.name holds the character \\0",
+    "evaluate: 3": "evaluate=3 must be an Evaluate or null",
+    "trainer: {logger: [3]}": "trainer.logger=3 is no Logger; give the path of a class, as in",
+    "data: {sources: {a: null}}": "data.sources.a=None is no Source; give the path of a class",
+    "data: {sources: {a: {class_path: tf_lightning.data.TextFiles}}}": "--data.sources.a.paths",
+    "data: {class_path: os.path.join}": "os.path.join is no LightningDataModule; give the path",
+    "model: {class_path: ''}": "model= is not a class; give the path of a class, as in",
 }
 FILES = {
     "empty.yaml": "",
@@ -166,6 +222,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     runs.write_config(tmp_path, short)
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
+    (tmp_path / "exported").mkdir()
+    for name in ("net.json", "net.safetensors"):
+        (tmp_path / "exported" / name).touch()
     (tmp_path / "damaged.ckpt").write_bytes(b"PK\x03\x04\x80\x81")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -183,6 +242,14 @@ def test_a_slip_in_a_command_is_answered(command, folder, fails):
     code, line = fails(*command)
     assert code in (1, 2) and COMMANDS[command] in line
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_slip_in_a_file_is_answered(content, folder, fails):
+    (folder / "more.yaml").write_text(content)
+    code, line = fails(*FIT, "-c", "more.yaml")
+    assert code in (1, 2) and CONTENTS[content] in line
+    assert not (folder / "run").exists() and not (folder / "data").exists()
 
 
 def test_there_are_a_hundred_of_them():

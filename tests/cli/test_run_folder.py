@@ -1,5 +1,6 @@
 """The folder of a run: one run in it, everything of the run in it, and what is resumed from it."""
 
+import copy
 import os
 import pickle
 import shlex
@@ -70,6 +71,31 @@ def test_a_second_run_in_the_folder_is_refused_with_three_ways_on(tmp_path, refu
     assert "overwrite" not in saved
     line = refused(*command, "--overwrite", "--ckpt_path=last")
     assert "leave one of them out" in line
+
+
+def two_loggers(name: str):
+    """A change of a configuration to two loggers, the first of which has this name."""
+
+    def change(config: dict) -> None:
+        few_steps(config)
+        second = config["trainer"]["logger"]
+        first = copy.deepcopy(second) | {"class_path": "lightning.pytorch.loggers.CSVLogger"}
+        first["init_args"].pop("default_hp_metric")
+        first["init_args"]["name"] = name
+        config["trainer"]["logger"] = [first, second]
+
+    return change
+
+
+def test_the_way_on_with_several_loggers_is_one_that_works(tmp_path, refused):
+    fit(tmp_path, change=two_loggers("run"))
+    config = tmp_path / "config.yaml"
+    line = refused("fit", "-c", config)
+    assert f"its own `name` for the first of trainer.logger ({config} line " in line
+    number = int(line.partition(f"{config} line ")[2].partition(")")[0])
+    assert config.read_text().splitlines()[number - 1].strip() == "logger:"
+    fit(tmp_path, change=two_loggers("second"))
+    assert load(tmp_path / "second")["global_step"] == 2
 
 
 def test_a_run_that_died_before_its_first_checkpoint_is_started_again(tmp_path):
@@ -158,9 +184,9 @@ def test_a_configuration_names_the_folder_of_its_first_logger(version, tmp_path)
     options = {"save_dir": str(tmp_path), "name": "run", "version": version}
     config = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": options}
     listed = Namespace(trainer=Namespace(logger=[config, "other"]))
-    assert configured_folders(listed, {}) == [folder_of(CSVLogger(**options), Path("no"))]
+    assert configured_folders(listed, [], {}) == [folder_of(CSVLogger(**options), Path("no"))]
     config["class_path"] = "lightning.pytorch.loggers.WandbLogger"
-    assert configured_folders(listed, {}) == [tmp_path / "run"]
+    assert configured_folders(listed, [], {}) == [tmp_path / "run"]
 
 
 def test_overwriting_keeps_what_the_new_run_starts_from(tmp_path, refused):

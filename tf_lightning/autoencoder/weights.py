@@ -183,7 +183,8 @@ def load_network(name: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         path = find_autoencoder_path(str(name))
         folder = config_folder(path)
         config = read_json(folder / "config.json")
-        weights = read_tensors([path] if path.is_file() else weight_files(folder))
+        is_weights = path.is_file() and path.suffix != ".json"  # config.json names its folder
+        weights = read_tensors([path] if is_weights else weight_files(folder))
         return build_network(config, weights), config
     except UserError:
         raise

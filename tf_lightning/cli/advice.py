@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tf_lightning.cli.classes import GROUPS
+from tf_lightning.cli.named_callbacks import NAMED
 
 # Packages whose classes may be named without their path: in a message, not in a configuration.
 KNOWN_MODULES = (
@@ -30,25 +31,39 @@ KINDS = {
     "dict": "a mapping of names to values",
     "NoneType": "null",
 }
+# A class that a key may name.
+EXAMPLES = {
+    "model": "tf_lightning.Transfusion",
+    "data": "tf_lightning.data.Mixture",
+    "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
+    "trainer.callbacks": "lightning.pytorch.callbacks.EarlyStopping",
+}
+FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".md")
 MAX_SHOWN = 60  # characters of a wrong value
 # The innermost problem, the most telling kind first; {1} is a name.
 NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 NO_MODULE = re.compile(r"No module named '([\w.]+)'")
-UNKNOWN = re.compile(r"(?:Option '|does not accept option '|unrecognized arguments: )([^'\s]+)")
+UNKNOWN = re.compile(r"(?:Option '|does not accept option '|unrecognized arguments: ?)([^'\s]*)")
 REQUIRED = re.compile(
     r"following arguments are required: ([\w, .-]+)|(?:Key|Option) \"?'?([\w.]+)['\"]? is required"
 )
 NO_CLASS = re.compile(r"(?:Expected a dot import path string|Unexpected import path format): (.*)")
+OTHER_CLASS = re.compile(r"Import path ([\w.]+) does not correspond to a subclass of (\w+)")
+NO_OBJECT = re.compile(r"Not a valid subclass of (\w+)\. Got value: (.*)")
 NO_FILE = re.compile(r"Unable to load config ['\"](.*?)['\"]")
 SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
 SIMPLE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 
 
 class Problem(NamedTuple):
-    """The key and value that a report of jsonargparse complains about."""
+    """What a report of jsonargparse complains about.
 
-    key: str  # such as trainer.precision, without init_args; "" if unknown
-    owner: str  # path of the class that the last part of the key is an argument of, or ""
+    Attributes:
+        key: such as trainer.precision, without init_args; "" if unknown.
+        sentence: key, value, what it must be, and advice.
+    """
+
+    key: str
     sentence: str
 
 
@@ -66,10 +81,13 @@ def find_problem(report: str, options: Iterable[str]) -> Problem:
         (REQUIRED, required_options),
         (NO_FILE, no_file),
         (NO_CLASS, no_class),
+        (OTHER_CLASS, other_class),
+        (NO_OBJECT, no_object),
     ):
         if found := pattern.search(report):
             key, owner = whole_key(report, found.start()), owner_of(report, found.start())
-            return Problem(key, owner, describe(found, key, owner, list(options), report))
+            sentence = describe(found, key, owner, list(options), report)
+            return Problem(named_option(sentence) or key, sentence)
     found = SUBTYPES.search(report)
     subtypes = [*SUBTYPES.finditer(report)]
     simple = SIMPLE.search(report)
@@ -82,18 +100,37 @@ def find_problem(report: str, options: Iterable[str]) -> Problem:
         value = (re.search(r"Given value: (.*)", report[found.start() :]) or ["", ""])[1]
         expected = describe_types(found[1])
     else:
-        return Problem("", "", " ".join(report.split()))
-    return Problem(key, "", f"{key}={shorten(value)} must be {expected}{nearest(value, report)}")
+        return Problem("", " ".join(report.replace('Parser key "config": ', "").split()))
+    return Problem(key, f"{key}={shorten(value)} must be {expected}{nearest(value, report)}")
+
+
+def named_option(sentence: str) -> str:
+    """Return the option that a sentence begins with, without dashes; "" if it begins otherwise."""
+    found = re.match(r"(?:there is no option )?--([\w.]+)", sentence)
+    return found[1] if found else ""
 
 
 def whole_key(report: str, end: int) -> str:
     """Join the keys that lead to a position of the report: model and lr to model.lr."""
-    keys = re.findall(r'Parser key "([^"]+)"', report[:end])
+    keys = []
+    parents = r"Parser key \"([^\"]+)\":\s+(?:Problem with given class_path '([\w.]+)')?"
+    for key, owner in re.findall(parents, report[:end]):
+        keys += [key, *entries_of(report, key, owner)]
     # On the command line the outermost value names the whole path below the first key.
     nested = re.findall(r"Given value: NestedArg\(key='([^']+)'", report)
     if keys and nested:
         keys = [keys[0], nested[-1]]
     return ".".join(part for part in ".".join(keys).split(".") if part != "init_args")
+
+
+def entries_of(report: str, key: str, owner: str) -> list[str]:
+    """Return the entry of a mapping, such as of data.sources, that is of the class `owner`.
+
+    A report leaves it out. It is known if the value that the report shows has one such entry.
+    """
+    begin = rf"(?:Namespace\(class_path=|{{'class_path': )'{re.escape(owner)}'"
+    found = set(re.findall(rf"'([\w-]+)': {begin}", report)) - {key}
+    return list(found) if owner and len(found) == 1 else []
 
 
 def owner_of(report: str, end: int) -> str:
@@ -115,6 +152,8 @@ def no_module(found, key: str, owner: str, options: list[str], report: str) -> s
     """Describe a class whose module cannot be imported."""
     if Path(owner).suffix in (".yaml", ".yml"):
         return f"{key}={owner}: there is no such file; check the path"
+    if Path(owner).suffix in FILE_SUFFIXES:
+        return f"{key}={owner} is a file, but must be a class; {give_class(key)}"
     near = close(owner.rpartition(".")[2], known_classes())
     if near:
         return f"{key}: there is no class {owner}; did you mean {known_classes()[near]}?"
@@ -127,6 +166,8 @@ def no_module(found, key: str, owner: str, options: list[str], report: str) -> s
 def unknown_option(found, key: str, owner: str, options: list[str], report: str) -> str:
     """Describe an option that the command, or a class, does not have."""
     word = found[1]
+    if not word:
+        return "the command line has an empty word; leave it out"
     name = word.lstrip("-").partition("=")[0].replace(".init_args", "")
     if owner:
         prefix = key.removesuffix(name).rstrip(".")
@@ -179,10 +220,26 @@ def no_class(found, key: str, owner: str, options: list[str], report: str) -> st
     near = close(word, known_classes())
     if near:
         return f"{key}={shorten(word)} is not a class; did you mean {known_classes()[near]}?"
-    return (
-        f"{key}={shorten(word)} is not a class; give its path, as in "
-        "lightning.pytorch.loggers.CSVLogger, or class_path and init_args in a file"
-    )
+    return f"{key}={shorten(word)} is not a class; {give_class(key)}"
+
+
+def other_class(found, key: str, owner: str, options: list[str], report: str) -> str:
+    """Describe a class of another kind."""
+    return f"{key}: {found[1]} is no {found[2]}; {give_class(key)}"
+
+
+def no_object(found, key: str, owner: str, options: list[str], report: str) -> str:
+    """Describe a value in place of a class with its arguments."""
+    entries = re.findall(rf"'([\w-]+)': {re.escape(found[2])}[,}}]", report)
+    key = ".".join([key, *entries[:1]]) if len(entries) == 1 else key
+    return f"{key}={shorten(found[2])} is no {found[1]}; {give_class(key)}"
+
+
+def give_class(key: str) -> str:
+    """Advise how to give a class."""
+    examples = EXAMPLES | {name: named.class_path for name, named in NAMED.items()}
+    example = f", as in {examples[key]}" if key in examples else ""
+    return f"give the path of a class{example}, or class_path and init_args in a file"
 
 
 def known_classes() -> dict[str, str]:
@@ -233,7 +290,7 @@ def describe_types(types: str) -> str:
         if literal:
             words += [str(choice) for choice in ast.literal_eval(f"[{literal}]")]
         elif kind:
-            words.append(KINDS.get(kind, f"a {kind.rpartition('.')[2]}"))
+            words.append(KINDS.get(kind) or with_article(kind.rpartition(".")[2]))
         elif other:
             words.append(f"a {other.replace('tuple', 'list')}")
     for kind in ("dict", "list", "tuple"):
@@ -241,6 +298,11 @@ def describe_types(types: str) -> str:
             words.insert(0, KINDS[kind])
     words = list(dict.fromkeys(words)) or [types]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def with_article(name: str) -> str:
+    """Write "a Logger" or "an Evaluate"."""
+    return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
 
 
 def nearest(value: str, report: str) -> str:

@@ -2,15 +2,14 @@
 
 import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_warn
 
-from tf_lightning.cli.config_files import Place, read_config
+from tf_lightning.cli.config_files import ConfigContent
 from tf_lightning.errors import UserError
 from tf_lightning.training.resume import differences
 
@@ -39,19 +38,6 @@ def expand_home(values: Any) -> Any:
     return values
 
 
-def places_of_keys(args: list[str]) -> dict[str, Place]:
-    """Read the configuration files of a command line, and return the last place of each key.
-
-    Raises:
-        UserError: a file is missing or is not YAML.
-    """
-    places: dict[str, Place] = {}
-    for file in config_files(args):
-        places |= read_config(Path(file))
-    typed = typed_keys(args)
-    return {key: place for key, place in places.items() if key not in typed}
-
-
 def typed_keys(args: list[str]) -> set[str]:
     """Return the keys that a command line gives as options, without `init_args`."""
     options = (arg[2:].partition("=")[0] for arg in args if arg.startswith("--"))
@@ -61,13 +47,15 @@ def typed_keys(args: list[str]) -> set[str]:
 def config_files(args: list[str]) -> list[str]:
     """Return the files that a command line names with -c or --config."""
     files = []
-    for arg, following in zip(args, [*args[1:], ""], strict=False):
-        if arg in ("-c", "--config") and following:
+    for arg, following in pairwise([*args, None]):
+        if arg in ("-c", "--config") and following is not None:
             files.append(following)
         elif found := re.fullmatch(r"(?:--config=|-c=?)(?!onfig)(.+)", arg):
             if re.match(r"kpt_path\b", found[1]):
                 raise UserError(f"{arg} has one dash; write -{arg}")
             files.append(found[1])
+    if "" in files:
+        raise UserError("-c is empty; give the YAML file of a run")
     return files
 
 
@@ -100,18 +88,17 @@ def refuse_model_options(
             )
 
 
-def warn_of_unused_values(config: Namespace) -> None:
+def warn_of_unused_values(files: Iterable[ConfigContent], config: Namespace) -> None:
     """Warn of a configuration file that gives the data another value than the model has.
 
-    The links have already replaced the value in `config`, so the files are read again.
+    The links have already replaced the value in `config`.
     """
-    for file in config.get("config") or []:
-        content = yaml.safe_load(Path(str(file)).read_text(encoding="utf-8"))
-        data = content.get("data") if isinstance(content, dict) else None
+    for file in files:
+        data = file.values.get("data")
         data = data if isinstance(data, dict) else {}
         for name, value in (data | (data.get("init_args") or {})).items():
             if name in LINKED and value != config.data.init_args.get(name, value):
                 rank_zero_warn(
-                    f"{file}: data.{name}={value} is not used; the data takes {name} from the "
+                    f"{file.file}: data.{name}={value} is not used; the data takes {name} from the "
                     f"model, see {LINKED[name]}"
                 )

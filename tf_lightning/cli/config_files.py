@@ -1,7 +1,8 @@
-"""The configuration files of a command, read before they are parsed to know each key's line."""
+"""The configuration files of a command, read once: their values, and the line of each key."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -18,20 +19,53 @@ class Place(NamedTuple):
         return f"{self.file} line {self.line}"
 
 
-def read_config(file: Path) -> dict[str, Place]:
-    """Read a configuration file, and return where each of its keys stands.
+class ConfigContent(NamedTuple):
+    """A configuration file.
 
-    Keys are dotted, without `init_args`, such as data.sources.text.seed.
+    Attributes:
+        file: its path.
+        text: its content.
+        values: the content as plain YAML types.
+        places: where each key stands. Keys are dotted, without `init_args`, such as
+            data.sources.text.seed.
+    """
+
+    file: Path
+    text: str
+    values: dict[str, Any]
+    places: dict[str, Place]
+
+    def refuse_empty_groups(self, groups: Iterable[str]) -> None:
+        """Raise UserError for one of these groups of options that is no mapping and no file."""
+        for name in groups:
+            value = self.values.get(name, {})
+            if not isinstance(value, dict | str):
+                shown = "null" if value is None else value
+                raise UserError(
+                    f"{self.places[name]}: {name} is {shown}; give its options, as in "
+                    f"`{name}: {{KEY: VALUE}}`, or leave it out"
+                )
+
+
+def read_config(file: Path) -> ConfigContent:
+    """Read a configuration file.
 
     Raises:
-        UserError: the file is missing, is not text, is not YAML, or holds no mapping.
+        UserError: the file is missing, is not text, is not YAML, holds no mapping, or has a key
+            that is no text or stands there twice.
     """
     if file.is_dir():
         raise UserError(f"{file} is a folder; give the YAML file in it")
     if not file.is_file():
         raise UserError(f"there is no configuration {file}; check the path")
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = file.read_text(encoding="utf-8")
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{file} has no keys such as `model:`; give the YAML file of a run")
+        places = _unique(_places(root, file, ""))
+        return ConfigContent(file, text, loader.construct_document(root), places)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file} is not a text file in UTF-8; -c takes the YAML file of a run, and a "
@@ -45,28 +79,34 @@ def read_config(file: Path) -> dict[str, Place]:
         ) from error
     except yaml.YAMLError as error:  # such as a character that YAML does not allow
         raise UserError(f"{file}: {error}; correct the YAML") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{file} has no keys such as `model:`; give the YAML file of a run")
-    return dict(_places(root, file, ""))
 
 
-def _places(node: yaml.MappingNode, file: Path, prefix: str):
-    """Yield the dotted keys below a node with their places.
+def _places(node: yaml.MappingNode, file: Path, prefix: str) -> Iterator[tuple[str, Place]]:
+    """Yield the dotted keys below a node, without `init_args`, with their places."""
+    for key, value in node.value:
+        place = Place(file, key.start_mark.line + 1)
+        if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            shown = f" {key.value}" if isinstance(key, yaml.ScalarNode) else ""
+            raise UserError(f"{place}: the key{shown} is no text; write a name, or quote it")
+        path = f"{prefix}{key.value}".replace("init_args.", "")
+        if key.value != "init_args":
+            yield path, place
+        if isinstance(value, yaml.MappingNode):
+            yield from _places(value, file, f"{path}.".removesuffix("init_args."))
+
+
+def _unique(places: Iterator[tuple[str, Place]]) -> dict[str, Place]:
+    """Return the places by key.
 
     Raises:
-        UserError: a key stands twice in one mapping; YAML would keep the last one silently.
+        UserError: a key stands twice in the file, nested or dotted; YAML would keep the last one
+            silently.
     """
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        name, line = str(key.value), key.start_mark.line + 1
-        if name in seen and name != "<<":
+    seen: dict[str, Place] = {}
+    for key, place in places:
+        if key in seen and not key.endswith("<<"):
             raise UserError(
-                f"{file} line {line}: {prefix}{name} is given a second time, after line "
-                f"{seen[name]}; leave one out"
+                f"{place}: {key} is given a second time, after line {seen[key].line}; leave one out"
             )
-        seen[name] = line
-        path = prefix if name == "init_args" else f"{prefix}{name}"
-        if name != "init_args":
-            yield path.removesuffix("+"), Place(file, line)
-        if isinstance(value, yaml.MappingNode):
-            yield from _places(value, file, prefix if name == "init_args" else f"{path}.")
+        seen[key] = place
+    return {key.removesuffix("+"): place for key, place in seen.items()}

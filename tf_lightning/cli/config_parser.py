@@ -1,12 +1,13 @@
 """The parser of a run's configuration, and how its files are read one over the other."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from tf_lightning.cli.config_files import ConfigContent
 from tf_lightning.cli.named_callbacks import NAMED
 
 
@@ -24,7 +25,13 @@ class ConfigError(Exception):
 
 
 class ConfigParser(LightningArgumentParser):
-    """Parses a run's configuration; raises ConfigError where it does not parse."""
+    """Parses a run's configuration; raises ConfigError where it does not parse.
+
+    Attributes:
+        files: the configuration files of the command, by the words that name them.
+    """
+
+    files: Mapping[str, ConfigContent] = {}
 
     def get_defaults(self, *args, **kwargs) -> Namespace:
         """Return the defaults; keep only the class names of `model` and `data`.
@@ -46,9 +53,9 @@ class ConfigParser(LightningArgumentParser):
 
     def parse_string(self, content: str, *args, **kwargs) -> Namespace:
         """Parse the content of a file, in which `class_path` may stand beside flat arguments."""
-        values = yaml.safe_load(content)
-        if isinstance(values, dict) and (mixed := nest_arguments(values)) != values:
-            content = yaml.safe_dump(mixed)
+        values = next((file.values for file in self.files.values() if file.text == content), {})
+        if (nested := nest_arguments(values)) != values:
+            content = yaml.safe_dump(nested)
         return super().parse_string(content, *args, **kwargs)
 
     def option_names(self) -> list[str]:
@@ -82,13 +89,9 @@ class ConfigFile(ActionConfigFile):
     """
 
     @staticmethod
-    def apply_config(
-        parser: LightningArgumentParser, cfg: Namespace, dest: str, value: str
-    ) -> None:
+    def apply_config(parser: ConfigParser, cfg: Namespace, dest: str, value: str) -> None:
         """Read the file `value` into `cfg`."""
-        path = Path(value)
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-        for key, given in content.items() if isinstance(content, dict) else ():
+        for key, given in parser.files[value].values.items():
             if key in NAMED and isinstance(given, dict) and "class_path" in given:
                 cfg[key] = None
         ActionConfigFile.apply_config(parser, cfg, dest, value)

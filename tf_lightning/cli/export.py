@@ -6,7 +6,9 @@ import yaml
 
 from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.cli.parser import Parser, path_type
-from tf_lightning.interop.export import export
+from tf_lightning.errors import UserError
+from tf_lightning.folders import check_writable
+from tf_lightning.interop.export import export, is_export
 from tf_lightning.interop.llama import open_language_model
 
 EXPORT = """\
@@ -36,7 +38,7 @@ def run_export(args: list[str]) -> None:
     parser = Parser("export", "Write the weights of a checkpoint for other programs.", EXPORT)
     add = parser.add_argument
     about = "checkpoint of `tf-lightning fit`, or the folder of its run"
-    add("checkpoint", metavar="CKPT", help=about)
+    add("checkpoint", type=path_type, metavar="CKPT", help=about)
     add(
         "-o",
         "--out",
@@ -48,6 +50,9 @@ def run_export(args: list[str]) -> None:
     add("--weights", choices=("ema", "raw"), help="(default: the EMA weights, if there are any)")
     add("--only", choices=("net", "text"), help="write one of the two (default: both)")
     options = parser.parse_args(args)
+    if is_export(options.checkpoint):
+        raise UserError(f"{options.checkpoint} is an export already; give a checkpoint")
+    check_writable(options.out)
     checkpoint = read_checkpoint(options.checkpoint)
     parts = {options.only} if options.only else {"net", "text"}
     weights = export(checkpoint, options.out, options.weights, parts)

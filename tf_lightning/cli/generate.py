@@ -14,6 +14,7 @@ from docstring_parser import parse_from_object
 
 from tf_lightning.cli.parser import Parser, flag, path_type, positive_int, seed
 from tf_lightning.errors import UserError
+from tf_lightning.folders import check_writable
 from tf_lightning.generation.sampling import GROUPS, OUTPUT_MODALITIES, SamplingConfig
 
 EPILOG = """\
@@ -45,7 +46,14 @@ def text_part(text: str) -> tuple[str, str]:
 
 def image_part(file: str) -> tuple[str, str]:
     """Return a part of the prompt with its kind."""
-    return "image", file
+    return "image", name_type(file)
+
+
+def name_type(text: str) -> str:
+    """Return a name that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; leave the option out")
+    return text
 
 
 def name_texts(args: list[str]) -> list[str]:
@@ -80,7 +88,7 @@ VALUE_TYPES: dict[Any, dict[str, Any]] = {
     int | None: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
     float | None: {"type": float, "metavar": "X"},
-    str | None: {"metavar": "NAME"},
+    str | None: {"type": name_type, "metavar": "NAME"},
     tuple[float, float]: {"type": interval, "metavar": "LOW,HIGH"},
     tuple[str, ...]: {"action": "append", "metavar": "TEXT"},
 }
@@ -117,7 +125,7 @@ def build_parser() -> Parser:
         usage="tf-lightning generate CKPT [TEXT | --image FILE] ... [options]",
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT",
+    add("checkpoint", type=name_type, metavar="CKPT",
         help="a checkpoint or the folder of a run, a folder of `export`, or its name on the hub",
     )  # fmt: skip
     part = {"dest": "parts", "action": "append", "default": []}
@@ -135,14 +143,19 @@ def build_parser() -> Parser:
         help="exactly one image, no images, or what the model decides (default: see below)",
     )  # fmt: skip
     add("--seed", type=seed, default=0, metavar="N", help="output i uses seed + i (default: 0)")
-    add("--autoencoder", metavar="NAME",
+    add("--autoencoder", type=name_type, metavar="NAME",
         help="the model's autoencoder: folder, file or hub name (default: that of the checkpoint)",
     )  # fmt: skip
     add("--batch-size", type=positive_int, default=16, metavar="N",
         help="outputs that are generated together (default: 16)")  # fmt: skip
     add("--weights", choices=("ema", "raw"),
         help="weights of the checkpoint (default: the EMA weights, if there are any)")  # fmt: skip
-    add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU, if there is one)")
+    add(
+        "--device",
+        type=name_type,
+        metavar="NAME",
+        help="such as cpu or cuda:1 (default: a GPU, if there is one)",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="precision of the weights and of the network (default: float32)")  # fmt: skip
     add_sampling_options(parser)
@@ -163,6 +176,7 @@ def run_generate(args: list[str]) -> None:
             f"there is no prompt behind the checkpoint {options.checkpoint!r}; give text, --image "
             "FILE or --prompts FILE"
         )
+    check_writable(options.out)
     given = {f.name: vars(options)[f.name] for f in fields(SamplingConfig) if f.name in options}
     sampling = SamplingConfig(**given)
     from tf_lightning.cli.outputs import generate_outputs  # imports torch

@@ -21,12 +21,13 @@ from tf_lightning.batch import (
     unmasked_ids,
 )
 from tf_lightning.cli.lightning import build_data
-from tf_lightning.cli.parser import Parser, path_type, positive_int
+from tf_lightning.cli.parser import Parser, non_negative_int, path_type, positive_int
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.images import to_image
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
+from tf_lightning.folders import check_writable
 
 PAD, TEXT, SPECIAL, IMAGE, COPY = range(5)
 KINDS = ("padding", "text", "<bos> <boi> <eoi> <eos>", "image", "clean copy")
@@ -193,9 +194,10 @@ def run_inspect(args: list[str]) -> None:
             f"{type(data).__name__} has no documents to inspect; give the configuration of a "
             "Transfusion model, whose data has text"
         )
+    folder = options.out or data.cache_dir / "inspect"
+    check_writable(folder)
     data.prepare_data()
     data.setup()
-    folder = options.out or data.cache_dir / "inspect"
     folder.mkdir(parents=True, exist_ok=True)
     report = "\n".join(
         line
@@ -231,7 +233,7 @@ def _parser() -> Parser:
         help="documents to draw, equally many from each source (default: 24)")  # fmt: skip
     add("--rows", type=positive_int, default=8, metavar="N",
         help="rows to draw, from the first one on (default: 8)")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N",
+    add("--seed", type=non_negative_int, default=0, metavar="N",
         help="seed for choosing the documents (default: 0)")  # fmt: skip
     return parser
 

@@ -27,18 +27,22 @@ from tf_lightning.cli.advice import find_problem
 from tf_lightning.cli.checks import (
     check_autoencoder,
     check_cpu,
+    check_data_paths,
+    check_groups,
     check_limits_positive,
     check_seed,
+    check_values,
     fast_precision,
 )
 from tf_lightning.cli.command_line import (
+    config_files,
     expand_home,
-    places_of_keys,
     refuse_linked,
     refuse_model_options,
     typed_keys,
     warn_of_unused_values,
 )
+from tf_lightning.cli.config_files import ConfigContent, Place, read_config
 from tf_lightning.cli.config_parser import ConfigError, ConfigFile, ConfigParser
 from tf_lightning.cli.exported import ExportIO, is_exported, read_trained
 from tf_lightning.cli.named_callbacks import NAMED
@@ -150,7 +154,9 @@ class TransfusionCLI(LightningCLI):
             more_options: names of the command's options that are not in the configuration.
             kwargs: arguments of LightningCLI.
         """
-        self.verb, self.data_only, self.places = verb, data_only, {}
+        self.verb, self.data_only = verb, data_only
+        self.files: dict[str, ConfigContent] = {}
+        self.places: dict[str, Place] = {}
         self.given, self.seed_follows = set(), False
         self.more_options = more_options
         try:
@@ -165,12 +171,21 @@ class TransfusionCLI(LightningCLI):
             return (
                 f"{self.verb} needs the configuration of a run; give -c CONFIG, such as {EXAMPLE}"
             )
-        place = self.places.get(problem.key)
+        place = self.place_of(problem.key)
         return f"{place}: {problem.sentence}" if place else problem.sentence
+
+    def place_of(self, key: str) -> Place | None:
+        """Return where a key stands, or the nearest key above it; None for a typed one."""
+        while key and key not in self.typed_keys:
+            if key in self.places:
+                return self.places[key]
+            key = key.rpartition(".")[0]
+        return None
 
     def init_parser(self, **kwargs) -> LightningArgumentParser:
         """Create a parser whose configuration files are read by `ConfigFile`."""
         parser = self.parser_class(**kwargs)
+        parser.files = self.files
         parser.add_argument("-c", "--config", action=ConfigFile, help="configuration file, YAML")
         return parser
 
@@ -223,25 +238,43 @@ class TransfusionCLI(LightningCLI):
         args = expand_home(sys.argv[1:] if args is None else args)
         refuse_linked(args)
         self.typed = args
+        self.typed_keys = typed_keys(args)
         try:
-            self.places = places_of_keys(args)
+            self.read_files(args)
         except UserError as error:
             stop(str(error), code=2, hint=HINT)
-        self.given = {*self.places, *typed_keys(args)}
+        self.given = {*self.places, *self.typed_keys}
         if self.data_only and "model" not in self.places:
             args = ["--model.transformer={}", *args]
         super().parse_arguments(parser, args)
         expand_home(self.config)
         verb = self.config.get("subcommand")
         config = self.config[verb] if verb else self.config
-        warn_of_unused_values(config)
+        warn_of_unused_values(self.files.values(), config)
         check_seed(config.seed_everything)
+        check_values(config)
+        for part in ("model", "data"):
+            check_groups(part, config[part])
+        check_data_paths(config.data.get("init_args") or {})
         if verb is None:  # built for `prepare` or `inspect`
             return
         check_limits_positive(verb, config.trainer)
         config.ckpt_path = self.find_checkpoint(verb, config)
         if config.ckpt_path not in (None, "last"):
             read_trained(config.ckpt_path, self.kind(verb))
+
+    def read_files(self, args: list[str]) -> None:
+        """Read the configuration files of the command line.
+
+        Raises:
+            UserError: a file is no configuration.
+        """
+        for word in config_files(args):
+            self.files[word] = content = read_config(Path(word))
+            content.refuse_empty_groups(["trainer", "model", "data", *ALWAYS])
+            if "config" in content.values:
+                raise UserError(f"{content.places['config']}: config is no key; give another -c")
+            self.places |= content.places
 
     def find_checkpoint(self, verb: str, config: Namespace) -> str | None:
         """Return the checkpoint that `ckpt_path` means: a file, or the last one of a folder.
@@ -252,7 +285,9 @@ class TransfusionCLI(LightningCLI):
         if verb == "fit" and path in (None, "last"):
             return path
         if not path:
-            raise UserError(f"{verb} needs a trained model; add --ckpt_path FILE")
+            needs = "--ckpt_path is empty" if verb == "fit" else f"{verb} needs a trained model"
+            ways = "give FILE or last, or leave it out" if verb == "fit" else "add --ckpt_path FILE"
+            raise UserError(f"{needs}; {ways}")
         if verb == "fit" and is_exported(path):
             raise UserError(
                 f"{path} is an export, which has no optimizer to resume; start a new run from it "
@@ -260,7 +295,7 @@ class TransfusionCLI(LightningCLI):
             )
         if path != "last":
             return path if is_exported(path) else str(find_checkpoint(path))
-        folders = configured_folders(config, LOGGER["init_args"])
+        folders = configured_folders(config, self.files.values(), LOGGER["init_args"])
         found = [folder for folder in folders if (folder / "checkpoints" / "last.ckpt").exists()]
         if not found:
             raise UserError(
@@ -364,6 +399,7 @@ class TransfusionCLI(LightningCLI):
             if switches.get(key) is not False
             and not any(same_role(own, built[key]) for own in listed)
         ]
+        self.refuse_unused(listed, built)
         default = Path(built.trainer.default_root_dir or DEFAULT_FOLDER)
         self.run_folder = folder_of(built.trainer.logger, default)
         listed = [*self.named_callbacks(built, listed), *listed]
@@ -382,6 +418,16 @@ class TransfusionCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_folder)
         callbacks = [*always, *listed, *ends]
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+
+    def refuse_unused(self, listed: list[Callback], built: Namespace) -> None:
+        """Refuse a typed option of a callback that one of `trainer.callbacks` replaces."""
+        for key in ALWAYS:
+            typed = [name for name in self.typed_keys if name.startswith(f"{key}.")]
+            if typed and any(same_role(own, built[key]) for own in listed):
+                raise UserError(
+                    f"--{typed[0]} has no effect, because trainer.callbacks has a "
+                    f"{type(built[key]).__name__} of its own; set it there, or remove that one"
+                )
 
     def named_callbacks(self, built: Namespace, listed: list[Callback]) -> list[Callback]:
         """Return the callbacks that have a key of their own.
@@ -439,31 +485,59 @@ class TransfusionCLI(LightningCLI):
         overwrite = config.pop("overwrite", False)  # config.yaml is used again, without it
         if trainer.fast_dev_run:
             return None if config.ckpt_path == "last" else config.ckpt_path
-        checkpoints = Path(self.saver.dirpath if self.saver else self.run_folder / "checkpoints")
-        folders = self.run_folder, checkpoints
         if overwrite:
-            if config.ckpt_path:
-                raise UserError(
-                    "--overwrite removes the checkpoints that --ckpt_path would resume; leave one "
-                    "of them out"
-                )
-            data = self.datamodule
-            needed = [getattr(callback, "checkpoint", None) for callback in trainer.callbacks]
-            needed += [getattr(data, name, None) for name in ("tokenizer_file", "autoencoder_name")]
-            refuse_needed(*folders, [name for name in needed if isinstance(name, str | Path)])
-            self.earlier.files = files_of_run(*folders)
+            self.replace_earlier_run()
         elif config.ckpt_path == "last" or (not config.ckpt_path and is_requeued()):
-            found, last = newest_sound(*folders, self.kind("fit")), checkpoints / "last.ckpt"
-            if found and trainer.is_global_zero and (last.is_symlink() or not last.exists()):
-                link_to(found, last)  # of a run that was killed before, or whose last is damaged
-            finished = (read_progress(self.run_folder) or {}).get("finished_step")
-            if found and finished and 0 < trainer.max_steps <= finished:
-                self.finished_step = finished
-            return found and str(found)
+            return self.last_checkpoint()
         elif not config.ckpt_path:
-            option = "logger.name" if trainer.loggers else "default_root_dir"
-            refuse_started_run(*folders, option=f"--trainer.{option}")
+            refuse_started_run(*self.folders(), self.folder_option())
         return config.ckpt_path
+
+    def folders(self) -> tuple[Path, Path]:
+        """Return the folder of the run, and that of its checkpoints."""
+        default = self.run_folder / "checkpoints"
+        return self.run_folder, Path(self.saver.dirpath) if self.saver else default
+
+    def folder_option(self) -> str:
+        """Return what gives a run another folder."""
+        if not self.trainer.loggers:
+            return "--trainer.default_root_dir"
+        if not isinstance(self.config.fit.trainer.logger, list):
+            return "--trainer.logger.name"
+        place = self.place_of("trainer.logger")  # an option cannot reach into a list
+        return f"`name` for the first of trainer.logger{f' ({place})' if place else ''}"
+
+    def replace_earlier_run(self) -> None:
+        """Let `EarlierRun` remove what is in the run's folder.
+
+        Raises:
+            UserError: the new run would start from it.
+        """
+        if self.config.fit.ckpt_path:
+            raise UserError(
+                "--overwrite removes the checkpoints that --ckpt_path would resume; leave one of "
+                "them out"
+            )
+        needed = [getattr(callback, "checkpoint", None) for callback in self.trainer.callbacks]
+        names = "tokenizer_file", "autoencoder_name"
+        needed += [getattr(self.datamodule, name, None) for name in names]
+        needed = [name for name in needed if isinstance(name, str | Path)]
+        refuse_needed(*self.folders(), needed, self.folder_option())
+        self.earlier.files = files_of_run(*self.folders())
+
+    def last_checkpoint(self) -> str | None:
+        """Return the newest sound checkpoint of the run's folder, if there is one.
+
+        Sets `finished_step` where the run has nothing left to do.
+        """
+        folder, checkpoints = self.folders()
+        found, last = newest_sound(folder, checkpoints, self.kind("fit")), checkpoints / "last.ckpt"
+        if found and self.trainer.is_global_zero and (last.is_symlink() or not last.exists()):
+            link_to(found, last)  # of a run that was killed before, or whose last is damaged
+        finished = (read_progress(folder) or {}).get("finished_step")
+        if found and finished and 0 < self.trainer.max_steps <= finished:
+            self.finished_step = finished
+        return found and str(found)
 
     def fit(self, **arguments) -> None:
         """Train; LightningCLI calls it in place of `Trainer.fit`.

@@ -91,7 +91,7 @@ def leave_closed_pipe() -> None:
 
 def dispatch(args: list[str]) -> None:
     """Answer --help and --version, or run the verb."""
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help", "help"):
         print(OVERVIEW)
     elif args[0] == "--version":
         print(f"tf-lightning {version('tf-lightning')}")
@@ -109,7 +109,9 @@ def run(args: list[str]) -> None:
         advice = f"did you mean {nearest[0]!r}? The commands are" if nearest else "use one of"
         stop(f"unknown command {verb!r}; {advice} {', '.join(VERBS)}", code=1)
     if verb not in VERBS:
-        later = next((word for word in args if word in VERBS), "fit")
+        later = next((word for word in args if word in VERBS), None)
+        if later is None:
+            stop(f"there is no option {verb}; see `tf-lightning --help`", code=2)
         stop(f"{verb} comes before the command; begin with `tf-lightning {later}`", code=2)
     module, function = VERBS[verb]
     try:
@@ -142,7 +144,7 @@ def explain_error(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if "MisconfigurationException" in names:
         return str(error)
-    if names & {"OutOfMemoryError", "MemoryError"}:
+    if names & {"OutOfMemoryError", "MemoryError"} or "can't allocate memory" in str(error):
         return (
             f"out of memory ({first_line(error)}); give a smaller --data.batch_size, "
             "--data.row_length or model"

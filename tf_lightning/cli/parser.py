@@ -33,7 +33,9 @@ def print_error(message: str) -> None:
 
 
 def path_type(text: str) -> Path:
-    """Parse a path; "~" is the user's folder."""
+    """Parse a path that is not empty; "~" is the user's folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
     return Path(text).expanduser()
 
 
@@ -76,6 +78,13 @@ def positive_int(text: str) -> int:
     """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
+
+
+def non_negative_int(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
     return int(text)
 
 

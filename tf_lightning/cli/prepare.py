@@ -42,10 +42,10 @@ def run_prepare(args: list[str]) -> None:
     """Run `tf-lightning prepare`."""
     parser = prepare_parser()
     given, rest = parser.parse_known_args(args)
-    part = parse_part(given.shard or "0/1")
+    part = parse_part(given.shard)
     cli = build_data(rest, parser)
     if getattr(cli.datamodule, "encoded", None):
-        if given.shard or given.processes:
+        if part != (0, 1) or given.processes:
             raise UserError(
                 "--shard and --processes do not apply to --data.encoded; set the number of ranks "
                 "with --trainer.devices and --trainer.num_nodes"
@@ -72,6 +72,7 @@ def prepare_parser() -> Parser:
     )
     parser.add_argument(
         "--shard",
+        default="0/1",
         metavar="I/N",
         help="prepare only every N-th shard, beginning with shard I (0 <= I < N), as one of N jobs",
     )

@@ -10,13 +10,13 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from tf_lightning.checkpoint import read_checkpoint
+from tf_lightning.cli.config_files import ConfigContent
 from tf_lightning.errors import UserError
 from tf_lightning.training.missed_work import PROGRESS_FILE, read_progress
 
@@ -47,20 +47,23 @@ def folder_of(logger: Logger | Iterable[Logger] | bool | None, default: Path) ->
     return Path(first.save_dir or default.parent, str(own or first.name or default.name))
 
 
-def configured_folders(config: Mapping[str, Any], options: Mapping[str, Any]) -> list[Path]:
+def configured_folders(
+    config: Mapping[str, Any], files: Iterable[ConfigContent], options: Mapping[str, Any]
+) -> list[Path]:
     """Return the folders of runs that a configuration names: by its logger, or by its files.
 
     An evaluation protocol has a logger of its own, so each file is read for itself too.
 
     Args:
         config: the configuration of a command.
+        files: the files it comes from.
         options: default options of the logger.
     """
     loggers, folders = [config.trainer.logger], []
-    for file in map(str, config.get("config") or []):
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        loggers.append((content.get("trainer") or {}).get("logger"))
-        folders.append(Path(file).parent)  # of a run's own config.yaml
+    for file in files:
+        trainer = file.values.get("trainer")
+        loggers.append(trainer.get("logger") if isinstance(trainer, dict) else None)
+        folders.append(file.file.parent)  # of a run's own config.yaml
     for logger in loggers:
         first = logger[0] if isinstance(logger, list) and logger else logger
         if isinstance(first, Mapping | Namespace):
@@ -79,21 +82,28 @@ def folder_of_options(options: Mapping[str, Any]) -> Path:
     return Path(options["save_dir"] or ".", options["name"] or "", version or "")
 
 
-def refuse_needed(folder: Path, checkpoints: Path, needed: Iterable[str | Path | None]) -> None:
-    """Raise UserError if `EarlierRun` would remove something that the new run starts from."""
+def refuse_needed(
+    folder: Path, checkpoints: Path, needed: Iterable[str | Path | None], option: str
+) -> None:
+    """Raise UserError if `EarlierRun` would remove something that the new run starts from.
+
+    Args:
+        folder: the run's folder.
+        checkpoints: folder of its checkpoints.
+        needed: the files and folders that the new run reads.
+        option: what gives a run another folder.
+    """
     removed = [path.resolve() for path in files_of_run(folder, checkpoints)]
     for path in filter(None, needed):
         place = Path(path).resolve()
         if any(place.is_relative_to(old) or old.is_relative_to(place) for old in removed):
             raise UserError(
                 f"--overwrite would remove {path}, which the new run needs; give the new run its "
-                "own --trainer.logger.name"
+                f"own {option}"
             )
 
 
-def refuse_started_run(
-    folder: Path, checkpoints: Path, option: str = "--trainer.logger.name"
-) -> None:
+def refuse_started_run(folder: Path, checkpoints: Path, option: str) -> None:
     """Raise UserError if the folder holds a run that a new one would be mixed with.
 
     A run that was killed before its first checkpoint and its first validation left nothing to keep.

@@ -137,6 +137,8 @@ class Mixture(StreamData):
     ):
         super().__init__(batch_size, num_workers)
         check_arguments(Mixture.__init__, locals())
+        if not sources:
+            raise UserError("sources is empty; name at least one source of documents")
         check_weights(sources, weights)
         if lazy_images and (autoencoder != "pixels" or sample_posterior):
             raise UserError(

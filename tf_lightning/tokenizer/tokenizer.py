@@ -176,7 +176,6 @@ def train_tokenizer(texts: Iterator[str], path: str | Path, vocab_size: int) -> 
         UserError: there is no text, or `vocab_size` is too small for its characters.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -197,6 +196,7 @@ def train_tokenizer(texts: Iterator[str], path: str | Path, vocab_size: int) -> 
         )
     except RuntimeError as error:
         raise UserError(_training_error(str(error), vocab_size)) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
         padded = huggingface.pad_vocabulary(model.getvalue(), vocab_size - NUM_IMAGE_TOKENS)
         partial.write_bytes(padded)
