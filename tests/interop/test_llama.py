@@ -177,7 +177,7 @@ def test_configs_from_before_transformers_5_are_read(tmp_path):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere/config.json cannot be read"):
+    with pytest.raises(UserError, match="no config.json in .*nowhere"):
         open_language_model(tmp_path / "nowhere")
 
 

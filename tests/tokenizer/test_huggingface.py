@@ -135,7 +135,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path, kind, rows):
         ("tokenizer.json", None, "neither tokenizer.model nor tokenizer.json"),
         ("tokenizer.json", "{", "tokenizer.json cannot be read"),
         ("tokenizer.json", "{}", "has no vocabulary that maps"),
-        ("config.json", None, "config.json cannot be read"),
+        ("config.json", None, "there is no config.json in"),
         ("tokenizer.model", "words", "tokenizer.model is not a sentencepiece model"),
     ],
 )
