@@ -21,6 +21,10 @@ class TurnText(str):
     """Text followed by <eos> inside a document, such as an answer in a chat that continues."""
 
 
+class ContextTurn(ContextText, TurnText):
+    """Loss-masked text followed by a loss-masked <eos>, such as an answer that is only read."""
+
+
 class AnyText(str):
     """The first of several texts, such as the captions of an image; each epoch draws one of them.
 

@@ -12,8 +12,9 @@ from support.files import encoded_image, write_lines, write_parquet
 from support.tiny import SIZES, all_outputs
 from tf_lightning.batch import IGNORE_INDEX, max_noise_levels, pack
 from tf_lightning.data import ChatFiles, Mixture
-from tf_lightning.data.corpus.reader import CONTEXT_IMAGE
-from tf_lightning.data.documents import ContextText, TurnText
+from tf_lightning.data.corpus.reader import CONTEXT_IMAGE, Corpus
+from tf_lightning.data.corpus.writer import CorpusWriter
+from tf_lightning.data.documents import ContextText, ContextTurn, TurnText
 from tf_lightning.errors import UserError
 from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.transformer import TransformerConfig
@@ -60,7 +61,15 @@ def test_a_system_message_is_context_and_a_last_question_is_left_out(tmp_path):
         ({"messages": [{"role": "judge", "content": ""}]}, "message of the unknown role 'judge'"),
         ({"data": ["a question"]}, "conversation without an answer to a question"),
         ({"data": []}, "conversation without an answer to a question"),
-        ("[" * 100_000, "line that is not JSON"),
+        ("[" * 100_000, "JSON nested too deeply"),
+        ({"data": ["what is <image>", "a tag"]}, "conversation with <image> but no image"),
+        ({"data": ["<video>\nwhat?", "a cat"]}, "conversation with <video>, which is not read"),
+        ({"data": ["what?", "a cat"], "video": "a.mp4"}, "conversation with video, which is not"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>?"}]}]},
+            "conversation with <image> but no image",
+        ),
+        ({"instruction": "q", "output": "a", "history": ["a"]}, "history that is not a list"),
     ],
 )
 def test_a_bad_line_is_skipped_with_a_reason(tmp_path, line, reason):
@@ -209,9 +218,31 @@ LAYOUTS = {
             {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]},
             {"role": "tool", "content": "found"},
             *MESSAGES[1:],
-        ]
+        ],
+        "tools": [{"name": "look"}],
     },
+    "prompt and completion": {"prompt": MESSAGES[:3], "completion": MESSAGES[3:]},
 }
+
+# Layouts whose messages can say what they weigh, and how the two answers are masked.
+MASKS = {"weight": 0, "train": False, "training": False, "loss": False}
+
+
+def masked(layout, key: str, answers: tuple[int, ...]):
+    """Return a record with `key` false in the answers of these numbers, and true in others."""
+    record = json.loads(json.dumps(layout))
+    turns = record if isinstance(record, list) else None
+    for name in ("messages", "conversations", "prompt"):
+        turns = record[name] if turns is None and name in record else turns
+    if isinstance(turns, str):
+        record["conversations"] = turns = json.loads(turns)
+    if isinstance(record, dict) and "completion" in record:
+        turns = turns + record["completion"]
+    said = [turn for turn in turns if turn.get("content", turn.get("value")) is not None]
+    said = [turn for turn in said if "color" in str(turn) or "shape" in str(turn)]
+    for number, turn in enumerate(said):
+        turn[key] = MASKS[key] if number in answers else 1 - MASKS[key]
+    return record
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -221,6 +252,74 @@ def test_in_every_layout_only_the_answers_and_their_ends_are_learned(layout, tmp
     if layout == "tools":
         expected = ['[{"name": "look"}]<eos>', *expected]
     assert targets(tmp_path, LAYOUTS[layout]) == [expected]
+
+
+@pytest.mark.parametrize("key", MASKS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "UltraChat"])
+def test_in_every_layout_a_masked_answer_is_only_read(layout, key, tmp_path):
+    (tmp_path / "red.png").write_bytes(encoded_image("red"))
+    first, second, both = (masked(LAYOUTS[layout], key, those) for those in ((0,), (1,), (0, 1)))
+    calls = ['[{"name": "look"}]<eos>'] if layout == "tools" else []
+    expected = [[*calls, "a shape<eos>"], [*calls, "a color<eos>"]]
+    assert targets(tmp_path, first, second) == expected
+    write_lines(tmp_path / "a.jsonl", [first, both])
+    source = ChatFiles(f"{tmp_path}/a.jsonl", val_fraction=0, image_size=16)
+    read_only, nothing = source.documents("train")
+    (turn,) = (part for part in read_only if isinstance(part, ContextTurn))
+    assert turn == "a color"
+    if layout != "tools":
+        assert nothing.reason == "conversation whose answers are all masked"
+
+
+@pytest.mark.parametrize(
+    ("place", "said", "reason"),
+    [
+        (1, {"weight": 0.5}, "message with weight: 0.5; only 0, 1, false and true are read"),
+        (1, {"train_detail": [{"begin_offset": 0}]}, "message with train_detail: [{'begin_offset'"),
+        (0, {"train": True}, "message of a user that is to be learned; only answers are"),
+    ],
+)
+def test_a_loss_that_is_not_known_is_counted(place, said, reason, tmp_path):
+    messages = [m | said if i == place else m for i, m in enumerate(MESSAGES)]
+    (found,) = read(tmp_path, {"messages": messages})
+    assert found.reason.startswith(reason)
+
+
+def test_tools_history_and_reasoning_are_read(tmp_path):
+    answer = {"role": "assistant", "content": "a color", "reasoning_content": "hm"}
+    tools = {"tools": [{"name": "look"}], "system_prompt": "be brief"}
+    alpaca = {"instruction": "and a circle", "output": "a shape", "history": [TALK[:2]]}
+    thought, earlier, caller = read(
+        tmp_path,
+        {"messages": [MESSAGES[0], answer]} | tools,
+        alpaca,
+        {"messages": [MESSAGES[0], MESSAGES[1] | {"function_call": {"name": "look"}}]},
+    )
+    assert thought == [
+        '<|system|>\nbe brief\n<|system|>\n[{"name": "look"}]\n'
+        "<|user|>\nwhat is red\n<|assistant|>\n",
+        "<think>\nhm\n</think>\n\na color",
+    ]
+    assert earlier == read(tmp_path, {"data": TALK})[0]
+    assert caller[1] == 'a color\n{"name": "look"}'
+
+
+def test_a_masked_answer_has_the_tokens_of_a_learned_one_but_no_target(data, tmp_path):
+    tokenizer = data().tokenizer
+    found = read(tmp_path, {"messages": MESSAGES}, {"messages": masked(MESSAGES, "weight", (0,))})
+    batches = []
+    for number, document in enumerate(found):
+        (tmp_path / str(number)).mkdir()
+        writer = CorpusWriter(tmp_path / str(number), tokenizer, None, 128, 2)
+        writer.add(document)
+        writer.close({}, [])
+        parts = Corpus(tmp_path / str(number)).document(0)
+        batches.append(pack([[parts]], [0], tokenizer=tokenizer, row_length=128, patch_size=2))
+    learned_both, learned_last = batches
+    torch.testing.assert_close(learned_both.input_ids, learned_last.input_ids)
+    answers = [tokenizer.encode(text) + [tokenizer.eos_id] for text in TALK[1::2]]
+    assert learned(learned_both) == answers[0] + answers[1]
+    assert learned(learned_last) == answers[1]
 
 
 @pytest.mark.parametrize(
@@ -263,11 +362,6 @@ def test_a_column_of_messages_may_be_in_upper_case(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [{"Messages": MESSAGES}])
     (document,) = ChatFiles(str(file), val_fraction=0).documents("train")
     assert document[1] == TALK[1]
-
-
-def test_the_word_image_in_brackets_is_text_where_no_images_are_named(tmp_path):
-    (document, _) = read(tmp_path, {"data": ["what is <image>", "a tag"]}, {"data": TALK})
-    assert document[0] == "<|user|>\nwhat is <image>\n<|assistant|>\n"
 
 
 def test_images_without_a_size_are_refused(tmp_path):

@@ -4,8 +4,8 @@ All of them become the same document, whatever layout they are stored in:
 
     <|system|> text <|user|> question <|assistant|> answer <eos> <|user|> question ...
 
-Only answers are targets of the LM loss, each with its <eos>. Everything else is `ContextText`, and
-the images of questions are read but never generated.
+Only answers are targets of the LM loss, each with its <eos>, and of them only those that the record
+does not mask. Everything else is `ContextText`, and the images in it are read but never generated.
 """
 
 import json
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tf_lightning.data.documents import BadSample, ContextText, TurnText
+from tf_lightning.data.documents import BadSample, ContextText, ContextTurn, TurnText
 from tf_lightning.data.readers.files import ContextImage, ImagePathSource, as_image_file
 from tf_lightning.data.readers.formats import (
     file_format,
@@ -32,11 +32,21 @@ from tf_lightning.ranges import PositiveInt
 MESSAGES_KEYS = ("messages", "conversations", "conversation")
 IMAGES_KEYS = ("image", "images")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+SYSTEM_KEYS, TOOLS_KEYS = ("system", "system_prompt"), ("tools", "functions")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+CALL_KEYS = ("tool_calls", "function_call")
+# What a message says about its loss: OpenAI's weight, axolotl's train, ms-swift's loss.
+LOSS_KEYS = ("weight", "train", "training", "loss")
+PARTIAL_LOSS_KEYS = ("train_detail", "training_detail")  # of axolotl: a loss for parts of a text
+OTHER_MEDIA_KEYS = ("video", "videos", "audio", "audios")
 # Records of one question and one answer: Alpaca, and the layouts of fine-tuning services.
 QUESTION_KEYS, ANSWER_KEYS = ("instruction", "prompt", "question", "query"), (
     "output", "completion", "response", "answer",
 )  # fmt: skip
-COLUMNS = (*MESSAGES_KEYS, "data", *IMAGES_KEYS, *QUESTION_KEYS, "input", "system", *ANSWER_KEYS)
+COLUMNS = (
+    *MESSAGES_KEYS, "data", *IMAGES_KEYS, *OTHER_MEDIA_KEYS, *QUESTION_KEYS, "input", "history",
+    *SYSTEM_KEYS, *TOOLS_KEYS, *ANSWER_KEYS,
+)  # fmt: skip
 ROLES = {
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
@@ -45,11 +55,12 @@ ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 IMAGE_MARKER = re.compile(r"\n?<image>\n?")
+MEDIA_MARKER = re.compile(r"<(image|video|audio)(?:[ _]?\d+)?>")
 
 ImageFile = bytes | Path
-Message = tuple[str, list[str | ImageFile]]  # role, content
+Message = tuple[str, list[str | ImageFile], bool]  # role, content, whether an answer is learned
 Parts = list[str | ImageFile | ContextImage]
-# The images that no marker has named yet. None: the record names no images, so "<image>" is text.
+# The images that no marker has named yet; None if the record names no images.
 WaitingImages = Iterator[ImageFile] | None
 
 
@@ -63,12 +74,15 @@ class ChatFiles(ImagePathSource):
     - {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": ...}]}, as in
       ShareGPT, LLaVA and BAGEL, with an "image" or "images" for each <image> marker;
     - {"data": ["question", "answer", ...]}, as in UltraChat;
-    - {"instruction", "input", "output"}, as in Alpaca;
+    - {"instruction", "input", "output"}, as in Alpaca, with earlier turns in "history";
     - {"prompt", "completion"}, each a text or both lists of messages, as in TRL;
     - the list of messages itself.
 
-    System and tool messages are context. Messages after the last answer, and answers before the
-    first question, are left out.
+    System and tool messages are context, and so are a record's "tools" and the answers that it
+    masks with `weight: 0` (OpenAI), `train: false` (axolotl) or `loss: false` (ms-swift). Tool calls
+    and `reasoning_content` are learned as part of their answer, the latter in <think> tags before
+    it. Messages after the last learned answer, and answers before the first question, are left out.
+    A conversation with videos or audio, or with "<image>" in a text but no images, is skipped.
 
     Args:
         paths: files or globs to train on.
@@ -132,36 +146,43 @@ def conversation(messages: list[Message]) -> Parts:
     The last answer is plain text: the end of the document adds its <eos>.
 
     Raises:
-        BadSample: no question is followed by an answer.
+        BadSample: no question is followed by an answer that is learned.
     """
-    document: Parts = []
-    context: Parts = []  # since the last answer
-    asked = False
-    complete = 0  # parts of the document up to its last answer
-    for role, content in messages:
+    document: Parts = []  # up to the last answer that is learned
+    context: Parts = []  # after it
+    asked = masked = False
+    for role, content, learned in messages:
         if role != "assistant":
             asked = asked or role in ("user", "tool")
             context += [f"<|{role}|>\n", *content, "\n"]
-        elif asked:
+        elif asked and learned:
             document += [*as_context([*context, "<|assistant|>\n"]), *answer(content)]
-            context, complete = [], len(document)
+            context = []
+        elif asked:
+            context += ["<|assistant|>\n", *answer(content)]
+            masked = True
         # An answer to no question is left out.
-    if not complete:
-        raise BadSample("conversation without an answer to a question")
+    if not document:
+        fault = "whose answers are all masked" if masked else "without an answer to a question"
+        raise BadSample(f"conversation {fault}")
     if isinstance(document[-1], TurnText):
         document[-1] = str(document[-1])
     return document if document[-1] != "" else document[:-1]
 
 
 def as_context(parts: Parts) -> Parts:
-    """Join neighboring texts and mark texts and images as context."""
+    """Join neighboring texts, except answers, and mark texts and images as context."""
     joined: Parts = []
     for part in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+        if isinstance(part, TurnText):
+            joined.append(ContextTurn(part))
+        elif not isinstance(part, str):
+            joined.append(ContextImage(part))
+        elif joined and type(joined[-1]) is ContextText:
             joined[-1] = ContextText(joined[-1] + part)
         else:
-            joined.append(ContextText(part) if isinstance(part, str) else ContextImage(part))
-    return [part for part in joined if part != ""]
+            joined.append(ContextText(part))
+    return [part for part in joined if part != "" or isinstance(part, ContextTurn)]
 
 
 def answer(content: list[str | ImageFile]) -> Parts:
@@ -195,22 +216,38 @@ def read_messages(
     Raises:
         BadSample: the record is in none of the layouts.
     """
-    turns, system, waiting = _turns(record, messages_key), None, None
-    if isinstance(record, dict):
-        system = record.get("system")
-        waiting = _images(record, (image_key,) if image_key else IMAGES_KEYS, folder)
+    turns, waiting, context = _turns(record, messages_key), None, []
     roles = (role_key,) if role_key else ROLE_KEYS
     contents = (content_key,) if content_key else CONTENT_KEYS
     if turns and isinstance(turns[0], str):
-        turns = [(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
+        turns = [(("user", "assistant")[i % 2], text, True) for i, text in enumerate(turns)]
     else:
         turns = [_message(turn, roles, contents) for turn in turns]
-    if isinstance(system, str) and system and turns[:1] and turns[0][0] != "system":
-        turns = [("system", system), *turns]
-    messages = [(role, _content(content, waiting, folder)) for role, content in turns]
+    if isinstance(record, dict):
+        waiting = _images(record, (image_key,) if image_key else IMAGES_KEYS, folder)
+        context = _record_context(record, has_system=turns[:1] and turns[0][0] == "system")
+    messages = [
+        (role, _content(content, waiting, folder), learned)
+        for role, content, learned in [*context, *turns]
+    ]
     if waiting is not None and next(waiting, None) is not None:
         raise BadSample("conversation with a wrong number of <image> markers")
     return messages
+
+
+def _record_context(record: dict, has_system: bool) -> list[tuple]:
+    """Return the messages of a record's system prompt and tools, which precede the others."""
+    media = [key for key in OTHER_MEDIA_KEYS if record.get(key)]
+    if media:
+        raise BadSample(f"conversation with {media[0]}, which is not read")
+    system = first_present(record, SYSTEM_KEYS)
+    texts = [system] if isinstance(system, str) and not has_system else []
+    texts += [_as_json(record[key]) for key in TOOLS_KEYS if record.get(key)]
+    return [("system", text, True) for text in texts if text]
+
+
+def _as_json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _turns(record: Any, messages_key: str | None) -> list:
@@ -232,32 +269,65 @@ def _turns(record: Any, messages_key: str | None) -> list:
         return question + reply  # messages, as in TRL
     if isinstance(question, str) and isinstance(reply, str) and not messages_key:
         more = record.get("input")  # Alpaca: what the instruction is about
-        return [f"{question}\n{more}" if isinstance(more, str) and more else question, reply]
+        asked = f"{question}\n{more}" if isinstance(more, str) and more else question
+        return [*_history(record), asked, reply]
     raise BadSample(missing("messages", record, keys, "messages_key"))
 
 
+def _history(record: dict) -> list[str]:
+    """Return the turns before the question of a record in Alpaca's layout, which are pairs."""
+    pairs = record.get("history") or []
+    if not isinstance(pairs, list) or any(
+        not isinstance(pair, list) or list(map(type, pair)) != [str, str] for pair in pairs
+    ):
+        raise BadSample("history that is not a list of pairs of question and answer")
+    return [text for pair in pairs for text in pair]
+
+
 def _message(turn: Any, role_keys: tuple[str, ...], content_keys: tuple[str, ...]) -> tuple:
-    """Return the role and the raw content of a message."""
+    """Return the role of a message, its raw content, and whether it is learned as an answer."""
     if not isinstance(turn, dict):
         raise BadSample("message without role and content")
     role = next((turn[key] for key in role_keys if turn.get(key) is not None), None)
     content = next((turn[key] for key in content_keys if turn.get(key) is not None), None)
-    calls = turn.get("tool_calls")
-    if calls and not content:
-        content = json.dumps(calls, ensure_ascii=False)
+    calls = first_present(turn, CALL_KEYS)
+    if calls:
+        content = _wrap("", content, ("\n" if content else "") + _as_json(calls))
     if role is None or content is None:
         raise BadSample(missing("role and content", turn, (*role_keys, *content_keys),
                                 "role_key and content_key"))  # fmt: skip
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise BadSample(f"message of the unknown role {str(role)[:40]!r}")
-    return ROLES[role.lower()], content
+    role, reasoning = ROLES[role.lower()], first_present(turn, REASONING_KEYS)
+    if role == "assistant" and isinstance(reasoning, str) and reasoning:
+        content = _wrap(f"<think>\n{reasoning}\n</think>\n\n", content, "")
+    return role, content, _is_learned(turn, role)
+
+
+def _wrap(before: str, content: Any, after: str) -> Any:
+    """Put texts around the content of a message: a text, a list of parts, or None."""
+    if isinstance(content, list):
+        return [before, *content, after]
+    return f"{before}{content or ''}{after}" if isinstance(content, str | None) else content
+
+
+def _is_learned(turn: dict, role: str) -> bool:
+    """Return whether an answer is a target of the loss; messages of other roles never are."""
+    said = {key: turn[key] for key in LOSS_KEYS if turn.get(key) is not None}
+    unknown = [key for key, value in said.items() if value not in (0, 1)]
+    unknown += [key for key in PARTIAL_LOSS_KEYS if turn.get(key)]
+    if unknown:
+        value = str(turn[unknown[0]])[:40]
+        raise BadSample(f"message with {unknown[0]}: {value}; only 0, 1, false and true are read")
+    if role != "assistant" and any(said.values()):
+        raise BadSample(f"message of a {role} that is to be learned; only answers are")
+    return all(said.values())
 
 
 def _content(content: Any, images: WaitingImages, folder: Path) -> list[str | ImageFile]:
     """Replace the image markers of a message by the record's images, in order."""
-    if isinstance(content, str) and images is None:
-        return [content]
     if isinstance(content, str):
+        _check_media(content, images)
         first, *rest = IMAGE_MARKER.split(content)
         pieces = [first]
         for text in rest:
@@ -265,7 +335,17 @@ def _content(content: Any, images: WaitingImages, folder: Path) -> list[str | Im
         return [piece for piece in pieces if piece != ""] or [""]
     if not isinstance(content, list):
         raise BadSample(f"message whose content is of type {type(content).__name__}")
-    return [piece for part in content for piece in _content_part(part, images, folder)]
+    pieces = [piece for part in content for piece in _content_part(part, images, folder)]
+    return [piece for piece in pieces if piece != ""] or [""]
+
+
+def _check_media(text: str, images: WaitingImages) -> None:
+    """Raise BadSample if a text has the marker of an image or video that is not there."""
+    for marker in MEDIA_MARKER.finditer(text):
+        if marker[1] != "image":
+            raise BadSample(f"conversation with <{marker[1]}>, which is not read")
+        if images is None:
+            raise BadSample("conversation with <image> but no image; name its key with image_key")
 
 
 def _content_part(part: Any, images: WaitingImages, folder: Path) -> list[str | ImageFile]:
@@ -274,6 +354,7 @@ def _content_part(part: Any, images: WaitingImages, folder: Path) -> list[str | 
         return _content(part, images, folder)
     match part:
         case {"text": str() as text}:
+            _check_media(text, images)
             return [text]
         case {"image_url": {"url": value} | value}:
             file = as_image_file(value, folder)

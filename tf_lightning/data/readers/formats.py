@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import lzma
+import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -252,12 +253,32 @@ def parse_json(content: str | bytes) -> Any:
     """Parse a JSON value.
 
     Raises:
-        BadSample: the content is not JSON.
+        BadSample: the content is not JSON, has a key twice, or is more than can be parsed.
     """
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise BadSample("line that is not JSON") from error
+        raise BadSample(_json_fault(error)) from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of the members of a JSON object, of which no two may have the same key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise BadSample(f"JSON object with two values of {twice[:40]!r}")
+    return found
+
+
+def _json_fault(error: Exception, otherwise: str = "line that is not JSON") -> str:
+    """Say what is wrong with JSON that cannot be parsed, and whether it is only our limit."""
+    if isinstance(error, RecursionError):
+        return "JSON nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return "text that is not UTF-8"
+    if not isinstance(error, json.JSONDecodeError) and "digits" in str(error):
+        return f"JSON with an integer of more than {sys.get_int_max_str_digits():,} digits"
+    return otherwise
 
 
 def parse_record(record: Any) -> Any:
@@ -337,7 +358,7 @@ class _JsonReader:
 
     def __init__(self, stream: io.TextIOBase):
         self.stream, self.buffer, self.place, self.at_end = stream, "", 0, False
-        self.decoder = json.JSONDecoder()
+        self.decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
     def peek(self) -> str:
         """Return the next character that is not a space; "" at the end."""
@@ -362,7 +383,7 @@ class _JsonReader:
         while True:
             try:
                 found, end = self.decoder.raw_decode(self.buffer, self.place)
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 failure = error
             else:
                 if end < len(self.buffer) or self.at_end:  # a number may go on
@@ -398,10 +419,8 @@ def json_items(file: Path) -> Iterator[tuple[str | None, Any]]:
                 yield from _object(reader)
             if reader.peek():
                 raise BadSample(DAMAGED_FILE)
-    except UnicodeDecodeError as error:
-        raise BadSample("text that is not UTF-8") from error
-    except (*STREAM_ERRORS, RecursionError) as error:
-        raise BadSample(DAMAGED_FILE) from error
+    except (ValueError, RecursionError, *STREAM_ERRORS) as error:
+        raise BadSample(_json_fault(error, DAMAGED_FILE)) from error
 
 
 def _array(reader: _JsonReader) -> Iterator[Any]:
