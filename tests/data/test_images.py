@@ -121,7 +121,8 @@ def test_a_truncated_png_is_called_truncated():
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
-        (b"", "undecodable image"),
+        (b"", "empty image file"),
+        (b"abc", "undecodable image"),
         (b"<html>not found</html>", "image file that is HTML, not one of JPEG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "image file that is HEIC, not one of JPEG"),
         (saved(Image.new("RGB", (8, 8)), "ICO"), "image file that is ICO, not one of JPEG"),

@@ -19,7 +19,7 @@ from support.files import encoded_image
 from support.training_datasets import COLORS, color_of
 from tf_lightning import data
 from tf_lightning.data.documents import AnyText
-from tf_lightning.data.readers import captions, chat, edits, text
+from tf_lightning.data.readers import captions, chat, edits, formats, text
 
 READERS = (
     data.TextFiles, data.CaptionTars, data.CaptionRows, data.CaptionJson, data.CaptionFolders,
@@ -31,7 +31,8 @@ KEYS = (
     *edits.OMNIGEN, *edits.BAGEL, "images", "annotations", "id", "image_id", "file_name",
     "sentences", "split", "filename", "filepath", "texts", "parts", "text_list", "image_info",
     "image_name",
-    "matched_text_index", "type", "image_url", "url", "bytes", "path", "img_id", "tool_calls",
+    "matched_text_index", "type", "image_url", "url", "bytes", "path", "img_id", *chat.CALL_KEYS,
+    *chat.LOSS_KEYS, *chat.REASONING_KEYS, *formats.LIST_KEYS,
 )  # fmt: skip
 NAMES = ("red.png", "none.png", "", "None", "x" * 300, "..", "/", "\0", "~", "http://a.b/c",
          "data:,x", "forbidden/a.png", "pipe", "é\ud800")  # fmt: skip
@@ -145,6 +146,31 @@ def tar_file(folder: Path, rng: random.Random) -> Path:
     return file
 
 
+def csv_file(folder: Path, rng: random.Random) -> Path:
+    """A table of random names, quotes, delimiters and line ends."""
+    pieces = (
+        "a.png",
+        "red.png",
+        "red",
+        '"',
+        '""',
+        ",",
+        ",",
+        ";",
+        "\n",
+        "\n",
+        "\r",
+        "\t",
+        "\0",
+        "é",
+    )
+    header = ",".join(rng.sample(KEYS, rng.randrange(1, 4))) + rng.choice(["\n", "\r", ""])
+    text = header + "".join(rng.choices(pieces, k=rng.randrange(60)))
+    file = folder / rng.choice(["a.csv", "a.tsv", "a.txt"])
+    file.write_bytes(text.encode(rng.choice(["utf-8", "latin-1", "utf-16"])))
+    return file
+
+
 SEEDS = (
     training_datasets.img2dataset, training_datasets.bagel_captions, training_datasets.karpathy,
     training_datasets.mmc4, training_datasets.mint,
@@ -165,7 +191,7 @@ def damaged_dataset(folder: Path, rng: random.Random) -> Path:
     return file
 
 
-MAKERS = (json_file, parquet_file, tar_file, damaged_dataset)
+MAKERS = (json_file, csv_file, parquet_file, tar_file, damaged_dataset)
 
 
 def wrong_pairs(document: list) -> list[tuple[str, str]]:

@@ -35,7 +35,8 @@ OTHER_MAGIC = {
     b"<!DOCTYPE html": "HTML", b"<html": "HTML", b"\0\0\0\x0cJXL ": "JPEG XL",
     b"\xff\x0a": "JPEG XL",
     b"PK\x03\x04": "ZIP", b"\x1a\x45\xdf\xa3": "video", b"BLP": "BLP", b"v/1\x01": "OpenEXR",
-    b"DDS ": "DDS", b"\0\0\1\0": "ICO", b"{": "JSON",
+    b"DDS ": "DDS", b"\0\0\1\0": "ICO", b"{": "JSON", b"<?xml": "XML", b"#?RADIANCE": "HDR",
+    b"version https://git-lfs": "a Git LFS pointer", b"\x93NUMPY": "NumPy", b"\x1f\x8b": "gzip",
 }  # fmt: skip
 MAX_BYTES = 2**29  # memory for the pixels of one image while it is converted
 BYTES_PER_PIXEL = 4  # Pillow stores RGB like RGBA
@@ -147,6 +148,8 @@ def _not_an_image(file: bytes | Path) -> str:
     if isinstance(file, Path):
         with file.open("rb") as opened:
             file = opened.read(64)
+    if not file:
+        return "empty image file"
     start = file[:64].lstrip(b" \t\r\n\xef\xbb\xbf")
     if start[4:8] == b"ftyp":
         kind = "HEIC" if start[8:10] in (b"he", b"mi", b"ms") else "video"

@@ -25,6 +25,7 @@ from tf_lightning.data.documents import AnyText, BadSample, Split
 from tf_lightning.data.images import is_image_file
 from tf_lightning.data.readers.chat import (
     COLUMNS,
+    IMAGES_KEYS,
     ChatFiles,
     conversation,
     is_conversation,
@@ -67,7 +68,7 @@ IMAGE_EXTENSIONS = (
 CAPTION_EXTENSIONS = ("txt", "text", "caption", "captions")
 IMAGE_KEYS = (
     "image", "jpg", "jpeg", "png", "webp", "file_name", "path", "img_path", "image_path",
-    "filepath", "filename", "file", "image_file", "image_name", "img",
+    "filepath", "filename", "file", "image_file", "image_name", "img", "images",
 )  # fmt: skip
 CAPTION_KEYS = (
     "text", "caption", "prompt", "txt", "captions", "title", "description", "sentences", "raw",
@@ -123,9 +124,10 @@ def _texts(caption: Any) -> Iterator[str]:
 class CaptionTars(ImageFileSource):
     """Captioned images from WebDataset tars.
 
-    A sample is {key}.jpg|jpeg|png|webp|gif|... with {key}.txt|text|caption, or with a {key}.json
-    that has one of CAPTION_KEYS, or a list of captions. Upper case is allowed, and the order of the
-    files does not matter.
+    A sample is {key}.jpg|jpeg|png|webp|gif|... with {key}.txt|text|caption, with several such as
+    {key}.caption1.txt, or with a {key}.json that has one of CAPTION_KEYS, a list of captions, or a
+    conversation as in LLaVA. Images and texts may lie in two folders, such as images/ and
+    captions/. Upper case is allowed, and the order of the files does not matter.
 
     Args:
         paths: tars or globs of them to train on.
@@ -152,6 +154,10 @@ class CaptionTars(ImageFileSource):
         image = first_present(files, extensions)
         if image is None and not self.image_key:
             image = next((x for x in files.values() if is_image_file(x[:64])), None)
+        if not self.caption_key and "json" in files and not files.keys() & CAPTION_EXTENSIONS:
+            record = parse_json(files["json"])
+            if is_conversation(record):
+                return tar_conversation(record, image)
         if image is None:
             raise BadSample(missing("image", files, extensions[:5], "image_key"))
         return [tar_caption(files, self.caption_key), image]
@@ -164,12 +170,28 @@ def tar_caption(files: dict[str, bytes], caption_key: str | None = None) -> str:
         BadSample: there is none.
     """
     extensions = (caption_key,) if caption_key else CAPTION_EXTENSIONS
-    text = first_present(files, extensions)
-    if text is not None:
-        return parse_caption(decode_text(text))
+    for extension in extensions:
+        texts = [decode_text(content) for name, content in files.items()
+                 if name == extension or name.endswith(f".{extension}")]  # fmt: skip
+        if texts:
+            return parse_caption(texts)
     if "json" not in files:
         raise BadSample(missing("caption", files, (*extensions, "json"), "caption_key"))
     return parse_caption(parse_json(files["json"]), caption_key)
+
+
+def tar_conversation(record: Any, image: bytes | None) -> Parts:
+    """Read a conversation whose image is another file of its sample.
+
+    Raises:
+        BadSample: it is no conversation, or it names an image outside of the tar.
+    """
+    record = record if isinstance(record, dict) else {"messages": record}
+    record = {key: value for key, value in record.items() if key not in IMAGES_KEYS}
+    parts = conversation(read_messages(record | ({"image": image} if image else {}), Path()))
+    if any(isinstance(getattr(part, "file", part), Path) for part in parts):
+        raise BadSample("conversation in a tar that names an image outside of it")
+    return parts
 
 
 # Tables

@@ -79,9 +79,10 @@ class ChatFiles(ImagePathSource):
     - the list of messages itself.
 
     System and tool messages are context, and so are a record's "tools" and the answers that it
-    masks with `weight: 0` (OpenAI), `train: false` (axolotl) or `loss: false` (ms-swift). Tool calls
-    and `reasoning_content` are learned as part of their answer, the latter in <think> tags before
-    it. Messages after the last learned answer, and answers before the first question, are left out.
+    masks with `weight: 0` (OpenAI), `train: false` (axolotl) or `loss: false` (ms-swift). Tool
+    calls and `reasoning_content` are learned as part of their answer, the latter in <think> tags
+    before it. Messages after the last learned answer, and answers before the first question, are
+    left out.
     A conversation with videos or audio, or with "<image>" in a text but no images, is skipped.
 
     Args:

@@ -154,15 +154,17 @@ def bagel(row: dict[str, Any], folder: Path) -> Parts:
 
 def omnigen(row: dict[str, Any], folder: Path, keys: list[tuple[str, ...]]) -> Parts:
     """Parse a record of OmniGen: input images in the order of the instruction, then outputs."""
-    instruction = next((row[key] for key in keys[1] if row.get(key) is not None), None)
-    if not isinstance(instruction, str):
+    instruction = wording(next((row[key] for key in keys[1] if row.get(key) is not None), None))
+    if instruction is None:
         raise BadSample("edit without instruction")
     output = next((row[key] for key in keys[2] if row.get(key) is not None), None)
     inputs = _image_files(row.get("input_images") or [], folder)
     outputs = _image_files(row.get("output_images") or output, folder)
     pieces = PLACEHOLDER.split(instruction)  # text, number, text, number, text
+    if isinstance(instruction, AnyText) and any(map(PLACEHOLDER.search, instruction.texts)):
+        raise BadSample("instruction with image placeholders in several wordings")
     if len(pieces) == 1:
-        return [*inputs, instruction.strip(), *outputs]
+        return [*inputs, instruction, *outputs]
     numbers = [int(number) - 1 for number in pieces[1::2]]
     if sorted(numbers) != list(range(len(inputs))):
         raise BadSample("instruction with wrong image placeholders")

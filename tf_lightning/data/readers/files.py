@@ -5,6 +5,7 @@ import copy
 import glob
 import hashlib
 import os
+import unicodedata
 import zlib
 from abc import abstractmethod
 from collections import Counter
@@ -245,26 +246,41 @@ def as_image_file(value: Any, folder: Path) -> bytes | Path | None:
 
     Args:
         value: a path relative to `folder`, the content of a file, a data URL, or a dict {"bytes",
-            "path"} as on the Hugging Face hub.
+            "path"} as on the Hugging Face hub; a list of one of them.
         folder: folder that paths are relative to.
 
     Raises:
-        BadSample: the field is the URL of an image that was not downloaded.
+        BadSample: the field is the URL of an image that was not downloaded, several images, or of
+            another type.
     """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value or None
-    if not isinstance(value, str) or value in NO_IMAGE:
+    if value is None or value != value or value in NO_IMAGE:
         return None
+    if isinstance(value, list) and value and isinstance(value[0], str | bytes | dict):
+        raise BadSample(f"{len(value)} images in place of one")
+    if not isinstance(value, str):
+        raise BadSample(f"image of type {type(value).__name__}, not a file or its name")
     if value.startswith("data:"):
         return _decode_data_url(value)
     if value.startswith(("http://", "https://")):
         raise BadSample("image that is only a URL; download the images, such as with img2dataset")
-    return folder / value.removeprefix("file://").replace("\\", "/")  # paths of Windows
+    return _find(folder / value.removeprefix("file://").replace("\\", "/"))  # paths of Windows
 
 
-NO_IMAGE = ("", "None", "none", "null", "nan")  # written for a missing image
+NO_IMAGE = ("", "None", "none", "null", "nan", [], {})  # written for a missing image
+
+
+def _find(path: Path) -> Path:
+    """Return the path with its accents composed or decomposed, as macOS does, if that is a file."""
+    if str(path).isascii() or os.path.isfile(path):
+        return path
+    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next((form for form in forms if os.path.isfile(form)), path)
 
 
 def _decode_data_url(url: str) -> bytes:

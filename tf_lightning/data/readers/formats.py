@@ -14,10 +14,12 @@ import csv
 import io
 import json
 import lzma
+import re
 import sys
 import tarfile
+import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -114,7 +116,7 @@ def starts_json(text: bytes) -> bool:
     """Return whether a text begins with a line of JSON, or with an array or object over lines."""
     if text[:1] not in (b"{", b"["):
         return False
-    line = text.split(b"\n", 1)[0].rstrip()
+    line = re.split(rb"[\r\n]", text, maxsplit=1)[0].rstrip()
     try:
         found, end = json.JSONDecoder().raw_decode(line.decode("utf-8", "replace"))
     except json.JSONDecodeError as error:  # incomplete at the end of the line: it goes on below it
@@ -215,35 +217,71 @@ def decode_text(content: bytes) -> str:
         raise BadSample("text that is not UTF-8") from error
 
 
-def read_lines(file: Path) -> Iterator[bytes]:
-    """Iterate over the lines of a file, without a byte order mark."""
-    first = True
+def file_fault(error: Exception) -> BadSample:
+    """Say why a file, or the rest of it, cannot be read."""
+    if isinstance(error, PermissionError):
+        return BadSample("file that may not be read")
+    if isinstance(error, pyarrow.ArrowNotImplementedError):
+        return BadSample("file in a form that pyarrow does not read")
+    return BadSample(DAMAGED_FILE)
+
+
+def read_lines(file: Path) -> Iterator[bytes | BadSample]:
+    """Iterate over the lines of a file, without a byte order mark.
+
+    A BadSample stands for a line of more than MAX_BYTES.
+    """
+    first, too_long = True, False
     try:
-        with open_stream(file) as stream:
+        with _open_lines(file) as stream:
             while line := stream.readline(MAX_BYTES + 1):
-                if len(line) > MAX_BYTES:
-                    raise BadSample(f"line longer than {MAX_BYTES:,} bytes")
+                line = line if isinstance(line, bytes) else line.encode("latin-1")
                 if first and line.startswith(UTF_16):
                     raise BadSample("text in UTF-16; save it as UTF-8")
-                yield line.removeprefix(BOM) if first else line
-                first = False
+                if len(line) > MAX_BYTES and not too_long:
+                    yield BadSample(f"line longer than {MAX_BYTES:,} bytes")
+                elif not too_long:
+                    yield line.removeprefix(BOM) if first else line
+                first, too_long = False, len(line) > MAX_BYTES
     except STREAM_ERRORS as error:
-        raise BadSample(DAMAGED_FILE) from error
+        raise file_fault(error) from error
     if first and compression(file):  # truncated in its header, which raises no error
         raise BadSample(DAMAGED_FILE)
 
 
-def read_text(file: Path) -> Iterator[str]:
-    """Read a text file: whole, or in pieces of whole lines if it has more than MAX_BYTES."""
+def _open_lines(file: Path) -> io.BufferedReader | io.TextIOWrapper:
+    """Open a file for reading lines that end in LF, or in CR if there is no LF in its start."""
+    start, stream = read_start(file), open_stream(file)
+    if b"\r" not in start or b"\n" in start:
+        return stream
+    return io.TextIOWrapper(stream, "latin-1", newline="\r")
+
+
+def read_text(file: Path) -> Iterator[str | BadSample]:
+    """Read a text file: whole, or in pieces of whole lines if it has more than MAX_BYTES.
+
+    A BadSample stands for a piece that is not UTF-8, and for a line of more than MAX_BYTES.
+    """
     piece: list[bytes] = []
     size = 0
     for line in read_lines(file):
+        if isinstance(line, BadSample):
+            yield line
+            line = b""
         if size + len(line) > MAX_BYTES:
-            yield decode_text(b"".join(piece))
+            yield _decode_piece(piece)
             piece, size = [], 0
         piece.append(line)
         size += len(line)
-    yield decode_text(b"".join(piece))
+    if size or not piece:  # an empty file is an empty document
+        yield _decode_piece(piece)
+
+
+def _decode_piece(lines: list[bytes]) -> str | BadSample:
+    try:
+        return decode_text(b"".join(lines))
+    except BadSample as error:
+        return error
 
 
 # JSON
@@ -307,28 +345,42 @@ def parse_object(record: Any) -> dict[str, Any]:
 def read_records(file: Path, is_part: Callable[[Any], bool] = lambda item: False) -> Iterator[Any]:
     """Iterate over JSON records: the lines of a file as bytes, or the parsed items of one array.
 
-    An array may be on one line or on several. So may the only object of a file.
+    An array may be on one line or on several. So may the only object of a file; if it has a list of
+    objects under one of LIST_KEYS, these are the records.
 
     Args:
         file: the file.
         is_part: whether an item is part of a record; an array of parts is one record.
     """
     if not is_one_value(file):
-        yield from (line for line in read_lines(file) if line.strip())
+        lines = read_lines(file)
+        yield from (line for line in lines if isinstance(line, BadSample) or line.strip())
         return
-    members: dict[str, Any] = {}
-    items = json_items(file)
-    for key, value in items:
-        if key is None and is_part(value):
-            yield [value, *(other for _, other in items)]
-        elif key is None:
+    parts: list = []  # of the only record, which is an array
+    members: dict[str, Any] = {}  # of the only record, which is an object
+    has_records, size = False, 0
+    for key, value in json_items(file):
+        if key is None and not parts and not is_part(value):
             yield value
-        elif isinstance(members.get(key), list):
-            members[key].append(value)
+        elif key in LIST_KEYS and isinstance(value, dict) and not is_part(value):
+            has_records = True
+            yield value
         else:
-            members[key] = value
-    if members:
-        yield members
+            size += len(json.dumps(value))
+            if size > MAX_BYTES:
+                raise BadSample(f"JSON value longer than {MAX_BYTES:,} bytes")
+            if key is None:
+                parts.append(value)
+            elif isinstance(members.get(key), list):
+                members[key].append(value)
+            else:
+                members[key] = value
+    if parts or members and not has_records:
+        yield parts or members
+
+
+LIST_KEYS = ("data", "rows", "records", "examples")
+ONE_LIST = re.compile(rb'\{\s*"(?:%b)"\s*:\s*\[\s*\{' % "|".join(LIST_KEYS).encode())
 
 
 def is_one_value(file: Path) -> bool:
@@ -340,7 +392,7 @@ def is_one_value(file: Path) -> bool:
     if first[:1] not in (b"[", b"{"):
         return False
     if not second:  # the only line, or the beginning of a long one
-        return first[:1] == b"["
+        return first[:1] == b"[" or bool(ONE_LIST.match(first))
     if first == b"[":
         return True
     return not _is_json(first) and not _is_json(second) and starts_json(first)
@@ -437,8 +489,12 @@ def _array(reader: _JsonReader) -> Iterator[Any]:
 def _object(reader: _JsonReader) -> Iterator[tuple[str, Any]]:
     reader.take("{")
     more = "" if reader.peek() == "}" else ","
+    keys: set[str] = set()
     while more == ",":
         key = reader.value()
+        if key in keys:
+            raise BadSample(f"JSON object with two values of {key[:40]!r}")
+        keys.add(key)
         reader.take(":")
         if reader.peek() == "[":
             yield key, []
@@ -452,35 +508,88 @@ def _object(reader: _JsonReader) -> Iterator[tuple[str, Any]]:
 
 
 SURPLUS = "row with more fields than the header; put quotes around texts that contain {!r}"
+QUOTES = 'row whose quotes do not match; write a quote inside of a text as ""'
+MAX_READ_AGAIN = 4 * MAX_BYTES  # characters of a table that are read again after wrong quotes
 
 
 def read_csv(file: Path) -> Iterator[dict[str, str] | BadSample]:
     """Iterate over the rows of a CSV or TSV file whose first line names the columns.
 
-    A BadSample stands for a row with more fields than there are columns, most often a text that
-    contains the delimiter: its end would be lost.
+    A BadSample stands for a row that is not UTF-8, whose quotes do not match, or that has more
+    fields than there are columns, most often a text that contains the delimiter: its end would be
+    lost.
     """
-    csv.field_size_limit(MAX_BYTES)
-    try:
-        lines = (decode_text(line) for line in read_lines(file))
-        header = next((line for line in lines if line.strip()), "")
-        delimiter = max("\t,;|", key=header.count)
-        options = {"delimiter": delimiter, "skipinitialspace": True}
-        rows = csv.DictReader(chain([header], lines), **options)
-        names = rows.fieldnames or []
-        rows.fieldnames = [name.strip() for name in names]
-        check_unique(rows.fieldnames)
-        padded = list(rows.fieldnames) != list(names)  # there are spaces before delimiters
-        for row in rows:
-            if any(row.pop(None, [])):
-                yield BadSample(SURPLUS.format(delimiter))
-            else:
-                yield {
-                    name: value.strip() if padded and value else value
-                    for name, value in row.items()
-                }
-    except csv.Error as error:
-        raise BadSample(DAMAGED_FILE) from error
+    lines = (
+        line if isinstance(line, BadSample) else line.decode("utf-8", "surrogateescape")
+        for line in read_lines(file)
+    )
+    header = next((line for line in lines if isinstance(line, BadSample) or line.strip()), "")
+    if isinstance(header, BadSample):
+        raise header
+    delimiter = max("\t,;|", key=header.count)
+    rows = _csv_rows(chain([header], lines), delimiter)
+    written = next(rows, [])
+    if isinstance(written, BadSample):
+        raise written
+    names = [name.strip() for name in written]
+    check_unique(names)
+    padded = names != written  # there are spaces before delimiters
+    for row in rows:
+        if isinstance(row, BadSample):
+            yield row
+        elif any(row[len(names) :]):
+            yield BadSample(SURPLUS.format(delimiter))
+        elif row:
+            row += [None] * (len(names) - len(row))
+            yield {
+                name: value.strip() if padded and value else value
+                for name, value in zip(names, row, strict=False)
+            }
+
+
+def _csv_rows(lines: Iterator[str | BadSample], delimiter: str) -> Iterator[list[str] | BadSample]:
+    """Split the lines of a table into rows.
+
+    A quote that is not closed would swallow the rows after it. If the quotes of a row do not match,
+    a BadSample stands for its first line, and the next row begins with the line after it.
+    """
+    csv.field_size_limit(2 * MAX_BYTES)
+    again: deque[str | BadSample] = deque()
+    taken: list[str] = []  # lines of the current row
+
+    def take() -> Iterator[str]:
+        size = 0
+        while (line := again.popleft() if again else next(lines, None)) is not None:
+            if isinstance(line, BadSample):
+                raise line
+            size = size + len(line) if taken else len(line)
+            taken.append(line)
+            if size > MAX_BYTES:
+                raise csv.Error
+            yield line
+
+    def reader() -> Iterator[list[str]]:
+        return csv.reader(take(), delimiter=delimiter, skipinitialspace=True, strict=True)
+
+    rows, left = reader(), MAX_READ_AGAIN
+    while True:
+        taken.clear()
+        try:
+            row = next(rows)
+            "".join(row).encode()
+        except StopIteration:
+            return
+        except UnicodeEncodeError:
+            row = BadSample("text that is not UTF-8")
+        except BadSample as error:  # in place of a line
+            row, rows = error, reader()
+        except csv.Error:
+            left -= sum(map(len, taken[1:]))
+            if left < 0:
+                raise BadSample("table with many unclosed quotes, read up to them") from None
+            again.extendleft(reversed(taken[1:]))
+            row, rows = BadSample(QUOTES), reader()
+        yield row
 
 
 def read_parquet(
@@ -488,7 +597,8 @@ def read_parquet(
 ) -> Iterator[dict[str, Any] | BadSample]:
     """Iterate over the rows of a parquet file, with those of `columns` that it has.
 
-    A BadSample stands for a row whose values cannot be converted, such as text that is not UTF-8.
+    Other columns are None, so that a message about a missing one can name them. A BadSample stands
+    for a row whose values cannot be converted, such as text that is not UTF-8.
 
     Args:
         file: the file.
@@ -507,11 +617,12 @@ def read_parquet(
             if not found:
                 raise BadSample(missing("column", names, columns, option))
             check_unique(found)
+            others = dict.fromkeys(name for name in names if name not in found)
             for batch in table.iter_batches(_rows_at_once(table), columns=found):
                 for number in range(len(batch)):
-                    yield _row(batch.slice(number, 1))
+                    yield _row(batch.slice(number, 1), others)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise BadSample(DAMAGED_FILE) from error
+        raise file_fault(error) from error
 
 
 def check_unique(names: Iterable[str]) -> None:
@@ -549,9 +660,9 @@ def has_image_columns(file: Path) -> bool:
         return True
 
 
-def _row(batch: pyarrow.RecordBatch) -> dict[str, Any] | BadSample:
+def _row(batch: pyarrow.RecordBatch, others: dict[str, None]) -> dict[str, Any] | BadSample:
     try:
-        return batch.to_pylist()[0]
+        return batch.to_pylist()[0] | others
     except UnicodeDecodeError:
         return BadSample("text that is not UTF-8")
     except (ValueError, OverflowError, pyarrow.ArrowException) as error:
@@ -575,7 +686,7 @@ def _rows_at_once(table: parquet.ParquetFile) -> int:
 
 def missing(what: str, found: Iterable[str], wanted: Iterable[str], option: str = "") -> str:
     """Say that nothing has one of the wanted names: "no caption: found ..., wanted one of ..."."""
-    names = ", ".join(sorted(str(name)[:40] for name in found)[:12])
+    names = ", ".join(sorted(str(name)[:40] for name in found)[:24])
     text = f"no {what}: found {names or 'nothing'}; wanted one of {', '.join(wanted)}"
     return f"{text}; choose with {option}" if option else text
 
@@ -610,7 +721,7 @@ class _TarStream:
     def read(self, size: int) -> bytes:
         """Read up to `size` bytes."""
         if size > self.limit:
-            raise tarfile.ReadError("header longer than its limit")
+            raise BadSample(f"tar with a header or file of more than {self.limit:,} bytes")
         content = self.stream.read(size)
         self.place += len(content)
         return content
@@ -634,11 +745,12 @@ def read_tar(file: Path) -> Iterator[tuple[str, TarSample | BadSample]]:
     """Iterate over the samples of a WebDataset tar: key, and (extension, content) of each file.
 
     The names of a sample's files are equal up to the first dot of the last component
-    (webdataset's rule), or up to the last dot if several samples are equal up to the first. The
-    files need not be next to each other, but a compressed tar is then held in memory in part.
+    (webdataset's rule), or up to the last dot if several samples are equal up to the first. Images
+    and their texts may lie in two folders. The files need not be next to each other, but a
+    compressed tar is then held in memory in part.
     """
     members, damage = list_members(file)
-    samples = group_members(members)
+    samples = _join_folders(group_members(members))
     read = _read_compressed if compression(file) else _read_plain
     yield from read(file, samples)
     if damage:
@@ -682,7 +794,7 @@ def group_members(members: list[Member]) -> list[tuple[str, list[tuple[str, Memb
     order: list[tuple[str, list]] = []
     latest = None
     for member in members:
-        key, extension = split_name(member[0])
+        key, extension = split_name(unicodedata.normalize("NFC", member[0]))  # macOS writes NFD
         rounds = groups.setdefault(key, [])
         # A name that comes again, not next to its sample, begins another sample of the same key.
         again = latest != key and rounds and extension in dict(rounds[-1])
@@ -699,7 +811,8 @@ def _split_group(
 ) -> Iterator[tuple[str, list[tuple[str, Member]]]]:
     """Split the files of a key at the last dots of their names if their extensions are not unique.
 
-    "a.1.jpg, a.1.txt, a.2.jpg, a.2.txt" are two samples, "a.input.jpg, a.output.txt" are one.
+    "a.1.jpg, a.1.txt, a.2.jpg, a.2.txt" are two samples, "a.input.jpg, a.output.txt" are one, and
+    so are "a.jpg, a.caption1.txt, a.caption2.txt", whose extensions are left whole.
     """
     short = [(extension.rpartition(".")[2], member) for extension, member in files]
     if len(dict(short)) == len(short) or all("." not in extension for extension, _ in files):
@@ -709,7 +822,34 @@ def _split_group(
     for extension, member in files:
         middle, _, last = extension.rpartition(".")
         parts.setdefault(f"{key}.{middle}" if middle else key, []).append((last, member))
-    yield from parts.items()
+    others = [part for name, part in parts.items() if name != key]
+    if len(others) < len(parts) and all(len(p) == 1 and not _is_image(p) for p in others):
+        yield key, files
+    else:
+        yield from parts.items()
+
+
+def _is_image(files: list[tuple[str, Member]]) -> bool:
+    return any(f".{extension}" in SUFFIXES["image"] for extension, _ in files)
+
+
+# Names of folders of a tar that only say what kind of files they have.
+KIND_FOLDERS = (
+    "images", "image", "imgs", "img", "jpg", "png", "captions", "caption", "texts", "text", "txt",
+    "prompts", "json",
+)  # fmt: skip
+
+
+def _join_folders(samples: list[tuple[str, list]]) -> list[tuple[str, list]]:
+    """Join "images/0.jpg" and "captions/0.txt" if no sample has an image and a text without it."""
+    if any(len({_is_image([file]) for file in files}) > 1 for _, files in samples):
+        return samples
+    joined: dict[tuple[str, ...], tuple[str, list]] = {}
+    for key, files in samples:
+        *folders, base = key.split("/")
+        common = *(name for name in folders if name.lower() not in KIND_FOLDERS), base
+        joined.setdefault(common, (key, []))[1].extend(files)
+    return list(joined.values())
 
 
 def _read_plain(file: Path, samples: list) -> Iterator[tuple[str, TarSample | BadSample]]:

@@ -26,8 +26,9 @@ TEXT_KEYS = ("text", "content", "raw_content")
 class TextFiles(FileSource):
     """Text: each plain text file, JSON record and row of CSV or parquet is a document.
 
-    JSON records are the lines of a file, or the items of one array. The content of a file decides
-    what it is. All but parquet may be compressed (.gz, .zst, .bz2, .xz).
+    JSON records are the lines of a file, or the items of one array, which may be {"data": [...]}. A
+    text that is a list is one of lines. The content of a file decides what it is. All but parquet
+    may be compressed (.gz, .zst, .bz2, .xz).
 
     Args:
         paths: files or globs to train on.
@@ -70,6 +71,8 @@ class TextFiles(FileSource):
         if not isinstance(record, dict):
             raise BadSample("line that is not a JSON object")
         text = first_present(record, self._keys)
+        if isinstance(text, list) and all(isinstance(line, str) for line in text):
+            text = "\n".join(text)
         if text is None and any(key in record for key in self._keys):
             raise BadSample("record without text")
         if text is None:
