@@ -72,9 +72,10 @@ class FileSource(Source):
     def documents(self, split: Split) -> Iterator[RawDocument | Skipped]:
         """See `Source.documents`."""
         for file in self.files(split):
+            name = file.name
             try:
                 for key, sample, *named in self.samples(file):
-                    if named == [split] if named else self._in_split(f"{file.name}/{key}", split):
+                    if named == [split] if named else self._in_split(f"{name}/{key}", split):
                         yield from self._convert(sample)
             except (BadSample, *UNEXPECTED) as error:
                 yield Skipped(reason(error))
@@ -120,18 +121,19 @@ class FileSource(Source):
     def _in_split(self, key: str, split: Split) -> bool:
         return bool(self.val_paths) or held_out(key, self.val_fraction) == (split == "val")
 
-    def _convert(self, sample: Any) -> Iterator[RawDocument | Skipped]:
-        """Yield the skipped parts of a sample, then its document unless nothing is left of it."""
+    def _convert(self, sample: Any) -> list[RawDocument | Skipped]:
+        """List the skipped parts of a sample, then its document unless nothing is left of it."""
         try:
             if isinstance(sample, BadSample):
                 raise sample
             parts = self.document(sample)
         except (BadSample, *UNEXPECTED) as error:
-            parts = [Skipped(reason(error))]
-        yield from (part for part in parts if isinstance(part, Skipped))
+            return [Skipped(reason(error))]
+        skipped = [part for part in parts if isinstance(part, Skipped)]
+        if not skipped:
+            return [parts]
         document = [part for part in parts if not isinstance(part, Skipped)]
-        if document or not parts:
-            yield document
+        return [*skipped, document] if document else skipped
 
 
 # Errors of a reader at unexpected content. The sample is skipped.

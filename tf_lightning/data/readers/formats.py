@@ -405,6 +405,9 @@ def _is_json(line: bytes) -> bool:
         return False
 
 
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
+
+
 class _JsonReader:
     """Decodes a stream of JSON value by value."""
 
@@ -415,8 +418,7 @@ class _JsonReader:
     def peek(self) -> str:
         """Return the next character that is not a space; "" at the end."""
         while True:
-            while self.place < len(self.buffer) and self.buffer[self.place].isspace():
-                self.place += 1
+            self.place = JSON_SPACE.match(self.buffer, self.place).end()
             if self.place < len(self.buffer) or self.at_end:
                 return self.buffer[self.place : self.place + 1]
             self._fill(CHUNK)
