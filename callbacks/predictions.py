@@ -6,6 +6,7 @@ Any number of ranks may write. A run that was stopped continues, also with anoth
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
-from callbacks.results import run_folder
+from callbacks.results import numbered, run_folder
 from callbacks.sampling import check_draws, check_module, resolve_sampling
 from tf_lightning.batch import Document
 from tf_lightning.files import atomic_file
@@ -31,7 +32,8 @@ class PredictionWriter(BasePredictionWriter):
 
     With "text", it generates a caption for the image; the line has it beside the document's own
     caption. With "image", it generates an image for the caption and writes it to `predict/images/`.
-    Documents that any rank has answered before with the same checkpoint and options are skipped.
+    Documents that any rank has answered before with the same checkpoint and options are skipped;
+    another checkpoint or other options get a folder of their own: `predict-2`, and so on.
 
     Args:
         output_modality: "text" for captions, "image" for images.
@@ -69,19 +71,24 @@ class PredictionWriter(BasePredictionWriter):
             check_draws(trainer.datamodule, self, "give predict other data")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the existing lines; remove lines of other runs from this rank's file."""
+        """Find the folder of this checkpoint and these options, and the lines that it holds."""
         self.pipe = TransfusionPipeline.from_module(pl_module)
-        self.folder = run_folder(trainer)
+        folder = run_folder(trainer)  # on every rank
         checkpoint = Path(trainer.ckpt_path)
         used = self.sampling.used(self.output_modality, bool(pl_module.hparams["num_codes"]))
         settings = (str(checkpoint), checkpoint.stat().st_mtime_ns, used, self.seed)
         self.run = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+        mine = (
+            path for path in numbered(folder) if runs_in(path, self.output_modality) <= {self.run}
+        )
+        self.folder = trainer.strategy.broadcast(next(mine))
+        self.folder.mkdir(exist_ok=True)
         self.path = self.folder / f"{self.output_modality}-{trainer.global_rank}.jsonl"
-        kept = read_lines(self.path, self.run) if self.path.exists() else []
+        kept = read_lines(self.path) if self.path.exists() else []  # without an incomplete line
         with atomic_file(self.path) as file:
             file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         files = self.folder.glob(f"{self.output_modality}-*.jsonl")
-        self.done = {line["key"] for file in files for line in read_lines(file, self.run)}
+        self.done = {line["key"] for file in files for line in read_lines(file)}
         self.num_found = len(self.done)
 
     def write_on_batch_end(
@@ -132,7 +139,8 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report the file and the number of lines."""
         new = len(self.done) - self.num_found
-        rank_zero_info(f"Wrote {new} lines to {self.path}; {self.num_found} were already there")
+        lines = f"{new:,} line" + "s" * (new != 1)
+        rank_zero_info(f"Wrote {lines} to {self.path}; {self.num_found:,} were already there")
 
 
 def document_key(document: Document) -> str:
@@ -143,14 +151,16 @@ def document_key(document: Document) -> str:
     return sha.hexdigest()[:16]
 
 
-def read_lines(file: Path, run: str) -> list[dict[str, str]]:
-    """Read the lines of a run; skip an incomplete line that a killed run left."""
+def runs_in(folder: Path, output_modality: str) -> set[str]:
+    """Return the runs whose lines are in a folder: checkpoint and options, as a hash."""
+    files = folder.glob(f"{output_modality}-*.jsonl")
+    return {line["run"] for file in files for line in read_lines(file)}
+
+
+def read_lines(file: Path) -> list[dict[str, str]]:
+    """Read the lines of a file; skip an incomplete line that a killed run left."""
     lines = []
     for text in file.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if line["run"] == run:
-            lines.append(line)
+        with suppress(ValueError):
+            lines.append(json.loads(text))
     return lines

@@ -1,7 +1,8 @@
 """Result files of a run: the folder they go to, and the validations that write them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
+from itertools import count
 from pathlib import Path
 
 import lightning as L
@@ -11,14 +12,34 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 def run_folder(trainer: L.Trainer) -> Path:
     """Return the run's folder in `fit`, and its subfolder of the command's name otherwise.
 
+    A second `validate` or `test` in the same folder writes to validate-2 or test-2, and so on.
+
     Call it on every rank: `log_dir` broadcasts rank zero's folder to the others. That of loggers
     such as W&B is shared by all runs; the command line sets the root directory to the run's folder.
     """
     is_own = isinstance(trainer.logger, TensorBoardLogger | CSVLogger)
     folder = Path(trainer.log_dir if is_own else trainer.default_root_dir)
-    folder = folder if trainer.state.fn == "fit" else folder / str(trainer.state.fn.value)
+    verb = str(trainer.state.fn.value)
+    if verb in ("validate", "test"):
+        if not hasattr(trainer, "results_folder"):  # the same for all callbacks and ranks
+            free = (path for path in numbered(folder / verb) if is_empty(path))
+            trainer.results_folder = trainer.strategy.broadcast(next(free))
+        folder = trainer.results_folder
+    elif verb != "fit":
+        folder = folder / verb
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def numbered(folder: Path) -> Iterator[Path]:
+    """Yield a folder, and then folder-2, folder-3 and so on beside it, without end."""
+    yield folder
+    yield from (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing or is not there."""
+    return not folder.is_dir() or not any(folder.iterdir())
 
 
 def weights_step(trainer: L.Trainer, module: L.LightningModule) -> int:

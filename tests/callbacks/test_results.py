@@ -1,5 +1,6 @@
 """The folder of a run's results, and the validations that are skipped in `fit`."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.results import outside_fit, run_folder
+
+ONE_RANK = SimpleNamespace(broadcast=lambda value: value)
 
 
 @pytest.mark.parametrize(
@@ -26,9 +29,26 @@ def test_an_evaluation_writes_into_a_folder_of_its_own(fn, place, tmp_path):
         (None, None, run),
     ):
         trainer = SimpleNamespace(
-            logger=logger, log_dir=log_dir, state=state, default_root_dir=root
+            logger=logger, log_dir=log_dir, state=state, default_root_dir=root, strategy=ONE_RANK
         )
         assert run_folder(trainer) == tmp_path / place and (tmp_path / place).is_dir()
+
+
+def test_a_second_evaluation_keeps_the_results_of_the_first(tmp_path):
+    def evaluate(fn: TrainerFn) -> Path:
+        state = SimpleNamespace(fn=fn)
+        trainer = SimpleNamespace(
+            logger=None, state=state, default_root_dir=str(tmp_path), strategy=ONE_RANK
+        )
+        folder = run_folder(trainer)
+        (folder / "metrics.json").write_text("{}")
+        assert run_folder(trainer) == folder  # also for the callbacks that come later
+        return folder
+
+    folders = [evaluate(TrainerFn.VALIDATING) for _ in range(3)]
+    assert folders == [tmp_path / name for name in ("validate", "validate-2", "validate-3")]
+    assert evaluate(TrainerFn.TESTING) == tmp_path / "test"
+    assert evaluate(TrainerFn.FITTING) == evaluate(TrainerFn.FITTING) == tmp_path
 
 
 def test_a_hook_outside_fit_is_skipped_in_the_validations_of_fit():

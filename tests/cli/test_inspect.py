@@ -102,6 +102,15 @@ def test_documents_of_every_source_are_picked_with_their_parts_in_order(mixture)
     assert [parts for _, parts in pick_documents(data, 9, seed=1)][0] != shown[0][1]
 
 
+def test_no_document_is_drawn_twice(mixture):
+    data = mixture({"pictures": GreyImages(num_documents=5)}, caption_drop_prob=0.0)
+    data.setup()
+    shown = pick_documents(data, 24)
+    number = len(data.corpora["train"]["pictures"])
+    assert len(shown) == number
+    assert len({np.asarray(parts[-1]).tobytes() for _, parts in shown}) == number
+
+
 def test_the_command_writes_the_files_that_it_names(tmp_path, capsys):
     config = runs.write_config(tmp_path)
     main(["inspect", "-c", str(config), "-o", str(tmp_path / "look"), "--documents", "6"])

@@ -261,3 +261,10 @@ def test_an_evaluation_refuses_another_value_of_the_model_than_the_checkpoint_ha
     assert code == 1 and "--model.diffusion_weight 2.0: validate takes the model from the" in line
     code, line = fails(*arguments, "--model.transformer.dim", "64")
     assert code == 1 and "which has 32; leave it out" in line
+
+
+def test_a_prediction_that_would_write_nothing_is_refused(run, tmp_path, fails):
+    config = runs.write_config(tmp_path, runs.only_checkpoints)
+    code, line = fails("predict", "-c", config, "--ckpt_path", checkpoint_of(run))
+    assert code == 1 and "predict would write nothing; add --prediction_writer {}" in line
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """The folder of a run: one run in it, everything of the run in it, and what is resumed from it."""
 
 import copy
+import csv
 import os
 import pickle
 import shlex
@@ -96,6 +97,29 @@ def test_the_way_on_with_several_loggers_is_one_that_works(tmp_path, refused):
     assert config.read_text().splitlines()[number - 1].strip() == "logger:"
     fit(tmp_path, change=two_loggers("second"))
     assert load(tmp_path / "second")["global_step"] == 2
+
+
+def csv_rows(config: dict) -> None:
+    few_steps(config)
+    config["trainer"]["logger"]["class_path"] = "lightning.pytorch.loggers.CSVLogger"
+    config["trainer"]["logger"]["init_args"].pop("default_hp_metric")
+
+
+def test_the_rows_of_a_csv_logger_outlive_a_resumption_and_an_evaluation(tmp_path):
+    fit(tmp_path, "--trainer.limit_val_batches=1", change=csv_rows)
+    rows = tmp_path / "run" / "metrics.csv"
+
+    def steps() -> list[dict]:
+        return [row for row in csv.DictReader(rows.open()) if row["train/loss"]]
+
+    before = steps()
+    assert [row["step"] for row in before] == ["0", "1"]
+    config = str(tmp_path / "config.yaml")
+    main(["fit", "-c", config, "--ckpt_path=last", "--trainer.max_steps=3"])
+    assert [row["step"] for row in steps()] == ["0", "1", "2"]
+    main(["validate", "-c", config, "--ckpt_path=last", "--trainer.limit_val_batches=1"])
+    assert [row["step"] for row in steps()] == ["0", "1", "2"]
+    assert [row["train/loss"] for row in steps()][:2] == [row["train/loss"] for row in before]
 
 
 def test_a_run_that_died_before_its_first_checkpoint_is_started_again(tmp_path):

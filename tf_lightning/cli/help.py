@@ -57,12 +57,14 @@ Model sizes come from the checkpoint.
 """
 PURPOSES = {
     "validate": """\
-Evaluate a checkpoint on the validation documents. Tables are printed; scores and samples are
-written to the folder of the configuration's logger.""",
-    "test": "Evaluate a checkpoint as `validate` does, with results under test/.",
+Evaluate a checkpoint on the validation documents. A table is printed; scores and samples are
+written into {verb}/ of the folder of the configuration's logger, a second time into {verb}-2/.""",
+    "test": "Evaluate a checkpoint as `validate` does, with results in test/.",
     "predict": """\
-Write the model's outputs for the validation documents, by default captions of images, with the
-callback PredictionWriter. An interrupted command continues where it stopped.""",
+Write a caption for each image of the validation documents, or an image for each caption with
+--prediction_writer.output_modality image, into predict/ of the folder of the configuration's
+logger. `prediction_writer: {}` turns this on. An interrupted command continues where it stopped;
+another checkpoint, or other options, write into predict-2/.""",
 }
 KEYS = """\
 Keys of a configuration:
@@ -134,7 +136,11 @@ def print_verb_help(args: list[str]) -> None:
 
 def verb_help(verb: str) -> str:
     """Return the help screen of fit, validate, test or predict."""
-    head = FIT if verb == "fit" else EVALUATE.format(verb=verb, purpose=PURPOSES[verb])
+    head = (
+        FIT
+        if verb == "fit"
+        else EVALUATE.format(verb=verb, purpose=PURPOSES[verb].replace("{verb}", verb))
+    )
     lines = [head, KEYS, "Recipes (configs/):", *_aligned(RECIPES)]
     for title, classes in GROUPS.items():
         module = _shared_module(classes)

@@ -7,6 +7,7 @@ Shapes: B rows, T positions in a row.
 
 import textwrap
 from collections.abc import Sequence
+from itertools import chain, zip_longest
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -25,6 +26,7 @@ from tf_lightning.cli.parser import Parser, non_negative_int, path_type, positiv
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.images import to_image
 from tf_lightning.data.mixture import Mixture
+from tf_lightning.data.packing import CorpusRows
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
 from tf_lightning.folders import check_writable
@@ -179,7 +181,6 @@ The data is prepared first, as `prepare` does. Then three files are written:
   rows.png        the first rows of training: the kind of each position, and its document
 Options of the configuration may follow, as in --data.row_length 1024.
 """
-ROWS_SEARCHED = 500  # rows searched for documents of every source
 BAR_LENGTH = 40  # characters
 
 
@@ -245,9 +246,10 @@ def describe(title: str, corpus: Corpus, num_patches: int, row_length: int) -> l
     lengths, alone = layout.lengths(num_patches), layout.lengths(0)
     images = int((layout.lengths(1) - alone).sum())
     tokens = int(alone.sum()) - 2 * count - 2 * images  # without <bos>, <eos>, <boi>, <eoi>
+    patches = f" of {num_patches} patches" if images else ""
     lines = [
-        f"{title}: {count:,} documents, {tokens:,} text tokens, {images:,} images "
-        f"of {num_patches} patches, {int(lengths.sum()):,} positions",
+        f"{title}: {count:,} documents, {tokens:,} text tokens, {images:,} images{patches}, "
+        f"{int(lengths.sum()):,} positions",
         *(f"  skipped {number:,}: {reason}" for reason, number in corpus.skipped.items()),
     ]
     return lines + histogram(lengths, row_length) if count else lines
@@ -287,16 +289,13 @@ def _rows(data: Mixture, count: int) -> tuple[Image.Image, float]:
 
 def pick_documents(data: Mixture, count: int, seed: int = 0) -> list[Shown]:
     """Pick random training documents, equally many of each source if it has enough."""
-    dataset, random = data.train_dataloader().dataset, np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     share = -(-count // len(data.source_names))
-    found: dict[str, list[Document]] = {name: [] for name in data.source_names}
-    for row in random.permutation(ROWS_SEARCHED).tolist():
-        _, documents, source = dataset[row]
-        mine = found[data.source_names[source]]
-        if documents and len(mine) < share:
-            mine.append(documents[random.integers(len(documents))])
-        if all(len(documents) == share for documents in found.values()):
-            break
+    corpora = data.train_dataloader().dataset.corpora
+    found = {
+        name: pick_from(rows, share, random)
+        for name, rows in zip(data.source_names, corpora, strict=True)
+    }
     autoencoder = load_autoencoder(data.autoencoder_name) if data.autoencoder_name else None
     picked = [(name, document) for name, documents in found.items() for document in documents]
     return [
@@ -311,3 +310,13 @@ def pick_documents(data: Mixture, count: int, seed: int = 0) -> list[Shown]:
         )
         for name, document in picked[:count]
     ]
+
+
+def pick_from(rows: CorpusRows, count: int, random: np.random.Generator) -> list[Document]:
+    """Pick random documents of a source, each once, from as many rows as possible."""
+    chosen = random.permutation(rows.rows_per_epoch)[:count].tolist()
+    shuffled = []
+    for row in map(rows.row, chosen):  # an epoch has each document once
+        shuffled.append([row[i] for i in random.permutation(len(row))])
+    turns = chain.from_iterable(zip_longest(*shuffled))
+    return [document for document in turns if document is not None][:count]

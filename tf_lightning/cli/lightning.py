@@ -15,9 +15,9 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -49,6 +49,7 @@ from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.cli.parser import Parser, stop
 from tf_lightning.cli.run_folder import (
     EarlierRun,
+    append_to_csv,
     configured_folders,
     files_of_run,
     find_checkpoints,
@@ -81,6 +82,7 @@ TRAINER = {
     "check_val_every_n_epoch": None,  # val_check_interval counts steps: the stream has no epochs
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 25,
+    "enable_model_summary": False,  # before_fit says how many parameters there are
 }
 LOGGER = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -449,6 +451,9 @@ class TransfusionCLI(LightningCLI):
         """Run the checks that need no prepared data, those of the callbacks included."""
         if not self.subcommand:
             return
+        writers = [c for c in self.trainer.callbacks if isinstance(c, BasePredictionWriter)]
+        if self.subcommand == "predict" and not writers:
+            raise UserError("predict would write nothing; add --prediction_writer {}")
         if not self.trainer.fast_dev_run:
             check_writable(self.run_folder)
         arguments = self.config_init[self.subcommand]
@@ -472,8 +477,21 @@ class TransfusionCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             if not resumed and hasattr(callback, "before_training"):  # InitFrom
                 callback.before_training(self.model, self.datamodule)
+        if resumed:
+            self.keep_rows()
+        if not self.finished_step:
+            trained = (p.numel() for p in self.model.parameters() if p.requires_grad)
+            rank_zero_info(f"{type(self.model).__name__} with {sum(trained):,} parameters")
         # The checks of callbacks draw random numbers; the initial weights do not depend on them.
         reset_seed()
+
+    def keep_rows(self) -> None:
+        """Keep the rows of metrics.csv, which Lightning's logger would remove."""
+        for logger in self.trainer.loggers if self.trainer.is_global_zero else ():
+            if isinstance(logger, CSVLogger):
+                append_to_csv(logger)
+
+    before_validate = before_test = before_predict = keep_rows
 
     def choose_checkpoint(self) -> str | None:
         """Return the checkpoint that `fit` resumes; None for a new run.
@@ -616,19 +634,37 @@ def time_token(linear: Namespace | None) -> bool:
     return arguments["time"] == "token"
 
 
+NOISE = (  # beginnings of Lightning's messages that a user cannot act on
+    *("💡 Tip:", "GPU available: False", "TPU available", "LOCAL_RANK", "Initializing distributed"),
+    *("Restoring states from", "Seed set to"),
+)
+NEEDLESS_WARNINGS = (
+    ".*treespec, LeafSpec",  # Lightning 2.6
+    # An evaluation has other callbacks than the run that wrote the checkpoint, and another folder.
+    ".*callbacks used to create the checkpoint",
+    ".*dirpath has changed from",
+    # before_fit says these, and refuses a folder with another run.
+    ".*no last checkpoint available",
+    ".*Checkpoint directory .* exists and is not empty",
+    ".*before the ``update`` method",  # the data warns of a source without validation documents
+    "LightningCLI's args parameter",  # inspect removes options
+    ".*does not have many workers",  # rows are cheap to load
+    ".*To get the last learning rate computed by the scheduler",  # when a run is resumed
+    ".*Previous log files in this directory will be deleted",  # see keep_rows
+)
+
+
 def silence_warnings() -> None:
     """Silence messages of Lightning and torchmetrics that a user cannot act on."""
-    noise = ("💡 Tip:", "TPU available")
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: not record.getMessage().startswith(noise))
-    warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning 2.6
-    # An evaluation has other callbacks than the run that wrote the checkpoint.
-    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")
-    warnings.filterwarnings("ignore", ".*no last checkpoint available")  # before_fit says it
-    # The data module itself warns of a source without validation documents.
-    warnings.filterwarnings("ignore", ".*before the ``update`` method")
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # inspect removes options
-    warnings.filterwarnings("ignore", ".*does not have many workers")  # rows are cheap to load
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(keep_message)
+    for message in NEEDLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+
+
+def keep_message(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning is shown."""
+    return not record.getMessage().startswith(NOISE)
 
 
 def build_data(args: list[str], parser: Parser) -> TransfusionCLI:

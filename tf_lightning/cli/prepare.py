@@ -67,8 +67,9 @@ def prepare_parser() -> Parser:
     parser.add_argument(
         "--processes",
         type=positive_int,
-        help="number of shards (64 MB of files) to prepare at a time; default: the number of CPU "
-        "cores, or 1 if a GPU encodes images",
+        help="number of shards to prepare at a time; a source has one for each 64 MB of its files, "
+        "so a small one is prepared by one process (default: the number of CPU cores, or 1 if a "
+        "GPU encodes images)",
     )
     parser.add_argument(
         "--shard",

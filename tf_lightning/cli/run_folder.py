@@ -1,5 +1,6 @@
 """The folder of a run: where it is, whether it holds a run already, and what to resume from."""
 
+import csv
 import os
 import pickle
 import shlex
@@ -143,6 +144,18 @@ class EarlierRun(L.Callback):
                 shutil.rmtree(path)
             elif path.name not in REPLACED:
                 path.unlink(missing_ok=True)
+
+
+def append_to_csv(logger: CSVLogger) -> None:
+    """Make a logger append to the metrics.csv in its folder; by itself it removes the file."""
+    file = Path(logger.log_dir, "metrics.csv")
+    if not file.is_file():
+        return
+    aside = file.rename(file.with_suffix(".csv.earlier"))
+    writer = logger.experiment  # looks for the file when it is created
+    file = aside.rename(file)
+    with file.open(newline="") as rows:
+        writer.metrics_keys = next(csv.reader(rows), [])
 
 
 def find_checkpoints(folder: Path, checkpoints: Path) -> list[Path]:

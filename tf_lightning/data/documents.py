@@ -58,7 +58,10 @@ class BadSample(Exception):
 
 
 class Source(ABC):
-    """Interface of a source of documents. Any class with these two methods is a `Source`."""
+    """Interface of a source of documents. Any class with these two methods is a `Source`.
+
+    It may also have a method `num_samples`, see `num_samples`.
+    """
 
     @abstractmethod
     def documents(self, split: Split) -> Iterator[RawDocument | Skipped]:
@@ -75,3 +78,11 @@ class Source(ABC):
     def __subclasshook__(cls, other: type) -> bool:
         """Accept any class with the two methods, without inheritance."""
         return hasattr(other, "documents") and hasattr(other, "fingerprint")
+
+
+def num_samples(source: Source, split: Split) -> int | None:
+    """Return how many documents and bad samples a source yields, for a progress bar.
+
+    None if the source has no method `num_samples(split)`, or if counting would take long.
+    """
+    return source.num_samples(split) if hasattr(source, "num_samples") else None

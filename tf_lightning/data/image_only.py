@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tf_lightning.data.corpus.prepare import corpus_path, format_reasons, summary
 from tf_lightning.data.corpus.reader import refuse_damage
-from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split
+from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split, num_samples
 from tf_lightning.data.stream import ENDLESS, StreamData
 from tf_lightning.errors import UserError
 from tf_lightning.files import publish_folder, told_if_full
@@ -293,7 +293,8 @@ def _write(source: Source, split: Split, folder: Path) -> tuple[list[int], dict[
     count = 0
     title = f"storing {split} images"
     with (folder / "pictures.bin").open("wb") as file:
-        for document in progress_bar(source.documents(split), title, unit=" documents", delay=2):
+        bar = {"total": num_samples(source, split), "unit": " documents", "delay": 2}
+        for document in progress_bar(source.documents(split), title, **bar):
             if isinstance(document, Skipped):
                 skipped[document.reason] += 1
                 continue

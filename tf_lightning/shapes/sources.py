@@ -40,10 +40,14 @@ class ShapesCaptions:
 
     def documents(self, split: Split) -> Iterator[RawDocument]:
         """Yield the documents of a split, in order."""
-        for index in range(_count(self, split)):
+        for index in range(self.num_samples(split)):
             rng = generator(self.seed, index, split)
             scene = draw_scene(rng, split=split, two_objects=self.two_objects)
             yield [caption(scene, rng), scene_image(scene)]
+
+    def num_samples(self, split: Split) -> int:
+        """Return the number of documents of a split."""
+        return _count(self, split)
 
     def fingerprint(self, split: Split) -> str:
         """Identify the documents of a split: equal documents have equal fingerprints."""
@@ -71,8 +75,12 @@ class ShapesTexts:
 
     def documents(self, split: Split) -> Iterator[RawDocument]:
         """Yield the documents of a split, in order."""
-        for index in range(_count(self, split)):
+        for index in range(self.num_samples(split)):
             yield [draw_text(generator(self.seed, index, split))]
+
+    def num_samples(self, split: Split) -> int:
+        """Return the number of documents of a split."""
+        return _count(self, split)
 
     def fingerprint(self, split: Split) -> str:
         """Identify the documents of a split: equal documents have equal fingerprints."""
@@ -100,11 +108,15 @@ class ShapesEdits:
 
     def documents(self, split: Split) -> Iterator[RawDocument]:
         """Yield the documents of a split, in order."""
-        for index in range(_count(self, split)):
+        for index in range(self.num_samples(split)):
             rng = generator(self.seed, index, split)
             scene = draw_scene(rng, split=split, two_objects=self.two_objects)
             instruction, edited = draw_edit(scene, rng, split=split)
             yield [scene_image(scene), instruction, scene_image(edited)]
+
+    def num_samples(self, split: Split) -> int:
+        """Return the number of documents of a split."""
+        return _count(self, split)
 
     def fingerprint(self, split: Split) -> str:
         """Identify the documents of a split: equal documents have equal fingerprints."""

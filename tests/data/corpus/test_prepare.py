@@ -18,6 +18,8 @@ from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.corpus.writer import CorpusWriter
 from tf_lightning.data.documents import Skipped
 from tf_lightning.errors import UserError
+from tf_lightning.progress import progress_bar
+from tf_lightning.shapes.sources import ShapesTexts
 from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -64,6 +66,20 @@ def run(tmp_path, tokenizer):
         return prepare(plan_corpus(source, split, **(arguments | changed)))
 
     return prepare_here
+
+
+def test_the_bar_says_of_how_many_documents_and_with_how_many_processes(run, monkeypatch):
+    bars = []
+
+    def spy(*args, **options):
+        bars.append((options.get("desc", args[1:]), options["total"]))
+        return progress_bar(*args, **options)
+
+    monkeypatch.setattr("tf_lightning.data.corpus.prepare.progress_bar", spy)
+    run(ShapesTexts(7, num_val=3), autoencoder=None)
+    run(Given(["text"]))
+    assert [total for _, total in bars] == [1, 7, 1, None]
+    assert bars[1][0] == ("preparing given train in 1 process",)
 
 
 def test_bad_samples_are_counted_by_reason(run):

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tf_lightning.data.documents import BadSample, RawDocument, Skipped
+from support.sources import GreyImages
+from tf_lightning.data.documents import BadSample, RawDocument, Skipped, num_samples
+from tf_lightning.data.readers import files
 from tf_lightning.data.readers.files import FileSource, find_files, held_out
 from tf_lightning.errors import UserError
+from tf_lightning.shapes.sources import ShapesTexts
 
 
 class Lines(FileSource):
@@ -77,6 +80,18 @@ def test_bad_samples_are_skipped_and_a_damaged_file_ends(tmp_path):
     source = Lines([f"{tmp_path}/a", f"{tmp_path}/b"], val_fraction=0)
     expected = [["one"], Skipped("bad line"), ["two"], Skipped("torn file"), ["four"]]
     assert list(source.documents("train")) == expected
+
+
+def test_the_samples_of_a_split_are_counted_unless_the_files_are_large(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("\n".join(["!", *map(str, range(300)), "!!", "end"]))
+    source = Lines(f"{tmp_path}/a", val_fraction=0.2)
+    for split in ("train", "val"):
+        assert num_samples(source, split) == len(list(source.documents(split))) > 40
+    shapes = ShapesTexts(7, num_val=3)
+    assert (num_samples(shapes, "train"), num_samples(shapes, "val")) == (7, 3)
+    assert num_samples(GreyImages(), "train") is None  # a source of only the two methods
+    monkeypatch.setattr(files, "SHARD_BYTES", 100)
+    assert num_samples(source, "train") is None
 
 
 def test_the_fingerprint_depends_on_content_arguments_and_split(tmp_path):

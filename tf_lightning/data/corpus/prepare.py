@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from tf_lightning.autoencoder.statistics import Moments, check_std
 from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.corpus.writer import CorpusWriter, merge
-from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
+from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split, num_samples
 from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.files import publish_folder, told_if_full
 from tf_lightning.processes import end_with_parent
@@ -248,9 +248,8 @@ def prepare(
 def _prepare_shards(job: PrepareJob, numbers: list[int], processes: int) -> None:
     """Prepare these shards, in this process or in several."""
     processes, several = min(processes, len(numbers)), len(numbers) > 1
-    bar = progress_bar(
-        total=len(numbers), desc=job.title, unit=" shards", delay=2, disable=not several
-    )
+    title = f"{job.title} in {processes} process{'es' * (processes > 1)}"
+    bar = progress_bar(total=len(numbers), desc=title, unit=" shards", delay=2, disable=not several)
     if processes <= 1:
         for number in numbers:
             _prepare_shard(job, number, silent=several)
@@ -294,11 +293,12 @@ def _prepare_shard_in_process(number: int) -> None:
 
 def _prepare_shard(job: PrepareJob, number: int, silent: bool) -> None:
     """Write one shard."""
-    documents = job.shards[number].documents(job.split)
+    source = job.shards[number]
+    total = None if silent else num_samples(source, job.split)
+    title = f"{job.title} in 1 process"
+    bar = {"total": total, "unit": " documents", "delay": 2, "disable": silent}
     with ShardWriter(job, number) as shard:
-        for document in progress_bar(
-            documents, job.title, unit=" documents", delay=2, disable=silent
-        ):
+        for document in progress_bar(source.documents(job.split), title, **bar):
             shard.add(document)
 
 

@@ -71,14 +71,25 @@ class FileSource(Source):
 
     def documents(self, split: Split) -> Iterator[RawDocument | Skipped]:
         """See `Source.documents`."""
+        for sample in self._samples(split):
+            yield from self._convert(sample)
+
+    def num_samples(self, split: Split) -> int | None:
+        """Count the samples without converting them; None if the files are large."""
+        if sum(file.stat().st_size for file in self.files(split)) > SHARD_BYTES:
+            return None
+        return sum(1 for _ in self._samples(split))
+
+    def _samples(self, split: Split) -> Iterator[Any]:
+        """Yield the samples of a split; a BadSample stands for the unreadable rest of a file."""
         for file in self.files(split):
             name = file.name
             try:
                 for key, sample, *named in self.samples(file):
                     if named == [split] if named else self._in_split(f"{name}/{key}", split):
-                        yield from self._convert(sample)
+                        yield sample
             except (BadSample, *UNEXPECTED) as error:
-                yield Skipped(reason(error))
+                yield BadSample(reason(error))
 
     def fingerprint(self, split: Split) -> str:
         """See `Source.fingerprint`."""
