@@ -142,7 +142,7 @@ def test_every_sampling_option_is_an_option_of_the_command():
     flags = {name for action in parser._actions for name in action.option_strings}
     assert {flag(option.name) for option in fields(SamplingConfig)} <= flags
     help_text = " ".join(parser.format_help().split())
-    assert "Divides the logits of text; 0 always takes the most probable token." in help_text
+    assert "Divides the logits of text, >= 0; 0 always takes the most probable token." in help_text
     assert "(default: 3.0)" in help_text
 
 

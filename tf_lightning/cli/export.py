@@ -45,9 +45,13 @@ def run_export(args: list[str]) -> None:
         type=path_type,
         required=True,
         metavar="FOLDER",
-        help="created or replaced",
+        help="folder to write; an earlier export in it is replaced",
     )
-    add("--weights", choices=("ema", "raw"), help="(default: the EMA weights, if there are any)")
+    add(
+        "--weights",
+        choices=("ema", "raw"),
+        help="weights to write (default: the EMA weights, if there are any)",
+    )
     add("--only", choices=("net", "text"), help="write one of the two (default: both)")
     options = parser.parse_args(args)
     if is_export(options.checkpoint):

@@ -113,7 +113,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def option_help(option: Field, description: str) -> str:
     """Return one line of help with the default, as argparse formats it."""
     text = " ".join(description.split()).replace("%", "%%")
-    return text if option.default in (None, ()) else f"{text} (default: {option.default})"
+    if option.default in (None, ()):
+        return text
+    shown = option.default
+    if isinstance(shown, tuple):
+        shown = ",".join(map(str, shown))  # as it is typed
+    return f"{text} (default: {shown})"
 
 
 def build_parser() -> Parser:
@@ -138,9 +143,10 @@ def build_parser() -> Parser:
     add("-o", "--out", type=path_type, default=Path("out"), metavar="FOLDER",
         help="folder of the outputs (default: out)")  # fmt: skip
     add("-n", "--num-outputs", type=positive_int, metavar="N",
-        help="outputs to each prompt (default: 4 images of a single prompt, else 1)")  # fmt: skip
+        help="outputs of each prompt (default: 4 images of a single prompt, else 1)")  # fmt: skip
     add("--output-modality", choices=OUTPUT_MODALITIES,
-        help="exactly one image, no images, or what the model decides (default: see below)",
+        help="image: exactly one image; text: no images; any: what the model decides (default: "
+        "image after text, text after an image)",
     )  # fmt: skip
     add("--seed", type=seed, default=0, metavar="N", help="output i uses seed + i (default: 0)")
     add("--autoencoder", type=name_type, metavar="NAME",
@@ -157,7 +163,7 @@ def build_parser() -> Parser:
         help="such as cpu or cuda:1 (default: a GPU, if there is one)",
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="precision of the weights and of the network (default: float32)")  # fmt: skip
+        help="number format of the weights and of the computation (default: float32)")  # fmt: skip
     add_sampling_options(parser)
     return parser
 

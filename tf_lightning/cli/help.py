@@ -18,7 +18,7 @@ usage: tf-lightning COMMAND ...
 
   tf-lightning fit -c configs/quickstart.yaml             train; add --ckpt_path last to resume
   tf-lightning validate -c CONFIG --ckpt_path CKPT        evaluate a checkpoint
-  tf-lightning test -c CONFIG --ckpt_path CKPT            the same, with results under test/
+  tf-lightning test -c CONFIG --ckpt_path CKPT            the same, with results in test/
   tf-lightning predict -c CONFIG --ckpt_path CKPT         write captions of held-out images to files
 
   tf-lightning generate CKPT "a red circle" -o out        generate images from text
@@ -32,17 +32,21 @@ usage: tf-lightning COMMAND ...
   tf-lightning model-config FOLDER                        write a language model's sizes as YAML
 
 CONFIG is the YAML file of a run, such as configs/quickstart.yaml. The command line changes any
-value in it, as in --trainer.max_steps 100. `tf-lightning COMMAND --help` explains one command."""
+value in it, as in --trainer.max_steps 100. CKPT is a checkpoint, such as
+runs/quickstart/checkpoints/last.ckpt, or the folder of its run, such as runs/quickstart.
+`tf-lightning COMMAND --help` explains one command."""
 
 FIT = """\
 usage: tf-lightning fit -c CONFIG [-c MORE] [--KEY VALUE ...]
 
 Train a model. Its folder runs/NAME receives config.yaml, checkpoints, TensorBoard's events and the
-samples and scores of each validation.
+samples and scores of each validation. MORE is a file that changes values of CONFIG.
 
   tf-lightning fit -c configs/quickstart.yaml                    train
   tf-lightning fit -c configs/quickstart.yaml --model.lr 1e-3    change a value
+  tf-lightning fit -c configs/quickstart.yaml --trainer.logger.name second    write to runs/second
   tf-lightning fit -c configs/quickstart.yaml --ckpt_path last   resume the last checkpoint, if any
+  tf-lightning fit -c configs/quickstart.yaml --overwrite        replace the run that is there
 """
 EVALUATE = """\
 usage: tf-lightning {verb} -c CONFIG [-c MORE] --ckpt_path CKPT [--KEY VALUE ...]
@@ -50,11 +54,14 @@ usage: tf-lightning {verb} -c CONFIG [-c MORE] --ckpt_path CKPT [--KEY VALUE ...
 {purpose}
 
   tf-lightning {verb} -c configs/quickstart.yaml --ckpt_path runs/quickstart/checkpoints/last.ckpt
-  tf-lightning {verb} -c CONFIG --ckpt_path CKPT --data.batch_size 8         change a value
-  tf-lightning {verb} -c CONFIG -c configs/eval/karpathy.yaml --ckpt_path CKPT     another protocol
+  tf-lightning {verb} -c configs/quickstart.yaml --ckpt_path last    last checkpoint of its run
+  tf-lightning {verb} -c CONFIG --ckpt_path CKPT {more}
 
-Model sizes come from the checkpoint.
+CKPT is a checkpoint, the folder of a run, or a folder of `export`. It gives the sizes of the model.
+MORE is a file that changes values of CONFIG.
 """
+MORE_OF_EVALUATION = "-c configs/eval/karpathy.yaml    another protocol"
+MORE_OF_PREDICT = "--prediction_writer.output_modality image"
 PURPOSES = {
     "validate": """\
 Evaluate a checkpoint on the validation documents. A table is printed; scores and samples are
@@ -63,16 +70,19 @@ written into {verb}/ of the folder of the configuration's logger, a second time 
     "predict": """\
 Write a caption for each image of the validation documents, or an image for each caption with
 --prediction_writer.output_modality image, into predict/ of the folder of the configuration's
-logger. `prediction_writer: {}` turns this on. An interrupted command continues where it stopped;
+logger. `prediction_writer: {{}}` turns this on. An interrupted command continues where it stopped;
 another checkpoint, or other options, write into predict-2/.""",
 }
 KEYS = """\
 Keys of a configuration:
-  trainer       Lightning's Trainer: max_steps, val_check_interval, devices, precision, strategy,
-                logger.name (the folder's name), callbacks (a list of callbacks of your own)
-  model, data   arguments of Transfusion and Mixture; class_path and init_args name another class
-  checkpoint    when to save: every_n_train_steps, save_top_k
-  progress_bar, scores, learning_rate_monitor, seed_everything, ckpt_path
+  trainer          Lightning's Trainer: max_steps, val_check_interval (in steps), devices,
+                   precision, strategy, logger.name (the folder's name), callbacks (a list of
+                   callbacks of your own)
+  model, data      arguments of Transfusion and Mixture; class_path and init_args name another class
+  checkpoint       when to save: every_n_train_steps, save_top_k
+  seed_everything  seed of the weights, the order of the data and the noise (default: 0)
+  ckpt_path        checkpoint to resume or to evaluate
+  progress_bar, scores, learning_rate_monitor    callbacks of every run
 """
 RECIPES = {
     "quickstart.yaml": "the shapes world: no download, no GPU, 15 minutes",
@@ -136,11 +146,9 @@ def print_verb_help(args: list[str]) -> None:
 
 def verb_help(verb: str) -> str:
     """Return the help screen of fit, validate, test or predict."""
-    head = (
-        FIT
-        if verb == "fit"
-        else EVALUATE.format(verb=verb, purpose=PURPOSES[verb].replace("{verb}", verb))
-    )
+    purpose = PURPOSES.get(verb, "").format(verb=verb)
+    more = MORE_OF_PREDICT if verb == "predict" else MORE_OF_EVALUATION
+    head = FIT if verb == "fit" else EVALUATE.format(verb=verb, purpose=purpose, more=more)
     lines = [head, KEYS, "Recipes (configs/):", *_aligned(RECIPES)]
     for title, classes in GROUPS.items():
         module = _shared_module(classes)

@@ -223,13 +223,15 @@ def _parser() -> Parser:
         "inspect",
         "Report statistics of the data and draw examples.",
         EPILOG,
+        usage="tf-lightning inspect -c CONFIG [-o FOLDER] [--documents N] [--rows N] [--seed N] "
+        "[--KEY VALUE ...]",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("-c", "--config", action="append", default=[], metavar="FILE",
         help="YAML file of a run; further files change its values")  # fmt: skip
     add("-o", "--out", type=path_type, metavar="FOLDER",
-        help="folder to write (default: inspect/ in the data's cache_dir)")  # fmt: skip
+        help="folder for the three files (default: inspect/ in the data's cache_dir)")  # fmt: skip
     add("--documents", type=positive_int, default=24, metavar="N",
         help="documents to draw, equally many from each source (default: 24)")  # fmt: skip
     add("--rows", type=positive_int, default=8, metavar="N",

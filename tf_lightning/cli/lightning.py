@@ -6,6 +6,7 @@ import pkgutil
 import signal
 import sys
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -226,13 +227,20 @@ class TransfusionCLI(LightningCLI):
         )
 
     def _prepare_subcommand_parser(self, *args, **kwargs) -> LightningArgumentParser:
-        """Create the parser of a command without Lightning's table, which drops labels in brackets.
+        """Create the parser of a command, with our words for the options of `Trainer.fit`.
 
-        `callbacks.scores.PrintScores` prints a table of its own.
+        Lightning's table drops labels in brackets, so `verbose` is off, and
+        `callbacks.scores.PrintScores` prints a table of its own. `weights_only` has no effect,
+        because no checkpoint may run code.
         """
         parser = super()._prepare_subcommand_parser(*args, **kwargs)
-        if any(action.dest == "verbose" for action in parser._actions):
-            parser.set_defaults(verbose=False)
+        for action in parser._actions:
+            if action.dest == "ckpt_path":
+                action.help = "Checkpoint: a file, the folder of a run, or last."
+            elif action.dest in ("verbose", "weights_only"):
+                action.help = SUPPRESS
+            if action.dest == "verbose":
+                parser.set_defaults(verbose=False)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
@@ -701,6 +709,7 @@ def build(
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
         parser_class=ConfigParser,
+        parser_kwargs={"prog": "tf-lightning"},
         args=None if args == sys.argv[1:] else args,  # Lightning warns when both are given
         run=run,
         verb=args[0] if run and args else verb,

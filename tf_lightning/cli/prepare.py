@@ -34,7 +34,7 @@ mode of the posterior, or samples it with --data.sample_posterior true. It refus
 autoencoder, image size, patch size, hflip or crops. Callbacks that show held-out images still read
 the files. --data.num_workers sets the processes of each rank that read images.
 
-Any value of the configuration can be changed on the command line, as for `fit`.
+CONFIG is the YAML file of a run. The command line changes any value in it, as for `fit`.
 """
 
 
@@ -61,11 +61,13 @@ def prepare_parser() -> Parser:
         "prepare",
         DESCRIPTION,
         NOTES,
-        usage="tf-lightning prepare -c CONFIG [--processes N] [--shard I/N] [--data.encoded DIR]",
+        usage="tf-lightning prepare -c CONFIG [--processes N] [--shard I/N] [--data.encoded DIR] "
+        "[--KEY VALUE ...]",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--processes",
+        metavar="N",
         type=positive_int,
         help="number of shards to prepare at a time; a source has one for each 64 MB of its files, "
         "so a small one is prepared by one process (default: the number of CPU cores, or 1 if a "

@@ -47,7 +47,7 @@ class SamplingConfig:
     """How strongly images follow the prompt (classifier-free guidance); 1 turns it off."""
     image_guidance_scale: Annotated[float, Range()] | None = option(None, "guidance")
     """How strongly images follow the images in the prompt, for editing (InstructPix2Pix uses
-    1.5); by default the same as guidance_scale."""
+    1.5); 1 turns it off. By default the same as guidance_scale."""
     guidance_interval: tuple[Share, Share] = option((0.0, 1.0), "denoising")
     """Lowest and highest noise level, in [0, 1], at which guidance acts."""
     guidance_rescale: Share = option(0.0, "denoising")
@@ -61,29 +61,29 @@ class SamplingConfig:
     FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler. By default DDIM, or Euler for
     a rectified flow."""
     timestep_shift: Annotated[float, Range(ge=0.01, le=100)] = option(1.0, "denoising")
-    """Above 1, more of the steps are spent near pure noise (Stable Diffusion 3, Eq. 23). UniPC
-    cannot shift its steps."""
+    """From 0.01 to 100; above 1, more of the steps are spent near pure noise (Stable Diffusion 3,
+    Eq. 23). UniPC cannot shift its steps."""
     code_temperature: Temperature = option(1.0, "codes")
-    """Divides the logits of image codes; 0 always takes the most probable code."""
+    """Divides the logits of image codes, >= 0; 0 always takes the most probable code."""
     code_top_k: PositiveInt | None = option(None, "codes")
-    """Sample from the k most probable codes; by default from all."""
+    """Sample from this many most probable codes, >= 1; by default from all."""
     code_top_p: TopP = option(1.0, "codes")
     """Sample from the fewest codes that together have this probability, in (0, 1]."""
     max_new_tokens: PositiveInt = option(64, "text")
-    """Maximum number of text tokens in an output."""
+    """Maximum number of text tokens in an output, >= 1."""
     temperature: Temperature = option(0.0, "text")
-    """Divides the logits of text; 0 always takes the most probable token."""
+    """Divides the logits of text, >= 0; 0 always takes the most probable token."""
     top_k: PositiveInt | None = option(None, "text")
-    """Sample from the k most probable tokens; by default from all."""
+    """Sample from this many most probable tokens, >= 1; by default from all."""
     top_p: TopP = option(1.0, "text")
     """Sample from the fewest tokens that together have this probability, in (0, 1]."""
     min_p: Share = option(0.0, "text")
-    """Sample from tokens at least this many times as probable as the most probable one, in
+    """Sample from tokens with at least this share of the probability of the most probable one, in
     [0, 1]."""
     stop: tuple[str, ...] = option((), "text")
-    """Strings that end a text and are left out of it."""
+    """Text that ends an output and is left out of it; several may be given."""
     max_images: Annotated[int, Range(ge=1, note="ask for text to get no image")] = option(1, "any")
-    """Maximum number of images in an output of any modality."""
+    """Maximum number of images in an output with `any` modality, >= 1."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
