@@ -4,11 +4,21 @@ A checkpoint is a zip archive of torch.save. The checksum is the archive's comme
 programs read the file as before: the last 16 bytes are the comment's length (2 bytes) and
 "crc32:" with eight hexadecimal digits. It covers all bytes of the file as torch wrote it. A CRC-32
 finds every change of a few bits and all but one in 4 billion others.
+
+The checksum takes about as long as writing or reading a file that is in memory, so another thread
+computes it at the same time. torch holds Python's lock while it reads or writes a tensor; hence
+that thread calls `zlib.crc32`, which needs no lock, with much data at a time.
 """
 
+import mmap
 import os
+import time
+import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,21 +26,30 @@ import torch
 
 from tf_lightning.files import atomic_file
 
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be removed anyway
+    fcntl = None
+
 LABEL = b"crc32:"
 COMMENT_SIZE = len(LABEL) + 8
 NO_COMMENT = b"\0\0"  # the comment's length, the last bytes that torch writes
 TRAILER_SIZE = len(NO_COMMENT) + COMMENT_SIZE
+ARCHIVE = b"PK\3\4"  # the first bytes of an archive
 END_OF_ARCHIVE, END_SIZE = b"PK\5\6", 22  # the record at the end of an archive without comment
-CHUNK = 1 << 20  # bytes
+BLOCK = 64 << 20  # bytes whose checksum one call computes
+SYNC_SIZE = 128 << 20  # bytes after which a file is sent to the disk while more is written
+SETTLED = 2 * 10**9  # nanoseconds; file systems may give two changes within these the same time
+POLYNOMIAL = 0xEDB88320  # of CRC-32, its lowest power in the highest bit
+
+unchanged: set[tuple] = set()  # identities of files whose checksum this process has verified
 
 
 class DamagedFile(Exception):
     """The content of a checkpoint is not what was written."""
 
 
-def trailer(checksum: int) -> bytes:
-    """Return the archive's comment with its length."""
-    return COMMENT_SIZE.to_bytes(2, "little") + LABEL + b"%08x" % checksum
+# ---------------------------------------------------------------- writing
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
@@ -42,18 +61,80 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         UserError: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(".*.ckpt.*.partial"):
-        left.unlink(missing_ok=True)
-    with atomic_file(path) as partial:
-        torch.save(checkpoint, partial)
-        with partial.open("r+b") as file:
-            size = partial.stat().st_size - len(NO_COMMENT)
-            checksum = checksum_of(file, size)
-            file.seek(size)
-            file.write(trailer(checksum))
-            file.flush()
-            os.fsync(file.fileno())
+    remove_leftovers(path.parent)
+    with atomic_file(path) as partial, partial.open("wb", buffering=0) as file:
+        with suppress(OSError):  # some file systems have no locks
+            lock(file)
+        with ThreadPoolExecutor(2) as pool:
+            writer = ChecksumWriter(file, pool)
+            torch.save(checkpoint, writer)
+        file.seek(-len(NO_COMMENT), os.SEEK_END)
+        write_all(file, memoryview(trailer(writer.checksum)))
+        os.fsync(file.fileno())
     sync_folder(path.parent)
+
+
+class ChecksumWriter:
+    """A file that computes the checksum of what is written, and sends it to the disk meanwhile.
+
+    Args:
+        file: an unbuffered file.
+        pool: two threads.
+    """
+
+    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor):
+        self.file, self.pool = file, pool
+        self.checksum = 0
+        self.num_unsent = 0
+        self.sending: Future | None = None
+
+    def write(self, data: memoryview | bytes) -> int:
+        """Write all of `data`, which torch may change afterwards."""
+        data = memoryview(data)
+        checksum = self.pool.submit(zlib.crc32, data, self.checksum)
+        try:
+            write_all(self.file, data)
+        finally:
+            self.checksum = checksum.result()
+        self.num_unsent += len(data)
+        if self.num_unsent >= SYNC_SIZE and (self.sending is None or self.sending.done()):
+            self.sending = self.pool.submit(os.fsync, self.file.fileno())
+            self.num_unsent = 0
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing, as the file has no buffer."""
+
+
+def write_all(file: BinaryIO, data: memoryview) -> None:
+    """Write all bytes; one call writes at most 2 GB, and less if the disk becomes full."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def trailer(checksum: int) -> bytes:
+    """Return the archive's comment with its length."""
+    return COMMENT_SIZE.to_bytes(2, "little") + LABEL + b"%08x" % checksum
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the partial checkpoints of killed processes, but not those that are being written."""
+    for left in folder.glob(".*.ckpt.*.partial"):
+        with suppress(OSError):
+            if not left.is_symlink():
+                with left.open("rb") as file:
+                    lock(file)
+            left.unlink()
+
+
+def lock(file: BinaryIO) -> None:
+    """Lock a file until it is closed.
+
+    Raises:
+        OSError: another process has locked it, or the file system has no locks.
+    """
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sync_folder(folder: Path) -> None:
@@ -67,6 +148,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+# ---------------------------------------------------------------- reading
+
+
 def load_checkpoint(path: Path, mmap: bool = False) -> Any:
     """Load a checkpoint to the CPU, without running code that it contains, and check its checksum.
 
@@ -77,39 +161,165 @@ def load_checkpoint(path: Path, mmap: bool = False) -> Any:
     Raises:
         DamagedFile: the content is not what was written.
     """
-    with ThreadPoolExecutor(1) as pool:  # reads the file at the same time as torch
-        checked = pool.submit(check, path)
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except Exception:
-            checked.result()  # rather says that the file is damaged
-            raise
-        checked.result()
-    return checkpoint
+    path = path.resolve()  # a link may get another target meanwhile
+    with verified(path):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def check(path: Path) -> None:
     """Raise DamagedFile unless the content of a file has its checksum, or it has none."""
-    size = path.stat().st_size
+    with verified(path):
+        pass
+
+
+@contextmanager
+def verified(path: Path) -> Iterator[None]:
+    """Verify a file's checksum during the block, unless this process did so since it was written.
+
+    Raises:
+        DamagedFile: the content is not what was written; an error of the block is its cause.
+    """
     with path.open("rb") as file:
-        is_archive = file.read(2) == END_OF_ARCHIVE[:2]
-        file.seek(max(size - TRAILER_SIZE, 0))
-        found = file.read()
-        if found[len(NO_COMMENT) :].startswith(LABEL):
-            if found != trailer(checksum_of(file, size - TRAILER_SIZE)):
-                raise DamagedFile(f"{path} does not have its checksum")
-        elif is_archive:
-            file.seek(max(size - END_SIZE, 0))
-            end = file.read()
-            if not (end.startswith(END_OF_ARCHIVE) and end.endswith(NO_COMMENT)):
-                raise DamagedFile(f"{path} has no end")
+        before = identity(file)
+        if before in unchanged:
+            yield
+            return
+        check_members(file, path)
+        found = stored_trailer(file, path)
+        if not found:
+            yield
+            return
+        with FileChecksum(file, os.fstat(file.fileno()).st_size - TRAILER_SIZE) as checksum:
+            error = None
+            try:
+                yield
+            except Exception as raised:
+                error = raised
+            if found != trailer(checksum.result()):
+                raise DamagedFile(f"{path} does not have its checksum") from error
+            if error:
+                raise error
+        is_settled = time.time_ns() - os.fstat(file.fileno()).st_ctime_ns > SETTLED
+        if is_settled and identity(file) == before:
+            unchanged.add(before)
 
 
-def checksum_of(file: BinaryIO, size: int) -> int:
-    """Compute the checksum of the first bytes of a file, as torch wrote it."""
+def identity(file: BinaryIO) -> tuple[int, ...]:
+    """Return numbers that change when the content of a file does."""
+    s = os.fstat(file.fileno())
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+
+
+def stored_trailer(file: BinaryIO, path: Path) -> bytes:
+    """Return the comment of a file with its length; nothing for a file of an older version.
+
+    Raises:
+        DamagedFile: an archive has no end.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - TRAILER_SIZE, 0))
+    found = file.read(TRAILER_SIZE)
+    if found[len(NO_COMMENT) :].startswith(LABEL):
+        return found
     file.seek(0)
-    buffer, checksum = memoryview(bytearray(CHUNK)), 0
+    is_archive = file.read(2) == ARCHIVE[:2]  # also if almost all of it is cut off
+    file.seek(max(size - END_SIZE, 0))
+    end = file.read(END_SIZE)
+    if is_archive and not (end.startswith(END_OF_ARCHIVE) and end.endswith(NO_COMMENT)):
+        raise DamagedFile(f"{path} has no end")
+    return b""
+
+
+def check_members(file: BinaryIO, path: Path) -> None:
+    """Refuse an archive that torch did not write: torch would unpack it without a limit.
+
+    Raises:
+        DamagedFile: a member is compressed or is there twice, or the members share bytes.
+    """
+    file.seek(0)
+    if file.read(len(ARCHIVE)) != ARCHIVE:  # the format before torch 1.6, or no checkpoint
+        return
+    try:
+        members = zipfile.ZipFile(file).infolist()
+    except Exception as error:  # zipfile raises many types for damaged archives
+        raise DamagedFile(f"{path} is a damaged archive ({error})") from error
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise DamagedFile(f"{path} is compressed, which torch.save never does")
+    if len({member.filename for member in members}) < len(members):
+        raise DamagedFile(f"{path} has two members of one name")
+    if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
+        raise DamagedFile(f"{path} has members larger than the file")
+
+
+class FileChecksum:
+    """The checksum of the first bytes of a file, which two threads compute together.
+
+    One thread begins at once; the caller's joins it in `result`.
+
+    Args:
+        file: the file, as torch wrote it apart from its last bytes.
+        size: number of bytes.
+    """
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.size = max(size, 0)
+        # Without a copy of its own, reading is as fast as memory, and needs no lock in between.
+        self.content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self.starts = iter(range(0, self.size, BLOCK))
+        self.checksums: dict[int, int] = {}
+        self.pool = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "FileChecksum":
+        self.other = self.pool.submit(self.compute)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _ in self.starts:  # leave none to the other thread
+            pass
+        self.pool.shutdown()
+        self.content.release()
+
+    def compute(self) -> None:
+        """Compute the checksums of blocks that no other thread has taken."""
+        for start in self.starts:
+            end = min(start + BLOCK, self.size)
+            self.checksums[start] = zlib.crc32(self.content[start:end])
+
+    def result(self) -> int:
+        """Compute the remaining blocks and return the checksum of all."""
+        self.compute()
+        self.other.result()
+        starts = sorted(self.checksums)
+        whole = reduce(
+            lambda crc, start: combine(crc, self.checksums[start], min(BLOCK, self.size - start)),
+            starts,
+            0,
+        )
+        return zlib.crc32(NO_COMMENT, whole)
+
+
+def combine(first: int, second: int, size: int) -> int:
+    """Return the CRC-32 of two blocks, one after the other, from that of each.
+
+    Behind the first block, the second one multiplies its CRC by x^(8 size), modulo the CRC's
+    polynomial; see crc32_combine of zlib.
+
+    Args:
+        first: CRC-32 of the first block.
+        second: CRC-32 of the second block.
+        size: size of the second block in bytes.
+    """
+    power, square = 1 << 31, 1 << 23  # x^0 and x^8
     while size:
-        count = file.readinto(buffer[: min(CHUNK, size)])
-        checksum, size = zlib.crc32(buffer[:count], checksum), size - count
-    return zlib.crc32(NO_COMMENT, checksum)
+        power = multiply(power, square) if size & 1 else power
+        square, size = multiply(square, square), size >> 1
+    return multiply(first, power) ^ second
+
+
+def multiply(a: int, b: int) -> int:
+    """Multiply polynomials with bits as coefficients, modulo POLYNOMIAL."""
+    product = 0
+    for bit in range(31, -1, -1):
+        product ^= b if a >> bit & 1 else 0
+        b = b >> 1 ^ (POLYNOMIAL if b & 1 else 0)
+    return product

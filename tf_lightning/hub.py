@@ -91,3 +91,22 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object; download it again")
     return content
+
+
+def read_shard_index(index: Path) -> dict[Path, set[str]]:
+    """Return the safetensors files that an index lists, each with the names of its tensors.
+
+    Raises:
+        UserError: the index is damaged, or names a file outside of its folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map; download it again")
+    files: dict[Path, set[str]] = {}
+    for name, file in sorted(weight_map.items()):
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+            raise UserError(
+                f"{index} names {file!r}, which is no file beside it; download it again"
+            )
+        files.setdefault(index.parent / file, set()).add(name)
+    return files

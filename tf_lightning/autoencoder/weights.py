@@ -17,7 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tf_lightning.errors import UserError
-from tf_lightning.hub import find_folder, first_sentence, read_json, split_hub_name
+from tf_lightning.hub import (
+    find_folder,
+    first_sentence,
+    read_json,
+    read_shard_index,
+    split_hub_name,
+)
 
 CLASSES = (
     "AutoencoderKL",
@@ -136,7 +142,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS_FILE]
     indices = sorted(folder.glob("*.safetensors*.json"), key=lambda file: len(file.name))
     if indices:  # the shortest name is that of the full precision
-        return shards(indices[0])
+        return sorted(read_shard_index(indices[0]))
     found = sorted(folder.glob("*.safetensors"))
     half = folder / f"{STEM}.fp16.safetensors"
     if half in found or len(found) == 1:
@@ -148,20 +154,6 @@ def weight_files(folder: Path) -> list[Path]:
         f"{folder} holds no .safetensors file; download {WEIGHTS_FILE}, or convert the weights "
         "(.bin and .ckpt files can run code and are not read)"
     )
-
-
-def shards(index: Path) -> list[Path]:
-    """Return the files that an index lists.
-
-    Raises:
-        UserError: the index is damaged or names a file outside of its folder.
-    """
-    weight_map = read_json(index).get("weight_map")
-    names = weight_map.values() if isinstance(weight_map, dict) else []
-    names = sorted({name for name in names if isinstance(name, str)})
-    if not names or any(Path(name).name != name for name in names):
-        raise UserError(f"{index} does not list files of its own folder; download it again")
-    return [index.parent / name for name in names]
 
 
 # ---------------------------------------------------------------- building

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tf_lightning.errors import UserError
-from tf_lightning.hub import LANGUAGE_MODEL_FILES, find_folder, read_json
+from tf_lightning.hub import LANGUAGE_MODEL_FILES, find_folder, read_json, read_shard_index
 from tf_lightning.interop.families import NEUTRAL_FIELDS, config_from_hf, sliding_window
 from tf_lightning.model.transformer import Transformer, TransformerConfig
 from tf_lightning.tokenizer.tokenizer import NUM_IMAGE_TOKENS
@@ -158,17 +158,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
                 f".save_pretrained({str(folder)!r})"
             )
         return {single: set()}
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map; download it again")
-    files: dict[Path, set[str]] = {}
-    for name, file in sorted(weight_map.items()):
-        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
-            raise UserError(
-                f"{index} names {file!r}, which is no file beside it; download it again"
-            )
-        files.setdefault(folder / file, set()).add(name)
-    return files
+    return read_shard_index(index)
 
 
 # ------------------------------------------------------------------------------ a whole folder
