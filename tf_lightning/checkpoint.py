@@ -11,16 +11,20 @@ in five ways, which `upgrade` undoes:
 * A data module had another name, under which Lightning stores its state (RENAMED_STATES).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from tf_lightning.checkpoint_file import load_checkpoint
 from tf_lightning.errors import UserError
+from tf_lightning.sharded import check_sharded, is_sharded
 
 TRANSFUSION, AUTOENCODER = "image_codec", "autoencoder"  # keys that tell checkpoints apart
 OTHER_KIND = {TRANSFUSION: "an autoencoder's", AUTOENCODER: "a Transfusion model's"}
@@ -52,36 +56,114 @@ class PickledConfig(dict):
 torch.serialization.add_safe_globals([(PickledConfig, path) for path in OLD_CONFIGS])
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """Return a checkpoint's file: the path itself, or the last checkpoint in the folder of a run.
+# ---------------------------------------------------------------- the checkpoints of a run
+
+
+def find_checkpoint(path: str | Path, kind: str = TRANSFUSION) -> Path:
+    """Return a checkpoint's file: the path itself, or the newest sound one in the folder of a run.
+
+    Args:
+        path: a file, the folder of a run, or its folder of checkpoints.
+        kind: TRANSFUSION or AUTOENCODER.
 
     Raises:
-        UserError: the path is a folder without a checkpoint.
+        UserError: the path is a folder without a sound checkpoint.
     """
     path = Path(path).expanduser()
-    if not path.is_dir() or (path / "meta.pt").is_file():
+    if not path.is_dir() or is_sharded(path):
         return path
-    for last in (path / "last.ckpt", path / "checkpoints" / "last.ckpt"):
-        if last.exists():
-            return last
-    runs = sorted(folder.parent.parent.name for folder in path.glob("*/checkpoints/last.ckpt"))
+    folder = path / "checkpoints"
+    if found := find_checkpoints(path, folder if folder.is_dir() else path):
+        return newest_sound(found, kind)
+    runs = sorted({file.parent.parent.name for file in path.glob("*/checkpoints/*.ckpt")})
     advice = f"give one of {', '.join(runs[:5])} in it" if runs else "give the folder of a run"
-    raise UserError(f"{path} is a folder without checkpoints/last.ckpt; {advice}, or a file")
+    raise UserError(f"{path} is a folder without checkpoints; {advice}, or a file")
+
+
+def find_checkpoints(folder: Path, checkpoints: Path) -> list[Path]:
+    """Find the checkpoints of a run, newest first; a file with several names is listed once.
+
+    Copying a folder gives its files new times in any order, but keeps the link `last.ckpt`. Files
+    that are newer than its target although they are of an earlier step are listed behind it.
+
+    Args:
+        folder: the run's folder, where SLURM's preempted jobs leave theirs.
+        checkpoints: folder of the others.
+    """
+    found = {path.resolve() for path in [*checkpoints.glob("*.ckpt"), *folder.glob("hpc_*.ckpt")]}
+    stats = {path: path.stat() for path in sorted(found) if path.exists()}
+    once = {(stat.st_dev, stat.st_ino): path for path, stat in stats.items()}.values()
+    newest = sorted(once, key=lambda path: (stats[path].st_mtime_ns, path.name), reverse=True)
+    last = (checkpoints / "last.ckpt").resolve()
+    place = newest.index(last) if last in newest else 0
+    if not any(step_of(path) < step_of(last) for path in newest[:place]):
+        return newest
+    ahead = [path for path in newest[:place] if step_of(path) >= step_of(last)]
+    rest = [path for path in newest if path not in (*ahead, last)]
+    return [*ahead, last, *sorted(rest, key=step_of, reverse=True)]
+
+
+def step_of(path: Path) -> float:
+    """Return the step of a checkpoint without checking it; infinity if it cannot be read."""
+    file = path / "meta.pt" if path.is_dir() else path
+    try:
+        step = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        return float(step)
+    except Exception:  # torch raises many types for damaged files
+        return math.inf
+
+
+def newest_sound(found: list[Path], kind: str, sharded: bool = False) -> Path:
+    """Return the first of some checkpoints that is not damaged, and say which it is.
+
+    Args:
+        found: paths of checkpoints, at least one.
+        kind: TRANSFUSION or AUTOENCODER.
+        sharded: whether sharded ones can be used.
+
+    Raises:
+        UserError: all are damaged, or are of another program.
+    """
+    refusal = None
+    for path in found:
+        try:
+            if sharded and path.is_dir():
+                check_sharded(path)
+            else:
+                read_checkpoint(path, kind, mmap=True)
+        except UserError as error:
+            refusal = refusal or error
+            continue
+        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        if refusal:
+            rank_zero_warn(f"{refusal}; {path}, the one before, is used")
+        say_once(f"Checkpoint: {path}")
+        return path
+    raise refusal
+
+
+@cache
+def say_once(message: str) -> None:
+    """Print a message that a command has not printed before."""
+    rank_zero_info(message)
+
+
+# ---------------------------------------------------------------- reading
 
 
 def read_checkpoint(path: str | Path, kind: str = TRANSFUSION, mmap: bool = False) -> dict:
     """Read a checkpoint to the CPU and upgrade it, without running code that it contains.
 
     Args:
-        path: the file, or the folder of a run, whose last checkpoint is read.
+        path: the file, or the folder of a run, whose newest sound checkpoint is read.
         kind: TRANSFUSION or AUTOENCODER.
         mmap: leave tensors in the file until they are used; saves memory if few are needed.
 
     Raises:
         UserError: the file does not exist, or is not a checkpoint of this project and kind.
     """
-    path = find_checkpoint(path)
-    if (path / "meta.pt").is_file():
+    path = find_checkpoint(path, kind)
+    if is_sharded(path):
         raise UserError(
             f"{path} is a sharded checkpoint, which only `fit --ckpt_path last` reads; train with "
             "save_distributed_checkpoint: false for one file"

@@ -3,7 +3,6 @@
 import copy
 import csv
 import os
-import pickle
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +15,19 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from support import runs
-from tf_lightning.checkpoint import TRANSFUSION
+from tf_lightning.checkpoint import (
+    TRANSFUSION,
+    find_checkpoint,
+    find_checkpoints,
+    newest_sound,
+)
+from tf_lightning.checkpoint_file import write_checkpoint
 from tf_lightning.cli.main import main
 from tf_lightning.cli.run_folder import (
-    check_sharded,
     configured_folders,
     folder_of,
-    newest_sound,
     resume_command,
 )
-from tf_lightning.errors import UserError
 
 WAYS = ("--ckpt_path last", "--trainer.logger.name", "--overwrite")
 
@@ -169,19 +171,23 @@ def test_nothing_is_written_outside_the_runs_folder(
     assert ".ckpt None" not in caplog.text and "generate None" not in caplog.text
 
 
+def spoil(file: Path) -> None:
+    """Flip a bit in the middle of a file, as a bad disk does."""
+    content, times = bytearray(file.read_bytes()), file.stat()
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, refused):
     fit(tmp_path, "--trainer.callbacks.every_n_train_steps=1")
     folder = tmp_path / "run" / "checkpoints"
     for name, before in (("step0000002", "step0000001"), ("step0000001", None)):
         file = folder / f"{name}.ckpt"
-        damaged = bytearray(file.read_bytes())
-        damaged[len(damaged) // 2] ^= 1
-        changed = file.stat()
-        file.write_bytes(damaged)
-        os.utime(file, ns=(changed.st_atime_ns, changed.st_mtime_ns))
+        spoil(file)
         if before:
-            with pytest.warns(UserWarning, match=f"{name}.ckpt.*damaged.*goes on from.*{before}"):
-                found = newest_sound(tmp_path / "run", folder, TRANSFUSION)
+            with pytest.warns(UserWarning, match=f"{name}.ckpt.*damaged.*{before}.*is used"):
+                found = newest_sound(find_checkpoints(tmp_path / "run", folder), TRANSFUSION)
             assert found == (folder / f"{before}.ckpt").resolve()
     assert "damaged" in refused("fit", "-c", tmp_path / "config.yaml", "--ckpt_path=last")
 
@@ -208,9 +214,11 @@ def test_a_configuration_names_the_folder_of_its_first_logger(version, tmp_path)
     options = {"save_dir": str(tmp_path), "name": "run", "version": version}
     config = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": options}
     listed = Namespace(trainer=Namespace(logger=[config, "other"]))
-    assert configured_folders(listed, [], {}) == [folder_of(CSVLogger(**options), Path("no"))]
+    assert configured_folders(listed, [], {}, Path()) == [
+        folder_of(CSVLogger(**options), Path("no"))
+    ]
     config["class_path"] = "lightning.pytorch.loggers.WandbLogger"
-    assert configured_folders(listed, [], {}) == [tmp_path / "run"]
+    assert configured_folders(listed, [], {}, Path()) == [tmp_path / "run"]
 
 
 def test_overwriting_keeps_what_the_new_run_starts_from(tmp_path, refused):
@@ -251,36 +259,74 @@ def test_the_command_that_resumes_keeps_the_options():
     assert resume_command(["fit", "--ckpt_path=a.ckpt"]) == "tf-lightning fit --ckpt_path last"
 
 
-class Evil:
-    """Runs a command when it is unpickled."""
-
-    def __reduce__(self):
-        return os.system, ("touch RAN",)
-
-
-class Hidden:
-    """Reaches a function through a module that descriptions of shards come from."""
-
-    def __reduce__(self):
-        return torch.distributed.checkpoint.metadata.field, ()
+def copies(folder: Path, steps: list[int], last: int | None = None) -> None:
+    """Write files of these steps, each newer than the one before, and the link to one of them."""
+    folder.mkdir(parents=True)
+    for place, step in enumerate(steps):
+        file = folder / f"step{step}.ckpt"
+        write_checkpoint({"global_step": step, "image_codec": {}}, file)
+        os.utime(file, (place, place))
+    if last is not None:
+        (folder / "last.ckpt").symlink_to(f"step{last}.ckpt")
 
 
-@pytest.mark.parametrize("content", [Evil(), Hidden(), print, {"a": Evil}])
-def test_the_metadata_of_a_sharded_checkpoint_runs_no_code(content, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({}, tmp_path / "meta.pt")
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
-    with pytest.raises(UserError, match="no complete sharded checkpoint"):
-        check_sharded(tmp_path)
-    assert not (tmp_path / "RAN").exists()
+@pytest.mark.parametrize(
+    ("steps", "last", "found"),
+    [
+        ([1, 2, 3], 3, [3, 2, 1]),
+        ([1, 2, 3], None, [3, 2, 1]),
+        ([1, 2, 3], 2, [3, 2, 1]),  # killed before the link was replaced
+        ([3, 1, 2], 3, [3, 2, 1]),  # a copy, whose files have the times of copying
+        ([4, 5, 2, 3], 3, [3, 2, 5, 4]),  # a run that went back to step 1
+    ],
+)
+def test_the_newest_checkpoint_is_the_latest_of_the_run(steps, last, found, tmp_path):
+    copies(tmp_path / "checkpoints", steps, last)
+    files = find_checkpoints(tmp_path, tmp_path / "checkpoints")
+    assert [int(file.stem[4:]) for file in files] == found
+    assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / "checkpoints")
+    assert find_checkpoint(tmp_path).name == f"step{found[0]}.ckpt"
 
 
-def test_a_sharded_checkpoint_of_torch_is_accepted(tmp_path):
-    torch.distributed.checkpoint.save(
-        {"weights": torch.ones(3, 4), "step": 3, "names": ["a"]}, checkpoint_id=tmp_path
-    )
-    torch.save({"global_step": 3}, tmp_path / "meta.pt")
-    check_sharded(tmp_path)
-    (tmp_path / "meta.pt").unlink()  # killed before it was complete
-    with pytest.raises(UserError, match="no complete sharded checkpoint"):
-        check_sharded(tmp_path)
+def test_checkpoints_of_a_preempted_job_and_second_names_are_found(tmp_path):
+    copies(tmp_path / "checkpoints", [1, 2], 2)
+    os.link(tmp_path / "checkpoints" / "step2.ckpt", tmp_path / "checkpoints" / "best.ckpt")
+    write_checkpoint({"global_step": 3, "image_codec": {}}, tmp_path / "hpc_ckpt_1.ckpt")
+    found = find_checkpoints(tmp_path, tmp_path / "checkpoints")
+    assert [torch.load(file, weights_only=True)["global_step"] for file in found] == [3, 2, 1]
+
+
+def test_a_sharded_checkpoint_is_passed_over_where_it_cannot_be_read(tmp_path):
+    copies(tmp_path / "checkpoints", [1])
+    folder = tmp_path / "checkpoints" / "step2.ckpt"
+    torch.distributed.checkpoint.save({"a": torch.ones(2)}, checkpoint_id=folder)
+    torch.save({"global_step": 2}, folder / "meta.pt")
+    found = find_checkpoints(tmp_path, tmp_path / "checkpoints")
+    assert newest_sound(found, TRANSFUSION, sharded=True).name == "step2.ckpt"
+    with pytest.warns(UserWarning, match="only `fit --ckpt_path last` reads.*step1.ckpt.*is used"):
+        assert find_checkpoint(tmp_path).name == "step1.ckpt"
+
+
+def test_every_command_takes_the_newest_sound_checkpoint(tmp_path, monkeypatch, capsys, refused):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    fit(tmp_path, "--trainer.callbacks.every_n_train_steps=1", change=unlogged)
+    folder = Path("runs", "run")
+    validate = ["validate", "-c", str(tmp_path / "config.yaml"), "--trainer.limit_val_batches=1"]
+    commands = [
+        [*validate, "--ckpt_path=last"],
+        [*validate, f"--ckpt_path={folder}"],
+        ["export", str(folder), "-o", "exported", "--only", "net"],
+        ["generate", str(folder), "a", "--output-modality", "text", "--max-new-tokens", "2"],
+    ]
+    (folder / "checkpoints" / "last.ckpt").unlink()
+    main(commands[2])
+    assert "of step 2" in capsys.readouterr().out
+    spoil(folder / "checkpoints" / "step0000002.ckpt")
+    for command in commands:
+        with pytest.warns(UserWarning, match="step0000002.ckpt.*damaged.*step0000001.*is used"):
+            main(command)
+    assert "of step 1" in capsys.readouterr().out
+    spoil(folder / "checkpoints" / "step0000001.ckpt")
+    for command in commands:
+        assert "step0000002.ckpt" in refused(*command)

@@ -23,7 +23,14 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from tf_lightning.checkpoint import AUTOENCODER, TRANSFUSION, find_checkpoint, read_checkpoint
+from tf_lightning.checkpoint import (
+    AUTOENCODER,
+    TRANSFUSION,
+    find_checkpoint,
+    find_checkpoints,
+    newest_sound,
+    read_checkpoint,
+)
 from tf_lightning.cli.advice import find_problem
 from tf_lightning.cli.checks import (
     check_autoencoder,
@@ -53,10 +60,8 @@ from tf_lightning.cli.run_folder import (
     append_to_csv,
     configured_folders,
     files_of_run,
-    find_checkpoints,
     folder_of,
     is_requeued,
-    newest_sound,
     refuse_needed,
     refuse_started_run,
     resume_command,
@@ -304,14 +309,16 @@ class TransfusionCLI(LightningCLI):
                 f"with --init_from.checkpoint {path}"
             )
         if path != "last":
-            return path if is_exported(path) else str(find_checkpoint(path))
-        folders = configured_folders(config, self.files.values(), LOGGER["init_args"])
-        found = [folder for folder in folders if (folder / "checkpoints" / "last.ckpt").exists()]
-        if not found:
-            raise UserError(
-                f"there is no checkpoint in {' or '.join(map(str, folders))}; give --ckpt_path FILE"
-            )
-        return str(found[0] / "checkpoints" / "last.ckpt")
+            return path if is_exported(path) else str(find_checkpoint(path, self.kind(verb)))
+        default = Path(config.trainer.default_root_dir or DEFAULT_FOLDER)
+        folders = configured_folders(config, self.files.values(), LOGGER["init_args"], default)
+        for folder in folders:
+            checkpoints = Path(config.checkpoint.dirpath or folder / "checkpoints")
+            if found := find_checkpoints(folder, checkpoints):
+                return str(newest_sound(found, self.kind(verb)))
+        raise UserError(
+            f"there is no checkpoint in {' or '.join(map(str, folders))}; give --ckpt_path FILE"
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Replace the model's arguments by the hyper-parameters of `--ckpt_path FILE`.
@@ -557,13 +564,17 @@ class TransfusionCLI(LightningCLI):
         Sets `finished_step` where the run has nothing left to do.
         """
         folder, checkpoints = self.folders()
-        found, last = newest_sound(folder, checkpoints, self.kind("fit")), checkpoints / "last.ckpt"
-        if found and self.trainer.is_global_zero and (last.is_symlink() or not last.exists()):
+        files, last = find_checkpoints(folder, checkpoints), checkpoints / "last.ckpt"
+        if not files:
+            rank_zero_info(f"There is no {last} yet; training starts at step 0.")
+            return None
+        found = newest_sound(files, self.kind("fit"), sharded=True)
+        if self.trainer.is_global_zero and (last.is_symlink() or not last.exists()):
             link_to(found, last)  # of a run that was killed before, or whose last is damaged
         finished = (read_progress(folder) or {}).get("finished_step")
-        if found and finished and 0 < self.trainer.max_steps <= finished:
+        if finished and 0 < self.trainer.max_steps <= finished:
             self.finished_step = finished
-        return found and str(found)
+        return str(found)
 
     def fit(self, **arguments) -> None:
         """Train; LightningCLI calls it in place of `Trainer.fit`.

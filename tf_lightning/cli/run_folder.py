@@ -2,7 +2,6 @@
 
 import csv
 import os
-import pickle
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping
@@ -10,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from tf_lightning.checkpoint import read_checkpoint
+from tf_lightning.checkpoint import find_checkpoints
 from tf_lightning.cli.config_files import ConfigContent
 from tf_lightning.errors import UserError
 from tf_lightning.training.missed_work import PROGRESS_FILE, read_progress
@@ -27,7 +24,6 @@ WRITTEN = (
     "hpc_ckpt_*.ckpt", PROGRESS_FILE, "metrics", "report.json", "sheet.png", "samples",
 )  # fmt: skip
 REPLACED = ("hparams.yaml", "metrics.csv")  # of them, by the logger of a new run
-SHARDED_METADATA = ".metadata"
 
 
 def folder_of(logger: Logger | Iterable[Logger] | bool | None, default: Path) -> Path:
@@ -49,7 +45,10 @@ def folder_of(logger: Logger | Iterable[Logger] | bool | None, default: Path) ->
 
 
 def configured_folders(
-    config: Mapping[str, Any], files: Iterable[ConfigContent], options: Mapping[str, Any]
+    config: Mapping[str, Any],
+    files: Iterable[ConfigContent],
+    options: Mapping[str, Any],
+    default: Path,
 ) -> list[Path]:
     """Return the folders of runs that a configuration names: by its logger, or by its files.
 
@@ -59,15 +58,18 @@ def configured_folders(
         config: the configuration of a command.
         files: the files it comes from.
         options: default options of the logger.
+        default: folder of a run without a logger, or with Lightning's own default.
     """
-    loggers, folders = [config.trainer.logger], []
+    loggers, folders = [config.trainer.logger or False], []
     for file in files:
         trainer = file.values.get("trainer")
         loggers.append(trainer.get("logger") if isinstance(trainer, dict) else None)
         folders.append(file.file.parent)  # of a run's own config.yaml
     for logger in loggers:
         first = logger[0] if isinstance(logger, list) and logger else logger
-        if isinstance(first, Mapping | Namespace):
+        if isinstance(logger, bool):
+            folders.insert(0, default)
+        elif isinstance(first, Mapping | Namespace):
             given = {**options, **first, **(first.get("init_args") or {})}
             folders.insert(0, folder_of_options(given))
     return list(dict.fromkeys(folders))
@@ -158,46 +160,6 @@ def append_to_csv(logger: CSVLogger) -> None:
         writer.metrics_keys = next(csv.reader(rows), [])
 
 
-def find_checkpoints(folder: Path, checkpoints: Path) -> list[Path]:
-    """Find the checkpoints of a run, newest first; links are not listed beside their targets.
-
-    Args:
-        folder: the run's folder, where SLURM's preempted jobs leave theirs.
-        checkpoints: folder of the others.
-    """
-    found = {path.resolve() for path in [*checkpoints.glob("*.ckpt"), *folder.glob("hpc_*.ckpt")]}
-    kept = [path for path in found if path.exists()]
-    return sorted(kept, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-
-
-def newest_sound(folder: Path, checkpoints: Path, kind: str) -> Path | None:
-    """Return the newest checkpoint of a run that is not damaged; None if it has none.
-
-    Args:
-        folder: the run's folder.
-        checkpoints: folder of its checkpoints.
-        kind: kind of checkpoint, as in `read_checkpoint`.
-
-    Raises:
-        UserError: all are damaged, or are of another program.
-    """
-    found, refusal = find_checkpoints(folder, checkpoints), None
-    for path in found:
-        try:
-            check_sharded(path) if path.is_dir() else read_checkpoint(path, kind)
-        except UserError as error:
-            refusal = refusal or error
-            continue
-        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        if refusal:
-            rank_zero_warn(f"{refusal}; this run goes on from {path}, the one before")
-        return path
-    if refusal:
-        raise refusal
-    rank_zero_info(f"There is no {checkpoints / 'last.ckpt'} yet; training starts at step 0.")
-    return None
-
-
 def resume_command(args: list[str]) -> str:
     """Return the command that goes on with an interrupted run.
 
@@ -216,48 +178,3 @@ def resume_command(args: list[str]) -> str:
 def is_requeued() -> bool:
     """Whether SLURM started this job again after it was preempted."""
     return SLURMEnvironment.detect() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
-
-
-# ---------------------------------------------------------------- sharded checkpoints
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Builds only the classes that describe the shards of a checkpoint, and calls nothing else."""
-
-    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    OTHERS = {
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("torch._utils", "_rebuild_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"),
-    }
-
-    def find_class(self, module: str, name: str) -> object:
-        """Return a class of the metadata, or refuse it."""
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in self.MODULES and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        elif is_dtype or (module, name) in self.OTHERS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
-
-
-def check_sharded(folder: Path) -> None:
-    """Refuse a sharded checkpoint that is incomplete, or whose metadata would run code.
-
-    Raises:
-        UserError: its metadata cannot be read, or names anything but descriptions of shards.
-    """
-    try:
-        with (folder / SHARDED_METADATA).open("rb") as file:
-            MetadataUnpickler(file).load()
-        torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle and torch raise many types for other content
-        raise UserError(
-            f"{folder} is no complete sharded checkpoint of tf_lightning ({error}); use an earlier "
-            "one"
-        ) from error
