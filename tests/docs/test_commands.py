@@ -1,5 +1,6 @@
 """Every command line in the documentation is one that its program accepts."""
 
+import json
 import re
 import shutil
 from contextlib import suppress
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.markdown import PAGES, ROOT, commands
+from support.markdown import PAGES, ROOT, blocks, commands, name
 from tf_lightning.cli.main import main
 from tf_lightning.cli.parser import Parser
 
@@ -95,6 +96,30 @@ def test_a_documented_target_exists(line):
 
 
 def test_the_documentation_has_commands_of_every_kind():
-    assert {line[0] for line in LINES} >= {"tf-lightning", "python", "make"}
+    tested = {"tf-lightning", "python", "make"}
+    # The others belong to the shell, or are a server.
+    assert {line[0] for line in LINES} == tested | {"source", "export", "echo", "tensorboard"}
     verbs = {line[1] for line in LINES if line[0] == "tf-lightning"}
     assert verbs >= {*LIGHTNING, "generate", "export", "model-config"} - {"test"}
+
+
+BLOCKS = [(page, block) for page in PAGES for block in blocks(page)]
+YAML = [pytest.param(b.text, id=name(page)) for page, b in BLOCKS if b.language == "yaml"]
+
+
+def test_every_block_is_of_a_language_that_a_test_runs_or_reads():
+    """Python is run by test_tutorials.py."""
+    languages = {block.language for _, block in BLOCKS}
+    assert languages == {"bash", "python", "yaml", "json", "text", ""}
+    assert all(json.loads(block.text) for _, block in BLOCKS if block.language == "json")
+
+
+@pytest.mark.parametrize("text", YAML)
+def test_a_documented_part_of_a_configuration_is_one(text, checkout, capsys):
+    Path("part.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "-c", "configs/quickstart.yaml", "-c", "part.yaml", "--print_config"])
+    assert ended.value.code in (0, None), capsys.readouterr().err
+    printed = capsys.readouterr().out
+    for key in ("data_parallel_size", "init_from", "text/*.jsonl"):
+        assert key not in text or key in printed

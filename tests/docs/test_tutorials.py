@@ -1,5 +1,6 @@
 """The tutorials' commands and programs run, in miniature."""
 
+import inspect
 import re
 import runpy
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.markdown import ROOT, blocks, shell_lines
+from support.markdown import PAGES, ROOT, blocks, name, shell_lines
 from support.runs import shapes
 from tf_lightning.cli.main import main
+from tf_lightning.generation import sampling
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 NOT_RUN = ("source", "tensorboard")  # of an interactive shell, and a server
@@ -20,6 +22,7 @@ TRAINER = {
     "precision": "32-true",
     "max_steps": 2,
     "val_check_interval": 2,
+    "log_every_n_steps": 1,
     "enable_progress_bar": False,
 }
 MODEL = {"transformer": {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48}}
@@ -145,6 +148,27 @@ def test_the_python_tutorial_generates_streams_and_saves(quickstart, monkeypatch
     follow("python.md", quickstart, monkeypatch)
     assert (quickstart / "circle-3.png").is_file()
     assert list((quickstart / "my_model").iterdir())
+
+
+OTHERS = [
+    pytest.param(block.text, id=name(page))
+    for page in PAGES
+    for block in blocks(page)
+    if block.language == "python" and page.parent != TUTORIALS
+]
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_the_python_of_other_pages_runs(text, quickstart, monkeypatch):
+    monkeypatch.chdir(quickstart)
+    for run in ("before", "after"):
+        if not Path("runs", run).exists():
+            Path("runs", run).symlink_to("quickstart")
+    names = dict(vars(sampling))  # the example of a new option stands among them
+    exec(compile(text, "documentation", "exec"), names)
+    if "option(" in text:
+        source = inspect.getsource(sampling)
+        assert " ".join(text.split()) in " ".join(source.split())
 
 
 def test_there_is_no_other_tutorial():
