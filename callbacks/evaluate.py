@@ -89,6 +89,11 @@ class Evaluate(L.Callback):
         self.enabled = {"generated": generate_images, "captioned": caption_images}
         if guidance_scales is not None and not guidance_scales:
             raise UserError("guidance_scales=[] has no scale; give one number or more, or null")
+        if guidance_scales and not generate_images:
+            raise UserError(
+                f"guidance_scales={list(guidance_scales)} has no effect with generate_images=false;"
+                " set it to null, or generate images"
+            )
         self.sampling, self.seed = sampling, seed
         self.scales = list(guidance_scales or [sampling.guidance_scale])
         self.weights, self.batch_size = weights, batch_size

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tf_lightning.autoencoder.recorded import with_data
 from tf_lightning.batch import Batch, pack, unpack
-from tf_lightning.checkpoint import select_weights
+from tf_lightning.checkpoint import check_finite_weights, select_weights
 from tf_lightning.data.stream import as_batches
 from tf_lightning.errors import UserError
 from tf_lightning.hub import is_hub_name
@@ -96,6 +96,7 @@ class InitFrom(L.Callback):
         self.before_training(pl_module, trainer.datamodule)
         source = open_language_model(self.checkpoint)
         weights = source.load(pl_module.config.vocab_size)
+        check_finite_weights(weights, f"of {self.checkpoint}", "download it again")
         self._load(pl_module, {f"transformer.{name}": w for name, w in weights.items()})
         rank_zero_info(load_report(source, pl_module))
         rank_zero_info(check_text(trainer, pl_module))

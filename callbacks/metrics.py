@@ -212,8 +212,14 @@ def load_extractor(name: str, weights: str | None) -> Extractor:
     """Load the network of `ImageQuality`.
 
     Raises:
-        ValueError: the network is unknown, or its weights are absent and cannot be downloaded.
+        ValueError: the network is unknown, its weights are absent and cannot be downloaded, or
+            weights are given for "shapes".
     """
+    if name == "shapes" and weights:
+        raise UserError(
+            f"weights={weights} has no effect with extractor=shapes, which has weights of its own; "
+            "leave it out, or give another extractor"
+        )
     if name == "inception":
         return inception(weights)
     if name != "shapes":

@@ -35,9 +35,14 @@ def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
             the tag selects QuickGELU by itself.
 
     Raises:
-        ValueError: the model or its weights are unknown, or the weights are absent and cannot be
-            downloaded.
+        ValueError: the model or its weights are unknown, the weights are absent and cannot be
+            downloaded, or `pretrained` is given for a model that has weights of its own.
     """
+    if pretrained and model.startswith(("local-dir:", "hf-hub:")):
+        raise ValueError(
+            f"pretrained={pretrained} has no effect with {model}, which has weights of its own; "
+            "leave it out"
+        )
     try:
         with hub_offline_if_unreachable():
             weights = weights_file(model, pretrained)

@@ -257,13 +257,31 @@ def select_weights(
         raise UserError("the checkpoint has no EMA weights; give --weights raw")
     prefix = "ema." if weights == "ema" else "net."
     selected = {n.removeprefix(prefix): w for n, w in state_dict.items() if n.startswith(prefix)}
-    spoilt = [name for name, weight in selected.items() if not torch.isfinite(weight).all()]
+    check_finite_weights(selected, "in the checkpoint", "use an earlier checkpoint of the run")
+    return selected, weights
+
+
+def check_finite_weights(weights: Mapping[str, Tensor], place: str, remedy: str) -> None:
+    """Refuse weights with a NaN or an infinity.
+
+    Args:
+        weights: weights by name.
+        place: where they are, such as "in the checkpoint", for the message.
+        remedy: what to do, for the message.
+
+    Raises:
+        UserError: a weight is not finite.
+    """
+    spoilt = [
+        name
+        for name, weight in weights.items()
+        if weight.is_floating_point() and not torch.isfinite(weight).all()
+    ]
     if spoilt:
         raise UserError(
-            f"{len(spoilt)} of the {len(selected)} weights in the checkpoint are not finite, the "
-            f"first is {spoilt[0]}; use an earlier checkpoint of the run"
+            f"{len(spoilt)} of the {len(weights)} weights {place} are not finite, the first is "
+            f"{spoilt[0]}; {remedy}"
         )
-    return selected, weights
 
 
 def state_dict_error(error: RuntimeError) -> UserError:

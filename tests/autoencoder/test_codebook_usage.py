@@ -28,3 +28,10 @@ def test_only_dead_codes_are_moved_and_vectors_are_chosen_evenly():
     again = torch.zeros(10, 2)
     usage.restart(again, vectors, torch.Generator().manual_seed(0))
     assert torch.equal(again, codebook)
+
+
+def test_no_code_is_moved_to_outputs_that_are_not_finite():
+    codebook = torch.zeros(4, 2)
+    vectors = torch.tensor([[1.0, torch.inf], [2, 0]])
+    CodebookUsage(4, 1).restart(codebook, vectors, torch.Generator().manual_seed(0))
+    assert not codebook.any()

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from tf_lightning.autoencoder.statistics import MIN_IMAGES, Moments, check_finite, check_std
+from tf_lightning.autoencoder.statistics import MIN_IMAGES, Moments, check_latents, check_std
 from tf_lightning.errors import UserError
 
 
@@ -79,7 +79,7 @@ def test_images_of_one_color_may_have_latents_of_little_variance_but_not_of_much
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 7e4, -1001.0])
 def test_an_absurd_latent_is_refused_with_its_image(value):
     latents = torch.zeros(3, 2, 1, 4, 2, 2)  # (B, V, S, C, h, w)
-    check_finite(latents + 999, str)
+    check_latents(latents + 999, str)
     latents[1, 1, 0, 3, 0, 1] = value
     with pytest.raises(UserError, match="the latents of image 1 reach"):
-        check_finite(latents, lambda i: f"image {i}")
+        check_latents(latents, lambda i: f"image {i}")

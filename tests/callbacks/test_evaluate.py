@@ -172,6 +172,11 @@ def test_two_processes_compute_the_values_of_one(run, tmp_path):
     assert together == pytest.approx(alone, rel=1e-5, abs=1e-9)
 
 
+def test_guidance_scales_without_images_are_refused():
+    with pytest.raises(UserError, match="guidance_scales=.2.0. has no effect with generate_images"):
+        Evaluate(prompts=None, guidance_scales=[2.0], generate_images=False)
+
+
 def test_a_checkpoint_has_no_weights_of_a_metric(run):
     checkpoint = torch.load(checkpoint_of(run), weights_only=True)
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"net", "ema"}

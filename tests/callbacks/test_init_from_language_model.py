@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from callbacks.init_from import text_perplexities
 from support import runs
@@ -198,6 +199,13 @@ def test_a_run_starts_from_an_exported_network_as_from_its_checkpoint(run, tmp_p
     ours = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["state_dict"]
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs["ema." + name.partition(".")[2]])
+
+
+def test_weights_that_are_not_finite_are_refused(fails, folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert f"weights of {folder} are not finite, the first is norm.weight; download" in fails()
 
 
 def test_missing_weights_are_refused(fails, folder):

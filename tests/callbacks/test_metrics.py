@@ -11,6 +11,7 @@ from callbacks.sampling import SampleBatch
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Document, document_length, pack
 from tf_lightning.data.images import to_image, to_pixels
+from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.shapes.grammar import caption
@@ -223,3 +224,8 @@ def test_missing_weights_are_reported_in_one_sentence(prompts, tmp_path, monkeyp
         with pytest.raises(ValueError) as error:
             metric.open(prompts)
         assert "\n" not in str(error.value)
+
+
+def test_weights_of_the_shapes_extractor_are_refused():
+    with pytest.raises(UserError, match="weights=other.pt has no effect with extractor=shapes"):
+        load_extractor("shapes", "other.pt")

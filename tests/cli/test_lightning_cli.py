@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import runs
+from support import autoencoder_runs, runs
 from tf_lightning.cli.checks import fast_precision
 from tf_lightning.cli.lightning import TransfusionCLI, build
 from tf_lightning.cli.main import main
@@ -171,6 +171,14 @@ def test_the_seed_of_the_run_is_that_of_the_data(options, seed, tmp_path):
     assert command.datamodule.seed == seed
     assert command.config.data.init_args.seed == seed  # what config.yaml records
     assert command.datamodule.sources["captions"].seed == 0  # other images are other data
+
+
+@pytest.mark.parametrize(("more", "seed"), [([], 5), (["--model.seed=3"], 3)])
+def test_the_seed_of_the_run_is_that_of_an_autoencoders_noise(tmp_path, more, seed):
+    path = autoencoder_runs.write_config(tmp_path)
+    command = build(["-c", str(path), "--seed_everything=5", *more], run=False)
+    assert command.model.hparams.seed == command.config.model.init_args.seed == seed
+    assert command.datamodule.seed == 5
 
 
 def test_a_file_that_gives_the_data_a_seed_keeps_it(tmp_path):

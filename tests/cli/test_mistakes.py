@@ -158,7 +158,7 @@ MISTAKES = {
     "--trainer.precision=transformer-engine": "precision=transformer-engine is not supported",
     "--trainer.devices=99": "trainer.devices=99 starts as many processes on this CPU; give at most",
     "--trainer.precision=bf16-true": "precision=bf16-true is not supported",
-    "--trainer.gradient_clip_val=-1.0": "gradient_clip_val=-1.0 must be above 0",
+    "--trainer.gradient_clip_val=-1.0": "gradient_clip_val=-1.0 must be at least 0",
     "--model.lr=-1.0": "lr=-1.0 must be at least 0",
     "--model.lr=.nan": "lr=nan must be at least 0",
     "--model.betas=[1.5,0.9]": "betas=(1.5, 0.9) must be at least 0 and less than 1, each",

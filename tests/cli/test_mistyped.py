@@ -46,7 +46,7 @@ OPTIONS = {
     "--trainer.log_every_n_steps=-1": "log_every_n_steps=-1 must be at least 1",
     "--trainer.max_steps=0": "fit with max_steps=0 has nothing to do",
     "--trainer.limit_train_batches=0": "fit with limit_train_batches=0 has nothing to do",
-    "--trainer.max_time=00:00:00:00": "fit with max_time=00:00:00:00 has nothing to do",
+    "--trainer.max_time=00:00:00:00": "max_time=0 has nothing to do",
     "--trainer.val_check_interval=0": "set limit_val_batches to 0",
     "--trainer.val_check_interval=00:00:01:00": "set it to a number of steps",
     "--trainer=3": "--trainer 3 is no file of options; give one of them",

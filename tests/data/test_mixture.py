@@ -232,6 +232,20 @@ def test_invalid_weights_are_a_user_error(mixture, weights, sentence):
         mixture(weights=weights)
 
 
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"weights_count": "documents"}, "weights_count=documents is the unit of weights, but"),
+        ({"autoencoder": None, "hflip": True}, "hflip changes images, but without an autoencoder"),
+        ({"autoencoder": None, "crops": 2}, "crops changes images, but without an autoencoder"),
+        ({"autoencoder": None, "sample_posterior": True}, "sample_posterior changes images, but"),
+    ],
+)
+def test_options_without_effect_are_refused(mixture, changed, sentence):
+    with pytest.raises(UserError, match=sentence):
+        mixture(weights=None, **changed)
+
+
 def test_noise_levels_follow_the_options_in_training_and_are_uniform_in_validation(mixture):
     kinds = {
         "uniform": {},

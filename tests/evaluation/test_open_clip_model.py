@@ -110,3 +110,9 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(TINY_CLIP))
     with pytest.raises(ValueError, match="no weights in"):
         load_open_clip(f"local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize("model", ["local-dir:here", "hf-hub:me/tiny"])
+def test_weights_that_open_clip_would_ignore_are_refused(model):
+    with pytest.raises(ValueError, match=f"pretrained=openai has no effect with {model}"):
+        load_open_clip(model, "openai")

@@ -57,6 +57,19 @@ class KillAt(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SpoilLoss(L.Callback):
+    """Makes the language model's loss of the last rank NaN in the second step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 1 and trainer.global_rank == trainer.world_size - 1:
+            head = pl_module.net.transformer.output
+            self.hook = head.register_forward_hook(lambda module, inputs, out: out * torch.nan)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+            self.hook.remove()
+
+
 class Disturb(L.Callback):
     """Changes one weight of rank 1 after the second step."""
 

@@ -1,17 +1,22 @@
 """Steps that are not finite are left out, end the run when they go on, and are never saved."""
 
 import copy
+from collections import deque
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from support import autoencoder_runs as aruns
+from support import fits
 from support.compare import bit_equal
 from support.sources import GreyImages, RepeatedWord
 from support.tiny import SIZES, tiny_module
 from tf_lightning.checkpoint import select_weights
 from tf_lightning.cli.main import main
+from tf_lightning.data.stream import as_batches
 from tf_lightning.errors import UserError
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.training import guard
@@ -28,8 +33,10 @@ class Inject(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step not in self.steps:
             return
-        if self.what == "latent":
-            batch.latents.view(-1)[0] = torch.nan
+        if self.what == "latent":  # of one batch of the step
+            next(part for part in as_batches(batch) if part.num_images).latents.view(-1)[0] = (
+                torch.nan
+            )
         if self.what == "weight":
             pl_module.net.transformer.norm.weight.data[0] = torch.inf
 
@@ -49,19 +56,17 @@ class Inject(L.Callback):
 def fit(mixture, tmp_path):
     """A function that trains a tiny model on pictures; returns its trainer."""
 
-    def train(callback: L.Callback, max_steps: int = 8, **options) -> L.Trainer:
+    def train(
+        callback: L.Callback, max_steps: int = 8, accumulate: int = 1, plugins=None, **options
+    ) -> L.Trainer:
         L.seed_everything(0)
         config = TransformerConfig(vocab_size=300, **SIZES)
         module = Transfusion(config, 4, 3, warmup_steps=1, lr=1e-3, ema_decay=0.5, **options)
-        trainer = L.Trainer(
-            **{"accelerator": "cpu", "max_steps": max_steps, "default_root_dir": tmp_path},
-            **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
-            **{"enable_checkpointing": False, "limit_val_batches": 0, "log_every_n_steps": 1},
-            **{"use_distributed_sampler": False, "gradient_clip_val": 1.0, "callbacks": callback},
-        )
         sources = {"pictures": GreyImages(), "words": RepeatedWord("red", 5)}
-        trainer.fit(module, mixture(sources, {"pictures": 0.8, "words": 0.2}, batch_size=4))
-        return trainer
+        data = mixture(sources, {"pictures": 0.8, "words": 0.2}, batch_size=4)
+        how = {"gradient_clip_val": 1.0, "log_every_n_steps": 1, "default_root_dir": tmp_path}
+        how |= {"accumulate_grad_batches": accumulate, "plugins": plugins}
+        return fits.fit(module, data, max_steps=max_steps, callbacks=[callback], **how)
 
     return train
 
@@ -83,6 +88,57 @@ def test_steps_that_are_not_finite_end_the_run_with_their_rows(fit):
     with pytest.raises(UserError, match=told):
         fit(callback, max_bad_steps=3)
     assert len(callback.states) == 4
+
+
+@pytest.mark.parametrize("what", ["latent", "gradient"])
+def test_accumulated_steps_are_left_out_as_a_whole_and_named_with_all_their_rows(fit, what):
+    callback = Inject(what, range(1, 8))
+    with pytest.raises(UserError, match=r"steps 2 to 3, rows 12 to 35 of the data"):
+        fit(callback, accumulate=3, max_bad_steps=2)  # 4 rows a batch
+    assert callback.counts == [0, 1] and bit_equal(*callback.states)
+
+
+def test_overflows_while_fp16_finds_its_scale_do_not_end_the_run(fit):
+    """The trainer halves the scale after each; their loss is finite."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    callback = Inject("none", range(0))
+    fit(callback, 16, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_bad_steps=2)
+    overflows = int(callback.counts[-1])
+    assert 2 < overflows < 14 and scaler.get_scale() == 2.0 ** (30 - overflows)
+    assert callback.counts == [*range(1, overflows + 1), *[overflows] * (16 - overflows)]
+    assert bit_equal(callback.states[0], callback.states[overflows - 1])
+    assert not bit_equal(callback.states[overflows - 1], callback.states[overflows])
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_in_fp16(fit):
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    callback = Inject("latent", range(1, 8))
+    with pytest.raises(UserError, match="in 3 steps in a row"):
+        fit(callback, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_bad_steps=3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+@pytest.mark.parametrize("wrong", ["loss", "norm"])
+def test_all_ranks_count_a_step_that_is_not_finite_on_one_of_them(monkeypatch, scale, wrong):
+    """Two ranks, one after the other; each hears what the other decides from its own values."""
+    values = {"loss": torch.tensor(1.0), "norm": torch.tensor(2.0)}
+    spoilt = values | {wrong: torch.tensor(torch.nan)}
+    monkeypatch.setattr(guard, "loss_scale", lambda trainer: scale)
+    guards, ranks = [StepGuard(), StepGuard()], [values, spoilt]
+    for each, mine, other in zip(guards, ranks, ranks[::-1], strict=True):
+        theirs = iter([False, other["loss"].isfinite().item()])
+        strategy = SimpleNamespace(
+            reduce_boolean_decision=lambda flag, all, theirs=theirs: next(theirs) and flag
+        )
+        module = SimpleNamespace(
+            trainer=SimpleNamespace(strategy=strategy),
+            zero_grad=lambda: None,
+            log=lambda *_, **__: None,
+        )
+        each.check(module, mine["loss"], mine["norm"])
+        assert each.leaves_out and each.left_out == 1
+    search = scale > 1 and wrong == "norm"
+    assert [each.in_a_row for each in guards] == [0 if search else 1] * 2
 
 
 def test_weights_that_are_not_finite_are_not_saved(fit, tmp_path):
@@ -110,6 +166,17 @@ def test_a_large_gradient_is_left_out_where_asked(fit, monkeypatch):
     assert not bit_equal(usual.states[6], usual.states[5])
 
 
+def test_gradients_that_stay_large_become_usual(monkeypatch):
+    monkeypatch.setattr(guard, "WINDOW", 10)
+    each = StepGuard(5, 3.0)
+    each.norms = deque([1.0, 1.2] * 5, maxlen=10)
+    left_out = [each.is_spike(4.0) for _ in range(30)]
+    assert left_out[0] and not any(left_out[20:])
+    single = StepGuard(5, 3.0)
+    single.norms = deque([1.0, 1.2] * 5, maxlen=10)
+    assert single.is_spike(1e6) and single.is_spike(2.5) and not single.is_spike(1.1)
+
+
 def test_the_guard_continues_from_a_checkpoint():
     first, second = StepGuard(5, 3.0), StepGuard(5, 3.0)
     first.left_out, first.in_a_row = 7, 2
@@ -117,18 +184,19 @@ def test_the_guard_continues_from_a_checkpoint():
     second.load_state_dict(first.state_dict())
     assert (second.left_out, second.in_a_row) == (7, 2)
     mean, std = 1.6, (0.6 * 0.4 * 100 / 99) ** 0.5
-    for each in (first, second):
-        assert not each.is_spike(mean + 2.99 * std) and each.is_spike(mean + 3.01 * std)
+    assert not first.is_spike(mean + 2.99 * std) and second.is_spike(mean + 3.01 * std)
+    assert second.norms[-1] == pytest.approx(mean + 3 * std)
     assert not StepGuard(5, None).is_spike(1e9)
 
 
-def test_an_autoencoders_step_that_is_not_finite_changes_nothing(tmp_path):
+@pytest.mark.parametrize("options", [{}, aruns.VQ], ids=["vae", "vq"])
+def test_an_autoencoders_step_that_is_not_finite_changes_nothing(tmp_path, options):
     def often(config: dict) -> None:
         config["trainer"] |= {"max_steps": 5, "limit_val_batches": 0}
         config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
         config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 1
 
-    config = aruns.write_config(tmp_path, often)
+    config = aruns.write_config(tmp_path, often, **options)
     spoil = "--trainer.callbacks+=support.autoencoder_runs.Spoil"
     main(["fit", "-c", str(config), spoil])
     states = [

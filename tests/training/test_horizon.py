@@ -1,11 +1,13 @@
 """The length of a run in steps, epochs or time, over which the learning rate decays."""
 
+import warnings
 from datetime import timedelta
 from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.callbacks import Timer
 
 from support.fits import (
@@ -17,29 +19,54 @@ from support.fits import (
     shapes_data,
     shapes_module,
 )
+from tf_lightning.autoencoder.network import row_noise
 from tf_lightning.data import Mixture
 from tf_lightning.data.stream import CYCLE, Rows
 from tf_lightning.errors import UserError
+from tf_lightning.training import autoencoder, horizon
 from tf_lightning.training.horizon import epochs_to_steps, expected_steps, has_end
 from tf_lightning.training.optim import lr_scale
 
 
-def trainer_after(seconds: float, max_steps: int = -1, max_time: float | None = 100.0):
+class Validated(L.Callback):
+    """Keeps the steps at which a run validates."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_validation_end(self, trainer, module):
+        self.steps.append(trainer.global_step)
+
+
+def trainer_after(seconds: float, max_steps: int = -1, max_time: float | None = 100.0, **more):
     """A stand-in for a trainer in which these seconds of training are over."""
     timers = []
     if max_time is not None:
         timers.append(Timer(timedelta(seconds=max_time), verbose=False))
         timers[0].load_state_dict({"time_elapsed": {"train": seconds}})
     strategy = SimpleNamespace(broadcast=lambda value: value)
-    return SimpleNamespace(max_steps=max_steps, callbacks=timers, strategy=strategy)
+    how = {"max_steps": max_steps, "min_steps": None} | more
+    return SimpleNamespace(callbacks=timers, strategy=strategy, **how)
 
 
 def test_the_steps_of_a_run_are_its_max_steps_or_follow_from_the_time_so_far():
-    assert expected_steps(trainer_after(50, max_steps=7), 3) == 7
+    assert expected_steps(trainer_after(50, max_steps=7, max_time=None), 3) == 7
     assert expected_steps(trainer_after(25), 10) == 40
     assert expected_steps(trainer_after(100), 30) == 30
     assert expected_steps(trainer_after(0), 0) == float("inf")
     assert expected_steps(trainer_after(0, max_time=None), 10) == float("inf")
+
+
+def test_a_run_ends_at_the_earlier_of_its_steps_and_its_time():
+    assert expected_steps(trainer_after(25, max_steps=50), 10) == 40
+    assert expected_steps(trainer_after(25, max_steps=30), 10) == 30
+    assert expected_steps(trainer_after(0, max_steps=30), 0) == 30
+    assert expected_steps(trainer_after(25, min_steps=45), 10) == 45
+    assert expected_steps(trainer_after(25, max_steps=50, min_steps=20), 10) == 40
+    both = trainer_after(25)
+    both.callbacks.append(Timer(timedelta(seconds=50), verbose=False))
+    both.callbacks[-1].load_state_dict({"time_elapsed": {"train": 25}})
+    assert expected_steps(both, 10) == 20
 
 
 def test_the_rate_of_a_run_limited_by_time_decays_over_the_time_after_the_warm_up():
@@ -72,7 +99,7 @@ def test_an_epoch_of_a_mixture_lasts_until_every_source_was_read_once():
 @pytest.mark.parametrize(
     ("limits", "steps"),
     [
-        ({"max_epochs": 3}, (8, None)),  # 15 rows an epoch, 6 rows a step: 7.5
+        ({"max_epochs": 3}, (9, None)),  # 15 rows an epoch, 6 rows a step: 2.5, rounded up
         ({"max_epochs": 3, "max_steps": 5}, (5, None)),
         ({"max_epochs": 1, "max_steps": 5}, (3, None)),
         ({"max_steps": 5, "min_epochs": 1}, (5, 3)),
@@ -99,6 +126,8 @@ def test_epochs_are_counted_in_optimizer_steps_of_all_ranks(limits, steps, monke
         ({}, 5),  # 30 rows an epoch, 6 rows a step
         ({"check_val_every_n_epoch": 2}, 10),
         ({"val_check_interval": 0.4}, 2),
+        ({"val_check_interval": 0.5}, 2),  # 2.5: the second half would end after the epoch
+        ({"val_check_interval": 0.01}, 1),
         ({"val_check_interval": 7, "check_val_every_n_epoch": None}, 7),
     ],
 )
@@ -122,7 +151,7 @@ def test_a_run_of_two_epochs_ends_after_them_with_the_last_rate(tmp_path):
     data, rates = shapes_data(tmp_path), Rates()
     module = shapes_module(lr=1e-3, warmup_steps=2, min_lr_ratio=0.1, lr_decay="linear")
     trainer = fit(module, data, max_epochs=2, callbacks=[rates])
-    steps = -(-2 * data.rows_per_epoch // data.batch_size)
+    steps = 2 * -(-data.rows_per_epoch // data.batch_size)
     assert trainer.global_step == steps and all(n >= 2 for n in data.epochs().values())
     expected = [1e-3 * lr_scale(step, 2, steps, 0.1, "linear") for step in range(steps)]
     assert rates.used == pytest.approx(expected)
@@ -134,6 +163,120 @@ def test_a_run_limited_by_time_keeps_its_rate_after_the_warm_up(tmp_path):
     module = shapes_module(lr=1e-3, warmup_steps=2, min_lr_ratio=0.0)
     fit(module, shapes_data(tmp_path), max_time="01:00:00:00", callbacks=[rates])
     assert rates.used == pytest.approx([5e-4, *[1e-3] * 5], rel=1e-4)
+
+
+class Clock(Rates):
+    """Lets each step take 10 s of the time that Lightning's Timer counts."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.now = 0.0
+        monkeypatch.setattr(Timer, "time_elapsed", lambda timer, stage=None: self.now)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.now = 10.0 * (trainer.global_step + 1)
+
+
+@pytest.mark.parametrize(("max_steps", "end"), [(40, 10), (6, 6), (-1, 10)])
+@pytest.mark.parametrize("kind", ["transfusion", "autoencoder"])
+def test_the_rate_decays_over_the_earlier_of_time_and_steps(
+    tmp_path, monkeypatch, kind, max_steps, end
+):
+    """100 s are over after 10 steps."""
+    options = {"lr": 1e-3, "warmup_steps": 2, "min_lr_ratio": 0.1}
+    if kind == "transfusion":
+        module, data = shapes_module(**options), shapes_data(tmp_path)
+    else:
+        module, data = autoencoder_module(**options), image_data(tmp_path)
+    clock = Clock(monkeypatch)
+    limits = {"max_steps": max_steps, "max_time": "00:00:01:40"}
+    trainer = fit(module, data, callbacks=[clock], **limits)
+    assert trainer.global_step == end
+    expected = [1e-3 * lr_scale(step, 2, end, 0.1) for step in range(end)]
+    assert clock.used == pytest.approx(expected)
+
+
+def test_epochs_and_time_limit_a_run_together(tmp_path, monkeypatch):
+    clock, module = Clock(monkeypatch), autoencoder_module(lr=1e-3, min_lr_ratio=0.1)
+    options = {"callbacks": [clock], "max_time": "00:00:00:50", "max_epochs": 3}
+    trainer = fit(module, image_data(tmp_path), **options)  # 3 steps an epoch
+    assert trainer.global_step == 5
+    assert clock.used == pytest.approx([1e-3 * lr_scale(step, 1, 5, 0.1) for step in range(5)])
+
+
+def test_the_latent_noise_grows_over_a_third_of_the_expected_steps_known_before_the_forward(
+    tmp_path, monkeypatch
+):
+    """The ranks agree on the end of the run once a step, and never within a forward pass."""
+    calls, strengths, module = [], [], autoencoder_module(latent_noise=0.3, gan_weight=0.0)
+    state = {"inside": False}
+
+    def ends_after_20(trainer: L.Trainer, step: int) -> float:
+        assert not state["inside"]
+        calls.append(step)
+        return 20.0
+
+    def add(latents, std, strength, noise):
+        strengths.append((strength, latents.detach()))
+        return latents
+
+    def step(batch, batch_index, original=module.training_step):
+        state["inside"] = True
+        loss = original(batch, batch_index)
+        state["inside"] = False
+        return loss
+
+    monkeypatch.setattr(horizon, "expected_steps", ends_after_20)
+    monkeypatch.setattr(autoencoder, "add_latent_noise", add)
+    monkeypatch.setattr(module, "training_step", step)
+    fit(module, image_data(tmp_path), max_steps=4, accumulate_grad_batches=2)
+    assert calls == [0, 1, 2, 3, 4] and len(strengths) == 8
+    for number, (strength, like) in enumerate(strengths):
+        share = row_noise(like, torch.arange(2 * number, 2 * number + 2), module.hparams.seed)[2]
+        torch.testing.assert_close(strength, 0.3 * 3 * (number // 2) / 20 * share)
+
+
+def test_a_run_that_ends_before_its_first_validation_validates_at_its_last_step(tmp_path):
+    validated = Validated()
+    options = {"limit_val_batches": 1, "callbacks": [validated], "num_sanity_val_steps": 0}
+    options |= {"val_check_interval": 90, "max_steps": 3, "check_val_every_n_epoch": None}
+    with pytest.warns(UserWarning, match="val_check_interval=90 is after .*max_steps=3") as told:
+        trainer = L.Trainer(accelerator="cpu", **QUIET | options)
+        trainer.fit(shapes_module(warmup_steps=2), shapes_data(tmp_path))
+    assert validated.steps == [3]
+    assert len([one for one in told if "val_check_interval" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"val_check_interval": 6}])
+def test_nothing_is_told_without_validations_or_with_one(options):
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=6, **QUIET | {"val_check_interval": 7} | options
+    )
+    trainer.datamodule = shapes_data()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epochs_to_steps(trainer)
+
+
+def test_the_last_validation_of_a_run_of_epochs_is_after_its_last_step(tmp_path):
+    """1.5 steps an epoch, rounded up to 2."""
+    validated, data = Validated(), image_data(tmp_path, batch_size=4)
+    options = {"limit_val_batches": 1, "callbacks": [validated], "num_sanity_val_steps": 0}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=3, **QUIET | options)
+    trainer.fit(autoencoder_module(gan_weight=0.0), data)  # 6 images, 4 a step
+    assert trainer.global_step == 6 and validated.steps == [2, 4, 6]
+
+
+@pytest.mark.parametrize("module", [shapes_module, autoencoder_module])
+def test_a_warm_up_that_the_run_does_not_finish_is_told(tmp_path, module):
+    data = shapes_data(tmp_path) if module is shapes_module else image_data(tmp_path)
+    with pytest.warns(UserWarning, match="warmup_steps=2 does not end .*max_steps=2"):
+        trainer = L.Trainer(accelerator="cpu", max_steps=2, limit_val_batches=0, **QUIET)
+        trainer.fit(module(warmup_steps=2), data)
+    trainer = SimpleNamespace(max_steps=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        horizon.check_warmup(trainer, 2)
 
 
 def test_an_autoencoder_trains_for_epochs_and_refuses_noise_that_would_never_come(tmp_path):

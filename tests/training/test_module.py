@@ -135,7 +135,14 @@ def test_the_loss_of_a_flow_equals_the_one_computed_by_hand():
         ({"prediction_type": "flow", "learned_sigma": True}, "use 'epsilon' or 'v_prediction'"),
         ({"unet": UNetConfig((8, 16, 16))}, "make patches of 4 but patch_size=2"),
         ({"text_lr_ratio": 1.5}, "text_lr_ratio=1.5 must be from 0 to 1"),
-        ({"num_codes": 8, "linear": LinearConfig()}, "linear has no effect with num_codes=8"),
+        *(
+            ({"num_codes": 8} | option, f"{[*option][0]} has no effect with num_codes=8")
+            for option in (
+                {"linear": LinearConfig()},
+                {"learned_sigma": True},
+                {"min_snr_gamma": 5},
+            )
+        ),
         ({"lr_decay": "slow"}, "lr_decay='slow' must be one of .'cosine', 'linear'."),
     ],
 )

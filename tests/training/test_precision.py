@@ -87,7 +87,7 @@ def test_precisions_that_round_weights_are_refused_before_any_data_is_prepared(t
 
 def test_negative_clipping_is_refused(tmp_path):
     for limit in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="gradient_clip_val=.* must be above 0"):
+        with pytest.raises(UserError, match="gradient_clip_val=.* must be at least 0"):
             fit(shapes_module(), shapes_data(tmp_path), max_steps=1, gradient_clip_val=limit)
 
 

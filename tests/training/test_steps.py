@@ -1,15 +1,16 @@
 """An optimizer step of several batches: means over all of them, places of saving, settings."""
 
-import warnings
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
+from support.fits import autoencoder_module, shapes_module
 from support.sources import GreyImages, RepeatedWord
 from support.tiny import IMAGE_CODES, SIZES, TOKENIZER, document, packed, tiny_module
 from tf_lightning.autoencoder.losses import ReconstructionLoss
@@ -29,7 +30,9 @@ def one_process(module: L.LightningModule, monkeypatch) -> dict[str, Tensor]:
     """Let a module's training_step run outside a trainer; return what it will log."""
     logged: dict[str, Tensor] = {}
     strategy = SimpleNamespace(backward=lambda loss, optimizer: loss.backward())
-    trainer = SimpleNamespace(world_size=1, strategy=strategy, global_step=7, max_steps=20)
+    trainer = SimpleNamespace(
+        world_size=1, strategy=strategy, global_step=7, max_steps=20, callbacks=[]
+    )
     monkeypatch.setattr(type(module), "trainer", trainer)
     monkeypatch.setattr(type(module), "global_step", trainer.global_step)
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
@@ -268,30 +271,67 @@ def test_epochs_of_limited_batches_do_not_break_a_step(fit):
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be 1"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be at least 1"),
+        ({"accumulate_grad_batches": -2}, "accumulate_grad_batches=-2 must be at least 1"),
         ({"log_every_n_steps": 0}, "log_every_n_steps=0 must be at least 1"),
-        ({"accumulate_grad_batches": -2}, "accumulate_grad_batches=-2 must be 1"),
+        ({"log_every_n_steps": -1}, "log_every_n_steps=-1 must be at least 1"),
+        ({"gradient_clip_val": -0.5}, "gradient_clip_val=-0.5 must be at least 0"),
+        ({"gradient_clip_algorithm": "value"}, "gradient_clip_algorithm=value has no effect"),
+        (
+            {"gradient_clip_algorithm": "norm", "gradient_clip_val": 0},
+            "gradient_clip_algorithm=norm has no effect",
+        ),
         ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "GradientAccumulationScheduler"),
         ({"overfit_batches": 3}, "overfit_batches=3 has no effect"),
+        ({"reload_dataloaders_every_n_epochs": 1}, "every_n_epochs=1 has no effect"),
         ({"val_check_interval": 0}, "val_check_interval=0 must be a number of steps"),
         ({"val_check_interval": "00:00:01:00"}, "a val_check_interval in time"),
+        ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0 must be at least 1"),
+        ({"check_val_every_n_epoch": -2}, "check_val_every_n_epoch=-2 must be at least 1"),
+        ({"check_val_every_n_epoch": 2, "max_steps": 6}, "every_n_epoch=2 never validates"),
+        ({"num_sanity_val_steps": -5}, "num_sanity_val_steps=-5 must be at least 0, or -1"),
         ({"max_steps": 6, "min_steps": 7}, "min_steps=7 is after the last step"),
+        ({"min_steps": -1}, "min_steps=-1 must be at least 0"),
+        ({"min_epochs": -1}, "min_epochs=-1 must be at least 0"),
+        ({"max_time": "00:00:00:00"}, "max_time=0 has nothing to do"),
+        ({"max_time": {"minutes": -2}}, "max_time=0 has nothing to do"),
+        ({"precision": "bf16-true"}, "precision=bf16-true is not supported"),
     ],
 )
-def test_settings_that_a_stream_cannot_follow_are_refused(changed, told):
+@pytest.mark.parametrize("module", [shapes_module, autoencoder_module])
+def test_settings_that_a_stream_cannot_follow_are_refused(module, changed, told):
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **changed)
     with pytest.raises(UserError, match=told):
-        tiny_module().before_training(trainer, None)
+        module().before_training(trainer, None)
 
 
-def test_a_validation_after_the_last_step_is_told():
-    how = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_steps": 6}
-    with pytest.warns(UserWarning, match="val_check_interval=7 is after the last step"):
-        steps.check_trainer(L.Trainer(val_check_interval=7, **how))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        steps.check_trainer(L.Trainer(val_check_interval=6, **how))
-        steps.check_trainer(L.Trainer(val_check_interval=7, limit_val_batches=0, **how))
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"num_sanity_val_steps": -1},
+        {"gradient_clip_algorithm": "value", "gradient_clip_val": 1.0},
+        {"max_time": "00:00:00:01"},
+        {"min_steps": 6, "max_steps": 6},
+        {"check_val_every_n_epoch": None, "val_check_interval": 3},
+        {"check_val_every_n_epoch": 2, "max_epochs": 3},
+    ],
+)
+def test_settings_that_take_effect_are_not_refused(changed):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **changed)
+    steps.check_trainer(trainer)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({f"limit_{loop}_batches": wrong} for loop in ("train", "val") for wrong in (-0.5, 1.5)),
+        *({"max_steps": -2}, {"max_epochs": -2}, {"max_time": "0:0"}, {"fast_dev_run": -1}),
+        {"check_val_every_n_epoch": 0.5},
+    ],
+)
+def test_settings_that_lightning_itself_refuses(changed):
+    with pytest.raises((MisconfigurationException, ValueError)):
+        L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **changed)
 
 
 def test_strategies_that_would_train_diverging_copies_are_refused():

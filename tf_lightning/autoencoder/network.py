@@ -222,13 +222,15 @@ class CodebookUsage(nn.Module):
     def restart(self, codebook: Tensor, vectors: Tensor, generator: torch.Generator) -> None:
         """Move each dead code to a random encoder output, in place.
 
+        None is moved where an output is not finite: its step is left out, and codes stay.
+
         Args:
             codebook: code vectors, (num_codes, code_dim).
             vectors: encoder outputs, (N, code_dim); N may be smaller than the number of dead codes.
             generator: CPU generator of the random choice.
         """
         dead = self.dead.nonzero().flatten()
-        if not len(dead):
+        if not len(dead) or not torch.isfinite(vectors).all():
             return
         # Permutations in a row, so that no vector is chosen twice more than another.
         num_rounds = -(-len(dead) // len(vectors))

@@ -103,7 +103,7 @@ def check_std(latents: Moments, pixels: Moments, num_images: int, warn: bool = T
         rank_zero_warn(f"{message} (this is not refused because the images {reason})")
 
 
-def check_finite(latents: Tensor, image_name: Callable[[int], str]) -> None:
+def check_latents(latents: Tensor, image_name: Callable[[int], str]) -> None:
     """Refuse latents that are not finite or absurdly large.
 
     Args:

@@ -85,12 +85,6 @@ def check_limits_positive(verb: str, trainer: Mapping) -> None:
     for name in limits if verb == "fit" else [f"limit_{LOOP[verb]}_batches"]:
         if trainer[name] == 0:
             raise UserError(f"{verb} with {name}=0 has nothing to do; give 1 or more")
-    sanity = trainer.num_sanity_val_steps
-    if verb == "fit" and sanity is not None and sanity < -1:
-        raise UserError(f"num_sanity_val_steps={sanity} must be at least 0, or -1 for all")
-    time = trainer.get("max_time")
-    if verb == "fit" and time and not str(time).strip("0:"):
-        raise UserError(f"fit with max_time={time} has nothing to do; give DD:HH:MM:SS")
     known = {"auto", *StrategyRegistry.available_strategies()}
     if isinstance(trainer.strategy, str) and trainer.strategy not in known:
         near = close(trainer.strategy, known)

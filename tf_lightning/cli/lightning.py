@@ -352,11 +352,12 @@ class TransfusionCLI(LightningCLI):
         self.link_seed(self.config.get(self.subcommand or "", self.config))
 
     def link_seed(self, config: Namespace) -> None:
-        """Give the data the run's seed where its own is left open; config.yaml records it."""
-        data = config.data.get("init_args") or {}
-        if "seed" in data and "data.seed" not in self.given:
-            data.seed = int(config.seed_everything)
-            self.seed_follows = True
+        """Give data and model the run's seed where theirs are left open; config.yaml records it."""
+        for part in ("data", "model"):
+            arguments = (config.get(part) or {}).get("init_args") or {}
+            if "seed" in arguments and f"{part}.seed" not in self.given:
+                arguments.seed = int(config.seed_everything)
+                self.seed_follows |= part == "data"
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Refuse to resume a run of other rows; see `StreamData.load_state_dict`."""

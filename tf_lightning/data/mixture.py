@@ -97,7 +97,8 @@ class Mixture(StreamData):
         timestep_shift: values above 1 draw noise levels nearer to pure noise; 1 leaves them alone
             (paper).
         timestep_distribution: distribution of noise levels, "uniform" (paper) or "logit_normal"
-            (common with rectified flow).
+            (common with rectified flow). Images of an autoencoder with a codebook have no noise
+            level, so they ignore this, `timestep_shift` and `max_caption_t`.
         num_workers: processes that load rows; 0 loads in the training process.
         seed: seed of the order of documents and of the noise, >= 0. On the command line it
             follows `seed_everything` where it is not given.
@@ -145,6 +146,13 @@ class Mixture(StreamData):
                 f"lazy_images=true reads pixels, but autoencoder={autoencoder!r} would encode "
                 'them; give autoencoder "pixels" without sample_posterior, or lazy_images=false'
             )
+        if weights is None and weights_count != "tokens":
+            raise UserError(
+                f"weights_count={weights_count} is the unit of weights, but there are none; give "
+                "each source one, or leave weights_count out"
+            )
+        if autoencoder is None:
+            check_without_images(hflip=hflip, crops=crops > 1, sample_posterior=sample_posterior)
         self.sources, self.weights, self.weights_count = sources, weights, weights_count
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
@@ -414,6 +422,15 @@ def check_weights(sources: dict[str, Source], weights: dict[str, float] | None) 
         )
     if sum(weights.values()) <= 0:
         raise UserError(f"weights are {weights}; give one of them a positive number")
+
+
+def check_without_images(**options: bool) -> None:
+    """Raise UserError if data without an autoencoder has an option that changes images."""
+    for name in [name for name, given in options.items() if given]:
+        raise UserError(
+            f"{name} changes images, but without an autoencoder there are none; name one, such as "
+            f"pixels, or leave {name} out"
+        )
 
 
 def check_image_size(name: str, source: Source, pixels: int) -> None:

@@ -52,7 +52,7 @@ from tf_lightning.ranges import (
     check_arguments,
 )
 from tf_lightning.training.guard import StepGuard, check_finite
-from tf_lightning.training.horizon import epochs_to_steps, expected_steps, has_end
+from tf_lightning.training.horizon import Horizon, check_warmup, epochs_to_steps, has_end
 from tf_lightning.training.optim import lr_scale, parameter_groups, with_schedule
 from tf_lightning.training.precision import (
     check_precision,
@@ -102,22 +102,25 @@ class AutoencoderModule(L.LightningModule):
         network: sizes of the autoencoder; `num_codes` makes it a VQ.
         lpips_weight: weight of LPIPS; 0 needs no pretrained weights.
         lpips_network: backbone of LPIPS: "vgg", "alex" or "squeeze".
-        gan_weight: weight of the adversarial loss; 0: train no discriminator.
+        gan_weight: weight of the adversarial loss; 0: train no discriminator, and ignore
+            `gan_start_step` and `adaptive_gan`.
         gan_start_step: optimizer step from which the discriminator is used.
         adaptive_gan: scale the adversarial loss by s, the ratio of gradient norms at the last layer
             (VQGAN); otherwise s = 1.
-        kl_weight: weight of the KL divergence to N(0, 1) of a VAE.
+        kl_weight: weight of the KL divergence to N(0, 1) of a VAE; a VQ ignores it.
         latent_noise: largest noise that is added to the latents of a VAE, in standard deviations of
             a channel, reached after a third of the steps. It teaches the decoder to correct errors
             of a diffusion model.
-        dead_after: steps without use after which a code of a VQ is dead.
-        restart_dead_codes: move dead codes to encoder outputs of the batch; all codes at the start.
+        dead_after: steps without use after which a code of a VQ is dead; a VAE ignores it.
+        restart_dead_codes: move dead codes of a VQ to encoder outputs of the batch; all codes at
+            the start.
         lr: peak learning rate of AdamW, with linear warm-up and cosine decay.
         betas: decay rates of AdamW.
         weight_decay: weight decay of matrices and convolution kernels.
         warmup_steps: optimizer steps of warm-up.
         min_lr_ratio: last learning rate as a share of the peak; 1: constant.
-        seed: seed of the noise.
+        seed: seed of the noise, >= 0. On the command line it follows `seed_everything` where it is
+            not given.
         max_bad_steps: end the run after this many steps in a row whose loss or gradient is not
             finite. Such steps change nothing.
         spike_sigma: leave out a step whose gradient norm is more than this many standard deviations
@@ -161,7 +164,7 @@ class AutoencoderModule(L.LightningModule):
         self.codebook_use: CodebookUsage | None = None
         self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
         self.reconstruction_loss: ReconstructionLoss | None = None  # built for training only
-        self.guard = StepGuard(max_bad_steps, spike_sigma)
+        self.guard, self.horizon = StepGuard(max_bad_steps, spike_sigma), Horizon()
         self.saves_alone = False  # whether rank zero saves without the others, after an error
         self.loss_scale = 1.0  # factor of the loss in backward passes
 
@@ -215,6 +218,7 @@ class AutoencoderModule(L.LightningModule):
             self.before_training(self.trainer, self.trainer.datamodule)
             take_whole_steps(self.trainer)
             epochs_to_steps(self.trainer)
+            check_warmup(self.trainer, self.hparams.warmup_steps)
             self.check_gan_start(self.trainer)
             if self.hparams.latent_noise and not has_end(self.trainer):
                 raise UserError(
@@ -243,7 +247,7 @@ class AutoencoderModule(L.LightningModule):
 
     def lr_scale(self, step: int) -> float:
         """Return the factor of the peak learning rate after `step` optimizer steps."""
-        hparams, end = self.hparams, expected_steps(self.trainer, step)
+        hparams, end = self.hparams, self.horizon.steps(self.trainer, step)
         return lr_scale(step, hparams.warmup_steps, end, hparams.min_lr_ratio)
 
     @property
@@ -394,7 +398,7 @@ class AutoencoderModule(L.LightningModule):
             latents = posterior.sample(noise)
             if self.hparams.latent_noise:
                 step = self.global_step
-                ramp = min(1.0, 3 * step / expected_steps(self.trainer, step))
+                ramp = min(1.0, 3 * step / self.horizon.steps(self.trainer, step))
                 strength = self.hparams.latent_noise * ramp * share
                 std = self.noise_std(mean) if noise_std is None else noise_std
                 latents = add_latent_noise(latents, std, strength, more_noise)
@@ -407,6 +411,7 @@ class AutoencoderModule(L.LightningModule):
         counts = torch.bincount(ids.flatten(), minlength=self.config.num_codes)
         if self.trainer.world_size > 1:
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        self.idle_before = self.codebook_use.idle.clone()
         self.codebook_use.update(counts)
         dead = self.codebook_use.dead.sum().float()
         return {"code_perplexity": losses.code_perplexity(counts).float(), "dead_codes": dead}
@@ -472,6 +477,8 @@ class AutoencoderModule(L.LightningModule):
             both = norm + clip_gradients(self.discriminator.parameters(), *how)
         self.log("train/grad_norm", norm, batch_size=1)
         self.guard.check(self, self.step_loss, both)
+        if self.guard.leaves_out and self.config.num_codes:
+            self.codebook_use.idle.copy_(self.idle_before)
 
     # ---------------------------------------------------------------- validation
 

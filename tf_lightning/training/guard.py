@@ -6,6 +6,7 @@ in the data stays a function of the number of steps. Optionally, steps whose gra
 than usual are left out too.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -48,27 +49,34 @@ class StepGuard:
         Raises:
             UserError: `max_bad_steps` steps in a row were not finite.
         """
-        is_finite = bool(torch.isfinite(loss.detach().to(norm.device) + 0 * norm))
-        is_finite = module.trainer.strategy.reduce_boolean_decision(is_finite, all=True)
+        agree = module.trainer.strategy.reduce_boolean_decision
+        is_finite = agree(bool(torch.isfinite(loss.detach().to(norm.device) + 0 * norm)), all=True)
         # In fp16 the trainer finds the scale of the loss by steps whose gradients overflow.
-        is_search = loss_scale(module.trainer) > 1 and bool(torch.isfinite(loss))
+        scaled = not is_finite and loss_scale(module.trainer) > 1
+        is_search = scaled and agree(bool(torch.isfinite(loss)), all=True)
         self.leaves_out = not is_finite or self.is_spike(norm.item())
         self.in_a_row = 0 if is_finite or is_search else self.in_a_row + 1
         if self.leaves_out:
             self.left_out += 1
             module.zero_grad()
-        elif self.spike_sigma is not None:
-            self.norms.append(norm.item())
         module.log("train/steps_left_out", float(self.left_out), batch_size=1)
         if self.in_a_row >= self.max_bad_steps:
             raise UserError(describe_end(module.trainer, self.in_a_row))
 
     def is_spike(self, norm: float) -> bool:
-        """Whether a norm is far above the last ones; without WINDOW of them, nothing is."""
-        if self.spike_sigma is None or len(self.norms) < WINDOW:
+        """Whether a norm is far above the last ones, to which it is added.
+
+        Without WINDOW of them, nothing is. A spike is added as the largest norm that is none: so a
+        single one hardly changes what is usual, and norms that stay large become usual.
+        """
+        if self.spike_sigma is None:
             return False
-        std, mean = torch.std_mean(torch.tensor(self.norms, dtype=torch.float64))
-        return norm > (mean + self.spike_sigma * std).item()
+        limit = math.inf
+        if len(self.norms) == WINDOW:
+            std, mean = torch.std_mean(torch.tensor(self.norms, dtype=torch.float64))
+            limit = (mean + self.spike_sigma * std).item()
+        self.norms.append(min(norm, limit))
+        return norm > limit
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and the last norms, for the checkpoint."""

@@ -9,6 +9,7 @@ import math
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from tf_lightning.data.stream import StreamData
 
@@ -16,9 +17,10 @@ from tf_lightning.data.stream import StreamData
 def epochs_to_steps(trainer: L.Trainer) -> None:
     """Replace the limits in epochs of a fit by limits in optimizer steps.
 
-    An epoch is what the data module says, see `StreamData.rows_per_epoch`. Where steps are limited
-    too, the earlier end and the later beginning count. Without a limit in steps, validations that
-    are given in epochs (`check_val_every_n_epoch`) count epochs of the data too.
+    An epoch is what the data module says, see `StreamData.rows_per_epoch`, and a whole number of
+    steps. Where steps are limited too, the earlier end and the later beginning count. Without a
+    limit in steps, validations that are given in epochs (`check_val_every_n_epoch`) count epochs of
+    the data too.
     """
     loop = trainer.fit_loop
     if not isinstance(trainer.datamodule, StreamData):
@@ -28,59 +30,104 @@ def epochs_to_steps(trainer: L.Trainer) -> None:
     if loop.max_steps < 0 and trainer.check_val_every_n_epoch is not None:
         validate_by_steps(trainer)
     if loop.max_epochs not in (None, -1):
-        steps = steps_of_epochs(trainer, loop.max_epochs)
+        steps = loop.max_epochs * steps_per_epoch(trainer)
         limits = [steps] if loop.max_steps < 0 else [steps, loop.max_steps]
         loop.epoch_loop.max_steps = min(limits)
     if min_epochs:
-        loop.epoch_loop.min_steps = steps_of_epochs(trainer, min_epochs)
+        loop.epoch_loop.min_steps = min_epochs * steps_per_epoch(trainer)
     loop.max_epochs, loop.min_epochs = -1, 0
+    validate_within(trainer)
 
 
 def validate_by_steps(trainer: L.Trainer) -> None:
-    """Replace a validation interval in epochs, or in parts of one, by optimizer steps."""
+    """Replace a validation interval in epochs, or in parts of one, by optimizer steps.
+
+    A part is rounded down, so that the last validation of an epoch is within it.
+    """
     every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
     if isinstance(interval, float):
-        trainer.val_check_interval = steps_of_epochs(trainer, every * interval)
+        trainer.val_check_interval = max(1, int(every * interval * steps_per_epoch(trainer)))
     trainer.check_val_every_n_epoch = None
 
 
-def steps_of_epochs(trainer: L.Trainer, epochs: float) -> int:
-    """Count the optimizer steps that read the rows of some epochs, rounded up.
+def validate_within(trainer: L.Trainer) -> None:
+    """Validate at the last step of a run that ends before its first validation, and tell it."""
+    interval, last = trainer.val_check_interval, trainer.max_steps
+    if isinstance(interval, int) and 0 < last < interval and trainer.limit_val_batches:
+        rank_zero_warn(
+            f"val_check_interval={interval} is after the last step (max_steps={last}), so this run "
+            "validates once, at its last step; set limit_val_batches to 0 for no validation"
+        )
+        trainer.val_check_interval = last
+
+
+def steps_per_epoch(trainer: L.Trainer) -> int:
+    """Count the optimizer steps that read the rows of an epoch, rounded up.
 
     `limit_train_batches` shortens each epoch, as a number of steps or as a share.
     """
     data, limit = trainer.datamodule, trainer.limit_train_batches
     rows_per_step = data.batch_size * data.world_size * data.batches_per_step()
     steps = data.rows_per_epoch / rows_per_step
-    steps = steps * limit if isinstance(limit, float) else min(steps, limit)
-    return math.ceil(epochs * steps)
+    return math.ceil(steps * limit if isinstance(limit, float) else min(steps, limit))
+
+
+class Horizon:
+    """The optimizer steps of a whole run, for a schedule over the run.
+
+    They are computed once for each step, because with `max_time` the ranks have to agree: callers
+    within a forward pass find the value that the learning rate of their step was computed with.
+    """
+
+    def __init__(self):
+        self.step = self.num_steps = math.nan
+
+    def steps(self, trainer: L.Trainer, step: int) -> float:
+        """Return `expected_steps`, the same value whenever it is called for one step."""
+        if step != self.step:
+            self.step, self.num_steps = step, expected_steps(trainer, step)
+        return self.num_steps
 
 
 def expected_steps(trainer: L.Trainer, step: int) -> float:
-    """Return the optimizer steps of the whole run: `max_steps`, or with `max_time` an estimate.
+    """Return the optimizer steps of the whole run, which ends at `max_steps` or at `max_time`.
 
-    The estimate continues at the average pace so far, so it is exact when the time is over. It is
-    the same on all ranks. A run without limits has infinitely many steps.
+    With `max_time` it is the earlier of both ends. The end by time is an estimate that continues at
+    the average pace so far, so it is exact when the time is over. A run without limits has
+    infinitely many steps. All ranks have to call this, and get the same value.
 
     Args:
         trainer: the trainer of the fit, after `epochs_to_steps`.
         step: number of finished optimizer steps.
     """
-    if trainer.max_steps >= 0:
-        return trainer.max_steps
+    max_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
     timer = timer_of(trainer)
     if timer is None:
-        return math.inf
-    elapsed = timer.time_elapsed()
-    duration = elapsed + timer.time_remaining()
-    share = trainer.strategy.broadcast(elapsed / duration if duration > 0 else 1.0)
-    return step / share if share > 0 else math.inf
+        return max_steps
+    share = trainer.strategy.broadcast(timer.time_elapsed() / duration_of(timer))
+    by_time = step / share if share > 0 else math.inf
+    return min(max_steps, max(by_time, trainer.min_steps or 0))
 
 
 def timer_of(trainer: L.Trainer) -> Timer | None:
     """Return the callback that limits the run's time, which Lightning adds for `max_time`."""
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
-    return next((timer for timer in timers if timer.time_remaining() is not None), None)
+    timers = [timer for timer in timers if timer.time_remaining() is not None]
+    return min(timers, key=Timer.time_remaining, default=None)
+
+
+def duration_of(timer: Timer) -> float:
+    """Return the time that a timer allows, in seconds."""
+    return timer.time_elapsed() + timer.time_remaining()
+
+
+def check_warmup(trainer: L.Trainer, warmup_steps: int) -> None:
+    """Warn of a warm-up that the run does not finish; call it after `epochs_to_steps`."""
+    if 0 < trainer.max_steps <= warmup_steps:
+        rank_zero_warn(
+            f"warmup_steps={warmup_steps} does not end before the last step "
+            f"(max_steps={trainer.max_steps}), so the learning rate never reaches lr; give fewer"
+        )
 
 
 def has_end(trainer: L.Trainer) -> bool:

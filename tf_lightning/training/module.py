@@ -56,7 +56,7 @@ from tf_lightning.training.fsdp import (
     reshard,
 )
 from tf_lightning.training.guard import StepGuard, check_finite
-from tf_lightning.training.horizon import epochs_to_steps, expected_steps
+from tf_lightning.training.horizon import Horizon, check_warmup, epochs_to_steps
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
 from tf_lightning.training.optim import DECAYS, build_optimizer, lr_scale, with_schedule
 from tf_lightning.training.precision import check_precision, clip_gradients, fp32_by_default
@@ -85,7 +85,8 @@ class Transfusion(L.LightningModule):
     """Trains one Transformer to predict the next text token and to denoise images.
 
     With `num_codes`, images are discrete tokens and the loss is the language-model loss alone
-    (Chameleon). Then patch_size is 1, and the options of latents and diffusion are ignored.
+    (Chameleon). Then patch_size is 1, and latent_channels, prediction_type, noise_schedule,
+    num_train_timesteps and diffusion_weight, which recipes of both kinds share, are ignored.
 
     Args:
         transformer: sizes of the shared Transformer.
@@ -166,10 +167,13 @@ class Transfusion(L.LightningModule):
         transformer = TransformerConfig(**transformer)
         unet = None if unet is None else UNetConfig(**unet)
         linear = None if linear is None else LinearConfig(**linear)
-        if num_codes is not None and linear is not None:
+        of_latents = {"linear": linear, "learned_sigma": learned_sigma}
+        of_latents |= {"min_snr_gamma": min_snr_gamma}
+        given = [name for name, value in of_latents.items() if value]
+        if num_codes is not None and given:
             raise UserError(
-                f"linear has no effect with num_codes={num_codes}, whose images are tokens; leave "
-                "it out"
+                f"{given[0]} has no effect with num_codes={num_codes}, whose images are tokens; "
+                "leave it out"
             )
         if num_codes is not None:
             check_code_options(num_codes, patch_size, unet, transformer)
@@ -183,7 +187,7 @@ class Transfusion(L.LightningModule):
         self.process = process_from_hparams(self.hparams)  # None: images are discrete codes
         self.net: TransfusionModel | None = None
         self.ema: TransfusionModel | None = None
-        self.guard = StepGuard(max_bad_steps, spike_sigma)
+        self.guard, self.horizon = StepGuard(max_bad_steps, spike_sigma), Horizon()
         self.saves_alone = False  # whether rank zero saves without the others, after an error
         self.breakdown: LossBreakdown | None = None  # while the module is trained
         self.tokenizer_proto: bytes | None = None
@@ -247,6 +251,7 @@ class Transfusion(L.LightningModule):
             self.before_training(self.trainer, data)
             take_whole_steps(self.trainer)
             epochs_to_steps(self.trainer)
+            check_warmup(self.trainer, self.hparams.warmup_steps)
         self.check_data(data)
         self.tokenizer_proto, self.row_length = data.tokenizer.proto, data.row_length
         self.image_codec = {
@@ -307,7 +312,7 @@ class Transfusion(L.LightningModule):
 
     def lr_scale(self, step: int) -> float:
         """Return the factor of the peak learning rate after `step` optimizer steps."""
-        hparams, end = self.hparams, expected_steps(self.trainer, step)
+        hparams, end = self.hparams, self.horizon.steps(self.trainer, step)
         return lr_scale(step, hparams.warmup_steps, end, hparams.min_lr_ratio, hparams.lr_decay)
 
     # ---------------------------------------------------------------- training

@@ -6,8 +6,6 @@ before the first batch, and every mean is taken over the step. A step of the tra
 an optimizer step: it validates, saves and resumes between two of them, never within one.
 """
 
-import math
-
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -17,45 +15,82 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from tf_lightning.data.stream import StreamData
 from tf_lightning.errors import UserError
+from tf_lightning.ranges import Range
+from tf_lightning.training.horizon import duration_of, timer_of
 from tf_lightning.training.precision import check_precision
+
+LIMITS = {  # of the trainer's numbers
+    "accumulate_grad_batches": Range(ge=1, note="1 accumulates nothing"),
+    "gradient_clip_val": Range(ge=0, note="0 clips nothing"),
+    "log_every_n_steps": Range(ge=1, note="set logger to false to log nothing (barebones sets 0)"),
+    "check_val_every_n_epoch": Range(ge=1, note="null to count val_check_interval in steps"),
+    "min_steps": Range(ge=0),
+    "min_epochs": Range(ge=0),
+}
+WITHOUT_EFFECT = {  # options of the trainer that need epochs, with what to do instead
+    "overfit_batches": "give the data a source of few documents",
+    "reload_dataloaders_every_n_epochs": "leave it at 0",
+}
 
 
 def check_trainer(trainer: L.Trainer) -> None:
     """Refuse settings of the trainer that an endless stream of rows cannot follow.
 
     Raises:
-        UserError: gradients are accumulated over fewer than 1 batch or over a number that changes,
-            a limit or an interval is out of range, the precision is not supported, or the training
-            data should repeat after a few batches.
+        UserError: a limit or an interval is out of range or never takes effect, gradients are
+            accumulated over a number of batches that changes, or the precision is not supported.
     """
-    if trainer.accumulate_grad_batches < 1:
-        raise UserError(
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1 (none) or more"
-        )
+    check_precision(trainer.precision)
+    for name, limits in LIMITS.items():
+        value = getattr(trainer, name)
+        if value is not None and not limits.contains(value):
+            raise UserError(f"{name}={value} must be {limits}")
+    for name, remedy in WITHOUT_EFFECT.items():
+        if value := getattr(trainer, name):
+            raise UserError(f"{name}={value} has no effect on an endless stream of rows; {remedy}")
     if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):
         raise UserError(
             "GradientAccumulationScheduler changes the batches of an optimizer step during the "
             "run, and resuming needs their number to be constant; remove it and set "
             "trainer.accumulate_grad_batches"
         )
-    if trainer.overfit_batches:
+    if trainer.gradient_clip_algorithm and not trainer.gradient_clip_val:
         raise UserError(
-            f"overfit_batches={trainer.overfit_batches} has no effect on an endless stream of "
-            "rows; leave it out and give the data a source of few documents"
+            f"gradient_clip_algorithm={trainer.gradient_clip_algorithm.value} has no effect "
+            "without gradient_clip_val; give it a number above 0"
         )
-    clip_val = trainer.gradient_clip_val or 0
-    if not 0 <= clip_val < math.inf:
-        raise UserError(f"gradient_clip_val={clip_val} must be above 0, or 0 for no clipping")
-    check_precision(trainer.precision)
-    if trainer.log_every_n_steps < 1:
+    check_end(trainer)
+    check_validation(trainer)
+
+
+def check_end(trainer: L.Trainer) -> None:
+    """Refuse a run that ends before it begins, or before its earliest end.
+
+    Raises:
+        UserError: `max_time` is 0, or `min_steps` is above `max_steps`.
+    """
+    timer = timer_of(trainer)
+    if timer and duration_of(timer) <= 0:
+        raise UserError("max_time=0 has nothing to do; give a time, as in 00:08:00:00 for 8 hours")
+    least, most = trainer.min_steps or 0, trainer.max_steps
+    if 0 < most < least:
+        raise UserError(f"min_steps={least} is after the last step (max_steps={most})")
+
+
+def check_validation(trainer: L.Trainer) -> None:
+    """Refuse validations that would never come, or not after the same steps in each run.
+
+    Raises:
+        UserError: an option of the trainer's validations is out of range.
+    """
+    if trainer.num_sanity_val_steps < 0:  # Lightning turns -1 into infinity
         raise UserError(
-            f"log_every_n_steps={trainer.log_every_n_steps} must be at least 1 (barebones sets 0); "
-            "set logger to false to log nothing"
+            f"num_sanity_val_steps={trainer.num_sanity_val_steps} must be at least 0, or -1 for "
+            "all batches"
         )
     if not hasattr(trainer, "val_check_interval"):  # Lightning keeps a time under another name
         raise UserError(
@@ -67,20 +102,11 @@ def check_trainer(trainer: L.Trainer) -> None:
             "val_check_interval=0 must be a number of steps or a share of an epoch; set "
             "limit_val_batches to 0 for no validations"
         )
-    least, most = trainer.min_steps or 0, trainer.max_steps
-    if 0 < most < least:
-        raise UserError(f"min_steps={least} is after the last step (max_steps={most})")
     epochs = trainer.check_val_every_n_epoch or 1
     if epochs > 1 and trainer.max_steps >= 0:
         raise UserError(
             f"check_val_every_n_epoch={epochs} never validates in a run of max_steps, which is one "
             "epoch to Lightning; set it to null and val_check_interval to a number of steps"
-        )
-    interval, last = trainer.val_check_interval, trainer.max_steps
-    if isinstance(interval, int) and 0 < last < interval and trainer.limit_val_batches:
-        rank_zero_warn(
-            f"val_check_interval={interval} is after the last step (max_steps={last}), so this run "
-            f"never validates; give at most {last}, or limit_val_batches: 0 if that is intended"
         )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tf_lightning.autoencoder.statistics import MIN_IMAGES, Moments, check_finite, check_std
+from tf_lightning.autoencoder.statistics import MIN_IMAGES, Moments, check_latents, check_std
 from tf_lightning.data.corpus.reader import (
     ALTERNATIVE,
     CONTEXT_IMAGE,
@@ -246,7 +246,7 @@ class CorpusWriter:
             UserError: a latent is not finite, or those of the first images are far from unit
                 variance.
         """
-        check_finite(latents, self._image_name)
+        check_latents(latents, self._image_name)
         is_first = not self.latent_moments.num_values
         self.latent_moments.update(latents[:, 0, 0])
         self.pixel_moments.update(pixels)
