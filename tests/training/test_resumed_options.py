@@ -75,9 +75,19 @@ def test_what_weights_or_state_depend_on_cannot_change(interrupted, changed, tol
 def test_only_changed_values_are_compared():
     saved = {"lr": 1.0, "betas": [0.9, 0.95], "unet": None, "transformer": {"dim": 8, "old": 1}}
     same = {"lr": 2.0, "betas": (0.9, 0.95), "unet": None, "transformer": {"dim": 8, "new": 2}}
-    check_resumed(same, saved, {"lr"})
+    checkpoint = {"hyper_parameters": saved, "optimizer_states": []}
+    check_resumed(same, checkpoint, {"lr"})
     with pytest.raises(UserError, match="transformer.dim=16 differs from the checkpoint's 8"):
-        check_resumed({**same, "transformer": {"dim": 16}}, saved, {"lr"})
+        check_resumed({**same, "transformer": {"dim": 16}}, checkpoint, {"lr"})
+
+
+@pytest.mark.parametrize("make", [(shapes_module, shapes_data), (autoencoder_module, image_data)])
+def test_weights_alone_are_not_resumed(tmp_path, make):
+    module, data = make
+    trainer = fit(module(), data(tmp_path), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(UserError, match="holds weights only .save_weights_only.*InitFrom"):
+        fit(module(), data(tmp_path), tmp_path / "weights.ckpt", max_steps=3)
 
 
 def test_the_state_of_an_optimizer_is_restored_but_not_its_options():

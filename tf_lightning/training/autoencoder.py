@@ -540,7 +540,7 @@ class AutoencoderModule(L.LightningModule):
         upgrade(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             changeable = set(self.hparams) - {"network"}
-            check_resumed(self.hparams, checkpoint["hyper_parameters"], changeable, {"gan_weight"})
+            check_resumed(self.hparams, checkpoint, changeable, {"gan_weight"})
         count_steps(checkpoint)
         self.loaded_step = checkpoint["global_step"]
         if "step_guard" in checkpoint:  # missing in old checkpoints

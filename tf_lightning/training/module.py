@@ -550,7 +550,7 @@ class Transfusion(L.LightningModule):
         upgrade(checkpoint)
         # Without ckpt_path the weights are those that InitFrom starts a new run with.
         if self._trainer is not None and self.trainer.state.fn == "fit" and self.trainer.ckpt_path:
-            check_resumed(self.hparams, checkpoint["hyper_parameters"], CHANGEABLE, SWITCHES)
+            check_resumed(self.hparams, checkpoint, CHANGEABLE, SWITCHES)
         count_steps(checkpoint)
         self.tokenizer_proto = same_tokenizer(checkpoint, self.tokenizer_proto)
         self.image_codec = with_data(checkpoint["image_codec"], self.image_codec)

@@ -9,7 +9,7 @@ from tf_lightning.errors import UserError
 
 def check_resumed(
     hparams: Mapping[str, Any],
-    saved: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
     changeable: set[str],
     switches: set[str] = frozenset(),
 ) -> None:
@@ -19,14 +19,21 @@ def check_resumed(
 
     Args:
         hparams: hyper-parameters of the module that resumes.
-        saved: hyper-parameters in the checkpoint.
+        checkpoint: what was saved.
         changeable: names of those that take effect when a run resumes.
         switches: those of them that add weights, so that 0 must stay 0.
 
     Raises:
-        UserError: another one differs.
+        UserError: another one differs, or the checkpoint has no state of the optimizer.
     """
-    for name, value, old in differences(plain_hparams(hparams), plain_hparams(saved)):
+    if "optimizer_states" not in checkpoint:
+        raise UserError(
+            "the checkpoint holds weights only (save_weights_only), and a run resumes with the "
+            "state of its optimizer; give another checkpoint, or start a new run with the callback "
+            "callbacks.init_from.InitFrom"
+        )
+    saved = plain_hparams(checkpoint["hyper_parameters"])
+    for name, value, old in differences(plain_hparams(hparams), saved):
         if name not in changeable or (name in switches and bool(value) != bool(old)):
             raise UserError(
                 f"{name}={value} differs from the checkpoint's {old}, and a resumed run cannot "
