@@ -64,13 +64,19 @@ class InitFrom(L.Callback):
         """Check that the checkpoint fits this run before any data is prepared.
 
         Raises:
-            UserError: the checkpoint is missing or damaged, or its sizes, or those of a language
-                model or its tokenizer, do not fit this run.
+            UserError: the checkpoint is missing or damaged, its weights are not finite, or its
+                sizes, or those of a language model or its tokenizer, do not fit this run.
         """
-        if not self.is_language_model:
+        if self.is_language_model:
+            self._language_model(model, data)
+        else:
             weights = select_weights(read_weights(self.checkpoint)["state_dict"])[0]
             check_shapes(model, self._complete(weights, model))
-            return
+
+    def _language_model(
+        self, model: Transfusion, data: L.LightningDataModule
+    ) -> tuple[LanguageModel, dict[str, Tensor]]:
+        """Open and check the language model; return it and its weights under our names."""
         source = open_language_model(self.checkpoint)
         source.check(model.config, getattr(data, "row_length", None))
         file = getattr(data, "tokenizer_file", None)
@@ -80,6 +86,9 @@ class InitFrom(L.Callback):
                 f"{self.checkpoint} needs its own tokenizer but the data {current}; give the data "
                 f"tokenizer: {self.checkpoint}"
             )
+        weights = source.load(model.config.vocab_size)
+        check_finite_weights(weights, f"of {self.checkpoint}", "download it again")
+        return source, weights
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Load the weights, unless the run is resumed.
@@ -93,10 +102,7 @@ class InitFrom(L.Callback):
             self._load(pl_module, self._checkpoint_weights(pl_module))
             rank_zero_info(f"Initialized from {self.checkpoint}")
             return
-        self.before_training(pl_module, trainer.datamodule)
-        source = open_language_model(self.checkpoint)
-        weights = source.load(pl_module.config.vocab_size)
-        check_finite_weights(weights, f"of {self.checkpoint}", "download it again")
+        source, weights = self._language_model(pl_module, trainer.datamodule)
         self._load(pl_module, {f"transformer.{name}": w for name, w in weights.items()})
         rank_zero_info(load_report(source, pl_module))
         rank_zero_info(check_text(trainer, pl_module))
