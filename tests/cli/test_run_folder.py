@@ -93,6 +93,8 @@ def two_loggers(name: str):
 def test_the_way_on_with_several_loggers_is_one_that_works(tmp_path, refused):
     fit(tmp_path, change=two_loggers("run"))
     config = tmp_path / "config.yaml"
+    line = refused("fit", "-c", config, "--trainer.logger.name=second")
+    assert "--trainer.logger.name does not reach into a list of loggers" in line
     line = refused("fit", "-c", config)
     assert f"its own `name` for the first of trainer.logger ({config} line " in line
     number = int(line.partition(f"{config} line ")[2].partition(")")[0])

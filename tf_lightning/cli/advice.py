@@ -50,6 +50,8 @@ REQUIRED = re.compile(
 NO_CLASS = re.compile(r"(?:Expected a dot import path string|Unexpected import path format): (.*)")
 OTHER_CLASS = re.compile(r"Import path ([\w.]+) does not correspond to a subclass of (\w+)")
 NO_OBJECT = re.compile(r"Not a valid subclass of (\w+)\. Got value: (.*)")
+ABSTRACT = re.compile(r"Expected an instantiatable class, but ([\w.]+) is abstract")
+SPACE = re.compile(r'Spaces not allowed in keys: "(.*)"')
 NO_FILE = re.compile(r"Unable to load config ['\"](.*?)['\"]")
 SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
 SIMPLE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
@@ -65,6 +67,24 @@ class Problem(NamedTuple):
 
     key: str
     sentence: str
+
+
+class Finding(NamedTuple):
+    """Where in a report a problem is described.
+
+    Attributes:
+        match: the match of the problem's pattern.
+        key: as in `Problem`.
+        owner: path of the class whose arguments the report is about there, or "".
+        options: names of the options that the command has, without dashes.
+        report: the whole report.
+    """
+
+    match: re.Match
+    key: str
+    owner: str
+    options: list[str]
+    report: str
 
 
 def find_problem(report: str, options: Iterable[str]) -> Problem:
@@ -83,10 +103,12 @@ def find_problem(report: str, options: Iterable[str]) -> Problem:
         (NO_CLASS, no_class),
         (OTHER_CLASS, other_class),
         (NO_OBJECT, no_object),
+        (ABSTRACT, abstract_class),
+        (SPACE, key_with_space),
     ):
         if found := pattern.search(report):
             key, owner = whole_key(report, found.start()), owner_of(report, found.start())
-            sentence = describe(found, key, owner, list(options), report)
+            sentence = describe(Finding(found, key, owner, list(options), report))
             return Problem(named_option(sentence) or key, sentence)
     found = SUBTYPES.search(report)
     subtypes = [*SUBTYPES.finditer(report)]
@@ -139,52 +161,55 @@ def owner_of(report: str, end: int) -> str:
     return owners[-1] if owners else ""
 
 
-def no_attribute(found, key: str, owner: str, options: list[str], report: str) -> str:
+def no_attribute(at: Finding) -> str:
     """Describe a class that its module does not have."""
-    module, name = found.groups()
+    module, name = at.match.groups()
     near = close(name, [*dir(importlib.import_module(module)), *known_classes()])
     path = known_classes().get(near, f"{module}.{near}")
     advice = f"did you mean {path}?" if near else "check its spelling"
-    return f"{key}: there is no class {name} in {module}; {advice}"
+    return f"{at.key}: there is no class {name} in {module}; {advice}"
 
 
-def no_module(found, key: str, owner: str, options: list[str], report: str) -> str:
+def no_module(at: Finding) -> str:
     """Describe a class whose module cannot be imported."""
-    if Path(owner).suffix in (".yaml", ".yml"):
-        return f"{key}={owner}: there is no such file; check the path"
-    if Path(owner).suffix in FILE_SUFFIXES:
-        return f"{key}={owner} is a file, but must be a class; {give_class(key)}"
-    near = close(owner.rpartition(".")[2], known_classes())
+    if Path(at.owner).suffix in (".yaml", ".yml"):
+        return f"{at.key}={at.owner}: there is no such file; check the path"
+    if Path(at.owner).suffix in FILE_SUFFIXES:
+        return f"{at.key}={at.owner} is a file, but must be a class; {give_class(at.key)}"
+    near = close(at.owner.rpartition(".")[2], known_classes())
     if near:
-        return f"{key}: there is no class {owner}; did you mean {known_classes()[near]}?"
+        return f"{at.key}: there is no class {at.owner}; did you mean {known_classes()[near]}?"
     return (
-        f"{key}: {owner or found[1]} cannot be imported because there is no module {found[1]}; "
-        "install it, or start the command in the folder that holds it"
+        f"{at.key}: {at.owner or at.match[1]} cannot be imported because there is no module "
+        f"{at.match[1]}; install it, or start the command in the folder that holds it"
     )
 
 
-def unknown_option(found, key: str, owner: str, options: list[str], report: str) -> str:
+def unknown_option(at: Finding) -> str:
     """Describe an option that the command, or a class, does not have."""
-    word = found[1]
+    word = at.match[1]
     if not word:
         return "the command line has an empty word; leave it out"
+    dashes = re.match(r"---+|[–—]-?", word)
+    if dashes:
+        return f"{word} does not begin with two dashes; write --{word[dashes.end() :]}"
     name = word.lstrip("-").partition("=")[0].replace(".init_args", "")
-    if owner:
-        prefix = key.removesuffix(name).rstrip(".")
-        known = arguments_of(owner, name.rpartition(".")[0])
+    if at.owner:
+        prefix = at.key.removesuffix(name).rstrip(".")
+        known = arguments_of(at.owner, name.rpartition(".")[0])
         # jsonargparse names the parent of a nested option in the key, or the option itself
         full = f"{prefix}.{name}" if prefix else name
         near = close(name.rpartition(".")[2], known)
         fixed = full.rpartition(".")[0] + f".{near}"
         advice = f"; did you mean --{fixed}?" if near else listing(known)
-        return f"--{full} is not an option of {owner}{advice}"
+        return f"--{full} is not an option of {at.owner}{advice}"
     if not word.startswith("-") and Path(word).suffix in (".yaml", ".yml"):
         return f"{word} is an unexpected word; did you mean -c {word}?"
-    if not word.startswith("-") and "unrecognized" in report:
+    if not word.startswith("-") and "unrecognized" in at.report:
         return f"{word} is an unexpected word; values follow an option, as in --model.lr 1e-3"
-    roots = sorted({option.partition(".")[0] for option in options} - {"help", "print_config"})
+    roots = sorted({option.partition(".")[0] for option in at.options} - {"help", "print_config"})
     near = near_parent(name, roots) if "." in name and name.split(".")[0] not in roots else ""
-    if near := near or close(name, options):
+    if near := near or close(name, at.options):
         return f"there is no option --{name}; did you mean --{near}?"
     return f"there is no option --{name}; options begin with {', '.join(roots)}"
 
@@ -196,43 +221,54 @@ def near_parent(name: str, roots: list[str]) -> str:
     return f"{near}.{rest}" if near else ""
 
 
-def required_options(found, key: str, owner: str, options: list[str], report: str) -> str:
+def required_options(at: Finding) -> str:
     """Describe options without a default that are missing."""
-    named = re.sub(r"\b(fit|validate|test|predict)\.", "", found[1] or found[2])
-    prefix = f"--{key}." if key else "--"
+    named = re.sub(r"\b(fit|validate|test|predict)\.", "", at.match[1] or at.match[2])
+    prefix = f"--{at.key}." if at.key else "--"
     names = ", ".join(prefix + name.strip() for name in named.split(","))
-    return f"{owner or 'the command'} needs {names}"
+    return f"{at.owner or 'the command'} needs {names}"
 
 
-def no_file(found, key: str, owner: str, options: list[str], report: str) -> str:
+def no_file(at: Finding) -> str:
     """Describe a value in place of a file of options."""
     return (
-        f"--{key} {shorten(found[1])} is no file of options; give one of them, as in "
-        f"--{key}.KEY VALUE"
+        f"--{at.key} {shorten(at.match[1])} is no file of options; give one of them, as in "
+        f"--{at.key}.KEY VALUE"
     )
 
 
-def no_class(found, key: str, owner: str, options: list[str], report: str) -> str:
+def no_class(at: Finding) -> str:
     """Describe a word in place of a class, or of a file with its arguments."""
-    word = found[1].strip()
+    word = at.match[1].strip()
     if Path(word).suffix in (".yaml", ".yml"):
-        return f"{key}={word}: there is no such file; check the path"
+        return f"{at.key}={word}: there is no such file; check the path"
     near = close(word, known_classes())
     if near:
-        return f"{key}={shorten(word)} is not a class; did you mean {known_classes()[near]}?"
-    return f"{key}={shorten(word)} is not a class; {give_class(key)}"
+        return f"{at.key}={shorten(word)} is not a class; did you mean {known_classes()[near]}?"
+    return f"{at.key}={shorten(word)} is not a class; {give_class(at.key)}"
 
 
-def other_class(found, key: str, owner: str, options: list[str], report: str) -> str:
+def other_class(at: Finding) -> str:
     """Describe a class of another kind."""
-    return f"{key}: {found[1]} is no {found[2]}; {give_class(key)}"
+    return f"{at.key}: {at.match[1]} is no {at.match[2]}; {give_class(at.key)}"
 
 
-def no_object(found, key: str, owner: str, options: list[str], report: str) -> str:
+def no_object(at: Finding) -> str:
     """Describe a value in place of a class with its arguments."""
-    entries = re.findall(rf"'([\w-]+)': {re.escape(found[2])}[,}}]", report)
-    key = ".".join([key, *entries[:1]]) if len(entries) == 1 else key
-    return f"{key}={shorten(found[2])} is no {found[1]}; {give_class(key)}"
+    entries = re.findall(rf"'([\w-]+)': {re.escape(at.match[2])}[,}}]", at.report)
+    key = f"{at.key}.{entries[0]}" if len(entries) == 1 else at.key
+    return f"{key}={shorten(at.match[2])} is no {at.match[1]}; {give_class(at.key)}"
+
+
+def abstract_class(at: Finding) -> str:
+    """Describe an option of an entry that has no class, such as a source that is not there."""
+    parent = at.key.rpartition(".")[0]
+    return f"--{at.key}: there is no {parent}; check its name, or give {parent}.class_path"
+
+
+def key_with_space(at: Finding) -> str:
+    """Describe a key with a space."""
+    return f"{at.key}: the key {at.match[1]!r} has a space; remove it"
 
 
 def give_class(key: str) -> str:

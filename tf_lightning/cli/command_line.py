@@ -44,12 +44,22 @@ def typed_keys(args: list[str]) -> set[str]:
     return {option.replace(".init_args", "") for option in options}
 
 
+def without_value(args: list[str]) -> str:
+    """Return the first option that nothing follows but another option; "" if there is none."""
+    for arg, following in pairwise([*args, "--"]):
+        if arg.startswith("--") and "." in arg and "=" not in arg and following.startswith("--"):
+            return arg
+    return ""
+
+
 def config_files(args: list[str]) -> list[str]:
     """Return the files that a command line names with -c or --config."""
     files = []
     for arg, following in pairwise([*args, None]):
         if arg in ("-c", "--config") and following is not None:
             files.append(following)
+        elif arg in ("-c=", "--config="):
+            files.append("")
         elif found := re.fullmatch(r"(?:--config=|-c=?)(?!onfig)(.+)", arg):
             if re.match(r"kpt_path\b", found[1]):
                 raise UserError(f"{arg} has one dash; write -{arg}")
@@ -66,6 +76,24 @@ def refuse_linked(args: list[str]) -> None:
         if option and option[1] in LINKED:
             name = option[1]
             raise UserError(f"{arg}: the data takes {name} from the model; give {LINKED[name]}")
+
+
+def refuse_options_of_list(typed: set[str], files: Iterable[ConfigContent]) -> None:
+    """Refuse an option of the logger where the files give several; all but one would be lost.
+
+    Args:
+        typed: the keys that the command line gives.
+        files: the configuration files, in order.
+    """
+    options = [key for key in typed if key.startswith("trainer.logger.")]
+    trainers = [file.values.get("trainer") for file in files]
+    given = [t["logger"] for t in trainers if isinstance(t, dict) and "logger" in t]
+    replaced = {"trainer.logger", "trainer.logger+"} & typed
+    if options and not replaced and given and isinstance(given[-1], list):
+        raise UserError(
+            f"--{options[0]} does not reach into a list of loggers; change trainer.logger in the "
+            "configuration file"
+        )
 
 
 def refuse_model_options(

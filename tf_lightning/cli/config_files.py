@@ -1,5 +1,6 @@
 """The configuration files of a command, read once: their values, and the line of each key."""
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from tf_lightning.errors import UserError
+
+CYCLE = "{} has an alias that refers to itself, or is nested too deeply; write it out"
 
 
 class Place(NamedTuple):
@@ -65,7 +68,11 @@ def read_config(file: Path) -> ConfigContent:
         if not isinstance(root, yaml.MappingNode):
             raise UserError(f"{file} has no keys such as `model:`; give the YAML file of a run")
         places = _unique(_places(root, file, ""))
-        return ConfigContent(file, text, loader.construct_document(root), places)
+        values = loader.construct_document(root)
+        _refuse_cycles(values, file)
+        return ConfigContent(file, text, values, places)
+    except RecursionError as error:
+        raise UserError(CYCLE.format(file)) from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file} is not a text file in UTF-8; -c takes the YAML file of a run, and a "
@@ -79,6 +86,14 @@ def read_config(file: Path) -> ConfigContent:
         ) from error
     except yaml.YAMLError as error:  # such as a character that YAML does not allow
         raise UserError(f"{file}: {error}; correct the YAML") from error
+
+
+def _refuse_cycles(values: Any, file: Path) -> None:
+    """Raise UserError where an alias stands inside of its own anchor."""
+    try:
+        json.dumps(values, default=str)
+    except ValueError as error:
+        raise UserError(CYCLE.format(file)) from error
 
 
 def _places(node: yaml.MappingNode, file: Path, prefix: str) -> Iterator[tuple[str, Place]]:

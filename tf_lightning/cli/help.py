@@ -82,7 +82,7 @@ Keys of a configuration:
   checkpoint       when to save: every_n_train_steps, save_top_k
   seed_everything  seed of the weights, the order of the data and the noise (default: 0)
   ckpt_path        checkpoint to resume or to evaluate
-  progress_bar, scores, learning_rate_monitor    callbacks of every run
+  progress_bar, learning_rate_monitor    callbacks of every run
 """
 RECIPES = {
     "quickstart.yaml": "the shapes world: no download, no GPU, 15 minutes",

@@ -47,8 +47,10 @@ from tf_lightning.cli.command_line import (
     expand_home,
     refuse_linked,
     refuse_model_options,
+    refuse_options_of_list,
     typed_keys,
     warn_of_unused_values,
+    without_value,
 )
 from tf_lightning.cli.config_files import ConfigContent, Place, read_config
 from tf_lightning.cli.config_parser import ConfigError, ConfigFile, ConfigParser
@@ -88,7 +90,7 @@ TRAINER = {
     "check_val_every_n_epoch": None,  # val_check_interval counts steps: the stream has no epochs
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 25,
-    "enable_model_summary": False,  # before_fit says how many parameters there are
+    "enable_model_summary": False,  # SaveFitConfig says how many parameters there are
 }
 LOGGER = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -124,7 +126,7 @@ HINT = "`tf-lightning fit --help` lists the keys; CHANGELOG.md lists those that 
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Writes config.yaml when training starts.
+    """Writes config.yaml when training starts, and says how large the model is.
 
     Refused runs and evaluations do not overwrite an earlier config.yaml.
     """
@@ -138,6 +140,8 @@ class SaveFitConfig(SaveConfigCallback):
             file = Path(trainer.default_root_dir, self.config_filename)
             file.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        rank_zero_info(f"Training {trained:,} parameters")
 
 
 class TransfusionCLI(LightningCLI):
@@ -179,6 +183,8 @@ class TransfusionCLI(LightningCLI):
             return (
                 f"{self.verb} needs the configuration of a run; give -c CONFIG, such as {EXAMPLE}"
             )
+        if "expected one argument" in problem.sentence and (word := without_value(self.typed)):
+            return f"{word} needs a value, as in {word}=VALUE"
         place = self.place_of(problem.key)
         return f"{place}: {problem.sentence}" if place else problem.sentence
 
@@ -259,6 +265,7 @@ class TransfusionCLI(LightningCLI):
         except UserError as error:
             stop(str(error), code=2, hint=HINT)
         self.given = {*self.places, *self.typed_keys}
+        refuse_options_of_list(self.typed_keys, self.files.values())
         if self.data_only and "model" not in self.places:
             args = ["--model.transformer={}", *args]
         super().parse_arguments(parser, args)
@@ -388,8 +395,8 @@ class TransfusionCLI(LightningCLI):
             while cause.__cause__ and not isinstance(cause, UserError):
                 cause = cause.__cause__
             message = " ".join(str(cause).split())
-            if "argument after ** must be a mapping" in message:
-                message = "a group of options is null; give its options, or leave it out"
+            if "argument after ** must be a mapping" in message or "'NoneType' object" in message:
+                message = "an option or a group of options is null; give it, or leave it out"
             raise UserError(message) from error
         if isinstance(self.model, Transfusion):
             check_autoencoder(self.model, self.datamodule, config.model.init_args.latent_channels)
@@ -495,9 +502,6 @@ class TransfusionCLI(LightningCLI):
                 callback.before_training(self.model, self.datamodule)
         if resumed:
             self.keep_rows()
-        if not self.finished_step:
-            trained = (p.numel() for p in self.model.parameters() if p.requires_grad)
-            rank_zero_info(f"{type(self.model).__name__} with {sum(trained):,} parameters")
         # The checks of callbacks draw random numbers; the initial weights do not depend on them.
         reset_seed()
 
