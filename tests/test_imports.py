@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports from the lines above its own line. Modules of one line do not import each other.
 LAYERS = """
     tf_lightning.errors
+    tf_lightning.signals
     tf_lightning.files  tf_lightning.progress  tf_lightning.processes
     tf_lightning.checkpoint_file  tf_lightning.sharded
     tf_lightning.folders  tf_lightning.ranges  tf_lightning.checkpoint  tf_lightning.hub

@@ -1,4 +1,4 @@
-"""UserError: an error that the user can fix. Interrupted: a signal from outside."""
+"""UserError: an error that the user can fix. Interrupted: a signal, or another rank's failure."""
 
 import signal
 
@@ -19,19 +19,22 @@ def not_a_number(what: str) -> str:
 
 
 class Interrupted(BaseException):
-    """A signal ends the run. It is no Exception, so that nothing that expects failures catches it.
+    """A signal, or the failure of another rank, ends the command.
+
+    It is no Exception, so that nothing that expects failures catches it.
 
     Args:
         signum: the signal.
         on_all_ranks: every rank raises it at the same place, so that they may save together.
+        failure: what failed on another rank; then this is the message, and no signal was received.
     """
 
-    def __init__(self, signum: int, on_all_ranks: bool = False):
-        super().__init__(f"interrupted by {signal.Signals(signum).name}")
-        self.signum, self.on_all_ranks = signum, on_all_ranks
+    def __init__(self, signum: int, on_all_ranks: bool = False, failure: str = ""):
+        super().__init__(failure or f"interrupted by {signal.Signals(signum).name}")
+        self.signum, self.on_all_ranks, self.failure = signum, on_all_ranks, failure
         self.hint = ""  # how to go on
 
     @property
     def exit_code(self) -> int:
-        """The exit code that shells give a process that the signal ended."""
-        return 128 + self.signum
+        """The exit code that shells give a process that the signal ended; 1 after a failure."""
+        return 1 if self.failure else 128 + self.signum

@@ -1,41 +1,73 @@
-"""Child processes that load or prepare data: they end with the process that started them."""
+"""Child processes that load or prepare data.
+
+They end with the process that started them, and leave the signals to it.
+"""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from tf_lightning.signals import OF_WORKERS, blocked
 
 POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-def end_with_parent() -> None:
+class Loader(DataLoader):
+    """A DataLoader whose workers begin with all signals blocked.
+
+    Ctrl-C and job schedulers signal all processes of a run. The training process still needs its
+    workers then, until it has saved. Give it `start_worker` as `worker_init_fn`.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        """Start the workers."""
+        context = self.multiprocessing_context or multiprocessing
+        if context.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # its start would let the signals through
+        with blocked():
+            return super().__iter__()
+
+
+def end_with_parent(wait: Callable[[int], bool | None] | None = None) -> None:
     """Exit soon after the parent has ended, in whatever way.
 
     A killed process cannot stop its children. They would wait forever to hand over their data, as
     each of them keeps the pipe open that the others write to.
+
+    Args:
+        wait: waits a moment and returns whether to end now; it is given the parent's number.
     """
     parent = os.getppid()
+    wait = wait or (lambda parent: time.sleep(POLL_SECONDS))
     if sys.platform == "linux":  # at once, whatever the process is doing
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(POLL_SECONDS)
-        os._exit(1)
+        while os.getppid() == parent and not wait(parent):
+            pass
+        os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def start_worker(worker_id: int) -> None:
-    """Begin a worker of a DataLoader: signals to the whole group are the training process's.
+def start_worker(worker_id: int = 0) -> None:
+    """Begin a process that loads or prepares data: it heeds no signal but its parent's SIGTERM."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, OF_WORKERS)
+    end_with_parent(is_ended_by if hasattr(signal, "sigtimedwait") else None)  # not on macOS
 
-    Ctrl-C and job schedulers signal all processes of a run. The training process still needs the
-    workers then, until it has saved.
-    """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    end_with_parent()
+
+def is_ended_by(parent: int) -> bool:
+    """Wait at most POLL_SECONDS for a signal; return whether it is the parent's SIGTERM."""
+    received = signal.sigtimedwait(OF_WORKERS, POLL_SECONDS)
+    return bool(received) and (received.si_signo, received.si_pid) == (signal.SIGTERM, parent)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -30,23 +31,54 @@ def run_ranks(command: list[str], ranks: int, **environment: str) -> None:
         ProcessExitedException, ProcessRaisedException: (of torch) the first rank that fails.
         TimeoutError: a rank has not ended after TIMEOUT seconds.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    environment |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    started = torch.multiprocessing.start_processes(
-        _run_rank, (command, environment), ranks, join=False, start_method="forkserver"
-    )
+    started = start_ranks(command, ranks, **environment)
     if not any(started.join(TIMEOUT) for _ in range(ranks)):  # join returns after each process
         for process in started.processes:
             process.kill()
         raise TimeoutError(f"a rank has not ended after {TIMEOUT} s")
 
 
+def ends_of_ranks(command: list[str], log: Path, ranks: int = 2) -> list[tuple[int, str]]:
+    """Run a command in several processes; return the exit code and the output of each.
+
+    Raises:
+        TimeoutError: a rank has not ended TIMEOUT seconds after the start of all.
+    """
+    log.mkdir(exist_ok=True)
+    started = start_ranks(command, ranks, RANK_LOG=str(log))
+    deadline = time.monotonic() + TIMEOUT
+    for process in started.processes:
+        process.join(max(0, deadline - time.monotonic()))
+    late = [rank for rank, process in enumerate(started.processes) if process.is_alive()]
+    for rank in late:
+        started.processes[rank].kill()
+    texts = [(log / f"{rank}.txt").read_text() for rank in range(ranks)]
+    if late:
+        raise TimeoutError(f"rank {late} has not ended after {TIMEOUT} s: {texts}")
+    return [
+        (process.exitcode, text) for process, text in zip(started.processes, texts, strict=True)
+    ]
+
+
+def start_ranks(command: list[str], ranks: int, **environment: str):
+    """Start a command in several processes; return torch's context of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    environment |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    return torch.multiprocessing.start_processes(
+        _run_rank, (command, environment), ranks, join=False, start_method="forkserver"
+    )
+
+
 def _run_rank(rank: int, command: list[str], environment: dict[str, str]) -> None:
     """Run the command as one rank of `run_ranks`."""
     end_with_parent()  # the server process, which ends with the test
     os.environ |= environment | {"LOCAL_RANK": str(rank)}
+    if "RANK_LOG" in environment:
+        with open(Path(environment["RANK_LOG"], f"{rank}.txt"), "w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
     rank_zero_only.rank = rank  # it was read from the environment at import
     torch.set_num_threads(1)
     main(command)

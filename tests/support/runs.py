@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+import time
 from pathlib import Path
 
 import lightning as L
@@ -99,6 +100,15 @@ class RaiseAt(SignalAt):
         self.count += 1
         if self.count == self.nth and self.rank in (None, trainer.global_rank):
             raise Killed
+
+
+class SleepAt(SignalAt):
+    """Work for a long time, without the other ranks, at the nth call of a hook."""
+
+    def call(self, trainer, pl_module, *args):
+        self.count += 1
+        if self.count == self.nth and self.rank in (None, trainer.global_rank):
+            time.sleep(100)
 
 
 class Examine(L.Callback):
@@ -245,8 +255,11 @@ def only_checkpoints(config: dict) -> None:
     config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
 
 
-def stop_at(hook: str, nth: int = 1, signum: int = 15, kind: str = "Signal") -> list[str]:
-    """Arguments of the command line that add `SignalAt` or, with kind "Raise", `RaiseAt`."""
+def stop_at(
+    hook: str, nth: int = 1, signum: int = 15, kind: str = "Signal", rank: int | None = None
+) -> list[str]:
+    """Arguments of the command line that add `SignalAt`, `RaiseAt` or `SleepAt`."""
     prefix = "--trainer.callbacks"
     arguments = [f"{prefix}+=support.runs.{kind}At", f"{prefix}.hook={hook}", f"{prefix}.nth={nth}"]
+    arguments += [] if rank is None else [f"{prefix}.rank={rank}"]
     return [*arguments, f"{prefix}.signum={int(signum)}"]

@@ -4,13 +4,14 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException
 
 from support import ranks, runs
 from support.compare import bit_equal
@@ -200,9 +201,9 @@ SLURM = {
 }  # fmt: skip
 
 
-def test_a_preempted_slurm_job_is_queued_again_and_goes_on_from_its_own_folder(
-    whole, tmp_path, monkeypatch
-):
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A job of SLURM with a `scontrol` that writes what it was asked into a file."""
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "bin").mkdir()
@@ -211,9 +212,25 @@ def test_a_preempted_slurm_job_is_queued_again_and_goes_on_from_its_own_folder(
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
+    yield tmp_path / "asked"
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+
+
+def test_the_signal_by_which_slurm_preempts_can_be_chosen(slurm, tmp_path):
+    environment = "lightning.pytorch.plugins.environments.SLURMEnvironment"
+    plugin = [f"--trainer.plugins={environment}", "--trainer.plugins.requeue_signal=SIGUSR2"]
+    stop = runs.stop_at("on_train_batch_start", 2, signal.SIGUSR2)
+    assert end_of(tmp_path, *plugin, *stop) == 128 + signal.SIGUSR2
+    assert slurm.read_text() == "requeue 7\n"
+    assert (tmp_path / "run" / "hpc_ckpt_1.ckpt").exists()
+
+
+def test_a_preempted_slurm_job_is_queued_again_and_goes_on_from_its_own_folder(
+    slurm, whole, tmp_path, monkeypatch
+):
     stop = runs.stop_at("on_train_batch_start", 4, signal.SIGUSR1)
     assert end_of(tmp_path, *stop) == 138
-    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert slurm.read_text() == "requeue 7\n"
     saved = tmp_path / "run" / "hpc_ckpt_1.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == 4
     assert list(tmp_path.rglob("*.ckpt")) == [saved]
@@ -246,10 +263,53 @@ def test_a_signal_that_reaches_one_of_two_ranks_saves_and_ends_both(strategy, tm
     assert load(tmp_path / "run")["global_step"] == runs.MAX_STEPS
 
 
+def two_ranks(folder: Path, *arguments: str, strategy: str = "ddp", change=no_period) -> list:
+    """Train with two ranks; return the exit code and the output of each."""
+    command = ["fit", "-c", str(runs.write_config(folder, change)), "--trainer.devices=2"]
+    command += [f"--trainer.strategy={strategy}", "--data.init_args.batch_size=1", *arguments]
+    return ranks.ends_of_ranks(command, folder / "log")
+
+
+BUSY = runs.stop_at("on_validation_epoch_end", kind="Sleep", rank=0)
+
+
 @pytest.mark.slow
-def test_an_error_of_one_rank_ends_both_and_rank_zero_saves(tmp_path):
-    config = runs.write_config(tmp_path, no_period)
-    stop = [*runs.stop_at("on_train_batch_start", 4, kind="Raise"), "--trainer.callbacks.rank=1"]
-    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
-        ranks.fit(config, 2, "ddp", *stop)
+@pytest.mark.parametrize("others", [[], BUSY], ids=["waiting", "busy"])
+def test_a_signal_to_one_rank_in_a_validation_ends_both_and_saves(others, tmp_path):
+    began = time.monotonic()
+    stop = runs.stop_at("on_validation_epoch_end", rank=1)
+    (code, said), (other_code, _) = two_ranks(tmp_path, *stop, *others)
+    assert code == other_code == 143 and time.monotonic() - began < 60
+    assert "interrupted by SIGTERM" in said and SAVED in said
     assert load(tmp_path / "run")["global_step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_end", "on_train_end"])
+def test_an_error_of_one_rank_ends_both_and_rank_zero_saves(hook, tmp_path):
+    nth, step = (4, 3) if hook == "on_train_batch_start" else (1, 3 if "val" in hook else 6)
+    stop = runs.stop_at(hook, nth, kind="Raise", rank=1)
+    (code, said), (other_code, _) = two_ranks(tmp_path, *stop)
+    assert code == 1 and other_code == 1
+    assert "tf-lightning: error: rank 1 failed: Killed: no message" in said and SAVED in said
+    run = tmp_path / "run"
+    assert load(run)["global_step"] == step
+    assert json.loads((run / "progress.json").read_text())["finished_step"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, None], ids=["one", "all"])
+def test_with_sharded_weights_an_error_of_all_ranks_is_saved_and_one_of_one_rank_is_not(
+    rank, tmp_path
+):
+    def few_checkpoints(config: dict) -> None:
+        without_validation(config)
+        config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 2
+
+    stop = runs.stop_at("on_train_batch_start", 4, kind="Raise", rank=rank)
+    sharded = json.dumps(ranks.SHARDED)
+    ends = two_ranks(tmp_path, *stop, strategy=sharded, change=few_checkpoints)
+    assert [code for code, _ in ends] == [1, 1]
+    step = 3 if rank is None else 2
+    assert load(tmp_path / "run")["global_step"] == step
+    assert f"step000000{step}.ckpt" in ends[0][1] and SAVED in ends[0][1]

@@ -3,7 +3,6 @@
 import logging
 import os
 import pkgutil
-import signal
 import sys
 import warnings
 from argparse import SUPPRESS
@@ -64,6 +63,7 @@ from tf_lightning.cli.run_folder import (
     files_of_run,
     folder_of,
     is_requeued,
+    is_sound,
     refuse_needed,
     refuse_started_run,
     resume_command,
@@ -73,7 +73,7 @@ from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.folders import check_writable
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.fsdp import check_numbers
-from tf_lightning.training.interrupts import Interrupts, handled, interrupt
+from tf_lightning.training.interrupts import Interrupts
 from tf_lightning.training.last_checkpoint import LastCheckpoint, link_to
 from tf_lightning.training.missed_work import MissedWork, read_progress
 from tf_lightning.training.module import Transfusion
@@ -433,7 +433,8 @@ class TransfusionCLI(LightningCLI):
             saver.dirpath = saver.dirpath or str(self.run_folder / "checkpoints")
         self.saver = next((saver for saver in savers if saver.save_last), next(iter(savers), None))
         self.earlier = EarlierRun()
-        ends = [self.earlier, Interrupts()]
+        self.interrupts = Interrupts()
+        ends = [self.earlier, self.interrupts]
         ends += [LastCheckpoint(self.saver), MissedWork()] if self.saver else []
         plugins = built.trainer.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -592,27 +593,42 @@ class TransfusionCLI(LightningCLI):
                 f"{self.finished_step:,}, and nothing is missing; raise trainer.max_steps to go on."
             )
             return
+        self.run_together("fit", arguments)
+
+    def validate(self, **arguments) -> None:
+        """Validate; LightningCLI calls it in place of `Trainer.validate`."""
+        self.run_together("validate", arguments)
+
+    def test(self, **arguments) -> None:
+        """Test; LightningCLI calls it in place of `Trainer.test`."""
+        self.run_together("test", arguments)
+
+    def predict(self, **arguments) -> None:
+        """Predict; LightningCLI calls it in place of `Trainer.predict`."""
+        self.run_together("predict", arguments)
+
+    def run_together(self, verb: str, arguments: dict[str, Any]) -> None:
+        """Run the trainer; say how to go on if training ends early."""
         try:
-            self.trainer.fit(**arguments)
+            with self.interrupts.ending.together(self.trainer):
+                getattr(self.trainer, verb)(**arguments)
         except BaseException as error:
-            launcher = self.trainer.strategy.launcher
-            if launcher is not None:
-                launcher.kill(signal.SIGTERM)  # ranks that wait for this one
-            hint = self.how_to_go_on()
+            hint = self.how_to_go_on() if verb == "fit" and self.trainer.is_global_zero else ""
             if isinstance(error, Interrupted):
                 error.hint = hint
-            elif hint and self.trainer.is_global_zero:
+            elif hint:
                 print(hint, file=sys.stderr)
             raise
 
     def how_to_go_on(self) -> str:
-        """Return the newest checkpoint of a run that ended early, and how to resume it."""
+        """Return the newest sound checkpoint of a run that ended early, and how to resume it."""
         if not self.saver or self.trainer.fast_dev_run:
             return ""
         found = find_checkpoints(self.run_folder, Path(self.saver.dirpath))
-        if not found:
+        sound = next(filter(is_sound, found), None)
+        if sound is None:
             return "Nothing was saved, because no step was finished."
-        newest = os.path.relpath(found[0])
+        newest = os.path.relpath(sound)
         return f"The newest checkpoint is {newest}. Go on with:\n  {resume_command(self.typed)}"
 
     def after_fit(self) -> None:
@@ -734,6 +750,5 @@ def build(
 
 
 def run_lightning(args: list[str]) -> None:
-    """Run fit, validate, test or predict; a signal raises Interrupted."""
-    with handled(interrupt):
-        build(args)
+    """Run fit, validate, test or predict."""
+    build(args)

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from tf_lightning.cli.help import OVERVIEW, print_verb_help
 from tf_lightning.cli.parser import print_error, stop
 from tf_lightning.errors import Interrupted, UserError
+from tf_lightning.signals import handled, interrupt
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 # Verb: the module in tf_lightning.cli and the function that runs it.
@@ -116,7 +117,8 @@ def run(args: list[str]) -> None:
     module, function = VERBS[verb]
     try:
         runner = getattr(importlib.import_module(f"tf_lightning.cli.{module}"), function)
-        runner(args if function == "run_lightning" else args[1:])
+        with handled(interrupt):
+            runner(args if function == "run_lightning" else args[1:])
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -26,7 +26,7 @@ from tf_lightning.data.documents import BadSample, RawDocument
 from tf_lightning.data.images import load_image
 from tf_lightning.data.readers.formats import parse_json, parse_record, read_records
 from tf_lightning.data.readers.interleaved import parse_parts
-from tf_lightning.errors import UserError
+from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.requests import GenerationPlan
@@ -207,7 +207,7 @@ def write_outputs(
             i = missing[number]
             write_output(out, names[i], records[i], output)
             num_written += 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         write_sheet(out)
         print(
             f"Kept {number_of_outputs(num_written)} in {out}; the same command makes the rest.",

@@ -13,6 +13,7 @@ from tf_lightning.cli.lightning import TransfusionCLI, build_data
 from tf_lightning.cli.parser import Parser, positive_int
 from tf_lightning.data.corpus.distributed import ShardData, ShardEncoder
 from tf_lightning.errors import UserError
+from tf_lightning.training.interrupts import Interrupts
 
 DESCRIPTION = """\
 Tokenize texts and encode images once, before training. An interrupted command continues where it
@@ -137,9 +138,10 @@ def prepare_encoded(cli: TransfusionCLI) -> None:
     # Only the configured number of ranks is used: callbacks and strategy are for training.
     ranks = {name: config[name] for name in ("accelerator", "devices", "num_nodes")}
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-    trainer = L.Trainer(**ranks, **off, enable_model_summary=False)
+    interrupts = Interrupts()
+    trainer = L.Trainer(**ranks, **off, enable_model_summary=False, callbacks=[interrupts])
     shards = ShardData(data.plan_encoded, data.encoded, data.num_workers)
-    with ShardEncoder() as encoder:
+    with ShardEncoder() as encoder, interrupts.ending.together(trainer):
         trainer.predict(encoder, datamodule=shards, return_predictions=False)
     if not trainer.is_global_zero:
         return

@@ -14,8 +14,10 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from tf_lightning.checkpoint import find_checkpoints
+from tf_lightning.checkpoint_file import DamagedFile, check
 from tf_lightning.cli.config_files import ConfigContent
 from tf_lightning.errors import UserError
+from tf_lightning.sharded import check_sharded
 from tf_lightning.training.missed_work import PROGRESS_FILE, read_progress
 
 # Files and folders of a run, including those of this project's callbacks.
@@ -158,6 +160,15 @@ def append_to_csv(logger: CSVLogger) -> None:
     file = aside.rename(file)
     with file.open(newline="") as rows:
         writer.metrics_keys = next(csv.reader(rows), [])
+
+
+def is_sound(checkpoint: Path) -> bool:
+    """Whether a checkpoint is complete and as it was written."""
+    try:
+        check_sharded(checkpoint) if checkpoint.is_dir() else check(checkpoint)
+    except (UserError, DamagedFile, OSError):
+        return False
+    return True
 
 
 def resume_command(args: list[str]) -> str:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from tf_lightning.batch import Row
 from tf_lightning.data.packing import CorpusRows
 from tf_lightning.errors import UserError
-from tf_lightning.processes import start_worker
+from tf_lightning.processes import Loader, start_worker
 from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
 
 CYCLE = 10_000  # rows after which the order of the sources repeats
@@ -229,7 +229,7 @@ class StreamData(L.LightningDataModule):
         at_once = self.batches_at_once
         if at_once > 1:
             collate = partial(collate_batches, collate=collate, batch_size=self.batch_size)
-        return DataLoader(
+        return Loader(
             rows,
             batch_size=self.batch_size * at_once,
             sampler=self.train_sampler(rows),
@@ -244,9 +244,7 @@ class StreamData(L.LightningDataModule):
     ) -> DataLoader:
         """Load this rank's rows of a finite dataset once, in order."""
         sampler, size = self.val_sampler(rows), self.batch_size
-        return DataLoader(
-            rows, batch_size=size, sampler=sampler, collate_fn=collate, **self._loading()
-        )
+        return Loader(rows, batch_size=size, sampler=sampler, collate_fn=collate, **self._loading())
 
     def _loading(self) -> dict[str, Any]:
         """Return the arguments that all loaders share."""

@@ -1,94 +1,54 @@
-"""Signals that end a run.
-
-They are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is closed, unless `nohup` ignores that) and
-SIGUSR1 (SLURM, before a time limit).
+"""Signals in a run: its state is saved at a place where it is consistent, on all ranks.
 
 In the middle of a training step the state is not consistent, so a signal is heeded at the end of
 the batch, on all ranks at the same one. Outside of training steps it is heeded at once, because
-nothing changes the state there. `LastCheckpoint` saves the state when `Interrupted` is raised.
+nothing changes the state there; `Ending` then ends the other ranks. `LastCheckpoint` saves the
+state when `Interrupted` is raised.
 """
 
 import os
 import signal
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import suppress
 from types import FrameType
-from typing import NoReturn
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from tf_lightning.errors import Interrupted
-
-NAMES = "SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # not on Windows
-WAIT = timedelta(seconds=60)  # for rank zero to save
-
-Handler = Callable[[int, FrameType | None], None]
-
-
-def interrupt(signum: int, frame: FrameType | None = None, on_all_ranks: bool = False) -> NoReturn:
-    """Raise Interrupted; from now on only a second Ctrl-C is heeded, and ends the process at once.
-
-    Launchers repeat their signal, which would otherwise end the saving.
-    """
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
-    raise Interrupted(signum, on_all_ranks)
-
-
-def heeded() -> list[int]:
-    """Return SIGNALS without a SIGHUP that `nohup` lets the process ignore."""
-    return [
-        number
-        for number in SIGNALS
-        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
-    ]
-
-
-@contextmanager
-def handled(handler: Handler) -> Iterator[None]:
-    """Handle SIGNALS by `handler` within the block, in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in heeded()}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+from tf_lightning.signals import handle, ignore_others, interrupt
+from tf_lightning.training.ending import Ending
 
 
 class Interrupts(L.Callback):
     """Raises Interrupted at the end of the batch in which a rank received a signal.
 
     Lightning's own handlers save in the middle of a step and call collectives of torch from within
-    the handler; these take their place when training starts.
+    the handler; these take their place.
     """
 
     def __init__(self):
         self.received = 0
         self.in_step = False
+        self.ending = Ending()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Remember a signal until the end of the batch, or raise Interrupted at once."""
-        if not self.in_step:
+        if self.in_step:
+            self.received = self.received or signum
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
+        elif self.ending.reason:
+            ignore_others(signum)
+            raise self.ending.because_of_another()
+        else:
             interrupt(signum, frame)
-        self.received = self.received or signum
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Handle the signals from here on; Lightning restores the earlier handlers at the end."""
-        self.received = 0
-        if threading.current_thread() is threading.main_thread():
-            for number in heeded():
-                signal.signal(number, self.handle)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Handle the signals and listen to the other ranks from here on."""
+        self.received, self.in_step = 0, False
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        handle(self.handle, {requeue_signal(trainer)} - {None})
+        self.ending.begin(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training steps begin."""
@@ -112,12 +72,26 @@ class Interrupts(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training steps go on."""
-        self.in_step = True
+        self.in_step = trainer.state.fn == "fit"
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training steps are over."""
         self.in_step = False
         self.raise_if_received()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for the work of the other ranks, before the run is recorded as complete."""
+        self.ending.finish(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Wait for the work of the other ranks."""
+        self.ending.finish(trainer)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Tell the other ranks, before `LastCheckpoint` saves."""
+        self.ending.tell(trainer, exception, is_sharded(pl_module))
 
     def raise_if_received(self) -> None:
         """Heed a signal that came between the end of a batch and here."""
@@ -140,24 +114,12 @@ def is_sharded(module: L.LightningModule) -> bool:
     return getattr(module, "device_mesh", None) is not None
 
 
-def wait_for_rank_zero() -> None:
-    """Wait on another rank until rank zero has ended, at most WAIT.
-
-    Launchers kill the remaining ranks when one has failed; rank zero may still be saving.
-    """
-    with suppress(Exception):  # the connection to the store breaks when rank zero ends
-        store = torch.distributed.distributed_c10d._get_default_store()
-        store.wait(["rank zero has ended"], WAIT)
-
-
-def requeues(trainer: L.Trainer, signum: int) -> bool:
-    """Whether the signal is SLURM's request to save and to queue the job again."""
+def requeue_signal(trainer: L.Trainer) -> int | None:
+    """Return the signal by which SLURM asks to save and to queue the job again; None without."""
     environment = trainer._accelerator_connector.cluster_environment
-    return (
-        isinstance(environment, SLURMEnvironment)
-        and environment.auto_requeue
-        and signum == (environment.requeue_signal or signal.SIGUSR1)
-    )
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal
+    return None
 
 
 def requeue() -> None:

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from tf_lightning.errors import Interrupted
-from tf_lightning.training.interrupts import is_sharded, requeue, requeues, wait_for_rank_zero
+from tf_lightning.training.fsdp import reshard
+from tf_lightning.training.interrupts import is_sharded, requeue, requeue_signal
 
 
 class LastCheckpoint(Checkpoint):
@@ -59,9 +60,9 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Save the last consistent state, if it is newer than the newest checkpoint."""
-        is_signal = isinstance(exception, Interrupted)
-        together = trainer.world_size == 1 or (is_signal and exception.on_all_ranks)
-        asks_to_requeue = is_signal and requeues(trainer, exception.signum)
+        together = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
+        signum = exception.signum if isinstance(exception, Interrupted) else 0
+        asks_to_requeue = signum != 0 and signum == requeue_signal(trainer)
         loops = self.consistent_loops(trainer)
         if loops is not None and (together or not is_sharded(pl_module)):
             self.saved_loops = loops
@@ -70,13 +71,12 @@ class LastCheckpoint(Checkpoint):
                 root = trainer.default_root_dir
                 path = trainer._checkpoint_connector.hpc_save_path(root)
             try:
+                reshard(pl_module)  # an error may have left the parts of a layer gathered
                 self.save(trainer, path, together)
             except Exception as error:  # the first error is the one to report
                 rank_zero_warn(f"the state of step {trainer.global_step} was not saved: {error}")
         if asks_to_requeue and trainer.is_global_zero:
             requeue()
-        if is_signal and not trainer.is_global_zero:
-            wait_for_rank_zero()
 
     def consistent_loops(self, trainer: L.Trainer) -> dict[str, Any] | None:
         """Return the loops' state that belongs to the weights; None in the middle of a step."""

@@ -64,8 +64,8 @@ class MissedWork(Checkpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             write_progress(trainer, validated_step=trainer.global_step)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record that the run is complete."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record that the run is complete, when all ranks have done their work at its end."""
         write_progress(trainer, finished_step=trainer.global_step)
 
 

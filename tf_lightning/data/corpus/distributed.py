@@ -20,7 +20,7 @@ from tf_lightning.data.corpus.prepare import PrepareJob, ShardWriter, prepare
 from tf_lightning.data.documents import RawDocument, Skipped
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
-from tf_lightning.processes import start_worker
+from tf_lightning.processes import Loader, start_worker
 from tf_lightning.progress import progress_bar
 
 DOCUMENTS_PER_PIECE = 64
@@ -113,7 +113,7 @@ class ShardData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """Load the pieces of this rank's shards."""
         pieces = ShardPieces(self.shards, self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(
+        return Loader(
             pieces,
             batch_size=None,
             num_workers=self.num_workers,

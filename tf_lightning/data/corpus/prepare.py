@@ -12,10 +12,12 @@ import multiprocessing
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
@@ -25,10 +27,11 @@ from tf_lightning.autoencoder.statistics import Moments, check_std
 from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.corpus.writer import CorpusWriter, merge
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split, num_samples
-from tf_lightning.errors import Interrupted, UserError
+from tf_lightning.errors import UserError
 from tf_lightning.files import publish_folder, told_if_full
-from tf_lightning.processes import end_with_parent
+from tf_lightning.processes import start_worker
 from tf_lightning.progress import progress_bar
+from tf_lightning.signals import blocked
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
 MAX_REASONS = 100  # different reasons for skipped samples that are counted apart
@@ -257,9 +260,11 @@ def _prepare_shards(job: PrepareJob, numbers: list[int], processes: int) -> None
     else:
         # "spawn", because a forked copy of a process with threads may deadlock.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _start_process, (job,)) as pool:
-            waiting = [pool.submit(_prepare_shard_in_process, number) for number in numbers]
+        stopped = context.Event()
+        with ProcessPoolExecutor(processes, context, _start_process, (job, stopped)) as pool:
             try:
+                with blocked():  # the processes start here
+                    waiting = [pool.submit(_prepare_shard_in_process, number) for number in numbers]
                 for future in waiting:
                     future.result()
                     bar.update()
@@ -268,37 +273,40 @@ def _prepare_shards(job: PrepareJob, numbers: list[int], processes: int) -> None
                     f"{job.title}: one of {processes} processes was killed, perhaps because memory "
                     "ran out; finished shards are kept, run it again with fewer --processes"
                 ) from error
-            except Interrupted:
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                raise
             finally:
+                stopped.set()
                 pool.shutdown(wait=True, cancel_futures=True)
     bar.close()
 
 
-_job: PrepareJob | None = None  # the job of a process that `_prepare_shards` started
+# Of a process that `_prepare_shards` started: its job, and whether to leave it unfinished.
+_job: PrepareJob | None = None
+_stopped: Event | None = None
 
 
-def _start_process(job: PrepareJob) -> None:
-    global _job
-    _job = job
-    end_with_parent()
+def _start_process(job: PrepareJob, stopped: Event) -> None:
+    global _job, _stopped
+    _job, _stopped = job, stopped
+    start_worker()
     torch.set_num_threads(1)
 
 
 def _prepare_shard_in_process(number: int) -> None:
-    _prepare_shard(_job, number, silent=True)
+    _prepare_shard(_job, number, silent=True, is_stopped=_stopped.is_set)
 
 
-def _prepare_shard(job: PrepareJob, number: int, silent: bool) -> None:
-    """Write one shard."""
+def _prepare_shard(
+    job: PrepareJob, number: int, silent: bool, is_stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Write one shard, or nothing if it is stopped before its end."""
     source = job.shards[number]
     total = None if silent else num_samples(source, job.split)
     title = f"{job.title} in 1 process"
     bar = {"total": total, "unit": " documents", "delay": 2, "disable": silent}
     with ShardWriter(job, number) as shard:
         for document in progress_bar(source.documents(job.split), title, **bar):
+            if is_stopped():
+                raise SystemExit
             shard.add(document)
 
 
@@ -322,6 +330,9 @@ def _finish(job: PrepareJob) -> None:
     except UserError:
         shutil.rmtree(job.shards_folder)  # the same shards would fail again
         raise
+    finally:
+        if len(shards) > 1:  # it was not published
+            shutil.rmtree(whole, ignore_errors=True)
     shutil.rmtree(job.shards_folder, ignore_errors=True)
     details = f" ({facts['num_tokens']:,} tokens, {facts['num_images']:,} images)"
     count, skipped, num_cut = facts["num_documents"], facts["skipped"], facts["num_cut"]
