@@ -217,8 +217,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def test_the_signal_by_which_slurm_preempts_can_be_chosen(slurm, tmp_path):
-    environment = "lightning.pytorch.plugins.environments.SLURMEnvironment"
-    plugin = [f"--trainer.plugins={environment}", "--trainer.plugins.requeue_signal=SIGUSR2"]
+    plugin = ["--trainer.plugins=SLURMEnvironment", "--trainer.plugins.requeue_signal=SIGUSR2"]
     stop = runs.stop_at("on_train_batch_start", 2, signal.SIGUSR2)
     assert end_of(tmp_path, *plugin, *stop) == 128 + signal.SIGUSR2
     assert slurm.read_text() == "requeue 7\n"
