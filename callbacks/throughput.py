@@ -1,6 +1,7 @@
 """Speed of a run and the composition of its data: tokens, FLOPs, padding, mixture, validations."""
 
 import time
+from typing import Any
 
 import lightning as L
 import torch
@@ -32,11 +33,11 @@ class Throughput(L.Callback):
     - `train/tflops_per_sec`
     - `train/mfu`: model FLOPs utilization, the share of the devices' peak
 
-    Measured since the start of this process:
+    Measured since the start of the run:
 
     - `train/padding_share`: share of positions that are padding
     - `train/mixture/<source>`: share of tokens from a source
-    - `train/epochs/<source>`: how often the run has read a source, resumed steps included
+    - `train/epochs/<source>`: how often the run has read a source
 
     `train/flops_per_token_6n` is the papers' constant estimate, 6 N. Each validation within `fit`
     logs `val/seconds`, with the time of sampling and metrics, and `val/time_share`, the share of
@@ -55,6 +56,8 @@ class Throughput(L.Callback):
         self.peak_flops = peak_flops
         self.fit_before = self.validation_seconds = 0.0
         self.started: float | None = None
+        self.loaded: tuple[dict[str, float], int] = {}, 0  # tokens by source, and positions
+        self.finished: tuple[Tensor, int] | None = None  # both, at the end of the last step
 
     def before_run(
         self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
@@ -68,27 +71,38 @@ class Throughput(L.Callback):
         running = 0.0 if self.started is None else time.perf_counter() - self.started
         return self.fit_before + running
 
-    def state_dict(self) -> dict[str, float]:
-        """Return both times, so that a resumed run reports the total."""
-        return {"fit_seconds": self.fit_seconds, "validation_seconds": self.validation_seconds}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the times and the counts, so that a resumed run reports the total."""
+        state = {"fit_seconds": self.fit_seconds, "validation_seconds": self.validation_seconds}
+        if self.finished is None:
+            return state
+        tokens, positions = self.finished
+        names = self.source_names
+        return state | {
+            "tokens": dict(zip(names, tokens.tolist(), strict=True)),
+            "positions": positions,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Continue from the times of a checkpoint."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from the times and counts of a checkpoint."""
         self.fit_before = state_dict["fit_seconds"]
         self.validation_seconds = state_dict["validation_seconds"]
+        self.loaded = state_dict.get("tokens", {}), state_dict.get("positions", 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        sources = len(trainer.datamodule.source_names)
-        self.tokens = torch.zeros(sources, dtype=torch.float64, device=pl_module.device)
+        self.source_names = trainer.datamodule.source_names
+        tokens, self.positions = self.loaded
+        before = [tokens.get(name, 0) for name in self.source_names]
+        self.tokens = torch.tensor(before, dtype=torch.float64, device=pl_module.device)
         self.squares = torch.zeros((), dtype=torch.float64, device=pl_module.device)
-        self.positions = 0
+        self.step, self.finished = trainer.global_step, (self.tokens.clone(), self.positions)
         if self.peak_flops is None:
             dtype = COMPUTE_DTYPES[trainer.precision]
             self.peak_flops = get_available_flops(trainer.strategy.root_device, dtype)
         self.started = time.perf_counter()
         self.window, self.image_work, self.window_start = Workload(), {}, self.started
-        self.tokens_before = self.squares_before = 0.0
+        self.tokens_before, self.squares_before = float(sum(before)), 0.0
 
     def on_train_batch_end(
         self,
@@ -101,6 +115,8 @@ class Throughput(L.Callback):
         """Count the batches of the step; log at the trainer's interval."""
         for part in as_batches(batch):
             self.count(part)
+        if trainer.global_step != self.step:  # not within an accumulation
+            self.step, self.finished = trainer.global_step, (self.tokens.clone(), self.positions)
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self.log_window(trainer, pl_module)
 

@@ -2,14 +2,21 @@
 
 import errno
 import os
+import platform
+import re
 import shutil
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from tf_lightning.errors import UserError
 
 FULL = 2**20  # bytes; a disk with less room is full
+MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
+# What a process of this machine is writing, or, as ".old", is about to replace.
+UNFINISHED = re.compile(rf"\.(?P<name>.+)\.{MACHINE}-(?P<process>\d+)\.(?P<kind>partial|old)")
 
 
 @contextmanager
@@ -28,19 +35,70 @@ def told_if_full(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def partial_path(path: Path, kind: str = "partial") -> Path:
+    """Return a temporary name beside `path` for this process.
+
+    What killed processes have left in the folder is removed first, once in each process.
+    """
+    clear_folder(path.parent.absolute())
+    return path.with_name(f".{path.name}.{MACHINE}-{os.getpid()}.{kind}")
+
+
+@cache
+def clear_folder(folder: Path) -> None:
+    """Remove what processes of this machine that were killed left unfinished in a folder.
+
+    A folder that was about to be replaced gets its name back. Files of other machines that share
+    the disk stay, because their processes may be running.
+    """
+    with suppress(OSError):  # the folder does not exist, or may not be changed
+        for path in [*folder.iterdir()]:
+            found = UNFINISHED.fullmatch(path.name)
+            if not found or is_running(int(found["process"])):
+                continue
+            target = path.with_name(found["name"])
+            if found["kind"] == "old" and not target.exists():
+                os.rename(path, target)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether a process of this machine is running; on Windows, where this is not known, True."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which replaces `path` when the block succeeds.
 
     A block that raises leaves an older file at `path` as it was, and removes the temporary one.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     try:
         with told_if_full(path.parent):
             yield partial
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_folder(path: Path) -> Path:
+    """Make a new empty folder beside `path`, with the name that `partial_path` gives."""
+    partial = partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)  # of an earlier process with the same number
+    partial.mkdir()
+    return partial
 
 
 def publish_folder(folder: Path, path: Path) -> None:
@@ -59,10 +117,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     A block that raises leaves an older folder at `path` as it was, and removes the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    partial, old = partial_folder(path), partial_path(path, "old")
     try:
         with told_if_full(path.parent):
             yield partial

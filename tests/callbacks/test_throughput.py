@@ -18,9 +18,13 @@ def clock(monkeypatch):
 
 
 def log_of(
-    batches: list, every: int, world_size: int = 1, peak_flops: float | None = None
+    batches: list,
+    every: int,
+    world_size: int = 1,
+    peak_flops: float | None = None,
+    resumed_at: int | None = None,
 ) -> dict[int, dict[str, float]]:
-    """Logged values by step."""
+    """Logged values by step, of a run that was resumed after one of its steps."""
     data = SimpleNamespace(source_names=["images", "text"], epochs=dict)
     trainer = SimpleNamespace(
         datamodule=data, log_every_n_steps=every, global_step=0, world_size=world_size,
@@ -35,6 +39,10 @@ def log_of(
     callback = Throughput(peak_flops)
     callback.on_train_start(trainer, module)
     for batch in batches:
+        if trainer.global_step == resumed_at:
+            state, callback = callback.state_dict(), Throughput(peak_flops)
+            callback.load_state_dict(state)
+            callback.on_train_start(trainer, module)
         trainer.global_step += 1
         callback.on_train_batch_end(trainer, module, torch.zeros(()), batch, 0)
     return logged
@@ -57,6 +65,14 @@ def test_padding_and_mixture_are_shares_of_all_tokens_so_far(clock):
     assert logged[2]["train/mixture/images"] == pytest.approx(33 / 42)
     assert logged[3]["train/mixture/images"] == pytest.approx(33 / 60)
     assert logged[3]["train/mixture/text"] == pytest.approx(27 / 60)
+
+
+def test_a_resumed_run_logs_the_same_shares_and_flops(clock):
+    whole, resumed = log_of(batches(), every=1), log_of(batches(), every=1, resumed_at=1)
+    for step, values in whole.items():
+        assert {"train/tokens_per_sec", "train/tflops_per_sec"} < values.keys()
+        same = [name for name in values if not name.endswith("_per_sec")]
+        assert [values[name] for name in same] == [resumed[step][name] for name in same]
 
 
 def test_speed_is_of_the_window_and_all_ranks(clock):
@@ -113,7 +129,8 @@ def test_validations_are_timed_and_excluded_from_the_training_window(clock):
     trainer.global_step = 2
     callback.on_train_batch_end(trainer, module, torch.zeros(()), batches()[0], 0)  # 5
     assert logged[2]["train/tokens_per_sec"] == pytest.approx(20 / (5 - 1 - 1))
-    assert callback.state_dict() == {"fit_seconds": 5, "validation_seconds": 1}  # 6
+    times = {"fit_seconds": 5, "validation_seconds": 1}  # the clock reads 6
+    assert callback.state_dict() == times | {"tokens": {"images": 11, "text": 9}, "positions": 40}
     callback.on_train_end(trainer, module)  # 7
     assert callback.fit_seconds == 6
 
@@ -141,7 +158,9 @@ def test_the_peak_is_that_of_the_type_in_which_the_network_multiplies(
     monkeypatch.setattr("callbacks.throughput.get_available_flops", lambda _, kind: (kind, 7))
     data = SimpleNamespace(source_names=["text"])
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    trainer = SimpleNamespace(datamodule=data, precision=precision, strategy=strategy)
+    trainer = SimpleNamespace(
+        datamodule=data, precision=precision, strategy=strategy, global_step=0
+    )
     callback = Throughput()
     callback.on_train_start(trainer, SimpleNamespace(device="cpu"))
     assert callback.peak_flops == (dtype, 7)

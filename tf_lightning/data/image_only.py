@@ -10,7 +10,6 @@ Shapes: B images of H x W pixels.
 import json
 import math
 import shutil
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +28,7 @@ from tf_lightning.data.corpus.reader import refuse_damage
 from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split, num_samples
 from tf_lightning.data.stream import ENDLESS, StreamData
 from tf_lightning.errors import UserError
-from tf_lightning.files import publish_folder, told_if_full
+from tf_lightning.files import partial_folder, publish_folder, told_if_full
 from tf_lightning.progress import progress_bar
 from tf_lightning.ranges import NonNegativeInt, PositiveInt, Range, check_arguments, check_fields
 
@@ -273,7 +272,7 @@ def store_images(source: Source, split: Split, directory: str | Path) -> ImageSt
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several processes, also on several nodes, may make the same store: each has a folder of its
     # own, and the first that finishes wins.
-    unfinished = Path(tempfile.mkdtemp(dir=directory, prefix=f".{path.name}-"))
+    unfinished = partial_folder(path)
     try:
         with told_if_full(path.parent):
             shape, skipped = _write(source, split, unfinished)

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from tf_lightning.errors import Interrupted
+from tf_lightning.files import partial_path
 from tf_lightning.training.fsdp import reshard
 from tf_lightning.training.interrupts import is_sharded, requeue, requeue_signal
 
@@ -37,6 +38,10 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start from a state that needs no saving: the first one, or that of a checkpoint."""
         self.step = self.saved_step = trainer.global_step
+        resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve()
+        if resumed and resumed.parent == Path(self.saver.dirpath).resolve():
+            # Otherwise ModelCheckpoint writes it again at the end of a run without further steps.
+            self.saver._last_checkpoint_saved = str(resumed)
         self.loops = trainer.fit_loop.state_dict()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *args) -> None:
@@ -154,7 +159,7 @@ def link_to(file: Path, link: Path) -> None:
     if link.is_dir() and not link.is_symlink():  # of a sharded run with save_last: true
         os.rename(link, link.with_name(f"previous-{link.name}"))
     link.parent.mkdir(parents=True, exist_ok=True)
-    partial = link.with_name(f".{link.name}.{os.getpid()}.partial")
+    partial = partial_path(link)
     partial.unlink(missing_ok=True)
     try:
         partial.symlink_to(os.path.relpath(file, link.parent))

@@ -10,7 +10,6 @@ import hashlib
 import json
 import multiprocessing
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +27,7 @@ from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.corpus.writer import CorpusWriter, merge
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split, num_samples
 from tf_lightning.errors import UserError
-from tf_lightning.files import publish_folder, told_if_full
+from tf_lightning.files import partial_folder, publish_folder, told_if_full
 from tf_lightning.processes import start_worker
 from tf_lightning.progress import progress_bar
 from tf_lightning.signals import blocked
@@ -172,7 +171,7 @@ class ShardWriter:
         self.skipped: Counter[str] = Counter()
         # Several processes, also on several nodes, may write the same shard: each has a folder of
         # its own, and the first that finishes wins.
-        self.unfinished = Path(tempfile.mkdtemp(dir=job.shards_folder, prefix=f".{number}-"))
+        self.unfinished = partial_folder(job.shard_path(number))
         self.writer = CorpusWriter(self.unfinished, **job.writer_arguments)
 
     def __enter__(self) -> "ShardWriter":
@@ -220,6 +219,7 @@ def prepare(
             makes an empty corpus.
     """
     if job.path.is_dir():
+        shutil.rmtree(job.shards_folder, ignore_errors=True)  # of a process that was killed
         corpus = Corpus(job.path)
         if corpus.skipped:
             known = summary(job.name, job.split, len(corpus), corpus.skipped, verb="found")
@@ -314,7 +314,7 @@ def _finish(job: PrepareJob) -> None:
     """Merge all shards into the corpus and report what it contains."""
     name, split = job.name, job.split
     shards = [job.shard_path(number) for number in range(len(job.shards))]
-    whole = shards[0] if len(shards) == 1 else Path(tempfile.mkdtemp(dir=job.shards_folder))
+    whole = shards[0] if len(shards) == 1 else partial_folder(job.shards_folder / "whole")
     try:
         if len(shards) > 1:
             merge(shards, whole, job.origin)
