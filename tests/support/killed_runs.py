@@ -9,7 +9,6 @@ import faulthandler
 import io
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import sys

@@ -41,7 +41,7 @@ def differences(
 
 
 def checkpoint_differences(run: Path, whole: Path, every_step: Path) -> list[str]:
-    """Compare the last checkpoint with the whole run's, and each other one with that of its step."""
+    """Compare the last checkpoint, and each other one with that of its step."""
     pairs = {"last.ckpt": whole / "checkpoints" / "last.ckpt"}
     for path in sorted((run / "checkpoints").glob("step*.ckpt")):
         pairs[path.name] = every_step / "checkpoints" / path.name
@@ -134,7 +134,7 @@ def logged(run: Path) -> dict[str, dict[int, set]]:
 
 
 def file_differences(folder: Path, whole: Path) -> list[str]:
-    """Compare the names and the content of all files; more checkpoints of single steps may exist."""
+    """Compare the names and the content of all files; more checkpoints may exist."""
     ours, theirs = files_of(folder), files_of(whole)
     more = [name for name in sorted(ours.keys() - theirs.keys()) if not is_checkpoint(name)]
     found = [f"{name} is left" for name in more]

@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tf_lightning.errors import UserError
+from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["a red circle above a blue square", "the lobster is blue , and the circle is not ."] * 20
@@ -153,6 +153,17 @@ def test_the_vocab_size_of_the_error_message_is_enough(tmp_path):
         train_tokenizer(iter(TEXTS), tmp_path / "a.model", vocab_size=100)
     enough = int(str(caught.value).split()[-1])
     assert train_tokenizer(iter(TEXTS), tmp_path / "a.model", enough).vocab_size == enough
+
+
+@pytest.mark.parametrize("error", [UserError("a file"), OSError(5, "a disk"), Interrupted(15)])
+def test_an_error_of_the_texts_is_raised_as_it_is(error, tmp_path):
+    def texts():
+        yield "a text"
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        train_tokenizer(texts(), tmp_path / "a.model", vocab_size=320)
+    assert raised.value is error and not list(tmp_path.iterdir())
 
 
 def test_a_lone_surrogate_does_not_stop_training(tmp_path):

@@ -162,6 +162,7 @@ def test_a_resumed_run_makes_up_its_validation_and_its_end(
     (run / "checkpoints" / "last.ckpt").unlink()  # as if killed before the link was set
     assert end_of(tmp_path, "--ckpt_path=last", change=examined) == 0
     assert (run / "examined").read_text() == "6"
+    assert (run / "checkpoints" / "last.ckpt").is_symlink()  # not written again
     steps = validations(run)
     assert sorted(set(steps)) == validations(whole)
     # Once complete, nothing is done again.

@@ -15,7 +15,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from tf_lightning.checkpoint import read_checkpoint
-from tf_lightning.errors import UserError
+from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.files import atomic_file
 from tf_lightning.tokenizer import huggingface
 from tf_lightning.tokenizer.huggingface import SPACE, JsonTokenizer
@@ -177,9 +177,10 @@ def train_tokenizer(texts: Iterator[str], path: str | Path, vocab_size: int) -> 
     """
     path = Path(path)
     model = io.BytesIO()
+    raised: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=_lines(texts, raised),
             model_writer=model,
             vocab_size=vocab_size - NUM_IMAGE_TOKENS,
             model_type="bpe",
@@ -195,6 +196,8 @@ def train_tokenizer(texts: Iterator[str], path: str | Path, vocab_size: int) -> 
             minloglevel=2,
         )
     except RuntimeError as error:
+        if raised:
+            raise raised[0] from None
         raise UserError(_training_error(str(error), vocab_size)) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
@@ -203,11 +206,18 @@ def train_tokenizer(texts: Iterator[str], path: str | Path, vocab_size: int) -> 
     return Tokenizer(path)
 
 
-def _lines(texts: Iterator[str]) -> Iterator[str]:
-    """Yield the lines of the texts, without lone surrogates, which UTF-8 cannot encode."""
-    for text in texts:
-        for line in text.splitlines():
-            yield line.encode("utf-8", "ignore").decode()
+def _lines(texts: Iterator[str], raised: list[BaseException]) -> Iterator[str]:
+    """Yield the lines of the texts, without lone surrogates, which UTF-8 cannot encode.
+
+    An error or a signal is added to `raised`, because sentencepiece only keeps its text.
+    """
+    try:
+        for text in texts:
+            for line in text.splitlines():
+                yield line.encode("utf-8", "ignore").decode()
+    except (Exception, KeyboardInterrupt, Interrupted) as error:
+        raised.append(error)
+        raise
 
 
 def _training_error(message: str, vocab_size: int) -> str:

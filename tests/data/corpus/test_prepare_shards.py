@@ -79,6 +79,14 @@ def test_jobs_prepare_their_parts_and_the_last_one_merges_them(run, tmp_path, sm
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_shards_that_a_process_left_after_the_corpus_are_removed(run, tmp_path):
+    corpus = run(write_texts(tmp_path / "texts"))
+    left = corpus.path.with_name(f".{corpus.path.name}-shards")
+    (left / "000000").mkdir(parents=True)  # killed before it removed them
+    assert len(run(CaptionedRed(f"{glob.escape(str(tmp_path))}/texts/*.txt", val_fraction=0.0)))
+    assert [*corpus.path.parent.iterdir()] == [corpus.path]
+
+
 def test_after_a_kill_finished_shards_are_kept(run, tmp_path, small_shards, monkeypatch):
     source = write_texts(tmp_path / "texts")
     last = tmp_path / "texts" / "6 [a].txt"
