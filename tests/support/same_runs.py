@@ -14,6 +14,7 @@ CLOCK = {"fit_seconds", "validation_seconds", "train_seconds"}
 # Lightning's counts of validation batches, which include those of an interrupted validation.
 REPEATED = "epoch_loop.val_loop.batch_progress"
 CLOCK_CURVES = {"train/tokens_per_sec", "train/tflops_per_sec", "val/seconds", "val/time_share"}
+EPOCH = "epoch"  # of Lightning, which counts the only one as completed at the end or after it
 READ = ("config.yaml", "events.out.tfevents.", "checkpoints/")  # are not compared as bytes
 EVENTS = {"scalars": 0, "images": 0, "tensors": 0}  # keep all of them
 
@@ -104,12 +105,12 @@ def log_differences(run: Path, whole: Path, unlogged: set[int] = frozenset()) ->
     found = []
     for tag in sorted(ours.keys() | theirs.keys()):
         one, other = ours.get(tag, {}), theirs.get(tag, {})
-        if tag == "epoch" or tag.startswith("train/"):
+        if tag == EPOCH or tag.startswith("train/"):
             other = {step: other[step] for step in other if step in one or step not in unlogged}
         if one.keys() != other.keys():
             missing, more = sorted(other.keys() - one.keys()), sorted(one.keys() - other.keys())
             found.append(f"{tag} is not logged at {missing}, and also at {more}")
-        elif tag not in CLOCK_CURVES:
+        elif tag not in {*CLOCK_CURVES, EPOCH}:
             steps = [step for step in one if one[step] != other[step]]
             if steps:
                 found.append(f"{tag} differs at {steps}: {one[steps[0]]!r:.80}")
