@@ -19,7 +19,7 @@ except that a moment is a time and not a line of code. The exit code is 1 if any
 """
 
 import argparse
-import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -36,7 +36,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support import killed_runs, runs, same_runs  # noqa: E402
+from support import runs, same_runs  # noqa: E402
 from support.killed_runs import PHASES, WHOLE, Ended, Hang, Kill, run_command  # noqa: E402
 
 HOW = ("moment", "call", "signal")
@@ -309,7 +309,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the campaign; exit with 1 if a try failed."""
     args = parse_arguments()
-    multiprocessing.set_forkserver_preload(killed_runs.PRELOADED)
+    # Older Pythons do not give their path to the server process that imports the project.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     began, tries, failures, seeds = time.monotonic(), Counter(), Counter(), []
     references: dict[int, Reference] = {}
     with tempfile.TemporaryDirectory(prefix="kill-reference-") as folder:

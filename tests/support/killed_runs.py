@@ -38,6 +38,7 @@ PRELOADED = [
     *("callbacks.evaluate", "callbacks.metrics", "callbacks.geneval", "callbacks.shapes_report"),
     *("callbacks.retrieval", "callbacks.throughput", "callbacks.gradient_norms"),
 ]
+multiprocessing.set_forkserver_preload(PRELOADED)
 PHASES: dict[str, list[tuple[Any, str]]] = {  # the functions that are the phases of a run
     "prepare": [(Mixture, "prepare_data")],
     "save": [(L.Trainer, "save_checkpoint"), (last_checkpoint, "link_to")],
