@@ -1,26 +1,34 @@
 """Give random and damaged files, options and prompts to all that reads them; count what fails.
 
     python benchmarks/fuzz.py --minutes 10
-    python benchmarks/fuzz.py --only readers --tries 1000 --seed 7
+    python benchmarks/fuzz.py --tries 100000 --keep failures
+    python benchmarks/fuzz.py --section pairs --seed 7 --tries 1
 
-A try makes one hostile input in memory or in a temporary folder and reads it in this process. It
-fails if it raises anything but UserError, takes more than 5 s, gives an image the caption of
-another, or raises the peak memory by more than 512 MB. A failure prints its section and its seed;
---only SECTION --seed SEED --tries 1 repeats it. The exit code is 1 if any try failed.
+A try makes one hostile input in memory or in a temporary folder and reads it. It fails if it
+raises anything but UserError with one sentence, takes more than 5 s, gives an image the caption of
+another, loads a checkpoint that its checksum should refuse, raises the peak memory by more than
+512 MB, or ends the process. A failure prints its section and its seed, which repeat it, and --keep
+saves its input. The exit code is 1 if any try failed.
+
+The tries of a section run in a process of their own: a watchdog in it ends a try that hangs in C
+code, and a new process goes on after one that crashed.
 """
 
 import argparse
+import faulthandler
+import multiprocessing
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -28,18 +36,27 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support import hostile_files, hostile_folders, hostile_options  # noqa: E402
+from support import (  # noqa: E402
+    hostile_checkpoints,
+    hostile_files,
+    hostile_folders,
+    hostile_options,
+    hostile_pairs,
+    hostile_tokenizers,
+)
 from support.sources import GreyImages  # noqa: E402
 from tf_lightning.data import Mixture, Skipped  # noqa: E402
 from tf_lightning.data.corpus.reader import Corpus  # noqa: E402
 from tf_lightning.errors import UserError  # noqa: E402
 
 SECONDS = 5
-MEGABYTES = 512
+GRACE = 3  # seconds after which a try that C code does not let end is ended with its process
+MEGABYTES = 512  # that a try may take over the memory before it
+CEILING = 4096  # megabytes at which the process is ended before the machine has no memory left
 
 
-class TooSlow(Exception):
-    """A try took more than SECONDS."""
+class TooSlow(BaseException):
+    """A try took more than SECONDS. No reader takes it for an error of its own."""
 
 
 def readers(folder: Path, rng: random.Random) -> None:
@@ -85,50 +102,172 @@ def corpora(folder: Path, rng: random.Random) -> None:
 
 SECTIONS: dict[str, Callable[[Path, random.Random], None]] = {
     "readers": readers,
+    "pairs": hostile_pairs.read_pairs,
+    "images": hostile_pairs.read_changed_image,
+    "bombs": hostile_files.read_bomb,
     "corpora": corpora,
+    "flipped bits": hostile_checkpoints.flip_bit,
+    "checkpoints": hostile_checkpoints.damage_checkpoint,
+    "sharded checkpoints": hostile_checkpoints.read_sharded,
+    "tokenizers": hostile_tokenizers.read_tokenizer,
+    "language models": hostile_tokenizers.read_language_model,
     "autoencoders": hostile_folders.read_autoencoder,
     "exports": hostile_folders.read_export,
     "configs": hostile_options.build_model,
     "prompts": hostile_options.answer_prompt,
 }
+PREPARE = {"bombs": hostile_files.all_bombs, "checkpoints": hostile_checkpoints.compressed}
+SHARES = {"readers": 6, "pairs": 6, "images": 6, "bombs": 0.1, "tokenizers": 2, "checkpoints": 2}
+
+
+# One try
+
+
+def run_try(section: str, seed: int, keep: Path | None = None) -> str | None:
+    """Make and read one input; return what failed.
+
+    Args:
+        section: key of SECTIONS.
+        seed: seed of the input.
+        keep: folder to save the input of a failure in.
+    """
+    folder = Path(tempfile.mkdtemp())
+    base, began = reset_peak(), time.monotonic()
+    try:
+        with alarm():
+            SECTIONS[section](folder, random.Random(f"{section} {seed}"))
+        failure = None
+    except UserError as error:
+        failure = None if is_sentence(str(error)) else f"not one sentence: {str(error)!r}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # some libraries raise errors that are no Exceptions
+        failure = traceback.format_exc()
+    if failure is None and time.monotonic() - began > SECONDS:
+        failure = f"took {time.monotonic() - began:.1f} s"
+    if (rise := peak() - base) > MEGABYTES:
+        failure = f"{rise:.0f} MB over the base\n{failure or ''}"
+    if failure and keep:
+        save_failure(folder, failure, keep / f"{section.replace(' ', '-')}-{seed}")
+    shutil.rmtree(folder, ignore_errors=True)
+    return failure
+
+
+def warm_up(section: str) -> None:
+    """Make what the tries of a section share, without limits."""
+    PREPARE.get(section, lambda: None)()
+    with tempfile.TemporaryDirectory() as folder, suppress(Exception):
+        SECTIONS[section](Path(folder), random.Random(section))
+
+
+def is_sentence(message: str) -> bool:
+    """Whether an error message is one line of a length that a person reads."""
+    return 0 < len(message) < 2000 and "\n" not in message
+
+
+def save_failure(folder: Path, failure: str, target: Path) -> None:
+    """Copy the input of a try that failed, with what failed."""
+    shutil.copytree(folder, target, dirs_exist_ok=True, symlinks=True)
+    (target / "failure.txt").write_text(failure, errors="replace")
 
 
 @contextmanager
-def limited() -> Iterator[None]:
-    """Raise TooSlow after SECONDS, and MemoryError if the peak memory rose by MEGABYTES."""
+def alarm() -> Iterator[None]:
+    """Raise TooSlow in a block that takes more than SECONDS."""
 
     def stop(*_):
         raise TooSlow(f"more than {SECONDS} s")
 
-    before, old = _peak(), signal.signal(signal.SIGALRM, stop)
+    old = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
-    if _peak() - before > MEGABYTES:
-        raise MemoryError(f"{_peak() - before:.0f} MB over the base")
 
 
-def _peak() -> float:
-    """Peak resident memory of this process in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def reset_peak() -> float:
+    """Let the peak memory start from the present memory, and return it in MB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
 
 
-def run_try(section: str, seed: int) -> str | None:
-    """Make and read one input; return the traceback of a failure."""
-    folder = Path(tempfile.mkdtemp())
-    try:
-        with limited():
-            SECTIONS[section](folder, random.Random(f"{section} {seed}"))
-    except UserError:
-        pass
-    except (Exception, RecursionError):
-        return traceback.format_exc()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return None
+def peak(process: int | str = "self", field: str = "VmHWM") -> float:
+    """Return the peak resident memory of a process in MB, or with VmRSS the present one."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    found = [int(line.split()[1]) for line in lines if line.startswith(f"{field}:")]
+    return found[0] / 1024 if found else 0.0  # a process that has ended has none
+
+
+# Many tries
+
+
+def run_tries(section: str, seeds: range, end: float, keep: Path | None) -> tuple[int, int]:
+    """Run a section's tries in processes of their own; print and count the failures.
+
+    Args:
+        section: key of SECTIONS.
+        seeds: seeds of the tries.
+        end: time, as of time.monotonic, after which none begins.
+        keep: see `run_try`.
+
+    Returns:
+        The number of tries and of failures.
+    """
+    count = failed = 0
+    while count < len(seeds) and time.monotonic() < end:
+        for seed, failure in results(section, seeds[count:], end, keep):
+            count += 1
+            if failure:
+                failed += 1
+                print(f"{section}, seed {seed}:\n{failure}", flush=True)
+    return count, failed
+
+
+def results(
+    section: str, seeds: range, end: float, keep: Path | None
+) -> Iterator[tuple[int, str | None]]:
+    """Run tries in one process until it ends; yield the seed and the failure of each."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    with tempfile.TemporaryFile("w+") as stacks:
+        context = multiprocessing.get_context("fork")
+        arguments = section, seeds, end, keep, there, stacks
+        process = context.Process(target=work, args=arguments)
+        process.start()
+        there.close()
+        done = 0
+        try:
+            while True:
+                while not here.poll(0.05):
+                    if process.is_alive() and peak(process.pid, "VmRSS") > CEILING:
+                        process.kill()
+                result = here.recv()
+                done += 1
+                yield result
+        except EOFError:
+            process.join()
+        if process.exitcode:
+            stacks.seek(0)
+            failure = f"the process ended with {process.exitcode}\n{stacks.read()}"
+            yield seeds[min(done, len(seeds) - 1)], failure
+
+
+def work(
+    section: str, seeds: range, end: float, keep: Path | None, results: Connection, stacks
+) -> None:
+    """Run tries and send the result of each; a process that hangs ends with its stacks."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    faulthandler.enable(stacks)
+    warm_up(section)
+    for seed in seeds:
+        if time.monotonic() > end:
+            break
+        faulthandler.dump_traceback_later(SECONDS + GRACE, exit=True, file=stacks)
+        failure = run_try(section, seed, keep)
+        faulthandler.cancel_dump_traceback_later()
+        results.send((seed, failure))
 
 
 def main() -> int:
@@ -136,24 +275,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=1, help="time for all sections")
-    parser.add_argument("--tries", type=int, help="tries of each section; overrides --minutes")
-    parser.add_argument("--only", choices=SECTIONS, help="a single section")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first try")
+    parser.add_argument("--minutes", type=float, help="time for all sections (default: 1)")
+    parser.add_argument("--tries", type=int, help="number of tries of all sections")
+    parser.add_argument("--section", choices=SECTIONS, help="a single section")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first try of a section")
+    parser.add_argument("--keep", type=Path, help="folder for the inputs of failures")
     args = parser.parse_args()
-    sections = [args.only] if args.only else list(SECTIONS)
-    failures = 0
-    for section in sections:
-        end = time.monotonic() + 60 * args.minutes / len(sections)
-        count = failed = 0
-        while count < args.tries if args.tries else time.monotonic() < end:
-            seed = args.seed + count
-            if trace := run_try(section, seed):
-                failed += 1
-                print(f"{section}, seed {seed}:\n{trace}", flush=True)
-            count += 1
-        print(f"{section}: {count:,} tries, {failed:,} failures", flush=True)
-        failures += failed
+    sections = [args.section] if args.section else list(SECTIONS)
+    shares = {section: SHARES.get(section, 1) for section in sections}
+    minutes = args.minutes or (1 if args.tries is None else float("inf"))
+    total = failures = 0
+    for section, share in shares.items():
+        part = share / sum(shares.values())
+        tries = 10**9 if args.tries is None else max(1, round(args.tries * part))
+        began = time.monotonic()
+        end = began + 60 * minutes * part
+        seeds = range(args.seed, args.seed + tries)
+        count, failed = run_tries(section, seeds, end, args.keep)
+        seconds = time.monotonic() - began
+        print(f"{section}: {count:,} tries, {failed:,} failures, {seconds:.0f} s", flush=True)
+        total, failures = total + count, failures + failed
+    print(f"all: {total:,} tries, {failures:,} failures", flush=True)
     return int(failures > 0)
 
 

@@ -193,7 +193,36 @@ def read_checkpoint(path: str | Path, kind: str = TRANSFUSION, mmap: bool = Fals
             f"{path} is {OTHER_KIND[kind]} checkpoint; give a checkpoint of this configuration's "
             "own run"
         )
+    check_content(checkpoint, path)
     return upgrade(checkpoint)
+
+
+def check_content(checkpoint: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint with parts of other types, before anything is computed from them.
+
+    A tensor that is larger than its data in the file, by strides of zero, could fill the memory.
+
+    Raises:
+        UserError: the weights or the tokenizer are no tensors with data, or there are none.
+    """
+    tensors = {"tokenizer": checkpoint.get("tokenizer")} if TRANSFUSION in checkpoint else {}
+    weights, hparams = checkpoint.get("state_dict"), checkpoint.get("hyper_parameters", {})
+    wrong = [name for name, part in (("state_dict", weights), ("hyper_parameters", hparams))
+             if not isinstance(part, Mapping)]  # fmt: skip
+    tensors |= {} if wrong else weights
+    wrong += [str(name) for name, tensor in tensors.items() if not has_data(tensor)]
+    if wrong:
+        raise UserError(
+            f"{path} has {wrong[0][:80]!r} in another form than tf_lightning writes; it is damaged "
+            "or of another program: use an earlier one from the same folder"
+        )
+
+
+def has_data(tensor: Any) -> bool:
+    """Return whether a value is a tensor whose elements all are in the file."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:

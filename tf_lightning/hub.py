@@ -2,6 +2,7 @@
 
 import json
 import re
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ LANGUAGE_MODEL_FILES = [
     "tokenizer*",
 ]
 HUB_TIMEOUT = 10.0  # seconds
+MAX_SENTENCE = 300  # characters; a damaged file may be quoted whole in an error
 FILE_SUFFIXES = (".ckpt", ".model", ".json", ".safetensors")  # never the end of a hub name
 
 
@@ -70,8 +72,9 @@ def find_folder(
 
 
 def first_sentence(error: Exception) -> str:
-    """Return the first sentence of an error message, without its full stop."""
-    return re.split(r"\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
+    """Return the first sentence of an error message, without its full stop, or its beginning."""
+    sentence = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
+    return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[:MAX_SENTENCE]}..."
 
 
 def read_json(path: Path) -> dict:
@@ -84,9 +87,10 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"there is no {path.name} in {path.parent}; check the path") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); check the path, or download the folder again"
+            f"{path} cannot be read ({first_sentence(error)}); check the path, or download the "
+            "folder again"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object; download it again")
@@ -106,7 +110,7 @@ def read_shard_index(index: Path) -> dict[Path, set[str]]:
     for name, file in sorted(weight_map.items()):
         if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
             raise UserError(
-                f"{index} names {file!r}, which is no file beside it; download it again"
+                f"{index} names {reprlib.repr(file)}, which is no file beside it; download it again"
             )
         files.setdefault(index.parent / file, set()).add(name)
     return files

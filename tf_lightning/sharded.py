@@ -12,6 +12,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from tf_lightning.errors import UserError
+from tf_lightning.hub import first_sentence
 
 DESCRIPTION, REST = ".metadata", "meta.pt"  # of the shards; what is neither weight nor optimizer
 
@@ -58,8 +59,8 @@ def check_sharded(folder: Path) -> None:
         torch.load(folder / REST, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle and torch raise many types for other content
         raise UserError(
-            f"{folder} is no complete sharded checkpoint of tf_lightning ({error}); use an earlier "
-            "one"
+            f"{folder} is no complete sharded checkpoint of tf_lightning "
+            f"({first_sentence(error)}); use an earlier one"
         ) from error
 
 

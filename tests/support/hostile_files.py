@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from support import training_datasets
+from support import mutations, training_datasets
 from support.files import encoded_image
 from support.training_datasets import COLORS, color_of
 from tf_lightning import data
@@ -192,6 +192,36 @@ def damaged_dataset(folder: Path, rng: random.Random) -> Path:
 
 
 MAKERS = (json_file, csv_file, parquet_file, tar_file, damaged_dataset)
+
+
+def all_bombs() -> None:
+    """Make all bombs, which takes some seconds."""
+    for kind in mutations.BOMBS:
+        mutations.bomb(kind)
+
+
+def read_bomb(folder: Path, rng: random.Random) -> None:
+    """Read a small file that expands to a large one, or a tar whose headers promise much."""
+    reader = rng.choice(READERS)
+    if rng.random() < 0.2:
+        name, content = rng.choice(["a.tar", "a"]), mutations.bomb_tar(rng)
+    else:
+        kind = rng.choice(mutations.BOMBS)
+        name, content = bomb_name(kind, rng), mutations.bomb(kind)
+    (folder / name).write_bytes(content)
+    sized = {} if reader is data.TextFiles else {"image_size": 16}
+    source = reader(str(folder / name), val_fraction=0, **sized)
+    source.fingerprint("train")
+    for _ in source.documents("train"):
+        pass
+
+
+def bomb_name(kind: str, rng: random.Random) -> str:
+    """Name a bomb as what it is, or as another kind of file."""
+    filling, _, codec = kind.partition(".")
+    packed = {"gzip": ".gz", "zstd": ".zst", "bz2": ".bz2", "xz": ".xz"}.get(codec, "")
+    usual = {"dictionary": "a.parquet", "image": "a.png", "zeros": "a.tar"}.get(filling, "a.jsonl")
+    return rng.choice([usual, "a.txt", "a.json", "a.csv", "a"]) + packed
 
 
 def wrong_pairs(document: list) -> list[tuple[str, str]]:

@@ -87,30 +87,35 @@ def read_autoencoder(folder: Path, rng: random.Random) -> None:
 
 
 @cache
-def exported() -> Path:
-    """Export a small model with an autoencoder once."""
-    folder = Path(tempfile.mkdtemp())
-    texts = ["a red circle above a blue square"] * 50
-    tokenizer = train_tokenizer(iter(texts), folder / "tokenizer.model", 275)
+def small_checkpoint() -> dict[str, Any]:
+    """Make a checkpoint of a small model with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = ["a red circle above a blue square"] * 50
+        tokenizer = train_tokenizer(iter(texts), Path(folder, "tokenizer.model"), 275)
     torch.manual_seed(0)
     sizes = {"vocab_size": 275, "dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48}
     module = Transfusion(TransformerConfig(**sizes), 2, latent_channels=3, ema_decay=0.0)
     module.configure_model()
-    net = {f"net.{n}": w for n, w in module.net.state_dict().items()}
-    checkpoint = {
+    return {
         "hyper_parameters": dict(module.hparams),
         "image_codec": {"autoencoder": "pixels", "latent_shape": [3, 4, 4]},
         "row_length": 64,
         "global_step": 1,
-        "state_dict": net,
+        "state_dict": {f"net.{n}": w for n, w in module.net.state_dict().items()},
         "tokenizer": torch.frombuffer(bytearray(tokenizer.proto), dtype=torch.uint8),
     }
-    export(checkpoint, folder / "exported", None, {"net"})
-    return folder / "exported"
+
+
+@cache
+def exported() -> Path:
+    """Export a small model with an autoencoder once."""
+    folder = Path(tempfile.mkdtemp(), "exported")
+    export(small_checkpoint(), folder, None, {"net", "text"})
+    return folder
 
 
 def read_export(folder: Path, rng: random.Random) -> None:
     """Load a damaged exported folder."""
-    copy = shutil.copytree(exported(), folder / "copy")
+    copy = shutil.copytree(exported(), folder / "copy", ignore=shutil.ignore_patterns("text"))
     damage_folder(copy, rng)
     TransfusionPipeline.from_pretrained(copy, device="cpu").plan("image", SamplingConfig())

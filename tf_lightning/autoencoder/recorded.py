@@ -10,6 +10,7 @@ machine. `image_codec` in a checkpoint holds both:
     other_shapes  further resolutions, if there are any
 """
 
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def checked_codec(image_codec: dict[str, Any]) -> dict[str, Any]:
     right &= all(len(shape) == 3 for shape in shapes)
     right &= all(type(size) is int and 0 < size < MAX_SIZE for size in sizes)
     if not right or (image_codec["latent_shape"] and not texts[0]):
-        raise UserError(f"image_codec={image_codec} of the checkpoint is damaged; use another one")
+        raise UserError(
+            f"image_codec={reprlib.repr(image_codec)} of the checkpoint is damaged; use another one"
+        )
     return image_codec
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tf_lightning.checkpoint import read_checkpoint, select_weights, upgrade
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_folder
-from tf_lightning.hub import find_folder, read_json
+from tf_lightning.hub import find_folder, first_sentence, read_json
 from tf_lightning.interop.families import config_to_hf, family_options, model_type_of
 from tf_lightning.interop.llama import VOCAB_WEIGHTS, state_dict_to_hf
 from tf_lightning.model.transformer import TransformerConfig
@@ -133,5 +133,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             net[HEAD] = net["transformer.tok_embeddings.weight"]
         checkpoint["tokenizer"] = torch.frombuffer(proto, dtype=torch.uint8)
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read ({error}); export it again") from error
+        raise UserError(
+            f"{folder} cannot be read ({first_sentence(error)}); export it again"
+        ) from error
     return checkpoint | {"state_dict": {f"net.{name}": weight for name, weight in net.items()}}

@@ -8,6 +8,7 @@ What a config.json asks for is read from its `model_type` and its options, never
 weights. A family or an option that our blocks cannot express is refused by name.
 """
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -227,16 +228,17 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
 def _check_kinds(config: Mapping[str, Any]) -> None:
     for name, kind in KINDS.items():
         value = config.get(name)
-        if value is not None and not isinstance(value, kind):
+        is_wrong = not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))
+        if value is not None and is_wrong:
             expected = getattr(kind, "__name__", kind)
             raise UserError(
-                f"config.json has {name}={value!r} but needs a value of type {expected}; download "
-                "it again"
+                f"config.json has {name}={reprlib.repr(value)} but needs a value of type "
+                f"{expected}; download it again"
             )
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and value > 0
+    return type(value) is int and value > 0
 
 
 def _family(config: Mapping[str, Any]) -> Family:
@@ -249,15 +251,16 @@ def _family(config: Mapping[str, Any]) -> Family:
         )
     if model_type not in FAMILIES:
         raise UserError(
-            f"the checkpoint has model_type={model_type!r} but only {supported} are supported; "
-            "give one of these"
+            f"the checkpoint has model_type={reprlib.repr(model_type)} but only "
+            f"{supported} are supported; give one of these"
         )
     family = FAMILIES[model_type]
     architectures = config.get("architectures") or [f"{family.name}ForCausalLM"]
     if str(architectures[0]).lower() != f"{family.name}ForCausalLM".lower():
         raise UserError(
-            f"the checkpoint has architectures={architectures} but only {family.name}ForCausalLM "
-            f"is supported for model_type={model_type!r}; give a causal language model"
+            f"the checkpoint has architectures={reprlib.repr(architectures)} but only "
+            f"{family.name}ForCausalLM is supported for model_type={model_type!r}; give a "
+            "causal language model"
         )
     return family
 
@@ -267,8 +270,8 @@ def _check_fixed_options(config: Mapping[str, Any]) -> None:
         found = config.get(name)
         if found is not None and found != value:
             raise UserError(
-                f"the checkpoint has {name}={found!r} but only {value!r} is supported; give a "
-                "model without this option"
+                f"the checkpoint has {name}={reprlib.repr(found)} but only {value!r} is "
+                "supported; give a model without this option"
             )
 
 
@@ -336,9 +339,9 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
         return None
     if rope_type not in ROPE_SCALING_NAMES:
         raise UserError(
-            f"the checkpoint has rope_type={rope_type!r} but only 'default', 'linear' and "
-            "'llama3' are supported; give another model, or remove rope_scaling from config.json "
-            "if the model was trained without it"
+            f"the checkpoint has rope_type={reprlib.repr(rope_type)} but only 'default', "
+            "'linear' and 'llama3' are supported; give another model, or remove rope_scaling from "
+            "config.json if the model was trained without it"
         )
     names = ROPE_SCALING_NAMES[rope_type]
     if absent := [name for name in names if rope.get(name) is None]:

@@ -22,7 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tf_lightning.errors import UserError
-from tf_lightning.hub import LANGUAGE_MODEL_FILES, find_folder, read_json, read_shard_index
+from tf_lightning.hub import (
+    LANGUAGE_MODEL_FILES,
+    find_folder,
+    first_sentence,
+    read_json,
+    read_shard_index,
+)
 from tf_lightning.interop.families import NEUTRAL_FIELDS, config_from_hf, sliding_window
 from tf_lightning.model.transformer import Transformer, TransformerConfig
 from tf_lightning.tokenizer.tokenizer import NUM_IMAGE_TOKENS
@@ -129,7 +135,9 @@ def read_tensor_shapes(folder: Path) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as tensors:
                 sizes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({error}); download it again") from error
+            raise UserError(
+                f"{file} cannot be read ({first_sentence(error)}); download it again"
+            ) from error
         if absent := sorted(expected - sizes.keys()):
             raise UserError(
                 f"{file} lacks {len(absent)} of the tensors that its index names "

@@ -21,7 +21,13 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from tf_lightning.errors import UserError
-from tf_lightning.hub import LANGUAGE_MODEL_FILES, find_folder, is_hub_name, read_json
+from tf_lightning.hub import (
+    LANGUAGE_MODEL_FILES,
+    find_folder,
+    first_sentence,
+    is_hub_name,
+    read_json,
+)
 
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 SPACE = "\u2581"  # stands for a space in sentencepiece's pieces
@@ -146,8 +152,8 @@ def read_pretrained(path: str | Path) -> bytes:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"the tokenizer files in {folder} are damaged ({type(error).__name__}: {error}); "
-            "download them again"
+            f"the tokenizer files in {folder} are damaged ({type(error).__name__}: "
+            f"{first_sentence(error)}); download them again"
         ) from error
 
 

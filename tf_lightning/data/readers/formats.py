@@ -672,18 +672,14 @@ def _row(batch: pyarrow.RecordBatch, others: dict[str, None]) -> dict[str, Any] 
 
 
 def _rows_at_once(table: parquet.ParquetFile) -> int:
-    """Choose the rows of a batch so that it has about BATCH_BYTES.
+    """Choose the rows of a batch so that it has at most about BATCH_BYTES.
 
-    A value that many rows share is stored once, and only a hostile file gains much by it.
+    A value that many rows share is stored once, in a dictionary, so each row may be as large as its
+    whole row group. Metadata of single columns is not read: damage of it aborts the process.
     """
-    rows = max(table.metadata.num_rows, 1)
-    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
-    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    packed = sum(column.total_compressed_size for column in columns)
-    size = sum(column.total_uncompressed_size for column in columns)
-    if size > MAX_RATIO * packed:
-        return 1
-    return max(1, min(ROWS_AT_ONCE, BATCH_BYTES // (size // rows + 1)))
+    groups = range(table.metadata.num_row_groups)
+    largest = max((table.metadata.row_group(i).total_byte_size for i in groups), default=0)
+    return max(1, min(ROWS_AT_ONCE, BATCH_BYTES // (max(largest, 0) + 1)))
 
 
 def missing(what: str, found: Iterable[str], wanted: Iterable[str], option: str = "") -> str:
