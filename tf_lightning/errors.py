@@ -1,6 +1,9 @@
 """UserError: an error that the user can fix. Interrupted: a signal, or another rank's failure."""
 
+import re
 import signal
+
+MAX_SENTENCE = 300  # characters; a damaged file may be quoted whole in an error
 
 
 class UserError(ValueError):
@@ -8,6 +11,12 @@ class UserError(ValueError):
 
     The command line prints the message alone, without a traceback, and exits with 1.
     """
+
+
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of an error message, without its full stop, or its beginning."""
+    sentence = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
+    return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[:MAX_SENTENCE]}..."
 
 
 def not_a_number(what: str) -> str:

@@ -1,12 +1,11 @@
 """Folders in Hugging Face's layout: a local path, or a model name on the Hugging Face hub."""
 
 import json
-import re
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
 
-from tf_lightning.errors import UserError
+from tf_lightning.errors import UserError, first_sentence
 
 LANGUAGE_MODEL_FILES = [
     "config.json",
@@ -15,7 +14,6 @@ LANGUAGE_MODEL_FILES = [
     "tokenizer*",
 ]
 HUB_TIMEOUT = 10.0  # seconds
-MAX_SENTENCE = 300  # characters; a damaged file may be quoted whole in an error
 FILE_SUFFIXES = (".ckpt", ".model", ".json", ".safetensors")  # never the end of a hub name
 
 
@@ -69,12 +67,6 @@ def find_folder(
             f"({first_sentence(error)}); check the path, the network and HF_HUB_OFFLINE"
         ) from error
     return Path(folder)
-
-
-def first_sentence(error: Exception) -> str:
-    """Return the first sentence of an error message, without its full stop, or its beginning."""
-    sentence = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
-    return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[:MAX_SENTENCE]}..."
 
 
 def read_json(path: Path) -> dict:

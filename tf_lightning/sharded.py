@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from tf_lightning.errors import UserError
-from tf_lightning.hub import first_sentence
+from tf_lightning.errors import UserError, first_sentence
 
 DESCRIPTION, REST = ".metadata", "meta.pt"  # of the shards; what is neither weight nor optimizer
 

@@ -124,7 +124,7 @@ def spliced(content: bytes, rng: random.Random) -> bytes:
 
 def change_values(rng: random.Random) -> bytes:
     """Write a whole checkpoint, with its checksum, in which a value is of another type."""
-    checkpoint = copy.deepcopy(small_checkpoint())
+    checkpoint = small_checkpoint()
     for _ in range(rng.randint(1, 3)):
         places = [p for p in places_in(checkpoint) if rng.random() < 0.3 or p[0] is not checkpoint]
         inside, key = rng.choice(places)
@@ -207,7 +207,7 @@ def change_sizes(rng: random.Random) -> bytes:
 
 def expand_a_weight(rng: random.Random) -> bytes:
     """Write a checkpoint in which one number in the file is a weight of any shape."""
-    checkpoint = copy.deepcopy(small_checkpoint())
+    checkpoint = small_checkpoint()
     part = rng.choice(["state_dict", "state_dict", "tokenizer"])
     shape = rng.choice([(2**20, 2**20), (2**40,), (1,) * 60, (0, 2**40), (2**16, 2**12)])
     one = torch.zeros(1).expand(shape) if 0 not in shape else torch.empty(shape)
@@ -223,7 +223,7 @@ def expand_a_weight(rng: random.Random) -> bytes:
 def read_foreign_pickle(folder: Path, rng: random.Random) -> None:
     """Read a pickle that would run code, in each form that torch.save has or had."""
     marker = folder / "ran"
-    checkpoint = copy.deepcopy(small_checkpoint())
+    checkpoint = small_checkpoint()
     function = rng.choice([os.mkdir, exec_in_a_module, torch.load, pickle.loads, io.open])
     inside, key = rng.choice([p for p in places_in(checkpoint) if p[0] is not checkpoint])
     inside[key] = RunsCode(marker, function)

@@ -86,9 +86,13 @@ def read_autoencoder(folder: Path, rng: random.Random) -> None:
         raise AssertionError(f"{path} was damaged, loaded, and gives {images.shape}")
 
 
-@cache
 def small_checkpoint() -> dict[str, Any]:
-    """Make a checkpoint of a small model with random weights."""
+    """Return a checkpoint of a small model with random weights."""
+    return copy.deepcopy(_small_checkpoint())
+
+
+@cache
+def _small_checkpoint() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         texts = ["a red circle above a blue square"] * 50
         tokenizer = train_tokenizer(iter(texts), Path(folder, "tokenizer.model"), 275)

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 
 from tf_lightning.autoencoder.network import decode_latents, encode_vq, quantize
 from tf_lightning.autoencoder.weights import load_network
-from tf_lightning.errors import UserError
-from tf_lightning.hub import first_sentence
+from tf_lightning.errors import UserError, first_sentence
 
 ASSETS = Path(__file__).parents[1] / "shapes" / "assets"
 SHAPES_FOLDER = ASSETS / "shapes-autoencoder"

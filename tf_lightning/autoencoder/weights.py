@@ -16,10 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tf_lightning.errors import UserError
+from tf_lightning.errors import UserError, first_sentence
 from tf_lightning.hub import (
     find_folder,
-    first_sentence,
     read_json,
     read_shard_index,
     split_hub_name,

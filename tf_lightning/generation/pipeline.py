@@ -17,7 +17,7 @@ from tf_lightning.checkpoint import select_weights, state_dict_error
 from tf_lightning.data.images import to_image, to_pixels
 from tf_lightning.diffusion.process import process_from_hparams
 from tf_lightning.diffusion.sampler import build_scheduler, set_timesteps
-from tf_lightning.errors import UserError
+from tf_lightning.errors import UserError, first_sentence
 from tf_lightning.generation.engine import generate
 from tf_lightning.generation.requests import (
     GenerationModel,
@@ -34,7 +34,6 @@ from tf_lightning.generation.sampling import (
     not_for_codes,
 )
 from tf_lightning.generation.token_sampling import find_stop, num_streamable
-from tf_lightning.hub import first_sentence
 from tf_lightning.interop.export import export, read_weights
 from tf_lightning.model.transfusion import TransfusionModel, build_network
 from tf_lightning.tokenizer.tokenizer import Tokenizer

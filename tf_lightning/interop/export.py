@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tf_lightning.checkpoint import read_checkpoint, select_weights, upgrade
-from tf_lightning.errors import UserError
+from tf_lightning.errors import UserError, first_sentence
 from tf_lightning.files import atomic_folder
-from tf_lightning.hub import find_folder, first_sentence, read_json
+from tf_lightning.hub import find_folder, read_json
 from tf_lightning.interop.families import config_to_hf, family_options, model_type_of
 from tf_lightning.interop.llama import VOCAB_WEIGHTS, state_dict_to_hf
 from tf_lightning.model.transformer import TransformerConfig

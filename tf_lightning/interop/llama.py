@@ -21,11 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tf_lightning.errors import UserError
+from tf_lightning.errors import UserError, first_sentence
 from tf_lightning.hub import (
     LANGUAGE_MODEL_FILES,
     find_folder,
-    first_sentence,
     read_json,
     read_shard_index,
 )

@@ -20,11 +20,10 @@ from typing import Any
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from tf_lightning.errors import UserError
+from tf_lightning.errors import UserError, first_sentence
 from tf_lightning.hub import (
     LANGUAGE_MODEL_FILES,
     find_folder,
-    first_sentence,
     is_hub_name,
     read_json,
 )
