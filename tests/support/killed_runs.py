@@ -29,8 +29,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tf_lightning.cli.main import main
 from tf_lightning.data import Mixture
+from tf_lightning.signals import SIGNALS
 from tf_lightning.training import last_checkpoint
-from tf_lightning.training.interrupts import SIGNALS, Interrupts
+from tf_lightning.training.interrupts import Interrupts
 
 PRELOADED = [
     "support.killed_runs",
