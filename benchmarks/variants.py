@@ -43,7 +43,7 @@ COLUMNS = {
 
 def read_report(folder: Path, steps: int) -> dict | None:
     """The report of a run at its last step; None if there is none."""
-    for path in (folder / "report.json", folder / "validate" / "report.json"):
+    for path in (folder / "report.json", *later(folder, "report.json")):
         report = json.loads(path.read_text()) if path.is_file() else {}
         if report.get("global_step") == steps:
             return report
@@ -98,10 +98,16 @@ def training_totals(folder: Path) -> dict[str, float]:
     return totals
 
 
+def later(folder: Path, name: str) -> list[Path]:
+    """The files of a name that later calls of `validate` wrote for a run, newest first."""
+    files = folder.glob(f"validate*/{name}")
+    return sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+
+
 def last_metrics(folder: Path, steps: int) -> dict[str, float]:
     """Metrics of the last validation, by `fit` or by a later `validate`, by name."""
     of_fit = folder / "metrics" / f"step{steps:07d}-val.json"
-    for path in (of_fit, folder / "validate" / "metrics.json"):
+    for path in (of_fit, *later(folder, "metrics.json")):
         content = json.loads(path.read_text()) if path.is_file() else {}
         if content.get("global_step") == steps:
             return {n["name"].removeprefix("val/"): n["value"] for n in content["numbers"]}

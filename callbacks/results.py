@@ -19,14 +19,14 @@ def run_folder(trainer: L.Trainer) -> Path:
     """
     is_own = isinstance(trainer.logger, TensorBoardLogger | CSVLogger)
     folder = Path(trainer.log_dir if is_own else trainer.default_root_dir)
-    verb = str(trainer.state.fn.value)
+    verb = trainer.state.fn
     if verb in ("validate", "test"):
         if not hasattr(trainer, "results_folder"):  # the same for all callbacks and ranks
-            free = (path for path in numbered(folder / verb) if is_empty(path))
+            free = (path for path in numbered(folder / verb.value) if is_empty(path))
             trainer.results_folder = trainer.strategy.broadcast(next(free))
         folder = trainer.results_folder
     elif verb != "fit":
-        folder = folder / verb
+        folder = folder / verb.value
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -148,7 +148,10 @@ def test_the_command_line_changes_counts_steps_sampler_and_weights(run, tmp_path
     assert protocol["num_prompts"] == 3 and protocol["seed"] == 4
     assert (protocol["num_inference_steps"], protocol["sampler"]) == (3, "DDPMScheduler")
     assert (protocol["timestep_shift"], protocol["weights"]) == (2.0, "raw")
-    assert values(file)["val/fid[shapes]"] != values(validate(run, tmp_path))["val/fid[shapes]"]
+    assert (
+        values(file)["val/fid[shapes]"]
+        != values(validate(run, tmp_path / "as it is"))["val/fid[shapes]"]
+    )
 
 
 def test_a_guidance_sweep_is_one_command_and_one_plot(run, tmp_path):

@@ -82,6 +82,7 @@ def test_fit_writes_a_file_for_each_step_and_an_evaluation_a_file(fn, tag, place
         logger=None,
         default_root_dir=str(tmp_path),
         state=SimpleNamespace(fn=fn),
+        strategy=SimpleNamespace(broadcast=lambda folder: folder),
         is_global_zero=False,
         global_step=7 if fit else 0,
         ckpt_path=str(tmp_path / "last.ckpt"),
