@@ -52,6 +52,7 @@ def validate_config(run: Path, folder: Path, **changed) -> Path:
     config = yaml.safe_load((run / "config.yaml").read_text())
     config.pop("ckpt_path", None)
     only_evaluate(folder, **changed)(config)
+    folder.mkdir(exist_ok=True)
     path = folder / "validate.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -150,7 +151,7 @@ def test_the_command_line_changes_counts_steps_sampler_and_weights(run, tmp_path
     assert (protocol["timestep_shift"], protocol["weights"]) == (2.0, "raw")
     assert (
         values(file)["val/fid[shapes]"]
-        != values(validate(run, tmp_path / "as it is"))["val/fid[shapes]"]
+        != values(validate(run, tmp_path / "unchanged"))["val/fid[shapes]"]
     )
 
 
