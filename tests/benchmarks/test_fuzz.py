@@ -18,6 +18,7 @@ TRIES |= {"language models": 60, "exports": 40, "configs": 60, "prompts": 40}
 @pytest.mark.parametrize("section", TRIES)
 def test_hostile_inputs_are_read_or_refused(section):
     assert TRIES.keys() == fuzz.SECTIONS.keys() - {"bombs"}  # which take some seconds
+    fuzz.warm_up(section)
     assert [trace for seed in range(TRIES[section]) if (trace := fuzz.run_try(section, seed))] == []
 
 
@@ -84,7 +85,7 @@ def test_a_hang_is_a_failure_even_if_its_error_is_caught(monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_a_hang_in_c_code_ends_its_process_and_the_next_try_follows(monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS", 0.1)
-    monkeypatch.setattr(fuzz, "GRACE", 0.1)
+    monkeypatch.setattr(fuzz, "WATCHDOG", 0.2)
     monkeypatch.setattr(fuzz, "warm_up", lambda section: None)
     fail_with(monkeypatch, lambda: sum(repeat(0)))  # no signal is handled in it
     (found,) = failures()
