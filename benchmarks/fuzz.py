@@ -5,13 +5,13 @@
     python benchmarks/fuzz.py --section pairs --seed 7 --tries 1
 
 A try makes one hostile input in memory or in a temporary folder and reads it. It fails if it
-raises anything but UserError with one sentence, takes more than 5 s of CPU time, gives an image the caption of
-another, loads a checkpoint that its checksum should refuse, raises the peak memory by more than
-512 MB, or ends the process. A failure prints its section and its seed, which repeat it, and --keep
-saves its input. The exit code is 1 if any try failed.
+raises anything but UserError with one sentence, takes more than 5 s of CPU time, gives an image the
+caption of another, loads a checkpoint that its checksum should refuse, raises the peak memory by
+more than 512 MB, or ends the process. A failure prints its section and its seed, which repeat it,
+and --keep saves its input. The exit code is 1 if any try failed.
 
-The tries of a section run in a process of their own: a watchdog in it ends a try that waits or hangs
-in C code, and a new process goes on after one that crashed.
+The tries of a section run in a process of their own: a watchdog in it ends a try that waits or
+hangs in C code, and a new process goes on after one that crashed.
 """
 
 import argparse
