@@ -74,7 +74,9 @@ def find_checkpoint(path: str | Path, kind: str = TRANSFUSION) -> Path:
         return path
     folder = path / "checkpoints"
     if found := find_checkpoints(path, folder if folder.is_dir() else path):
-        return newest_sound(found, kind)
+        newest = newest_sound(found, kind)
+        say_once(f"Checkpoint: {newest}")
+        return newest
     runs = sorted({file.parent.parent.name for file in path.glob("*/checkpoints/*.ckpt")})
     advice = f"give one of {', '.join(runs[:5])} in it" if runs else "give the folder of a run"
     raise UserError(f"{path} is a folder without checkpoints; {advice}, or a file")
@@ -114,7 +116,7 @@ def step_of(path: Path) -> float:
 
 
 def newest_sound(found: list[Path], kind: str, sharded: bool = False) -> Path:
-    """Return the first of some checkpoints that is not damaged, and say which it is.
+    """Return the first of some checkpoints that is not damaged, and name those that are.
 
     Args:
         found: paths of checkpoints, at least one.
@@ -137,7 +139,6 @@ def newest_sound(found: list[Path], kind: str, sharded: bool = False) -> Path:
         path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
         if refusal:
             rank_zero_warn(f"{refusal}; {path}, the one before, is used")
-        say_once(f"Checkpoint: {path}")
         return path
     raise refusal
 

@@ -195,7 +195,7 @@ def verified(path: Path) -> Iterator[None]:
                 yield
             except Exception as raised:
                 error = raised
-            if found != trailer(checksum.result()):
+            if found != trailer(zlib.crc32(NO_COMMENT, checksum.result())):
                 raise DamagedFile(f"{path} does not have its checksum") from error
             if error:
                 raise error
@@ -251,13 +251,20 @@ def check_members(file: BinaryIO, path: Path) -> None:
         raise DamagedFile(f"{path} has members larger than the file")
 
 
+def file_checksum(path: Path) -> int:
+    """Return the CRC-32 of a file that is not empty."""
+    with path.open("rb") as file:
+        with FileChecksum(file, os.fstat(file.fileno()).st_size) as checksum:
+            return checksum.result()
+
+
 class FileChecksum:
     """The checksum of the first bytes of a file, which two threads compute together.
 
     One thread begins at once; the caller's joins it in `result`.
 
     Args:
-        file: the file, as torch wrote it apart from its last bytes.
+        file: the file, not empty.
         size: number of bytes.
     """
 
@@ -295,7 +302,7 @@ class FileChecksum:
             starts,
             0,
         )
-        return zlib.crc32(NO_COMMENT, whole)
+        return whole
 
 
 def combine(first: int, second: int, size: int) -> int:

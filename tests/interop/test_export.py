@@ -1,5 +1,7 @@
 """Export: the network round-trips, and `transformers` loads the text side as a Llama."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -184,6 +186,27 @@ def test_missing_ema_weights_and_a_damaged_folder_are_refused(with_layer_norm, t
     (tmp_path / "out" / "net.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="cannot be read .*; export it again"):
         read_weights(tmp_path / "out")
+
+
+def test_every_changed_byte_of_exported_weights_is_refused(with_layer_norm, tmp_path):
+    folder = tmp_path / "out"
+    export(with_layer_norm, folder, "raw", {"net"})
+    assert "crc32" not in read_weights(folder)
+    for file in (folder / "net.safetensors", folder / "tokenizer.bin"):
+        whole = file.read_bytes()
+        for place in range(0, len(whole), len(whole) // 50):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(UserError, match="export it again"):
+                read_weights(folder)
+        for length in (0, 7, len(whole) - 1):
+            file.write_bytes(whole[:length])
+            with pytest.raises(UserError, match="export it again"):
+                read_weights(folder)
+        file.write_bytes(whole)
+    facts = json.loads((folder / "net.json").read_text())
+    del facts["crc32"]  # as older versions wrote it
+    (folder / "net.json").write_text(json.dumps(facts))
+    assert read_weights(folder)["global_step"] == with_layer_norm["global_step"]
 
 
 @pytest.mark.parametrize("args", [[], ["x.ckpt"], ["x.ckpt", "-o", "out", "--weights", "best"]])

@@ -70,6 +70,7 @@ from tf_lightning.cli.run_folder import (
 )
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import Interrupted, UserError
+from tf_lightning.files import atomic_file
 from tf_lightning.folders import check_writable
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.fsdp import check_numbers
@@ -139,7 +140,8 @@ class SaveFitConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir, self.config_filename)
             file.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
+            with atomic_file(file) as partial:
+                self.parser.save(self.config, partial, skip_none=False, multifile=False)
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         rank_zero_info(f"Training {trained:,} parameters")
 
@@ -676,7 +678,7 @@ def time_token(linear: Namespace | None) -> bool:
 
 NOISE = (  # beginnings of Lightning's messages that a user cannot act on
     *("💡 Tip:", "GPU available: False", "TPU available", "LOCAL_RANK", "Initializing distributed"),
-    *("Restoring states from", "Seed set to"),
+    "Seed set to",
 )
 NEEDLESS_WARNINGS = (
     ".*treespec, LeafSpec",  # Lightning 2.6

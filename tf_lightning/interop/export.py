@@ -1,7 +1,8 @@
 """Export a checkpoint: the network as safetensors, and its text side as a language model's folder.
 
 FOLDER/net.safetensors  every weight of the network under our names
-FOLDER/net.json         hyper-parameters, autoencoder, step, and whether the weights are EMA weights
+FOLDER/net.json         hyper-parameters, autoencoder, step, whether the weights are EMA weights,
+                        and the CRC-32 of the other two files
 FOLDER/tokenizer.bin    the tokenizer's bytes, as in a checkpoint
 FOLDER/text/            config.json, model.safetensors and tokenizer for `transformers`
 """
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tf_lightning.checkpoint import read_checkpoint, select_weights, upgrade
+from tf_lightning.checkpoint_file import file_checksum
 from tf_lightning.errors import UserError, first_sentence
 from tf_lightning.files import atomic_folder
 from tf_lightning.hub import find_folder, read_json
@@ -26,6 +28,7 @@ from tf_lightning.tokenizer import huggingface
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
 METADATA = ("hyper_parameters", "image_codec", "row_length", "global_step")
+CHECKED = ("net.safetensors", "tokenizer.bin")
 DEFAULT_MAX_LENGTH = 2048  # tokens, for a checkpoint that does not store its row length
 HEAD = "transformer.output.weight"
 
@@ -86,9 +89,10 @@ def write_net(checkpoint: dict, net: dict[str, Tensor], weights: str, folder: Pa
     if transformer_config(checkpoint).tie_embeddings:
         net = {name: weight for name, weight in net.items() if name != HEAD}
     save_file({n: w.contiguous() for n, w in net.items()}, folder / "net.safetensors")
-    metadata = {name: checkpoint.get(name) for name in METADATA} | {"weights": weights}
-    (folder / "net.json").write_text(json.dumps(metadata, indent=2) + "\n")
     (folder / "tokenizer.bin").write_bytes(bytes(checkpoint["tokenizer"].numpy()))
+    metadata = {name: checkpoint.get(name) for name in METADATA} | {"weights": weights}
+    metadata["crc32"] = {name: f"{file_checksum(folder / name):08x}" for name in CHECKED}
+    (folder / "net.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
 
 def write_text(checkpoint: dict, net: dict[str, Tensor], folder: Path) -> None:
@@ -125,8 +129,12 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     if not (folder / "net.json").is_file():
         return read_checkpoint(folder)
     checkpoint = read_json(folder / "net.json")
+    checksums = checkpoint.pop("crc32", {})  # older versions recorded none
     try:
         net = load_file(folder / "net.safetensors")
+        for name in CHECKED:
+            if checksums and checksums[name] != f"{file_checksum(folder / name):08x}":
+                raise ValueError(f"{name} does not have the checksum that net.json records")
         proto = bytearray((folder / "tokenizer.bin").read_bytes())
         upgrade(checkpoint)["hyper_parameters"]["ema_decay"] = 0.0
         if transformer_config(checkpoint).tie_embeddings:
