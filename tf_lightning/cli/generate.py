@@ -129,6 +129,14 @@ def build_parser() -> Parser:
         EPILOG,
         usage="tf-lightning generate CKPT [TEXT | --image FILE] ... [options]",
     )
+    add_prompt_options(parser)
+    add_output_options(parser)
+    add_sampling_options(parser)
+    return parser
+
+
+def add_prompt_options(parser: Parser) -> None:
+    """Add the checkpoint and the parts of the prompt."""
     add = parser.add_argument
     add("checkpoint", type=name_type, metavar="CKPT",
         help="a checkpoint or the folder of a run, a folder of `export`, or its name on the hub",
@@ -140,6 +148,11 @@ def build_parser() -> Parser:
     add("--prompts", type=path_type, metavar="FILE",
         help="many prompts: one text in each line, or the parts of one in each .jsonl line",
     )  # fmt: skip
+
+
+def add_output_options(parser: Parser) -> None:
+    """Add what is generated, where it is written, and how the model runs."""
+    add = parser.add_argument
     add("-o", "--out", type=path_type, default=Path("out"), metavar="FOLDER",
         help="folder of the outputs (default: out)")  # fmt: skip
     add("-n", "--num-outputs", type=positive_int, metavar="N",
@@ -164,8 +177,6 @@ def build_parser() -> Parser:
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="number format of the weights and of the computation (default: float32)")  # fmt: skip
-    add_sampling_options(parser)
-    return parser
 
 
 def run_generate(args: list[str]) -> None:
@@ -182,7 +193,9 @@ def run_generate(args: list[str]) -> None:
             f"there is no prompt behind the checkpoint {options.checkpoint!r}; give text, --image "
             "FILE or --prompts FILE"
         )
-    check_writable(options.out)
+    makes_text = bool(options.parts) and options.parts[-1][0] == "image"
+    if (options.output_modality or ("text" if makes_text else "image")) != "text":
+        check_writable(options.out)  # a single text is printed
     given = {f.name: vars(options)[f.name] for f in fields(SamplingConfig) if f.name in options}
     sampling = SamplingConfig(**given)
     from tf_lightning.cli.outputs import generate_outputs  # imports torch

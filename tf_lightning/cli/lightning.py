@@ -1,10 +1,8 @@
 """LightningCLI with this project's defaults, links between model and data, and one-line errors."""
 
-import logging
 import os
 import pkgutil
 import sys
-import warnings
 from argparse import SUPPRESS
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,6 +54,7 @@ from tf_lightning.cli.config_parser import ConfigError, ConfigFile, ConfigParser
 from tf_lightning.cli.exported import ExportIO, is_exported, read_trained
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.cli.parser import Parser, stop
+from tf_lightning.cli.quiet import silence_warnings
 from tf_lightning.cli.run_folder import (
     EarlierRun,
     append_to_csv,
@@ -404,28 +403,14 @@ class TransfusionCLI(LightningCLI):
             check_autoencoder(self.model, self.datamodule, config.model.init_args.latent_channels)
 
     def instantiate_trainer(self, **kwargs) -> L.Trainer:
-        """Build the trainer with the callbacks of every run before those of `trainer.callbacks`.
-
-        A callback of every run is left out where the list has one of its class, or where
-        `enable_progress_bar`, `enable_checkpointing` or `logger` is false.
-        """
+        """Build the trainer with the callbacks of every run before those of `trainer.callbacks`."""
         built = self.config_init.get(self.subcommand) or self.config_init
         listed = built.trainer.callbacks or []
         listed = listed if isinstance(listed, list) else [listed]
         if built.trainer.fast_dev_run:  # ModelCheckpoint would still save at the end
             listed = [own for own in listed if not isinstance(own, ModelCheckpoint)]
             kwargs["enable_checkpointing"] = built.trainer.enable_checkpointing = False
-        switches = {
-            "progress_bar": built.trainer.enable_progress_bar,
-            "checkpoint": built.trainer.enable_checkpointing,
-            "learning_rate_monitor": built.trainer.logger,
-        }
-        always = [
-            built[key]
-            for key in ALWAYS
-            if switches.get(key) is not False
-            and not any(same_role(own, built[key]) for own in listed)
-        ]
+        always = always_callbacks(built, listed)
         self.refuse_unused(listed, built)
         default = Path(built.trainer.default_root_dir or DEFAULT_FOLDER)
         self.run_folder = folder_of(built.trainer.logger, default)
@@ -656,6 +641,24 @@ class TransfusionCLI(LightningCLI):
             )
 
 
+def always_callbacks(built: Namespace, listed: list[Callback]) -> list[Callback]:
+    """Return the callbacks of every run.
+
+    One is left out where `trainer.callbacks` lists one of its class, or where
+    `enable_progress_bar`, `enable_checkpointing` or `logger` is false.
+    """
+    switches = {
+        "progress_bar": built.trainer.enable_progress_bar,
+        "checkpoint": built.trainer.enable_checkpointing,
+        "learning_rate_monitor": built.trainer.logger,
+    }
+    return [
+        built[key]
+        for key in ALWAYS
+        if switches.get(key) is not False and not any(same_role(own, built[key]) for own in listed)
+    ]
+
+
 def same_role(one: Callback, other: Callback) -> bool:
     """Whether a run needs only one of two callbacks, such as two progress bars."""
     return any(
@@ -674,39 +677,6 @@ def time_token(linear: Namespace | None) -> bool:
         return False
     arguments = linear.get("init_args", linear)  # jsonargparse wraps an optional dataclass
     return arguments["time"] == "token"
-
-
-NOISE = (  # beginnings of Lightning's messages that a user cannot act on
-    *("💡 Tip:", "GPU available: False", "TPU available", "LOCAL_RANK", "Initializing distributed"),
-    "Seed set to",
-)
-NEEDLESS_WARNINGS = (
-    ".*treespec, LeafSpec",  # Lightning 2.6
-    # An evaluation has other callbacks than the run that wrote the checkpoint, and another folder.
-    ".*callbacks used to create the checkpoint",
-    ".*dirpath has changed from",
-    # before_fit says these, and refuses a folder with another run.
-    ".*no last checkpoint available",
-    ".*Checkpoint directory .* exists and is not empty",
-    ".*before the ``update`` method",  # the data warns of a source without validation documents
-    "LightningCLI's args parameter",  # inspect removes options
-    ".*does not have many workers",  # rows are cheap to load
-    ".*To get the last learning rate computed by the scheduler",  # when a run is resumed
-    ".*Previous log files in this directory will be deleted",  # see keep_rows
-)
-
-
-def silence_warnings() -> None:
-    """Silence messages of Lightning and torchmetrics that a user cannot act on."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(keep_message)
-    for message in NEEDLESS_WARNINGS:
-        warnings.filterwarnings("ignore", message)
-
-
-def keep_message(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning is shown."""
-    return not record.getMessage().startswith(NOISE)
 
 
 def build_data(args: list[str], parser: Parser) -> TransfusionCLI:
