@@ -261,12 +261,15 @@ def test_the_command_that_resumes_keeps_the_options():
     assert resume_command(["fit", "--ckpt_path=a.ckpt"]) == "tf-lightning fit --ckpt_path last"
 
 
+SMALL = {"image_codec": {}, "state_dict": {}, "tokenizer": torch.ones(1, dtype=torch.uint8)}
+
+
 def copies(folder: Path, steps: list[int], last: int | None = None) -> None:
     """Write files of these steps, each newer than the one before, and the link to one of them."""
     folder.mkdir(parents=True)
     for place, step in enumerate(steps):
         file = folder / f"step{step}.ckpt"
-        write_checkpoint({"global_step": step, "image_codec": {}}, file)
+        write_checkpoint(SMALL | {"global_step": step}, file)
         os.utime(file, (place, place))
     if last is not None:
         (folder / "last.ckpt").symlink_to(f"step{last}.ckpt")
@@ -293,7 +296,7 @@ def test_the_newest_checkpoint_is_the_latest_of_the_run(steps, last, found, tmp_
 def test_checkpoints_of_a_preempted_job_and_second_names_are_found(tmp_path):
     copies(tmp_path / "checkpoints", [1, 2], 2)
     os.link(tmp_path / "checkpoints" / "step2.ckpt", tmp_path / "checkpoints" / "best.ckpt")
-    write_checkpoint({"global_step": 3, "image_codec": {}}, tmp_path / "hpc_ckpt_1.ckpt")
+    write_checkpoint(SMALL | {"global_step": 3}, tmp_path / "hpc_ckpt_1.ckpt")
     found = find_checkpoints(tmp_path, tmp_path / "checkpoints")
     assert [torch.load(file, weights_only=True)["global_step"] for file in found] == [3, 2, 1]
 
