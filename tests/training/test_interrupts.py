@@ -51,6 +51,7 @@ def check_equal(run: Path, whole: Path) -> None:
     for part in PARTS:
         assert bit_equal(one[part], other[part]), part
     assert validations(run) == validations(whole)
+    assert steps_of(run, "train/loss") == steps_of(whole, "train/loss")
 
 
 def load(run: Path, name: str = "last") -> dict:
@@ -59,8 +60,12 @@ def load(run: Path, name: str = "last") -> dict:
 
 def validations(run: Path) -> list[int]:
     """The steps whose validation was logged, in the order of time."""
-    events = EventAccumulator(str(run)).Reload().Scalars("val/captions/loss_lm")
-    return [event.step for event in events]
+    return steps_of(run, "val/captions/loss_lm")
+
+
+def steps_of(run: Path, name: str) -> list[int]:
+    """The steps at which a value was logged, in the order of time."""
+    return [event.step for event in EventAccumulator(str(run)).Reload().Scalars(name)]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Signals in a run: its state is saved at a place where it is consistent, on all ranks.
 
-In the middle of a training step the state is not consistent, so a signal is heeded at the end of
-the batch, on all ranks at the same one. Outside of training steps it is heeded at once, because
-nothing changes the state there; `Ending` then ends the other ranks. `LastCheckpoint` saves the
-state when `Interrupted` is raised.
+In the middle of a training step the state is not consistent, so a signal is heeded when the batch
+has been logged, on all ranks after the same one. Outside of training steps it is heeded at once,
+because nothing changes the state there; `Ending` then ends the other ranks. `LastCheckpoint` saves
+the state when `Interrupted` is raised.
 """
 
 import os
@@ -21,14 +21,14 @@ from tf_lightning.training.ending import Ending
 
 
 class Interrupts(L.Callback):
-    """Raises Interrupted at the end of the batch in which a rank received a signal.
+    """Raises Interrupted after the batch in which a rank received a signal.
 
     Lightning's own handlers save in the middle of a step and call collectives of torch from within
     the handler; these take their place.
     """
 
     def __init__(self):
-        self.received = 0
+        self.received = self.agreed = 0  # a signal of this rank, and one of any rank
         self.in_step = False
         self.ending = Ending()
 
@@ -45,7 +45,7 @@ class Interrupts(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Handle the signals and listen to the other ranks from here on."""
-        self.received, self.in_step = 0, False
+        self.received, self.agreed, self.in_step = 0, 0, False
         trainer._signal_connector.register_signal_handlers = lambda: None
         handle(self.handle, {requeue_signal(trainer)} - {None})
         self.ending.begin(trainer)
@@ -55,11 +55,16 @@ class Interrupts(L.Callback):
         self.in_step = True
 
     def on_train_batch_end(self, trainer: L.Trainer, *args) -> None:
-        """Raise Interrupted on all ranks if any of them received a signal."""
-        self.raise_on_all_ranks(trainer)
+        """Agree with the other ranks whether any of them received a signal."""
+        self.agreed = self.received_by_any(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args) -> None:
+        """Raise Interrupted for a signal in the batch before, which is logged now."""
+        self.raise_if_agreed()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Heed signals at once, unless ranks that shard the model have to save together."""
+        self.raise_if_agreed()
         self.in_step = is_sharded(pl_module)
         self.raise_if_received()
 
@@ -68,7 +73,8 @@ class Interrupts(L.Callback):
     ) -> None:
         """Raise Interrupted on all ranks if the model is sharded and any received a signal."""
         if self.in_step:
-            self.raise_on_all_ranks(trainer)
+            self.agreed = self.received_by_any(trainer)
+            self.raise_if_agreed()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training steps go on."""
@@ -76,6 +82,7 @@ class Interrupts(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training steps are over."""
+        self.raise_if_agreed()
         self.in_step = False
         self.raise_if_received()
 
@@ -98,15 +105,19 @@ class Interrupts(L.Callback):
         if self.received and not self.in_step:
             interrupt(self.received)
 
-    def raise_on_all_ranks(self, trainer: L.Trainer) -> None:
-        """Raise Interrupted if any rank has received a signal."""
+    def raise_if_agreed(self) -> None:
+        """Raise Interrupted on all ranks, at the same place, if any has received a signal."""
+        if self.agreed:
+            interrupt(self.agreed, on_all_ranks=True)
+
+    def received_by_any(self, trainer: L.Trainer) -> int:
+        """Return the largest number of a signal that a rank has received; 0 if none has."""
         received = self.received
         if trainer.world_size > 1:
             largest = torch.tensor(received, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
             received = int(largest)
-        if received:
-            interrupt(received, on_all_ranks=True)
+        return received
 
 
 def is_sharded(module: L.LightningModule) -> bool:
