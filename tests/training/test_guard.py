@@ -189,7 +189,11 @@ def test_the_guard_continues_from_a_checkpoint():
     assert not StepGuard(5, None).is_spike(1e9)
 
 
-@pytest.mark.parametrize("options", [{}, aruns.VQ], ids=["vae", "vq"])
+# Of 2,000 codes most are dead and restart in every other step.
+MANY_CODES = aruns.VQ | {"network": {"num_codes": 2000, "code_dim": 3}}
+
+
+@pytest.mark.parametrize("options", [{}, MANY_CODES], ids=["vae", "vq"])
 def test_an_autoencoders_step_that_is_not_finite_changes_nothing(tmp_path, options):
     def often(config: dict) -> None:
         config["trainer"] |= {"max_steps": 5, "limit_val_batches": 0}

@@ -1,5 +1,6 @@
 """The length of a run in steps, epochs or time, over which the learning rate decays."""
 
+import math
 import warnings
 from datetime import timedelta
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ def test_the_steps_of_a_run_are_its_max_steps_or_follow_from_the_time_so_far():
     assert expected_steps(trainer_after(50, max_steps=7, max_time=None), 3) == 7
     assert expected_steps(trainer_after(25), 10) == 40
     assert expected_steps(trainer_after(100), 30) == 30
-    assert expected_steps(trainer_after(0), 0) == float("inf")
+    assert expected_steps(trainer_after(0), 0) == expected_steps(trainer_after(5), 0) == math.inf
     assert expected_steps(trainer_after(0, max_time=None), 10) == float("inf")
 
 

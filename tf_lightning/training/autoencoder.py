@@ -255,6 +255,11 @@ class AutoencoderModule(L.LightningModule):
         """Code vectors of a VQ, (num_codes, code_dim), without gradient."""
         return self.autoencoder.quantize.embedding.weight.detach()
 
+    @property
+    def code_state(self) -> tuple[Tensor, Tensor]:
+        """What `training_step` changes of a VQ besides gradients: restarted codes, idle steps."""
+        return self.codebook, self.codebook_use.idle
+
     # ---------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
@@ -282,6 +287,8 @@ class AutoencoderModule(L.LightningModule):
         """
         batches, means, ids = as_batches(batch), {}, []
         self.zero_grad()
+        if self.config.num_codes:
+            self.codes_before = [state.clone() for state in self.code_state]
         step = self.step_values(batches)
         for part in batches:
             made, values = self.batch_losses(part, step)
@@ -411,7 +418,6 @@ class AutoencoderModule(L.LightningModule):
         counts = torch.bincount(ids.flatten(), minlength=self.config.num_codes)
         if self.trainer.world_size > 1:
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
-        self.idle_before = self.codebook_use.idle.clone()
         self.codebook_use.update(counts)
         dead = self.codebook_use.dead.sum().float()
         return {"code_perplexity": losses.code_perplexity(counts).float(), "dead_codes": dead}
@@ -476,9 +482,12 @@ class AutoencoderModule(L.LightningModule):
         if self.discriminator is not None:
             both = norm + clip_gradients(self.discriminator.parameters(), *how)
         self.log("train/grad_norm", norm, batch_size=1)
-        self.guard.check(self, self.step_loss, both)
-        if self.guard.leaves_out and self.config.num_codes:
-            self.codebook_use.idle.copy_(self.idle_before)
+        try:
+            self.guard.check(self, self.step_loss, both)
+        finally:
+            if self.guard.leaves_out and self.config.num_codes:
+                for state, before in zip(self.code_state, self.codes_before, strict=True):
+                    state.copy_(before)
 
     # ---------------------------------------------------------------- validation
 

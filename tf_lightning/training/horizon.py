@@ -105,7 +105,7 @@ def expected_steps(trainer: L.Trainer, step: int) -> float:
     if timer is None:
         return max_steps
     share = trainer.strategy.broadcast(timer.time_elapsed() / duration_of(timer))
-    by_time = step / share if share > 0 else math.inf
+    by_time = step / share if step and share > 0 else math.inf
     return min(max_steps, max(by_time, trainer.min_steps or 0))
 
 
