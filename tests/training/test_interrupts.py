@@ -16,6 +16,7 @@ from torch.multiprocessing import ProcessExitedException
 from support import ranks, runs
 from support.compare import bit_equal
 from tf_lightning.cli.main import main
+from tf_lightning.data import Mixture
 from tf_lightning.training import module
 
 PARTS = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "Mixture")
@@ -176,6 +177,22 @@ def test_a_resumed_run_makes_up_its_validation_and_its_end(
         assert end_of(tmp_path, "--ckpt_path=last", change=examined) == 0
     assert not (run / "examined").exists() and validations(run) == steps
     assert "ended at step 6, and nothing is missing" in caplog.text
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run_leaves_its_checkpoint(
+    tmp_path, monkeypatch
+):
+    assert end_of(tmp_path, *runs.stop_at("on_train_end")) == 143
+    saved = (tmp_path / "run" / "checkpoints" / "step0000006.ckpt").read_bytes()
+    load_data = Mixture.train_dataloader
+
+    def signalled(data):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load_data(data)
+
+    monkeypatch.setattr(Mixture, "train_dataloader", signalled)
+    assert end_of(tmp_path, "--ckpt_path=last") == 143
+    assert (tmp_path / "run" / "checkpoints" / "step0000006.ckpt").read_bytes() == saved
 
 
 def test_a_run_shorter_than_the_period_has_its_last_checkpoint_before_it_validates(tmp_path):

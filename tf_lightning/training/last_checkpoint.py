@@ -35,6 +35,12 @@ class LastCheckpoint(Checkpoint):
         self.saved_loops: dict[str, Any] | None = None
         self.updating: int | None = None
 
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Do not save the state of a checkpoint again, if the run ends before its first step."""
+        self.saved_step = checkpoint["global_step"]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start from a state that needs no saving: the first one, or that of a checkpoint."""
         self.step = self.saved_step = trainer.global_step
