@@ -309,6 +309,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the campaign; exit with 1 if a try failed."""
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and end the present try
     # Older Pythons do not give their path to the server process that imports the project.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     began, tries, failures, seeds = time.monotonic(), Counter(), Counter(), []
