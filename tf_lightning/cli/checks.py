@@ -62,7 +62,11 @@ def check_groups(part: str, config: Namespace) -> None:
         config: its `class_path` and `init_args`.
     """
     options = config.get("init_args") or {}
-    for name, kind in get_type_hints(pkgutil.resolve_name(config.class_path).__init__).items():
+    try:
+        kinds = get_type_hints(pkgutil.resolve_name(config.class_path).__init__)
+    except NameError:  # a class whose annotations only a type checker can resolve
+        return
+    for name, kind in kinds.items():
         if name in options and is_dataclass(kind) and not isinstance(options[name], Namespace):
             shown = "null" if options[name] is None else options[name]
             raise UserError(
