@@ -16,6 +16,7 @@ hangs in C code, and a new process goes on after one that crashed.
 
 import argparse
 import faulthandler
+import logging
 import multiprocessing
 import random
 import shutil
@@ -258,6 +259,7 @@ def work(
 ) -> None:
     """Run tries and send the result of each; a process that hangs ends with its stacks."""
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     faulthandler.enable(stacks)
     warm_up(section)
