@@ -21,15 +21,17 @@ import unicodedata
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import FileBytes, is_image_file
+from tf_lightning.data.readers.parquet_pages import check_pages
 from tf_lightning.errors import UserError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz", ".tgz": "gzip"}
@@ -40,7 +42,8 @@ START = 2**16  # bytes that are read to find out what a file is
 FIRST_LINE = 2**20  # bytes that are read to find out whether JSON has one record a line
 MAX_BYTES = 2**24  # of a line or a JSON value; parsed JSON takes up to 20 times as much
 MAX_RATIO = 100  # of decompressed to compressed bytes of a file of more than MAX_BYTES
-MAX_SAMPLE = 2**27  # bytes of all files of a sample in a tar
+MAX_SAMPLE = 2**27  # bytes of all files of a sample in a tar, or of a row of parquet
+MAX_ROW_VALUES = 2**20  # values in the lists of a row of parquet
 MAX_MEMBERS = 2**20  # files in a tar
 MAX_HEADER = 2**20  # bytes of a name or of extended attributes in a tar
 ROWS_AT_ONCE = 64
@@ -611,20 +614,30 @@ def read_parquet(
         BadSample: it has none of the columns, or is damaged.
     """
     try:
-        with parquet.ParquetFile(
-            file, page_checksum_verification=True, buffer_size=2**20, pre_buffer=False
-        ) as table:
+        with ExitStack() as stack:
+            table = stack.enter_context(open_parquet(file))
             names, columns = table.schema_arrow.names, list(columns)
             found = [name for name in names if name in columns or name.lower() in columns]
             if not found:
                 raise BadSample(missing("column", names, columns, option))
             check_unique(found)
             others = dict.fromkeys(name for name in names if name not in found)
-            for batch in table.iter_batches(_rows_at_once(table), columns=found):
+            largest, shared = check_pages(file, table, found)
+            # Rows may share a value, so that each of them has one of a page's size.
+            rows = max(1, min(ROWS_AT_ONCE, BATCH_BYTES // max(largest, 1)))
+            if shared:
+                table = stack.enter_context(open_parquet(file, read_dictionary=shared))
+            for batch in table.iter_batches(rows, columns=found):
                 for number in range(len(batch)):
                     yield _row(batch.slice(number, 1), others)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, IndexError, pyarrow.ArrowException) as error:
         raise file_fault(error) from error
+
+
+def open_parquet(file: Path, **options) -> parquet.ParquetFile:
+    """Open a parquet file for reading it page by page."""
+    options |= {"page_checksum_verification": True, "buffer_size": 2**20, "pre_buffer": False}
+    return parquet.ParquetFile(file, **options)
 
 
 def check_unique(names: Iterable[str]) -> None:
@@ -663,6 +676,9 @@ def has_image_columns(file: Path) -> bool:
 
 
 def _row(batch: pyarrow.RecordBatch, others: dict[str, None]) -> dict[str, Any] | BadSample:
+    sizes = [_size(column) for column in batch.columns]
+    if sum(n for n, _ in sizes) > MAX_ROW_VALUES or sum(size for _, size in sizes) > MAX_SAMPLE:
+        return BadSample(f"row of more than {MAX_SAMPLE:,} bytes or {MAX_ROW_VALUES:,} values")
     try:
         return batch.to_pylist()[0] | others
     except UnicodeDecodeError:
@@ -671,15 +687,19 @@ def _row(batch: pyarrow.RecordBatch, others: dict[str, None]) -> dict[str, Any] 
         return BadSample(f"row that cannot be converted ({type(error).__name__})")
 
 
-def _rows_at_once(table: parquet.ParquetFile) -> int:
-    """Choose the rows of a batch so that it has at most about BATCH_BYTES.
-
-    A value that many rows share is stored once, in a dictionary, so each row may be as large as its
-    whole row group. Metadata of single columns is not read: damage of it aborts the process.
-    """
-    groups = range(table.metadata.num_row_groups)
-    largest = max((table.metadata.row_group(i).total_byte_size for i in groups), default=0)
-    return max(1, min(ROWS_AT_ONCE, BATCH_BYTES // (max(largest, 0) + 1)))
+def _size(column: pyarrow.Array) -> tuple[int, int]:
+    """Count the values of a column that become Python objects, and their bytes."""
+    if pyarrow.types.is_dictionary(column.type):  # each use of a value becomes a copy of it
+        values = column.dictionary
+        if pyarrow.types.is_primitive(values.type):
+            return len(column), column.nbytes
+        lengths = compute.binary_length(values).take(column.indices)
+        return len(column), compute.sum(lengths).as_py() or 0
+    if pyarrow.types.is_nested(column.type):
+        flat = column.flatten()
+        sizes = [_size(part) for part in (flat if isinstance(flat, list) else [flat])]
+        return len(column) + sum(n for n, _ in sizes), sum(size for _, size in sizes)
+    return len(column), column.nbytes
 
 
 def missing(what: str, found: Iterable[str], wanted: Iterable[str], option: str = "") -> str:
