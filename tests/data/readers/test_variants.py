@@ -10,7 +10,7 @@ import pytest
 
 from support.files import encoded_image, write_lines, write_parquet, write_tar
 from support.training_datasets import shown
-from tf_lightning.data import ChatFiles, EditFiles, InterleavedFiles, TextFiles
+from tf_lightning.data import CaptionRows, ChatFiles, EditFiles, InterleavedFiles, TextFiles
 from tf_lightning.data.documents import AnyText, Skipped
 from tf_lightning.data.readers import formats
 from tf_lightning.data.readers.captions import caption_source
@@ -111,6 +111,19 @@ def test_images_in_columns_of_other_types(tmp_path):
     }.values():
         write_parquet(tmp_path / "a.parquet", [{"images": value, "text": "a cat"}])
         assert [found.reason for found in captions(tmp_path)] == [reason]
+
+
+def test_images_that_a_parquet_file_only_names_are_noticed_when_they_change(tmp_path):
+    stored = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    for content in (None, RED):
+        image = pyarrow.array([{"bytes": content, "path": "a.png"}], stored)
+        table = pyarrow.table({"image": image, "text": ["a cat"]})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        digests = []
+        for size in (8, 9):
+            (tmp_path / "a.png").write_bytes(encoded_image("red", size=(size, 8)))
+            digests.append(CaptionRows(f"{tmp_path}/a.parquet").image_digest("train"))
+        assert (digests[0] != digests[1]) is (content is None)
 
 
 def test_names_with_accents_are_found_in_either_form(tmp_path):

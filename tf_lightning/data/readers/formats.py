@@ -666,13 +666,22 @@ def column_names(file: Path) -> list[str]:
 
 
 def has_image_columns(file: Path) -> bool:
-    """Return whether a parquet file has columns of bytes, which hold images."""
+    """Return whether a parquet file has columns of bytes with values in them, which are images."""
     if file_format(file) != "parquet":
         return False
     try:
-        return any("binary" in str(field.type) for field in parquet.read_schema(file))
+        metadata = parquet.read_metadata(file)
     except (OSError, ValueError, pyarrow.ArrowException):
         return True
+    of_bytes = [
+        index
+        for index in range(metadata.num_columns)
+        if "BYTE_ARRAY" in metadata.schema.column(index).physical_type
+        and metadata.schema.column(index).logical_type.type == "NONE"
+    ]
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    statistics = [group.column(index).statistics for group in groups for index in of_bytes]
+    return any(found is None or found.num_values > 0 for found in statistics)
 
 
 def _row(batch: pyarrow.RecordBatch, others: dict[str, None]) -> dict[str, Any] | BadSample:
