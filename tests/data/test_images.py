@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tf_lightning.data import ImageFiles
+from tf_lightning.data import ImageFiles, images
 from tf_lightning.data.documents import BadSample, Skipped
 from tf_lightning.data.images import load_image, to_rgb
 
@@ -270,6 +270,27 @@ def png_header(width: int, height: int, color_type: int) -> bytes:
 def test_sizes_are_checked_before_pixels_are_read(size, color_type, reason):
     with pytest.raises(BadSample, match=reason):
         load_image(png_header(*size, color_type), 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "per_pixel"),
+    [
+        ("PNG", {}, 4),
+        ("JPEG", {}, 4),
+        ("JPEG", {"progressive": True}, 11),
+        ("WEBP", {}, 17),
+        ("JPEG2000", {}, 20),
+        ("AVIF", {}, 12),
+        ("TIFF", {}, 8),
+    ],
+)
+def test_the_memory_of_each_decoder_is_bounded(kind, options, per_pixel, monkeypatch):
+    file = saved(Image.new("RGB", (64, 64)), kind, **options)
+    monkeypatch.setattr(images, "MAX_BYTES", 64 * 64 * per_pixel)
+    load_image(file, 8)
+    monkeypatch.setattr(images, "MAX_BYTES", 64 * 64 * per_pixel - 1)
+    with pytest.raises(BadSample, match="image of mode RGB with more than 4,095 pixels"):
+        load_image(file, 8)
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PSD", "FLI", "BLP", "PDF", "ICNS", "PCX", "TGA", "SGI"])

@@ -40,6 +40,8 @@ OTHER_MAGIC = {
 }  # fmt: skip
 MAX_BYTES = 2**29  # memory for the pixels of one image while it is converted
 BYTES_PER_PIXEL = 4  # Pillow stores RGB like RGBA
+# Bytes per pixel that decoders take at most, the result included, where they take more.
+DECODER_BYTES = {"JPEG2000": 20, "WEBP": 17, "AVIF": 12, "TIFF": 8, "progressive JPEG": 11}
 
 # The values of white in grayscale images of 32 bits: 8 to 16 bits, and the largest integers.
 WHITES = *(2.0**bits - 1 for bits in (8, 10, 12, 14, 16)), 2.0**31 - 1, 2.0**32 - 1
@@ -138,9 +140,10 @@ def load_image(file: bytes | Path, image_size: int, crop: float = CENTER) -> Ima
 def check_memory(image: Image.Image) -> None:
     """Raise BadSample if converting an image takes more than MAX_BYTES; reads only its header."""
     copies = 1 if image.mode in ("L", "RGB") and not image.has_transparency_data else 3
-    if image.width * image.height * BYTES_PER_PIXEL * copies > MAX_BYTES:
-        limit = MAX_BYTES // BYTES_PER_PIXEL // copies
-        raise BadSample(f"image of mode {image.mode} with more than {limit:,} pixels")
+    kind = "progressive JPEG" if image.info.get("progressive") else image.format
+    limit = MAX_BYTES // max(BYTES_PER_PIXEL * copies, DECODER_BYTES.get(kind, 0))
+    if image.width * image.height > limit:
+        raise BadSample(f"{kind} image of mode {image.mode} with more than {limit:,} pixels")
 
 
 def _not_an_image(file: bytes | Path) -> str:

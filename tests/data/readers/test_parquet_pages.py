@@ -64,9 +64,15 @@ def zigzag(value: int) -> bytes:
 
 def test_pages_over_the_limit_are_refused_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_pages, "MAX_PAGES", 60_000)
+    source = TextFiles(f"{tmp_path}/a.parquet", val_fraction=0)
     parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
-    (found,) = reasons(TextFiles(f"{tmp_path}/a.parquet", val_fraction=0))
+    (found,) = reasons(source)
     assert found.startswith("parquet with pages of more than 60,000 bytes; write it with smaller")
+    random = [os.urandom(len(text) // 2).hex() for text in TEXTS]  # compressed less than 8 times
+    parquet.write_table(pyarrow.table({"text": random}), tmp_path / "a.parquet")
+    assert reasons(source) == ["read"] * 4
+    monkeypatch.setattr(parquet_pages, "MAX_STORED_PAGES", 100_000)
+    assert "pages of more than 100,000 bytes" in reasons(source)[0]
 
 
 def test_lists_of_many_values_are_refused(tmp_path, monkeypatch):
