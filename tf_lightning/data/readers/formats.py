@@ -31,7 +31,7 @@ from pyarrow import compute, parquet
 
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import FileBytes, is_image_file
-from tf_lightning.data.readers.parquet_pages import check_pages
+from tf_lightning.data.readers.parquet_pages import check_pages, has_values, read_footer
 from tf_lightning.errors import UserError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz", ".tgz": "gzip"}
@@ -597,6 +597,9 @@ def _csv_rows(lines: Iterator[str | BadSample], delimiter: str) -> Iterator[list
         yield row
 
 
+PARQUET_ERRORS = (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException)
+
+
 def read_parquet(
     file: Path, columns: Iterable[str], option: str = ""
 ) -> Iterator[dict[str, Any] | BadSample]:
@@ -630,7 +633,7 @@ def read_parquet(
             for batch in table.iter_batches(rows, columns=found):
                 for number in range(len(batch)):
                     yield _row(batch.slice(number, 1), others)
-    except (OSError, ValueError, IndexError, pyarrow.ArrowException) as error:
+    except PARQUET_ERRORS as error:
         raise file_fault(error) from error
 
 
@@ -670,18 +673,18 @@ def has_image_columns(file: Path) -> bool:
     if file_format(file) != "parquet":
         return False
     try:
-        metadata = parquet.read_metadata(file)
-    except (OSError, ValueError, pyarrow.ArrowException):
+        columns = parquet.read_metadata(file).schema
+        with file.open("rb") as stream:
+            groups = read_footer(stream)
+        of_bytes = [
+            index
+            for index in range(len(columns))
+            if "BYTE_ARRAY" in columns.column(index).physical_type
+            and columns.column(index).logical_type.type == "NONE"
+        ]
+        return any(has_values(group[index]) for group in groups for index in of_bytes)
+    except PARQUET_ERRORS:
         return True
-    of_bytes = [
-        index
-        for index in range(metadata.num_columns)
-        if "BYTE_ARRAY" in metadata.schema.column(index).physical_type
-        and metadata.schema.column(index).logical_type.type == "NONE"
-    ]
-    groups = map(metadata.row_group, range(metadata.num_row_groups))
-    statistics = [group.column(index).statistics for group in groups for index in of_bytes]
-    return any(found is None or found.num_values > 0 for found in statistics)
 
 
 def _row(batch: pyarrow.RecordBatch, others: dict[str, None]) -> dict[str, Any] | BadSample:
