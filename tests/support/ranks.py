@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def ends_of_ranks(command: list[str], log: Path, ranks: int = 2) -> list[tuple[i
 
     Raises:
         TimeoutError: a rank has not ended TIMEOUT seconds after the start of all.
+        AssertionError: a process that a rank has started stays behind.
     """
     log.mkdir(exist_ok=True)
     started = start_ranks(command, ranks, RANK_LOG=str(log))
@@ -58,6 +60,16 @@ def ends_of_ranks(command: list[str], log: Path, ranks: int = 2) -> list[tuple[i
     return [
         (process.exitcode, text) for process, text in zip(started.processes, texts, strict=True)
     ]
+
+
+def processes_of_session(leader: int) -> list[int]:
+    """The numbers of the running processes of a session."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            state, _, _, session = file.read_text().rpartition(")")[2].split()[:4]
+            found += [int(file.parent.name)] * (int(session) == leader and state != "Z")
+    return found
 
 
 def start_ranks(command: list[str], ranks: int, **environment: str):
@@ -76,6 +88,7 @@ def _run_rank(rank: int, command: list[str], environment: dict[str, str]) -> Non
     end_with_parent()  # the server process, which ends with the test
     os.environ |= environment | {"LOCAL_RANK": str(rank)}
     if "RANK_LOG" in environment:
+        os.setsid()  # its processes are known by the session
         with open(Path(environment["RANK_LOG"], f"{rank}.txt"), "w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)

@@ -88,6 +88,15 @@ def test_a_signal_saves_the_step_and_the_resumed_run_equals_an_uninterrupted_one
     check_equal(tmp_path / "run", whole)
 
 
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it(whole, tmp_path):
+    stop = runs.stop_at("on_save_checkpoint")
+    assert end_of(tmp_path, *stop, change=runs.only_checkpoints) == 143
+    assert load(tmp_path / "run", "step0000003")["global_step"] == 3
+    assert load(tmp_path / "run")["global_step"] in (3, 4)
+    assert end_of(tmp_path, "--ckpt_path=last", change=runs.only_checkpoints) == 0
+    check_equal(tmp_path / "run", whole)
+
+
 def test_a_closed_terminal_does_not_end_a_run_under_nohup(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -290,6 +299,17 @@ def two_ranks(folder: Path, *arguments: str, strategy: str = "ddp", change=no_pe
     command = ["fit", "-c", str(runs.write_config(folder, change)), "--trainer.devices=2"]
     command += [f"--trainer.strategy={strategy}", "--data.init_args.batch_size=1", *arguments]
     return ranks.ends_of_ranks(command, folder / "log")
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_the_run_at_once_with_its_workers(tmp_path):
+    config = runs.write_config(tmp_path, runs.only_checkpoints)
+    twice = runs.stop_at("on_train_batch_start", 5, signal.SIGINT) * 2
+    command = ["fit", "-c", str(config), "--data.init_args.num_workers=1", *twice]
+    ((code, _),) = ranks.ends_of_ranks(command, tmp_path / "log", ranks=1)
+    assert code == -signal.SIGINT
+    assert load(tmp_path / "run")["global_step"] == 3
+    assert not list((tmp_path / "run").rglob("*.partial"))
 
 
 BUSY = runs.stop_at("on_validation_epoch_end", kind="Sleep", rank=0)
