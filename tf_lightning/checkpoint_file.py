@@ -38,6 +38,7 @@ TRAILER_SIZE = len(NO_COMMENT) + COMMENT_SIZE
 ARCHIVE = b"PK\3\4"  # the first bytes of an archive
 END_OF_ARCHIVE, END_SIZE = b"PK\5\6", 22  # the record at the end of an archive without comment
 BLOCK = 64 << 20  # bytes whose checksum one call computes
+SMALL = 1 << 20  # bytes that are not worth another thread
 SYNC_SIZE = 128 << 20  # bytes after which a file is sent to the disk while more is written
 SETTLED = 2 * 10**9  # nanoseconds; file systems may give two changes within these the same time
 POLYNOMIAL = 0xEDB88320  # of CRC-32, its lowest power in the highest bit
@@ -91,11 +92,15 @@ class ChecksumWriter:
     def write(self, data: memoryview | bytes) -> int:
         """Write all of `data`, which torch may change afterwards."""
         data = memoryview(data)
-        checksum = self.pool.submit(zlib.crc32, data, self.checksum)
-        try:
+        if len(data) < SMALL:  # another thread would begin too late
+            self.checksum = zlib.crc32(data, self.checksum)
             write_all(self.file, data)
-        finally:
-            self.checksum = checksum.result()
+        else:
+            checksum = self.pool.submit(zlib.crc32, data, self.checksum)
+            try:
+                write_all(self.file, data)
+            finally:
+                self.checksum = checksum.result()
         self.num_unsent += len(data)
         if self.num_unsent >= SYNC_SIZE and (self.sending is None or self.sending.done()):
             self.sending = self.pool.submit(os.fsync, self.file.fileno())
