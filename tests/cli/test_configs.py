@@ -10,9 +10,11 @@ import torch
 import yaml
 
 from tf_lightning.cli.command_line import LINKED
-from tf_lightning.cli.lightning import ALWAYS, LOGGER, TRAINER
+from tf_lightning.cli.lightning import TRAINER
 from tf_lightning.cli.main import main
 from tf_lightning.cli.named_callbacks import NAMED
+from tf_lightning.cli.run_callbacks import ALWAYS
+from tf_lightning.cli.run_folder import LOGGER
 from tf_lightning.diffusion.process import build_process
 from tf_lightning.diffusion.sampler import resolve_sampler
 from tf_lightning.training.autoencoder import AutoencoderModule

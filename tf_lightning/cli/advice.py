@@ -123,7 +123,7 @@ def find_problem(report: str, options: Iterable[str]) -> Problem:
         expected = describe_types(found[1])
     else:
         return Problem("", " ".join(report.replace('Parser key "config": ', "").split()))
-    return Problem(key, f"{key}={shorten(value)} must be {expected}{nearest(value, report)}")
+    return Problem(key, f"{key}={shorten(value)} must be {expected}{advise_choice(value, report)}")
 
 
 def named_option(sentence: str) -> str:
@@ -164,7 +164,7 @@ def owner_of(report: str, end: int) -> str:
 def no_attribute(at: Finding) -> str:
     """Describe a class that its module does not have."""
     module, name = at.match.groups()
-    near = close(name, [*dir(importlib.import_module(module)), *known_classes()])
+    near = nearest_name(name, [*dir(importlib.import_module(module)), *known_classes()])
     path = known_classes().get(near, f"{module}.{near}")
     advice = f"did you mean {path}?" if near else "check its spelling"
     return f"{at.key}: there is no class {name} in {module}; {advice}"
@@ -176,7 +176,7 @@ def no_module(at: Finding) -> str:
         return f"{at.key}={at.owner}: there is no such file; check the path"
     if Path(at.owner).suffix in FILE_SUFFIXES:
         return f"{at.key}={at.owner} is a file, but must be a class; {give_class(at.key)}"
-    near = close(at.owner.rpartition(".")[2], known_classes())
+    near = nearest_name(at.owner.rpartition(".")[2], known_classes())
     if near:
         return f"{at.key}: there is no class {at.owner}; did you mean {known_classes()[near]}?"
     return (
@@ -199,7 +199,7 @@ def unknown_option(at: Finding) -> str:
         known = arguments_of(at.owner, name.rpartition(".")[0])
         # jsonargparse names the parent of a nested option in the key, or the option itself
         full = f"{prefix}.{name}" if prefix else name
-        near = close(name.rpartition(".")[2], known)
+        near = nearest_name(name.rpartition(".")[2], known)
         fixed = full.rpartition(".")[0] + f".{near}"
         advice = f"; did you mean --{fixed}?" if near else listing(known)
         return f"--{full} is not an option of {at.owner}{advice}"
@@ -209,7 +209,7 @@ def unknown_option(at: Finding) -> str:
         return f"{word} is an unexpected word; values follow an option, as in --model.lr 1e-3"
     roots = sorted({option.partition(".")[0] for option in at.options} - {"help", "print_config"})
     near = near_parent(name, roots) if "." in name and name.split(".")[0] not in roots else ""
-    if near := near or close(name, at.options):
+    if near := near or nearest_name(name, at.options):
         return f"there is no option --{name}; did you mean --{near}?"
     return f"there is no option --{name}; options begin with {', '.join(roots)}"
 
@@ -217,7 +217,7 @@ def unknown_option(at: Finding) -> str:
 def near_parent(name: str, roots: list[str]) -> str:
     """Correct the first part of an option, such as modl.lr."""
     first, _, rest = name.partition(".")
-    near = close(first, roots)
+    near = nearest_name(first, roots)
     return f"{near}.{rest}" if near else ""
 
 
@@ -242,7 +242,7 @@ def no_class(at: Finding) -> str:
     word = at.match[1].strip()
     if Path(word).suffix in (".yaml", ".yml"):
         return f"{at.key}={word}: there is no such file; check the path"
-    near = close(word, known_classes())
+    near = nearest_name(word, known_classes())
     if near:
         return f"{at.key}={shorten(word)} is not a class; did you mean {known_classes()[near]}?"
     return f"{at.key}={shorten(word)} is not a class; {give_class(at.key)}"
@@ -301,7 +301,7 @@ def arguments_of(owner: str, group: str = "") -> list[str]:
     return [name for name in parameters if name not in ("self", "args", "kwargs")]
 
 
-def close(word: str, known: Iterable[str]) -> str:
+def nearest_name(word: str, known: Iterable[str]) -> str:
     """Return the nearest of the known words, or "" if none is near."""
     known = list(known)
     lower = {name.lower(): name for name in known}
@@ -313,7 +313,7 @@ def close(word: str, known: Iterable[str]) -> str:
 
 
 def listing(known: list[str]) -> str:
-    """List the options of a class with few of them."""
+    """Return "; it has A, B, C" for a class with few options, or ""."""
     return f"; it has {', '.join(known)}" if 0 < len(known) <= 12 else ""
 
 
@@ -341,11 +341,11 @@ def with_article(name: str) -> str:
     return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
 
 
-def nearest(value: str, report: str) -> str:
-    """Advise the nearest of the words that a key accepts."""
+def advise_choice(value: str, report: str) -> str:
+    """Return "; did you mean X?" with the nearest of the words that a key accepts, or ""."""
     literals = ",".join(re.findall(r"Literal\[([^\]]*)\]", report))
     choices = [c for c in ast.literal_eval(f"[{literals}]") if isinstance(c, str)]
-    near = close(value.strip("'\""), choices)
+    near = nearest_name(value.strip("'\""), choices)
     return f"; did you mean {near}?" if near else ""
 
 

@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.strategies import StrategyRegistry
 
 from tf_lightning.autoencoder.frozen import load_matching_autoencoder
-from tf_lightning.cli.advice import close
+from tf_lightning.cli.advice import nearest_name
 from tf_lightning.errors import UserError
 from tf_lightning.folders import check_writable
 from tf_lightning.training.module import Transfusion
@@ -89,11 +89,15 @@ def check_limits_positive(verb: str, trainer: Mapping) -> None:
     for name in limits if verb == "fit" else [f"limit_{LOOP[verb]}_batches"]:
         if trainer[name] == 0:
             raise UserError(f"{verb} with {name}=0 has nothing to do; give 1 or more")
+
+
+def check_strategy_name(strategy: Any) -> None:
+    """Raise UserError for the name of a strategy that Lightning does not have."""
     known = {"auto", *StrategyRegistry.available_strategies()}
-    if isinstance(trainer.strategy, str) and trainer.strategy not in known:
-        near = close(trainer.strategy, known)
+    if isinstance(strategy, str) and strategy not in known:
+        near = nearest_name(strategy, known)
         advice = f"did you mean {near}?" if near else "give auto, ddp, fsdp or a class"
-        raise UserError(f"there is no trainer.strategy={trainer.strategy}; {advice}")
+        raise UserError(f"there is no trainer.strategy={strategy}; {advice}")
 
 
 def check_cpu(trainer: Mapping) -> None:

@@ -13,9 +13,9 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -36,6 +36,7 @@ from tf_lightning.cli.checks import (
     check_groups,
     check_limits_positive,
     check_seed,
+    check_strategy_name,
     check_values,
     fast_precision,
 )
@@ -55,21 +56,30 @@ from tf_lightning.cli.exported import ExportIO, is_exported, read_trained
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.cli.parser import Parser, stop
 from tf_lightning.cli.quiet import silence_warnings
+from tf_lightning.cli.run_callbacks import (
+    ALWAYS,
+    SaveFitConfig,
+    always_callbacks,
+    named_callbacks,
+    refuse_unused,
+)
 from tf_lightning.cli.run_folder import (
+    LOGGER,
     EarlierRun,
     append_to_csv,
-    configured_folders,
+    default_folder,
     files_of_run,
     folder_of,
     is_requeued,
     is_sound,
+    last_configured,
+    next_commands,
     refuse_needed,
     refuse_started_run,
     resume_command,
 )
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import Interrupted, UserError
-from tf_lightning.files import atomic_file
 from tf_lightning.folders import check_writable
 from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.fsdp import check_numbers
@@ -92,57 +102,9 @@ TRAINER = {
     "log_every_n_steps": 25,
     "enable_model_summary": False,  # SaveFitConfig says how many parameters there are
 }
-LOGGER = {
-    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-    # An empty version makes runs/NAME the run's folder, so that --ckpt_path last finds it.
-    "init_args": {"save_dir": "runs", "name": "run", "version": "", "default_hp_metric": False},
-}
-DEFAULT_FOLDER = Path("runs", "run")  # of a run without a logger
-# Callbacks of every run, each configured under its own key: path of the class, and defaults.
-ALWAYS: dict[str, tuple[str, dict]] = {
-    "progress_bar": ("callbacks.progress.TrainingProgress", {}),
-    "scores": ("callbacks.scores.PrintScores", {}),
-    "checkpoint": (
-        "lightning.pytorch.callbacks.ModelCheckpoint",
-        {
-            "save_top_k": -1,
-            "save_last": "link",
-            "filename": "step{step:07d}",
-            "auto_insert_metric_name": False,
-            "save_on_train_epoch_end": False,
-            # A resumed run would otherwise write last-v1.ckpt beside an outdated last.ckpt.
-            "enable_version_counter": False,
-        },
-    ),
-    "learning_rate_monitor": (
-        "lightning.pytorch.callbacks.LearningRateMonitor",
-        {"logging_interval": "step"},
-    ),
-}
-
 EXAMPLE = "configs/quickstart.yaml"
 
 HINT = "`tf-lightning fit --help` lists the keys; CHANGELOG.md lists those that were renamed."
-
-
-class SaveFitConfig(SaveConfigCallback):
-    """Writes config.yaml when training starts, and says how large the model is.
-
-    Refused runs and evaluations do not overwrite an earlier config.yaml.
-    """
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write nothing yet: data and checkpoint may still not fit the model."""
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the file into the run's folder."""
-        if trainer.is_global_zero:
-            file = Path(trainer.default_root_dir, self.config_filename)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(file) as partial:
-                self.parser.save(self.config, partial, skip_none=False, multifile=False)
-        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        rank_zero_info(f"Training {trained:,} parameters")
 
 
 class TransfusionCLI(LightningCLI):
@@ -282,6 +244,7 @@ class TransfusionCLI(LightningCLI):
         if verb is None:  # built for `prepare` or `inspect`
             return
         check_limits_positive(verb, config.trainer)
+        check_strategy_name(config.trainer.strategy)
         config.ckpt_path = self.find_checkpoint(verb, config)
         if config.ckpt_path not in (None, "last"):
             read_trained(config.ckpt_path, self.kind(verb))
@@ -318,15 +281,7 @@ class TransfusionCLI(LightningCLI):
             )
         if path != "last":
             return path if is_exported(path) else str(find_checkpoint(path, self.kind(verb)))
-        default = Path(config.trainer.default_root_dir or DEFAULT_FOLDER)
-        folders = configured_folders(config, self.files.values(), LOGGER["init_args"], default)
-        for folder in folders:
-            checkpoints = Path(config.checkpoint.dirpath or folder / "checkpoints")
-            if found := find_checkpoints(folder, checkpoints):
-                return str(newest_sound(found, self.kind(verb)))
-        raise UserError(
-            f"there is no checkpoint in {' or '.join(map(str, folders))}; give --ckpt_path FILE"
-        )
+        return str(last_configured(config, self.files.values(), self.kind(verb)))
 
     def _parse_ckpt_path(self) -> None:
         """Replace the model's arguments by the hyper-parameters of `--ckpt_path FILE`.
@@ -374,7 +329,7 @@ class TransfusionCLI(LightningCLI):
         if subcommand == "fit" and self.seed_follows and path and Path(path).is_file():
             state = read_checkpoint(path, self.kind("fit"), mmap=True)
             position = state.get(type(self.datamodule).__qualname__, {})
-            # Until this version seed_everything did not set the data's seed, which was 0.
+            # Data of older versions recorded no seed; theirs was 0 whatever seed_everything was.
             if "seed" not in position and self.datamodule.seed != 0:
                 raise UserError(
                     f"the data of {path} had seed=0, but seed_everything={self.datamodule.seed} "
@@ -411,10 +366,9 @@ class TransfusionCLI(LightningCLI):
             listed = [own for own in listed if not isinstance(own, ModelCheckpoint)]
             kwargs["enable_checkpointing"] = built.trainer.enable_checkpointing = False
         always = always_callbacks(built, listed)
-        self.refuse_unused(listed, built)
-        default = Path(built.trainer.default_root_dir or DEFAULT_FOLDER)
-        self.run_folder = folder_of(built.trainer.logger, default)
-        listed = [*self.named_callbacks(built, listed), *listed]
+        refuse_unused(self.typed_keys, built, listed)
+        self.run_folder = folder_of(built.trainer.logger, default_folder(built.trainer))
+        listed = [*named_callbacks(built, listed, isinstance(self.model, Transfusion)), *listed]
         savers = [own for own in [*always, *listed] if isinstance(own, ModelCheckpoint)]
         for saver in savers:
             saver.dirpath = saver.dirpath or str(self.run_folder / "checkpoints")
@@ -431,32 +385,6 @@ class TransfusionCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_folder)
         callbacks = [*always, *listed, *ends]
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
-
-    def refuse_unused(self, listed: list[Callback], built: Namespace) -> None:
-        """Refuse a typed option of a callback that one of `trainer.callbacks` replaces."""
-        for key in ALWAYS:
-            typed = [name for name in self.typed_keys if name.startswith(f"{key}.")]
-            if typed and any(same_role(own, built[key]) for own in listed):
-                raise UserError(
-                    f"--{typed[0]} has no effect, because trainer.callbacks has a "
-                    f"{type(built[key]).__name__} of its own; set it there, or remove that one"
-                )
-
-    def named_callbacks(self, built: Namespace, listed: list[Callback]) -> list[Callback]:
-        """Return the callbacks that have a key of their own.
-
-        One that is also in `trainer.callbacks` is taken from there, so that configurations that
-        list every callback keep their meaning.
-        """
-        keys = [key for key in NAMED if built[key] is not None]
-        if not isinstance(self.model, Transfusion):
-            keys = [key for key in keys if not NAMED[key].default]
-        taken = {callback.state_key for callback in listed}
-        for key in keys:
-            if built[key].state_key in taken and not NAMED[key].default:
-                name = type(built[key]).__name__
-                rank_zero_warn(f"trainer.callbacks has a {name} too, so `{key}` is not used")
-        return [built[key] for key in keys if built[key].state_key not in taken]
 
     def after_instantiate_classes(self) -> None:
         """Run the checks that need no prepared data, those of the callbacks included."""
@@ -629,41 +557,8 @@ class TransfusionCLI(LightningCLI):
         elif isinstance(self.model, Transfusion):
             last = os.path.relpath(Path(self.saver.dirpath, "last.ckpt"))
             draws = self.datamodule.autoencoder_name is not None
-            prompt = '"a prompt" -o out' if draws else '"a prompt" --output-modality text'
-            here = os.path.relpath(Path(sys.executable).parent)
-            program = "" if here.startswith("..") else f"{here}/"  # .venv/bin/ of a checkout
-            boards = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
-            folders = [os.path.relpath(board.log_dir) for board in boards[:1]]
-            curves = "".join(f"\n  {program}tensorboard --logdir {folder}" for folder in folders)
-            rank_zero_info(
-                f"The last checkpoint is {last} ({step}). Next:\n"
-                f"  {program}tf-lightning generate {last} {prompt}{curves}"
-            )
-
-
-def always_callbacks(built: Namespace, listed: list[Callback]) -> list[Callback]:
-    """Return the callbacks of every run.
-
-    One is left out where `trainer.callbacks` lists one of its class, or where
-    `enable_progress_bar`, `enable_checkpointing` or `logger` is false.
-    """
-    switches = {
-        "progress_bar": built.trainer.enable_progress_bar,
-        "checkpoint": built.trainer.enable_checkpointing,
-        "learning_rate_monitor": built.trainer.logger,
-    }
-    return [
-        built[key]
-        for key in ALWAYS
-        if switches.get(key) is not False and not any(same_role(own, built[key]) for own in listed)
-    ]
-
-
-def same_role(one: Callback, other: Callback) -> bool:
-    """Whether a run needs only one of two callbacks, such as two progress bars."""
-    return any(
-        isinstance(one, kind) and isinstance(other, kind) for kind in (type(other), ProgressBar)
-    )
+            commands = "\n  ".join(next_commands(last, draws, trainer.loggers))
+            rank_zero_info(f"The last checkpoint is {last} ({step}). Next:\n  {commands}")
 
 
 def class_path(cls: type) -> str:

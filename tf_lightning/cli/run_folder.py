@@ -4,6 +4,7 @@ import csv
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from tf_lightning.checkpoint import find_checkpoints
+from tf_lightning.checkpoint import find_checkpoints, newest_sound
 from tf_lightning.checkpoint_file import DamagedFile, check
 from tf_lightning.cli.config_files import ConfigContent
 from tf_lightning.errors import UserError
@@ -26,6 +27,18 @@ WRITTEN = (
     "hpc_ckpt_*.ckpt", PROGRESS_FILE, "metrics", "report.json", "sheet.png", "samples",
 )  # fmt: skip
 REPLACED = ("hparams.yaml", "metrics.csv")  # of them, by the logger of a new run
+
+LOGGER = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    # An empty version makes runs/NAME the run's folder, so that --ckpt_path last finds it.
+    "init_args": {"save_dir": "runs", "name": "run", "version": "", "default_hp_metric": False},
+}
+DEFAULT_FOLDER = Path(LOGGER["init_args"]["save_dir"], LOGGER["init_args"]["name"])
+
+
+def default_folder(trainer: Namespace) -> Path:
+    """Return the folder of a run without a logger, from the configuration of its trainer."""
+    return Path(trainer.default_root_dir or DEFAULT_FOLDER)
 
 
 def folder_of(logger: Logger | Iterable[Logger] | bool | None, default: Path) -> Path:
@@ -85,6 +98,28 @@ def folder_of_options(options: Mapping[str, Any]) -> Path:
     elif isinstance(version, int):
         version = f"version_{version}"
     return Path(options["save_dir"] or ".", options["name"] or "", version or "")
+
+
+def last_configured(config: Namespace, files: Iterable[ConfigContent], kind: str) -> Path:
+    """Return the newest sound checkpoint of the run that a configuration names.
+
+    Args:
+        config: the configuration of a command.
+        files: the files it comes from.
+        kind: TRANSFUSION or AUTOENCODER.
+
+    Raises:
+        UserError: there is none.
+    """
+    default = default_folder(config.trainer)
+    folders = configured_folders(config, files, LOGGER["init_args"], default)
+    for folder in folders:
+        checkpoints = Path(config.checkpoint.dirpath or folder / "checkpoints")
+        if found := find_checkpoints(folder, checkpoints):
+            return newest_sound(found, kind)
+    raise UserError(
+        f"there is no checkpoint in {' or '.join(map(str, folders))}; give --ckpt_path FILE"
+    )
 
 
 def refuse_needed(
@@ -184,6 +219,23 @@ def resume_command(args: list[str]) -> str:
         elif not arg.startswith("--ckpt_path=") and arg != "--overwrite":
             kept.append(arg)
     return shlex.join(["tf-lightning", *kept, "--ckpt_path", "last"])
+
+
+def next_commands(checkpoint: str, has_images: bool, loggers: Iterable[Logger]) -> list[str]:
+    """Return the commands to type after a run of Transfusion: generate, and show its curves.
+
+    Args:
+        checkpoint: path of its last checkpoint.
+        has_images: whether it generates images.
+        loggers: its loggers.
+    """
+    here = os.path.relpath(Path(sys.executable).parent)
+    program = "" if here.startswith("..") else f"{here}/"  # .venv/bin/ of a checkout
+    output = "-o out" if has_images else "--output-modality text"
+    commands = [f'{program}tf-lightning generate {checkpoint} "a prompt" {output}']
+    boards = [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
+    folders = [os.path.relpath(board.log_dir) for board in boards[:1]]
+    return commands + [f"{program}tensorboard --logdir {folder}" for folder in folders]
 
 
 def is_requeued() -> bool:
