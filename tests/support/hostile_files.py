@@ -19,7 +19,7 @@ from support.files import encoded_image
 from support.training_datasets import COLORS, color_of
 from tf_lightning import data
 from tf_lightning.data.documents import AnyText
-from tf_lightning.data.readers import captions, chat, edits, formats, text
+from tf_lightning.data.readers import captions, chat, edits, json_records, text
 
 READERS = (
     data.TextFiles, data.CaptionTars, data.CaptionRows, data.CaptionJson, data.CaptionFolders,
@@ -32,7 +32,7 @@ KEYS = (
     "sentences", "split", "filename", "filepath", "texts", "parts", "text_list", "image_info",
     "image_name",
     "matched_text_index", "type", "image_url", "url", "bytes", "path", "img_id", *chat.CALL_KEYS,
-    *chat.LOSS_KEYS, *chat.REASONING_KEYS, *formats.LIST_KEYS,
+    *chat.LOSS_KEYS, *chat.REASONING_KEYS, *json_records.LIST_KEYS,
 )  # fmt: skip
 NAMES = ("red.png", "none.png", "", "None", "x" * 300, "..", "/", "\0", "~", "http://a.b/c",
          "data:,x", "forbidden/a.png", "pipe", "é\ud800")  # fmt: skip

@@ -24,8 +24,8 @@ from tf_lightning.checkpoint import find_checkpoint
 from tf_lightning.cli.parser import flag
 from tf_lightning.data.documents import BadSample, RawDocument
 from tf_lightning.data.images import load_image
-from tf_lightning.data.readers.formats import parse_json, parse_record, read_records
 from tf_lightning.data.readers.interleaved import parse_parts
+from tf_lightning.data.readers.json_records import parse_json, parse_record, read_records
 from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline

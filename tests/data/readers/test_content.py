@@ -268,7 +268,7 @@ def test_json_of_texts(text, name, packed, tmp_path):
 
 
 def test_a_long_array_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("tf_lightning.data.readers.formats.CHUNK", 50)
+    monkeypatch.setattr("tf_lightning.data.readers.json_records.CHUNK", 50)
     texts = [f"text {n} é \u2028 {'x' * (7 * n % 300)}" for n in range(200)]
     records = [{"text": text, "number": n * 10**6} for n, text in enumerate(texts)]
     (tmp_path / "a.json").write_text(json.dumps(records, ensure_ascii=False))

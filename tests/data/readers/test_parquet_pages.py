@@ -10,7 +10,7 @@ from pyarrow import parquet
 from support.files import encoded_image
 from tf_lightning.data import CaptionRows, InterleavedFiles, TextFiles
 from tf_lightning.data.documents import Skipped
-from tf_lightning.data.readers import formats, parquet_pages
+from tf_lightning.data.readers import parquet_pages, tables
 from tf_lightning.data.readers.parquet_pages import check_pages
 
 TEXTS = ["a" * size for size in (10, 20_000, 300, 70_000)]
@@ -80,7 +80,7 @@ def test_lists_of_many_values_are_refused(tmp_path, monkeypatch):
     parquet.write_table(table, tmp_path / "a.parquet")
     source = InterleavedFiles(f"{tmp_path}/a.parquet", val_fraction=0, image_size=16)
     assert reasons(source) == ["read"]
-    monkeypatch.setattr(formats, "MAX_ROW_VALUES", 99)
+    monkeypatch.setattr(tables, "MAX_ROW_VALUES", 99)
     assert "or 99 values" in reasons(source)[0]
     monkeypatch.setattr(parquet_pages, "MAX_LIST_VALUES", 49)
     assert "more than 49 values of lists" in reasons(source)[0]
@@ -92,7 +92,7 @@ def test_a_value_that_a_list_names_many_times_is_not_copied(tmp_path, monkeypatc
     parquet.write_table(table, tmp_path / "a.parquet")
     monkeypatch.setattr(parquet_pages, "MAX_PAGES", 10_000)
     assert pages(tmp_path / "a.parquet", ["images"])[1] == ["images.list.element"]
-    monkeypatch.setattr(formats, "MAX_SAMPLE", 10_000)
+    monkeypatch.setattr(tables, "MAX_SAMPLE", 10_000)
     source = InterleavedFiles(f"{tmp_path}/a.parquet", val_fraction=0, image_size=16)
     assert reasons(source) == ["read", "row of more than 10,000 bytes or 1,048,576 values"]
 
@@ -102,7 +102,7 @@ def test_rows_that_share_a_large_value_are_read_one_at_a_time(tmp_path, monkeypa
     monkeypatch.setattr(
         parquet.ParquetFile, "iter_batches", lambda self, rows, columns: asked.append(rows) or []
     )
-    monkeypatch.setattr(formats, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(tables, "BATCH_BYTES", 20_000)
     image = encoded_image() + os.urandom(5000)
     table = pyarrow.table({"image": [image] * 50, "text": ["a"] * 50})
     parquet.write_table(table, tmp_path / "a.parquet")

@@ -12,7 +12,7 @@ from support.files import encoded_image, write_lines, write_parquet, write_tar
 from support.training_datasets import shown
 from tf_lightning.data import CaptionRows, ChatFiles, EditFiles, InterleavedFiles, TextFiles
 from tf_lightning.data.documents import AnyText, Skipped
-from tf_lightning.data.readers import formats
+from tf_lightning.data.readers import formats, json_records, tables
 from tf_lightning.data.readers.captions import caption_source
 
 RED = encoded_image("red")
@@ -81,7 +81,7 @@ def test_lines_longer_than_the_limit_cost_only_themselves(tmp_path, monkeypatch)
 
 
 def test_a_table_of_open_quotes_is_not_read_again_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_READ_AGAIN", 1000)
+    monkeypatch.setattr(tables, "MAX_READ_AGAIN", 1000)
     found = table(tmp_path, "file_name,text\n" + 'a.png,"b",""",\n' * 200)
     assert found[-1].reason == "table with many unclosed quotes, read up to them"
 
@@ -197,7 +197,7 @@ def test_variants_of_json(content, expected, suffix, tmp_path):
 
 
 def test_the_only_record_of_a_file_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_BYTES", 400)
+    monkeypatch.setattr(json_records, "MAX_BYTES", 400)
     parts = [{"text": "a" * 50}] * 20
     for content in ({"parts": parts}, parts):
         (tmp_path / "a.json").write_text(json.dumps(content, indent=1))

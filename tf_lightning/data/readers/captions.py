@@ -39,24 +39,27 @@ from tf_lightning.data.readers.files import (
     as_image_file,
 )
 from tf_lightning.data.readers.formats import (
-    by_extension,
-    column_names,
     decode_text,
     file_format,
-    first_present,
     format_by_name,
     is_ignored,
-    json_items,
-    missing,
-    parse_json,
-    parse_record,
-    read_csv,
-    read_parquet,
-    read_records,
     read_start,
-    read_tar,
     refuse,
 )
+from tf_lightning.data.readers.json_records import (
+    json_items,
+    parse_json,
+    parse_record,
+    read_records,
+)
+from tf_lightning.data.readers.tables import (
+    column_names,
+    first_present,
+    missing,
+    read_csv,
+    read_parquet,
+)
+from tf_lightning.data.readers.tars import by_extension, read_tar
 from tf_lightning.errors import UserError
 
 Parts = list[str | bytes | Path | ContextImage]

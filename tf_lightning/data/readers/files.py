@@ -19,7 +19,8 @@ from PIL import Image
 
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
 from tf_lightning.data.images import CONTEXT, load_image
-from tf_lightning.data.readers.formats import has_image_columns, is_ignored
+from tf_lightning.data.readers.formats import is_ignored
+from tf_lightning.data.readers.tables import has_image_columns
 from tf_lightning.errors import UserError
 from tf_lightning.ranges import PositiveInt, Range, check_fields
 

@@ -17,17 +17,10 @@ from PIL import Image, ImageSequence
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import MAX_BYTES, check_memory, to_rgb
 from tf_lightning.data.readers.files import ImagePathSource, OptionalImage, as_image_file
-from tf_lightning.data.readers.formats import (
-    by_extension,
-    file_format,
-    missing,
-    parse_object,
-    parse_record,
-    read_parquet,
-    read_records,
-    read_tar,
-    refuse,
-)
+from tf_lightning.data.readers.formats import file_format, refuse
+from tf_lightning.data.readers.json_records import parse_object, parse_record, read_records
+from tf_lightning.data.readers.tables import missing, read_parquet
+from tf_lightning.data.readers.tars import by_extension, read_tar
 
 Parts = list[str | OptionalImage]
 OPTIONS = "images_key and texts_key"

@@ -7,17 +7,9 @@ from typing import Any, ClassVar
 
 from tf_lightning.data.documents import BadSample, RawDocument
 from tf_lightning.data.readers.files import FileSource
-from tf_lightning.data.readers.formats import (
-    file_format,
-    first_present,
-    missing,
-    parse_record,
-    read_csv,
-    read_parquet,
-    read_records,
-    read_text,
-    refuse,
-)
+from tf_lightning.data.readers.formats import file_format, read_text, refuse
+from tf_lightning.data.readers.json_records import parse_record, read_records
+from tf_lightning.data.readers.tables import first_present, missing, read_csv, read_parquet
 
 TEXT_KEYS = ("text", "content", "raw_content")
 
