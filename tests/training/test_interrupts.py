@@ -216,13 +216,15 @@ def test_a_run_shorter_than_the_period_has_its_last_checkpoint_before_it_validat
 
 
 def test_a_run_that_its_time_limit_ends_makes_up_its_end(tmp_path, monkeypatch):
-    elapsed = iter([0, 0])
-    monkeypatch.setattr(Timer, "time_elapsed", lambda *args: next(elapsed, 1_000))
+    is_over = []  # at once when training has started, and from then on
+    elapsed = lambda timer, *args: 1_000 if is_over or timer.start_time() else 0  # noqa: E731
+    monkeypatch.setattr(Timer, "time_elapsed", elapsed)
     limit = ["--trainer.max_time=00:00:10:00"]
     with pytest.raises(runs.Killed):
         end_of(tmp_path, *limit, *runs.stop_at("on_train_end", kind="Raise"))
     step = load(tmp_path / "run")["global_step"]
     assert 0 < step < runs.MAX_STEPS
+    is_over.append(True)
     assert end_of(tmp_path, *limit, "--ckpt_path=last", change=examined) == 0
     assert (tmp_path / "run" / "examined").read_text() == str(step)
 
