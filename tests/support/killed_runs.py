@@ -38,6 +38,7 @@ PRELOADED = [
     *("tf_lightning.cli.lightning", "tf_lightning.cli.prepare", "diffusers", "tensorboard"),
     *("callbacks.evaluate", "callbacks.metrics", "callbacks.geneval", "callbacks.shapes_report"),
     *("callbacks.retrieval", "callbacks.throughput", "callbacks.gradient_norms"),
+    "support.parsed",
 ]
 multiprocessing.set_forkserver_preload(PRELOADED)
 PHASES: dict[str, list[tuple[Any, str]]] = {  # the functions that are the phases of a run
@@ -72,7 +73,8 @@ class Kill:
         rank: the rank that is signalled; None: all.
         workers: also signal the processes that the ranks have started.
         then_killed: seconds from the signal to SIGKILL; None: the command may end by itself.
-        launcher: SIGTERM the other ranks when one has failed, as torchrun does.
+        launcher: SIGTERM the other ranks when one has failed, as torchrun does. Without, they have
+            to end by themselves, if their process group exists.
     """
 
     phase: str = WHOLE
@@ -390,7 +392,10 @@ class Job:
             self.killed = True
             if self.kill.rank is None:
                 self.due.append((now, signal.SIGKILL, None))
-        if self.kill.launcher and not any(at > now for at, *_ in self.due):
+        # Before its process group exists, torch waits for a rank for half an hour.
+        have_met = any(kind == "begin" and name != WHOLE for _, kind, name in self.events)
+        acts = self.kill.launcher or not have_met
+        if acts and not any(at > now for at, *_ in self.due):
             self.due += [(now + 0.1, signal.SIGTERM, None)]
             self.due += [(now + TIME_TO_SAVE, signal.SIGKILL, None)]
 

@@ -117,6 +117,13 @@ def log_differences(run: Path, whole: Path, unlogged: set[int] = frozenset()) ->
     return found
 
 
+def steps_without_curves(run: Path, whole: Path) -> set[int]:
+    """Return the steps, counted from 0, that a training curve of a run misses."""
+    ours, theirs = logged(run), logged(whole)
+    tags = [tag for tag in theirs if tag.startswith("train/")]
+    return {step for tag in tags for step in theirs[tag].keys() - ours.get(tag, {}).keys()}
+
+
 @cache
 def logged(run: Path) -> dict[str, dict[int, set]]:
     """Read the values of each step, by name."""
