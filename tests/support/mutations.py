@@ -186,6 +186,10 @@ def change_tar(content: bytes, rng: random.Random) -> bytes:
     header = memoryview(changed)[(start := rng.choice(starts)) : start + 512]
     field, values = rng.choice(TAR_FIELDS)
     value = rng.choice(values)
+    if field == 0 and rng.random() < 0.5:  # a name that another file of this kind has
+        own, others = changed[start : start + 100], [content[s : s + 100] for s in starts]
+        kind = own.rstrip(b"\0")[-3:]
+        value = rng.choice([other for other in others if other.rstrip(b"\0")[-3:] == kind])
     header[field : field + len(value)] = value
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
