@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from tf_lightning.checkpoint_file import load_checkpoint
-from tf_lightning.errors import UserError
+from tf_lightning.errors import UserError, first_sentence
 from tf_lightning.sharded import check_sharded, is_sharded
 
 TRANSFUSION, AUTOENCODER = "image_codec", "autoencoder"  # keys that tell checkpoints apart
@@ -316,7 +316,7 @@ def check_finite_weights(weights: Mapping[str, Tensor], place: str, remedy: str)
 
 def state_dict_error(error: RuntimeError) -> UserError:
     """Shorten the message of `load_state_dict` for weights that do not fit to one sentence."""
-    first = str(error).splitlines()[:2][-1].strip().rstrip(".")  # after torch's heading
+    first = first_sentence(str(error).splitlines()[:2][-1])  # after torch's heading
     return UserError(
         f"the checkpoint's weights do not fit this model ({first}); "
         "give the configuration that it was trained with"

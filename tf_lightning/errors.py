@@ -13,7 +13,7 @@ class UserError(ValueError):
     """
 
 
-def first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception | str) -> str:
     """Return the first sentence of an error message, without its full stop, or its beginning."""
     sentence = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
     return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[:MAX_SENTENCE]}..."

@@ -2,8 +2,10 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import tarfile
 
 import pyarrow
 import pytest
@@ -92,6 +94,22 @@ def test_samples_of_the_same_name_stay_apart(tmp_path):
     path.write_bytes(end + bytes(-len(end) % 512) + other.read_bytes())
     found = read(CaptionTars(str(path), val_fraction=0, image_size=16))
     assert found == [RED, LIME, ["blue", "<blue>"]]
+
+
+def test_a_file_with_the_name_of_another_costs_the_sample(tmp_path):
+    """All images come first, so the text of 0 would be that of 2."""
+    colors = ("red", "lime", "blue")
+    names = [*(f"{n}.jpg" for n in range(3)), "2.txt", "1.txt", "2.txt"]
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        contents = [*map(JPEG.get, colors), *(color.encode() for color in colors)]
+        for name, content in zip(names, contents, strict=True):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    source = CaptionTars(str(tmp_path / "a.tar"), val_fraction=0, image_size=16)
+    found = read(source)
+    assert LIME in found and Skipped("two files with the same name") in found
+    assert all(sample == LIME or isinstance(sample, Skipped) for sample in found)
 
 
 def test_dots_in_the_names_of_a_tar(tmp_path):

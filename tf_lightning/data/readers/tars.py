@@ -125,7 +125,12 @@ def group_members(members: list[Member]) -> list[tuple[str, list[tuple[str, Memb
             order.append((key, rounds[-1]))
         rounds[-1].append((extension, member))
         latest = key
-    return [sample for key, files in order for sample in _split_group(key, files)]
+    for rounds in groups.values():
+        if len({frozenset(dict(files)) for files in rounds}) > 1:  # a file has another's name
+            rounds[0][:] = [file for files in rounds for file in files]
+            for files in rounds[1:]:
+                files.clear()
+    return [sample for key, files in order if files for sample in _split_group(key, files)]
 
 
 def _split_group(
