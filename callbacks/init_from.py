@@ -5,6 +5,7 @@ is the source model's: the new vocabulary entries must not take probability from
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
@@ -15,18 +16,30 @@ from torch import Tensor, nn
 
 from tf_lightning.autoencoder.recorded import with_data
 from tf_lightning.batch import Batch, pack, unpack
-from tf_lightning.checkpoint import check_finite_weights, select_weights
+from tf_lightning.checkpoint import check_finite_weights, plain_hparams, select_weights
 from tf_lightning.data.stream import as_batches
 from tf_lightning.errors import UserError
 from tf_lightning.hub import is_hub_name
-from tf_lightning.interop.export import read_weights
+from tf_lightning.interop.export import read_weights, transformer_config
 from tf_lightning.interop.llama import LanguageModel, open_language_model
 from tf_lightning.model.attention import build_attention
-from tf_lightning.model.transformer import with_modality_weights
+from tf_lightning.model.transformer import TransformerConfig, with_modality_weights
 from tf_lightning.model.transfusion import build_network
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 from tf_lightning.training.module import Transfusion, same_tokenizer
+from tf_lightning.training.resume import differences
 
+# Options that the shapes of the weights do not show, with their attributes of `TransformerConfig`.
+SAME = {"num_heads": "num_heads", "num_kv_heads": "kv_heads", "norm_order": "norm_order"}
+# Prefixes of the options that give the weights their meaning, and those of them that do not.
+MEANING = (
+    "transformer.", "unet", "linear", "prediction_type", "noise_schedule", "num_train_timesteps",
+    "causal_images",
+)  # fmt: skip
+FREE = {
+    *("transformer.dropout", "transformer.modality_weights", "transformer.head_dim"),
+    *("transformer.num_kv_heads", "transformer.vocab_size", "transformer.tie_embeddings"),
+}
 MAX_CHANGE = 1e-6  # largest relative change of the text perplexity at step 0
 
 
@@ -70,8 +83,10 @@ class InitFrom(L.Callback):
         if self.is_language_model:
             self._language_model(model, data)
         else:
-            weights = select_weights(read_weights(self.checkpoint)["state_dict"])[0]
+            checkpoint = read_weights(self.checkpoint)
+            weights = select_weights(checkpoint["state_dict"])[0]
             check_shapes(model, self._complete(weights, model))
+            check_heads(model.config, transformer_config(checkpoint))
 
     def _language_model(
         self, model: Transfusion, data: L.LightningDataModule
@@ -100,7 +115,6 @@ class InitFrom(L.Callback):
             return
         if not self.is_language_model:
             self._load(pl_module, self._checkpoint_weights(pl_module))
-            rank_zero_info(f"Initialized from {self.checkpoint}")
             return
         source, weights = self._language_model(pl_module, trainer.datamodule)
         self._load(pl_module, {f"transformer.{name}": w for name, w in weights.items()})
@@ -110,13 +124,21 @@ class InitFrom(L.Callback):
     def _checkpoint_weights(self, module: Transfusion) -> dict[str, Tensor]:
         """Return the network's weights in the checkpoint: the EMA weights if it has any.
 
+        Says which options they were trained with that this run changes.
+
         Raises:
-            UserError: the checkpoint was trained with another tokenizer or autoencoder.
+            UserError: the checkpoint was trained with other heads, or with another tokenizer or
+                autoencoder.
         """
         checkpoint = read_weights(self.checkpoint)
+        check_heads(module.config, transformer_config(checkpoint))
         same_tokenizer(checkpoint, module.tokenizer_proto)
         if not self.transformer_only:  # else the image side starts anew, with any autoencoder
             with_data(checkpoint["image_codec"], module.image_codec)
+        names = MEANING[:1] if self.transformer_only else MEANING
+        options = ", ".join(changed_options(module, checkpoint, names))
+        notes = f"; this run has other options: {options}" if options else ""
+        rank_zero_info(f"Initialized from {self.checkpoint}{notes}")
         return select_weights(checkpoint["state_dict"])[0]
 
     def _complete(self, weights: dict[str, Tensor], module: Transfusion) -> dict[str, Tensor]:
@@ -157,6 +179,35 @@ def check_shapes(module: Transfusion, weights: dict[str, Tensor]) -> None:
                 f"the checkpoint of init_from does not fit this model: {name} is {theirs} there "
                 f"and {ours} here; give the model the checkpoint's options"
             )
+
+
+def check_heads(ours: TransformerConfig, theirs: TransformerConfig) -> None:
+    """Refuse weights of a Transformer that has the same shapes and computes something else.
+
+    Raises:
+        UserError: the heads or the position of the norms differ.
+    """
+    for name, attribute in SAME.items():
+        wanted, found = getattr(ours, attribute), getattr(theirs, attribute)
+        if wanted != found:
+            raise UserError(
+                f"the checkpoint of init_from was trained with transformer.{name}={found}, and "
+                f"its weights are useless with {wanted}; give the model the checkpoint's options"
+            )
+
+
+def changed_options(module: Transfusion, checkpoint: dict, names: tuple[str, ...]) -> Iterator[str]:
+    """Yield the options, with both values, with which a checkpoint's weights mean something else.
+
+    Args:
+        module: the module that they are loaded into.
+        checkpoint: the checkpoint.
+        names: prefixes of the options to compare.
+    """
+    saved = plain_hparams(checkpoint["hyper_parameters"])
+    for name, value, old in differences(plain_hparams(module.hparams), saved):
+        if name.startswith(names) and name not in FREE:
+            yield f"{name}={value} ({old} there)"
 
 
 def load_report(source: LanguageModel, module: Transfusion) -> str:

@@ -8,9 +8,12 @@ import torch
 from callbacks.init_from import InitFrom
 from support import runs
 from support.tiny import tiny_module
+from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.cli.main import main
 from tf_lightning.errors import UserError
+from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.tokenizer.tokenizer import Tokenizer
+from tf_lightning.training.module import Transfusion
 
 
 @pytest.fixture
@@ -67,6 +70,30 @@ def test_sizes_that_differ_are_refused_before_data_is_prepared(
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert stop.value.code == 1
     assert "feed_forward.w1.weight is (48, 32) there and (64, 32) here" in error
+
+
+@pytest.mark.parametrize(("option", "value"), [("num_heads", 4), ("norm_order", "post")])
+def test_options_that_shapes_do_not_show_are_refused_before_data_is_prepared(
+    option, value, run, tmp_path, checkpoint, monkeypatch, refused
+):
+    def other(config: dict) -> None:
+        config["model"]["transformer"][option] = value
+
+    monkeypatch.setattr("tf_lightning.data.Mixture.prepare_data", lambda self: pytest.fail("late"))
+    line = refused("fit", "-c", write_config(run, tmp_path, checkpoint, other))
+    assert f"was trained with transformer.{option}=" in line and f"useless with {value}" in line
+
+
+def test_options_that_change_what_the_weights_mean_are_told(checkpoint, caplog):
+    hparams = read_checkpoint(checkpoint)["hyper_parameters"] | {"prediction_type": "flow"}
+    transformer = hparams["transformer"] | {"rope_theta": 77.0, "dropout": 0.1}
+    module = Transfusion(**hparams | {"transformer": TransformerConfig(**transformer)})
+    with caplog.at_level("INFO"):
+        InitFrom(checkpoint)._checkpoint_weights(module)
+        InitFrom(checkpoint, transformer_only=True)._checkpoint_weights(module)
+    theta = "transformer.rope_theta=77.0 (10000.0 there)"
+    both, one = [text.partition("options: ")[2] for text in caplog.messages]
+    assert both == f"prediction_type=flow (epsilon there), {theta}" and one == theta
 
 
 def test_only_the_transformer_may_be_loaded(run, tmp_path, checkpoint):

@@ -191,8 +191,9 @@ def test_a_file_that_gives_the_data_a_seed_keeps_it(tmp_path):
 def test_a_run_does_not_resume_with_rows_of_another_seed(run, tmp_path, fails):
     last = str(run / "checkpoints" / "last.ckpt")
     command = ["fit", "-c", runs.write_config(tmp_path), "--ckpt_path", last]
-    code, line = fails(*command, "--seed_everything=5")
-    assert code == 1 and "resume it with --data.seed 0" in line
+    for option in ("--seed_everything=5", "--data.seed=5"):
+        code, line = fails(*command, option)
+        assert code == 1 and "had seed=0, but now has seed=5; resume it with --data.seed 0" in line
     data = built(tmp_path / "other", "--data.seed=3").datamodule
     assert data.state_dict() == {"next_row": 0, "global_step": 0, "seed": 3}
     with pytest.raises(UserError, match="had seed=5, but now has seed=3; resume it with"):

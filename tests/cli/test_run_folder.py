@@ -76,6 +76,20 @@ def test_a_second_run_in_the_folder_is_refused_with_three_ways_on(tmp_path, refu
     assert "leave one of them out" in line
 
 
+def test_a_run_that_was_moved_is_not_started_anew_by_its_own_configuration(tmp_path, refused):
+    fit(tmp_path)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    command = ["fit", "-c", str(moved / "config.yaml"), "--ckpt_path=last"]
+    line = refused(*command)
+    assert f"names the folder {tmp_path / 'run'}, which has no checkpoint" in line
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "data", "moved"]
+    main([*command, "--trainer.logger.name=new", "--trainer.max_steps=1"])  # as a recipe
+    assert load(tmp_path / "new")["global_step"] == 1
+    before = content(moved)
+    main([*command, "--trainer.logger.name=moved"])  # nothing is left to do
+    assert content(moved) == before
+
+
 def two_loggers(name: str):
     """A change of a configuration to two loggers, the first of which has this name."""
 

@@ -175,7 +175,7 @@ def test_the_data_module_resumes_where_a_run_was(tmp_path, tar):
     seen = colors([next(batches) for _ in range(5)])
     later = data()
     later.load_state_dict({"next_row": 12, "global_step": 3})
-    assert later.state_dict() == {"next_row": 12, "global_step": 3}
+    assert later.state_dict() == {"next_row": 12, "global_step": 3, "seed": 0}
     batches = iter(later.train_dataloader())
     assert colors([next(batches) for _ in range(2)]) == seen[12:]
 

@@ -190,9 +190,9 @@ def test_a_checkpoint_resumes_with_another_batch_size(mixture, tmp_path):
     first = trainer(tmp_path, max_steps=4)
     first.fit(Reader(), data)
     first.save_checkpoint(tmp_path / "last.ckpt")
-    assert data.state_dict() == {"next_row": 4 * 3, "global_step": 4}
+    assert data.state_dict() == {"next_row": 4 * 3, "global_step": 4, "seed": 0}
     trainer(tmp_path, max_steps=6).fit(Reader(), other, ckpt_path=tmp_path / "last.ckpt")
-    assert other.state_dict() == {"next_row": 4 * 3 + 2 * 5, "global_step": 6}
+    assert other.state_dict() == {"next_row": 4 * 3 + 2 * 5, "global_step": 6, "seed": 0}
 
 
 def test_the_loader_is_as_long_as_the_run(mixture, tmp_path):

@@ -83,7 +83,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_path
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "ImageData"):
         assert bit_equal(whole[part], resumed[part]), part
     assert not bit_equal(whole["state_dict"], load(run, "step0000003")["state_dict"])
-    assert whole["ImageData"] == {"next_row": 12, "global_step": 6}
+    assert whole["ImageData"] == {"next_row": 12, "global_step": 6, "seed": 0}
 
 
 def test_the_position_in_the_data_is_found_in_an_old_checkpoint(trained):
@@ -92,7 +92,7 @@ def test_the_position_in_the_data_is_found_in_an_old_checkpoint(trained):
     checkpoint = load(run)
     checkpoint["PictureData"] = checkpoint.pop("ImageData")
     small_module().on_load_checkpoint(checkpoint)
-    assert checkpoint["ImageData"] == {"next_row": 12, "global_step": 6}
+    assert checkpoint["ImageData"] == {"next_row": 12, "global_step": 6, "seed": 0}
 
 
 def test_a_discriminator_that_has_not_started_has_no_state_and_its_first_weights(trained):

@@ -74,11 +74,13 @@ from tf_lightning.cli.run_folder import (
     is_sound,
     last_configured,
     next_commands,
+    refuse_moved_run,
     refuse_needed,
     refuse_started_run,
     resume_command,
 )
 from tf_lightning.data.mixture import Mixture
+from tf_lightning.data.stream import check_same_seed
 from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.folders import check_writable
 from tf_lightning.training.autoencoder import AutoencoderModule
@@ -326,15 +328,12 @@ class TransfusionCLI(LightningCLI):
         """Refuse to resume a run of other rows; see `StreamData.load_state_dict`."""
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         path = arguments.get("ckpt_path")
-        if subcommand == "fit" and self.seed_follows and path and Path(path).is_file():
+        if subcommand == "fit" and path and Path(path).is_file():
             state = read_checkpoint(path, self.kind("fit"), mmap=True)
             position = state.get(type(self.datamodule).__qualname__, {})
+            seed = getattr(self.datamodule, "seed", None)
             # Data of older versions recorded no seed; theirs was 0 whatever seed_everything was.
-            if "seed" not in position and self.datamodule.seed != 0:
-                raise UserError(
-                    f"the data of {path} had seed=0, but seed_everything={self.datamodule.seed} "
-                    "changes it; resume it with --data.seed 0"
-                )
+            check_same_seed(position.get("seed", 0 if self.seed_follows else seed), seed)
         return arguments
 
     def instantiate_classes(self) -> None:
@@ -483,10 +482,14 @@ class TransfusionCLI(LightningCLI):
         """Return the newest sound checkpoint of the run's folder, if there is one.
 
         Sets `finished_step` where the run has nothing left to do.
+
+        Raises:
+            UserError: the configuration is of a run that was moved.
         """
         folder, checkpoints = self.folders()
         files, last = find_checkpoints(folder, checkpoints), checkpoints / "last.ckpt"
         if not files:
+            refuse_moved_run(folder, self.files.values())
             rank_zero_info(f"There is no {last} yet; training starts at step 0.")
             return None
         found = newest_sound(files, self.kind("fit"), sharded=True)

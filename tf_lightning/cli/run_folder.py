@@ -81,13 +81,24 @@ def configured_folders(
         loggers.append(trainer.get("logger") if isinstance(trainer, dict) else None)
         folders.append(file.file.parent)  # of a run's own config.yaml
     for logger in loggers:
-        first = logger[0] if isinstance(logger, list) and logger else logger
         if isinstance(logger, bool):
             folders.insert(0, default)
-        elif isinstance(first, Mapping | Namespace):
-            given = {**options, **first, **(first.get("init_args") or {})}
-            folders.insert(0, folder_of_options(given))
+        elif folder := folder_of_values(logger, options):
+            folders.insert(0, folder)
     return list(dict.fromkeys(folders))
+
+
+def folder_of_values(logger: Any, options: Mapping[str, Any]) -> Path | None:
+    """Return the folder of a run whose `trainer.logger` has these values; None without options.
+
+    Args:
+        logger: the values of one logger or of several.
+        options: default options of the logger.
+    """
+    first = logger[0] if isinstance(logger, list) and logger else logger
+    if not isinstance(first, Mapping | Namespace):
+        return None
+    return folder_of_options({**options, **first, **(first.get("init_args") or {})})
 
 
 def folder_of_options(options: Mapping[str, Any]) -> Path:
@@ -160,6 +171,30 @@ def refuse_started_run(folder: Path, checkpoints: Path, option: str) -> None:
             f"{os.path.relpath(folder)} holds a run already; resume it with --ckpt_path last, give "
             f"the new run its own {option}, or replace the old one with --overwrite"
         )
+
+
+def refuse_moved_run(folder: Path, files: Iterable[ConfigContent]) -> None:
+    """Raise UserError if a file is the config.yaml of a run that is not where the file says.
+
+    The run was moved or renamed, or its folder is relative to another current folder. A new run
+    would start at step 0 where an earlier one is to be resumed.
+
+    Args:
+        folder: the folder that the configuration names, which holds no checkpoint.
+        files: the files of the configuration.
+    """
+    for content in files:
+        trainer, place = content.values.get("trainer"), content.file.resolve().parent
+        logger = trainer.get("logger") if isinstance(trainer, dict) else None
+        if content.file.name != "config.yaml" or place == folder.resolve():
+            continue
+        is_named = folder == folder_of_values(logger, LOGGER["init_args"])
+        if is_named and find_checkpoints(place, place / "checkpoints"):
+            raise UserError(
+                f"{content.file} is of the run in {os.path.relpath(place)}, but names the folder "
+                f"{folder}, which has no checkpoint; move the run there, or change the folder in "
+                "that file"
+            )
 
 
 def files_of_run(folder: Path, checkpoints: Path) -> list[Path]:

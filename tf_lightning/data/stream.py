@@ -257,8 +257,7 @@ class StreamData(L.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """Return the position in the stream, for the checkpoint; valid for any number of ranks."""
         step = self.trainer.global_step if self.trainer else self._first_step
-        seed = {"seed": self.seed} if self.seed else {}
-        return {"next_row": self.next_row(), "global_step": step} | seed
+        return {"next_row": self.next_row(), "global_step": step, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue from the position of a checkpoint.
@@ -266,15 +265,19 @@ class StreamData(L.LightningDataModule):
         Raises:
             UserError: the rows of the checkpoint's run were in the order of another seed.
         """
-        seed = state_dict.get("seed", self.seed)
-        if seed != self.seed:
-            raise UserError(
-                f"the data of this run had seed={seed}, but now has seed={self.seed}; resume it "
-                f"with --data.seed {seed}"
-            )
+        check_same_seed(state_dict.get("seed", self.seed), self.seed)  # older versions kept none
         # Lightning looks for a stateful loader, finds none, and would warn without reason.
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         self._first_row, self._first_step = state_dict["next_row"], state_dict["global_step"]
+
+
+def check_same_seed(saved: int, seed: int) -> None:
+    """Raise UserError if the data of a run had another seed when its checkpoint was saved."""
+    if seed != saved:
+        raise UserError(
+            f"the data of this run had seed={saved}, but now has seed={seed}; resume it with "
+            f"--data.seed {saved}"
+        )
 
 
 def collate_batches(rows: list, collate: Callable[[list], Any], batch_size: int) -> list:
