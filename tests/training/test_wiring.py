@@ -52,7 +52,12 @@ def made(net: nn.Module, **options) -> tuple[Transfusion, dict[str, Tensor]]:
     module.net, logged = net, {}
     strategy = SimpleNamespace(backward=lambda loss, optimizer: loss.backward())
     module.kept_trainer = SimpleNamespace(
-        world_size=1, strategy=strategy, max_steps=12, precision="bf16-mixed", global_step=5
+        world_size=1,
+        strategy=strategy,
+        max_steps=12,
+        precision="bf16-mixed",
+        global_step=5,
+        callbacks=[],
     )
     module.trainer = module.kept_trainer
     module.log_dict = lambda values, **_: logged.update(values)
