@@ -9,6 +9,7 @@
             check_fields(self)
 
 A constructor begins with `check_arguments(Class.__init__, locals())`. Both raise the same sentence
+import reprlib
 from Python and from the command line. What relates several arguments is checked by their class.
 """
 
@@ -86,7 +87,7 @@ def check_arguments(function: Callable, values: Mapping[str, Any], prefix: str =
     for name, annotation in hints(function).items():
         limit = broken_limit(values[name], annotation) if name in values else None
         if limit:
-            raise UserError(f"{prefix}{name}={values[name]!r} must be {limit}")
+            raise UserError(f"{prefix}{name}={reprlib.repr(values[name])} must be {limit}")
 
 
 def check_fields(config: Any, prefix: str = "") -> None:

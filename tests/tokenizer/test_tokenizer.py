@@ -123,6 +123,13 @@ def test_a_corrupt_file_is_a_user_error(tmp_path, content):
         Tokenizer(tmp_path / "bad.model")
 
 
+def test_a_piece_that_is_not_utf_8_is_refused(tokenizer, tmp_path):
+    piece = tokenizer._processor.id_to_piece(tokenizer.encode("circle")[-1]).encode()
+    (tmp_path / "bad.model").write_bytes(tokenizer.proto.replace(piece, piece[:-1] + b"\xe9"))
+    with pytest.raises(UserError, match="bad.model is not a sentencepiece model; give another"):
+        Tokenizer(tmp_path / "bad.model")
+
+
 def test_a_file_without_bos_and_eos_is_a_user_error(tmp_path):
     with (tmp_path / "bare.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(

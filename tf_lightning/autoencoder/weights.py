@@ -8,6 +8,7 @@ must be in the file, and the file must have no others.
 
 import inspect
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -223,13 +224,13 @@ def check_config(config: Mapping[str, Any]) -> None:
     for name in ("in_channels", "out_channels"):
         if config.get(name, 3) != 3:
             raise UserError(
-                f"the autoencoder's config.json has {name}={config[name]!r}, but images have 3 "
-                "channels; give an autoencoder of RGB images"
+                f"the autoencoder's config.json has {name}={reprlib.repr(config[name])}, but "
+                "images have 3 channels; give an autoencoder of RGB images"
             )
     if config.get("upsampling_scaling_factor", 2) != 2:
         raise UserError(
             "the autoencoder's config.json has upsampling_scaling_factor="
-            f"{config['upsampling_scaling_factor']!r}; only 2 is supported"
+            f"{reprlib.repr(config['upsampling_scaling_factor'])}; only 2 is supported"
         )
     for name, value in config.items():
         values = value if isinstance(value, list) else [value]

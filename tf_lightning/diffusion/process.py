@@ -14,6 +14,7 @@ Shapes: M images, C latent channels, h x w latent grid; t is (M,), and alpha_t a
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Protocol
 
@@ -203,11 +204,11 @@ class DDPM(nn.Module):
         check_arguments(DDPM.__init__, locals())
         if prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(
-                f"prediction_type={prediction_type!r} must be one of {PREDICTION_TYPES}"
+                f"prediction_type={reprlib.repr(prediction_type)} must be one of {PREDICTION_TYPES}"
             )
         if noise_schedule not in NOISE_SCHEDULES:
             raise UserError(
-                f"noise_schedule={noise_schedule!r} must be one of {tuple(NOISE_SCHEDULES)}"
+                f"noise_schedule={reprlib.repr(noise_schedule)} must be one of {tuple(NOISE_SCHEDULES)}"
             )
         self.prediction_type, self.noise_schedule = prediction_type, noise_schedule
         self.learned_sigma, self.min_snr_gamma = learned_sigma, min_snr_gamma

@@ -94,7 +94,8 @@ class Tokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
             num_pieces = self._processor.get_piece_size() if self.proto else 0
-        except (RuntimeError, ValueError):  # ValueError: its message is not UTF-8
+            self._processor.id_to_piece(list(range(num_pieces)))
+        except (RuntimeError, ValueError):  # ValueError: a message or a piece is not UTF-8
             num_pieces = 0
         if not num_pieces:
             raise UserError(
