@@ -9,11 +9,11 @@
             check_fields(self)
 
 A constructor begins with `check_arguments(Class.__init__, locals())`. Both raise the same sentence
-import reprlib
 from Python and from the command line. What relates several arguments is checked by their class.
 """
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache

@@ -208,7 +208,8 @@ class DDPM(nn.Module):
             )
         if noise_schedule not in NOISE_SCHEDULES:
             raise UserError(
-                f"noise_schedule={reprlib.repr(noise_schedule)} must be one of {tuple(NOISE_SCHEDULES)}"
+                f"noise_schedule={reprlib.repr(noise_schedule)} must be one of "
+                f"{tuple(NOISE_SCHEDULES)}"
             )
         self.prediction_type, self.noise_schedule = prediction_type, noise_schedule
         self.learned_sigma, self.min_snr_gamma = learned_sigma, min_snr_gamma
