@@ -154,18 +154,8 @@ class ShapesReport(L.Callback):
             {"file": f"{i:04d}.png", "prompt": q.prompt, "read": str(r), "right": ok}
             for i, (q, r, ok) in enumerate(zip(asked, readings, right, strict=True))
         ]
-        samples = folder / "samples"
-        samples.mkdir(parents=True, exist_ok=True)
-        for verdict, image in zip(verdicts, generated, strict=True):
-            with atomic_file(samples / verdict["file"]) as file:
-                image.save(file, format="PNG")
-        with atomic_file(samples / "samples.jsonl") as file:
-            file.write_text("".join(json.dumps(verdict) + "\n" for verdict in verdicts))
-        with atomic_file(folder / "report.json") as file:
-            file.write_text(json.dumps(report, indent=2) + "\n")
-        with atomic_file(folder / "sheet.png") as file:
-            page = sheet(asked, generated, right, shown, captions, understood)
-            page.save(file, format="PNG")
+        page = sheet(asked, generated, right, shown, captions, understood)
+        write_results(folder, report, verdicts, generated, page)
         rank_zero_info(summary(folder, report))
 
     on_train_end = examine
@@ -264,6 +254,35 @@ def sheet(
 def share(verdicts: Sequence[bool]) -> str:
     """Format the share of true verdicts, such as "96.9% of 128"."""
     return f"{np.mean(verdicts):.1%} of {len(verdicts)}"
+
+
+def write_results(
+    folder: Path,
+    report: dict,
+    verdicts: Sequence[dict],
+    images: Sequence[Image.Image],
+    page: Image.Image,
+) -> None:
+    """Write the files of a report, each completely or not at all.
+
+    Args:
+        folder: the folder they go to.
+        report: content of report.json.
+        verdicts: lines of samples.jsonl; `file` names the image of each.
+        images: the generated images, one for each verdict.
+        page: the contact sheet.
+    """
+    samples = folder / "samples"
+    samples.mkdir(parents=True, exist_ok=True)
+    for verdict, image in zip(verdicts, images, strict=True):
+        with atomic_file(samples / verdict["file"]) as file:
+            image.save(file, format="PNG")
+    with atomic_file(samples / "samples.jsonl") as file:
+        file.write_text("".join(json.dumps(verdict) + "\n" for verdict in verdicts))
+    with atomic_file(folder / "report.json") as file:
+        file.write_text(json.dumps(report, indent=2) + "\n")
+    with atomic_file(folder / "sheet.png") as file:
+        page.save(file, format="PNG")
 
 
 def summary(folder: Path, report: dict) -> str:

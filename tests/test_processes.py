@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tf_lightning.processes import Loader, start_worker
-from tf_lightning.signals import OF_WORKERS
+from tf_lightning.signals import BLOCKED_IN_WORKERS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -45,7 +45,7 @@ def wait_for_end(*pids: int) -> None:
 
 def signal_by_another_process(pid: int) -> None:
     """Send a process the signals that Ctrl-C and job schedulers send to all processes of a run."""
-    commands = [f"kill -{int(signum)} {pid}" for signum in OF_WORKERS]
+    commands = [f"kill -{int(signum)} {pid}" for signum in BLOCKED_IN_WORKERS]
     subprocess.run(["sh", "-c", ";".join(commands)], check=True)
 
 

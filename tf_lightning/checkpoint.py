@@ -86,7 +86,7 @@ def find_checkpoints(folder: Path, checkpoints: Path) -> list[Path]:
     """Find the checkpoints of a run, newest first; a file with several names is listed once.
 
     Copying a folder gives its files new times in any order, but keeps the link `last.ckpt`. Files
-    that are newer than its target although they are of an earlier step are listed behind it.
+    that are newer than its target although they are of an earlier step are listed after it.
 
     Args:
         folder: the run's folder, where SLURM's preempted jobs leave theirs.

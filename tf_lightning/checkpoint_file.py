@@ -56,7 +56,7 @@ class DamagedFile(Exception):
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint with its checksum; the file appears whole, when it is on the disk.
 
-    It is written beside its final name. What killed writes left there is removed.
+    It is written beside its final name. Partial files of killed processes are removed there.
 
     Raises:
         UserError: the disk is full.
@@ -123,7 +123,10 @@ def trailer(checksum: int) -> bytes:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the partial checkpoints of killed processes, but not those that are being written."""
+    """Remove the partial checkpoints of killed processes, but not those that are being written.
+
+    `atomic_file` removes those of its own machine only; a lock tells it of other machines too.
+    """
     for left in folder.glob(".*.ckpt.*.partial"):
         with suppress(OSError):
             if not left.is_symlink():
@@ -275,7 +278,7 @@ class FileChecksum:
 
     def __init__(self, file: BinaryIO, size: int):
         self.size = max(size, 0)
-        # Without a copy of its own, reading is as fast as memory, and needs no lock in between.
+        # A mapped file is read without a copy, and so without Python's lock between two blocks.
         self.content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         self.starts = iter(range(0, self.size, BLOCK))
         self.checksums: dict[int, int] = {}
@@ -302,18 +305,17 @@ class FileChecksum:
         self.compute()
         self.other.result()
         starts = sorted(self.checksums)
-        whole = reduce(
+        return reduce(
             lambda crc, start: combine(crc, self.checksums[start], min(BLOCK, self.size - start)),
             starts,
             0,
         )
-        return whole
 
 
 def combine(first: int, second: int, size: int) -> int:
     """Return the CRC-32 of two blocks, one after the other, from that of each.
 
-    Behind the first block, the second one multiplies its CRC by x^(8 size), modulo the CRC's
+    Appending `size` bytes multiplies the CRC of the first block by x^(8 size), modulo the CRC's
     polynomial; see crc32_combine of zlib.
 
     Args:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from tf_lightning.errors import UserError
 
-FULL = 2**20  # bytes; a disk with less room is full
+FULL = 2**20  # a disk with fewer free bytes counts as full
 MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 # What a process of this machine is writing, or, as ".old", is about to replace.
 UNFINISHED = re.compile(rf"\.(?P<name>.+)\.{MACHINE}-(?P<process>\d+)\.(?P<kind>partial|old)")
 
 
 @contextmanager
-def told_if_full(folder: Path) -> Iterator[None]:
+def report_full_disk(folder: Path) -> Iterator[None]:
     """Raise UserError if a block that writes into a folder fails because its disk is full."""
     try:
         yield
@@ -86,7 +86,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     partial = partial_path(path)
     try:
-        with told_if_full(path.parent):
+        with report_full_disk(path.parent):
             yield partial
             os.replace(partial, path)
     finally:
@@ -119,7 +119,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = partial_folder(path), partial_path(path, "old")
     try:
-        with told_if_full(path.parent):
+        with report_full_disk(path.parent):
             yield partial
             if path.exists():
                 os.rename(path, old)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from tf_lightning.signals import OF_WORKERS, blocked
+from tf_lightning.signals import BLOCKED_IN_WORKERS, blocked
 
 POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -63,11 +63,11 @@ def end_with_parent(wait: Callable[[int], bool | None] | None = None) -> None:
 def start_worker(worker_id: int = 0) -> None:
     """Begin a process that loads or prepares data: it heeds no signal but its parent's SIGTERM."""
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, OF_WORKERS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_IN_WORKERS)
     end_with_parent(is_ended_by if hasattr(signal, "sigtimedwait") else None)  # not on macOS
 
 
 def is_ended_by(parent: int) -> bool:
     """Wait at most POLL_SECONDS for a signal; return whether it is the parent's SIGTERM."""
-    received = signal.sigtimedwait(OF_WORKERS, POLL_SECONDS)
+    received = signal.sigtimedwait(BLOCKED_IN_WORKERS, POLL_SECONDS)
     return bool(received) and (received.si_signo, received.si_pid) == (signal.SIGTERM, parent)

@@ -15,7 +15,7 @@ from tf_lightning.errors import Interrupted
 
 NAMES = "SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # not on Windows
-OF_WORKERS = {*SIGNALS, getattr(signal, "SIGUSR2", signal.SIGTERM)}  # that workers do not heed
+BLOCKED_IN_WORKERS = {*SIGNALS, getattr(signal, "SIGUSR2", signal.SIGTERM)}
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -73,7 +73,7 @@ def blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_WORKERS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_IN_WORKERS)
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from tf_lightning.training.autoencoder import AutoencoderModule
 from tf_lightning.training.module import Transfusion
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-SMALL = CONFIGS / "small.yaml"  # goes behind a recipe
+SMALL = CONFIGS / "small.yaml"  # follows a recipe
 RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml") if path != SMALL)
 EXPERIMENTS = sorted(path.name for path in CONFIGS.glob("experiments/*.yaml"))
 EVALUATIONS = sorted(path.name for path in CONFIGS.glob("eval/*.yaml"))

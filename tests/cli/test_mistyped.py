@@ -156,7 +156,7 @@ COMMANDS = {
     ("inspect", "-c", "config.yaml", "--documens", "2"): "did you mean --documents?",
     ("inspect", "-c", "config.yaml", "--rows", "x"): "x is not a number of at least 1",
     ("generate",): "the following arguments are required: CKPT",
-    ("generate", "a red circle"): "there is no prompt behind the checkpoint 'a red circle'",
+    ("generate", "a red circle"): "there is no prompt after the checkpoint 'a red circle'",
     ("generate", "none.ckpt", "a"): "no checkpoint at none.ckpt",
     ("generate", "config.yaml", "a"): "config.yaml",
     ("generate", "..", "a"): ".. is a folder without checkpoints",

@@ -44,7 +44,7 @@ EVALUATE = {
     },
 }
 REPORT = {"num_prompts": 2, "sampling": FEW}
-MINIATURES = {  # what goes behind a recipe to make it small
+MINIATURES = {  # what follows a recipe to make it small
     "quickstart": {
         "trainer": TRAINER,
         "evaluate": EVALUATE,
@@ -70,7 +70,7 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def in_miniature(words: list[str]) -> list[str]:
-    """A command line with a miniature behind each recipe that has one."""
+    """A command line with a miniature after each recipe that has one."""
     found = []
     for before, word in zip(["", *words], words, strict=False):
         found.append(word)

@@ -239,7 +239,7 @@ IMAGE_SIZES = {  # first bytes: how width and height are written, and where
     b"BM": ("<I", (18, 22)),
     b"GIF8": ("<H", (6, 8)),
     b"RIFF": ("<H", (26, 28)),
-    b"\xff\xd8\xff": (">H", None),  # behind the marker of a frame
+    b"\xff\xd8\xff": (">H", None),  # after the marker of a frame
     b"II*\0": ("<I", None),  # entries of a directory
     b"P6": ("", None),
 }

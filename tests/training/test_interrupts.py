@@ -7,9 +7,11 @@ import signal
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.multiprocessing import ProcessExitedException
 
@@ -18,6 +20,7 @@ from support.compare import bit_equal
 from tf_lightning.cli.main import main
 from tf_lightning.data import Mixture
 from tf_lightning.training import module
+from tf_lightning.training.last_checkpoint import LastCheckpoint
 
 PARTS = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "Mixture")
 SAVED = "Go on with:\n  tf-lightning fit -c "
@@ -137,6 +140,24 @@ def test_gradients_that_are_not_finite_end_the_run_with_its_last_weights_saved(
     assert saved["optimizer_states"][0]["state"][0]["step"] == 3
     assert end_of(tmp_path, "--ckpt_path=last", "--model.max_bad_steps=2") == 0
     assert load(tmp_path / "run")["Mixture"] == never_spoilt["Mixture"]
+
+
+class Breaks(BoringModel):
+    """A module of another project, whose second step fails in its update."""
+
+    def configure_gradient_clipping(self, *args, **kwargs) -> None:
+        if self.global_step == 1:
+            raise ArithmeticError("the update failed")
+
+
+def test_the_error_of_a_module_of_another_project_is_raised_as_it_is(tmp_path):
+    saver = ModelCheckpoint(tmp_path)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=3, default_root_dir=tmp_path, logger=False,
+        enable_progress_bar=False, callbacks=[saver, LastCheckpoint(saver)],
+    )  # fmt: skip
+    with pytest.raises(ArithmeticError, match="the update failed"):
+        trainer.fit(Breaks())
 
 
 def test_a_state_in_the_middle_of_an_update_is_not_saved(tmp_path, monkeypatch, capsys):

@@ -18,12 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tf_lightning.errors import UserError, first_sentence
-from tf_lightning.hub import (
-    find_folder,
-    read_json,
-    read_shard_index,
-    split_hub_name,
-)
+from tf_lightning.hub import find_folder, read_json, read_shard_index, split_hub_name
 
 CLASSES = (
     "AutoencoderKL",

@@ -190,7 +190,7 @@ def run_generate(args: list[str]) -> None:
         raise UserError("both a prompt and --prompts are given; leave one out")
     if not options.parts and not options.prompts:
         raise UserError(
-            f"there is no prompt behind the checkpoint {options.checkpoint!r}; give text, --image "
+            f"there is no prompt after the checkpoint {options.checkpoint!r}; give text, --image "
             "FILE or --prompts FILE"
         )
     makes_text = bool(options.parts) and options.parts[-1][0] == "image"

@@ -122,7 +122,7 @@ TOPICS = {
 
 
 def print_verb_help(args: list[str]) -> None:
-    """Print the help of a verb, or of the topic behind `--help`, and exit.
+    """Print the help of a verb, or of the topic after `--help`, and exit.
 
     Args:
         args: verb and arguments, among them -h or --help.

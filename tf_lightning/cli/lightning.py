@@ -494,7 +494,7 @@ class TransfusionCLI(LightningCLI):
             return None
         found = newest_sound(files, self.kind("fit"), sharded=True)
         if self.trainer.is_global_zero and (last.is_symlink() or not last.exists()):
-            link_to(found, last)  # of a run that was killed before, or whose last is damaged
+            link_to(found, last)  # the run was killed before it did so, or its last one is damaged
         finished = (read_progress(folder) or {}).get("finished_step")
         if finished and 0 < self.trainer.max_steps <= finished:
             self.finished_step = finished
@@ -612,7 +612,7 @@ def build(
         save_config_kwargs={"overwrite": True},
         parser_class=ConfigParser,
         parser_kwargs={"prog": "tf-lightning"},
-        args=None if args == sys.argv[1:] else args,  # Lightning warns when both are given
+        args=args,
         run=run,
         verb=args[0] if run and args else verb,
         **options,

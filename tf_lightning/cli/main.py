@@ -48,7 +48,7 @@ def main(args: list[str] | None = None) -> None:
 
 def prepare_process() -> None:
     """Find classes in the current folder, print any text in any locale, and report faults."""
-    # Behind the installed packages, so that no file of the folder hides one of them.
+    # After the installed packages, so that no file of the folder hides one of them.
     sys.path.append(os.getcwd())
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -57,7 +57,7 @@ def prepare_process() -> None:
 
 
 def report_fault(kind: type[BaseException], error: BaseException, trace) -> None:
-    """Report an error that is no mistake of the user: one line, and a file with the traceback."""
+    """Report an error that is not the user's mistake: one line, and a file with the traceback."""
     lines = "".join(traceback.format_exception(kind, error, trace))
     try:
         with tempfile.NamedTemporaryFile(

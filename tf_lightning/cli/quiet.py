@@ -16,7 +16,7 @@ NEEDLESS_WARNINGS = (
     ".*no last checkpoint available",
     ".*Checkpoint directory .* exists and is not empty",
     ".*before the ``update`` method",  # the data warns of a source without validation documents
-    "LightningCLI's args parameter",  # inspect removes options
+    "LightningCLI's args parameter",  # the commands pass their arguments on
     ".*does not have many workers",  # rows are cheap to load
     ".*To get the last learning rate computed by the scheduler",  # when a run is resumed
     ".*Previous log files in this directory will be deleted",  # see keep_rows

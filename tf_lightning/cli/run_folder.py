@@ -26,7 +26,7 @@ WRITTEN = (
     "config.yaml", "hparams.yaml", "metrics.csv", "events.out.tfevents.*", "checkpoints",
     "hpc_ckpt_*.ckpt", PROGRESS_FILE, "metrics", "report.json", "sheet.png", "samples",
 )  # fmt: skip
-REPLACED = ("hparams.yaml", "metrics.csv")  # of them, by the logger of a new run
+REPLACED = ("hparams.yaml", "metrics.csv")  # by then, the logger of a new run has replaced these
 
 LOGGER = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",

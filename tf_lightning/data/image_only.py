@@ -28,7 +28,7 @@ from tf_lightning.data.corpus.reader import refuse_damage
 from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split, num_samples
 from tf_lightning.data.stream import ENDLESS, StreamData
 from tf_lightning.errors import UserError
-from tf_lightning.files import partial_folder, publish_folder, told_if_full
+from tf_lightning.files import partial_folder, publish_folder, report_full_disk
 from tf_lightning.progress import progress_bar
 from tf_lightning.ranges import NonNegativeInt, PositiveInt, Range, check_arguments, check_fields
 
@@ -274,7 +274,7 @@ def store_images(source: Source, split: Split, directory: str | Path) -> ImageSt
     # own, and the first that finishes wins.
     unfinished = partial_folder(path)
     try:
-        with told_if_full(path.parent):
+        with report_full_disk(path.parent):
             shape, skipped = _write(source, split, unfinished)
         facts = {"shape": shape, "skipped": skipped, "origin": origin}
         (unfinished / "store.json").write_text(json.dumps(facts, indent=2) + "\n")

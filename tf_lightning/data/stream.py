@@ -97,7 +97,7 @@ class ValidationRows(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> StreamRow:
-        """Read row `index`; rows behind the last one are empty."""
+        """Read row `index`; rows after the last one are empty."""
         row = self.rows.row(index) if index < self.rows.rows_per_epoch else []
         return index, row, self.source
 

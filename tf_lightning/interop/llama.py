@@ -22,12 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tf_lightning.errors import UserError, first_sentence
-from tf_lightning.hub import (
-    LANGUAGE_MODEL_FILES,
-    find_folder,
-    read_json,
-    read_shard_index,
-)
+from tf_lightning.hub import LANGUAGE_MODEL_FILES, find_folder, read_json, read_shard_index
 from tf_lightning.interop.families import NEUTRAL_FIELDS, config_from_hf, sliding_window
 from tf_lightning.model.transformer import Transformer, TransformerConfig
 from tf_lightning.tokenizer.tokenizer import NUM_IMAGE_TOKENS

@@ -21,12 +21,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from tf_lightning.errors import UserError, first_sentence
-from tf_lightning.hub import (
-    LANGUAGE_MODEL_FILES,
-    find_folder,
-    is_hub_name,
-    read_json,
-)
+from tf_lightning.hub import LANGUAGE_MODEL_FILES, find_folder, is_hub_name, read_json
 
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 SPACE = "\u2581"  # stands for a space in sentencepiece's pieces
@@ -37,7 +32,7 @@ MAX_PADDING = 0.05  # maximum share of embedding rows without a piece; known mod
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` behind the methods of a sentencepiece processor.
+    """A `tokenizer.json` with the methods of a sentencepiece processor.
 
     Attributes:
         size: number of embedding rows of the language model, at least the number of pieces.

@@ -162,7 +162,7 @@ class AutoencoderModule(L.LightningModule):
         self.autoencoder: nn.Module | None = None
         self.discriminator: PatchDiscriminator | None = None
         self.codebook_use: CodebookUsage | None = None
-        self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
+        self.loaded_step = 0  # step of the loaded checkpoint; trainer.global_step is 0 in validate
         self.reconstruction_loss: ReconstructionLoss | None = None  # built for training only
         self.guard, self.horizon = StepGuard(max_bad_steps, spike_sigma), Horizon()
         self.saves_alone = False  # whether rank zero saves without the others, after an error
@@ -257,7 +257,7 @@ class AutoencoderModule(L.LightningModule):
 
     @property
     def code_state(self) -> tuple[Tensor, Tensor]:
-        """What `training_step` changes of a VQ besides gradients: restarted codes, idle steps."""
+        """State of a VQ that `training_step` changes: its codes, and how long each was idle."""
         return self.codebook, self.codebook_use.idle
 
     # ---------------------------------------------------------------- training
@@ -484,7 +484,7 @@ class AutoencoderModule(L.LightningModule):
         self.log("train/grad_norm", norm, batch_size=1)
         try:
             self.guard.check(self, self.step_loss, both)
-        finally:
+        finally:  # also when the guard ends the run, which is saved then
             if self.guard.leaves_out and self.config.num_codes:
                 for state, before in zip(self.code_state, self.codes_before, strict=True):
                     state.copy_(before)

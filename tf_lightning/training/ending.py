@@ -22,12 +22,13 @@ from tf_lightning.errors import Interrupted, UserError
 
 POLL_SECONDS = 0.5  # between two looks into the store
 GRACE = 5.0  # seconds for ranks to fail by themselves, and to leave a collective
-LEAVE = 15.0  # seconds that rank zero, which has saved, waits for the others
-LIMIT = 120.0  # seconds after which a rank that another one's end does not reach is ended
-LONGEST = 3600.0  # seconds that rank zero waits for the others' work at the end
-WAIT = 600.0  # seconds for rank zero to save
+LEAVE_SECONDS = 15.0  # that rank zero, which has saved, waits for the others
+STUCK_SECONDS = 120.0  # after which a rank is killed that does not end with the others
+WORK_SECONDS = 3600.0  # that rank zero waits for the others' work at the end
+SAVE_SECONDS = 600.0  # that the others wait for rank zero to save
 
-# Keys of the store: why the run ends, errors, how many ranks leave; rank zero leaves, has saved.
+# Keys of the store: why the run ends; who failed; how many ranks have left; whether rank zero is
+# leaving, and whether it has saved.
 REASON, FAILED, LEFT, LEAVING, SAVED = "reason", "failed", "left", "leaving", "saved"
 
 
@@ -35,8 +36,8 @@ class Ending:
     """How the ranks of a run end.
 
     Attributes:
-        reason: why the run ends, which all ranks agree on: the rank, the signal or 0, a sentence.
-            None while no rank has ended before the others.
+        reason: why the run ends, the same on all ranks: the rank that ended first, its signal or 0,
+            and a sentence. None while no rank has ended before the others.
     """
 
     def __init__(self):
@@ -63,7 +64,7 @@ class Ending:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
         if self.reason and not self.is_leaving.wait(GRACE):
             close_connections()  # ends this rank's own collectives with NCCL
-            if not self.is_leaving.wait(LIMIT):
+            if not self.is_leaving.wait(STUCK_SECONDS):
                 os._exit(1)
 
     def read(self) -> None:
@@ -121,7 +122,7 @@ class Ending:
         if self.store is None or self.is_leaving.is_set():
             return
         if trainer.is_global_zero:
-            self.wait_for_others(trainer, LONGEST)
+            self.wait_for_others(trainer, WORK_SECONDS)
         else:
             self.store.add(LEFT, 1)
         self.read()
@@ -152,9 +153,8 @@ class Ending:
             self.leave(trainer)
             is_own = self.reason is None or self.reason[0] == trainer.global_rank
             first = error if is_own else self.because_of_another()
-            if (
-                isinstance(first, Interrupted) and not trainer.is_global_zero
-            ):  # rank zero reports it
+            # Rank zero reports it.
+            if isinstance(first, Interrupted) and not trainer.is_global_zero:
                 raise SystemExit(first.exit_code) from error
             if is_own:
                 raise
@@ -166,18 +166,18 @@ class Ending:
         self.take_launched(trainer)
         with suppress(Exception):  # the store's own rank has ended
             if self.store is not None and trainer.is_global_zero:
-                self.wait_for_others(trainer, LEAVE)
+                self.wait_for_others(trainer, LEAVE_SECONDS)
                 self.store.set(SAVED, "")
             elif self.store is not None:
                 self.store.add(LEFT, 1)
                 # If rank zero is still in a collective, the end of this process gets it out.
                 wait_until(lambda: self.store.check([LEAVING]), 2 * GRACE)
                 if self.store.check([LEAVING]):
-                    wait_until(lambda: self.store.check([SAVED]), WAIT)
+                    wait_until(lambda: self.store.check([SAVED]), SAVE_SECONDS)
         for process in self.launched:
             if self.store is None:
                 process.terminate()
-            wait_until(lambda process=process: has_ended(process), LEAVE)
+            wait_until(lambda process=process: has_ended(process), LEAVE_SECONDS)
             process.kill()
 
 

@@ -23,18 +23,18 @@ from tf_lightning.training.ending import Ending
 class Interrupts(L.Callback):
     """Raises Interrupted after the batch in which a rank received a signal.
 
-    Lightning's own handlers save in the middle of a step and call collectives of torch from within
-    the handler; these take their place.
+    It replaces Lightning's handlers, which save in the middle of a step and call collectives of
+    torch from within the handler.
     """
 
     def __init__(self):
         self.received = self.agreed = 0  # a signal of this rank, and one of any rank
-        self.in_step = False
+        self.must_wait = False  # whether a signal waits for the end of the batch
         self.ending = Ending()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Remember a signal until the end of the batch, or raise Interrupted at once."""
-        if self.in_step:
+        if self.must_wait:
             self.received = self.received or signum
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
         elif self.ending.reason:
@@ -45,14 +45,14 @@ class Interrupts(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Handle the signals and listen to the other ranks from here on."""
-        self.received, self.agreed, self.in_step = 0, 0, False
+        self.received, self.agreed, self.must_wait = 0, 0, False
         trainer._signal_connector.register_signal_handlers = lambda: None
         handle(self.handle, {requeue_signal(trainer)} - {None})
         self.ending.begin(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training steps begin."""
-        self.in_step = True
+        self.must_wait = True
 
     def on_train_batch_end(self, trainer: L.Trainer, *args) -> None:
         """Agree with the other ranks whether any of them received a signal."""
@@ -65,25 +65,25 @@ class Interrupts(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Heed signals at once, unless ranks that shard the model have to save together."""
         self.raise_if_agreed()
-        self.in_step = is_sharded(pl_module)
+        self.must_wait = has_sharded_weights(pl_module)
         self.raise_if_received()
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args
     ) -> None:
         """Raise Interrupted on all ranks if the model is sharded and any received a signal."""
-        if self.in_step:
+        if self.must_wait:
             self.agreed = self.received_by_any(trainer)
             self.raise_if_agreed()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training steps go on."""
-        self.in_step = trainer.state.fn == "fit"
+        self.must_wait = trainer.state.fn == "fit"
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training steps are over."""
         self.raise_if_agreed()
-        self.in_step = False
+        self.must_wait = False
         self.raise_if_received()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -98,11 +98,11 @@ class Interrupts(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Tell the other ranks, before `LastCheckpoint` saves."""
-        self.ending.tell(trainer, exception, is_sharded(pl_module))
+        self.ending.tell(trainer, exception, has_sharded_weights(pl_module))
 
     def raise_if_received(self) -> None:
         """Heed a signal that came between the end of a batch and here."""
-        if self.received and not self.in_step:
+        if self.received and not self.must_wait:
             interrupt(self.received)
 
     def raise_if_agreed(self) -> None:
@@ -120,7 +120,7 @@ class Interrupts(L.Callback):
         return received
 
 
-def is_sharded(module: L.LightningModule) -> bool:
+def has_sharded_weights(module: L.LightningModule) -> bool:
     """Whether each rank holds a part of the weights, so that saving takes all ranks."""
     return getattr(module, "device_mesh", None) is not None
 
@@ -138,5 +138,5 @@ def requeue() -> None:
     job = os.environ["SLURM_JOB_ID"]
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    with suppress(OSError):  # no scontrol: the checkpoint is there for whoever goes on
+    with suppress(OSError):  # without scontrol the run can be resumed by hand
         subprocess.run(["scontrol", "requeue", job], check=False)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tf_lightning.errors import Interrupted
 from tf_lightning.files import partial_path
 from tf_lightning.training.fsdp import reshard
-from tf_lightning.training.interrupts import is_sharded, requeue, requeue_signal
+from tf_lightning.training.interrupts import has_sharded_weights, requeue, requeue_signal
 
 
 class LastCheckpoint(Checkpoint):
@@ -21,7 +21,7 @@ class LastCheckpoint(Checkpoint):
 
     It uses the names of the run's ModelCheckpoint. An interrupted run is saved as it was at the end
     of the last finished step: validation does not change the state, and the gradients of an
-    unfinished step are dropped. It comes last in the list of callbacks.
+    unfinished step are dropped. Of the callbacks, only `MissedWork` comes after it.
 
     Args:
         saver: the run's ModelCheckpoint.
@@ -75,7 +75,7 @@ class LastCheckpoint(Checkpoint):
         signum = exception.signum if isinstance(exception, Interrupted) else 0
         asks_to_requeue = signum != 0 and signum == requeue_signal(trainer)
         loops = self.consistent_loops(trainer)
-        if loops is not None and (together or not is_sharded(pl_module)):
+        if loops is not None and (together or not has_sharded_weights(pl_module)):
             self.saved_loops = loops
             path = None
             if asks_to_requeue:
@@ -94,7 +94,9 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn != "fit" or trainer.fast_dev_run or trainer.global_step == 0:
             return None
         # A step that is left out changes nothing, also the one after which the guard ends the run.
-        if self.updating == trainer.global_step and not trainer.lightning_module.guard.leaves_out:
+        guard = getattr(trainer.lightning_module, "guard", None)  # a module of a user has none
+        is_left_out = guard is not None and guard.leaves_out
+        if self.updating == trainer.global_step and not is_left_out:
             return None
         if self.step == trainer.global_step:
             return self.loops

@@ -17,8 +17,8 @@ class MissedWork(Checkpoint):
 
     Lightning skips the validation after the step of a checkpoint when it resumes, and does nothing
     at all if no step remains. A run that was killed in a validation, or in the work of callbacks at
-    the end of training, would stay without their results. It comes last in the list of callbacks,
-    so that it records what all others have done.
+    the end of training, would stay without their results. It is the last of the callbacks, so that
+    it records what all others have done.
     """
 
     def __init__(self):

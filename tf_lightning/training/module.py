@@ -5,8 +5,9 @@ Its hyper-parameters are what has to match the weights or describes the training
 one varies at evaluation belongs to callbacks.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
-from typing import Annotated
+from typing import Annotated, Any
 
 import lightning as L
 import torch
@@ -23,11 +24,7 @@ from tf_lightning.checkpoint import (
     upgrade,
 )
 from tf_lightning.data.stream import as_batches
-from tf_lightning.diffusion.process import (
-    MinSNRGamma,
-    NumTrainTimesteps,
-    process_from_hparams,
-)
+from tf_lightning.diffusion.process import MinSNRGamma, NumTrainTimesteps, process_from_hparams
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
 from tf_lightning.model.patches import LinearConfig, has_time_token
@@ -50,11 +47,7 @@ from tf_lightning.ranges import (
     check_arguments,
 )
 from tf_lightning.training.breakdown import LOSSES, LossBreakdown
-from tf_lightning.training.fsdp import (
-    apply_fsdp,
-    number_states_by_module,
-    reshard,
-)
+from tf_lightning.training.fsdp import apply_fsdp, number_states_by_module, reshard
 from tf_lightning.training.guard import StepGuard, check_finite
 from tf_lightning.training.horizon import Horizon, check_warmup, epochs_to_steps
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
@@ -167,22 +160,7 @@ class Transfusion(L.LightningModule):
         transformer = TransformerConfig(**transformer)
         unet = None if unet is None else UNetConfig(**unet)
         linear = None if linear is None else LinearConfig(**linear)
-        of_latents = {"linear": linear, "learned_sigma": learned_sigma}
-        of_latents |= {"min_snr_gamma": min_snr_gamma}
-        given = [name for name, value in of_latents.items() if value]
-        if num_codes is not None and given:
-            raise UserError(
-                f"{given[0]} has no effect with num_codes={num_codes}, whose images are tokens; "
-                "leave it out"
-            )
-        if num_codes is not None:
-            check_code_options(num_codes, patch_size, unet, transformer)
-        elif unet is not None:
-            check_unet_config(unet, patch_size)
-        if unet is not None and linear is not None:
-            raise UserError(
-                "unet and linear are both given, but a model has one patch coder; leave one out"
-            )
+        check_image_options(self.hparams, transformer, unet, linear)
         self.config, self.unet, self.linear = transformer, unet, linear
         self.process = process_from_hparams(self.hparams)  # None: images are discrete codes
         self.net: TransfusionModel | None = None
@@ -192,7 +170,7 @@ class Transfusion(L.LightningModule):
         self.breakdown: LossBreakdown | None = None  # while the module is trained
         self.tokenizer_proto: bytes | None = None
         self.loaded_weights = "raw"  # "ema" for an exported folder of EMA weights
-        self.loaded_step = 0  # Step of the loaded checkpoint; trainer.global_step is 0 in validate
+        self.loaded_step = 0  # step of the loaded checkpoint; trainer.global_step is 0 in validate
         self.image_codec: dict | None = None
         self.row_length: int | None = None
 
@@ -566,6 +544,41 @@ class Transfusion(L.LightningModule):
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
             raise state_dict_error(error) from error
+
+
+def check_image_options(
+    hparams: Mapping[str, Any],
+    transformer: TransformerConfig,
+    unet: UNetConfig | None,
+    linear: LinearConfig | None,
+) -> None:
+    """Refuse options of images that exclude each other, or that have no effect.
+
+    Args:
+        hparams: hyper-parameters of `Transfusion`.
+        transformer: its sizes of the Transformer.
+        unet: its U-Net patch coder, if any.
+        linear: its options of the linear patch coder, if any.
+
+    Raises:
+        UserError: two options exclude each other.
+    """
+    num_codes = hparams["num_codes"]
+    of_latents = {name: hparams[name] for name in ("linear", "learned_sigma", "min_snr_gamma")}
+    given = [name for name, value in of_latents.items() if value]
+    if num_codes is not None and given:
+        raise UserError(
+            f"{given[0]} has no effect with num_codes={num_codes}, whose images are tokens; "
+            "leave it out"
+        )
+    if num_codes is not None:
+        check_code_options(num_codes, hparams["patch_size"], unet, transformer)
+    elif unet is not None:
+        check_unet_config(unet, hparams["patch_size"])
+    if unet is not None and linear is not None:
+        raise UserError(
+            "unet and linear are both given, but a model has one patch coder; leave one out"
+        )
 
 
 def same_tokenizer(checkpoint: dict, proto: bytes | None) -> bytes:

@@ -27,7 +27,7 @@ from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.corpus.writer import CorpusWriter, merge
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split, num_samples
 from tf_lightning.errors import UserError
-from tf_lightning.files import partial_folder, publish_folder, told_if_full
+from tf_lightning.files import partial_folder, publish_folder, report_full_disk
 from tf_lightning.processes import start_worker
 from tf_lightning.progress import progress_bar
 from tf_lightning.signals import blocked
@@ -228,7 +228,7 @@ def prepare(
     job.shards_folder.mkdir(parents=True, exist_ok=True)
     try:
         numbers = [n for n in job.missing_shards() if n % part[1] == part[0]]
-        with told_if_full(job.path.parent):
+        with report_full_disk(job.path.parent):
             _prepare_shards(job, numbers, processes)
         missing, count = len(job.missing_shards()), len(job.shards)
         if missing:
@@ -237,7 +237,7 @@ def prepare(
                 "the other parts prepare the rest"
             )
             return None
-        with told_if_full(job.path.parent):
+        with report_full_disk(job.path.parent):
             _finish(job)
     except FileNotFoundError:  # another process finished first and removed the shards
         if not job.path.is_dir():

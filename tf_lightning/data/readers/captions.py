@@ -39,6 +39,7 @@ from tf_lightning.data.readers.files import (
     as_image_file,
 )
 from tf_lightning.data.readers.formats import (
+    BOM,
     decode_text,
     file_format,
     format_by_name,
@@ -49,6 +50,7 @@ from tf_lightning.data.readers.formats import (
 from tf_lightning.data.readers.json_records import (
     json_items,
     parse_json,
+    parse_object,
     parse_record,
     read_records,
 )
@@ -254,8 +256,7 @@ def row_parts(row: Any, folder: Path, image_key: str | None, caption_key: str | 
     """
     if is_conversation(row):
         return conversation(read_messages(row, folder))
-    if not isinstance(row, dict):
-        raise BadSample("line that is not a JSON object")
+    row = parse_object(row)
     keys = (image_key,) if image_key else IMAGE_KEYS
     image = as_image_file(first_present(row, keys), folder)
     if image is None and not any(key in row for key in keys):
@@ -267,6 +268,7 @@ def row_parts(row: Any, folder: Path, image_key: str | None, caption_key: str | 
 
 # JSON
 
+OTHER_LAYOUT = "JSON that is not in the layout of COCO, Karpathy or LLaVA"
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
@@ -308,18 +310,18 @@ class CaptionJson(ImagePathSource):
     def parts(self, sample: tuple[Path, Any]) -> Parts:
         """List texts and images; see `ImageFileSource.parts`."""
         folder, row = sample
-        if isinstance(row, Found):
+        if isinstance(row, CocoRow):
             return row_parts(row, folder, "image", "caption")
         return row_parts(parse_record(row), folder, self.image_key, self.caption_key)
 
 
-class Found(dict):
-    """The `image` and the `caption` of an image of COCO or Karpathy, found by the given keys."""
+class CocoRow(dict):
+    """`image` and `caption` of an image of COCO or Karpathy, under whatever keys the file has."""
 
 
 def json_layout(file: Path) -> str:
     """Return "coco" or "karpathy" for a JSON object of either, "rows" for any other file."""
-    if read_start(file).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{":
+    if read_start(file).removeprefix(BOM).lstrip()[:1] != b"{":
         return "rows"
     keys = set()
     try:
@@ -347,7 +349,7 @@ def coco(
     found, damage = None, None
     try:
         for key, item in json_items(file):
-            if key == "images" and item != []:
+            if key == "images" and item != []:  # json_items yields [] where a list begins
                 image_id = str(item["id"])
                 if image_id in files and files[image_id] != item.get(image_key or "file_name"):
                     twice.add(image_id)
@@ -359,9 +361,9 @@ def coco(
     except BadSample as error:
         damage = error
     except (KeyError, TypeError, AttributeError) as error:
-        raise BadSample("JSON that is not in the layout of COCO, Karpathy or LLaVA") from error
+        raise BadSample(OTHER_LAYOUT) from error
     if not files and not damage:
-        raise BadSample("JSON that is not in the layout of COCO, Karpathy or LLaVA")
+        raise BadSample(OTHER_LAYOUT)
     for image_id, texts in captions.items():
         if image_id in twice:
             yield image_id, BadSample("id of two images, so it is unknown which one is right")
@@ -369,7 +371,7 @@ def coco(
             wanted = [caption_key or "caption"]
             yield image_id, BadSample(missing("caption", found, wanted, "caption_key"))
         else:
-            yield image_id, (folder, Found(image=files.get(image_id), caption=texts))
+            yield image_id, (folder, CocoRow(image=files.get(image_id), caption=texts))
     if damage:
         raise damage
 
@@ -391,7 +393,7 @@ def karpathy(
             yield name, BadSample("image of an unknown split")
         else:  # no reader asks for "test"
             texts = [s.get(caption_key or "raw") for s in sentences if isinstance(s, dict)]
-            row = Found(image=f"{image.get('filepath') or '.'}/{name}", caption=texts)
+            row = CocoRow(image=f"{image.get('filepath') or '.'}/{name}", caption=texts)
             yield name, (folder, row), KARPATHY_SPLITS[image["split"]]
 
 

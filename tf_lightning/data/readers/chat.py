@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from tf_lightning.data.documents import BadSample, ContextText, ContextTurn, TurnText
 from tf_lightning.data.readers.files import ContextImage, ImagePathSource, as_image_file
 from tf_lightning.data.readers.formats import file_format, refuse
-from tf_lightning.data.readers.json_records import parse_record, read_records
+from tf_lightning.data.readers.json_records import parse_object, parse_record, read_records
 from tf_lightning.data.readers.tables import first_present, missing, read_parquet
 from tf_lightning.errors import UserError
 from tf_lightning.ranges import PositiveInt
@@ -249,8 +249,7 @@ def _turns(record: Any, messages_key: str | None) -> list:
     """Find the messages of a record: dicts, or texts of user and assistant in turn."""
     if isinstance(record, list):
         return record
-    if not isinstance(record, dict):
-        raise BadSample("line that is not a JSON object")
+    record = parse_object(record)
     keys = (messages_key,) if messages_key else (*MESSAGES_KEYS, "data")
     for key in keys:
         turns = first_present(record, (key,))

@@ -37,6 +37,7 @@ MAX_HEADER = 2**20  # bytes of a name or of extended attributes in a tar
 BOM = b"\xef\xbb\xbf"
 UTF_16 = b"\xff\xfe", b"\xfe\xff"
 DAMAGED_FILE = "damaged file, read up to the damage"
+NOT_UTF_8, IN_UTF_16 = "text that is not UTF-8", "text in UTF-16; save it as UTF-8"
 
 # Kinds of files
 
@@ -206,11 +207,11 @@ def decode_text(content: bytes) -> str:
         BadSample: the content is not UTF-8.
     """
     if content.startswith(UTF_16):
-        raise BadSample("text in UTF-16; save it as UTF-8")
+        raise BadSample(IN_UTF_16)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadSample("text that is not UTF-8") from error
+        raise BadSample(NOT_UTF_8) from error
 
 
 def file_fault(error: Exception) -> BadSample:
@@ -233,7 +234,7 @@ def read_lines(file: Path) -> Iterator[bytes | BadSample]:
             while line := stream.readline(MAX_BYTES + 1):
                 line = line if isinstance(line, bytes) else line.encode("latin-1")
                 if first and line.startswith(UTF_16):
-                    raise BadSample("text in UTF-16; save it as UTF-8")
+                    raise BadSample(IN_UTF_16)
                 if len(line) > MAX_BYTES and not too_long:
                     yield BadSample(f"line longer than {MAX_BYTES:,} bytes")
                 elif not too_long:

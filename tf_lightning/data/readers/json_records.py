@@ -14,6 +14,7 @@ from tf_lightning.data.readers.formats import (
     BOM,
     DAMAGED_FILE,
     MAX_BYTES,
+    NOT_UTF_8,
     STREAM_ERRORS,
     open_stream,
     read_lines,
@@ -51,7 +52,7 @@ def _json_fault(error: Exception, otherwise: str = "line that is not JSON") -> s
     if isinstance(error, RecursionError):
         return "JSON nested too deeply"
     if isinstance(error, UnicodeDecodeError):
-        return "text that is not UTF-8"
+        return NOT_UTF_8
     if not isinstance(error, json.JSONDecodeError) and "digits" in str(error):
         return f"JSON with an integer of more than {sys.get_int_max_str_digits():,} digits"
     return otherwise

@@ -15,6 +15,7 @@ from tf_lightning.data.documents import BadSample
 from tf_lightning.data.readers.formats import (
     MAX_BYTES,
     MAX_SAMPLE,
+    NOT_UTF_8,
     file_fault,
     file_format,
     read_lines,
@@ -97,7 +98,7 @@ def _csv_rows(lines: Iterator[str | BadSample], delimiter: str) -> Iterator[list
         except StopIteration:
             return
         except UnicodeEncodeError:
-            row = BadSample("text that is not UTF-8")
+            row = BadSample(NOT_UTF_8)
         except BadSample as error:  # in place of a line
             row, rows = error, reader()
         except csv.Error:
@@ -206,7 +207,7 @@ def _row(batch: pyarrow.RecordBatch, others: dict[str, None]) -> dict[str, Any] 
     try:
         return batch.to_pylist()[0] | others
     except UnicodeDecodeError:
-        return BadSample("text that is not UTF-8")
+        return BadSample(NOT_UTF_8)
     except (ValueError, OverflowError, pyarrow.ArrowException) as error:
         return BadSample(f"row that cannot be converted ({type(error).__name__})")
 

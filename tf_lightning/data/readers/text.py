@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from tf_lightning.data.documents import BadSample, RawDocument
 from tf_lightning.data.readers.files import FileSource
 from tf_lightning.data.readers.formats import file_format, read_text, refuse
-from tf_lightning.data.readers.json_records import parse_record, read_records
+from tf_lightning.data.readers.json_records import parse_object, parse_record, read_records
 from tf_lightning.data.readers.tables import first_present, missing, read_csv, read_parquet
 
 TEXT_KEYS = ("text", "content", "raw_content")
@@ -60,8 +60,7 @@ class TextFiles(FileSource):
         record = sample if isinstance(sample, str) else parse_record(sample)
         if isinstance(record, str):
             return [record]
-        if not isinstance(record, dict):
-            raise BadSample("line that is not a JSON object")
+        record = parse_object(record)
         text = first_present(record, self._keys)
         if isinstance(text, list) and all(isinstance(line, str) for line in text):
             text = "\n".join(text)
