@@ -296,8 +296,8 @@ class TransfusionCLI(LightningCLI):
         if path and verb != "fit":
             hparams = read_trained(path, self.kind(verb))["hyper_parameters"]
             refuse_model_options(self.typed, verb, self.config[verb].model.init_args, hparams)
-            if class_path := self.config[verb].model.get("class_path"):
-                hparams = {"class_path": class_path, "init_args": hparams}
+            if path_of_class := self.config[verb].model.get("class_path"):
+                hparams = {"class_path": path_of_class, "init_args": hparams}
             self.config = self.parser.parse_object({verb: {"model": hparams}}, self.config)
 
     def kind(self, verb: str) -> str:
@@ -511,21 +511,21 @@ class TransfusionCLI(LightningCLI):
                 f"{self.finished_step:,}, and nothing is missing; raise trainer.max_steps to go on."
             )
             return
-        self.run_together("fit", arguments)
+        self.run_trainer("fit", arguments)
 
     def validate(self, **arguments) -> None:
         """Validate; LightningCLI calls it in place of `Trainer.validate`."""
-        self.run_together("validate", arguments)
+        self.run_trainer("validate", arguments)
 
     def test(self, **arguments) -> None:
         """Test; LightningCLI calls it in place of `Trainer.test`."""
-        self.run_together("test", arguments)
+        self.run_trainer("test", arguments)
 
     def predict(self, **arguments) -> None:
         """Predict; LightningCLI calls it in place of `Trainer.predict`."""
-        self.run_together("predict", arguments)
+        self.run_trainer("predict", arguments)
 
-    def run_together(self, verb: str, arguments: dict[str, Any]) -> None:
+    def run_trainer(self, verb: str, arguments: dict[str, Any]) -> None:
         """Run the trainer; say how to go on if training ends early."""
         try:
             with self.interrupts.ending.together(self.trainer):

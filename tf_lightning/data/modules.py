@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from tf_lightning.data.mixture import Mixture
-from tf_lightning.data.readers.captions import caption_source
+from tf_lightning.data.readers.caption_source import caption_source
 from tf_lightning.data.readers.edits import EditFiles
 from tf_lightning.data.readers.files import FileSource
 from tf_lightning.data.readers.interleaved import InterleavedFiles

@@ -13,7 +13,7 @@ from support.training_datasets import shown
 from tf_lightning.data import CaptionRows, ChatFiles, EditFiles, InterleavedFiles, TextFiles
 from tf_lightning.data.documents import AnyText, Skipped
 from tf_lightning.data.readers import formats, json_records, tables
-from tf_lightning.data.readers.captions import caption_source
+from tf_lightning.data.readers.caption_source import caption_source
 
 RED = encoded_image("red")
 CAT = [["a cat", "<red>"]]
