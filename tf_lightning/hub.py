@@ -1,6 +1,7 @@
 """Folders in Hugging Face's layout: a local path, or a model name on the Hugging Face hub."""
 
 import json
+import os
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +22,15 @@ def is_hub_name(name: str | Path) -> bool:
     """Return whether `name` can be a hub name "owner/model", because no local path has it."""
     text = str(name)
     is_file = text.endswith(FILE_SUFFIXES)
-    is_path = is_file or text[:1] in "/.~" or Path(text).exists()
+    is_path = is_file or text[:1] in "/.~" or os.path.exists(text)
     return text.count("/") == 1 and not is_path
 
 
 def split_hub_name(name: str) -> tuple[str, str] | None:
     """Split "owner/model/subfolder" into "owner/model" and "subfolder"; None for a local path."""
     owner, model, subfolder = (*name.split("/", 2), "", "")[:3]
-    is_path = name.endswith(FILE_SUFFIXES) or Path(name).exists() or not (owner and model)
-    if is_path or not is_hub_name(f"{owner}/{model}") or (subfolder and Path(owner).exists()):
+    is_path = name.endswith(FILE_SUFFIXES) or os.path.exists(name) or not (owner and model)
+    if is_path or not is_hub_name(f"{owner}/{model}") or (subfolder and os.path.exists(owner)):
         return None
     return f"{owner}/{model}", subfolder.strip("/")
 

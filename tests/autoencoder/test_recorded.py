@@ -95,6 +95,13 @@ def test_a_missing_one_is_refused_with_the_ways_to_give_it(codec, tmp_path):
         assert way in message
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a/" + "b" * 300, "\0", "a\0/b"])
+def test_a_name_that_no_file_can_have_is_refused(name, codec, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError):
+        open_recorded({**codec, "autoencoder": name}, HPARAMS, folder=tmp_path)
+
+
 def test_a_hub_name_that_cannot_be_reached_is_refused_with_the_ways_to_give_it(codec, monkeypatch):
     """Old checkpoints may also hold a relative path that looks like a hub name."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

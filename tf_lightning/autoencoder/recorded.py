@@ -10,6 +10,7 @@ machine. `image_codec` in a checkpoint holds both:
     other_shapes  further resolutions, if there are any
 """
 
+import os
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ def candidates(hint: str, folder: Path | None) -> Iterator[str]:
     folders = [folder, *folder.parents][: 1 + NUM_PARENTS] if folder else []
     paths = [place / hint for place in (*folders, Path())]
     paths += [place / Path(hint).name for place in folders[:2]]
-    found = list(dict.fromkeys(str(path) for path in paths if path.exists()))
+    found = list(dict.fromkeys(str(path) for path in paths if os.path.exists(path)))
     yield from found
     if not found and split_hub_name(hint):
         yield hint
