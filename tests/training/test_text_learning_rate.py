@@ -12,7 +12,7 @@ from tf_lightning.training.module import Transfusion
 
 
 def optimizer_of(module: Transfusion) -> torch.optim.Optimizer:
-    module._trainer = SimpleNamespace(max_steps=10, precision="32-true")
+    module._trainer = SimpleNamespace(max_steps=10, precision="32-true", callbacks=[])
     return module.configure_optimizers()["optimizer"]
 
 
