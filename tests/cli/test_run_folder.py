@@ -41,6 +41,14 @@ def fit(folder: Path, *arguments: str, change=few_steps) -> None:
     main(["fit", "-c", str(runs.write_config(folder, change)), *arguments])
 
 
+def test_a_half_written_file_of_hyper_parameters_is_replaced(tmp_path):
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "hparams.yaml"
+    file.write_text("transformer:\n  voc")  # the run was killed
+    fit(tmp_path)
+    assert yaml.safe_load(file.read_text())["lr"] == runs.PEAK_LR
+
+
 def load(run: Path, name: str = "last") -> dict:
     return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
 

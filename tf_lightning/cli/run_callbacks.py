@@ -7,6 +7,7 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from tf_lightning.cli.named_callbacks import NAMED
@@ -37,21 +38,25 @@ ALWAYS: dict[str, tuple[str, dict]] = {
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Writes config.yaml when training starts, and says how large the model is.
+    """Writes config.yaml and hparams.yaml when training starts, and says how large the model is.
 
-    Refused runs and evaluations do not overwrite an earlier config.yaml.
+    Refused runs and evaluations do not overwrite the earlier files.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write nothing yet: data and checkpoint may still not fit the model."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the file into the run's folder."""
+        """Write the files into the run's folder."""
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir, self.config_filename)
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as partial:
                 self.parser.save(self.config, partial, skip_none=False, multifile=False)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):  # keeps a file that it finds
+                    Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+                    logger.save()
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         rank_zero_info(f"Training {trained:,} parameters")
 
