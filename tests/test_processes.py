@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from support.ranks import start_worker_and_die
 from tf_lightning.processes import Loader, start_worker
 from tf_lightning.signals import BLOCKED_IN_WORKERS
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 # Workers with rows to hand over, more than a pipe holds, when the process is killed.
 PARENT = """
 import os, signal, torch
+from support.ranks import start_worker_and_die
 from tf_lightning.processes import Loader, start_worker
 rows = [torch.zeros(200_000)] * 100
 rows = iter(Loader(rows, num_workers=2, prefetch_factor=20, worker_init_fn=start_worker))
@@ -105,6 +107,16 @@ def test_processes_of_every_start_method_begin_with_the_signals_blocked(method):
     for _ in range(20):  # also while a spawned process imports modules
         signal_by_another_process(rows._workers[0].pid)
     assert [int(row) for row in rows] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow  # the processes of a fork server import torch
+def test_a_worker_of_a_fork_server_ends_with_the_process_that_uses_it(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    user = context.Process(target=start_worker_and_die, args=(tmp_path / "worker",))
+    user.start()
+    user.join()
+    assert user.exitcode == -signal.SIGKILL
+    wait_for_end(int((tmp_path / "worker").read_text()))
 
 
 def test_the_loaders_of_training_and_validation_start_their_workers_so(mixture):

@@ -47,13 +47,14 @@ def end_with_parent(wait: Callable[[int], bool | None] | None = None) -> None:
     Args:
         wait: waits a moment and returns whether to end now; it is given the parent's number.
     """
-    parent = os.getppid()
+    # A process of a fork server has that server as the parent that the system knows.
+    parent, started_by = multiprocessing.parent_process(), os.getppid()
     wait = wait or (lambda parent: time.sleep(POLL_SECONDS))
     if sys.platform == "linux":  # at once, whatever the process is doing
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
-        while os.getppid() == parent and not wait(parent):
+        while os.getppid() == started_by and parent.is_alive() and not wait(parent.pid):
             pass
         os._exit(0)
 

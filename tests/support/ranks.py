@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from contextlib import suppress
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from support import runs
 from tf_lightning.cli.main import main
 from tf_lightning.data import Mixture
-from tf_lightning.processes import end_with_parent
+from tf_lightning.processes import Loader, end_with_parent, start_worker
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
 
 TIMEOUT = 180  # seconds
@@ -92,9 +93,21 @@ def _run_rank(rank: int, command: list[str], environment: dict[str, str]) -> Non
         with open(Path(environment["RANK_LOG"], f"{rank}.txt"), "w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     rank_zero_only.rank = rank  # it was read from the environment at import
     torch.set_num_threads(1)
     main(command)
+
+
+def start_worker_and_die(file: Path) -> None:
+    """Write the number of a worker of this process into a file, and kill this process."""
+    loader = Loader(
+        range(99), num_workers=1, multiprocessing_context="forkserver", worker_init_fn=start_worker
+    )
+    rows = iter(loader)
+    next(rows)
+    file.write_text(str(rows._workers[0].pid))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def two_rank_config(config: dict) -> None:
