@@ -26,7 +26,7 @@ SENTENCES = {
     ("Parser key \"trainer.precision\":\n  Subtypes: [typing.Literal[64, 32], "
      "typing.Literal['16-true', 'bf16-mixed'], <class 'NoneType'>]\n"
      "  Errors:\n    - Expected a <class 'int'>\n  Given value: bf16-mixd", ""): (
-        "trainer.precision=bf16-mixd must be 64, 32, 16-true, bf16-mixed or null; did you mean "
+        "trainer.precision=bf16-mixd must be 32-true, bf16-mixed, 16-mixed, 64-true; did you mean "
         "bf16-mixed?"
     ),
     ("Parser key \"trainer.logger\":\n  Errors:\n    - Expected a dot import path string: CSVLoger",

@@ -4,6 +4,8 @@ import copy
 import csv
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +98,22 @@ def test_a_run_that_was_moved_is_not_started_anew_by_its_own_configuration(tmp_p
     before = content(moved)
     main([*command, "--trainer.logger.name=moved"])  # nothing is left to do
     assert content(moved) == before
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, refused):
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run" / ".lock"
+    hold = f"import fcntl; f = open({str(lock)!r}, 'w'); fcntl.lockf(f, 2); print(); input()"
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for options in ([], ["--ckpt_path=last"], ["--overwrite"]):
+            line = refused("fit", "-c", runs.write_config(tmp_path, few_steps), *options)
+            assert "another process is training in" in line and WAYS[1] in line
+        assert content(tmp_path / "run") == {".lock": b""}
+        other.kill()
+    fit(tmp_path)  # the lock has ended with its process
+    assert load(tmp_path / "run")["global_step"] == 2 and not lock.exists()
 
 
 def two_loggers(name: str):

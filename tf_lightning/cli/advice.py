@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from tf_lightning.cli.classes import GROUPS
 from tf_lightning.cli.named_callbacks import NAMED
+from tf_lightning.training.precision import PRECISIONS
 
 # Packages whose classes may be named without their path: in a message, not in a configuration.
 KNOWN_MODULES = (
@@ -38,12 +39,20 @@ EXAMPLES = {
     "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
     "trainer.callbacks": "lightning.pytorch.callbacks.EarlyStopping",
 }
+PRECISION_NAMES = {  # of other programs
+    **dict.fromkeys(("fp16", "float16", "half"), "16-mixed"),
+    **dict.fromkeys(("fp32", "float32", "float"), "32-true"),
+    **dict.fromkeys(("bfloat16", "bfloat", "amp"), "bf16-mixed"),
+}
+# Classes whose options may be typed without the first part of their names.
+FLAT = {"trainer": "lightning.pytorch.Trainer"} | {key: EXAMPLES[key] for key in ("model", "data")}
 FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".md")
 MAX_SHOWN = 60  # characters of a wrong value
 # The innermost problem, the most telling kind first; {1} is a name.
 NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 UNKNOWN = re.compile(r"(?:Option '|does not accept option '|unrecognized arguments: ?)([^'\s]*)")
+AMBIGUOUS = re.compile(r"ambiguous option: --([\w.]+)\S* could match ([^\n]*)")
 REQUIRED = re.compile(
     r"following arguments are required: ([\w, .-]+)|(?:Key|Option) \"?'?([\w.]+)['\"]? is required"
 )
@@ -96,6 +105,7 @@ def find_problem(report: str, options: Iterable[str]) -> Problem:
     """
     for pattern, describe in (
         (NO_ATTRIBUTE, no_attribute),
+        (AMBIGUOUS, ambiguous_option),
         (UNKNOWN, unknown_option),
         (NO_MODULE, no_module),
         (REQUIRED, required_options),
@@ -123,7 +133,12 @@ def find_problem(report: str, options: Iterable[str]) -> Problem:
         expected = describe_types(found[1])
     else:
         return Problem("", " ".join(report.replace('Parser key "config": ', "").split()))
-    return Problem(key, f"{key}={shorten(value)} must be {expected}{advise_choice(value, report)}")
+    advice = advise_choice(value, report)
+    if key == "trainer.precision":  # Lightning has more, which `check_precision` refuses
+        expected = ", ".join(PRECISIONS)
+        near = PRECISION_NAMES.get(value) or nearest_name(value, PRECISIONS)
+        advice = f"; did you mean {near}?" if near else ""
+    return Problem(key, f"{key}={shorten(value)} must be {expected}{advice}")
 
 
 def named_option(sentence: str) -> str:
@@ -205,13 +220,33 @@ def unknown_option(at: Finding) -> str:
         return f"--{full} is not an option of {at.owner}{advice}"
     if not word.startswith("-") and Path(word).suffix in (".yaml", ".yml"):
         return f"{word} is an unexpected word; did you mean -c {word}?"
+    if not word.startswith("-") and (Path(word).suffix == ".ckpt" or Path(word).is_dir()):
+        return f"{word} is an unexpected word; did you mean --ckpt_path {word}?"
     if not word.startswith("-") and "unrecognized" in at.report:
         return f"{word} is an unexpected word; values follow an option, as in --model.lr 1e-3"
     roots = sorted({option.partition(".")[0] for option in at.options} - {"help", "print_config"})
     near = near_parent(name, roots) if "." in name and name.split(".")[0] not in roots else ""
-    if near := near or nearest_name(name, at.options):
+    near = near or nearest_name(name, at.options) or without_group(name)
+    if near:
         return f"there is no option --{name}; did you mean --{near}?"
     return f"there is no option --{name}; options begin with {', '.join(roots)}"
+
+
+def without_group(name: str) -> str:
+    """Complete an option that was typed without its first part, such as lr for model.lr."""
+    first = name.replace("-", "_").partition(".")[0]
+    groups = (group for group, owner in FLAT.items() if first in arguments_of(owner))
+    return next((f"{group}.{name.replace('-', '_')}" for group in groups), "")
+
+
+def ambiguous_option(at: Finding) -> str:
+    """Describe an option that is cut off where several go on."""
+    name = at.match[1]
+    prefix = at.key.removesuffix(name)
+    full = [option.strip().removeprefix("--") for option in at.match[2].split(",")]
+    full = [option for option in full if option.count(".") == name.count(".")]
+    shown = ", ".join(f"--{prefix}{option}" for option in full)
+    return f"--{prefix}{name} is the beginning of several options; write one of {shown}"
 
 
 def near_parent(name: str, roots: list[str]) -> str:
@@ -255,6 +290,8 @@ def other_class(at: Finding) -> str:
 
 def no_object(at: Finding) -> str:
     """Describe a value in place of a class with its arguments."""
+    if at.match[2].startswith("{'init_args."):
+        return abstract_class(at)
     entries = re.findall(rf"'([\w-]+)': {re.escape(at.match[2])}[,}}]", at.report)
     key = f"{at.key}.{entries[0]}" if len(entries) == 1 else at.key
     return f"{key}={shorten(at.match[2])} is no {at.match[1]}; {give_class(at.key)}"

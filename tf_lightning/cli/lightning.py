@@ -5,6 +5,7 @@ import pkgutil
 import sys
 from argparse import SUPPRESS
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ from tf_lightning.cli.run_folder import (
     is_sound,
     last_configured,
     next_commands,
+    only_process,
     refuse_moved_run,
     refuse_needed,
     refuse_started_run,
@@ -505,13 +507,16 @@ class TransfusionCLI(LightningCLI):
 
         A run that does not reach its end says how to go on. A finished one is left as it is.
         """
-        if self.finished_step:
-            rank_zero_info(
-                f"The run in {os.path.relpath(self.run_folder)} ended at step "
-                f"{self.finished_step:,}, and nothing is missing; raise trainer.max_steps to go on."
-            )
-            return
-        self.run_trainer("fit", arguments)
+        writes = self.trainer.is_global_zero and not self.trainer.fast_dev_run
+        alone = only_process(self.run_folder, self.folder_option()) if writes else nullcontext()
+        with alone:
+            if not self.finished_step:
+                self.run_trainer("fit", arguments)
+                return
+        rank_zero_info(
+            f"The run in {os.path.relpath(self.run_folder)} ended at step "
+            f"{self.finished_step:,}, and nothing is missing; raise trainer.max_steps to go on."
+        )
 
     def validate(self, **arguments) -> None:
         """Validate; LightningCLI calls it in place of `Trainer.validate`."""

@@ -5,9 +5,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 from jsonargparse import Namespace
@@ -20,6 +21,11 @@ from tf_lightning.cli.config_files import ConfigContent
 from tf_lightning.errors import UserError
 from tf_lightning.sharded import check_sharded
 from tf_lightning.training.missed_work import PROGRESS_FILE, read_progress
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # Files and folders of a run, including those of this project's callbacks.
 WRITTEN = (
@@ -200,6 +206,62 @@ def refuse_moved_run(folder: Path, files: Iterable[ConfigContent]) -> None:
 def files_of_run(folder: Path, checkpoints: Path) -> list[Path]:
     """List what a run has written into its folder, and nothing else."""
     return [*(path for pattern in WRITTEN for path in folder.glob(pattern)), checkpoints]
+
+
+@contextmanager
+def only_process(folder: Path, option: str) -> Iterator[None]:
+    """Let no other process train in a folder during the block.
+
+    Args:
+        folder: the run's folder.
+        option: what gives a run another folder.
+
+    Raises:
+        UserError: another process is training in it.
+    """
+    path = folder / ".lock"
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        file = locked_file(path)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(
+            f"another process is training in {os.path.relpath(folder)}; wait for its end, or give "
+            f"the new run its own {option}"
+        ) from error
+    try:
+        yield
+    finally:
+        if file:
+            path.unlink(missing_ok=True)
+            file.close()
+        with suppress(OSError):  # a run that is refused leaves no empty folders
+            for place in missing:
+                place.rmdir()
+
+
+def locked_file(path: Path) -> IO | None:
+    """Create a file that this process has locked; None where that is not possible.
+
+    The lock ends with the process in any case. Its children do not inherit it, so that a worker
+    that outlives a killed run does not keep its folder.
+
+    Raises:
+        BlockingIOError or PermissionError: another process has locked it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError:  # no room, of which the run itself will tell
+        return None
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows both
+        file.close()
+        raise
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 class EarlierRun(L.Callback):
