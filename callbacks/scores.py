@@ -8,10 +8,10 @@ import lightning as L
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
-from tqdm import tqdm
 
 from callbacks.monitor import check_monitors, check_train_monitors
 from callbacks.protocol import MetricRecord
+from tf_lightning.progress import write_line
 
 
 class Score(NamedTuple):
@@ -96,7 +96,7 @@ class PrintScores(L.Callback):
         if not records or not trainer.is_global_zero:
             return
         if trainer.state.fn == "fit":
-            tqdm.write(f"Step {trainer.global_step:,}: {score_line(records)}")
+            write_line(f"Step {trainer.global_step:,}: {score_line(records)}")
         else:
             print_table(records)
 

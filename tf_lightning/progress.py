@@ -43,6 +43,17 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
+def write_line(text: str) -> None:
+    """Write a line to standard output, above the bars of a terminal.
+
+    In a log file the bars stay as they are: `tqdm.write` would make them repeat an old state.
+    """
+    if on_terminal():
+        tqdm.write(text)
+    else:
+        print(text)
+
+
 def progress_bar(*args: Any, **options: Any) -> tqdm:
     """Return a tqdm bar on standard error, or a `LogBar` if that is not a terminal.
 

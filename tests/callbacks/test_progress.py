@@ -12,6 +12,7 @@ from callbacks.progress import SMOOTHING, TrainingProgress
 from callbacks.protocol import MetricRecord
 from support import runs
 from tf_lightning.cli.main import main
+from tf_lightning.progress import write_line
 
 
 @pytest.fixture
@@ -101,6 +102,15 @@ def test_the_scores_of_the_last_validation_are_beside_the_loss(clock, capsys):
     callback.on_train_end(trainer, None)
     line = capsys.readouterr().err
     assert "loss 1, lr 3.00e-04, fid[shapes] 12.5, text/perplexity 8]" in line
+
+
+def test_another_line_does_not_repeat_an_old_state_of_the_bar_in_a_log(clock, capsys):
+    callback, trainer = started()
+    callback.train_progress_bar.refresh()
+    clock[0] = 31.0
+    write_line("Step 20: text/perplexity 8")
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("Step 20: text/perplexity 8\n", "")
 
 
 def test_an_interrupted_run_ends_its_bar_at_its_step(clock, capsys):

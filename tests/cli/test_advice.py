@@ -21,6 +21,11 @@ SENTENCES = {
     (UNION.format(problem="Option 'lrr' is not accepted", key="lrr", value="1"), ""): (
         "--model.lrr is not an option of tf_lightning.Transfusion; did you mean --model.lr?"
     ),
+    (UNION.replace('"model"', '"data"').replace("Transfusion'", "data.ImageCaptionData'").format(
+        problem="Option 'img_size' is not accepted", key="img_size", value="128"), ""): (
+        "--data.img_size is not an option of tf_lightning.data.ImageCaptionData; did you mean "
+        "--data.image_size?"
+    ),
     (UNION.format(problem='Parser key "lr":\n  Expected a <class \'float\'>. Got value: abc',
                   key="lr", value="abc"), ""): "model.lr=abc must be a number",
     ("Parser key \"trainer.precision\":\n  Subtypes: [typing.Literal[64, 32], "

@@ -149,7 +149,7 @@ MISTAKES = {
     "--data.init_args.autoencoder=null": "name data.autoencoder, such as 'pixels'",
     "--data.init_args.image_first_prob=2": "image_first_prob=2.0 must be from 0 to 1",
     "--data.init_args.weights={captions: 1}": "weights are given for ['captions']",
-    "--data.init_args.row_length=20": "longer than a row of 20 tokens",
+    "--data.init_args.row_length=20": "longer than a row of 20 tokens); give a larger data.row_len",
     "--data.init_args.tokenizer=nowhere.model": "nowhere.model",
     "--data.init_args.sources.text.init_args.num_documents=0": "num_documents=0",
     "--trainer.accelerator=nonsense": "nonsense",

@@ -168,6 +168,7 @@ COMMANDS = {
     ("generate", "config.yaml", "a"): "config.yaml",
     ("generate", "..", "a"): ".. is a folder without checkpoints",
     ("generate", "c", "a", "--gidance-scale", "3"): "did you mean --guidance-scale?",
+    ("generate", "c", "a", "--steps", "3"): "did you mean --num-inference-steps?",
     ("generate", "c", "a", "--guidance-scale", "x"): "argument --guidance-scale: invalid float",
     ("generate", "c", "a", "-n", "0"): "0 is not a number of at least 1",
     ("generate", "c", "a", "--seed", str(2**70)): "is not a whole number below",

@@ -13,6 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+from jsonargparse import ArgumentParser
+
 from tf_lightning.cli.classes import GROUPS
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.training.precision import PRECISIONS
@@ -330,7 +332,10 @@ def arguments_of(owner: str, group: str = "") -> list[str]:
     """Return the names of the arguments of a class, or of a dataclass among its arguments."""
     module, _, name = owner.rpartition(".")
     try:
-        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        found = getattr(importlib.import_module(module), name)
+        parameters = inspect.signature(found).parameters
+        if not group and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return ArgumentParser().add_class_arguments(found, fail_untyped=False)
         for part in filter(None, group.split(".")):
             parameters = inspect.signature(parameters[part].annotation).parameters
     except (ImportError, AttributeError, KeyError, TypeError, ValueError):

@@ -217,7 +217,7 @@ def write_outputs(
     sheet, num_kept = write_sheet(out), len(names) - len(missing)
     kept = f" ({num_kept} were there already)" if num_kept else ""
     first = f"{names[0]}.json" + (" ..." if len(names) > 1 else "")
-    print(f"Wrote {number_of_outputs(num_written)} to {out}{kept}: {first} Look at {sheet}")
+    print(f"Wrote {number_of_outputs(num_written)} to {out}{kept}: {first}; see {sheet}")
 
 
 def number_of_outputs(number: int) -> str:

@@ -65,11 +65,19 @@ class Parser(argparse.ArgumentParser):
         """Return the options, with their dashes."""
         return [name for name in self._option_string_actions if name.startswith("--")]
 
+    def nearest_option(self, name: str) -> str:
+        """Return the shortest option that ends in the name, or a similar one, or ""."""
+        options = self.option_names()
+        longer = [option for option in options if option.endswith(name[1:])]
+        if longer:
+            return min(longer, key=len)
+        return next(iter(get_close_matches(name, options, n=1, cutoff=0.7)), "")
+
     def error(self, message: str) -> NoReturn:
         """Report a mistake and exit with code 2."""
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            nearest = get_close_matches(unknown[1], self.option_names(), n=1)
-            advice = f"; did you mean {nearest[0]}?" if nearest else ""
+            nearest = self.nearest_option(unknown[1])
+            advice = f"; did you mean {nearest}?" if nearest else ""
             message = f"there is no option {unknown[1]}{advice}"
         stop(message, code=2, hint=f"`{self.prog} --help` lists the options.")
 

@@ -8,7 +8,7 @@ from typing import Literal
 from PIL import Image
 
 Split = Literal["train", "val"]
-HOLD_OUT = "give the source a larger val_fraction, num_val, or val_paths"  # ends a message
+HOLD_OUT = "give the source a larger val_fraction (such as 0.2), num_val, or val_paths"
 
 RawDocument = list[str | Image.Image]
 

@@ -39,7 +39,7 @@ def test_globs_are_sorted_and_reach_subfolders(tmp_path):
 
 
 def test_a_path_without_files_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="no file matches .*; give files or globs"):
+    with pytest.raises(UserError, match="no file matches .*; check the path, or give a glob"):
         find_files([f"{tmp_path}/*.tar"])
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(UserError, match=r"is a folder; give the files in it, such as .*/\*.jsonl"):

@@ -370,9 +370,12 @@ def check_result(name: str, split: Split, num_documents: int, skipped: dict[str,
         UserError: every sample was skipped, or there is none to train on.
     """
     if num_documents == 0 and skipped:
+        advice = "repair them or change the data's arguments"
+        if any(reason.startswith("longer than a row") for reason in skipped):
+            advice = "give a larger data.row_length or model.patch_size, or a smaller image_size"
         raise UserError(
             f"{name}: all {sum(skipped.values()):,} documents of the {split} split are unusable "
-            f"({format_reasons(skipped)}); repair them or change the data's arguments"
+            f"({format_reasons(skipped)}); {advice}"
         )
     if num_documents == 0 and split == "train":
         raise UserError(f"{name}: there are no documents to train on; check its paths")

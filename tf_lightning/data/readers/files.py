@@ -330,7 +330,7 @@ def _no_file(path: str, found: list[str]) -> str:
         suffixes = Counter(Path(name).suffix for name in names)
         suffix = suffixes.most_common(1)[0][0] if suffixes else ""
         return f"{path!r} is a folder; give the files in it, such as '{found[0]}/*{suffix}'"
-    return f"no file matches {path!r}; give files or globs such as 'data/*.tar'"
+    return f"no file matches {path!r}; check the path, or give a glob such as 'data/*.tar'"
 
 
 def held_out(key: str, fraction: float) -> bool:
