@@ -140,7 +140,8 @@ class PredictionWriter(BasePredictionWriter):
         """Report the file and the number of lines."""
         new = len(self.done) - self.num_found
         lines = f"{new:,} line" + "s" * (new != 1)
-        rank_zero_info(f"Wrote {lines} to {self.path}; {self.num_found:,} were already there")
+        found = f"; {self.num_found:,} were already there" if self.num_found else ""
+        rank_zero_info(f"Wrote {lines} to {self.path}{found}")
 
 
 def document_key(document: Document) -> str:

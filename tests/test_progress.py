@@ -39,6 +39,15 @@ def test_a_log_file_gets_a_line_every_30_seconds_and_the_last_state(clock, capsy
     assert all(line.startswith("Reading: ") and "documents/s" in line for line in found)
 
 
+def test_the_last_state_is_written_once(clock, capsys):
+    bar = progress_bar(total=4, desc="Reading")
+    clock[0] = 31.0
+    bar.update(4)
+    bar.refresh()
+    bar.close()
+    assert len(lines(capsys.readouterr().err)) == 1
+
+
 def test_thousands_of_updates_of_many_bars_are_few_lines(capsys):
     outer = progress_bar(total=1000, desc="Outer")
     for _ in range(1000):

@@ -12,10 +12,11 @@ LOG_SECONDS = 30.0  # between two lines of a bar in a log file
 class LogBar(tqdm):
     """A progress bar for output that is not a terminal: whole lines, `LOG_SECONDS` apart.
 
-    A bar that stays on a terminal when it ends also writes its last state.
+    A bar that stays on a terminal when it ends also writes its last state, once.
     """
 
     last_line: float | None = None  # when the last line was written; at first, when the bar began
+    written: tuple[float, str | None] | None = None  # position and scores of the last line
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Write a line if the last one is old enough."""
@@ -24,8 +25,13 @@ class LogBar(tqdm):
             self.last_line = now
         elif now - self.last_line >= LOG_SECONDS:
             self.last_line = now
-            self.fp.write(f"{self}\n")
+            self.write_state()
         return False
+
+    def write_state(self) -> None:
+        """Write a line with the present state."""
+        self.fp.write(f"{self}\n")
+        self.written = (self.n, self.postfix)
 
     def clear(self, nolock: bool = False) -> None:
         """Do nothing: a log file has no line to clear for other output."""
@@ -33,7 +39,8 @@ class LogBar(tqdm):
     def close(self) -> None:
         """Write the last state, unless the bar ends before its delay or disappears at its end."""
         if self.leave and not self.disable and time.time() - self.start_t >= self.delay:
-            self.fp.write(f"{self}\n")
+            if self.written != (self.n, self.postfix):
+                self.write_state()
         self.leave = False  # tqdm would end the line again
         super().close()
 

@@ -6,7 +6,7 @@ import warnings
 NOISE = (  # beginnings of Lightning's messages that a user cannot act on
     *("💡 Tip:", "GPU available: False", "TPU available", "LOCAL_RANK", "Initializing distributed"),
     "Seed set to",
-    "Restored all states",  # "Restoring states" has named the checkpoint
+    *("Restored all states", "Loaded model weights"),  # "Restoring states" has named the checkpoint
 )
 NEEDLESS_WARNINGS = (
     ".*treespec, LeafSpec",  # Lightning 2.6
