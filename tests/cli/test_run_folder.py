@@ -26,6 +26,7 @@ from tf_lightning.checkpoint import (
 from tf_lightning.checkpoint_file import write_checkpoint
 from tf_lightning.cli.main import main
 from tf_lightning.cli.run_folder import (
+    append_to_csv,
     configured_folders,
     folder_of,
     resume_command,
@@ -41,6 +42,18 @@ def few_steps(config: dict) -> None:
 
 def fit(folder: Path, *arguments: str, change=few_steps) -> None:
     main(["fit", "-c", str(runs.write_config(folder, change)), *arguments])
+
+
+def test_rows_that_a_killed_process_had_put_aside_are_kept(tmp_path):
+    logger = CSVLogger(tmp_path, name="run", version="")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv.earlier").write_text("step,train/loss\n1,2.0\n")
+    append_to_csv(logger)
+    logger.log_metrics({"train/loss": 3.0}, step=2)
+    logger.save()
+    rows = (tmp_path / "run" / "metrics.csv").read_text().split()
+    assert rows == ["step,train/loss", "1,2.0", "2,3.0"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.csv"]
 
 
 def test_a_half_written_file_of_hyper_parameters_is_replaced(tmp_path):

@@ -285,9 +285,12 @@ class EarlierRun(L.Callback):
 def append_to_csv(logger: CSVLogger) -> None:
     """Make a logger append to the metrics.csv in its folder; by itself it removes the file."""
     file = Path(logger.log_dir, "metrics.csv")
+    aside = file.with_suffix(".csv.earlier")
+    if aside.is_file():  # of a process that was killed below
+        aside.rename(file)
     if not file.is_file():
         return
-    aside = file.rename(file.with_suffix(".csv.earlier"))
+    file.rename(aside)
     writer = logger.experiment  # looks for the file when it is created
     file = aside.rename(file)
     with file.open(newline="") as rows:
