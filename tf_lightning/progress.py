@@ -58,7 +58,7 @@ def write_line(text: str) -> None:
     if on_terminal():
         tqdm.write(text)
     else:
-        print(text)
+        print(text, flush=True)
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
