@@ -72,11 +72,13 @@ def test_what_weights_or_state_depend_on_cannot_change(interrupted, changed, tol
         fit(module, shapes_data(folder), folder / "last.ckpt", max_steps=6)
 
 
-def test_only_changed_values_are_compared():
+def test_only_changed_values_are_compared(caplog):
     saved = {"lr": 1.0, "betas": [0.9, 0.95], "unet": None, "transformer": {"dim": 8, "old": 1}}
     same = {"lr": 2.0, "betas": (0.9, 0.95), "unet": None, "transformer": {"dim": 8, "new": 2}}
     checkpoint = {"hyper_parameters": saved, "optimizer_states": []}
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     check_resumed(same, checkpoint, {"lr"})
+    assert caplog.messages == ["The run goes on with lr=2.0 (the checkpoint has 1.0)."]
     with pytest.raises(UserError, match="transformer.dim=16 differs from the checkpoint's 8"):
         check_resumed({**same, "transformer": {"dim": 16}}, checkpoint, {"lr"})
 

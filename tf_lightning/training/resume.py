@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from tf_lightning.checkpoint import plain_hparams
 from tf_lightning.errors import UserError
 
@@ -15,7 +17,8 @@ def check_resumed(
 ) -> None:
     """Refuse to resume with another value of a hyper-parameter that weights or state depend on.
 
-    Hyper-parameters that only one side has are of another version and not compared.
+    Changes that are allowed are told. Hyper-parameters that only one side has are of another
+    version and not compared.
 
     Args:
         hparams: hyper-parameters of the module that resumes.
@@ -33,6 +36,7 @@ def check_resumed(
             "callbacks.init_from.InitFrom"
         )
     saved = plain_hparams(checkpoint["hyper_parameters"])
+    changed = []
     for name, value, old in differences(plain_hparams(hparams), saved):
         if name not in changeable or (name in switches and bool(value) != bool(old)):
             raise UserError(
@@ -40,6 +44,9 @@ def check_resumed(
                 "change it; give the checkpoint's value, or start a new run with the callback "
                 "callbacks.init_from.InitFrom"
             )
+        changed.append(f"{name}={value} (the checkpoint has {old})")
+    if changed:
+        rank_zero_info(f"The run goes on with {', '.join(changed)}.")
 
 
 def differences(
