@@ -31,6 +31,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -53,6 +54,7 @@ from tf_lightning.errors import UserError  # noqa: E402
 SECONDS = 5  # of CPU time that a try may take, also on a busy machine
 WATCHDOG = 30  # seconds after which a try that waits or hangs in C code is ended with its process
 MEGABYTES = 512  # that a try may take over the memory before it
+TRY = "try-"  # begins the name of the folder of a try
 CEILING = 4096  # megabytes at which the process is ended before the machine has no memory left
 
 
@@ -132,7 +134,7 @@ def run_try(section: str, seed: int, keep: Path | None = None) -> str | None:
         seed: seed of the input.
         keep: folder to save the input of a failure in.
     """
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(prefix=TRY))
     base, began = reset_peak(), time.process_time()
     try:
         with alarm():
@@ -149,7 +151,7 @@ def run_try(section: str, seed: int, keep: Path | None = None) -> str | None:
     if (rise := peak() - base) > MEGABYTES:
         failure = f"{rise:.0f} MB over the base\n{failure or ''}"
     if failure and keep:
-        save_failure(folder, failure, keep / f"{section.replace(' ', '-')}-{seed}")
+        save_failure(folder, failure, keep, section, seed)
     shutil.rmtree(folder, ignore_errors=True)
     return failure
 
@@ -166,8 +168,9 @@ def is_sentence(message: str) -> bool:
     return 0 < len(message) < 2000 and "\n" not in message
 
 
-def save_failure(folder: Path, failure: str, target: Path) -> None:
+def save_failure(folder: Path, failure: str, keep: Path, section: str, seed: int) -> None:
     """Copy the input of a try that failed, with what failed."""
+    target = keep / f"{section.replace(' ', '-')}-{seed}"
     shutil.copytree(folder, target, dirs_exist_ok=True, symlinks=True)
     (target / "failure.txt").write_text(failure, errors="replace")
 
@@ -231,9 +234,9 @@ def results(
 ) -> Iterator[tuple[int, str | None]]:
     """Run tries in one process until it ends; yield the seed and the failure of each."""
     here, there = multiprocessing.Pipe(duplex=False)
-    with tempfile.TemporaryFile("w+") as stacks:
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile("w+") as stacks:
         context = multiprocessing.get_context("fork")
-        arguments = section, seeds, end, keep, there, stacks
+        arguments = section, seeds, end, keep, place, there, stacks
         process = context.Process(target=work, args=arguments)
         process.start()
         there.close()
@@ -251,13 +254,33 @@ def results(
         if process.exitcode:
             stacks.seek(0)
             failure = f"the process ended with {process.exitcode}\n{stacks.read()}"
-            yield seeds[min(done, len(seeds) - 1)], failure
+            seed = seeds[min(done, len(seeds) - 1)]
+            for folder in Path(place).glob(f"{TRY}*") if keep else ():
+                save_failure(folder, failure, keep, section, seed)
+            yield seed, failure
 
 
 def work(
-    section: str, seeds: range, end: float, keep: Path | None, results: Connection, stacks
+    section: str,
+    seeds: range,
+    end: float,
+    keep: Path | None,
+    place: str,
+    results: Connection,
+    stacks: IO[str],
 ) -> None:
-    """Run tries and send the result of each; a process that hangs ends with its stacks."""
+    """Run tries and send the result of each; a process that hangs ends with its stacks.
+
+    Args:
+        section: see `run_tries`.
+        seeds: see `run_tries`.
+        end: see `run_tries`.
+        keep: see `run_tries`.
+        place: folder for the inputs.
+        results: where the results are sent.
+        stacks: file for the stacks.
+    """
+    tempfile.tempdir = place
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

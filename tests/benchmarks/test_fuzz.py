@@ -93,18 +93,21 @@ def test_a_hang_in_c_code_ends_its_process_and_the_next_try_follows(monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_crash_ends_its_process_and_the_next_try_follows(monkeypatch):
+def test_a_crash_ends_its_process_and_the_next_try_follows(tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "warm_up", lambda section: None)
     began = []
 
-    def crash():
+    def crash(folder, rng):
+        (folder / "input").write_text("hostile")
         began.append(1)
         if len(began) == 2:
             ctypes.string_at(0)
 
-    fail_with(monkeypatch, crash)
-    count, failed = fuzz.run_tries("readers", range(3), time.monotonic() + 60, None)
+    monkeypatch.setitem(fuzz.SECTIONS, "readers", crash)
+    count, failed = fuzz.run_tries("readers", range(3), time.monotonic() + 60, tmp_path)
     assert (count, failed) == (3, 1)
+    assert [path.parent.name for path in tmp_path.rglob("input")] == ["readers-1"]
+    assert "Segmentation fault" in (tmp_path / "readers-1" / "failure.txt").read_text()
 
 
 @pytest.mark.parametrize("caught", [False, True])
