@@ -58,6 +58,19 @@ def test_a_page_is_refused_by_its_header_although_the_footer_says_less(tmp_path)
     assert pages(file)[0] == 8000  # what Arrow would allocate
 
 
+def test_a_page_that_is_larger_than_its_column_is_refused(tmp_path):
+    """Arrow would allocate the compressed bytes, too."""
+    file = tmp_path / "a.parquet"
+    options = {"use_dictionary": False, "compression": "none", "write_statistics": False}
+    parquet.write_table(pyarrow.table({"text": ["a" * 1000] * 5}), file, **options)
+    content, size = bytearray(file.read_bytes()), zigzag(5 * 1004 + 6)
+    at = content.index(size, content.index(size, 4) + 2)  # the third field of the header
+    content[at : at + 2] = zigzag(8000)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="larger than its column"):
+        pages(file)
+
+
 def zigzag(value: int) -> bytes:
     return struct.pack("BB", 2 * value & 127 | 128, 2 * value >> 7)
 

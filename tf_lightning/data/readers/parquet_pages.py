@@ -22,6 +22,7 @@ MAX_PAGES = 2**27  # decompressed bytes of the largest pages of all columns that
 MAX_STORED_PAGES, MAX_RATIO = 2**29, 8
 MAX_LIST_VALUES = 2**24  # values of a column of lists in a row group; all may belong to one row
 MAX_FOOTER_VALUES = 2**21
+MAX_MISCOUNT = 100  # bytes by which old writers gave a column too little (PARQUET-816)
 
 # Types of Thrift's compact protocol.
 TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
@@ -124,8 +125,8 @@ def _pages(stream: BufferedReader, chunk: dict[int, Any]) -> Iterator[Page]:
         stream.seek(place)
         header = _Thrift(stream).struct()
         size, packed = header[PAGE_SIZE], header[PACKED_PAGE_SIZE]
-        if size < 0 or packed < 0:
-            raise ValueError("page of a negative size")
+        if size < 0 or not 0 <= packed <= end - place + MAX_MISCOUNT:
+            raise ValueError("page of a negative size, or one that is larger than its column")
         yield Page(size, packed, header.get(PAGE_TYPE) == DICTIONARY_PAGE)
         place = stream.tell() + packed
 
