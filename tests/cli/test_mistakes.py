@@ -8,7 +8,7 @@ import torch
 
 from support import runs
 from support.files import write_tar
-from tf_lightning.cli.main import VERBS
+from tf_lightning.cli.main import VERBS, main
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -136,6 +136,16 @@ def test_another_models_checkpoint_does_not_resume(tmp_path, run, fails):
     code, line = fails("fit", "-c", config, "--ckpt_path", "last", *wider)
     assert code == 1 and "transformer.dim=64 differs from the checkpoint's 32" in line
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_resume_that_is_refused_is_not_advised_to_repeat_its_command(tmp_path, run, capsys):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(checkpoint_of(run).read_bytes())
+    wider = ["--ckpt_path", "last", "--model.transformer.dim", "64"]
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(runs.write_config(tmp_path)), *wider])
+    assert "Go on with" not in capsys.readouterr().err
 
 
 MISTAKES = {

@@ -377,7 +377,8 @@ class TransfusionCLI(LightningCLI):
         self.earlier = EarlierRun()
         self.interrupts = Interrupts()
         ends = [self.earlier, self.interrupts]
-        ends += [LastCheckpoint(self.saver), MissedWork()] if self.saver else []
+        self.last_state = LastCheckpoint(self.saver) if self.saver else None
+        ends += [self.last_state, MissedWork()] if self.saver else []
         plugins = built.trainer.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -536,7 +537,10 @@ class TransfusionCLI(LightningCLI):
             with self.interrupts.ending.together(self.trainer):
                 getattr(self.trainer, verb)(**arguments)
         except BaseException as error:
-            hint = self.how_to_go_on() if verb == "fit" and self.trainer.is_global_zero else ""
+            began = not self.last_state or self.last_state.began
+            refused = isinstance(error, UserError) and not began  # the same command fails again
+            tells = verb == "fit" and self.trainer.is_global_zero and not refused
+            hint = self.how_to_go_on() if tells else ""
             if isinstance(error, Interrupted):
                 error.hint = hint
             elif hint:
@@ -545,7 +549,7 @@ class TransfusionCLI(LightningCLI):
 
     def how_to_go_on(self) -> str:
         """Return the newest sound checkpoint of a run that ended early, and how to resume it."""
-        if not self.saver or self.trainer.fast_dev_run:
+        if not self.last_state or self.trainer.fast_dev_run:
             return ""
         found = find_checkpoints(self.run_folder, Path(self.saver.dirpath))
         sound = next(filter(is_sound, found), None)

@@ -35,6 +35,11 @@ class LastCheckpoint(Checkpoint):
         self.saved_loops: dict[str, Any] | None = None
         self.updating: int | None = None
 
+    @property
+    def began(self) -> bool:
+        """Whether training has started."""
+        return bool(self.loops)
+
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
