@@ -236,7 +236,7 @@ def results(
     here, there = multiprocessing.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile("w+") as stacks:
         context = multiprocessing.get_context("fork")
-        arguments = section, seeds, end, keep, place, there, stacks
+        arguments = section, seeds, end, keep, place, (here, there), stacks
         process = context.Process(target=work, args=arguments)
         process.start()
         there.close()
@@ -266,7 +266,7 @@ def work(
     end: float,
     keep: Path | None,
     place: str,
-    results: Connection,
+    ends: tuple[Connection, Connection],
     stacks: IO[str],
 ) -> None:
     """Run tries and send the result of each; a process that hangs ends with its stacks.
@@ -277,9 +277,11 @@ def work(
         end: see `run_tries`.
         keep: see `run_tries`.
         place: folder for the inputs.
-        results: where the results are sent.
+        ends: where the results are received, which is closed here, and where they are sent.
         stacks: file for the stacks.
     """
+    here, results = ends
+    here.close()  # so that sending fails when the other process has ended
     tempfile.tempdir = place
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
