@@ -14,6 +14,10 @@ help:  ## list these targets
 quickstart: env  ## train the small model, no GPU needed; write images and captions to runs/quickstart
 	$(BIN)/tf-lightning fit -c configs/quickstart.yaml --ckpt_path last
 
+emoji: env  ## train on emoji of the system's font, no GPU needed; write images to runs/emoji
+	$(BIN)/tf-lightning fit -c configs/autoencoder/emoji.yaml --ckpt_path last
+	$(BIN)/tf-lightning fit -c configs/emoji.yaml --ckpt_path last
+
 test: env  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
@@ -54,4 +58,4 @@ $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]' -c constraints.txt
 	@touch $(DOCS)
 
-.PHONY: help quickstart test lint docs env
+.PHONY: help quickstart emoji test lint docs env

@@ -1,14 +1,18 @@
-"""Retrieval accuracy: whether a model has learnt to generate each image of a small training set."""
+"""Retrieval accuracy: whether a model generates the image that belongs to each prompt."""
 
+import hashlib
 import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
 from torch import Tensor
 
 from callbacks.contact_sheet import Tile, contact_sheet
-from callbacks.prompts import caption_pairs, find_source
+from callbacks.prompts import as_image, find_source
 from callbacks.results import is_trial, outside_fit, run_folder
 from callbacks.sampling import (
     check_draws,
@@ -17,30 +21,38 @@ from callbacks.sampling import (
     refuse_shards,
     resolve_sampling,
 )
+from tf_lightning.data.documents import Skipped, Source, Split
 from tf_lightning.data.images import to_pixels
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
+from tf_lightning.generation.requests import Prompt
 from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
 from tf_lightning.training.module import Transfusion
 
 BATCH_SIZE = 32  # prompts sampled together
+CHUNK = 1_024  # real images that are compared together
 
 
 class RetrievalAccuracy(L.Callback):
-    """Generates images from captions of training images and finds the nearest real image of each.
+    """Generates images from prompts of a source and finds the nearest real image of each.
 
-    The accuracy is the share of generated images whose nearest image is the one that the caption
-    belongs to. The search covers all N images of the source, validation images included, by squared
-    pixel distance, so chance level is 1/N. It runs at the end of `fit`, and in `validate` and
-    `test`. It writes `retrieval.json` and the contact sheet `retrieval.png`.
+    A prompt is the caption of an image, or all that comes before the last image of a document, such
+    as an image and an instruction. The accuracy is the share of generated images whose nearest
+    image is the one that the prompt belongs to. The search covers all N different images of the
+    source, of both splits, by squared pixel distance, so chance level is 1/N. It runs at the end of
+    `fit`, and in `validate` and `test`. It writes `retrieval.json` and the contact sheet
+    `retrieval.png`.
 
     Args:
         source: name of the source in the data's `sources`.
-        num_prompts: number of captions, evenly spread over the training split.
+        num_prompts: number of prompts, evenly spread over the split.
         sampling: how images are sampled.
         seed: prompt i is sampled with seed + i.
+        split: split of the prompts: "train" measures what was learnt by heart, "val" what
+            generalizes.
+        name: name of the two files, without suffix. Several of these callbacks need several names.
     """
 
     def __init__(
@@ -49,10 +61,12 @@ class RetrievalAccuracy(L.Callback):
         num_prompts: PositiveInt = 128,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - it is frozen
         seed: NonNegativeInt = 0,
+        split: Split = "train",
+        name: str = "retrieval",
     ):
         check_arguments(RetrievalAccuracy.__init__, locals())
         self.source, self.num_prompts, self.seed = source, num_prompts, seed
-        self.sampling = sampling
+        self.sampling, self.split, self.name = sampling, split, name
 
     def before_run(
         self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
@@ -60,14 +74,15 @@ class RetrievalAccuracy(L.Callback):
         """Check the options before data is prepared.
 
         Raises:
-            UserError: an option does not fit the model, or the source has no captioned images.
+            UserError: an option does not fit the model, or the split has no prompt for an image.
         """
         check_module(model, self)
         check_draws(data, self, "set retrieval_accuracy to null")
         self.sampling = resolve_sampling(self.sampling, model)
-        if next(caption_pairs(find_source(data, self.source), "train"), None) is None:
+        if next(image_prompts(find_source(data, self.source), self.split), None) is None:
             raise UserError(
-                f"source {self.source!r} has no captioned image to retrieve; name another"
+                f"source {self.source!r} has no captioned or edited image to retrieve in its "
+                f"{self.split} split; name another"
             )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -85,15 +100,16 @@ class RetrievalAccuracy(L.Callback):
         pl_module.eval()
         pipe = TransfusionPipeline.from_module(pl_module)
         source = trainer.datamodule.sources[self.source]
-        train, val = ([*caption_pairs(source, split)] for split in ("train", "val"))
-        count = min(self.num_prompts, len(train))
-        indices = torch.linspace(0, len(train) - 1, count).round().long().tolist()
-        captions = [train[index][0] for index in indices]
+        documents = {split: [*image_prompts(source, split)] for split in ("train", "val")}
+        asked = documents[self.split]
+        count = min(self.num_prompts, len(asked))
+        indices = torch.linspace(0, len(asked) - 1, count).round().long().tolist()
+        prompts, answers = map(list, zip(*(asked[index] for index in indices), strict=True))
         generated = []
         for start in range(0, count, BATCH_SIZE):
             with trainer.precision_plugin.forward_context():
                 output = pipe(
-                    captions[start : start + BATCH_SIZE],
+                    prompts[start : start + BATCH_SIZE],
                     output_modality="image",
                     seed=self.seed + start,
                     batch_size=BATCH_SIZE,
@@ -101,34 +117,83 @@ class RetrievalAccuracy(L.Callback):
                     sampling=self.sampling,
                 )
             generated += output.images
-        images = [image for _, image in train + val]
-        pixels = (torch.stack([*map(to_pixels, some)]) for some in (generated, images))
-        nearest = nearest_images(*pixels)
-        right = [found == index for found, index in zip(nearest.tolist(), indices, strict=True)]
-        tiles = [Tile(*tile) for tile in zip(generated, captions, right, strict=True)]
+        images = different_images(documents["train"] + documents["val"])
+        pixels = torch.stack([*map(to_pixels, generated)])
+        nearest = nearest_images(pixels, map(to_pixels, images)).tolist()
+        right = [
+            images[found].tobytes() == answer.tobytes()
+            for found, answer in zip(nearest, answers, strict=True)
+        ]
+        tiles = [
+            tile
+            for prompt, image, verdict in zip(prompts, generated, right, strict=True)
+            for tile in prompt_tiles(prompt, image, verdict)
+        ]
         title = (
-            f"For {sum(right)} of {count} captions, the nearest of {len(images)} real images is "
-            "the right one"
+            f"For {sum(right)} of {count} prompts of {self.source} ({self.split}), the nearest of "
+            f"{len(images)} real images is the right one"
         )
-        with atomic_file(folder / "retrieval.png") as file:
-            contact_sheet([(title, tiles)]).save(file, format="PNG")
+        with atomic_file(folder / f"{self.name}.png") as file:
+            sheet = contact_sheet([(title, tiles)], columns=5 if len(tiles) == count else 6)
+            sheet.save(file, format="PNG")
         report = {
             "retrieval_accuracy": sum(right) / count,
             "num_prompts": count,
             "num_images": len(images),
+            "source": self.source,
+            "split": self.split,
             "seed": self.seed,
             "global_step": trainer.global_step or pl_module.loaded_step,
             **image_protocol(self.sampling, pl_module),
         }
-        with atomic_file(folder / "retrieval.json") as file:
+        with atomic_file(folder / f"{self.name}.json") as file:
             file.write_text(json.dumps(report, indent=2) + "\n")
-        rank_zero_info(f"{title}; wrote {folder}/retrieval.png and retrieval.json")
+        rank_zero_info(f"{title}; wrote {folder}/{self.name}.png and {self.name}.json")
 
     on_train_end = examine
     on_validation_end = outside_fit(examine)
     on_test_end = examine
 
 
-def nearest_images(generated: Tensor, images: Tensor) -> Tensor:
-    """Return the index (n,) of the nearest of `images` (m, 3, H, W) to each of `generated`."""
-    return torch.cdist(generated.flatten(1), images.flatten(1)).argmin(1)
+def image_prompts(source: Source, split: Split) -> Iterator[tuple[Prompt, Image.Image]]:
+    """Yield (prompt, image) of every document with a caption, or with text before a last image."""
+    for document in source.documents(split):
+        parts = [] if isinstance(document, Skipped) else document
+        texts = sum(isinstance(part, str) for part in parts)
+        if len(parts) == 2 and texts == 1:
+            parts = sorted(parts, key=lambda part: not isinstance(part, str))
+        if texts and not isinstance(parts[-1], str):
+            *prompt, image = (p if isinstance(p, str) else as_image(p) for p in parts)
+            yield prompt[0] if len(prompt) == 1 else prompt, image
+
+
+def different_images(documents: Iterable[tuple[Prompt, Image.Image]]) -> list[Image.Image]:
+    """List the images of prompts and answers, each once."""
+    found = {}
+    for prompt, answer in documents:
+        for part in [answer, *(prompt if isinstance(prompt, list) else ())]:
+            if not isinstance(part, str):
+                found.setdefault(hashlib.sha256(part.tobytes()).digest(), part)
+    return list(found.values())
+
+
+def prompt_tiles(prompt: Prompt, generated: Image.Image, right: bool) -> list[Tile]:
+    """Return the generated image with its caption, or an image and its edited image."""
+    if isinstance(prompt, str):
+        return [Tile(generated, prompt, right)]
+    before = [part for part in prompt if not isinstance(part, str)][-1:]
+    text = " ".join(part for part in prompt if isinstance(part, str))
+    return [*(Tile(image, text) for image in before), Tile(generated, "", right)]
+
+
+def nearest_images(generated: Tensor, images: Iterable[Tensor]) -> Tensor:
+    """Return the index (n,) of the nearest of `images` (3, H, W) to each of `generated`.
+
+    Args:
+        generated: (n, 3, H, W).
+        images: read CHUNK at a time.
+    """
+    images, distances = iter(images), []
+    while chunk := [*islice(images, CHUNK)]:
+        distances.append(torch.cdist(generated.flatten(1), torch.stack(chunk).flatten(1)))
+    return torch.cat(distances, 1).argmin(1)

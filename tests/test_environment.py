@@ -68,6 +68,8 @@ def test_pins_hold_on_every_platform():
     "target, command",
     [
         ("quickstart", ".venv/bin/tf-lightning fit -c configs/quickstart.yaml --ckpt_path last"),
+        ("emoji", ".venv/bin/tf-lightning fit -c configs/autoencoder/emoji.yaml --ckpt_path last"),
+        ("emoji", ".venv/bin/tf-lightning fit -c configs/emoji.yaml --ckpt_path last"),
         (
             "test",
             "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "

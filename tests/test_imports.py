@@ -29,7 +29,7 @@ LAYERS = """
     tf_lightning.data.mixture
     tf_lightning.data.modules  tf_lightning.data.image_only
     tf_lightning.data.__init__
-    tf_lightning.training  tf_lightning.interop  tf_lightning.shapes
+    tf_lightning.training  tf_lightning.interop  tf_lightning.shapes  tf_lightning.drawings
     tf_lightning.generation
     tf_lightning.cli
     tf_lightning.__init__  tf_lightning.__main__

@@ -33,6 +33,7 @@ from tf_lightning.data import (
     TextFiles,
 )
 from tf_lightning.data.image_only import Augment
+from tf_lightning.drawings.emoji import EmojiCaptions, EmojiEdits
 from tf_lightning.errors import UserError
 from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.model.layers import RopeScaling
@@ -73,7 +74,7 @@ DECLARED = [
     *(ShapesCaptions, ShapesTexts, ShapesEdits, TextFiles, CaptionTars, ChatFiles, ClassFolders),
     *(Evaluate, ImageQuality, CLIPScore, PredictionWriter, Reconstruct, RetrievalAccuracy),
     *(ShapesReport, Throughput, ShapesPrompts, HeldOut, CocoPrompts, KarpathyPrompts),
-    *(ImageNetPrompts, GenEvalPrompts),
+    *(ImageNetPrompts, GenEvalPrompts, EmojiCaptions, EmojiEdits),
 ]
 
 

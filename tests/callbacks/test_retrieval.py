@@ -10,8 +10,9 @@ from PIL import Image
 
 from callbacks.retrieval import RetrievalAccuracy, nearest_images
 from tf_lightning.data.documents import Skipped
-from tf_lightning.data.images import to_image
+from tf_lightning.data.images import to_image, to_pixels
 from tf_lightning.diffusion.process import DDPM
+from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.requests import GenerationOutput
 from tf_lightning.generation.sampling import SamplingConfig
@@ -67,19 +68,16 @@ class Memory:
         return GenerationOutput([[grey(int(p) if self.remembers else 0)] for p in prompts], [])
 
 
-@pytest.mark.parametrize(("remembers", "accuracy"), [(True, 1.0), (False, 0.2)])
-def test_accuracy_is_the_share_of_images_nearest_to_their_own(
-    remembers, accuracy, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(TransfusionPipeline, "from_module", lambda module: Memory(remembers))
+def examine(source, pipeline, folder, monkeypatch, **options) -> dict:
+    """Run the callback on a source with a pipeline in place of a model; return its report."""
+    monkeypatch.setattr(TransfusionPipeline, "from_module", lambda module: pipeline)
+    monkeypatch.setattr("callbacks.retrieval.check_module", lambda *_: None)
     trainer = SimpleNamespace(
-        **{
-            "is_global_zero": True,
-            "logger": None,
-            "default_root_dir": str(tmp_path),
-            "global_step": 7,
-        },
-        datamodule=SimpleNamespace(sources={"captions": Greys()}, autoencoder_name="pixels"),
+        is_global_zero=True,
+        logger=None,
+        default_root_dir=str(folder),
+        global_step=7,
+        datamodule=SimpleNamespace(sources={"mine": source}, autoencoder_name="pixels"),
         state=SimpleNamespace(fn="fit"),
         precision="32-true",
         sanity_checking=False,
@@ -89,17 +87,67 @@ def test_accuracy_is_the_share_of_images_nearest_to_their_own(
     module = torch.nn.Linear(1, 1)
     module.process = DDPM()
     module.device_mesh = None  # not sharded
-    callback = RetrievalAccuracy(
-        "captions", num_prompts=5, sampling=SamplingConfig(**SHIFTED), seed=4
-    )
-    monkeypatch.setattr("callbacks.retrieval.check_module", lambda *_: None)
+    callback = RetrievalAccuracy("mine", sampling=SamplingConfig(**SHIFTED), **options)
     callback.setup(trainer, module, "fit")
     callback.examine(trainer, module)
-    report = json.loads((tmp_path / "retrieval.json").read_text())
+    name = options.get("name", "retrieval")
+    assert Image.open(folder / f"{name}.png").width > 500
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(("remembers", "accuracy"), [(True, 1.0), (False, 0.2)])
+def test_accuracy_is_the_share_of_images_nearest_to_their_own(
+    remembers, accuracy, tmp_path, monkeypatch
+):
+    report = examine(Greys(), Memory(remembers), tmp_path, monkeypatch, num_prompts=5, seed=4)
     assert report == {
         **{"retrieval_accuracy": accuracy, "num_prompts": 5, "num_images": 10},
-        **{"seed": 4, "global_step": 7},
+        **{"source": "mine", "split": "train", "seed": 4, "global_step": 7},
         **{"guidance_scale": 3.0, "num_inference_steps": 50, "nfe": 50, **SHIFTED},
         **{"image_guidance_scale": None, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0},
     }
-    assert Image.open(tmp_path / "retrieval.png").width > 500
+
+
+def test_held_out_prompts_are_searched_among_the_images_of_both_splits(tmp_path, monkeypatch):
+    options = {"split": "val", "name": "held_out"}
+    report = examine(Greys(), Memory(True), tmp_path, monkeypatch, **options)
+    assert (report["retrieval_accuracy"], report["num_prompts"], report["num_images"]) == (1, 2, 10)
+    assert report["split"] == "val" and not (tmp_path / "retrieval.json").exists()
+
+
+class Brighter:
+    """Edits of greys: each image, how many steps brighter, and the image after that."""
+
+    def documents(self, split):
+        pairs = [(0, 1), (1, 1), (1, 3)] if split == "train" else [(4, 1), (2, 3)]
+        return iter([[grey(start), str(steps), grey(start + steps)] for start, steps in pairs])
+
+
+class Editor:
+    """Makes an image brighter, by the steps of its instruction or always by one."""
+
+    def __init__(self, reads: bool):
+        self.reads = reads
+
+    def __call__(self, prompts, **_) -> GenerationOutput:
+        levels = [round((to_pixels(image).mean().item() + 1) * 5) for image, _ in prompts]
+        steps = [int(text) if self.reads else 1 for _, text in prompts]
+        return GenerationOutput([[grey(a + b)] for a, b in zip(levels, steps, strict=True)], [])
+
+
+@pytest.mark.parametrize(("reads", "accuracy"), [(True, 1.0), (False, 0.5)])
+def test_an_edit_is_right_if_the_nearest_image_is_the_edited_one(
+    reads, accuracy, tmp_path, monkeypatch
+):
+    """Images before and after edits are searched, each once: greys 0, 1, 2, 4 and 5."""
+    report = examine(Brighter(), Editor(reads), tmp_path, monkeypatch, split="val")
+    assert (report["retrieval_accuracy"], report["num_images"]) == (accuracy, 5)
+
+
+def test_a_split_without_prompts_is_refused(tmp_path, monkeypatch):
+    class Texts:
+        def documents(self, split):
+            return iter([["a text"], [grey(0), grey(1)]])
+
+    with pytest.raises(UserError, match="no captioned or edited image to retrieve in its val"):
+        examine(Texts(), None, tmp_path, monkeypatch, split="val")

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from callbacks.init_from import InitFrom
 from evaluation.weights import INCEPTION_URL
+from support.color_font import write_color_font
 from support.extractors import random_inception
 from support.files import encoded_image, write_lines, write_tar
 from support.language_models import tiny, with_sentencepiece
@@ -143,6 +144,7 @@ def checkout(tmp_path_factory) -> Path:
     pictures = write_pictures(root / "my_pictures", 60, "{}.jpg")
     lines = [{"file_name": f.name, "text": sentence(n)} for n, f in enumerate(pictures)]
     write_lines(root / "my_pictures" / "metadata.jsonl", lines)
+    write_color_font(root / "emoji.ttf")
     write_pretrained(root)
     random_inception(root / "torch" / "hub" / "checkpoints" / INCEPTION_URL.rpartition("/")[2])
     return root
@@ -177,19 +179,25 @@ def miniature(*files: Path) -> dict:
         small["shapes_report"] = few if len(files) == 1 else None
     data = recipe["data"].get("init_args", recipe["data"])
     if "source" in data:
-        shrink(data["source"]["init_args"])
+        shrink(data["source"].setdefault("init_args", {}), data["source"]["class_path"])
         small["data"] = {"source": data["source"], "batch_size": 2}
         network = {"channels": [8, 8, 8, 8], "norm_groups": 4}
         # LPIPS would need VGG-16's 0.5 GB.
         small["model"] = {"network": network, "lpips_weight": 0.0, "gan_start_step": 1}
         return small
     small["model"] = {"transformer": dict(SIZES)}
+    few = {"num_prompts": 2, "sampling": {"num_inference_steps": 2}}
+    if "retrieval_accuracy" in recipe:
+        small["retrieval_accuracy"] = few
+    for callback in recipe["trainer"].get("callbacks", []):
+        callback["init_args"] |= few
+        small["trainer"]["callbacks"] = recipe["trainer"]["callbacks"]
     if data.get("tokenizer", "").startswith(TINYLLAMA):
         sizes = {"vocab_size": NUM_PIECES + 2, "pretrained_vocab_size": NUM_PIECES}
         small["model"]["transformer"] |= sizes | {"num_kv_heads": 4}
     if "sources" in data:
         for source in data["sources"].values():
-            shrink(source.setdefault("init_args", {}))
+            shrink(source.setdefault("init_args", {}), source["class_path"])
         small["data"] = {"sources": data["sources"]}
     else:
         named = ("paths", "image_size", "val_fraction")
@@ -200,9 +208,11 @@ def miniature(*files: Path) -> dict:
     return small
 
 
-def shrink(options: dict) -> dict:
+def shrink(options: dict, class_path: str = "") -> dict:
     """Make the options of a source small, in place."""
     few = {"image_size": 64, "val_fraction": 0.25}
+    if ".emoji." in class_path:
+        return options.update(font="emoji.ttf", val_fraction=0.3) or options
     if "paths" not in options:  # of the shapes world
         return options.update(num_documents=20, num_val=4) or options
     options |= {name: value for name, value in few.items() if name in options}

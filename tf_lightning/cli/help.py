@@ -87,7 +87,7 @@ Keys of a configuration:
 RECIPES = {
     "quickstart.yaml": "the shapes world: no download, no GPU, 15 minutes",
     "my_pictures.yaml": "your own captioned images: --data.paths FOLDER",
-    "emoji.yaml": "captioned emoji, with their own autoencoder",
+    "emoji.yaml": "emoji of the system's font: captions and edits",
     "mixture.yaml": "three kinds of data in one model",
     "wikitext.yaml": "a language model on plain text",
     "shapes_text.yaml": "a language model on the quickstart's texts",
