@@ -187,8 +187,6 @@ def miniature(*files: Path) -> dict:
         return small
     small["model"] = {"transformer": dict(SIZES)}
     few = {"num_prompts": 2, "sampling": {"num_inference_steps": 2}}
-    if "retrieval_accuracy" in recipe:
-        small["retrieval_accuracy"] = few
     for callback in recipe["trainer"].get("callbacks", []):
         callback["init_args"] |= few
         small["trainer"]["callbacks"] = recipe["trainer"]["callbacks"]

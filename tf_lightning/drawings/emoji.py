@@ -119,8 +119,8 @@ class EmojiCaptions:
 
     def fingerprint(self, split: Split) -> str:
         """Identify the documents of a split: equal documents have equal fingerprints."""
-        words = Path(self.annotations).read_bytes() if self.annotations else b""
-        return _fingerprint(self, split, zlib.crc32(words))
+        words = read_annotations(self.annotations) if self.annotations else {}
+        return _fingerprint(self, split, zlib.crc32(repr(words).encode()))
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class EmojiFont:
                 "Pillow draws skin tones only with the library FriBiDi; install it (Debian: "
                 "apt install libfribidi0, macOS: brew install fribidi, Windows: fribidi.dll)"
             )
-        self.path = Path(file) if file else find_system_font()
+        self.path = Path(file).expanduser() if file else find_system_font()
         self.font = open_font(self.path)
 
     def families(self) -> list[list[Emoji]]:
@@ -203,7 +203,7 @@ class EmojiFont:
         Raises:
             UserError: there are none.
         """
-        seen = {self.draw(MISSING).tobytes()}
+        seen = {self._look(MISSING)}
         families = [self._family(symbol, seen) for symbol in SYMBOLS if self._has_colors(symbol)]
         if not any(families):
             raise UserError(
@@ -234,11 +234,15 @@ class EmojiFont:
         hair = [style for style in ("", *HAIR) if self._is_one(Emoji(symbol, hair=style))]
         family = []
         for emoji in (Emoji(symbol, *parts) for parts in product(tones, hair)):
-            look = self.draw(emoji.text).tobytes()
+            look = self._look(emoji.text)
             if look not in seen and self._is_one(emoji):
                 family.append(emoji)
             seen.add(look)
         return family
+
+    def _look(self, text: str) -> bytes:
+        """Return a digest of the pixels of a text."""
+        return hashlib.sha256(self.draw(text).tobytes()).digest()
 
     def _is_one(self, emoji: Emoji) -> bool:
         """Whether the font has a glyph of an emoji; otherwise its parts are drawn side by side."""
@@ -255,9 +259,9 @@ def find_system_font() -> Path:
         with suppress(OSError):
             return Path(ImageFont.truetype(name, size).path)
     raise UserError(
-        "no emoji font was found; install one (Debian and Ubuntu: apt install "
-        "fonts-noto-color-emoji, Fedora: dnf install google-noto-color-emoji-fonts; macOS and "
-        "Windows have one) or give its file as `font`"
+        "no emoji font was found; install one (Debian, Ubuntu: apt install fonts-noto-color-emoji, "
+        "macOS: Apple Color Emoji, Windows: Segoe UI Emoji, others: the package of "
+        "NotoColorEmoji.ttf) or give the file of one as `font`"
     )
 
 
