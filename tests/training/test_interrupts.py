@@ -14,11 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.multiprocessing import ProcessExitedException
+from torch.utils.data import DataLoader
 
 from support import ranks, runs
 from support.compare import bit_equal
 from tf_lightning.cli.main import main
 from tf_lightning.data import Mixture
+from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.training import module
 from tf_lightning.training.last_checkpoint import LastCheckpoint
 
@@ -223,6 +225,21 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_leaves_its_checkpoint(
     monkeypatch.setattr(Mixture, "train_dataloader", signalled)
     assert end_of(tmp_path, "--ckpt_path=last") == 143
     assert (tmp_path / "run" / "checkpoints" / "step0000006.ckpt").read_bytes() == saved
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(UserError("no such file"), 1, "no such file"), (Interrupted(15), 143, "by SIGTERM")],
+)
+def test_what_ends_a_run_while_its_loader_begins_is_told(
+    error, code, said, tmp_path, monkeypatch, capsys
+):
+    def fail(loader):
+        raise error
+
+    monkeypatch.setattr(DataLoader, "__iter__", fail)
+    assert end_of(tmp_path) == code
+    assert said in capsys.readouterr().err
 
 
 def test_a_run_shorter_than_the_period_has_its_last_checkpoint_before_it_validates(tmp_path):

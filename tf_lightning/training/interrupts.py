@@ -98,6 +98,7 @@ class Interrupts(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Tell the other ranks, before `LastCheckpoint` saves."""
+        forget_unstarted_loaders(trainer)
         self.ending.tell(trainer, exception, has_sharded_weights(pl_module))
 
     def raise_if_received(self) -> None:
@@ -118,6 +119,19 @@ class Interrupts(L.Callback):
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
             received = int(largest)
         return received
+
+
+def forget_unstarted_loaders(trainer: L.Trainer) -> None:
+    """Forget loaders whose iterator could not be made.
+
+    Lightning's teardown asks for their length, and its RuntimeError would take the place of the
+    signal or the error that ends the run.
+    """
+    fit, others = trainer.fit_loop, (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+    for loop in (fit, fit.epoch_loop.val_loop, *others):
+        loader = loop._data_fetcher and loop._data_fetcher._combined_loader
+        if loader is not None and loader._iterator is None:
+            loop._data_fetcher._combined_loader = None
 
 
 def has_sharded_weights(module: L.LightningModule) -> bool:
