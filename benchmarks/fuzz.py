@@ -1,4 +1,4 @@
-"""Give random and damaged files, options and prompts to all that reads them; count what fails.
+"""Give random and damaged files, options and prompts to everything that reads them; count failures.
 
     python benchmarks/fuzz.py --minutes 10
     python benchmarks/fuzz.py --tries 100000 --keep failures

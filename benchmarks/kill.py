@@ -179,7 +179,7 @@ class Try:
         drawn = self.rng.choice(PLACES)
         self.place = place or drawn
         self.reference, self.folder = reference, folder
-        self.story: list[str] = []
+        self.story: list[str] = []  # how each command was ended, for the printed line
         self.kills = 0
         self.unlogged: set[int] = set()  # steps, from 0, that were saved when the run was killed
 
@@ -284,7 +284,7 @@ def run_try(seed: int, place: str | None, reference: Reference, keep: Path) -> t
     result = "FAILED" if failure else "equal"
     line = f"seed {seed:<6} {attempt.place:18} {reference.ranks} rank{'s' * (reference.ranks > 1)} "
     line += f"{attempt.kills} killed {time.monotonic() - began:5.1f} s  {result}"
-    details = "".join(f"\n    {line}" for line in attempt.story)
+    details = "".join(f"\n    {sentence}" for sentence in attempt.story)
     print(line + (details if failure else "  " + " | ".join(attempt.story)) + kept, flush=True)
     return attempt, failure
 

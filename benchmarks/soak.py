@@ -43,6 +43,7 @@ LIMITS = {  # what a column may grow by in 1,000 steps
     "relative time": 0.1,  # CPU time of a step and its share of validations
 }
 WARM_UP = 0.25  # share of the rows
+MIN_ROWS = 4
 QUANTILE = 1.96  # of 95%
 ROWS = "soak.jsonl"  # file in the folder of the run
 
@@ -165,7 +166,14 @@ def train(folder: Path, minutes: float, every: float = 5.0, quiet: bool = False)
 
 
 def growing(rows: list[dict[str, float]]) -> list[str]:
-    """Print the slope of each column after the warm-up; return the columns that are not flat."""
+    """Print the slope of each column after the warm-up; return the columns that are not flat.
+
+    Exits with a sentence if there are too few rows.
+    """
+    if len(rows) < MIN_ROWS:
+        sys.exit(
+            f"{len(rows)} rows were measured, and a line needs {MIN_ROWS}; give more --minutes"
+        )
     kept = rows[int(WARM_UP * len(rows)) :]
     failed = []
     print(f"{len(rows)} rows, {rows[-1]['step']:,} steps; slopes in 1,000 steps after the warm-up:")

@@ -102,6 +102,13 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(whole, tmp_path):
     check_equal(tmp_path / "run", whole)
 
 
+def test_a_signal_in_a_save_of_a_resumed_run_waits_until_the_step_is_logged(whole, tmp_path):
+    assert end_of(tmp_path, *runs.stop_at("on_train_batch_start", 4)) == 143
+    assert end_of(tmp_path, "--ckpt_path=last", *runs.stop_at("on_save_checkpoint")) == 143
+    assert end_of(tmp_path, "--ckpt_path=last") == 0
+    check_equal(tmp_path / "run", whole)
+
+
 def test_a_closed_terminal_does_not_end_a_run_under_nohup(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

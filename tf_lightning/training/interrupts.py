@@ -50,10 +50,6 @@ class Interrupts(L.Callback):
         handle(self.handle, {requeue_signal(trainer)} - {None})
         self.ending.begin(trainer)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training steps begin."""
-        self.must_wait = True
-
     def on_train_batch_end(self, trainer: L.Trainer, *args) -> None:
         """Agree with the other ranks whether any of them received a signal."""
         self.agreed = self.received_by_any(trainer)
@@ -61,6 +57,7 @@ class Interrupts(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *args) -> None:
         """Raise Interrupted for a signal in the batch before, which is logged now."""
         self.raise_if_agreed()
+        self.must_wait = True
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Heed signals at once, unless ranks that shard the model have to save together."""
