@@ -15,7 +15,7 @@ from tf_lightning.errors import UserError
 
 FULL = 2**20  # a disk with fewer free bytes counts as full
 MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
-# What a process of this machine is writing, or, as ".old", is about to replace.
+# The name of an unfinished file ("partial"), or of a folder that is being replaced ("old").
 UNFINISHED = re.compile(rf"\.(?P<name>.+)\.{MACHINE}-(?P<process>\d+)\.(?P<kind>partial|old)")
 
 

@@ -61,7 +61,7 @@ class Hang(Exception):
 
 @dataclass(frozen=True)
 class Kill:
-    """What ends a command, and where.
+    """A signal or a SIGKILL that ends a command at a given place.
 
     Attributes:
         phase: WHOLE or a name of PHASES.

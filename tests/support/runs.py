@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from tf_lightning.cli.main import main
+from tf_lightning.cli.run_callbacks import ALWAYS
 
 PATCH_SIZE, VOCAB_SIZE, MAX_STEPS = 16, 300, 6
 PEAK_LR, WARMUP_STEPS, MIN_LR_RATIO, EMA_DECAY = 1e-3, 2, 0.1, 0.3
@@ -147,15 +148,7 @@ def trainer_config(folder: Path, callbacks: dict[str, dict]) -> dict:
         folder: parent of the run's folder.
         callbacks: arguments by class path, besides the checkpoint's (one every 3 steps).
     """
-    checkpoint = {
-        "every_n_train_steps": 3,
-        "save_top_k": -1,
-        "save_last": "link",
-        "filename": "step{step:07d}",
-        "auto_insert_metric_name": False,
-        "save_on_train_epoch_end": False,
-        "enable_version_counter": False,
-    }
+    checkpoint = ALWAYS["checkpoint"][1] | {"every_n_train_steps": 3}
     callbacks = {"lightning.pytorch.callbacks.ModelCheckpoint": checkpoint, **callbacks}
     logger = {"save_dir": str(folder), "name": "run", "version": "", "default_hp_metric": False}
     return {

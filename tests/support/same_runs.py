@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-# What depends on the clock, in checkpoints, in report.json and in the logs.
+# Keys of checkpoints, report.json and logs whose values depend on the clock.
 CLOCK = {"fit_seconds", "validation_seconds", "train_seconds"}
 # Lightning's counts of validation batches, which include those of an interrupted validation.
 REPEATED = "epoch_loop.val_loop.batch_progress"

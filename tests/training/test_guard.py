@@ -189,7 +189,7 @@ def test_the_guard_continues_from_a_checkpoint():
     assert not StepGuard(5, None).is_spike(1e9)
 
 
-# Of 2,000 codes most are dead and restart in every other step.
+# Most of 2,000 codes are unused, so they restart in every other step.
 MANY_CODES = aruns.VQ | {"network": {"num_codes": 2000, "code_dim": 3}}
 
 

@@ -69,7 +69,7 @@ SIMPLE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 
 
 class Problem(NamedTuple):
-    """What a report of jsonargparse complains about.
+    """A mistake that jsonargparse reports.
 
     Attributes:
         key: such as trainer.precision, without init_args; "" if unknown.

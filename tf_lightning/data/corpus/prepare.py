@@ -279,7 +279,7 @@ def _prepare_shards(job: PrepareJob, numbers: list[int], processes: int) -> None
     bar.close()
 
 
-# Of a process that `_prepare_shards` started: its job, and whether to leave it unfinished.
+# Set in the processes that `_prepare_shards` starts: their job, and an event that stops it.
 _job: PrepareJob | None = None
 _stopped: Event | None = None
 

@@ -29,7 +29,7 @@ ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 SYSTEM_KEYS, TOOLS_KEYS = ("system", "system_prompt"), ("tools", "functions")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 CALL_KEYS = ("tool_calls", "function_call")
-# What a message says about its loss: OpenAI's weight, axolotl's train, ms-swift's loss.
+# Keys that exclude a message from the loss: OpenAI's weight, axolotl's train, ms-swift's loss.
 LOSS_KEYS = ("weight", "train", "training", "loss")
 PARTIAL_LOSS_KEYS = ("train_detail", "training_detail")  # of axolotl: a loss for parts of a text
 OTHER_MEDIA_KEYS = ("video", "videos", "audio", "audios")

@@ -48,7 +48,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json_fault(error: Exception, otherwise: str = "line that is not JSON") -> str:
-    """Say what is wrong with JSON that cannot be parsed, and whether it is only our limit."""
+    """Return why JSON cannot be parsed: it is not valid, or it exceeds a limit of the parser."""
     if isinstance(error, RecursionError):
         return "JSON nested too deeply"
     if isinstance(error, UnicodeDecodeError):
