@@ -27,7 +27,7 @@ LAYERS = """
     tf_lightning.data.packing
     tf_lightning.data.stream
     tf_lightning.data.mixture
-    tf_lightning.data.modules  tf_lightning.data.image_only
+    tf_lightning.data.modules  tf_lightning.data.image_only  tf_lightning.data.datasets
     tf_lightning.data.__init__
     tf_lightning.training  tf_lightning.interop  tf_lightning.shapes  tf_lightning.drawings
     tf_lightning.generation

@@ -2,6 +2,7 @@
 
 from tf_lightning.data.corpus.prepare import prepare
 from tf_lightning.data.corpus.reader import Corpus
+from tf_lightning.data.datasets import TrainingBatches, TrainingRows
 from tf_lightning.data.documents import Skipped, Source
 from tf_lightning.data.image_only import ImageData
 from tf_lightning.data.mixture import Mixture
@@ -39,5 +40,7 @@ __all__ = [
     "Source",
     "TextData",
     "TextFiles",
+    "TrainingBatches",
+    "TrainingRows",
     "prepare",
 ]

@@ -176,7 +176,7 @@ class Mixture(StreamData):
         """Train the tokenizer, prepare the corpora and plan their rows, unless done before."""
         self._open()
         if self.corpora:
-            self._stream()
+            self.training_rows()
 
     def setup(self, stage: str | None = None) -> None:
         """Open the tokenizer and the corpora."""
@@ -307,23 +307,20 @@ class Mixture(StreamData):
 
     def train_dataloader(self) -> DataLoader:
         """Load batches without end, from the next row of the run."""
-        rows = self.rows = self._stream()
-        collate = self._collate(
-            timestep_shift=self.timestep_shift, timestep_distribution=self.timestep_distribution
-        )
-        return self.train_loader(rows, collate)
+        self.rows = self.training_rows()
+        return self.train_loader(self.rows, self.training_collate())
 
     @property
     def rows_per_epoch(self) -> int:
         """Rows after which every source with a weight above 0 has been read in full once."""
-        return self._stream().rows_per_epoch
+        return self.training_rows().rows_per_epoch
 
     def epochs(self) -> dict[str, float]:
         """Count the epochs of each source that the run has read, such as 1.5, by source name."""
         return dict(zip(self.source_names, self.rows.epochs(self.next_row()), strict=True))
 
-    def _stream(self) -> Rows:
-        """Create the stream of training rows."""
+    def training_rows(self) -> Rows:
+        """Create the stream of training rows; call it after `setup`."""
         corpora = list(self.corpora["train"].values())
         streams = [
             self._rows(
@@ -335,6 +332,12 @@ class Mixture(StreamData):
             for number, corpus in enumerate(corpora)
         ]
         return Rows(streams, self._token_shares(streams))
+
+    def training_collate(self) -> Callable[[list[StreamRow]], Batch]:
+        """Return the function that packs training rows into a batch."""
+        return self._collate(
+            timestep_shift=self.timestep_shift, timestep_distribution=self.timestep_distribution
+        )
 
     def _token_shares(self, streams: list[CorpusRows]) -> list[float]:
         """Convert `weights` to shares of the tokens; they need not sum to 1."""

@@ -41,6 +41,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchcodec.decoders import decode_jpeg, decode_png
 
 from tf_lightning.batch import Document
@@ -147,8 +148,10 @@ def draw_latents(stored: np.ndarray, random: np.random.Generator | None) -> np.n
     return mean + std[0] * random.standard_normal(mean.shape, dtype=np.float32)
 
 
-class Corpus:
-    """A prepared corpus.
+class Corpus(Dataset):
+    """A prepared corpus: a dataset of documents, in the order of their source.
+
+    `corpus[i]` is document i with the first wordings of its texts, see `document`.
 
     Args:
         path: its folder.
@@ -196,6 +199,14 @@ class Corpus:
     def __len__(self) -> int:
         """Number of documents."""
         return len(self._documents) - 1
+
+    def __getitem__(self, index: int) -> Document:
+        """Read document `index` without any choice that is made at random.
+
+        Raises:
+            IndexError: there is no such document.
+        """
+        return self.document(range(len(self))[index])
 
     @refuse_damage
     def document(
