@@ -26,7 +26,6 @@ from callbacks.sampling import (
     SampleBatch,
     check_draws,
     check_module,
-    refuse_shards,
     resolve_sampling,
     sample,
     shares,
@@ -170,7 +169,6 @@ class Evaluate(L.Callback):
         """Check again, because a trainer used from Python does not call `before_run`."""
         if not self.checked:
             self.before_run(trainer, pl_module, trainer.datamodule)
-        refuse_shards(pl_module, self)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Sample, compute the metrics and log them."""

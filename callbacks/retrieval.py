@@ -18,7 +18,6 @@ from callbacks.sampling import (
     check_draws,
     check_module,
     image_protocol,
-    refuse_shards,
     resolve_sampling,
 )
 from tf_lightning.data.documents import Skipped, Source, Split
@@ -88,17 +87,16 @@ class RetrievalAccuracy(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check again, because a trainer used from Python does not call `before_run`."""
         self.before_run(trainer, pl_module, trainer.datamodule)
-        refuse_shards(pl_module, self)
 
     def examine(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Generate images, find their nearest images and write the results, on rank zero."""
         if is_trial(trainer):
             return
         folder = run_folder(trainer)  # on every rank
+        pipe = TransfusionPipeline.from_module(pl_module)  # on every rank, if it is sharded
         if not trainer.is_global_zero:
             return
         pl_module.eval()
-        pipe = TransfusionPipeline.from_module(pl_module)
         source = trainer.datamodule.sources[self.source]
         documents = {split: [*image_prompts(source, split)] for split in ("train", "val")}
         asked = documents[self.split]

@@ -69,19 +69,6 @@ def check_draws(data: L.LightningDataModule, callback: object, remedy: str) -> N
         )
 
 
-def refuse_shards(module: Transfusion, callback: object) -> None:
-    """Refuse to sample a sharded model: ranks with fewer steps would wait for the others forever.
-
-    Raises:
-        UserError: the model is sharded.
-    """
-    if module.device_mesh is not None:
-        raise UserError(
-            f"{type(callback).__name__} cannot sample a sharded model; remove it from this run "
-            "and evaluate the checkpoint on one device (save_distributed_checkpoint: false)"
-        )
-
-
 def resolve_sampling(
     sampling: SamplingConfig, module: Transfusion, default_sampler: str | None = None
 ) -> SamplingConfig:

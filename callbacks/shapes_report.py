@@ -21,7 +21,6 @@ from callbacks.sampling import (
     check_draws,
     check_module,
     image_protocol,
-    refuse_shards,
     resolve_sampling,
 )
 from callbacks.text_perplexity import TextBytes, add_text
@@ -106,18 +105,17 @@ class ShapesReport(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check again, because a trainer used from Python does not call `before_run`."""
         self.before_run(trainer, pl_module, trainer.datamodule)
-        refuse_shards(pl_module, self)
 
     def examine(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Generate and judge images and captions, and write the results, on rank zero."""
         if is_trial(trainer):
             return
         folder = run_folder(trainer)  # on every rank
+        pipe = TransfusionPipeline.from_module(pl_module)  # on every rank, if it is sharded
         if not trainer.is_global_zero:
             return
         rank_zero_info("Generating and judging images and captions ...")
         pl_module.eval()
-        pipe = TransfusionPipeline.from_module(pl_module)
         one, two = (questions(self.num_prompts, count, self.seed) for count in (1, 2))
         asked = one + two
         with trainer.precision_plugin.forward_context():
@@ -204,7 +202,8 @@ def text_perplexity(
         patch_size=module.hparams.patch_size,
     ).to(module.device)
     metric = Perplexity(sync_on_compute=False).to(module.device)  # only rank zero computes this
-    nll = module.loss_sums(pipe.model.net, batch).nll
+    with pipe.model.autocast():
+        nll = module.loss_sums(pipe.model.net, batch).nll
     add_text(metric, nll, batch, TextBytes(pipe.model.tokenizer, module.device))
     perplexity = metric.compute()["perplexity"].item()
     entropy = -sum(text_log_prob(text) for text in texts)

@@ -1,6 +1,7 @@
 """A run of the command line that takes seconds: 64 x 64 shapes in 16 patches, two narrow layers."""
 
 import copy
+import gc
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ import yaml
 
 from tf_lightning.cli.main import main
 from tf_lightning.cli.run_callbacks import ALWAYS
+from tf_lightning.model.transfusion import TransfusionModel
 
 PATCH_SIZE, VOCAB_SIZE, MAX_STEPS = 16, 300, 6
 PEAK_LR, WARMUP_STEPS, MIN_LR_RATIO, EMA_DECAY = 1e-3, 2, 0.1, 0.3
@@ -119,6 +121,14 @@ class Examine(L.Callback):
         folder = Path(trainer.default_root_dir)
         last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
         (folder / "examined").write_text(str(last["global_step"]))
+
+
+class NoCopies(L.Callback):
+    """Refuses a step while a copy of the network, besides the moving average, takes memory."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        networks = [x for x in gc.get_objects() if isinstance(x, TransfusionModel)]
+        assert len(networks) == 2
 
 
 class SpoilGradients(L.Callback):

@@ -37,6 +37,7 @@ from tf_lightning.generation.token_sampling import find_stop, num_streamable
 from tf_lightning.interop.export import export, read_weights
 from tf_lightning.model.transfusion import TransfusionModel, build_network
 from tf_lightning.tokenizer.tokenizer import Tokenizer
+from tf_lightning.training.gather import gather_network
 from tf_lightning.training.module import Transfusion
 
 
@@ -152,9 +153,15 @@ class TransfusionPipeline:
     def from_module(cls, module: Transfusion, ema: bool = True) -> "TransfusionPipeline":
         """Use a module in training, which keeps its weights.
 
+        A sharded module gives a whole copy of its weights, for which all ranks must call this
+        together.
+
         Args:
             module: a `Transfusion` whose data was set up.
             ema: use the EMA weights if the module has them.
+
+        Raises:
+            UserError: the module is sharded, and the copy does not fit into memory.
         """
         hparams = dict(module.hparams)
         averaged = ema and module.ema is not None
@@ -166,6 +173,8 @@ class TransfusionPipeline:
             "global_step": module.loaded_step,
         }
         net = module.ema if averaged else module.net
+        if module.device_mesh is not None:
+            net = gather_network(net, hparams, module.device, module.trainer.precision)
         return cls(net, Tokenizer.from_proto(module.tokenizer_proto), checkpoint)
 
     def save_pretrained(self, folder: str | Path) -> None:
