@@ -1,0 +1,292 @@
+"""Files at URLs: found, copied into a bounded cache, resumed, and never with a shown password."""
+
+import base64
+import importlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.http_server import http_server
+from tf_lightning import remote
+from tf_lightning.errors import UserError
+from tf_lightning.remote import RemoteFile, cached_path, find, local_copy, public_url, stat, url_of
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("TF_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(remote, "_room", 0)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def site(tmp_path) -> Path:
+    """The folder that the server serves."""
+    (tmp_path / "site").mkdir()
+    return tmp_path / "site"
+
+
+@pytest.fixture
+def server(site):
+    with http_server(site) as server:
+        yield server
+
+
+def content(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def read(file: RemoteFile) -> bytes:
+    with local_copy(file) as path:
+        return path.read_bytes()
+
+
+def gets(server) -> list[tuple[str, str]]:
+    return [(path, ranges) for method, path, ranges in server.requests if method == "GET"]
+
+
+# URLs
+
+
+@pytest.mark.parametrize(
+    "url, shown",
+    [
+        ("https://me:secret@host:80/a/b.tar", "https://host:80/a/b.tar"),
+        ("https://host/a.tar?X-Amz-Signature=secret&X-Amz-Date=1", "https://host/a.tar"),
+        ("https://host/a.tar?sig=secret&se=2026", "https://host/a.tar"),
+        ("s3://bucket/a?b#c.tar", "s3://bucket/a?b#c.tar"),
+        ("hf://datasets/me/data@main/a.parquet", "hf://datasets/me/data@main/a.parquet"),
+    ],
+)
+def test_a_url_is_shown_without_login_and_signature(url, shown):
+    assert public_url(url) == shown == str(RemoteFile(url, 1, "a"))
+    assert "secret" not in repr(RemoteFile(url, 1, "a"))
+    assert "secret" not in str(cached_path(url))
+
+
+def test_the_rest_of_a_query_is_shown_as_its_hash_and_tells_files_apart():
+    first, second = (f"https://host/get?file={name}&sig=x" for name in "ab")
+    assert public_url(first) != public_url(second)
+    assert cached_path(first) != cached_path(second)
+    assert "file=" not in public_url(first)
+    assert public_url(first) == public_url("https://host/get?sig=other&file=a")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:secret@host:8000/a%20folder/b.jpg",
+        "s3://bucket/a folder/100%25/b?.jpg",
+        "hf://datasets/me/data/train/1.parquet",
+    ],
+)
+def test_the_place_of_a_copy_gives_its_url_again(url):
+    path = cached_path(url)
+    assert url_of(path) == url
+    assert url_of(path.parent / "other.jpg") == url.rpartition("/")[0] + "/other.jpg"
+    assert url_of(path.parent / ".." / "other.jpg") == url.rsplit("/", 2)[0] + "/other.jpg"
+
+
+def test_a_path_outside_of_the_cache_has_no_url(tmp_path):
+    assert url_of(tmp_path / "a.jpg") is None
+    folder = cached_path("s3://bucket/a.jsonl").parent
+    for path in (folder / "../other/a.jpg", folder / "../../../../a.jpg"):
+        with pytest.raises(ValueError):
+            url_of(path)
+
+
+@pytest.mark.parametrize("url", ["https://host/a/../b", "s3://bucket/../b"])
+def test_a_url_with_parent_folders_is_refused(url):
+    with pytest.raises(UserError, match="'..' as a folder"):
+        cached_path(url)
+
+
+# Reading
+
+
+def test_a_file_is_read_once_and_then_from_the_cache(site, server):
+    (site / "a b.bin").write_bytes(content(1000))
+    for _ in range(2):
+        [file] = find(f"{server.url}/a%20b.bin")
+        assert (file.name, file.size) == ("a b.bin", 1000)
+        assert read(file) == content(1000)
+    assert len(gets(server)) == 1
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("size", [0, 1, 1000, 2000, 2001])
+def test_a_file_is_read_in_chunks_or_whole(site, server, monkeypatch, ranges, size):
+    monkeypatch.setattr(remote, "CHUNK", 1000)
+    server.ranges = ranges
+    (site / "a.bin").write_bytes(content(size))
+    assert read(stat([f"{server.url}/a.bin"])[0]) == content(size)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_failed_and_cut_requests_are_tried_again(site, server, monkeypatch, ranges):
+    monkeypatch.setattr(remote, "CHUNK", 500)
+    server.fail_share, server.cut_share, server.ranges = 0.3, 0.3, ranges
+    for number in range(10):
+        (site / f"{number}.bin").write_bytes(content(2000, number))
+    files = stat([f"{server.url}/{number}.bin" for number in range(10)])
+    assert [read(file) for file in files] == [content(2000, number) for number in range(10)]
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(site, server, monkeypatch, cache):
+    monkeypatch.setattr(remote, "CHUNK", 1000)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    (site / "a.bin").write_bytes(content(5000))
+    [file] = find(f"{server.url}/a.bin")
+
+    def fail_at_the_third_chunk(handler):
+        server.status = 503 if len(gets(server)) > 2 else 0
+
+    server.on_request = fail_at_the_third_chunk
+    with pytest.raises(UserError, match=r"in 2 attempts \(HTTP status 503\)"):
+        read(file)
+    server.on_request, server.status = None, 0
+    server.requests.clear()
+    assert read(file) == content(5000)
+    assert gets(server)[0] == ("/a.bin", "bytes=2000-2999")
+
+
+def test_a_killed_download_goes_on_where_it_stopped(site, server, cache):
+    (site / "a.bin").write_bytes(content(5000))
+    code = (
+        "from tf_lightning import remote; remote.CHUNK = 1000\n"
+        f"file, = remote.find({server.url + '/a.bin'!r})\n"
+        "with remote.local_copy(file): pass\n"
+    )
+    server.on_request = lambda handler: time.sleep(30 * (len(gets(server)) > 2))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        deadline = time.monotonic() + 60
+        while len(gets(server)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    server.on_request = None
+    server.requests.clear()
+    assert read(*find(f"{server.url}/a.bin")) == content(5000)
+    assert gets(server) == [("/a.bin", "bytes=2000-4999")]
+
+
+def test_a_file_that_is_replaced_between_two_runs_is_read_again(site, server):
+    (site / "a.bin").write_bytes(content(1000))
+    [old] = find(f"{server.url}/a.bin")
+    assert read(old) == content(1000)
+    (site / "a.bin").write_bytes(content(1000, seed=1))
+    [new] = find(f"{server.url}/a.bin")
+    assert new != old and read(new) == content(1000, seed=1)
+
+
+def test_a_file_that_is_replaced_in_between_is_refused(site, server, monkeypatch):
+    monkeypatch.setattr(remote, "CHUNK", 500)
+    (site / "a.bin").write_bytes(content(1000))
+    [file] = find(f"{server.url}/a.bin")
+
+    def replace_in_the_middle(handler):
+        if handler.headers.get("Range", "").startswith("bytes=500"):
+            (site / "a.bin").write_bytes(content(1000, seed=1))
+
+    server.on_request = replace_in_the_middle
+    with pytest.raises(UserError, match=r"a.bin was replaced while it was in use; run .* again"):
+        read(file)
+    server.on_request = None
+    with pytest.raises(UserError, match="was replaced"):  # also if nothing was read before
+        read(file)
+    (site / "a.bin").unlink()
+    with pytest.raises(FileNotFoundError):
+        read(file)
+
+
+def test_globs_find_the_files_that_a_server_lists(site, server):
+    for name in ("b.txt", "a.txt", "c.jpg", "d/e.txt"):
+        (site / name).parent.mkdir(exist_ok=True)
+        (site / name).write_bytes(name.encode())
+    assert [file.name for file in find(f"{server.url}/*.txt")] == ["a.txt", "b.txt"]
+    assert {file.name for file in find(f"{server.url}/**/*.txt")} >= {"a.txt", "b.txt", "e.txt"}
+    assert find(f"{server.url}/*.tar") == []
+    assert find(f"{server.url}/nothing.tar") == []
+
+
+def test_a_login_in_a_url_is_used_and_never_shown(site, server):
+    (site / "a.bin").write_bytes(content(10))
+    server.login = "Basic " + base64.b64encode(b"me:secret").decode()
+    url = f"{server.url}/a.bin"
+    with_login = url.replace("http://", "http://me:secret@")
+    assert read(*find(with_login)) == content(10)
+    assert url_of(cached_path(with_login)) == with_login
+    with pytest.raises(UserError, match="refused with HTTP status 401; check .* login") as error:
+        find(with_login.replace("secret", "wrong-secret"))
+    assert "wrong-secret" not in str(error.value) and error.value.__cause__ is None
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_access_is_one_sentence_after_one_attempt(server, status):
+    server.status = status
+    with pytest.raises(UserError, match=f"access to .*/a is refused with HTTP status {status}; "):
+        find(f"{server.url}/a?X-Amz-Signature=secret")
+    assert len(server.requests) == 2  # HEAD, GET
+
+
+def test_an_unreachable_host_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    with pytest.raises(UserError, match=r"in 2 attempts \(ClientConnector.*check the URL"):
+        find("http://127.0.0.1:9/a")
+
+
+def test_an_unknown_scheme_and_a_missing_package_are_one_sentence(monkeypatch):
+    with pytest.raises(UserError, match="the unknown scheme 'ftpx'; give a local path, or a URL"):
+        find("ftpx://host/a")
+    registry = importlib.import_module("fsspec.registry")
+    for scheme, package in (("s3", "s3fs"), ("gs", "gcsfs")):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(registry._registry, scheme, raising=False)
+        with pytest.raises(UserError, match=rf"not installed; pip install 'tf-lightning\[{scheme}"):
+            find(f"{scheme}://bucket/a")
+
+
+# The cache
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_least_recently_used_files_are_removed(site, server, monkeypatch, cache):
+    monkeypatch.setenv("TF_LIGHTNING_CACHE_GB", str(4000 / 1e9))
+    files = []
+    for number in range(6):
+        (site / f"{number}.bin").write_bytes(content(1000, number))
+        files += find(f"{server.url}/{number}.bin")
+    for number, file in enumerate(files[:4]):
+        with local_copy(file) as path:
+            os.utime(path, (number, number))
+    with local_copy(files[0]) as used:
+        os.utime(used, (0, 0))
+        assert read(files[4]) == content(1000, 4)
+        assert read(files[5]) == content(1000, 5)
+        assert used.read_bytes() == content(1000, 0)  # as it was in use
+    left = files_in(cache / "files")
+    assert {"0.bin", "5.bin"} <= left and not {"1.bin", "2.bin"} & left and len(left) <= 4
+
+
+def test_a_file_larger_than_the_cache_is_refused(site, server, monkeypatch):
+    (site / "a.bin").write_bytes(content(1000))
+    monkeypatch.setenv("TF_LIGHTNING_CACHE_GB", str(999 / 1e9))
+    with pytest.raises(UserError, match="1,000 bytes, and the cache may hold 999; set TF_LIGHT"):
+        read(*find(f"{server.url}/a.bin"))
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "many"])
+def test_a_limit_that_is_no_size_is_refused(monkeypatch, text):
+    monkeypatch.setenv("TF_LIGHTNING_CACHE_GB", text)
+    with pytest.raises(UserError, match=f"TF_LIGHTNING_CACHE_GB={text} must be a number above 0"):
+        remote.cache_limit()

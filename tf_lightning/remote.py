@@ -1,0 +1,528 @@
+"""Files at URLs such as https://, s3://, gs:// and hf://: found with fsspec, copied into a cache.
+
+The copy of a file lies at CACHE/files/SCHEME/HOST/PATH, so it keeps the names of its folders. A
+copy is used as long as the file at the URL has the same size and version (ETag). If the cache grows
+beyond its limit, the files that were used least recently are removed, but none that is being read.
+
+A URL may contain a password or a signature. `public_url` has neither of them; messages, folders and
+everything that is stored are made of it. For the same reason no error of fsspec is shown or
+chained, because its text may quote the URL.
+"""
+
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlencode
+
+import fsspec
+from filelock import FileLock
+
+from tf_lightning.errors import UserError
+from tf_lightning.files import report_full_disk
+
+try:
+    import fcntl
+except ImportError:  # Windows, which does not remove files that are open
+    fcntl = None
+
+CHUNK = 2**24  # bytes of one request
+THREADS = 16  # requests at a time that ask for sizes and versions
+ATTEMPTS = 12  # of a request that fails for a reason that may pass
+FIRST_DELAY, LONGEST_DELAY = 0.1, 20.0  # seconds before the next attempt; about 90 in all
+CACHE_GB = 50.0
+
+# The packages that pip installs with tf-lightning[EXTRA], by scheme.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+HTTP = ("http", "https")
+# Errors of requests that are wrong in themselves, such as a name that cannot be one on the hub.
+MISTAKES = ValueError, TypeError, LookupError, NotImplementedError
+# Values of an info of fsspec that change with the content of a file, in order of preference.
+VERSIONS = (
+    "ETag", "etag", "blob_id", "md5Hash", "generation", "Last-Modified", "LastModified", "mtime",
+    "updated", "created",
+)  # fmt: skip
+# Parameters of a query that sign a URL. They differ each time the same file is signed.
+SIGNATURES = (
+    "x-amz-", "x-goog-", "awsaccesskeyid", "googleaccessid", "signature", "expires", "policy",
+    "key-pair-id", "token", "access_token", "sig", "se", "sp", "sv", "sr", "st", "spr", "sks",
+    "skv", "ske", "skt", "skoid", "sktid",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file at a URL as it was when it was found. `str` gives its `public_url`.
+
+    Attributes:
+        url: may contain a password or a signature.
+        size: in bytes; None if the server does not say it.
+        version: changes with the content of the file, such as its ETag; "" if there is nothing.
+    """
+
+    url: str = field(repr=False)
+    size: int | None
+    version: str
+
+    def __str__(self) -> str:
+        return public_url(self.url)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return cached_path(self.url).name
+
+
+# URLs
+
+
+def is_remote(path: object) -> bool:
+    """Return whether a path is a URL."""
+    return isinstance(path, str) and "://" in path
+
+
+def split_url(url: str) -> tuple[str, str, str, str]:
+    """Split a URL into scheme, host with login and port, path without leading "/", and query."""
+    scheme, _, rest = url.partition("://")
+    host, _, path = rest.partition("/")
+    query = ""
+    if scheme in HTTP:  # "?" and "#" are characters of the names in object stores
+        path, _, query = path.partition("#")[0].partition("?")
+    return scheme.lower(), host, path, query
+
+
+def public_url(url: str) -> str:
+    """Return a URL without login and signature; a hash stands for the rest of its query."""
+    scheme, host, path, query = split_url(url)
+    rest = _hash_query(query)
+    return f"{scheme}://{host.rpartition('@')[2]}/{path}" + (f"?sha256={rest}" if rest else "")
+
+
+def _hash_query(query: str) -> str:
+    items = sorted(parse_qsl(query, keep_blank_values=True))
+    rest = [(key, value) for key, value in items if not _signs(key.lower())]
+    return hashlib.sha256(urlencode(rest).encode()).hexdigest()[:12] if rest else ""
+
+
+def _signs(key: str) -> bool:
+    return key in SIGNATURES or key.startswith(SIGNATURES[:2])
+
+
+# Requests
+
+
+def filesystem(url: str) -> fsspec.AbstractFileSystem:
+    """Return fsspec's file system for a URL.
+
+    Raises:
+        UserError: there is none for its scheme, or its package is not installed.
+    """
+    scheme = split_url(url)[0]
+    options = {"headers": {"Accept-Encoding": "identity"}} if scheme in HTTP else {}
+    try:
+        return fsspec.filesystem(scheme, use_listings_cache=False, **options)
+    except ImportError:
+        extra = EXTRAS.get(scheme)
+        package = f"'tf-lightning[{extra}]'" if extra else f"the package of fsspec for {scheme}"
+        raise UserError(
+            f"{public_url(url)} needs a package that is not installed; pip install {package}"
+        ) from None
+    except ValueError:
+        raise UserError(
+            f"{public_url(url)} has the unknown scheme {scheme!r}; give a local path, or a URL "
+            "that begins with https://, s3://, gs:// or hf://datasets/"
+        ) from None
+
+
+def request(url: str, function: Callable, *arguments, **options) -> Any:
+    """Call a function of a file system, and again after a growing pause while it fails.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: access is refused, or every attempt failed.
+    """
+    delay = FIRST_DELAY
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return function(*arguments, **options)
+        except UserError:
+            raise
+        except Exception as error:
+            # fsspec raises FileNotFoundError for any failure of HTTP, and OSError for those of S3.
+            if isinstance(error, OSError) and isinstance(error.__cause__, Exception):
+                error = error.__cause__
+            if isinstance(error, FileNotFoundError) or _status(error) in (404, 410):
+                raise FileNotFoundError(public_url(url)) from None
+            _check_access(url, error)
+            if attempt == ATTEMPTS:
+                raise UserError(
+                    f"{public_url(url)} could not be read in {ATTEMPTS} attempts "
+                    f"({_kind(error)}); check the URL and the network, and run it again"
+                ) from None
+        time.sleep(delay * random.uniform(0.5, 1))
+        delay = min(2 * delay, LONGEST_DELAY)
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status of an error of any file system."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    names = (error, "status"), (response, "status_code"), (error, "code")  # aiohttp, hub, gcsfs
+    values = (getattr(holder, name, None) for holder, name in names)
+    return next((int(value) for value in values if str(value).isdigit()), None)
+
+
+def _kind(error: Exception) -> str:
+    """Name an error without its text, which may quote the URL."""
+    status = _status(error)
+    return f"HTTP status {status}" if status else type(error).__name__
+
+
+def _check_access(url: str, error: Exception) -> None:
+    """Raise UserError if a request that failed with this error would fail again.
+
+    Raises:
+        UserError: access is refused, there are no credentials, or the URL is wrong.
+    """
+    scheme, status, kind = split_url(url)[0], _status(error), type(error).__name__
+    if "Credential" in kind:
+        raise UserError(
+            f"{public_url(url)} needs credentials and there are none; {_how_to_log_in(scheme)}"
+        ) from None
+    if isinstance(error, PermissionError) or status in (401, 403):
+        raise UserError(
+            f"access to {public_url(url)} is refused{f' with HTTP status {status}' * bool(status)};"
+            f" {_how_to_log_in(scheme)}"
+        ) from None
+    if "Offline" in kind:
+        raise UserError(
+            f"{public_url(url)} cannot be read while HF_HUB_OFFLINE is set; unset it"
+        ) from None
+    refused = status and 400 <= status < 500 and status not in (408, 425, 429)
+    if refused or isinstance(error, MISTAKES):
+        raise UserError(
+            f"{public_url(url)} cannot be read ({_kind(error)}); check the URL"
+        ) from None
+
+
+def _how_to_log_in(scheme: str) -> str:
+    match EXTRAS.get(scheme, scheme):
+        case "s3":
+            return (
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a "
+                "public bucket"
+            )
+        case "gs":
+            return "log in with `gcloud auth application-default login`"
+        case "hf":
+            return (
+                "check the name, accept the data set's terms on the hub if it has any, and log in "
+                "with `hf auth login` or HF_TOKEN"
+            )
+    return "check the URL and the login or signature in it"
+
+
+# Finding files
+
+
+def find(pattern: str) -> list[RemoteFile]:
+    """List the files that a URL or a glob of URLs matches, sorted by their paths; [] if none.
+
+    A glob of https:// needs a server that lists its folders.
+
+    Raises:
+        UserError: access is refused, or the server cannot be reached.
+    """
+    scheme, _, path, _ = split_url(pattern)
+    if not any(sign in path for sign in ("*[" if scheme in HTTP else "*?[")):
+        return [file for file in stat([pattern]) if file]
+    fs = filesystem(pattern)
+    options = {"refresh": True} if scheme == "hf" else {}
+    try:
+        infos = request(pattern, fs.glob, fs._strip_protocol(pattern), detail=True, **options)
+    except FileNotFoundError:
+        return []
+    names = sorted(name for name, info in infos.items() if info["type"] == "file")
+    urls = [fs.unstrip_protocol(name) for name in names]
+    if scheme in HTTP:  # the listing has no sizes
+        return [file for file in stat(urls) if file]
+    return [_remote_file(url, infos[name]) for url, name in zip(urls, names, strict=True)]
+
+
+def stat(urls: Sequence[str]) -> list[RemoteFile | None]:
+    """Ask for sizes and versions of files, several at a time; None for a URL without a file."""
+    with ThreadPoolExecutor(min(THREADS, max(1, len(urls)))) as pool:
+        return list(pool.map(_stat, urls))
+
+
+def _stat(url: str) -> RemoteFile | None:
+    fs = filesystem(url)
+    options = {"refresh": True, "expand_info": True} if split_url(url)[0] == "hf" else {}
+    try:
+        info = request(url, fs.info, fs._strip_protocol(url), **options)
+    except FileNotFoundError:
+        return None
+    return _remote_file(url, info) if info["type"] == "file" else None
+
+
+def _remote_file(url: str, info: dict) -> RemoteFile:
+    version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
+    return RemoteFile(url, info["size"], version)
+
+
+# The cache
+
+
+def cache_folder() -> Path:
+    """Return the folder of the cache: TF_LIGHTNING_CACHE, or ~/.cache/tf_lightning."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.environ.get("TF_LIGHTNING_CACHE") or os.path.join(caches, "tf_lightning")
+    return Path(folder).expanduser().absolute()
+
+
+def cache_limit() -> int:
+    """Return the largest size of the cache in bytes, from TF_LIGHTNING_CACHE_GB.
+
+    Raises:
+        UserError: it is not a positive number.
+    """
+    text = os.environ.get("TF_LIGHTNING_CACHE_GB") or str(CACHE_GB)
+    with suppress(ValueError, OverflowError):
+        if (limit := int(float(text) * 1e9)) > 0:
+            return limit
+    raise UserError(f"TF_LIGHTNING_CACHE_GB={text} must be a number above 0, such as {CACHE_GB}")
+
+
+# The logins in the URLs that this process was given, by scheme and host.
+_logins: dict[tuple[str, str], str] = {}
+
+
+def cached_path(url: str) -> Path:
+    """Return where the copy of a file lies in the cache, whether it is there or not.
+
+    Raises:
+        UserError: the path of the URL leads above its host.
+    """
+    scheme, host, path, query = split_url(url)
+    login, at, host = host.rpartition("@")
+    if at:
+        _logins[scheme, host] = login + at
+    names = [name for name in (unquote(path) if scheme in HTTP else path).split("/") if name]
+    if not {".", ".."}.isdisjoint(names):
+        raise UserError(f"{public_url(url)} has '.' or '..' as a folder; leave it out")
+    rest = _hash_query(query)
+    host = quote(f"{host}?{rest}" if rest else host, safe="")
+    return cache_folder().joinpath("files", scheme, host, *names)
+
+
+def url_of(path: Path) -> str | None:
+    """Return the URL of the file whose copy would lie at a path; None outside of the cache.
+
+    Raises:
+        ValueError: the path leads above the host of a URL.
+    """
+    root = cache_folder() / "files"
+    if not path.is_relative_to(root):
+        return None
+    names = Path(os.path.normpath(path)).relative_to(root).parts  # raises ValueError
+    if len(names) < 3 or names[:2] != path.relative_to(root).parts[:2]:
+        raise ValueError("path above the host of its URL")
+    scheme, host = names[0], unquote(names[1]).partition("?")[0]
+    rest = "/".join(names[2:])
+    rest = quote(rest) if scheme in HTTP else rest
+    return f"{scheme}://{_logins.get((scheme, host), '')}{host}/{rest}"
+
+
+@contextmanager
+def local_copy(file: RemoteFile) -> Iterator[Path]:
+    """Yield the path of a copy of a file, which stays in the cache while the block runs.
+
+    A download that was interrupted, also by the end of its process, is resumed.
+
+    Raises:
+        FileNotFoundError: the file no longer exists.
+        UserError: it was replaced after it was found, cannot be read, or does not fit into the
+            cache.
+    """
+    path, folder = cached_path(file.url), cache_folder()
+    version = folder / "versions" / path.relative_to(folder / "files")
+    while True:
+        with _lock(path):
+            if not _has_copy(path, version, file):
+                _download(file, path, version)
+        try:
+            stream = _open_shared(path, "rb")
+        except FileNotFoundError:  # another process has just removed it
+            continue
+        with stream:
+            if _is_at(path, stream):
+                os.utime(path)
+                yield path
+                if not _is_at(path, stream):
+                    raise _replaced(file)
+                return
+
+
+def _lock(path: Path) -> FileLock:
+    """Return a lock for changing a file; files share 256 locks."""
+    locks = cache_folder() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / hashlib.sha256(str(path).encode()).hexdigest()[:2])
+
+
+def _open_shared(path: Path, mode: str) -> BufferedIOBase:
+    """Open a file and keep it from being removed from the cache until it is closed."""
+    stream = path.open(mode)
+    if fcntl:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+    return stream
+
+
+def _is_at(path: Path, stream: BufferedIOBase) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _has_copy(path: Path, version: Path, file: RemoteFile) -> bool:
+    """Return whether the cache has this version of a file."""
+    try:
+        return path.is_file() and version.read_text() == _identity(file)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _identity(file: RemoteFile) -> str:
+    return f"{file} {file.size} {file.version}"
+
+
+def _replaced(file: RemoteFile) -> UserError:
+    return UserError(f"{file} was replaced while it was in use; run the command again")
+
+
+def _download(file: RemoteFile, path: Path, version: Path) -> None:
+    """Copy a file into the cache."""
+    digest = hashlib.sha256(_identity(file).encode()).hexdigest()
+    partial = cache_folder() / "partial" / digest[:32]
+    for folder in (path.parent, version.parent, partial.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(
+                f"{file} has a folder of the same name as another file of {cache_folder()}; "
+                "delete that folder, or name another one with TF_LIGHTNING_CACHE"
+            ) from error
+    make_room(file)
+    with report_full_disk(partial.parent):
+        try:
+            _fetch(file, partial)
+        except FileNotFoundError:
+            partial.unlink(missing_ok=True)
+            raise
+        if stat([file.url]) != [file]:
+            partial.unlink(missing_ok=True)
+            raise _replaced(file)
+        # A process that is killed between these lines leaves a copy that is not used.
+        version.unlink(missing_ok=True)
+        os.replace(partial, path)
+        version.write_text(_identity(file))
+
+
+def _fetch(file: RemoteFile, partial: Path) -> None:
+    """Read a file from where its partial copy ends, in requests of CHUNK bytes."""
+    fs = filesystem(file.url)
+    with _open_shared(partial, "ab") as stream:
+        while file.size is None or (start := stream.tell()) < file.size:
+            content = None
+            if file.size is not None:
+                end = min(start + CHUNK, file.size)
+                content = request(file.url, _read_range, file, fs, start, end)
+            if content is None:  # the server only sends whole files
+                return request(file.url, _fetch_whole, file, fs, partial)
+            stream.write(content)
+            stream.flush()
+
+
+def _read_range(
+    file: RemoteFile, fs: fsspec.AbstractFileSystem, start: int, end: int
+) -> bytes | None:
+    """Read the bytes from start to end; None if the server only sends whole files."""
+    name = fs._strip_protocol(file.url)
+    if split_url(file.url)[0] not in HTTP:
+        content = fs.cat_file(name, start=start, end=end)
+    else:  # cat_file would read all of a file from a server that only sends whole files
+        with fs.open(name, block_size=CHUNK, cache_type="none", size=file.size) as stream:
+            stream.seek(start)
+            try:
+                content = stream.read(end - start)
+            except ValueError:
+                return None
+    if len(content) != end - start:
+        raise OSError("connection closed early")
+    return content
+
+
+def _fetch_whole(file: RemoteFile, fs: fsspec.AbstractFileSystem, partial: Path) -> None:
+    """Read a file with one request."""
+    fs.get_file(fs._strip_protocol(file.url), str(partial))
+    if file.size not in (None, partial.stat().st_size):
+        raise OSError("connection closed early")
+
+
+_room = 0  # bytes that this process may add before the size of the cache is determined again
+
+
+def make_room(file: RemoteFile) -> None:
+    """Remove the files that were used least recently if the cache would exceed its limit.
+
+    Raises:
+        UserError: the file alone is larger than the limit.
+    """
+    global _room
+    size, limit = file.size or 0, cache_limit()
+    if size > limit:
+        raise UserError(
+            f"{file} has {size:,} bytes, and the cache may hold {limit:,}; set "
+            "TF_LIGHTNING_CACHE_GB to a larger number"
+        )
+    _room -= size
+    if _room >= 0:
+        return
+    folder, found = cache_folder(), []
+    for kind in ("files", "partial"):
+        for above, _, names in os.walk(folder / kind):
+            for name in names:
+                with suppress(OSError):
+                    status = os.stat(os.path.join(above, name))
+                    found.append((status.st_mtime, status.st_size, Path(above, name)))
+    total = size + sum(size for _, size, _ in found)
+    if total > limit:
+        for _, num_bytes, path in sorted(found):
+            if total <= 0.75 * limit:
+                break
+            total -= num_bytes * _remove(path)
+    # Other processes also add files.
+    _room = max(0, (limit - total) // 16)
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file of the cache unless it is in use; return whether it was removed."""
+    try:
+        with path.open("rb") as stream:
+            if fcntl:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        if not fcntl:
+            path.unlink()
+        return True
+    except OSError:
+        return False
