@@ -6,6 +6,7 @@ of the published ones.
 """
 
 import copy
+import gzip
 import json
 import random
 import shutil
@@ -34,6 +35,7 @@ EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiments/*.yaml"))
 AUTOENCODERS = sorted(path.stem for path in CONFIGS.glob("autoencoder/*.yaml"))
 SIZES = {"dim": 32, "num_layers": 1, "num_heads": 4, "ffn_dim": 48}
 TINYLLAMA = "TinyLlama-1.1B-Chat-v1.0"
+LLAMA = "Llama-2-7b-hf"  # its tokenizer alone
 NUM_PIECES = 300  # of the stand-in for TinyLlama
 PROMPT_WORDS = "the small red cat sits on a blue mat while green birds sing above old trees".split()
 SHORT = {
@@ -90,6 +92,9 @@ def write_datasets(root: Path) -> None:
     write_tars(root / "emoji", 60)
     write_tars(root / "journeydb", 30)
     write_tars(root / "cc12m", 30)
+    (root / "c4").mkdir()
+    write_lines(root / "c4" / "c4.json", [{"text": sentence(n)} for n in range(300)])
+    (root / "c4" / "c4.json.gz").write_bytes(gzip.compress((root / "c4" / "c4.json").read_bytes()))
     text = root / "wikitext-2"
     text.mkdir()
     for name in ("valid", "test"):
@@ -117,6 +122,7 @@ def write_pretrained(root: Path) -> None:
     sizes = {"vocab_size": NUM_PIECES, "hidden_size": 32, "num_hidden_layers": 1}
     tiny(**sizes, num_attention_heads=4, num_key_value_heads=4).save_pretrained(llama)
     with_sentencepiece(llama, NUM_PIECES)
+    shutil.copytree(llama, root / LLAMA)
     for folder, channels in ((root / "autoencoder", 8), (snapshot(root), 4)):
         AutoencoderKL(
             latent_channels=channels,
@@ -297,6 +303,14 @@ def test_an_autoencoder_trains(name, earlier_runs, home):
     assert train(f"autoencoder/{name}", root=home)["global_step"] == 2
     logger = load(CONFIGS / "autoencoder" / f"{name}.yaml")["trainer"]["logger"]
     assert (home / "runs" / logger["name"] / "autoencoder" / "config.json").is_file()
+
+
+def test_a_run_of_the_paper_trains(earlier_runs, home):
+    """Without its evaluation, which needs COCO, and on one device."""
+    more = ["--evaluate=null", "--trainer.num_nodes=1", "--data.autoencoder=autoencoder"]
+    more += [f"--model.transformer.vocab_size={NUM_PIECES + 2}", "--data.num_workers=0"]
+    names = ("paper/transfusion", "paper/0.16b")
+    assert train(*names, root=home, more=more)["global_step"] == 2
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
