@@ -1,6 +1,8 @@
 """Checkpoint files: whole or not there, with a checksum that finds every change."""
 
+import errno
 import os
+import sys
 import warnings
 import zipfile
 import zlib
@@ -17,6 +19,8 @@ from tf_lightning.checkpoint_file import (
     combine,
     load_checkpoint,
     lock,
+    num_bytes,
+    reserve,
     trailer,
     write_checkpoint,
 )
@@ -30,6 +34,35 @@ def file(tmp_path):
     path = tmp_path / "checkpoints" / "step.ckpt"
     write_checkpoint(CHECKPOINT, path)
     return path
+
+
+def test_memory_that_tensors_share_is_counted_once():
+    whole = torch.zeros(8, 5)
+    saved = {"whole": whole, "views": [whole[2:], whole.T], "other": torch.zeros(3), "name": "a"}
+    assert num_bytes(saved) == 4 * (8 * 5 + 3)
+    assert num_bytes({"sparse": torch.eye(3).to_sparse()}) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fallocate is Linux's")
+def test_reserved_space_does_not_change_the_size_of_a_file(tmp_path):
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        file.write(b"abc")
+        reserve(file, 10 << 20)
+        found = os.fstat(file.fileno())
+        assert found.st_size == 3 and 512 * found.st_blocks in (10 << 20, 4096)  # reserved, or not
+
+
+def test_a_disk_with_too_little_space_is_told_before_writing(tmp_path):
+    with (tmp_path / "file").open("wb", buffering=0) as file, pytest.raises(OSError) as error:
+        reserve(file, 1 << 60)
+    assert error.value.errno == errno.ENOSPC and (tmp_path / "file").stat().st_size == 0
+
+
+def test_large_tensors_are_read_as_they_were_written(tmp_path):
+    large = {name: torch.randn(3_000_000) for name in "abc"}  # 12 MB each, sent to the disk by parts
+    write_checkpoint(large, tmp_path / "large.ckpt")
+    read = load_checkpoint(tmp_path / "large.ckpt")
+    assert all(torch.equal(read[name], large[name]) for name in large)
 
 
 @pytest.mark.parametrize("mmap", [False, True])
@@ -138,7 +171,7 @@ def test_the_checksum_of_many_blocks_is_that_of_the_file(file, monkeypatch):
 
 
 def test_a_file_is_sent_to_the_disk_while_it_is_written(file, monkeypatch):
-    monkeypatch.setattr(checkpoint_file, "SYNC_SIZE", 1)
+    monkeypatch.setattr(checkpoint_file, "SEND_SIZE", 1)
     monkeypatch.setattr(checkpoint_file, "SMALL", 0)  # each piece has its checksum from the thread
     write_checkpoint(CHECKPOINT, file)
     assert torch.equal(load_checkpoint(file)["weights"], CHECKPOINT["weights"])
