@@ -59,7 +59,7 @@ def test_a_disk_with_too_little_space_is_told_before_writing(tmp_path):
 
 
 def test_large_tensors_are_read_as_they_were_written(tmp_path):
-    large = {name: torch.randn(3_000_000) for name in "abc"}  # 12 MB each, sent to the disk by parts
+    large = {name: torch.randn(3_000_000) for name in "abc"}  # 12 MB each
     write_checkpoint(large, tmp_path / "large.ckpt")
     read = load_checkpoint(tmp_path / "large.ckpt")
     assert all(torch.equal(read[name], large[name]) for name in large)
