@@ -71,3 +71,8 @@ def progress_bar(*args: Any, **options: Any) -> tqdm:
     if on_terminal():
         return tqdm(*args, dynamic_ncols=True, **options)
     return LogBar(*args, **(options | {"ncols": 0, "bar_format": None}))  # 0: numbers alone
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun, such as "1 document" or "2,000 documents"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)

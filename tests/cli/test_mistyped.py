@@ -166,6 +166,8 @@ COMMANDS = {
     ("generate", "a red circle"): "there is no prompt after the checkpoint 'a red circle'",
     ("generate", "none.ckpt", "a"): "no checkpoint at none.ckpt",
     ("generate", "config.yaml", "a"): "config.yaml",
+    ("generate", "a red circle", "damaged.ckpt"): "the checkpoint comes before the prompt: "
+    'tf-lightning generate damaged.ckpt "a red circle"',
     ("generate", "..", "a"): ".. is a folder without checkpoints",
     ("generate", "c", "a", "--gidance-scale", "3"): "did you mean --guidance-scale?",
     ("generate", "c", "a", "--steps", "3"): "did you mean --num-inference-steps?",
@@ -198,6 +200,8 @@ CONTENTS = {
     "trainer:\n  max_stepz: 3": "more.yaml line 2: there is no option --trainer.max_stepz; did",
     "triner:\n  max_steps: 3": "more.yaml line 2: there is no option --triner.max_steps; did you",
     "evaluate:\n  metric: []": "more.yaml line 2: --evaluate.metric is not an option of callb",
+    "model:\n  lr: null": "more.yaml line 2: model.lr=None must be a number, at least 0",
+    "data:\n  seed: -1": "more.yaml line 2: data.seed=-1 must be at least 0",
     "trainer: [1]": "more.yaml line 1: trainer is [1]; give its options, as in",
     "trainer:": "more.yaml line 1: trainer is null; give its options",
     "checkpoint: null": "more.yaml line 1: checkpoint is null; give its options",

@@ -15,6 +15,7 @@ SOURCES = {
     "ChatFiles": IMAGE_PATHS | {"messages_key", "role_key", "content_key", "image_key"},
     "CaptionTars": IMAGES | CAPTION_KEYS,
     "CaptionFolders": IMAGES | {"caption_key"},
+    "NamedImages": IMAGES | {"caption_key", "roots"},
     "ImageFiles": IMAGES,
     "ClassFolders": IMAGES | {"names", "prompt", "learn_prompts"},
     "CaptionRows": IMAGE_PATHS | CAPTION_KEYS,

@@ -23,6 +23,7 @@ SOURCES = {
     "tf_lightning.data.CaptionRows": "captioned images in .jsonl, .csv, .parquet",
     "tf_lightning.data.CaptionJson": "captioned images in COCO's, Karpathy's or LLaVA's JSON",
     "tf_lightning.data.CaptionFolders": "images with a text file beside each",
+    "tf_lightning.data.NamedImages": "images with their file or folder names as captions",
     "tf_lightning.data.ClassFolders": "images in one folder a class",
     "tf_lightning.data.ImageFiles": "images alone",
     "tf_lightning.data.InterleavedFiles": "interleaved documents",

@@ -186,6 +186,7 @@ def run_generate(args: list[str]) -> None:
         UserError: there is no prompt, or two kinds of prompts, or an option does not fit.
     """
     options = build_parser().parse_args(name_texts(args))
+    check_order(options)
     if options.parts and options.prompts:
         raise UserError("both a prompt and --prompts are given; leave one out")
     if not options.parts and not options.prompts:
@@ -201,3 +202,16 @@ def run_generate(args: list[str]) -> None:
     from tf_lightning.cli.outputs import generate_outputs  # imports torch
 
     generate_outputs(options, sampling, given)
+
+
+def check_order(options: argparse.Namespace) -> None:
+    """Raise UserError if the first word is a prompt and a later one is the checkpoint."""
+    if os.path.exists(options.checkpoint):
+        return
+    for kind, text in options.parts:
+        is_checkpoint = text.endswith(".ckpt") or os.path.isdir(text)
+        if kind == "text" and is_checkpoint and os.path.exists(text):
+            raise UserError(
+                f"the checkpoint comes before the prompt: tf-lightning generate {text} "
+                f'"{options.checkpoint}"'
+            )

@@ -27,9 +27,11 @@ from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.images import to_image
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.packing import CorpusRows
+from tf_lightning.data.readers.source_report import report_source
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
 from tf_lightning.folders import check_writable
+from tf_lightning.progress import counted
 
 PAD, TEXT, SPECIAL, IMAGE, COPY = range(5)
 KINDS = ("padding", "text", "<bos> <boi> <eoi> <eos>", "image", "clean copy")
@@ -197,6 +199,9 @@ def run_inspect(args: list[str]) -> None:
         )
     folder = options.out or data.cache_dir / "inspect"
     check_writable(folder)
+    understood = [line for name in data.sources for line in report_source(name, data.sources[name])]
+    for line in understood:
+        print(line)
     data.prepare_data()
     data.setup()
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,13 +214,15 @@ def run_inspect(args: list[str]) -> None:
     rows, padding = _rows(data, options.rows)
     report += f"\npadding of the first {options.rows} rows of training: {padding:.1%}\n"
     print(report)
+    report = "\n".join([*understood, report])
     with atomic_file(folder / "report.txt") as partial:
         partial.write_text(report, encoding="utf-8")
     shown = pick_documents(data, options.documents, options.seed)
     for name, drawing in {"rows.png": rows, "documents.png": draw_documents(shown)}.items():
         with atomic_file(folder / name) as partial:
             drawing.save(partial, format="PNG")
-    print(f"Wrote {folder}/documents.png ({len(shown)} documents), rows.png and report.txt.")
+    drawn = counted(len(shown), "document")
+    print(f"Wrote {folder}/documents.png ({drawn}), rows.png and report.txt.")
 
 
 def _parser() -> Parser:
@@ -250,8 +257,8 @@ def describe(title: str, corpus: Corpus, num_patches: int, row_length: int) -> l
     tokens = int(alone.sum()) - 2 * count - 2 * images  # without <bos>, <eos>, <boi>, <eoi>
     patches = f" of {num_patches} patches" if images else ""
     lines = [
-        f"{title}: {count:,} documents, {tokens:,} text tokens, {images:,} images{patches}, "
-        f"{int(lengths.sum()):,} positions",
+        f"{title}: {counted(count, 'document')}, {counted(tokens, 'text token')}, "
+        f"{counted(images, 'image')}{patches}, {counted(int(lengths.sum()), 'position')}",
         *(f"  skipped {number:,}: {reason}" for reason, number in corpus.skipped.items()),
     ]
     return lines + histogram(lengths, row_length) if count else lines

@@ -2,6 +2,7 @@
 
 import os
 import pkgutil
+import re
 import sys
 from argparse import SUPPRESS
 from collections.abc import Iterable
@@ -162,6 +163,20 @@ class TransfusionCLI(LightningCLI):
                 return self.places[key]
             key = key.rpartition(".")[0]
         return None
+
+    def with_place(self, message: str) -> str:
+        """Complete a message that begins with an argument, such as "lr=-1", by where it is given.
+
+        The name becomes the whole key, after the file and line. A message stays as it is if several
+        given keys end in this name, or none.
+        """
+        argument = re.match(r"[\w.]+(?==)", message)
+        given = {*self.places, *self.typed_keys} if argument else ()
+        keys = [key for key in given if key.endswith(f".{argument[0]}")]
+        if len(keys) != 1:
+            return message
+        place, message = self.place_of(keys[0]), keys[0] + message[argument.end() :]
+        return f"{place}: {message}" if place else message
 
     def init_parser(self, **kwargs) -> LightningArgumentParser:
         """Create a parser whose configuration files are read by `ConfigFile`."""
@@ -354,7 +369,7 @@ class TransfusionCLI(LightningCLI):
             message = " ".join(str(cause).split())
             if "argument after ** must be a mapping" in message or "'NoneType' object" in message:
                 message = "an option or a group of options is null; give it, or leave it out"
-            raise UserError(message) from error
+            raise UserError(self.with_place(message)) from error
         if isinstance(self.model, Transfusion):
             check_autoencoder(self.model, self.datamodule, config.model.init_args.latent_channels)
 

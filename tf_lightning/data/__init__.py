@@ -18,6 +18,7 @@ from tf_lightning.data.readers.chat import ChatFiles
 from tf_lightning.data.readers.edits import EditFiles
 from tf_lightning.data.readers.folders import ClassFolders
 from tf_lightning.data.readers.interleaved import InterleavedFiles
+from tf_lightning.data.readers.name_captions import NamedImages
 from tf_lightning.data.readers.text import TextFiles
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "InterleavedData",
     "InterleavedFiles",
     "Mixture",
+    "NamedImages",
     "Skipped",
     "Source",
     "TextData",

@@ -76,7 +76,9 @@ class Source(ABC):
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
-        """Accept any class with the two methods, without inheritance."""
+        """Accept any class with the two methods as a `Source`, without inheritance."""
+        if cls is not Source:
+            return NotImplemented
         return hasattr(other, "documents") and hasattr(other, "fingerprint")
 
 

@@ -281,7 +281,7 @@ def store_images(source: Source, split: Split, directory: str | Path) -> ImageSt
         publish_folder(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    rank_zero_info(summary("images", split, shape[0], skipped, unit="images"))
+    rank_zero_info(summary("images", split, shape[0], skipped, unit="image"))
     return ImageStore(path)
 
 

@@ -9,7 +9,6 @@ from support.files import encoded_image, write_lines, write_parquet, write_tar
 from support.training_datasets import COLORS, shown
 from tf_lightning.data import CaptionJson, CaptionRows, CaptionTars, ImageCaptionData
 from tf_lightning.data.documents import Skipped
-from tf_lightning.errors import UserError
 
 PAIRS = [[color, f"<{color}>"] for color in COLORS]
 
@@ -206,9 +205,3 @@ def test_the_data_module_reads_a_folder_of_images_and_metadata(tmp_path):
         )
         (source,) = data.sources.values()
         assert read(source) == PAIRS and source.files("val") == [tar]
-
-
-def test_a_folder_without_captions_is_a_user_error(tmp_path):
-    training_datasets.write_images(tmp_path)
-    with pytest.raises(UserError, match="has no captions: it needs a metadata.jsonl"):
-        ImageCaptionData(str(tmp_path), cache_dir=str(tmp_path))

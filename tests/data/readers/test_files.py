@@ -66,6 +66,39 @@ def test_the_splits_do_not_depend_on_the_folder_of_the_file(tmp_path):
     assert 20 < len(val) < 60
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 0.05, 0.5, 0.95, 1 - 1e-9])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 20])
+def test_two_usable_documents_are_enough_for_both_splits(count, fraction, tmp_path):
+    lines = "\n".join(["!", *map(str, range(count)), "!", "!"])
+    for name in range(8):  # the hashes depend on the name
+        (tmp_path / f"{name}.lines").write_text(lines)
+        source = Lines(f"{tmp_path}/{name}.lines", val_fraction=fraction)
+        before = source.fingerprint("train")
+        splits = [
+            [found for found in source.documents(split) if not isinstance(found, Skipped)]
+            for split in ("train", "val")
+        ]
+        assert sorted(splits[0] + splits[1]) == sorted([str(n)] for n in range(count))
+        assert all(splits) or count < 2 and not splits[1]
+        assert source.fingerprint("train") == before
+        # Where both splits have documents by their hashes alone, nothing else decides.
+        keys = [f"{name}.lines/{n + 1}" for n in range(count)]
+        by_hash = [str(n) for n, key in enumerate(keys) if held_out(key, fraction)]
+        if 0 < len(by_hash) < count:
+            assert splits[1] == [[text] for text in by_hash]
+
+
+def test_shards_hold_out_what_the_whole_source_holds_out(tmp_path, monkeypatch):
+    for number in range(4):
+        (tmp_path / f"{number}.lines").write_text(f"document {number}")
+    source = Lines(f"{tmp_path}/*", val_fraction=0.001)
+    monkeypatch.setattr(files, "SHARD_BYTES", 1)
+    for split, count in (("train", 3), ("val", 1)):
+        whole, shards = list(source.documents(split)), source.shards(split)
+        assert len(shards) == 4 and len(whole) == count
+        assert [found for shard in shards for found in shard.documents(split)] == whole
+
+
 def test_nothing_is_held_out_of_paths_if_val_paths_are_given(tmp_path):
     for name in ("train", "val"):
         (tmp_path / name).write_text("\n".join(f"{name} {n}" for n in range(50)))

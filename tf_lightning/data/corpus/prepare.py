@@ -29,7 +29,7 @@ from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source,
 from tf_lightning.errors import UserError
 from tf_lightning.files import partial_folder, publish_folder, report_full_disk
 from tf_lightning.processes import start_worker
-from tf_lightning.progress import progress_bar
+from tf_lightning.progress import counted, progress_bar
 from tf_lightning.signals import blocked
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
@@ -334,7 +334,7 @@ def _finish(job: PrepareJob) -> None:
         if len(shards) > 1:  # it was not published
             shutil.rmtree(whole, ignore_errors=True)
     shutil.rmtree(job.shards_folder, ignore_errors=True)
-    details = f" ({facts['num_tokens']:,} tokens, {facts['num_images']:,} images)"
+    details = f" ({counted(facts['num_tokens'], 'token')}, {counted(facts['num_images'], 'image')})"
     count, skipped, num_cut = facts["num_documents"], facts["skipped"], facts["num_cut"]
     rank_zero_info(summary(name, split, count, skipped, details, num_cut=num_cut))
 
@@ -345,12 +345,12 @@ def summary(
     count: int,
     skipped: dict[str, int],
     details: str = "",
-    unit: str = "documents",
+    unit: str = "document",
     num_cut: int = 0,
     verb: str = "prepared",
 ) -> str:
     """Write a line such as "emoji train: prepared 1,200 documents, skipped 1: 1 damaged image"."""
-    line = f"{name} {split}: {verb} {count:,} {unit}{details}"
+    line = f"{name} {split}: {verb} {counted(count, unit)}{details}"
     if num_cut:
         line += f", cut {num_cut:,} longer than a row between their parts"
     if skipped:
@@ -373,8 +373,12 @@ def check_result(name: str, split: Split, num_documents: int, skipped: dict[str,
         advice = "repair them or change the data's arguments"
         if any(reason.startswith("longer than a row") for reason in skipped):
             advice = "give a larger data.row_length or model.patch_size, or a smaller image_size"
+        elif "missing image" in skipped:
+            advice = "put the images where the captions name them, or give their folder as `images`"
+        number = sum(skipped.values())
+        documents = f"all {number:,} documents" if number > 1 else "the only document"
         raise UserError(
-            f"{name}: all {sum(skipped.values()):,} documents of the {split} split are unusable "
+            f"{name}: {documents} of the {split} split {'are' if number > 1 else 'is'} unusable "
             f"({format_reasons(skipped)}); {advice}"
         )
     if num_documents == 0 and split == "train":

@@ -1,12 +1,12 @@
-"""Choice of the source of captioned images, by the format of the files that a path names."""
+"""Choice of the source of captioned images, by the layout of the files that a path names."""
 
 import glob
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tf_lightning.data.documents import BadSample
+from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
 from tf_lightning.data.readers.captions import (
-    CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
     CaptionFolders,
     CaptionJson,
@@ -15,23 +15,18 @@ from tf_lightning.data.readers.captions import (
     json_layout,
 )
 from tf_lightning.data.readers.chat import ChatFiles, is_conversation, is_message
+from tf_lightning.data.readers.files import ImagePathSource, find_files
 from tf_lightning.data.readers.formats import file_format, format_by_name, is_ignored
 from tf_lightning.data.readers.json_records import parse_record, read_records
-from tf_lightning.data.readers.tables import column_names
-from tf_lightning.errors import UserError
-
-# Files that have the captions of a folder, in order of preference.
-METADATA_FILES = "metadata.jsonl", "metadata.csv", "metadata.parquet"
-CAPTION_FILES = *METADATA_FILES, "*.tar", "*.tar.gz", "*.tgz", "*.parquet"
-IMAGES_BESIDE_TEXTS = "**/*"
-# Files that have them if there is no text beside an image, and then files in its folders.
-OTHER_CAPTION_FILES = (
-    *("*.jsonl", "captions.txt", "*.csv", "*.tsv", "*.json"),
-    *("*.jsonl.gz", "*.csv.gz", "*.json.gz"),
-    *(f"**/{name}" for name in CAPTION_FILES),
+from tf_lightning.data.readers.layouts import (
+    NAMES,
+    Layout,
+    folder_layouts,
 )
+from tf_lightning.data.readers.name_captions import FILE_NAME, FOLDER_NAME, NamedImages
+from tf_lightning.data.readers.tables import column_names
 
-CaptionSource = CaptionTars | CaptionRows | CaptionJson | CaptionFolders | ChatFiles
+CaptionSource = CaptionTars | CaptionRows | CaptionJson | CaptionFolders | NamedImages | ChatFiles
 
 
 def caption_source(
@@ -42,47 +37,123 @@ def caption_source(
     caption_key: str | None = None,
     image_key: str | None = None,
     **options,
-) -> CaptionSource:
-    """Create the source for captioned images whose format is that of the first file.
+) -> "CaptionSource | SeveralLayouts":
+    """Create the source for captioned images in the layouts that the paths have.
 
     Args:
-        paths: files, globs or folders to train on. For a folder, its CAPTION_FILES are read, or its
-            images with a text file beside each.
+        paths: files, globs or folders to train on. All files have the format of the first one. A
+            folder may have several layouts; see `folder_layouts`.
         val_paths: files, globs or folders to validate on.
         images: folder that paths of images are relative to; tars contain their images.
-        caption_key: key, column or extension of the captions; null: the known ones.
+        caption_key: key, column or extension of the captions, "file_name" or "folder_name"; null:
+            the known ones.
         image_key: key, column or extension of the images; null: the known ones.
         options: the other arguments of the source.
 
     Raises:
         UserError: a folder contains no captions.
     """
-    paths, val_paths = _replace_folders(paths), val_paths and _replace_folders(val_paths)
-    options |= {"val_paths": val_paths, "caption_key": caption_key}
-    named = {"images": images, "image_key": image_key}
-    match _caption_format(_first_file(paths)):
+    keys = {"images": images, "image_key": image_key, "caption_key": caption_key}
+    train = _layouts(paths, keys)
+    val = _layouts(val_paths, keys) if val_paths else {}
+    roots = [path for path in _as_list(paths) + _as_list(val_paths or []) if _is_folder(path)]
+    if len(train) == 1 and (not val or val.keys() == train.keys()):
+        ((kind, files),) = train.items()
+        return _source_of(kind, files, keys, roots, val_paths=val.get(kind), **options)
+    if val:
+        options["val_fraction"] = 0.0
+    return SeveralLayouts(
+        [_source_of(*layout, keys, roots, **options) for layout in train.items()],
+        [_source_of(kind, files, keys, roots, val_paths=files, **options)
+         for kind, files in val.items()],
+    )  # fmt: skip
+
+
+def _as_list(paths: str | list[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths
+
+
+def _is_folder(path: str) -> bool:
+    return Path(path).expanduser().is_dir()
+
+
+def _layouts(paths: str | list[str], keys: dict[str, str | None]) -> dict[str, str | list[str]]:
+    """Return the kinds of the layouts, as of `_caption_format`, each with its files or globs."""
+    layouts: dict[str, list[str]] = {}
+    file_kind = None
+    for path in _as_list(paths):
+        if _is_folder(path):
+            found = _layouts_of_folder(Path(path).expanduser(), keys)
+        else:
+            file_kind = file_kind or _kind_of_files(path, keys["caption_key"])
+            found = [Layout(file_kind, [path])]
+        for layout in found:
+            kind = layout.kind or _caption_format(_first_file(layout.paths[0]))
+            layouts.setdefault(kind, []).extend(layout.paths)
+    if isinstance(paths, str):  # the fingerprint tells a string from a list of one string
+        return {kind: files[0] if len(files) == 1 else files for kind, files in layouts.items()}
+    return layouts
+
+
+def _layouts_of_folder(folder: Path, keys: dict[str, str | None]) -> list[Layout]:
+    if keys["caption_key"] in (FILE_NAME, FOLDER_NAME):
+        return [Layout(NAMES, [f"{glob.escape(str(folder))}/**/*"])]
+
+    def images_of(tables: list[Path]) -> Iterator[Path]:
+        rows = CaptionRows("", **keys)
+        return (image for table in tables for image in rows.image_paths(table))
+
+    return folder_layouts(folder, keys["caption_key"], images_of)
+
+
+def _source_of(
+    kind: str, paths: str | list[str], keys: dict[str, str | None], roots: list[str], **options
+) -> CaptionSource:
+    """Create the source that reads a kind of layout.
+
+    Args:
+        kind: as of `_caption_format`, or NAMES.
+        paths: the files, or globs of them.
+        keys: `images`, `image_key` and `caption_key`.
+        roots: folders that were given; their own names are no captions.
+        options: the other arguments of the source.
+    """
+    keys = dict(keys)
+    match kind:
         case "image":
-            return CaptionFolders(paths, **options)
+            return CaptionFolders(paths, caption_key=keys["caption_key"], **options)
+        case "names":
+            return NamedImages(paths, caption_key=keys["caption_key"], roots=roots, **options)
         case "object":
-            return CaptionJson(paths, **named, **options)
+            return CaptionJson(paths, **keys, **options)
         case "rows":
-            return CaptionRows(paths, **named, **options)
+            return CaptionRows(paths, **keys, **options)
         case "chat":
-            del options["caption_key"]
-            return ChatFiles(paths, **named, **options)
+            del keys["caption_key"]
+            return ChatFiles(paths, **keys, **options)
         case _:
-            return CaptionTars(paths, image_key=image_key, **options)
+            del keys["images"]
+            return CaptionTars(paths, **keys, **options)
 
 
-def _first_file(paths: str | list[str]) -> Path:
+def _kind_of_files(path: str, caption_key: str | None) -> str:
+    """Return the kind of the files of a glob: NAMES for images without text files beside them."""
+    file = _first_file(path)
+    kind = _caption_format(file)
+    if kind != "image" or not file.is_file():
+        return kind
+    texts = CaptionFolders(path, caption_key=caption_key).texts_beside
+    return kind if any(map(texts, find_files(path))) else NAMES
+
+
+def _first_file(path: str) -> Path:
     """Return the first file, or its name if it does not exist, as where data is only encoded."""
-    first = paths if isinstance(paths, str) else paths[0]
-    names = sorted(glob.glob(str(Path(first).expanduser()), recursive=True))
+    names = sorted(glob.glob(str(Path(path).expanduser()), recursive=True))
     found = [Path(name) for name in names if Path(name).is_file() and not is_ignored(name)]
-    if first.endswith(f"/{IMAGES_BESIDE_TEXTS}"):  # other files, such as a README.txt, say nothing
+    if path.endswith("/**/*"):  # other files, such as a README.txt, say nothing
         images = (file for file in found if format_by_name(file) == "image")
-        return next(images, next(iter(found), Path(first)))
-    return next(iter(found), Path(first))
+        return next(images, next(iter(found), Path(path)))
+    return next(iter(found), Path(path))
 
 
 def _caption_format(file: Path) -> str:
@@ -115,29 +186,50 @@ def _has_image_beside(file: Path) -> bool:
     )
 
 
-def _texts_in(folder: Path) -> Iterator[Path]:
-    """Find the files in a folder that may have the caption of an image beside them."""
-    for kind in (*CAPTION_EXTENSIONS, "json"):
-        yield from folder.rglob("*." + "".join(f"[{letter}{letter.upper()}]" for letter in kind))
+@dataclass(eq=False)
+class SeveralLayouts(Source):
+    """Captioned images in several layouts, one source for each.
 
+    Args:
+        sources: what is trained on; each holds out its own share if there are no `val_sources`.
+        val_sources: what is validated on, as their `val_paths`.
+    """
 
-def _replace_folders(paths: str | list[str]) -> str | list[str]:
-    """Replace each folder by a glob of the files in it that have the captions."""
-    if not isinstance(paths, str):
-        return [_replace_folders(path) for path in paths]
-    folder = Path(paths).expanduser()
-    if not folder.is_dir():
-        return paths
-    escaped = glob.escape(str(folder))
-    for pattern in (*CAPTION_FILES, IMAGES_BESIDE_TEXTS, *OTHER_CAPTION_FILES):
-        if pattern == IMAGES_BESIDE_TEXTS:
-            found = any(map(_has_image_beside, _texts_in(folder)))
-        else:
-            found = any(not is_ignored(str(file)) for file in folder.glob(pattern))
-        if found:
-            return f"{escaped}/{pattern}"
-    raise UserError(
-        f"the folder {paths} has no captions: it needs a metadata.jsonl with a line such as "
-        '{"file_name": "cat.jpg", "text": "a cat"} for each image, a cat.txt beside each cat.jpg, '
-        "or .tar or .parquet files"
-    )
+    sources: list[CaptionSource]
+    val_sources: list[CaptionSource] = field(default_factory=list)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images in pixels."""
+        return self.sources[0].image_size
+
+    def of_split(self, split: Split) -> list[CaptionSource]:
+        """List the sources of a split."""
+        return self.val_sources if split == "val" and self.val_sources else self.sources
+
+    def files(self, split: Split) -> list[Path]:
+        """List the files that a split is read from."""
+        return [file for source in self.of_split(split) for file in source.files(split)]
+
+    def documents(self, split: Split) -> Iterator[RawDocument | Skipped]:
+        """See `Source.documents`."""
+        for source in self.of_split(split):
+            yield from source.documents(split)
+
+    def fingerprint(self, split: Split) -> str:
+        """See `Source.fingerprint`."""
+        return repr([source.fingerprint(split) for source in self.of_split(split)])
+
+    def image_digest(self, split: Split) -> str:
+        """Hash the image files that tables name; see `ImagePathSource.image_digest`."""
+        tables = [one for one in self.of_split(split) if isinstance(one, ImagePathSource)]
+        return " ".join(table.image_digest(split) for table in tables)
+
+    def num_samples(self, split: Split) -> int | None:
+        """Count the samples; None if the files are large."""
+        counts = [source.num_samples(split) for source in self.of_split(split)]
+        return None if None in counts else sum(counts)
+
+    def shards(self, split: Split) -> list[Source]:
+        """List the shards of all sources, in order."""
+        return [shard for source in self.of_split(split) for shard in source.shards(split)]

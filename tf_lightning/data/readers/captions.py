@@ -12,11 +12,13 @@
 If an image has several captions, each epoch draws one of them.
 """
 
+import glob
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +41,7 @@ from tf_lightning.data.readers.formats import (
     BOM,
     decode_text,
     file_format,
+    may_be_image,
     read_start,
     refuse,
 )
@@ -411,22 +414,23 @@ class CaptionFolders(ImageFileSource):
     def fingerprint(self, split: Split) -> str:
         """Include the sizes and times of the text files; see `Source.fingerprint`."""
         digest = hashlib.sha256()
-        for file in (path for image in self.files(split) for path in self._texts(image).values()):
+        texts = (self.texts_beside(image).values() for image in self.files(split))
+        for file in chain.from_iterable(texts):
             stat = file.stat()
             digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return f"{super().fingerprint(split)} {digest.hexdigest()}"
 
     def samples(self, file: Path) -> Iterator[tuple[str, Path]]:
         """Yield the file itself if it is an image; see `FileSource.samples`."""
-        if file_format(file) == "image":
+        if may_be_image(file):
             yield file.stem, file
 
     def parts(self, sample: Path) -> list[str | Path]:
         """List caption and image; see `ImageFileSource.parts`."""
-        files = {kind: file.read_bytes() for kind, file in self._texts(sample).items()}
+        files = {kind: file.read_bytes() for kind, file in self.texts_beside(sample).items()}
         return [tar_caption(files, self.caption_key), sample]
 
-    def _texts(self, image: Path) -> dict[str, Path]:
+    def texts_beside(self, image: Path) -> dict[str, Path]:
         """Find the text files beside an image, by suffix."""
         wanted = (*CAPTION_EXTENSIONS, "json", *([self.caption_key] if self.caption_key else []))
         names = ((kind, name) for kind in wanted for name in (kind.upper(), kind))
@@ -441,9 +445,24 @@ class ImageFiles(ImageFileSource):
     """Documents [image] without text, one a file.
 
     Args:
-        paths: image files or globs to train on, such as 'photos/**/*.jpg'.
+        paths: image files, globs or folders to train on, such as 'photos/**/*.jpg'. Of a folder,
+            the images in it and in the folders inside are read.
     """
+
+    def __post_init__(self) -> None:
+        """Check the arguments, and replace each folder by a glob."""
+        super().__post_init__()
+        self.paths = _in_folders(self.paths)
+        self.val_paths = self.val_paths and _in_folders(self.val_paths)
 
     def samples(self, file: Path) -> Iterator[tuple[str, list[Path]]]:
         """Yield the file itself under the name of its folder; see `FileSource.samples`."""
-        yield file.parent.name, [file]
+        if may_be_image(file):
+            yield file.parent.name, [file]
+
+
+def _in_folders(paths: str | list[str]) -> str | list[str]:
+    if not isinstance(paths, str):
+        return [_in_folders(path) for path in paths]
+    folder = Path(paths).expanduser()
+    return f"{glob.escape(str(folder))}/**/*" if folder.is_dir() else paths

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -34,7 +35,8 @@ class FileSource(Source):
     Args:
         paths: files or globs to train on.
         val_paths: files or globs to validate on; null: hold out a share of `paths`.
-        val_fraction: share of the documents to hold out if `val_paths` is null, in [0, 1).
+        val_fraction: share of the documents to hold out if `val_paths` is null, in [0, 1). If it is
+            above 0, at least one document of two or more is held out, and one is trained on.
     """
 
     paths: str | list[str]
@@ -84,13 +86,47 @@ class FileSource(Source):
     def _samples(self, split: Split) -> Iterator[Any]:
         """Yield the samples of a split; a BadSample stands for the unreadable rest of a file."""
         for file in self.files(split):
-            name = file.name
             try:
                 for key, sample, *named in self.samples(file):
-                    if named == [split] if named else self._in_split(f"{name}/{key}", split):
+                    if named == [split] if named else self._in_split(f"{file.name}/{key}", split):
                         yield sample
             except (BadSample, *UNEXPECTED) as error:
                 yield BadSample(reason(error))
+
+    def _in_split(self, key: str, split: Split) -> bool:
+        if self.val_paths:
+            return True
+        whole = getattr(self, "_whole", self)
+        return (hash_of(key) < whole._held_out_below) == (split == "val")
+
+    @cached_property
+    def _held_out_below(self) -> float:
+        """The limit of the hashes of held-out documents.
+
+        It is the share `val_fraction` of all hashes. If that would leave a split without a usable
+        document, the documents with the lowest hash are held out, or those with the highest hash
+        are trained on. Reading stops at the first usable document of each split.
+        """
+        limit = self.val_fraction * NUM_HASHES
+        lowest, highest = NUM_HASHES, -1  # hashes of usable documents
+        for value, sample, *named in self._hashed_samples() if limit else ():
+            if named or lowest < limit <= highest:
+                return limit
+            if not lowest <= value <= highest and self._is_usable(sample):
+                lowest, highest = min(lowest, value), max(highest, value)
+        if highest <= lowest:  # there is one document at most
+            return 0
+        return min(max(limit, lowest + 1), highest)
+
+    def _hashed_samples(self) -> Iterator[tuple]:
+        """Yield what `samples` yields, with the hash of the key in place of the key."""
+        for file in self.files("train"):
+            with suppress(BadSample, *UNEXPECTED):
+                for key, *sample in self.samples(file):
+                    yield hash_of(f"{file.name}/{key}"), *sample
+
+    def _is_usable(self, sample: Any) -> bool:
+        return not all(isinstance(found, Skipped) for found in self._convert(sample))
 
     def fingerprint(self, split: Split) -> str:
         """See `Source.fingerprint`."""
@@ -100,7 +136,7 @@ class FileSource(Source):
         arguments = [
             (name, value)
             for name, value in sorted(vars(self).items())
-            if not (name in self.NEW_ARGUMENTS and value == defaults[name])
+            if name[0] != "_" and not (name in self.NEW_ARGUMENTS and value == defaults[name])
         ]
         version = [self.VERSION] if self.VERSION > 1 else []
         return repr((type(self).__name__, split, arguments, files, *version))
@@ -124,14 +160,12 @@ class FileSource(Source):
     def _with_files(self, files: list[str], split: Split) -> "FileSource":
         """Copy this source with other files for a split."""
         source = copy.copy(self)
+        source._whole = getattr(self, "_whole", self)
         if split == "val" and self.val_paths:
             source.val_paths = files
         else:
             source.paths = files
         return source
-
-    def _in_split(self, key: str, split: Split) -> bool:
-        return bool(self.val_paths) or held_out(key, self.val_fraction) == (split == "val")
 
     def _convert(self, sample: Any) -> list[RawDocument | Skipped]:
         """List the skipped parts of a sample, then its document unless nothing is left of it."""
@@ -238,7 +272,7 @@ class ImagePathSource(ImageFileSource):
         """
         digest = hashlib.sha256()
         for file in self.files(split):
-            for path in () if has_image_columns(file) else self._image_paths(file):
+            for path in () if has_image_columns(file) else self.image_paths(file):
                 try:
                     stat = os.stat(path)
                     digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -246,7 +280,7 @@ class ImagePathSource(ImageFileSource):
                     digest.update(f"{path!r} missing\n".encode())
         return digest.hexdigest()
 
-    def _image_paths(self, file: Path) -> Iterator[Path]:
+    def image_paths(self, file: Path) -> Iterator[Path]:
         """Yield the paths of the images that a file names; bad samples have none."""
         with suppress(BadSample, *UNEXPECTED):
             for _, sample, *_ in self.samples(file):
@@ -335,4 +369,12 @@ def _no_file(path: str, found: list[str]) -> str:
 
 def held_out(key: str, fraction: float) -> bool:
     """Return whether a document is in the validation split: a hash of its key below `fraction`."""
-    return zlib.crc32(key.encode("utf-8", "surrogatepass")) < fraction * 2**32
+    return hash_of(key) < fraction * NUM_HASHES
+
+
+NUM_HASHES = 2**32
+
+
+def hash_of(key: str) -> int:
+    """Return a hash of a key, from 0 to NUM_HASHES - 1, that is the same everywhere."""
+    return zlib.crc32(key.encode("utf-8", "surrogatepass"))

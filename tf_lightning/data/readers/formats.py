@@ -50,6 +50,8 @@ SUFFIXES = {
     "image": (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
               ".ppm", ".pgm", ".avif", ".jp2"),
 }  # fmt: skip
+# Suffixes of images that are not read, but counted.
+OTHER_IMAGES = ".heic", ".heif", ".jxl", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw"
 OTHER_FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer, whose content `git lfs pull` fetches",
     b"<!DOCTYPE html": "an HTML page", b"<html": "an HTML page",
@@ -89,6 +91,11 @@ def format_by_name(file: Path) -> str | None:
     packed = file.suffix.lower() in (".gz", ".zst", ".bz2", ".xz")
     suffix = (file.with_suffix("") if packed else file).suffix.lower()
     return next((kind for kind, known in SUFFIXES.items() if suffix in known), None)
+
+
+def may_be_image(file: Path) -> bool:
+    """Return whether a file is an image, or has the suffix of one in a format that is not read."""
+    return file.suffix.lower() in OTHER_IMAGES or file_format(file) == "image"
 
 
 def is_tar_header(block: bytes) -> bool:
