@@ -1,21 +1,15 @@
 """Datasets of PyTorch: their rows are those of the data module, for any ranks and workers."""
 
-import dataclasses
 from itertools import islice
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from support.compare import same_batch
 from support.sources import GreyImages, RepeatedWord
 from tf_lightning.data import TrainingBatches, TrainingRows
 from tf_lightning.errors import UserError
-
-
-def same(a, b) -> bool:
-    """Whether two batches are equal, bit for bit."""
-    values = zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in values)
 
 
 @pytest.fixture
@@ -44,7 +38,7 @@ def test_rows_in_batches_are_those_of_the_data_module(data, ours, num_workers):
     rows = TrainingRows(data, num_rows=36)
     loader = DataLoader(rows, batch_size=3, num_workers=num_workers, collate_fn=rows.collate)
     assert len(loader) == 12
-    assert all(map(same, loader, ours))
+    assert all(map(same_batch, loader, ours))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -57,7 +51,7 @@ def test_the_batches_of_all_ranks_are_those_of_the_data_module(data, ours, world
         assert len(loader) == 12 // world_size
         ranks.append(list(loader))
     in_turn = [batch for together in zip(*ranks, strict=True) for batch in together]
-    assert len(in_turn) == 12 and all(map(same, in_turn, ours))
+    assert len(in_turn) == 12 and all(map(same_batch, in_turn, ours))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -68,7 +62,7 @@ def test_ranks_with_a_distributed_sampler_read_every_row_once(data, num_workers)
         sampler = DistributedSampler(rows, 2, rank, shuffle=False, drop_last=True)
         arguments = {"sampler": sampler, "num_workers": num_workers, "collate_fn": list}
         for row in (row for items in DataLoader(rows, 3, **arguments) for row in items):
-            assert same(rows.collate([row]), rows.collate([rows[row[0]]]))
+            assert same_batch(rows.collate([row]), rows.collate([rows[row[0]]]))
             read.append(row[0])
     assert sorted(read) == list(range(20))
 
@@ -76,10 +70,10 @@ def test_ranks_with_a_distributed_sampler_read_every_row_once(data, num_workers)
 def test_reading_resumes_at_any_row_with_other_ranks(data, ours):
     for rank in range(2):
         resumed = TrainingBatches(data, first_row=4 * 3, rank=rank, world_size=2)
-        assert all(map(same, islice(resumed, 4), ours[4 + rank :: 2]))
+        assert all(map(same_batch, islice(resumed, 4), ours[4 + rank :: 2]))
     rows = TrainingRows(data, num_rows=5, first_row=12)
     assert [row[0] for row in rows] == [12, 13, 14, 15, 16]
-    assert same(rows.collate([rows[0], rows[1], rows[2]]), ours[4])
+    assert same_batch(rows.collate([rows[0], rows[1], rows[2]]), ours[4])
 
 
 def test_an_epoch_has_every_document_of_the_smallest_share_and_the_next_one_another_order(mixture):

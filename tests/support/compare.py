@@ -1,7 +1,9 @@
-"""Comparison of checkpoints."""
+"""Comparison of checkpoints and batches."""
 
 import torch
 from torch import Tensor
+
+from tf_lightning.batch import Batch
 
 
 def bit_equal(a, b) -> bool:
@@ -13,3 +15,8 @@ def bit_equal(a, b) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(bit_equal, a, b))
     return a == b
+
+
+def same_batch(a: Batch, b: Batch) -> bool:
+    """Whether two batches are equal in every bit."""
+    return bit_equal(vars(a), vars(b))

@@ -12,6 +12,8 @@ import torch
 from tf_lightning.cli.lightning import TransfusionCLI, build_data
 from tf_lightning.cli.parser import Parser, positive_int
 from tf_lightning.data.corpus.distributed import ShardData, ShardEncoder
+from tf_lightning.data.corpus.folders import LocalFolder
+from tf_lightning.data.corpus.manifest import write_manifest
 from tf_lightning.errors import UserError
 from tf_lightning.training.interrupts import Interrupts
 
@@ -130,23 +132,23 @@ def prepare_cache(
 def prepare_encoded(cli: TransfusionCLI) -> None:
     """Prepare the corpora in the data's `encoded` folder with the ranks of a Trainer."""
     data, config = cli.datamodule, cli.config.trainer
-    if data.autoencoder_name in (None, "pixels"):
+    if not isinstance(data.encoded, LocalFolder):
         raise UserError(
-            f"autoencoder={data.autoencoder_name!r} has nothing to encode; give another "
-            "--data.autoencoder, or leave --data.encoded out"
+            f"prepare writes to a disk; give --data.encoded DIR, and copy DIR to {data.encoded}"
         )
     # Only the configured number of ranks is used: callbacks and strategy are for training.
     ranks = {name: config[name] for name in ("accelerator", "devices", "num_nodes")}
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
     interrupts = Interrupts()
     trainer = L.Trainer(**ranks, **off, enable_model_summary=False, callbacks=[interrupts])
-    shards = ShardData(data.plan_encoded, data.encoded, data.num_workers)
+    shards = ShardData(data.plan_encoded, data.encoded.path, data.num_workers)
     with ShardEncoder() as encoder, interrupts.ending.together(trainer):
         trainer.predict(encoder, datamodule=shards, return_predictions=False)
     if not trainer.is_global_zero:
         return
     shards.merge_shards()
     data.prepare_data()  # opens the corpora as training will, and plans their rows
+    write_manifest(data.encoded.path)
     print(
         f"The corpora are in {data.encoded}; train on them with `tf-lightning fit -c CONFIG "
         f"--data.encoded {data.encoded}`."

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Batch, pack
 from tf_lightning.data.corpus.encoded import EncodedRequirements, encoded_tokenizer, open_encoded
+from tf_lightning.data.corpus.folders import open_folder
 from tf_lightning.data.corpus.prepare import PrepareJob, check_result, plan_corpus, prepare
 from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split
@@ -77,8 +78,9 @@ class Mixture(StreamData):
         lazy_images: leave images in their files and tars and read them there during training. Needs
             autoencoder "pixels". `cache_dir` then holds only their positions, and copies of the
             image files in parquet files and compressed tars.
-        encoded: a folder that `tf-lightning prepare --data.encoded DIR` wrote. Training reads it
-            instead of the sources' files. null: the corpora are prepared in `cache_dir`.
+        encoded: a folder that `tf-lightning prepare --data.encoded DIR` wrote, or the URL of a copy
+            of it, such as s3://bucket/folder. Training reads it instead of the sources' files.
+            null: the corpora are prepared in `cache_dir`.
         patch_size: side of a patch in latent pixels. Linked from the model on the command line.
         time_token: whether each image has one more position, for its timestep, before its patches.
             Linked from the model on the command line.
@@ -157,7 +159,7 @@ class Mixture(StreamData):
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
-        self.lazy_images, self.encoded = lazy_images, encoded and Path(encoded)
+        self.lazy_images, self.encoded = lazy_images, encoded and open_folder(encoded)
         self.image_storage = ImageStorageSpec(hflip, sample_posterior, lazy_images, crops)
         self.row_length, self.time_token = row_length, time_token
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
@@ -237,7 +239,7 @@ class Mixture(StreamData):
 
     def plan_encoded(self) -> list[PrepareJob]:
         """List the corpora of the `encoded` folder, which store the moments of training images."""
-        jobs = self.plan(self.encoded, replace(self.image_storage, moments=True))
+        jobs = self.plan(self.encoded.path, replace(self.image_storage, moments=True))
         return [job for by_source in jobs.values() for job in by_source.values()]
 
     def _open_encoded(self) -> dict[Split, dict[str, Corpus]]:

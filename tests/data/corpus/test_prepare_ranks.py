@@ -121,14 +121,6 @@ def test_options_of_the_cache_are_refused_for_an_encoded_folder(tmp_path, capsys
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("autoencoder", ["pixels", "null"])
-def test_without_an_encoding_autoencoder_the_command_is_refused(tmp_path, capsys, autoencoder):
-    with pytest.raises(SystemExit):
-        encode(tmp_path, f"--data.autoencoder={autoencoder}", "--model.latent_channels=3")
-    assert "has nothing to encode; give another --data.autoencoder" in capsys.readouterr().err
-    assert not (tmp_path / "data").exists()
-
-
 def test_codes_are_stored_without_moments(tmp_path):
     given = ["--data.autoencoder=shapes_vq", "--data.row_length=128"]
     folder = encode(tmp_path, *given, "--model.num_codes=512", "--model.patch_size=1")

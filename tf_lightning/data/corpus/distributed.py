@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tf_lightning.data.corpus.encoded import TOKENIZER_FILE, find_corpora
+from tf_lightning.data.corpus.folders import LocalFolder
 from tf_lightning.data.corpus.prepare import PrepareJob, ShardWriter, prepare
 from tf_lightning.data.documents import RawDocument, Skipped
 from tf_lightning.errors import UserError
@@ -93,11 +94,11 @@ class ShardData(L.LightningDataModule):
         """
         jobs = self.plan()
         for job in jobs:
-            others = set(find_corpora(self.folder, job.name, job.split)) - {job.path}
-            if others:
+            found = set(find_corpora(LocalFolder(self.folder), job.name, job.split))
+            if others := found - {job.path.name}:
                 raise UserError(
-                    f"{others.pop()} was encoded from other files or with other settings; delete "
-                    "it, or give another folder with --data.encoded"
+                    f"{self.folder / others.pop()} was encoded from other files or with other "
+                    "settings; delete it, or give another folder with --data.encoded"
                 )
         for job in jobs:
             job.shards_folder.mkdir(parents=True, exist_ok=True)

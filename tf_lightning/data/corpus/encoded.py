@@ -1,15 +1,16 @@
-"""Folders that `tf-lightning prepare --data.encoded DIR` wrote.
+"""Folders that `tf-lightning prepare --data.encoded DIR` wrote, and their remote copies.
 
 Such a folder holds all that training needs: the tokens of the texts, their tokenizer and the
 encoded images. The source files are not read, so they may be absent. A folder that was written with
 other settings is refused; it is never prepared again.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from tf_lightning.data.corpus.folders import Folder
 from tf_lightning.data.corpus.prepare import FORMAT, origin_facts
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.documents import Source, Split
@@ -19,24 +20,25 @@ from tf_lightning.tokenizer.tokenizer import Tokenizer
 TOKENIZER_FILE = "tokenizer.model"
 
 
-def encoded_tokenizer(folder: Path) -> Tokenizer:
+def encoded_tokenizer(folder: Folder) -> Tokenizer:
     """Load the tokenizer of an encoded folder.
 
     Raises:
         UserError: the folder is not an encoded folder.
     """
-    if not (folder / TOKENIZER_FILE).is_file():
+    file = folder.file(TOKENIZER_FILE)
+    if not file.is_file():
         raise UserError(
             f"{folder} holds no encoded corpora; run `tf-lightning prepare -c CONFIG "
             f"--data.encoded {folder}` first, or leave `encoded` out"
         )
-    return Tokenizer(folder / TOKENIZER_FILE)
+    return Tokenizer(file)
 
 
-def find_corpora(folder: Path, name: str, split: Split) -> list[Path]:
-    """Find the finished corpora of a source and split, whatever settings they were made with."""
-    hexadecimal = "[0-9a-f]" * 12
-    return sorted(folder.glob(f"{name}-{split}-{hexadecimal}"))
+def find_corpora(folder: Folder, name: str, split: Split) -> list[str]:
+    """Name the finished corpora of a source and split, whatever settings they were made with."""
+    pattern = re.compile(f"{re.escape(name)}-{split}-[0-9a-f]{{12}}")
+    return [found for found in folder.folders() if pattern.fullmatch(found)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class EncodedRequirements:
 
 
 def open_encoded(
-    folder: Path, name: str, split: Split, source: Source, required: EncodedRequirements
+    folder: Folder, name: str, split: Split, source: Source, required: EncodedRequirements
 ) -> Corpus:
     """Open the encoded corpus of one source and split.
 
@@ -89,7 +91,7 @@ def open_encoded(
             f"{folder} holds {len(found)} corpora of {name} {split} instead of one; run "
             "`tf-lightning prepare -c CONFIG --data.encoded DIR` to its end, with an empty DIR"
         )
-    corpus = Corpus(found[0], required.sample_posterior)
+    corpus = Corpus(str(folder.folder(found[0])), required.sample_posterior)
     for setting, theirs, ours in _settings(corpus, split, source, required):
         if theirs != ours:
             raise UserError(

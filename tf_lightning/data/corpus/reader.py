@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: memory-mapped, with random access by document number.
+"""A prepared corpus, memory-mapped from a disk or read from an object store by document number.
 
 A corpus is a folder with these files:
     corpus.json    counts, image shape, codebook size, what is stored of each image
@@ -27,7 +27,6 @@ Shapes: C x h x w latents, 3 x H x W pixels.
 
 import hashlib
 import json
-import math
 import os
 import zlib
 from collections import OrderedDict
@@ -45,6 +44,7 @@ from torch.utils.data import Dataset
 from torchcodec.decoders import decode_jpeg, decode_png
 
 from tf_lightning.batch import Document
+from tf_lightning.data.corpus.folders import LocalFolder, open_corpus_folder
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import CROP_POSITIONS, load_image
 from tf_lightning.errors import UserError
@@ -66,7 +66,7 @@ Checksum = tuple[int, int]  # initial value and result of a part's CRC-32
 
 
 def refuse_damage(method: Callable) -> Callable:
-    """Make a method report any error as damage of the folder `self.path`.
+    """Make a method report any error as damage of `self.folder`.
 
     Raises:
         UserError: the method raised an error other than IndexError and UserError.
@@ -79,9 +79,7 @@ def refuse_damage(method: Callable) -> Callable:
         except (IndexError, UserError):  # IndexError also ends an iteration over a sequence
             raise
         except Exception as error:
-            raise UserError(
-                f"{self.path} is damaged; delete the folder and run the command again"
-            ) from error
+            raise UserError(f"{self.folder} is damaged; {self.folder.remedy}") from error
 
     return reading
 
@@ -154,10 +152,11 @@ class Corpus(Dataset):
     `corpus[i]` is document i with the first wordings of its texts, see `document`.
 
     Args:
-        path: its folder.
+        path: its folder, or the URL of a folder in a copy of an encoded folder.
         sample_posterior: whether `document` samples latents if their moments are stored.
 
     Attributes:
+        folder: access to the files.
         name: name of the folder.
         image_shape: (C, h, w) of the latents, None if there are no images.
         image_storage: what is stored of each image.
@@ -170,27 +169,36 @@ class Corpus(Dataset):
 
     @refuse_damage
     def __init__(self, path: str | Path, sample_posterior: bool = True):
-        self.path, self.sample_posterior = Path(path), sample_posterior
-        facts = json.loads((self.path / "corpus.json").read_text())
-        self.name = self.path.name
+        self.path, self.sample_posterior = path, sample_posterior
+        folder = self.folder = open_corpus_folder(path)
+        facts = json.loads(folder.file("corpus.json").read_text())
+        self.name = Path(path).name
         self.image_shape = tuple(facts["image_shape"]) if facts["image_shape"] else None
         self.skipped: dict[str, int] = facts["skipped"]
         self.num_images, self.origin = facts["num_images"], facts["made_from"]
-        self._tokens = _memmap(self.path / "tokens.bin", np.int32, (facts["num_tokens"],))
+        self._tokens = folder.array("tokens.bin", np.int32, (facts["num_tokens"],))
         self.image_storage = ImageStorageSpec.from_json(facts.get("latents", {}))
         shape = facts["num_images"], *self.image_storage.shape, *(self.image_shape or ())
         stored, self._dtype = STORED_CODES if facts.get("num_codes") else STORED_LATENTS
+        if self.image_storage.lazy and not isinstance(folder, LocalFolder):
+            raise UserError(
+                f"{folder} was prepared with lazy_images=true, which leaves the images in other "
+                "files; prepare it with lazy_images=false"
+            )
         if self.image_storage.lazy:
-            locations = np.asarray(np.load(self.path / "pictures.npy", mmap_mode="r"))
-            size, own_file = (self.image_shape or [0])[-1], self.path / "pictures.bin"
-            folder = facts.get("folder")
-            self._lazy_images = LazyImages(facts["files"], locations, size, own_file, folder)
+            locations = self._load("pictures.npy")
+            size, own_file = (self.image_shape or [0])[-1], folder.file("pictures.bin")
+            files_in = facts.get("folder")
+            self._lazy_images = LazyImages(facts["files"], locations, size, own_file, files_in)
         else:
-            self._latents = _memmap(self.path / "latents.bin", stored, shape)
-        self._parts = np.asarray(np.load(self.path / "parts.npy", mmap_mode="r"))
-        self._documents = np.asarray(np.load(self.path / "documents.npy", mmap_mode="r"))
-        self._checks = np.asarray(np.load(self.path / "checks.npy", mmap_mode="r"))
+            self._latents = folder.array("latents.bin", stored, shape)
+        self._parts, self._documents = self._load("parts.npy"), self._load("documents.npy")
+        self._checks = self._load("checks.npy")
         _check_index(self._parts, self._documents, self._checks)
+
+    def _load(self, name: str) -> np.ndarray:
+        """Map a file that numpy saved."""
+        return np.asarray(np.load(self.folder.file(name), mmap_mode="r"))
 
     def __reduce__(self):
         """Pickle the path, not the content, so that DataLoader workers open the files again."""
@@ -280,7 +288,7 @@ class Corpus(Dataset):
             compute: computes the result.
         """
         digest = hashlib.sha256(question.encode()).hexdigest()[:12]
-        path = self.path / f"answer-{digest}.json"
+        path = self.folder.file(f"answer-{digest}.json")
         with suppress(OSError, ValueError):  # missing or damaged
             return json.loads(path.read_text())
         result = compute()
@@ -503,15 +511,6 @@ def verified(content: np.ndarray, checksum: Checksum) -> np.ndarray:
     if zlib.crc32(content, seed) != crc:
         raise ValueError("the checksum of a part is wrong")
     return content
-
-
-def _memmap(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Map a file as an array; an empty file cannot be mapped and gives an empty array."""
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    if path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
-        raise ValueError("the size of a file differs from corpus.json")
-    return np.asarray(np.memmap(path, dtype, "r", shape=shape))  # plain arrays slice faster
 
 
 def _check_index(parts: np.ndarray, documents: np.ndarray, checks: np.ndarray) -> None:
