@@ -22,7 +22,6 @@ from tf_lightning.remote import RemoteFile, cached_path, find, local_copy, publi
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TF_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
-    monkeypatch.setattr(remote, "_room", 0)
     return tmp_path / "cache"
 
 

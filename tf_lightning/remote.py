@@ -38,6 +38,7 @@ THREADS = 16  # requests at a time that ask for sizes and versions
 ATTEMPTS = 12  # of a request that fails for a reason that may pass
 FIRST_DELAY, LONGEST_DELAY = 0.1, 20.0  # seconds before the next attempt; about 90 in all
 CACHE_GB = 50.0
+KEPT = 0.9  # share of the limit that stays when room is made, so that it is seldom made
 
 # The packages that pip installs with tf-lightning[EXTRA], by scheme.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
@@ -355,7 +356,7 @@ def local_copy(file: RemoteFile) -> Iterator[Path]:
     path, folder = cached_path(file.url), cache_folder()
     version = folder / "versions" / path.relative_to(folder / "files")
     while True:
-        with _lock(path):
+        with lock(path):
             if not _has_copy(path, version, file):
                 _download(file, path, version)
         try:
@@ -371,7 +372,7 @@ def local_copy(file: RemoteFile) -> Iterator[Path]:
                 return
 
 
-def _lock(path: Path) -> FileLock:
+def lock(path: Path) -> FileLock:
     """Return a lock for changing a file; files share 256 locks."""
     locks = cache_folder() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
@@ -421,7 +422,8 @@ def _download(file: RemoteFile, path: Path, version: Path) -> None:
                 f"{file} has a folder of the same name as another file of {cache_folder()}; "
                 "delete that folder, or name another one with TF_LIGHTNING_CACHE"
             ) from error
-    make_room(file)
+    with make_room(str(file), file.size or 0):
+        pass
     with report_full_disk(partial.parent):
         try:
             _fetch(file, partial)
@@ -431,6 +433,9 @@ def _download(file: RemoteFile, path: Path, version: Path) -> None:
         if stat([file.url]) != [file]:
             partial.unlink(missing_ok=True)
             raise _replaced(file)
+        if file.size is None:
+            with make_room(str(file), partial.stat().st_size):
+                pass
         # A process that is killed between these lines leaves a copy that is not used.
         version.unlink(missing_ok=True)
         os.replace(partial, path)
@@ -450,6 +455,33 @@ def _fetch(file: RemoteFile, partial: Path) -> None:
                 return request(file.url, _fetch_whole, file, fs, partial)
             stream.write(content)
             stream.flush()
+
+
+def read_range(url: str, size: int, start: int, end: int) -> bytes:
+    """Read the bytes `start` to `end` - 1 of a file of known size.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read, or its server only sends whole files.
+    """
+    file = RemoteFile(url, size, "")
+    content = request(url, _read_range, file, filesystem(url), start, end)
+    if content is None:
+        raise UserError(
+            f"the server of {file} only sends whole files; use one that sends ranges of bytes"
+        )
+    return content
+
+
+def read_file(url: str) -> bytes:
+    """Read a small file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read.
+    """
+    fs = filesystem(url)
+    return request(url, fs.cat_file, fs._strip_protocol(url))
 
 
 def _read_range(
@@ -478,40 +510,57 @@ def _fetch_whole(file: RemoteFile, fs: fsspec.AbstractFileSystem, partial: Path)
         raise OSError("connection closed early")
 
 
-_room = 0  # bytes that this process may add before the size of the cache is determined again
+@contextmanager
+def make_room(name: str, size: int) -> Iterator[None]:
+    """Remove the files that were used least recently if `size` more bytes would exceed the limit.
 
+    Only one process at a time runs its block, so that a file of this size can be added there.
 
-def make_room(file: RemoteFile) -> None:
-    """Remove the files that were used least recently if the cache would exceed its limit.
+    Args:
+        name: what needs the room, for a message.
+        size: in bytes.
 
     Raises:
-        UserError: the file alone is larger than the limit.
+        UserError: the size alone is above the limit.
     """
-    global _room
-    size, limit = file.size or 0, cache_limit()
+    folder, limit = cache_folder(), cache_limit()
     if size > limit:
         raise UserError(
-            f"{file} has {size:,} bytes, and the cache may hold {limit:,}; set "
+            f"{name} has {size:,} bytes, and the cache may hold {limit:,}; set "
             "TF_LIGHTNING_CACHE_GB to a larger number"
         )
-    _room -= size
-    if _room >= 0:
-        return
-    folder, found = cache_folder(), []
-    for kind in ("files", "partial"):
-        for above, _, names in os.walk(folder / kind):
+    folder.mkdir(parents=True, exist_ok=True)
+    sum_file = folder / "used"  # the size of the cache, or more
+    with FileLock(folder / "used.lock", poll_interval=0.005):
+        try:
+            used = int(sum_file.read_text())
+        except (OSError, ValueError):  # missing, or its writer was killed
+            used = limit
+        if used + size > limit:
+            used = _remove_oldest(KEPT * limit - size)
+        sum_file.write_text(str(used + size))
+        yield
+
+
+def _remove_oldest(limit: float) -> int:
+    """Remove the files that were used least recently while all have more bytes than a limit.
+
+    Returns:
+        The size of the files that are left.
+    """
+    found = []
+    for kind in ("files", "partial", "corpora"):
+        for above, _, names in os.walk(cache_folder() / kind):
             for name in names:
                 with suppress(OSError):
                     status = os.stat(os.path.join(above, name))
-                    found.append((status.st_mtime, status.st_size, Path(above, name)))
-    total = size + sum(size for _, size, _ in found)
-    if total > limit:
-        for _, num_bytes, path in sorted(found):
-            if total <= 0.75 * limit:
-                break
-            total -= num_bytes * _remove(path)
-    # Other processes also add files.
-    _room = max(0, (limit - total) // 16)
+                    found.append((status.st_mtime_ns, status.st_size, Path(above, name)))
+    used = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if used <= limit:
+            break
+        used -= size * _remove(path)
+    return used
 
 
 def _remove(path: Path) -> bool:
