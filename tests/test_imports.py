@@ -24,6 +24,8 @@ LAYERS = """
     tf_lightning.data.documents
     tf_lightning.data.images
     tf_lightning.data.corpus  tf_lightning.data.readers
+    tf_lightning.data.exclusion  tf_lightning.data.duplicates
+    tf_lightning.data.quality
     tf_lightning.data.packing
     tf_lightning.data.stream
     tf_lightning.data.mixture

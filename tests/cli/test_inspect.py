@@ -1,5 +1,8 @@
 """`inspect` counts the data and draws documents and rows."""
 
+import io
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +27,8 @@ from tf_lightning.cli.inspect import (
     pick_documents,
 )
 from tf_lightning.cli.main import main
+from tf_lightning.cli.quality import distribution, filter_list, ratio_bars, write_list
+from tf_lightning.data.quality import Quality
 
 
 class Specials:
@@ -118,10 +123,10 @@ def test_the_command_writes_the_files_that_it_names(tmp_path, capsys):
     report = (tmp_path / "look" / "report.txt").read_text()
     assert out.startswith(report)
     assert "captions train: 40 documents" in report and "text val: 6 documents" in report
-    assert out.splitlines()[-1].endswith("(6 documents), rows.png and report.txt.")
-    assert sorted(p.name for p in (tmp_path / "look").iterdir()) == [
+    assert "(6 documents), rows.png and report.txt." in out
+    assert {p.name for p in (tmp_path / "look").iterdir()} - {"exclude.txt"} == {
         "documents.png", "report.txt", "rows.png"
-    ]  # fmt: skip
+    }  # fmt: skip
     for name in ("rows", "documents"):
         assert Image.open(tmp_path / "look" / f"{name}.png").width > 1000
 
@@ -178,6 +183,76 @@ def test_class_folders_need_no_model_that_fits(tmp_path, only_data, capsys):
     main(["prepare", "-c", config, "--processes", "1", *wrong])
     main(["inspect", "-c", config, *wrong])
     assert "8 images of 64 patches" in capsys.readouterr().out
+
+
+def pictures(folder, count: int):
+    """A folder of captioned pictures; the last of them is a copy of the first."""
+    folder.mkdir()
+    for number in range(count):
+        colors = np.random.default_rng(number % (count - 1)).integers(0, 256, (6, 6, 3), np.uint8)
+        Image.fromarray(colors).resize((64, 64)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"thing {number % (count - 1)}")
+    return {"paths": f"{folder}/*.png", "val_fraction": 0.2, "image_size": 64}
+
+
+def test_the_list_that_is_written_leaves_out_what_it_names(tmp_path, only_data, capsys):
+    arguments = pictures(tmp_path / "pictures", 21)
+    source = {"class_path": "tf_lightning.data.CaptionFolders", "init_args": arguments}
+    config = only_data(source, autoencoder="pixels", row_length=2048)
+    main(["inspect", "-c", config])
+    out = capsys.readouterr().out
+    file = tmp_path / "data" / "inspect" / "exclude.txt"
+    copy = f"{tmp_path}/pictures/20.png\tcopy of {tmp_path}/pictures/00.png"
+    assert [x for x in file.read_text().splitlines() if x[:1] not in ("#", "")] == [copy]
+    assert re.search(r"^  copies of an earlier document +1$", out, re.MULTILINE)
+    assert re.search(r"^  writing systems \(not languages\) +Latin 21$", out, re.MULTILINE)
+    assert f"tf-lightning prepare -c {config} --exclude {file}" in out
+
+    main(["prepare", "-c", config, "--processes", "1", "--exclude", str(file)])
+    assert f"`tf-lightning fit --data.exclude {file}`" in capsys.readouterr().out
+    main(["inspect", "-c", config, "--data.exclude", str(file)])
+    out = capsys.readouterr().out
+    counts = [int(n) for n in re.findall(r"^mine \w+: (\d+) documents", out, re.MULTILINE)]
+    assert sum(counts) == 20 and "skipped 1: named in the filter list" in out
+    assert "copies of an earlier document                 0" in out
+
+    main(["inspect", "-c", config, "--quality", "0"])
+    assert "copies" not in capsys.readouterr().out
+
+
+def test_an_edited_list_is_not_overwritten(tmp_path):
+    assert write_list(tmp_path, "one\n").name == "exclude.txt"
+    assert write_list(tmp_path, "one\n").name == "exclude.txt"
+    (tmp_path / "exclude.txt").write_text("edited\n")
+    assert write_list(tmp_path, "one\n").name == "exclude-2.txt"
+    assert write_list(tmp_path, "two\n").name == "exclude-3.txt"
+    assert (tmp_path / "exclude.txt").read_text() == "edited\n"
+
+
+def test_a_document_with_several_faults_has_one_line_in_the_list():
+    quality = Quality(64)
+    small = Image.open(io.BytesIO(encoded_image(size=(8, 30))))
+    small.info["file"] = encoded_image(size=(8, 30))
+    for number in range(2):
+        quality.add("train", f"a\tb{number}".replace("\t", " "), ["text", small])
+    text, count = filter_list({"mine": quality})
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert count == 2 and lines == [
+        "a b1\tcopy of a b0; small image of 8 x 30 pixels; long image of 8 x 30 pixels",
+        "a b0\tsmall image of 8 x 30 pixels; long image of 8 x 30 pixels",
+    ]
+
+
+def test_aspect_ratios_and_lengths_are_counted_once():
+    ratios = np.array([0.2, 0.4, 1.0, 1.0, 1.05, 1.9, 2.5, 7.0])
+    bars = [line.split("width:height ")[1] for line in ratio_bars(ratios)]
+    assert [(bar[:16].strip(), int(bar.split("#")[0].split()[-1])) for bar in bars] == [
+        ("narrower than 1:", 1), ("1:3 to 1:2", 1), ("about square", 3), ("3:2 to 2:1", 1),
+        ("2:1 to 3:1", 1), ("wider than 3:1", 1),
+    ]  # fmt: skip
+    assert distribution(np.arange(1, 102)) == (
+        "mean 51.0, 5% below 6, median 51, 95% below 96, longest 101"
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--documents", "0"], ["-c", "none.yaml"], []])

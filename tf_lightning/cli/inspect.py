@@ -1,10 +1,12 @@
 """`tf-lightning inspect`: count the data of a configuration and draw what the model sees.
 
-Three files are written: counts and histograms, a sheet of documents, and a drawing of packed rows.
+Files are written: counts and histograms, a sheet of documents, a drawing of packed rows, and a list
+of documents that may be left out.
 
 Shapes: B rows, T positions in a row.
 """
 
+import shlex
 import textwrap
 from collections.abc import Sequence
 from itertools import chain, zip_longest
@@ -23,6 +25,7 @@ from tf_lightning.batch import (
 )
 from tf_lightning.cli.lightning import build_data
 from tf_lightning.cli.parser import Parser, non_negative_int, path_type, positive_int
+from tf_lightning.cli.quality import describe_quality, filter_list, measure, write_list
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.images import to_image
 from tf_lightning.data.mixture import Mixture
@@ -176,8 +179,12 @@ examples:
   tf-lightning inspect -c configs/quickstart.yaml
   tf-lightning inspect -c configs/emoji.yaml -o look --documents 40
 
-The data is prepared first, as `prepare` does. Then three files are written:
-  report.txt      documents, tokens, images, skipped samples with reasons, lengths of documents
+The data is prepared first, as `prepare` does. Then these files are written:
+  report.txt      documents, tokens, images, skipped samples with reasons, lengths of documents;
+                  for each source also duplicates, writing systems, and sizes of image files
+  exclude.txt     documents that may be left out, with reasons: duplicates, texts in an unusual
+                  writing system, small and long images. Edit it, then `tf-lightning prepare -c
+                  CONFIG --exclude FILE`. Only written if there are any
   documents.png   documents as the model sees them: text decoded from its tokens, images from
                   their latents, with captions dropped and parts reordered as in training
   rows.png        the first rows of training: the kind of each position, and its document
@@ -205,14 +212,19 @@ def run_inspect(args: list[str]) -> None:
     data.prepare_data()
     data.setup()
     folder.mkdir(parents=True, exist_ok=True)
-    report = "\n".join(
+    lines = [
         line
         for split, corpora in data.corpora.items()
         for name, corpus in corpora.items()
         for line in describe(f"{name} {split}", corpus, data.num_patches(corpus), data.row_length)
-    )
+    ]
     rows, padding = _rows(data, options.rows)
-    report += f"\npadding of the first {options.rows} rows of training: {padding:.1%}\n"
+    lines.append(f"padding of the first {options.rows} rows of training: {padding:.1%}")
+    qualities = measure(data, options.quality) if options.quality != 0 else {}
+    for name, quality in qualities.items():
+        corpora = [corpora[name] for corpora in data.corpora.values()]
+        lines += ["", *describe_quality(name, quality, corpora)]
+    report = "\n".join(lines) + "\n"
     print(report)
     report = "\n".join([*understood, report])
     with atomic_file(folder / "report.txt") as partial:
@@ -223,6 +235,15 @@ def run_inspect(args: list[str]) -> None:
             drawing.save(partial, format="PNG")
     drawn = counted(len(shown), "document")
     print(f"Wrote {folder}/documents.png ({drawn}), rows.png and report.txt.")
+    text, count = filter_list(qualities)
+    if count:
+        path, same = write_list(folder, text), shlex.join([*recipes, *rest])
+        print(
+            f"Wrote {path}, which names {counted(count, 'document')} that may be left out, with "
+            "reasons. Edit it, and leave them out with\n"
+            f"  tf-lightning prepare {same} --exclude {path}\n"
+            f"  tf-lightning fit {same} --data.exclude {path}"
+        )
 
 
 def _parser() -> Parser:
@@ -230,19 +251,22 @@ def _parser() -> Parser:
         "inspect",
         "Report statistics of the data and draw examples.",
         EPILOG,
-        usage="tf-lightning inspect -c CONFIG [-o FOLDER] [--documents N] [--rows N] [--seed N] "
-        "[--KEY VALUE ...]",
+        usage="tf-lightning inspect -c CONFIG [-o FOLDER] [--documents N] [--rows N] "
+        "[--quality N] [--seed N] [--KEY VALUE ...]",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("-c", "--config", action="append", default=[], metavar="FILE",
         help="YAML file of a run; further files change its values")  # fmt: skip
     add("-o", "--out", type=path_type, metavar="FOLDER",
-        help="folder for the three files (default: inspect/ in the data's cache_dir)")  # fmt: skip
+        help="folder for the files (default: inspect/ in the data's cache_dir)")  # fmt: skip
     add("--documents", type=positive_int, default=24, metavar="N",
         help="documents to draw, equally many from each source (default: 24)")  # fmt: skip
     add("--rows", type=positive_int, default=8, metavar="N",
         help="rows to draw, from the first one on (default: 8)")  # fmt: skip
+    add("--quality", type=non_negative_int, metavar="N",
+        help="documents of each source and split to check for duplicates and other faults, from "
+        "the first one on; 0: none (default: all)")  # fmt: skip
     add("--seed", type=non_negative_int, default=0, metavar="N",
         help="seed for choosing the documents (default: 0)")  # fmt: skip
     return parser

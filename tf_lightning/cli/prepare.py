@@ -45,6 +45,8 @@ def run_prepare(args: list[str]) -> None:
     """Run `tf-lightning prepare`."""
     parser = prepare_parser()
     given, rest = parser.parse_known_args(args)
+    if given.exclude is not None:
+        rest += ["--data.exclude", given.exclude]
     part = parse_part(given.shard)
     cli = build_data(rest, parser)
     if getattr(cli.datamodule, "encoded", None):
@@ -64,8 +66,8 @@ def prepare_parser() -> Parser:
         "prepare",
         DESCRIPTION,
         NOTES,
-        usage="tf-lightning prepare -c CONFIG [--processes N] [--shard I/N] [--data.encoded DIR] "
-        "[--KEY VALUE ...]",
+        usage="tf-lightning prepare -c CONFIG [--processes N] [--shard I/N] [--exclude FILE] "
+        "[--data.encoded DIR] [--KEY VALUE ...]",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -81,6 +83,12 @@ def prepare_parser() -> Parser:
         default="0/1",
         metavar="I/N",
         help="prepare only every N-th shard, beginning with shard I (0 <= I < N), as one of N jobs",
+    )
+    parser.add_argument(
+        "--exclude",
+        metavar="FILE",
+        help="leave out the documents that FILE names, a filter list as `tf-lightning inspect` "
+        "writes it; short for --data.exclude FILE, which `fit` needs too",
     )
     return parser
 
@@ -126,7 +134,8 @@ def prepare_cache(
             "--shard to join them."
         )
     else:
-        print(f"The corpora are in {data.cache_dir}; train on them with `tf-lightning fit`.")
+        same = f" --data.exclude {data.exclude}" if getattr(data, "exclude", None) else ""
+        print(f"The corpora are in {data.cache_dir}; train on them with `tf-lightning fit{same}`.")
 
 
 def prepare_encoded(cli: TransfusionCLI) -> None:

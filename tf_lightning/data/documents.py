@@ -88,3 +88,24 @@ def num_samples(source: Source, split: Split) -> int | None:
     None if the source has no method `num_samples(split)`, or if counting would take long.
     """
     return source.num_samples(split) if hasattr(source, "num_samples") else None
+
+
+def identified(
+    name: str, source: Source, split: Split
+) -> Iterator[tuple[str, RawDocument | Skipped]]:
+    """Yield each document with an id, which a filter list may name.
+
+    A source that reads files has a method `identified(split)`, whose ids begin with the path of the
+    file. Other documents are named by the source, the split and their number, such as
+    "shapes:train:17".
+
+    Args:
+        name: name of the source.
+        source: the source.
+        split: "train" or "val".
+    """
+    if hasattr(source, "identified"):
+        yield from source.identified(split)
+        return
+    for number, document in enumerate(source.documents(split)):
+        yield f"{name}:{split}:{number}", document

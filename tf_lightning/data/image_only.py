@@ -18,7 +18,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tf_lightning.data.corpus.prepare import corpus_path, format_reasons, summary
 from tf_lightning.data.corpus.reader import refuse_damage
 from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split, num_samples
+from tf_lightning.data.exclusion import filtered, unknown_ids
 from tf_lightning.data.stream import ENDLESS, StreamData
 from tf_lightning.errors import UserError
 from tf_lightning.files import partial_folder, publish_folder, report_full_disk
@@ -101,6 +102,7 @@ class ImageData(StreamData):
         seed: seed of the order and of the changes, >= 0. On the command line it
             follows `seed_everything` where it is not given.
         cache_dir: folder in which the images are stored, as uint8.
+        exclude: a filter list, as `Mixture` takes it: documents that are left out. null: none.
     """
 
     def __init__(
@@ -111,10 +113,13 @@ class ImageData(StreamData):
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
         cache_dir: str = "data",
+        *,
+        exclude: str | None = None,
     ):
         super().__init__(batch_size, num_workers)
         check_arguments(ImageData.__init__, locals())
-        self.source, self.augment = source, augment
+        self.source = filtered({"images": source}, exclude)["images"]
+        self.exclude, self.augment = exclude, augment
         self.seed, self.cache_dir = seed, Path(cache_dir)
         self.stores: dict[str, ImageStore] = {}
 
@@ -137,6 +142,9 @@ class ImageData(StreamData):
         self.stores = {
             split: store_images(self.source, split, self.cache_dir) for split in ("train", "val")
         }
+        skipped = [store.skipped for store in self.stores.values()]
+        if self.exclude and (message := unknown_ids(self.exclude, skipped)):
+            rank_zero_warn(message)
         if not len(self.stores["val"]):
             raise UserError(f"no image is held out to validate on; {HOLD_OUT}")
 

@@ -23,6 +23,7 @@ from tf_lightning.data.corpus.folders import open_folder
 from tf_lightning.data.corpus.prepare import PrepareJob, check_result, plan_corpus, prepare
 from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split
+from tf_lightning.data.exclusion import EXCLUDED, filtered, unknown_ids
 from tf_lightning.data.packing import CorpusRows
 from tf_lightning.data.stream import Rows, StreamData, StreamRow, ValidationRows
 from tf_lightning.errors import UserError
@@ -63,6 +64,8 @@ class Mixture(StreamData):
             sizes of the sources, so that each document is seen equally often.
         weights_count: unit of `weights`, "tokens" or "documents" (MonoFormer mixes 9:1 documents).
             A text that is cut into pieces of `row_length` counts as that many documents.
+        exclude: a filter list, a text file with the id of a document in each line, as `tf-lightning
+            inspect` writes it. These documents are left out. null: none.
         tokenizer: a sentencepiece file, a language model's folder, or a checkpoint (.ckpt) whose
             tokenizer is used. null: a tokenizer is trained on the text of the sources.
         vocab_size: entries of a trained tokenizer. Linked from the model on the command line.
@@ -116,6 +119,7 @@ class Mixture(StreamData):
         weights: dict[str, NonNegative] | None = None,
         *,
         weights_count: WeightsUnit = "tokens",
+        exclude: str | None = None,
         tokenizer: str | None = None,
         vocab_size: PositiveInt = 512,
         autoencoder: str | None = None,
@@ -155,7 +159,8 @@ class Mixture(StreamData):
             )
         if autoencoder is None:
             check_without_images(hflip=hflip, crops=crops > 1, sample_posterior=sample_posterior)
-        self.sources, self.weights, self.weights_count = sources, weights, weights_count
+        self.sources, self.exclude = filtered(sources, exclude), exclude
+        self.weights, self.weights_count = weights, weights_count
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
@@ -197,8 +202,26 @@ class Mixture(StreamData):
         if any(corpus is None for split in self.corpora.values() for corpus in split.values()):
             self.corpora = {}  # other parts of `tf-lightning prepare --shard I/N` are missing
             return
+        if self.exclude:
+            self._check_excluded()
         self.image_shapes = self._image_shapes()
         self.image_shape = self.image_shapes[-1] if self.image_shapes else None
+
+    def _check_excluded(self) -> None:
+        """Warn of ids in the filter list that are of no document.
+
+        Raises:
+            UserError: the `encoded` folder was written without a filter list.
+        """
+        opened = [corpus for split in self.corpora.values() for corpus in split.values()]
+        skipped = [corpus.skipped for corpus in opened]
+        if self.encoded and not any(EXCLUDED in reasons for reasons in skipped):
+            raise UserError(
+                f"{self.encoded} was encoded without the documents of {self.exclude} left out; "
+                f"encode another folder with --data.exclude {self.exclude}, or leave exclude out"
+            )
+        if message := unknown_ids(self.exclude, skipped):
+            rank_zero_warn(message)
 
     def plan(
         self, directory: Path, image_storage: ImageStorageSpec

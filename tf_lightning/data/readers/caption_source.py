@@ -213,8 +213,13 @@ class SeveralLayouts(Source):
 
     def documents(self, split: Split) -> Iterator[RawDocument | Skipped]:
         """See `Source.documents`."""
+        for _, document in self.identified(split):
+            yield document
+
+    def identified(self, split: Split) -> Iterator[tuple[str, RawDocument | Skipped]]:
+        """Yield each document with its id; see `documents.identified`."""
         for source in self.of_split(split):
-            yield from source.documents(split)
+            yield from source.identified(split)
 
     def fingerprint(self, split: Split) -> str:
         """See `Source.fingerprint`."""

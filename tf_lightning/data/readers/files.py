@@ -21,6 +21,7 @@ from PIL import Image
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
 from tf_lightning.data.images import CONTEXT, load_image
 from tf_lightning.data.readers.formats import is_ignored
+from tf_lightning.data.readers.ids import SampleIds
 from tf_lightning.data.readers.tables import has_image_columns
 from tf_lightning.errors import UserError
 from tf_lightning.ranges import PositiveInt, Range, check_fields
@@ -74,8 +75,14 @@ class FileSource(Source):
 
     def documents(self, split: Split) -> Iterator[RawDocument | Skipped]:
         """See `Source.documents`."""
-        for sample in self._samples(split):
-            yield from self._convert(sample)
+        for _, document in self.identified(split):
+            yield document
+
+    def identified(self, split: Split) -> Iterator[tuple[str, RawDocument | Skipped]]:
+        """Yield each document with its id; see `documents.identified` and `SampleIds`."""
+        for sample_id, sample in self._samples(split):
+            for document in self._convert(sample):
+                yield sample_id, document
 
     def num_samples(self, split: Split) -> int | None:
         """Count the samples without converting them; None if the files are large."""
@@ -83,15 +90,17 @@ class FileSource(Source):
             return None
         return sum(1 for _ in self._samples(split))
 
-    def _samples(self, split: Split) -> Iterator[Any]:
-        """Yield the samples of a split; a BadSample stands for the unreadable rest of a file."""
+    def _samples(self, split: Split) -> Iterator[tuple[str, Any]]:
+        """Yield (id, sample) of a split; a BadSample stands for the unreadable rest of a file."""
         for file in self.files(split):
+            ids = SampleIds(file)
             try:
                 for key, sample, *named in self.samples(file):
+                    sample_id = ids.next(key, sample)
                     if named == [split] if named else self._in_split(f"{file.name}/{key}", split):
-                        yield sample
+                        yield sample_id, sample
             except (BadSample, *UNEXPECTED) as error:
-                yield BadSample(reason(error))
+                yield ids.name, BadSample(reason(error))
 
     def _in_split(self, key: str, split: Split) -> bool:
         if self.val_paths:

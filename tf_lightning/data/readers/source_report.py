@@ -33,6 +33,7 @@ def report_source(name: str, source: Source) -> list[str]:
         name: name of the source.
         source: the source.
     """
+    source = getattr(source, "unfiltered", source)
     layouts = source.sources if isinstance(source, SeveralLayouts) else [source]
     known = [layout for layout in layouts if type(layout) in TITLES]
     lines = [line for layout in known for line in _layout_lines(name, layout)]
