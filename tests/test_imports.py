@@ -16,7 +16,8 @@ LAYERS = """
     tf_lightning.errors
     tf_lightning.signals
     tf_lightning.files  tf_lightning.progress  tf_lightning.processes
-    tf_lightning.checkpoint_file  tf_lightning.sharded  tf_lightning.remote
+    tf_lightning.checkpoint_file  tf_lightning.remote
+    tf_lightning.sharded
     tf_lightning.folders  tf_lightning.ranges  tf_lightning.checkpoint  tf_lightning.hub
     tf_lightning.diffusion  tf_lightning.tokenizer
     tf_lightning.batch  tf_lightning.autoencoder

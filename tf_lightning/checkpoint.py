@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tf_lightning.checkpoint_file import load_checkpoint
 from tf_lightning.errors import UserError, first_sentence
-from tf_lightning.sharded import check_sharded, is_sharded
+from tf_lightning.sharded import ShardedWeights, check_sharded, is_sharded, read_sharded
 
 TRANSFUSION, AUTOENCODER = "image_codec", "autoencoder"  # keys that tell checkpoints apart
 OTHER_KIND = {TRANSFUSION: "an autoencoder's", AUTOENCODER: "a Transfusion model's"}
@@ -115,13 +115,13 @@ def step_of(path: Path) -> float:
         return math.inf
 
 
-def newest_sound(found: list[Path], kind: str, sharded: bool = False) -> Path:
+def newest_sound(found: list[Path], kind: str, all_shards: bool = True) -> Path:
     """Return the first of some checkpoints that is not damaged, and name those that are.
 
     Args:
         found: paths of checkpoints, at least one.
         kind: TRANSFUSION or AUTOENCODER.
-        sharded: whether sharded ones can be used.
+        all_shards: read all files of sharded ones; else look only whether they are there.
 
     Raises:
         UserError: all are damaged, or are of another program.
@@ -129,10 +129,9 @@ def newest_sound(found: list[Path], kind: str, sharded: bool = False) -> Path:
     refusal = None
     for path in found:
         try:
-            if sharded and path.is_dir():
+            read_checkpoint(path, kind, mmap=True)
+            if all_shards and path.is_dir():
                 check_sharded(path)
-            else:
-                read_checkpoint(path, kind, mmap=True)
         except UserError as error:
             refusal = refusal or error
             continue
@@ -156,34 +155,17 @@ def read_checkpoint(path: str | Path, kind: str = TRANSFUSION, mmap: bool = Fals
     """Read a checkpoint to the CPU and upgrade it, without running code that it contains.
 
     Args:
-        path: the file, or the folder of a run, whose newest sound checkpoint is read.
+        path: the file or the sharded folder, or the folder of a run, whose newest sound checkpoint
+            is read.
         kind: TRANSFUSION or AUTOENCODER.
-        mmap: leave tensors in the file until they are used; saves memory if few are needed.
+        mmap: leave tensors in the file until they are used; saves memory if few are needed. Those
+            of a sharded checkpoint are always left; see `read_sharded`.
 
     Raises:
         UserError: the file does not exist, or is not a checkpoint of this project and kind.
     """
     path = find_checkpoint(path, kind)
-    if is_sharded(path):
-        raise UserError(
-            f"{path} is a sharded checkpoint, which only `fit --ckpt_path last` reads; train with "
-            "save_distributed_checkpoint: false for one file"
-        )
-    if not path.is_file():
-        raise UserError(
-            f"no checkpoint at {path}; train one with `tf-lightning fit` or check the path"
-        )
-    if path.name == "net.safetensors":
-        raise UserError(f"{path} is a part of an export; give its folder, {path.parent}")
-    try:
-        checkpoint = load_checkpoint(path, mmap)
-    except PermissionError:
-        raise
-    except Exception as error:  # torch raises many types for files of other programs
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint; it is damaged "
-            "or of another program: use an earlier one from the same folder"
-        ) from error
+    checkpoint = read_sharded(path) if is_sharded(path) else read_file(path, mmap)
     found = [key for key in OTHER_KIND if isinstance(checkpoint, dict) and key in checkpoint]
     if not found:
         raise UserError(
@@ -198,6 +180,29 @@ def read_checkpoint(path: str | Path, kind: str = TRANSFUSION, mmap: bool = Fals
     return upgrade(checkpoint)
 
 
+def read_file(path: Path, mmap: bool) -> Any:
+    """Read a checkpoint that is one file.
+
+    Raises:
+        UserError: there is no file, or it is damaged or of another program.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"no checkpoint at {path}; train one with `tf-lightning fit` or check the path"
+        )
+    if path.name == "net.safetensors":
+        raise UserError(f"{path} is a part of an export; give its folder, {path.parent}")
+    try:
+        return load_checkpoint(path, mmap)
+    except PermissionError:
+        raise
+    except Exception as error:  # torch raises many types for files of other programs
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint; it is damaged "
+            "or of another program: use an earlier one from the same folder"
+        ) from error
+
+
 def check_content(checkpoint: dict[str, Any], path: Path) -> None:
     """Refuse a checkpoint with parts of other types, before anything is computed from them.
 
@@ -210,7 +215,8 @@ def check_content(checkpoint: dict[str, Any], path: Path) -> None:
     weights, hparams = checkpoint.get("state_dict"), checkpoint.get("hyper_parameters", {})
     wrong = [name for name, part in (("state_dict", weights), ("hyper_parameters", hparams))
              if not isinstance(part, Mapping)]  # fmt: skip
-    tensors |= {} if wrong else weights
+    if not wrong and not isinstance(weights, ShardedWeights):  # which were checked
+        tensors |= weights
     wrong += [str(name) for name, tensor in tensors.items() if not has_data(tensor)]
     if wrong:
         raise UserError(
@@ -267,7 +273,7 @@ def as_dict(config: Any) -> Any:
 
 def select_weights(
     state_dict: Mapping[str, Tensor], weights: str | None = None
-) -> tuple[dict[str, Tensor], str]:
+) -> tuple[Mapping[str, Tensor], str]:
     """Select the network's weights from the state dict of a `Transfusion`.
 
     Args:
@@ -286,7 +292,12 @@ def select_weights(
     if weights == "ema" and not has_ema:
         raise UserError("the checkpoint has no EMA weights; give --weights raw")
     prefix = "ema." if weights == "ema" else "net."
-    selected = {n.removeprefix(prefix): w for n, w in state_dict.items() if n.startswith(prefix)}
+    if isinstance(state_dict, ShardedWeights):
+        selected = state_dict.select(prefix)
+    else:
+        selected = {
+            n.removeprefix(prefix): w for n, w in state_dict.items() if n.startswith(prefix)
+        }
     check_finite_weights(selected, "in the checkpoint", "use an earlier checkpoint of the run")
     return selected, weights
 

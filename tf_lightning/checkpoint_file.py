@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.utils._pytree import tree_leaves
 
-from tf_lightning.files import atomic_file
+from tf_lightning.files import atomic_file, remove
 
 try:
     import fcntl
@@ -159,18 +159,28 @@ def trailer(checksum: int) -> bytes:
 def remove_leftovers(folder: Path) -> None:
     """Remove the partial checkpoints of killed processes, but not those that are being written.
 
-    `atomic_file` removes those of its own machine only; a lock tells it of other machines too.
+    `partial_path` removes those of its own machine only; a lock tells it of other machines too.
     """
     for left in folder.glob(".*.ckpt.*.partial"):
         with suppress(OSError):
             if not left.is_symlink():
-                with left.open("rb") as file:
-                    lock(file)
-            left.unlink()
+                with opened(left) as descriptor:
+                    lock(descriptor)
+            remove(left)
 
 
-def lock(file: BinaryIO) -> None:
-    """Lock a file until it is closed.
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Open a file or a folder for reading; yield its descriptor."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def lock(file: BinaryIO | int) -> None:
+    """Lock a file, or the descriptor of a file or folder, until it is closed.
 
     Raises:
         OSError: another process has locked it, or the file system has no locks.
@@ -181,13 +191,9 @@ def lock(file: BinaryIO) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Wait until the names of a folder's files are on the disk."""
-    if os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if os.name != "nt":  # Windows cannot open folders
+        with opened(folder) as descriptor:
+            os.fsync(descriptor)
 
 
 # ---------------------------------------------------------------- reading
@@ -241,9 +247,31 @@ def verified(path: Path) -> Iterator[None]:
                 raise DamagedFile(f"{path} does not have its checksum") from error
             if error:
                 raise error
-        is_settled = time.time_ns() - os.fstat(file.fileno()).st_ctime_ns > SETTLED
-        if is_settled and identity(file) == before:
-            unchanged.add(before)
+        remember(file, before)
+
+
+def verify(path: Path, size: int, checksum: int) -> None:
+    """Raise DamagedFile unless a file has a size and a CRC-32 that were recorded elsewhere.
+
+    A file that this process has verified is not read again, unless it was written since.
+    """
+    with path.open("rb") as file:
+        before = identity(file)
+        if before in unchanged:
+            return
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise DamagedFile(f"{path.name} has {found:,} bytes instead of {size:,}")
+        if size and file_checksum(path) != checksum or not size and checksum:
+            raise DamagedFile(f"{path.name} does not have its checksum")
+        remember(file, before)
+
+
+def remember(file: BinaryIO, before: tuple[int, ...]) -> None:
+    """Remember that a file was verified, if it can be told from a later one."""
+    is_settled = time.time_ns() - os.fstat(file.fileno()).st_ctime_ns > SETTLED
+    if is_settled and identity(file) == before:
+        unchanged.add(before)
 
 
 def identity(file: BinaryIO) -> tuple[int, ...]:

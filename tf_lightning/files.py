@@ -59,10 +59,16 @@ def clear_folder(folder: Path) -> None:
             target = path.with_name(found["name"])
             if found["kind"] == "old" and not target.exists():
                 os.rename(path, target)
-            elif path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if is_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_running(process: int) -> bool:
@@ -88,7 +94,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         with report_full_disk(path.parent):
             yield partial
-            os.replace(partial, path)
+            replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -117,13 +123,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     A block that raises leaves an older folder at `path` as it was, and removes the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = partial_folder(path), partial_path(path, "old")
+    partial = partial_folder(path)
     try:
         with report_full_disk(path.parent):
             yield partial
-            if path.exists():
-                os.rename(path, old)
-            os.rename(partial, path)
+            replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def replace(partial: Path, path: Path) -> None:
+    """Give a finished file or folder its name, in place of the file or folder that has it.
+
+    A folder has to be moved away first. If the process is killed then, `clear_folder` gives the
+    older one its name back.
+    """
+    old = None
+    if os.path.lexists(path) and (is_folder(path) or is_folder(partial)):
+        old = partial_path(path, "old")
+        os.rename(path, old)
+    os.replace(partial, path)
+    if old:
+        remove(old)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder and not a link to one."""
+    return path.is_dir() and not path.is_symlink()

@@ -93,6 +93,7 @@ from tf_lightning.training.last_checkpoint import LastCheckpoint, link_to
 from tf_lightning.training.missed_work import MissedWork, read_progress
 from tf_lightning.training.module import Transfusion
 from tf_lightning.training.precision import check_precision
+from tf_lightning.training.sharded_saves import ShardedStrategy
 
 # Defaults of every recipe. A recipe states what differs.
 
@@ -345,7 +346,7 @@ class TransfusionCLI(LightningCLI):
         """Refuse to resume a run of other rows; see `StreamData.load_state_dict`."""
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         path = arguments.get("ckpt_path")
-        if subcommand == "fit" and path and Path(path).is_file():
+        if subcommand == "fit" and path and Path(path).exists():
             state = read_checkpoint(path, self.kind("fit"), mmap=True)
             position = state.get(type(self.datamodule).__qualname__, {})
             seed = getattr(self.datamodule, "seed", None)
@@ -400,6 +401,8 @@ class TransfusionCLI(LightningCLI):
             plugins = [*plugins, ExportIO()]
         # Lightning keeps the state of jobs that SLURM preempts in the root directory.
         kwargs["default_root_dir"] = str(self.run_folder)
+        if isinstance(built.trainer.strategy, ModelParallelStrategy):
+            kwargs["strategy"] = ShardedStrategy.like(built.trainer.strategy)
         callbacks = [*always, *listed, *ends]
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
@@ -510,7 +513,9 @@ class TransfusionCLI(LightningCLI):
             refuse_moved_run(folder, self.files.values())
             rank_zero_info(f"There is no {last} yet; training starts at step 0.")
             return None
-        found = newest_sound(files, self.kind("fit"), sharded=True)
+        shards = isinstance(self.trainer.strategy, ShardedStrategy)  # loads what rank zero found
+        all_shards = self.trainer.is_global_zero or not shards
+        found = newest_sound(files, self.kind("fit"), all_shards)
         if self.trainer.is_global_zero and (last.is_symlink() or not last.exists()):
             link_to(found, last)  # the run was killed before it did so, or its last one is damaged
         finished = (read_progress(folder) or {}).get("finished_step")

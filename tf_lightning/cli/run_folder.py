@@ -19,7 +19,7 @@ from tf_lightning.checkpoint import find_checkpoints, newest_sound
 from tf_lightning.checkpoint_file import DamagedFile, check
 from tf_lightning.cli.config_files import ConfigContent
 from tf_lightning.errors import UserError
-from tf_lightning.sharded import check_sharded
+from tf_lightning.sharded import open_sharded
 from tf_lightning.training.missed_work import PROGRESS_FILE, read_progress
 
 try:
@@ -300,7 +300,7 @@ def append_to_csv(logger: CSVLogger) -> None:
 def is_sound(checkpoint: Path) -> bool:
     """Whether a checkpoint is complete and as it was written."""
     try:
-        check_sharded(checkpoint) if checkpoint.is_dir() else check(checkpoint)
+        open_sharded(checkpoint) if checkpoint.is_dir() else check(checkpoint)
     except (UserError, DamagedFile, OSError):
         return False
     return True

@@ -1,5 +1,6 @@
 """Lightning's way to checkpoint files: whole, on the disk, and with a checksum."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from tf_lightning.checkpoint_file import load_checkpoint, write_checkpoint
+from tf_lightning.files import partial_path, remove
+from tf_lightning.sharded import is_sharded, read_sharded
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
@@ -29,10 +32,22 @@ class CheckedCheckpointIO(TorchCheckpointIO):
 
         Raises:
             DamagedFile: the content is not what was written.
+            UserError: it is a sharded checkpoint with a missing or damaged file.
         """
         if is_local(path):
-            return load_checkpoint(Path(path))
+            return (
+                read_sharded(Path(path)) if is_sharded(Path(path)) else load_checkpoint(Path(path))
+            )
         return super().load_checkpoint(path, map_location, weights_only)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint; a sharded one loses its name before its files."""
+        if is_local(path) and is_sharded(Path(path)):
+            partial = partial_path(Path(path))
+            os.rename(path, partial)
+            remove(partial)
+        else:
+            super().remove_checkpoint(path)
 
 
 def is_local(path: str | Path) -> bool:

@@ -17,7 +17,8 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from tf_lightning.signals import handle, ignore_others, interrupt
-from tf_lightning.training.ending import Ending
+from tf_lightning.training.ending import SAVE_SECONDS, Ending
+from tf_lightning.training.sharded_saves import wait_for_saves
 
 
 class Interrupts(L.Callback):
@@ -96,6 +97,8 @@ class Interrupts(L.Callback):
     ) -> None:
         """Tell the other ranks, before `LastCheckpoint` saves."""
         forget_unstarted_loaders(trainer)
+        with suppress(Exception):  # `exception` is the one to report
+            wait_for_saves(trainer, SAVE_SECONDS)  # the other ranks' threads still answer
         self.ending.tell(trainer, exception, has_sharded_weights(pl_module))
 
     def raise_if_received(self) -> None:

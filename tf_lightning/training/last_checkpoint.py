@@ -14,6 +14,7 @@ from tf_lightning.errors import Interrupted
 from tf_lightning.files import partial_path
 from tf_lightning.training.fsdp import reshard
 from tf_lightning.training.interrupts import has_sharded_weights, requeue, requeue_signal
+from tf_lightning.training.sharded_saves import call_when_saved, wait_for_saves
 
 
 class LastCheckpoint(Checkpoint):
@@ -66,11 +67,17 @@ class LastCheckpoint(Checkpoint):
         self.step, self.loops = trainer.global_step, trainer.fit_loop.state_dict()
         if is_last_step(trainer):
             self.save(trainer)
+            wait_for_saves(trainer)  # the callbacks at the end of training may read it
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save where a validation ended the training, as EarlyStopping does."""
         if trainer.should_stop:
             self.save(trainer)
+        wait_for_saves(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for what the ModelCheckpoint has saved since."""
+        wait_for_saves(trainer)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -89,6 +96,7 @@ class LastCheckpoint(Checkpoint):
             try:
                 reshard(pl_module)  # an error may have left the parts of a layer gathered
                 self.save(trainer, path, together)
+                wait_for_saves(trainer)
             except Exception as error:  # the first error is the one to report
                 rank_zero_warn(f"the state of step {trainer.global_step} was not saved: {error}")
         if asks_to_requeue and trainer.is_global_zero:
@@ -135,7 +143,7 @@ class LastCheckpoint(Checkpoint):
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
         if saver._last_checkpoint_saved == path and trainer.is_global_zero:
-            link_to(Path(path), last)
+            call_when_saved(trainer, link_to, Path(path), last)
         self.saved_step = step
 
     def on_save_checkpoint(
@@ -161,7 +169,7 @@ def is_last_step(trainer: L.Trainer) -> bool:
 def replace_link(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
     """Make `linkpath` a link to the checkpoint `filepath`, on rank zero."""
     if trainer.is_global_zero:
-        link_to(Path(filepath), Path(linkpath))
+        call_when_saved(trainer, link_to, Path(filepath), Path(linkpath))
     trainer.strategy.barrier()
 
 

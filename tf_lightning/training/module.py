@@ -46,6 +46,7 @@ from tf_lightning.ranges import (
     Share,
     check_arguments,
 )
+from tf_lightning.sharded import ShardedWeights
 from tf_lightning.training.breakdown import LOSSES, LossBreakdown
 from tf_lightning.training.fsdp import apply_fsdp, number_states_by_module, reshard
 from tf_lightning.training.guard import StepGuard, check_finite
@@ -541,6 +542,8 @@ class Transfusion(L.LightningModule):
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """Load weights as torch does; raise UserError with one sentence if they do not fit."""
         try:
+            if isinstance(state_dict, ShardedWeights):
+                return state_dict.read_into(self.state_dict())
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
             raise state_dict_error(error) from error
