@@ -5,7 +5,7 @@ is the source model's: the new vocabulary entries must not take probability from
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import lightning as L
@@ -25,6 +25,7 @@ from tf_lightning.interop.llama import LanguageModel, open_language_model
 from tf_lightning.model.attention import build_attention
 from tf_lightning.model.transformer import TransformerConfig, with_modality_weights
 from tf_lightning.model.transfusion import build_network
+from tf_lightning.sharded import ShardedWeights, load_into, without_data
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 from tf_lightning.training.module import Transfusion, same_tokenizer
 from tf_lightning.training.resume import differences
@@ -121,7 +122,7 @@ class InitFrom(L.Callback):
         rank_zero_info(load_report(source, pl_module))
         rank_zero_info(check_text(trainer, pl_module))
 
-    def _checkpoint_weights(self, module: Transfusion) -> dict[str, Tensor]:
+    def _checkpoint_weights(self, module: Transfusion) -> Mapping[str, Tensor]:
         """Return the network's weights in the checkpoint: the EMA weights if it has any.
 
         Says which options they were trained with that this run changes.
@@ -141,7 +142,7 @@ class InitFrom(L.Callback):
         rank_zero_info(f"Initialized from {self.checkpoint}{notes}")
         return select_weights(checkpoint["state_dict"])[0]
 
-    def _complete(self, weights: dict[str, Tensor], module: Transfusion) -> dict[str, Tensor]:
+    def _complete(self, weights: Mapping[str, Tensor], module: Transfusion) -> Mapping[str, Tensor]:
         """Choose the weights to load, and add those of the network that `weights` leave out."""
         own = empty_network(module) if module.net is None else module.net
         weights = with_modality_weights(weights, own.state_dict())
@@ -151,9 +152,13 @@ class InitFrom(L.Callback):
             weights = own.state_dict() | weights
         return weights
 
-    def _load(self, module: Transfusion, weights: dict[str, Tensor]) -> None:
+    def _load(self, module: Transfusion, weights: Mapping[str, Tensor]) -> None:
         """Load `weights` into the network and its EMA weights; other weights are unchanged."""
         weights = self._complete(weights, module)
+        if isinstance(weights, ShardedWeights):
+            for net in filter(None, (module.net, module.ema)):
+                load_into(net, weights)
+            return
         prefixes = ["net."] + (["ema."] if module.ema is not None else [])
         module.load_state_dict({p + name: w for p in prefixes for name, w in weights.items()})
 
@@ -164,14 +169,14 @@ def empty_network(module: Transfusion) -> nn.Module:
         return build_network(module.hparams)
 
 
-def check_shapes(module: Transfusion, weights: dict[str, Tensor]) -> None:
+def check_shapes(module: Transfusion, weights: Mapping[str, Tensor]) -> None:
     """Refuse weights whose names or shapes are not those of a module's network.
 
     Raises:
         UserError: they do not fit.
     """
     wanted = {name: tuple(w.shape) for name, w in empty_network(module).state_dict().items()}
-    found = {name: tuple(w.shape) for name, w in weights.items()}
+    found = {name: tuple(w.shape) for name, w in without_data(weights).items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             theirs, ours = (shapes.get(name, "missing") for shapes in (found, wanted))

@@ -49,7 +49,7 @@ KEEP_SIZE = 1  # mode of Linux's fallocate that leaves the size of the file as i
 SETTLED = 2 * 10**9  # nanoseconds; file systems may give two changes within these the same time
 POLYNOMIAL = 0xEDB88320  # of CRC-32, its lowest power in the highest bit
 
-unchanged: set[tuple] = set()  # identities of files whose checksum this process has verified
+unchanged: set[tuple] = set()  # see `remember`
 
 
 class DamagedFile(Exception):
@@ -256,22 +256,28 @@ def verify(path: Path, size: int, checksum: int) -> None:
     A file that this process has verified is not read again, unless it was written since.
     """
     with path.open("rb") as file:
-        before = identity(file)
-        if before in unchanged:
-            return
         found = os.fstat(file.fileno()).st_size
         if found != size:
             raise DamagedFile(f"{path.name} has {found:,} bytes instead of {size:,}")
+        before = (*identity(file), checksum)
+        if before in unchanged:
+            return
         if size and file_checksum(path) != checksum or not size and checksum:
             raise DamagedFile(f"{path.name} does not have its checksum")
         remember(file, before)
 
 
-def remember(file: BinaryIO, before: tuple[int, ...]) -> None:
-    """Remember that a file was verified, if it can be told from a later one."""
+def remember(file: BinaryIO, verified: tuple[int, ...]) -> None:
+    """Remember that a file was verified, if it can be told from a later one.
+
+    Args:
+        file: the file.
+        verified: its identity before, and what it was compared with if that is not in the file.
+    """
     is_settled = time.time_ns() - os.fstat(file.fileno()).st_ctime_ns > SETTLED
-    if is_settled and identity(file) == before:
-        unchanged.add(before)
+    now = identity(file)
+    if is_settled and now == verified[: len(now)]:
+        unchanged.add(verified)
 
 
 def identity(file: BinaryIO) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
@@ -282,6 +282,23 @@ class ShardedWeights(Mapping[str, Tensor]):
         """Fill some tensors."""
         state = {self.start + name: tensor for name, tensor in tensors.items()}
         self.reader.load(state, DefaultLoadPlanner(flatten_state_dict=False))
+
+
+def without_data(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return tensors of the weights' shapes; those of a sharded checkpoint are not read."""
+    return weights.on_meta() if isinstance(weights, ShardedWeights) else weights
+
+
+def load_into(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights into a module; those of a sharded checkpoint are read straight into it.
+
+    Raises:
+        RuntimeError: they do not fit.
+    """
+    if isinstance(weights, ShardedWeights):
+        weights.read_into(module.state_dict())
+    else:
+        module.load_state_dict(weights)
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from support import runs
+from support.sharded_folders import flip_bit, write_sharded
 from tf_lightning.checkpoint import (
     TRANSFUSION,
     find_checkpoint,
@@ -354,14 +355,15 @@ def test_checkpoints_of_a_preempted_job_and_second_names_are_found(tmp_path):
     assert [torch.load(file, weights_only=True)["global_step"] for file in found] == [3, 2, 1]
 
 
-def test_a_sharded_checkpoint_is_passed_over_where_it_cannot_be_read(tmp_path):
+def test_a_sharded_checkpoint_is_found_and_passed_over_when_a_bit_of_it_is_flipped(tmp_path):
     copies(tmp_path / "checkpoints", [1])
-    folder = tmp_path / "checkpoints" / "step2.ckpt"
-    torch.distributed.checkpoint.save({"a": torch.ones(2)}, checkpoint_id=folder)
-    torch.save({"global_step": 2}, folder / "meta.pt")
+    changed = {"global_step": 2, "state_dict": {"net.a": torch.ones(400)}}
+    folder = write_sharded(SMALL | changed, tmp_path / "checkpoints" / "step2.ckpt")
     found = find_checkpoints(tmp_path, tmp_path / "checkpoints")
-    assert newest_sound(found, TRANSFUSION, sharded=True).name == "step2.ckpt"
-    with pytest.warns(UserWarning, match="only `fit --ckpt_path last` reads.*step1.ckpt.*is used"):
+    assert newest_sound(found, TRANSFUSION).name == find_checkpoint(tmp_path).name == "step2.ckpt"
+    flip_bit(folder / "__0_0.distcp", 4000)
+    assert newest_sound(found, TRANSFUSION, all_shards=False).name == "step2.ckpt"
+    with pytest.warns(UserWarning, match="does not have its checksum.*step1.ckpt.*is used"):
         assert find_checkpoint(tmp_path).name == "step1.ckpt"
 
 

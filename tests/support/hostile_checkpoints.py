@@ -96,7 +96,7 @@ def read_lazily(file: Path) -> None:
 
 
 def resume(file: Path) -> None:
-    newest_sound([file], TRANSFUSION, sharded=True)
+    newest_sound([file], TRANSFUSION)
 
 
 def read_tokenizer(file: Path) -> None:
@@ -280,7 +280,7 @@ def read_sharded(folder: Path, rng: random.Random) -> None:
         case 3:
             (target / ".metadata").write_bytes(changed_integers(target / ".metadata", rng))
     try:
-        newest_sound([target], TRANSFUSION, sharded=True)
+        newest_sound([target], TRANSFUSION)
     finally:
         if marker.exists():
             raise AssertionError("the metadata of a sharded checkpoint ran code")

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +33,7 @@ from tf_lightning.data import Mixture
 from tf_lightning.signals import SIGNALS
 from tf_lightning.training import last_checkpoint
 from tf_lightning.training.interrupts import Interrupts
+from tf_lightning.training.sharded_saves import ShardedStrategy
 
 PRELOADED = [
     "support.killed_runs",
@@ -47,6 +49,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {  # the functions that are the phase
     "validation": [(_EvaluationLoop, "run")],
     "examination": [(_FitLoop, "on_run_end")],
 }
+WRITE = "write"  # the phase of a sharded run in which a thread writes a checkpoint
 WHOLE = "run"  # the phase from the start of a command to its end
 CALLS = ("replace", "rename", "fsync", "unlink", "remove", "mkdir", "rmdir", "symlink", "open")
 LOG = "events.out.tfevents."
@@ -64,7 +67,7 @@ class Kill:
     """A signal or a SIGKILL that ends a command at a given place.
 
     Attributes:
-        phase: WHOLE or a name of PHASES.
+        phase: WHOLE, WRITE or a name of PHASES.
         beginning: which beginning of the phase on rank zero, from 0.
         delay: seconds from that beginning to the signal.
         call: instead of `delay`: rank zero ends before its n-th call (from 1) in any occurrence of
@@ -125,7 +128,9 @@ class Ended:
             if kind == "begin":
                 open_phases.append(name)
             elif kind == "end":
-                open_phases.pop()
+                open_phases.reverse()  # the last of this name; WRITE has a thread of its own
+                open_phases.remove(name)
+                open_phases.reverse()
         calls = [name for _, kind, name in self.events if kind == "call"]
         last = f", last file call {calls[-1]}" if calls else ""
         return f"in {open_phases[-1]} after step {self.last_step() or '-'}{last}"
@@ -139,16 +144,23 @@ class Reporter:
 
     def __init__(self, pipe: Connection, folder: Path, kill: Kill | None):
         self.pipe, self.folder, self.kill = pipe, str(folder), kill
-        self.pid, self.phases, self.count = os.getpid(), [WHOLE], 0
+        self.pid, self.count = os.getpid(), 0
+        self.thread, self.lock = threading.local(), threading.Lock()
+
+    @property
+    def phases(self) -> list[str]:
+        """The phases that the present thread is in."""
+        return self.thread.__dict__.setdefault("phases", [WHOLE])
 
     def report(self, kind: str, name: str) -> None:
         """Send an event, unless this is a child of the rank."""
         if os.getpid() == self.pid:
-            self.pipe.send((time.monotonic(), kind, name))
+            with self.lock:
+                self.pipe.send((time.monotonic(), kind, name))
 
     def install(self) -> None:
         """Wrap the functions of the phases and the functions of `os` that change files."""
-        for phase, functions in PHASES.items():
+        for phase, functions in (PHASES | {WRITE: [(ShardedStrategy, "write")]}).items():
             for owner, name in functions:
                 setattr(owner, name, self.phase(phase, getattr(owner, name)))
         Interrupts.on_train_batch_end = self.step(Interrupts.on_train_batch_end)

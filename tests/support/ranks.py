@@ -1,5 +1,6 @@
 """Runs of the command line by one process and by several ranks, and their comparison."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -147,6 +148,13 @@ SHARDED = {
         "process_group_backend": "gloo",
     },
 }
+
+
+def sharded(ranks: int) -> str:
+    """The strategy of FSDP2 on some ranks with sharded checkpoints, for the command line."""
+    arguments = SHARDED["init_args"]
+    arguments = arguments | {"data_parallel_size": ranks, "save_distributed_checkpoint": True}
+    return json.dumps(SHARDED | {"init_args": arguments})
 
 
 def fit(

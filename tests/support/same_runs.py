@@ -9,6 +9,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from tf_lightning.sharded import read_sharded
+
 # Keys of checkpoints, report.json and logs whose values depend on the clock.
 CLOCK = {"fit_seconds", "validation_seconds", "train_seconds"}
 # Lightning's counts of validation batches, which include those of an interrupted validation.
@@ -49,11 +51,11 @@ def checkpoint_differences(run: Path, whole: Path, every_step: Path) -> list[str
     found = []
     for name, other in pairs.items():
         try:
-            ours = torch.load(run / "checkpoints" / name, weights_only=True)
+            ours = read(run / "checkpoints" / name)
         except Exception as error:  # torch raises many types for damaged files
             found.append(f"{name} cannot be read: {error}")
             continue
-        theirs = torch.load(other, weights_only=True)
+        theirs = read(other)
         if name != "last.ckpt":  # callbacks and loops know when others were saved
             ours, theirs = (
                 {k: c[k] for k in c if k not in ("callbacks", "loops")} for c in (ours, theirs)
@@ -61,6 +63,15 @@ def checkpoint_differences(run: Path, whole: Path, every_step: Path) -> list[str
         names = run.parent, other.parent.parent.parent
         found += [f"{name}: {line}" for line in compare(ours, theirs, *names)]
     return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, a file or a sharded folder, completely."""
+    if not path.is_dir():
+        return torch.load(path, weights_only=True)
+    checkpoint = read_sharded(path)
+    parts = {"state_dict": dict, "optimizer_states": list}
+    return checkpoint | {name: as_type(checkpoint[name]) for name, as_type in parts.items()}
 
 
 def compare(ours: Any, theirs: Any, folder: Path, other: Path, name: str = "") -> list[str]:

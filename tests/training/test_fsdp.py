@@ -7,18 +7,9 @@ import torch
 
 from support.compare import bit_equal
 from support.tiny import tiny_module
-from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.errors import UserError
 from tf_lightning.training.fsdp import check_numbers, number_states_by_module
 from tf_lightning.training.optim import build_optimizer
-
-
-def test_reading_a_sharded_checkpoint_is_refused_in_one_sentence(tmp_path):
-    (tmp_path / "meta.pt").write_bytes(b"")
-    with pytest.raises(
-        UserError, match="is a sharded checkpoint.*save_distributed_checkpoint: fal"
-    ):
-        read_checkpoint(tmp_path)
 
 
 def test_states_are_numbered_by_the_module_and_load_into_a_plain_optimizer():

@@ -1,7 +1,7 @@
 """TransfusionPipeline: a trained model that takes text and images and returns text and images."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from tf_lightning.generation.sampling import (
 from tf_lightning.generation.token_sampling import find_stop, num_streamable
 from tf_lightning.interop.export import export, read_weights
 from tf_lightning.model.transfusion import TransfusionModel, build_network
+from tf_lightning.sharded import is_sharded, load_into, without_data
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 from tf_lightning.training.gather import gather_network
 from tf_lightning.training.module import Transfusion
@@ -135,7 +136,8 @@ class TransfusionPipeline:
         selected, kind = select_weights(state_dict, None if exported else weights)
         checkpoint.setdefault("weights", kind)
         name = str(autoencoder) if autoencoder else os.environ.get(VARIABLE)
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        is_file = not Path(path).is_dir() or is_sharded(Path(path))
+        folder = Path(path).parent if is_file else Path(path)
         try:
             net = load_network(checkpoint["hyper_parameters"], selected)
             net = net.requires_grad_(False).eval().to(device, dtype)
@@ -420,7 +422,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
         ) from error
 
 
-def load_network(hparams: dict[str, Any], weights: dict[str, Tensor]) -> TransfusionModel:
+def load_network(hparams: dict[str, Any], weights: Mapping[str, Tensor]) -> TransfusionModel:
     """Build a network with given weights; memory is taken only if their sizes match.
 
     Raises:
@@ -433,9 +435,9 @@ def load_network(hparams: dict[str, Any], weights: dict[str, Tensor]) -> Transfu
         )
     try:
         with torch.device("meta"):
-            build_network(hparams).load_state_dict(weights, assign=True)
+            build_network(hparams).load_state_dict(without_data(weights), assign=True)
         net = build_network(hparams)
-        net.load_state_dict(weights)
+        load_into(net, weights)
     except RuntimeError as error:
         raise state_dict_error(error) from error
     return net

@@ -8,7 +8,7 @@ Shapes: (..., D) vectors, H query heads, G key/value heads, K head dim, V vocabu
 (B, T), or (S,) without padding. With `modality_weights`, L text positions and N patches.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -297,7 +297,9 @@ def modality_block(
     ]
 
 
-def with_modality_weights(state_dict: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def with_modality_weights(
+    state_dict: Mapping[str, Tensor], names: Iterable[str]
+) -> Mapping[str, Tensor]:
     """Add the image weights that a state dict lacks, as copies of its text weights.
 
     This is LMFusion's initialization (Sec. 3.1).
@@ -307,8 +309,12 @@ def with_modality_weights(state_dict: dict[str, Tensor], names: Iterable[str]) -
         names: names of all weights of the network that will load the result.
     """
     text_names = {name: name.replace("image_layers.", "layers.") for name in names}
-    copies = {name: state_dict[text] for name, text in text_names.items() if text in state_dict}
-    return state_dict | {name: copies[name] for name in copies.keys() - state_dict.keys()}
+    copies = {
+        name: state_dict[text]
+        for name, text in text_names.items()
+        if text in state_dict and name not in state_dict
+    }
+    return {**state_dict, **copies} if copies else state_dict
 
 
 # --------------------------------------------------------------------------------- Transformer
