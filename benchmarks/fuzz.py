@@ -95,8 +95,7 @@ def corpora(folder: Path, rng: random.Random) -> None:
     file.write_bytes(hostile_files.damaged(file.read_bytes(), rng))
     corpus = Corpus(copy)
     layout = corpus.layout()
-    for count in layout.lengths, layout.pairs, layout.prompted, layout.read_images:
-        count(*[4] if count == layout.lengths else [])
+    layout.lengths(4), layout.image_patches(4), layout.pairs(), layout.prompted()
     for number in range(min(len(corpus), len(clean))):
         document = corpus.document(number)
         if not all(map(torch.equal, document, clean[number])):

@@ -276,10 +276,13 @@ def describe(title: str, corpus: Corpus, num_patches: int, row_length: int) -> l
     """Describe a corpus: counts, reasons for skipping, and a histogram of lengths in positions."""
     count = len(corpus)
     layout = corpus.layout()
-    lengths, alone = layout.lengths(num_patches), layout.lengths(0)
-    images = int((layout.lengths(1) - alone).sum())
-    tokens = int(alone.sum()) - 2 * count - 2 * images  # without <bos>, <eos>, <boi>, <eoi>
-    patches = f" of {num_patches} patches" if images else ""
+    lengths = layout.lengths(num_patches)
+    images = int(layout.num_images().sum())
+    in_images = int(layout.image_patches(num_patches).total.sum())
+    tokens = int(lengths.sum()) - in_images - 2 * count - 2 * images  # without <bos>, <eoi> etc.
+    several = len(corpus.image_shapes) > 1
+    patches = f" of {num_patches} patches" if images and not several else ""
+    patches = f" of {len(corpus.image_shapes)} shapes" if several else patches
     lines = [
         f"{title}: {counted(count, 'document')}, {counted(tokens, 'text token')}, "
         f"{counted(images, 'image')}{patches}, {counted(int(lengths.sum()), 'position')}",

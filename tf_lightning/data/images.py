@@ -6,6 +6,7 @@ Shapes: H x W pixels.
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from tf_lightning.data.buckets import Size, nearest_size
 from tf_lightning.data.documents import BadSample
 
-# Position of the square crop along the longer side, from 0 (left or top) to 1 (right or bottom).
+# Position of the crop along the side that is cropped, from 0 (left or top) to 1 (right or bottom).
 CENTER = 0.5
 CROP_POSITIONS = CENTER, 0.0, 1.0
 
@@ -93,17 +95,20 @@ def is_image_file(start: bytes) -> bool:
 PPM_MAGIC = {kind + space for kind in (b"2", b"3", b"5", b"6") for space in (b"\n", b" ", b"\r")}
 
 
-def load_image(file: bytes | Path, image_size: int, crop: float = CENTER) -> Image.Image:
-    """Load an image file as an RGB image of image_size x image_size pixels (Transfusion Sec. 4.1).
+def load_image(
+    file: bytes | Path, image_size: int | Sequence[Size], crop: float = CENTER
+) -> Image.Image:
+    """Load an image file as an RGB image of a given size (Transfusion Sec. 4.1).
 
-    The largest square is cropped and resized with a bicubic filter. The EXIF orientation is
-    applied, transparent pixels become white, and an animation becomes its first frame. `file` is
-    kept in `info["file"]` of the result.
+    The largest part with the size's aspect ratio is cropped and resized with a bicubic filter. The
+    EXIF orientation is applied, transparent pixels become white, and an animation becomes its first
+    frame. `file` is kept in `info["file"]` of the result.
 
     Args:
         file: content or path of the file, in one of FORMATS.
-        image_size: side of the result in pixels.
-        crop: position of the square along the longer side, from 0 to 1.
+        image_size: side of a square in pixels; or the sizes (width, height) to choose from, of
+            which the result has the one nearest to the image's aspect ratio.
+        crop: position of the crop along the side that is cropped, from 0 to 1.
 
     Raises:
         BadSample: the file is missing, damaged, not an image of FORMATS, has too many pixels, or
@@ -130,7 +135,8 @@ def load_image(file: bytes | Path, image_size: int, crop: float = CENTER) -> Ima
     except Exception as error:  # Pillow raises errors of many types for damaged files
         fault = "truncated" if "truncated" in str(error).lower() else "damaged"
         raise BadSample(f"{fault} image") from error
-    size = image_size, image_size
+    sizes = [(image_size, image_size)] if isinstance(image_size, int) else image_size
+    size = nearest_size(image.size, sizes)
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.BICUBIC, centering=(crop, crop))
     image.info["file"] = file  # unlike other attributes, info survives pickling

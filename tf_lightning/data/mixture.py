@@ -4,6 +4,7 @@ It opens or trains the tokenizer, prepares a corpus for each source and split, a
 rows: an endless stream for training, each document once for validation.
 """
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.batch import Batch, pack
+from tf_lightning.data.buckets import bucket_sizes
 from tf_lightning.data.corpus.encoded import EncodedRequirements, encoded_tokenizer, open_encoded
 from tf_lightning.data.corpus.folders import open_folder
 from tf_lightning.data.corpus.prepare import PrepareJob, check_result, plan_corpus, prepare
@@ -40,6 +42,7 @@ from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 WeightsUnit = Literal["tokens", "documents"]
 TimestepDistribution = Literal["uniform", "logit_normal"]
+AspectRatio = Annotated[float, Range(ge=1, le=10, note="1 crops every image to a square")]
 
 # A tokenizer is trained on the first documents of each source, up to these limits.
 TOKENIZER_DOCUMENTS = 20_000
@@ -76,8 +79,13 @@ class Mixture(StreamData):
             read, instead of its mode. Doubles the size of the stored latents.
         hflip: flip the images of half of the documents horizontally, chosen anew in each epoch.
             Doubles the size of the stored latents. Not for captions that mention left or right.
-        crops: square crops of each image, of which training draws one. 1: the center; 2 or 3: also
-            one or both ends of the longer side. Multiplies the size of the stored latents.
+        max_aspect_ratio: longer side of an image divided by the shorter at most, from 1 to 10. 1:
+            every image is cropped to a square. Above 1: each image is cropped to the nearest of
+            several sizes (aspect-ratio buckets), whose areas are about that of the square of
+            `image_size` and whose sides divide into patches. Not for an autoencoder with a
+            codebook, since codes carry no shape.
+        crops: crops of each image, of which training draws one. 1: the center; 2 or 3: also one or
+            both ends of the side that is cropped. Multiplies the size of the stored latents.
         lazy_images: leave images in their files and tars and read them there during training. Needs
             autoencoder "pixels". `cache_dir` then holds only their positions, and copies of the
             image files in parquet files and compressed tars.
@@ -125,6 +133,7 @@ class Mixture(StreamData):
         autoencoder: str | None = None,
         sample_posterior: bool = False,
         hflip: bool = False,
+        max_aspect_ratio: AspectRatio = 1.0,
         crops: Literal[1, 2, 3] = 1,
         lazy_images: bool = False,
         encoded: str | None = None,
@@ -158,14 +167,21 @@ class Mixture(StreamData):
                 "each source one, or leave weights_count out"
             )
         if autoencoder is None:
-            check_without_images(hflip=hflip, crops=crops > 1, sample_posterior=sample_posterior)
+            check_without_images(
+                hflip=hflip,
+                max_aspect_ratio=max_aspect_ratio > 1,
+                crops=crops > 1,
+                sample_posterior=sample_posterior,
+            )
         self.sources, self.exclude = filtered(sources, exclude), exclude
         self.weights, self.weights_count = weights, weights_count
         self.source_names = list(sources)
         self.tokenizer_file, self.vocab_size = tokenizer, vocab_size
         self.autoencoder_name, self.patch_size = autoencoder, patch_size
         self.lazy_images, self.encoded = lazy_images, encoded and open_folder(encoded)
-        self.image_storage = ImageStorageSpec(hflip, sample_posterior, lazy_images, crops)
+        self.image_storage = ImageStorageSpec(
+            hflip, sample_posterior, lazy_images, crops, max_aspect_ratio
+        )
         self.row_length, self.time_token = row_length, time_token
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.max_caption_t, self.clean_copies = max_caption_t, clean_copies
@@ -250,7 +266,9 @@ class Mixture(StreamData):
         )
         storage = {
             "train": replace(image_storage, moments=moments),
-            "val": ImageStorageSpec(lazy=self.lazy_images),
+            "val": ImageStorageSpec(
+                lazy=self.lazy_images, max_aspect_ratio=image_storage.max_aspect_ratio
+            ),
         }
         return {
             split: {
@@ -279,6 +297,7 @@ class Mixture(StreamData):
             row_length=self.row_length,
             hflip=self.image_storage.hflip,
             crops=self.image_storage.crops,
+            max_aspect_ratio=self.image_storage.max_aspect_ratio,
             sample_posterior=self.image_storage.moments,
         )
         return {
@@ -317,16 +336,31 @@ class Mixture(StreamData):
                 f'autoencoder "{self.autoencoder_name}" has no posterior to sample; give '
                 "sample_posterior: false"
             )
+        ratio = self.image_storage.max_aspect_ratio
+        if self.num_codes and ratio > 1:
+            raise UserError(
+                f'autoencoder "{self.autoencoder_name}" turns images into tokens, which do not say '
+                f"where a row of the image ends; give max_aspect_ratio: 1 instead of {ratio:g}"
+            )
         if autoencoder:
+            pixels = autoencoder.downsample * self.patch_size
             for name, source in self.sources.items():
-                check_image_size(name, source, autoencoder.downsample * self.patch_size)
+                check_image_size(name, source, pixels)
+            self.sources = {
+                name: with_buckets(source, pixels, ratio) for name, source in self.sources.items()
+            }
         return autoencoder
 
     def _image_shapes(self) -> list[tuple[int, int, int]]:
-        """The (C, h, w) of all latents, the largest last: samples are generated at that size."""
+        """The (C, h, w) of all latents, last the one that is generated unless a size is given.
+
+        It is the largest, with aspect-ratio buckets the largest square if there is one.
+        """
         opened = [corpus for split in self.corpora.values() for corpus in split.values()]
-        shapes = {corpus.image_shape for corpus in opened if corpus.image_shape}
-        return sorted(shapes, key=lambda shape: (shape[1] * shape[2], shape))
+        shapes = {shape for corpus in opened for shape in corpus.image_shapes}
+        buckets = self.image_storage.has_shapes
+        square = lambda shape: buckets and shape[1] == shape[2]  # noqa: E731
+        return sorted(shapes, key=lambda shape: (square(shape), shape[1] * shape[2], shape))
 
     # Serving
 
@@ -423,7 +457,10 @@ class Mixture(StreamData):
         )
 
     def num_patches(self, corpus: Corpus) -> int:
-        """Count the positions of an image of a corpus with its time token; 0 without images."""
+        """Count the positions of an image of a corpus with its time token; 0 without images.
+
+        If the images differ in shape, it is the number of most of them.
+        """
         if corpus.image_shape is None:
             return 0
         _, height, width = corpus.image_shape
@@ -469,6 +506,24 @@ def check_image_size(name: str, source: Source, pixels: int) -> None:
             f"{name}: image_size={side} does not divide into patches of {pixels} pixels; give a "
             f"multiple of {pixels}"
         )
+
+
+def with_buckets(source: Source, pixels: int, max_aspect_ratio: float) -> Source:
+    """Return a source that crops its image files to aspect-ratio buckets.
+
+    Sources that draw their images are returned unchanged.
+
+    Args:
+        source: the source.
+        pixels: side of a patch in pixels.
+        max_aspect_ratio: as in `Mixture`; 1: the source is returned unchanged.
+    """
+    image_size = getattr(source, "image_size", None)
+    if max_aspect_ratio == 1 or not image_size or not hasattr(source, "image_sizes"):
+        return source
+    source = copy.copy(source)
+    source.image_sizes = bucket_sizes(image_size, pixels, max_aspect_ratio)
+    return source
 
 
 # The tokenizer

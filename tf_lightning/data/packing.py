@@ -70,7 +70,7 @@ class CorpusRows:
     Args:
         corpus: the documents.
         row_length: positions in a row; no document is longer.
-        num_patches: positions of an image.
+        num_patches: positions of an image, if all images of the corpus have the same number.
         seed: seed of the order and of all choices. None keeps the corpus's order in every epoch.
         image_first_prob: in [0, 1].
         caption_drop_prob: in [0, 1].
@@ -183,21 +183,24 @@ class CorpusRows:
         random = np.random.default_rng((*(self.seed or ()), CHOICES, epoch, number, attempt))
         order = np.arange(count) if self.seed is None else random.permutation(count)
         pairs, num_images = layout.pairs(), layout.num_images()
+        patches = layout.image_patches(self.num_patches)
         prompted = layout.prompted() & ~pairs
         image_first = choose(random, pairs, self.image_first_prob)
         dropped = choose(random, pairs & ~image_first | prompted, self.caption_drop_prob)
         alone = dropped & (num_images == 1)
         alone |= choose(random, dropped & ~alone, 0.5)
         # A dropped document is <bos>, one or more images of <boi> patches <eoi>, <eos>.
-        image, whole = self.num_patches + 2, layout.lengths(self.num_patches)
-        lengths, left_out = np.where(dropped, 2 + image * np.where(alone, 1, num_images), whole), 0
+        whole, left_out = layout.lengths(self.num_patches), 0
+        images = np.where(alone, 2 + patches.last, 2 * num_images + patches.total)
+        lengths = np.where(dropped, 2 + images, whole)
         if self.clean_copies:
-            read = layout.read_images()
-            copies = np.where(pairs, image_first, np.where(dropped, num_images - 1, read))
-            lengths = lengths + self.num_patches * np.where(alone, 0, copies)
+            read = patches.total - patches.final
+            copies = np.where(dropped, patches.total - patches.last, read)
+            copies = np.where(pairs, image_first * patches.total, copies)
+            lengths = lengths + np.where(alone, 0, copies)
             order = order[lengths[order] <= self.row_length]
-            max_copies = np.where(pairs, self.image_first_prob > 0, read)
-            left_out = int((whole + self.num_patches * max_copies > self.row_length).sum())
+            max_copies = np.where(pairs, (self.image_first_prob > 0) * patches.total, read)
+            left_out = int((whole + max_copies > self.row_length).sum())
         packed = best_fit(lengths[order].tolist(), self.row_length)
         rows = [order[row].tolist() for row in packed]
         num_tokens = int(lengths[order].sum())

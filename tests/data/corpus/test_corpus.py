@@ -96,8 +96,11 @@ def test_edits_are_an_image_an_instruction_and_an_image(corpus):
     assert corpus.layout().edits().nonzero()[0].tolist() == [5]
 
 
-def test_read_images_counts_images_with_a_part_after_them(corpus):
-    assert corpus.layout().read_images().tolist() == [0, 0, 0, 2, 1, 1, 1]
+def test_image_patches_counts_the_patches_of_all_images_of_the_last_one_and_at_the_end(corpus):
+    total, last, final = corpus.layout().image_patches(num_patches=6)
+    assert total.tolist() == [6, 0, 6, 12, 6, 12, 6]
+    assert last.tolist() == [6, 0, 6, 6, 6, 6, 6]
+    assert final.tolist() == [6, 0, 6, 0, 0, 6, 0]
 
 
 def test_pickling_keeps_the_path_and_reads_the_same_files(corpus):

@@ -204,8 +204,8 @@ def test_torchcodec_decodes_only_files_for_which_it_agrees_with_pillow(save, ali
     wanted = load_image(path, 8)
     assert decodes_alike(wanted, path.read_bytes()) == alike
     place = [[0, 0, path.stat().st_size, alike]]
-    images = LazyImages([str(path)], np.array(place), 8, tmp_path)
-    assert torch.equal(images.read(0, check_of(path)), pixels(wanted))
+    images = LazyImages([str(path)], np.array(place), tmp_path)
+    assert torch.equal(images.read(0, check_of(path), (8, 8)), pixels(wanted))
 
 
 @pytest.mark.parametrize("change", ["cut", "other kind"])
@@ -218,18 +218,20 @@ def test_a_changed_file_is_refused_by_both_decoders(change, tmp_path):
     else:
         path.write_bytes(b"x" * size)
     with pytest.raises(UserError, match="image 0 at byte 0 of .*cannot be read any more"):
-        LazyImages([str(path)], np.array([[0, 0, size, 1]]), 8, tmp_path).read(0, check_of(path))
+        LazyImages([str(path)], np.array([[0, 0, size, 1]]), tmp_path).read(
+            0, check_of(path), (8, 8)
+        )
 
 
 def test_a_replaced_image_is_refused(tmp_path):
     path = tmp_path / "image.bmp"  # the file size depends only on the image size
     noise(1).save(path)
     check = check_of(path)
-    images = LazyImages([str(path)], np.array([[0, 0, path.stat().st_size, 0]]), 8, tmp_path)
-    assert torch.equal(images.read(0, check), pixels(noise(1)))
+    images = LazyImages([str(path)], np.array([[0, 0, path.stat().st_size, 0]]), tmp_path)
+    assert torch.equal(images.read(0, check, (8, 8)), pixels(noise(1)))
     noise(2).save(path)
     with pytest.raises(UserError, match="image 0 at byte 0 of .*cannot be read any more"):
-        images.read(0, check)
+        images.read(0, check, (8, 8))
 
 
 def test_a_project_moves_with_images_and_corpora(tars, tmp_path_factory, monkeypatch):

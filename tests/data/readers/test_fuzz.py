@@ -197,7 +197,7 @@ def test_a_damaged_corpus_is_read_unchanged_or_refused(kind, tmp_path, mixture):
         try:
             opened = Corpus(corpus.path)
             found = opened.layout()
-            found.lengths(4), found.pairs(), found.edits(), found.read_images()
+            found.lengths(4), found.pairs(), found.edits(), found.image_patches(4)
             for number, parts in enumerate(map(opened.document, range(len(opened)))):
                 assert all(map(torch.equal, parts, clean[number]))
                 read += 1

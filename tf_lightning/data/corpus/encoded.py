@@ -55,6 +55,7 @@ class EncodedRequirements:
         row_length: positions in a row; no document may be longer.
         hflip: whether training needs horizontally flipped images.
         crops: number of crops of each image that training needs.
+        max_aspect_ratio: longer side of an image divided by the shorter at most.
         sample_posterior: whether training samples the posterior; otherwise it takes the mode.
     """
 
@@ -67,6 +68,7 @@ class EncodedRequirements:
     row_length: int
     hflip: bool
     crops: int
+    max_aspect_ratio: float
     sample_posterior: bool
 
 
@@ -79,7 +81,7 @@ def open_encoded(
         folder: the encoded folder.
         name: name of the source.
         split: "train" or "val".
-        source: the source; only its `image_size` is read, if it has one.
+        source: the source; only its `image_size` and `image_sizes` are read, if it has them.
         required: the settings that the corpus must match.
 
     Raises:
@@ -112,9 +114,15 @@ def _settings(
         yield "an autoencoder of fingerprint", facts["autoencoder"], required.autoencoder
     yield "patch_size", facts["patch_size"], required.patch_size
     yield "time_token", facts["time_token"], required.time_token
+    yield "max_aspect_ratio", storage.max_aspect_ratio, required.max_aspect_ratio
     image_size = getattr(source, "image_size", None)
-    if image_size and corpus.image_shape:
+    if image_size and corpus.image_shape and not storage.has_shapes:
         yield "image_size", corpus.image_shape[-1] * required.downsample, image_size
+    buckets = getattr(source, "image_sizes", ())
+    for _, height, width in corpus.image_shapes if buckets else ():
+        size = width * required.downsample, height * required.downsample
+        if size not in buckets:
+            yield "images of", f"{size[0]} x {size[1]} pixels", f"image_size {image_size}"
     if required.row_length < facts["row_length"]:  # documents fit into longer rows
         yield "row_length", facts["row_length"], required.row_length
     if split == "train":

@@ -1,19 +1,24 @@
 """A prepared corpus, memory-mapped from a disk or read from an object store by document number.
 
 A corpus is a folder with these files:
-    corpus.json    counts, image shape, codebook size, what is stored of each image
+    corpus.json    counts, shapes of the images, codebook size, what is stored of each image
                    (`ImageStorageSpec`), how many samples were skipped for each reason, and mean
                    and standard deviation of latents and of pixels by channel
     documents.npy  int64 (num_documents + 1,): document i is parts[documents[i] : documents[i + 1]]
     parts.npy      int64 (num_parts, 2): (first token, length) of a text, (number, -1) of an image,
                    (number, -2) of an image that is read but never generated. A length of -2 - n
                    is another wording, of n tokens, of the text before it
-    checks.npy     uint32 (num_parts,): CRC-32 of the content of each part, see `checksum_seed`
+    checks.npy     uint32 (num_parts,): CRC-32 of the content of each part, see `checksum_seed`;
+                   of an image in shapes.npy, of its last three numbers there and its content
     tokens.bin     int32: all token ids, one text after another; ~id for text outside of the loss
     latents.bin    float16 (num_images, V, S, C, h, w), unit variance. V views: the crops, then the
                    flipped crops. S: the latents, or their mean and standard deviation. Codes are
                    uint32 with C = 1.
     answer-*.json  results that depend on the whole corpus, such as the number of rows it fills
+
+With images of several shapes (`max_aspect_ratio` above 1) there is also:
+    shapes.npy     int64 (num_images, 4): sum of h * w over the images before it, h and w of its
+                   latents, and its positions in a row
 
 With lazy images, latents.bin is empty and there are also:
     pictures.npy   int64 (num_images, 4): file number, first byte, number of bytes, and whether
@@ -35,6 +40,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +50,7 @@ from torch.utils.data import Dataset
 from torchcodec.decoders import decode_jpeg, decode_png
 
 from tf_lightning.batch import Document
+from tf_lightning.data.buckets import Size
 from tf_lightning.data.corpus.folders import LocalFolder, open_corpus_folder
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import CROP_POSITIONS, load_image
@@ -92,13 +99,16 @@ class ImageStorageSpec:
         hflip: also store a horizontally flipped copy; training draws one of the two.
         moments: store mean and standard deviation of the posterior, for training on samples.
         lazy: store only the position of the image file, which is read when the image is needed.
-        crops: number of square crops in {1, 2, 3}: the center, then the ends of the longer side.
+        crops: number of crops in {1, 2, 3}: the center, then the ends of the side that is cropped.
+        max_aspect_ratio: longer side of an image divided by the shorter at most; 1: all images have
+            one size.
     """
 
     hflip: bool = False
     moments: bool = False
     lazy: bool = False
     crops: int = 1
+    max_aspect_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if self.crops not in (1, 2, 3):
@@ -115,12 +125,19 @@ class ImageStorageSpec:
 
     def to_json(self) -> dict:
         """Convert to the keys of corpus.json; they are part of the corpus's hash."""
-        return {
+        values = {
             "mirrored": self.hflip,
             "moments": self.moments,
             "in_place": self.lazy,
             "crops": self.crops,
         }
+        # Corpora of images of one size have the same hash as in older versions.
+        return values | ({"max_aspect_ratio": self.max_aspect_ratio} if self.has_shapes else {})
+
+    @property
+    def has_shapes(self) -> bool:
+        """Whether images may differ in shape, so that the shape of each is stored."""
+        return self.max_aspect_ratio > 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -158,7 +175,9 @@ class Corpus(Dataset):
     Attributes:
         folder: access to the files.
         name: name of the folder.
-        image_shape: (C, h, w) of the latents, None if there are no images.
+        image_shape: (C, h, w) of the latents, of most of them if they differ; None if there are no
+            images.
+        image_shapes: the (C, h, w) of all latents, each with its number of images.
         image_storage: what is stored of each image.
         skipped: number of skipped samples by reason.
         origin: everything that determined the content, as `PrepareJob.origin` lists it.
@@ -178,7 +197,14 @@ class Corpus(Dataset):
         self.num_images, self.origin = facts["num_images"], facts["made_from"]
         self._tokens = folder.array("tokens.bin", np.int32, (facts["num_tokens"],))
         self.image_storage = ImageStorageSpec.from_json(facts.get("latents", {}))
+        self.image_shapes = {self.image_shape: self.num_images} if self.image_shape else {}
+        self._shapes: np.ndarray | None = None
         shape = facts["num_images"], *self.image_storage.shape, *(self.image_shape or ())
+        if self.image_storage.has_shapes:
+            self._shapes = self._load("shapes.npy")
+            _check_shapes(self._shapes, self.num_images)
+            self.image_shapes = {tuple(shape): count for *shape, count in facts["image_shapes"]}
+            shape = (self._position_size * _num_positions(self._shapes),)
         stored, self._dtype = STORED_CODES if facts.get("num_codes") else STORED_LATENTS
         if self.image_storage.lazy and not isinstance(folder, LocalFolder):
             raise UserError(
@@ -186,10 +212,9 @@ class Corpus(Dataset):
                 "files; prepare it with lazy_images=false"
             )
         if self.image_storage.lazy:
-            locations = self._load("pictures.npy")
-            size, own_file = (self.image_shape or [0])[-1], folder.file("pictures.bin")
+            locations, own_file = self._load("pictures.npy"), folder.file("pictures.bin")
             files_in = facts.get("folder")
-            self._lazy_images = LazyImages(facts["files"], locations, size, own_file, files_in)
+            self._lazy_images = LazyImages(facts["files"], locations, own_file, files_in)
         else:
             self._latents = folder.array("latents.bin", stored, shape)
         self._parts, self._documents = self._load("parts.npy"), self._load("documents.npy")
@@ -215,6 +240,11 @@ class Corpus(Dataset):
             IndexError: there is no such document.
         """
         return self.document(range(len(self))[index])
+
+    @property
+    def _position_size(self) -> int:
+        """Numbers in latents.bin for each position of an image's latents."""
+        return math.prod(self.image_storage.shape) * (self.image_shape or (0,))[0]
 
     @refuse_damage
     def document(
@@ -258,12 +288,25 @@ class Corpus(Dataset):
     ) -> Tensor:
         """Read one image as latents, codes or pixels, see `document`."""
         flipped, crop = view
+        height, width = self.image_shape[1:]
+        if self._shapes is not None:
+            height, width = self._shapes[number, 1:3].tolist()
+            seed = zlib.crc32(self._shapes[number, 1:].tobytes(), checksum[0])
+            checksum = seed, checksum[1]
         if self.image_storage.lazy:
-            image = self._lazy_images.read(number, checksum, crop)
+            image = self._lazy_images.read(number, checksum, (width, height), crop)
             return image.flip(-1) if flipped else image
-        views = verified(self._latents[number], checksum)
+        views = self._latents[number] if self._shapes is None else self._views(number)
+        views = verified(views, checksum)
         stored = views[flipped * self.image_storage.crops + crop].astype(self._dtype)
         return torch.from_numpy(draw_latents(stored, random if self.sample_posterior else None))
+
+    def _views(self, number: int) -> np.ndarray:
+        """Return the stored views of an image of its own shape, (V, S, C, h, w)."""
+        start, height, width, _ = self._shapes[number].tolist()
+        first, end = (n * self._position_size for n in (start, start + height * width))
+        channels = self.image_shape[0]
+        return self._latents[first:end].reshape(*self.image_storage.shape, channels, height, width)
 
     @refuse_damage
     def layout(
@@ -278,7 +321,9 @@ class Corpus(Dataset):
         """
         if documents is None:
             documents = np.arange(len(self))
-        return select_layout(self._parts, self._documents, documents, wordings)
+        shapes = self._shapes
+        positions = None if shapes is None else shapes[:, 3]
+        return select_layout(self._parts, self._documents, documents, wordings, positions)
 
     def cached(self, question: str, compute: Callable[[], dict]) -> dict:
         """Return a result from the corpus folder, or compute it and store it there as JSON.
@@ -305,10 +350,13 @@ class Layout:
         part_lengths: tokens of each text, IMAGE or CONTEXT_IMAGE for each image, document by
             document, (num_parts,).
         starts: document i has parts starts[i] to starts[i + 1] - 1, (num_documents + 1,).
+        image_positions: positions of the patches of each part, 0 for texts, (num_parts,); None:
+            all images have the same number.
     """
 
     part_lengths: np.ndarray
     starts: np.ndarray
+    image_positions: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -318,10 +366,31 @@ class Layout:
         """Count the positions of each document in a row, (num_documents,).
 
         Args:
-            num_patches: positions of an image's patches.
+            num_patches: positions of an image's patches, if all images have the same number.
         """
         image = self.part_lengths < 0
-        return 2 + self._sums(np.where(image, num_patches + 2, self.part_lengths))
+        patches = self._patches(num_patches)
+        return 2 + self._sums(np.where(image, patches + 2, self.part_lengths))
+
+    def image_patches(self, num_patches: int) -> "ImagePatches":
+        """Count the positions of the images' patches in each document.
+
+        Args:
+            num_patches: as in `lengths`.
+        """
+        patches = self._patches(num_patches)
+        ends = self.starts[1:]
+        last = np.maximum.accumulate(np.where(self.part_lengths < 0, np.arange(len(patches)), -1))
+        found = last[ends - 1]  # the last image up to the end of each document
+        own = found >= self.starts[:-1]
+        final = patches[ends - 1]
+        return ImagePatches(self._sums(patches), np.where(own, patches[found], 0), final)
+
+    def _patches(self, num_patches: int) -> np.ndarray:
+        """Return the positions of the patches of each part, 0 for texts, (num_parts,)."""
+        if self.image_positions is not None:
+            return self.image_positions
+        return np.where(self.part_lengths < 0, num_patches, 0)
 
     def pairs(self) -> np.ndarray:
         """Find documents of exactly one text and one image, (num_documents,) bool."""
@@ -352,19 +421,26 @@ class Layout:
         """Count the images of each document, (num_documents,)."""
         return self._sums(self.part_lengths < 0)
 
-    def read_images(self) -> np.ndarray:
-        """Count the images of each document that a later part attends to, (num_documents,)."""
-        image = self.part_lengths < 0
-        return self._sums(image) - image[self.starts[1:] - 1]
-
     def _sums(self, of_parts: np.ndarray) -> np.ndarray:
         """Sum a value per part over each document, (num_documents,)."""
         totals = np.concatenate([[0], np.cumsum(of_parts)])
         return totals[self.starts[1:]] - totals[self.starts[:-1]]
 
 
+class ImagePatches(NamedTuple):
+    """Positions of the images' patches in each document, (num_documents,) each."""
+
+    total: np.ndarray  # of all images
+    last: np.ndarray  # of the last image
+    final: np.ndarray  # of the last part, which nothing in the document reads; 0 if it is a text
+
+
 def select_layout(
-    parts: np.ndarray, starts: np.ndarray, documents: np.ndarray, wordings: np.ndarray | None
+    parts: np.ndarray,
+    starts: np.ndarray,
+    documents: np.ndarray,
+    wordings: np.ndarray | None,
+    image_positions: np.ndarray | None = None,
 ) -> Layout:
     """Describe some documents of a corpus; the index of other documents is not read.
 
@@ -373,6 +449,8 @@ def select_layout(
         starts: documents.npy of the corpus, (num_documents + 1,).
         documents: numbers of the documents, (n,).
         wordings: as in `Corpus.layout`, (n,).
+        image_positions: positions of the patches of each image of the corpus, (num_images,); None:
+            all images have the same number.
     """
     first = starts[documents]
     counts = starts[documents + 1] - first
@@ -380,15 +458,21 @@ def select_layout(
     places = np.arange(chosen[-1]) + np.repeat(first - chosen[:-1], counts)
     lengths = parts[places, 1]
     other = lengths < ALTERNATIVE
+    positions = None
+    if image_positions is not None:
+        image = (lengths == IMAGE) | (lengths == CONTEXT_IMAGE)
+        positions = np.zeros(len(places), np.int64)
+        positions[image] = image_positions[parts[places[image], 0]]
     if not other.any():
-        return Layout(lengths, chosen)
+        return Layout(lengths, chosen, positions)
     firsts = np.flatnonzero(~other)  # parts without the other wordings
     owner = np.repeat(np.arange(len(documents)), counts)[firsts]
     number = np.diff(np.append(firsts, len(lengths)))  # wordings of each part
     drawn = np.zeros(len(documents)) if wordings is None else wordings
     picked = lengths[firsts + (drawn[owner] * number).astype(np.int64)]
     picked = np.where(picked < ALTERNATIVE, ALTERNATIVE - picked, picked)
-    return Layout(picked, np.searchsorted(owner, np.arange(len(documents) + 1)))
+    positions = None if positions is None else positions[firsts]
+    return Layout(picked, np.searchsorted(owner, np.arange(len(documents) + 1)), positions)
 
 
 def choose_wordings(lengths: list[int], wording: float) -> Iterator[int]:
@@ -412,7 +496,6 @@ class LazyImages:
         files: paths of the source files.
         locations: file number, first byte, number of bytes and whether `decode` gives the prepared
             image, (num_images, 4).
-        image_size: side of the images in pixels.
         own_file: pictures.bin, with copies of images that have no byte range in a source file.
         folder: the current folder when the corpus was prepared; None: it is not known. A file that
             is missing is looked for at the same place relative to the present current folder, so
@@ -423,39 +506,39 @@ class LazyImages:
         self,
         files: list[str],
         locations: np.ndarray,
-        image_size: int,
         own_file: Path,
         folder: str | None = None,
     ):
         self.files = [*files, str(own_file)]  # OWN_FILE is the last
         self.folder = folder
-        self.locations, self.image_size = locations, image_size
+        self.locations = locations
         self._descriptors: OrderedDict[int, int] = OrderedDict()  # by file number, oldest first
 
-    def read(self, number: int, checksum: Checksum, crop: int = 0) -> Tensor:
+    def read(self, number: int, checksum: Checksum, size: Size, crop: int = 0) -> Tensor:
         """Read image `number`, uint8 (3, H, W).
 
         Args:
             number: number of the image.
             checksum: checksum of the file's bytes.
-            crop: index into CROP_POSITIONS; ignored for images that `decode` reads, which are
-                square.
+            size: width W and height H of the image.
+            crop: index into CROP_POSITIONS; ignored for images that `decode` reads, which have the
+                right size.
 
         Raises:
             UserError: the source file is missing or has changed since it was prepared.
             ValueError: the corpus is damaged.
         """
-        file, offset, size, decodes_alike = self.locations[number].tolist()
+        file, offset, num_bytes, decodes_alike = self.locations[number].tolist()
         if not OWN_FILE <= file < len(self.files):
             raise ValueError("image in a file that is not listed")
-        content = np.empty(size, np.uint8)
+        content = np.empty(num_bytes, np.uint8)
         try:
-            if os.preadv(self._open(file), [content], offset) != size:
+            if os.preadv(self._open(file), [content], offset) != num_bytes:
                 raise BadSample("truncated file")
             if decodes_alike:
                 return decode(verified(content, checksum))
             file_bytes = verified(content, checksum).tobytes()
-            image = load_image(file_bytes, self.image_size, CROP_POSITIONS[crop])
+            image = load_image(file_bytes, [size], CROP_POSITIONS[crop])
         except (OSError, *DECODE_ERRORS, BadSample) as error:
             if file == OWN_FILE:
                 raise ValueError("damaged image") from error
@@ -525,6 +608,20 @@ def _check_index(parts: np.ndarray, documents: np.ndarray, checks: np.ndarray) -
     for start in range(0, len(documents), INDEX_CHUNK):
         if (np.diff(documents[start : start + INDEX_CHUNK + 1]) < 0).any():
             raise ValueError("the documents are out of order")
+
+
+def _check_shapes(shapes: np.ndarray, num_images: int) -> None:
+    """Raise ValueError unless the array has the right type and shape."""
+    if shapes.dtype != np.int64 or shapes.shape != (num_images, 4):
+        raise ValueError("shapes.npy has the wrong type or shape")
+
+
+def _num_positions(shapes: np.ndarray) -> int:
+    """Return the sum of h * w over all images of shapes.npy."""
+    if not len(shapes):
+        return 0
+    before, height, width, _ = shapes[-1].tolist()
+    return before + height * width
 
 
 def _check_parts(parts: list[list[int]], num_tokens: int, num_images: int) -> None:

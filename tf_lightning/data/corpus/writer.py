@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from tf_lightning.autoencoder.statistics import MIN_IMAGES, Moments, check_latents, check_std
+from tf_lightning.data.buckets import Size
 from tf_lightning.data.corpus.reader import (
     ALTERNATIVE,
     CONTEXT_IMAGE,
@@ -71,7 +72,10 @@ class CorpusWriter:
             autoencoder.to(self.device)
         self.parts, self.documents = array("q"), array("q", [0])
         self.num_tokens = self.num_images = self.num_cut = 0
-        self.image_size: tuple[int, int] | None = None  # width, height in pixels
+        self.image_size: Size | None = None  # of the first image, in pixels
+        # Number of images of each (h, w) of the latents, and rows of shapes.npy.
+        self.image_shapes: Counter[tuple[int, int]] = Counter()
+        self.shapes, self.num_positions = array("q"), 0
         self.checks = array("I")  # uint32 CRC-32 of each part; the seed until it is encoded
         # Moments of the latents' means and of the pixels; further crops and flips are not counted.
         self.latent_moments, self.pixel_moments = Moments(), Moments()
@@ -110,13 +114,14 @@ class CorpusWriter:
             for start in range(0, len(tokens), step):
                 self._write([[tokens[start : start + step]]])
             return
-        self.num_patches = self._check_images(images)
+        self._check_images(images)
         if 2 + sum(map(self._length, parts)) <= self.row_length:
             self._write(parts)
             return
         is_chat = any(isinstance(part, ContextText) for part in raw)
         is_edit = len(parts) == 3 and len(images) == 2
-        if len(parts) < 3 or is_edit or is_chat or 4 + self.num_patches > self.row_length:
+        longest = max(map(self._length, images))
+        if len(parts) < 3 or is_edit or is_chat or 2 + longest > self.row_length:
             raise BadSample(f"longer than a row of {self.row_length} tokens")
         self.num_cut += 1
         for piece in self._cut(parts):
@@ -124,7 +129,12 @@ class CorpusWriter:
 
     def _length(self, part: EncodedPart) -> int:
         """Count the positions of a part, of its longest wording."""
-        return max(map(len, part)) if isinstance(part, list) else self.num_patches + 2
+        return max(map(len, part)) if isinstance(part, list) else self._num_patches(part) + 2
+
+    def _num_patches(self, image: Image.Image) -> int:
+        """Count the positions of an image's patches and of its time token."""
+        pixels = self.autoencoder.downsample * self.patch_size
+        return (image.width // pixels) * (image.height // pixels) + self.time_token
 
     def _cut(self, parts: list[EncodedPart]) -> Iterator[list[EncodedPart]]:
         """Cut a document into pieces that fill rows, between its parts and inside of long texts."""
@@ -157,8 +167,8 @@ class CorpusWriter:
             ids.append(self.tokenizer.eos_id)
         return [~token for token in ids] if isinstance(text, ContextText) else ids
 
-    def _check_images(self, images: list[Image.Image]) -> int:
-        """Check the images of a document and return the number of positions of one image."""
+    def _check_images(self, images: list[Image.Image]) -> None:
+        """Check the images of a document."""
         if self.autoencoder is None:
             raise UserError("the data has images; name an autoencoder, such as 'pixels'")
         size = images[0].size
@@ -175,9 +185,13 @@ class CorpusWriter:
                 "lazy_images and crops need images that are read from files, and this source "
                 "generates its images; give lazy_images: false and crops: 1"
             )
-        if any(image.size != self.image_size for image in images):
+        limit = self.image_storage.max_aspect_ratio
+        if limit == 1 and any(image.size != self.image_size for image in images):
             raise BadSample("image of another size than the first")
-        return (size[0] // pixels) * (size[1] // pixels) + self.time_token
+        if any(side % pixels for image in images for side in image.size):
+            raise BadSample(f"image whose sides are not multiples of {pixels} pixels")
+        if limit > 1 and any(max(i.size) / min(i.size) > limit for i in images):
+            raise BadSample(f"image of an aspect ratio above {limit:g}")
 
     def _write(self, parts: list[EncodedPart]) -> None:
         """Append the tokens and images of one document."""
@@ -207,7 +221,14 @@ class CorpusWriter:
         self.checks[part] = zlib.crc32(content, self.checks[part])
 
     def _add_image(self, image: Image.Image) -> None:
-        """Queue the image of the last part for encoding, or record where its file lies."""
+        """Record the shape of the last part, and queue it for encoding or record its file."""
+        width, height = (side // self.autoencoder.downsample for side in image.size)
+        self.image_shapes[height, width] += 1
+        if self.image_storage.has_shapes:
+            shape = height, width, self._num_patches(image)
+            self.shapes.extend((self.num_positions, *shape))
+            self._update_check(-1, np.array(shape, np.int64))
+        self.num_positions += height * width
         if not self.image_storage.lazy:
             self.waiting.append((image, len(self.checks) - 1))
             return
@@ -224,35 +245,43 @@ class CorpusWriter:
 
     @torch.no_grad()
     def _encode_waiting(self) -> None:
-        """Encode the queued images and append their latents or codes."""
-        if self.waiting:
-            views = [self._pixels(crop) for crop in CROP_POSITIONS[: self.image_storage.crops]]
-            if self.image_storage.hflip:
-                views += [images.flip(-1) for images in views]
-            latents = torch.stack([self._encode(view) for view in views], 1)  # (B, V, S, C, h, w)
-            if self.autoencoder.unit_variance:
-                self._check_latents(views[0], latents)
-            stored_dtype, _ = STORED_CODES if self.autoencoder.num_codes else STORED_LATENTS
-            stored = latents.cpu().numpy().astype(stored_dtype)
-            stored.tofile(self.latents_file)
-            for (_, part), content in zip(self.waiting, stored, strict=True):
-                self._update_check(part, content)
-            self.waiting.clear()
+        """Encode the queued images, those of one size together, and append them in order."""
+        sizes = [image.size for image, _ in self.waiting]
+        encoded: dict[int, np.ndarray] = {}
+        for size in dict.fromkeys(sizes):
+            alike = [index for index, other in enumerate(sizes) if other == size]
+            encoded |= zip(alike, self._encode_alike(alike), strict=True)
+        for index, (_, part) in enumerate(self.waiting):
+            encoded[index].tofile(self.latents_file)
+            self._update_check(part, encoded[index])
+        self.waiting.clear()
 
-    def _check_latents(self, pixels: torch.Tensor, latents: torch.Tensor) -> None:
-        """Measure the queued images, (B, 3, H, W), and their latents, (B, V, S, C, h, w).
+    def _encode_alike(self, indices: list[int]) -> np.ndarray:
+        """Encode queued images of one size as they are stored, (B, V, S, C, h, w)."""
+        views = [self._pixels(indices, crop) for crop in CROP_POSITIONS[: self.image_storage.crops]]
+        if self.image_storage.hflip:
+            views += [images.flip(-1) for images in views]
+        latents = torch.stack([self._encode(view) for view in views], 1)
+        if self.autoencoder.unit_variance:
+            self._check_latents(indices, views[0], latents)
+        stored_dtype, _ = STORED_CODES if self.autoencoder.num_codes else STORED_LATENTS
+        return latents.cpu().numpy().astype(stored_dtype)
+
+    def _check_latents(
+        self, indices: list[int], pixels: torch.Tensor, latents: torch.Tensor
+    ) -> None:
+        """Measure queued images, (B, 3, H, W), and their latents, (B, V, S, C, h, w).
 
         Raises:
             UserError: a latent is not finite, or those of the first images are far from unit
                 variance.
         """
-        check_latents(latents, self._image_name)
+        check_latents(latents, lambda place: self._image_name(indices[place]))
         is_first = not self.latent_moments.num_values
         self.latent_moments.update(latents[:, 0, 0])
         self.pixel_moments.update(pixels)
-        if is_first and len(self.waiting) >= MIN_IMAGES:
-            count = len(self.waiting)
-            check_std(self.latent_moments, self.pixel_moments, count, warn=False)
+        if is_first and len(indices) >= MIN_IMAGES:
+            check_std(self.latent_moments, self.pixel_moments, len(indices), warn=False)
 
     def _image_name(self, index: int) -> str:
         """Return what to call a queued image in a message: its number and its file, if any."""
@@ -262,11 +291,11 @@ class CorpusWriter:
         file = f" (byte {offset:,} of {path})" if offset else f" ({path})" if path else ""
         return f"image {number:,}{file}"
 
-    def _pixels(self, crop: float) -> torch.Tensor:
-        """Stack a crop of the queued images, (B, 3, H, W) in [-1, 1]."""
-        images = [image for image, _ in self.waiting]
+    def _pixels(self, indices: list[int], crop: float) -> torch.Tensor:
+        """Stack a crop of queued images of one size, (B, 3, H, W) in [-1, 1]."""
+        images = [self.waiting[index][0] for index in indices]
         if crop != CENTER:
-            images = [load_image(i.info["file"], self.image_size[0], crop) for i in images]
+            images = [load_image(i.info["file"], [i.size], crop) for i in images]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
         return pixels.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
 
@@ -294,7 +323,7 @@ class CorpusWriter:
             "num_tokens": self.num_tokens,
             "num_images": self.num_images,
             "num_cut": self.num_cut,
-            "image_shape": self._image_shape(),
+            **shape_facts(self._latent_shapes(), self.image_storage.has_shapes),
             "num_codes": self.autoencoder and self.autoencoder.num_codes,
             "latents": self.image_storage.to_json(),
             "files": list(self.files),
@@ -307,14 +336,29 @@ class CorpusWriter:
             facts["folder"] = os.getcwd()
             locations = np.array(self.locations, np.int64).reshape(-1, 4)
             np.save(self.folder / "pictures.npy", locations)
+        if self.image_storage.has_shapes:
+            shapes = np.array(self.shapes, np.int64).reshape(-1, 4)
+            np.save(self.folder / "shapes.npy", shapes)
         write_facts(self.folder, facts, skipped, origin)
 
-    def _image_shape(self) -> tuple[int, int, int] | None:
-        """(C, h, w) of the latents."""
-        if self.image_size is None:
-            return None
-        width, height = (side // self.autoencoder.downsample for side in self.image_size)
-        return self.autoencoder.latent_channels, height, width
+    def _latent_shapes(self) -> Counter[tuple[int, int, int]]:
+        """Number of images of each (C, h, w) of the latents."""
+        shapes = self.image_shapes.items()
+        return Counter({(self.autoencoder.latent_channels, *size): n for size, n in shapes})
+
+
+def shape_facts(shapes: Counter[tuple[int, int, int]], has_shapes: bool) -> dict:
+    """Return the entries of corpus.json about the shapes of the images.
+
+    Args:
+        shapes: number of images of each (C, h, w) of the latents.
+        has_shapes: whether images may differ in shape.
+    """
+    common = max(shapes, key=lambda shape: (shapes[shape], shape), default=None)
+    facts: dict = {"image_shape": common and list(common)}
+    if has_shapes:
+        facts["image_shapes"] = [[*shape, shapes[shape]] for shape in sorted(shapes)]
+    return facts
 
 
 def merge(shards: list[Path], folder: Path, origin: list) -> None:
@@ -329,10 +373,17 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
         UserError: the latents of the corpora differ in size.
     """
     facts = [json.loads((shard / "corpus.json").read_text()) for shard in shards]
-    shapes = {tuple(fact["image_shape"]) for fact in facts if fact["image_shape"]}
-    if len(shapes) > 1:
-        raise UserError(f"the images have latents of several sizes ({shapes}); give one image_size")
-    lazy = ImageStorageSpec.from_json(facts[0]["latents"]).lazy
+    storage = ImageStorageSpec.from_json(facts[0]["latents"])
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    for fact in facts:
+        one = [[*fact["image_shape"], fact["num_images"]]] if fact["image_shape"] else []
+        for *shape, count in fact.get("image_shapes", one):
+            shapes[tuple(shape)] += count
+    if len(shapes) > 1 and not storage.has_shapes:
+        raise UserError(
+            f"the images have latents of several sizes ({set(shapes)}); give one image_size"
+        )
+    lazy = storage.lazy
     for name in ("tokens.bin", "latents.bin", *(["pictures.bin"] if lazy else [])):
         with (folder / name).open("wb") as whole:
             for shard in shards:
@@ -341,10 +392,12 @@ def merge(shards: list[Path], folder: Path, origin: list) -> None:
     _merge_index(shards, facts, folder)
     if lazy:
         _merge_locations(shards, facts, folder)
+    if storage.has_shapes:
+        _merge_shapes(shards, folder)
     counts = ("num_documents", "num_tokens", "num_images")
     merged = {name: sum(fact[name] for fact in facts) for name in counts}
     merged["num_cut"] = sum(fact.get("num_cut", 0) for fact in facts)
-    merged["image_shape"] = list(next(iter(shapes))) if shapes else None
+    merged |= shape_facts(shapes, storage.has_shapes)
     merged |= {name: facts[0][name] for name in ("num_codes", "latents")}
     for name in ("latent_moments", "pixel_moments"):
         measured = [fact for fact in facts if fact["num_images"]]
@@ -395,6 +448,18 @@ def _merge_locations(shards: list[Path], facts: list[dict], folder: Path) -> Non
         first_file += len(fact["files"])
         first_byte += (shard / "pictures.bin").stat().st_size
     np.save(folder / "pictures.npy", np.concatenate(locations))
+
+
+def _merge_shapes(shards: list[Path], folder: Path) -> None:
+    """Concatenate shapes.npy; the positions before each image are shifted."""
+    merged, before = [np.empty((0, 4), np.int64)], 0
+    for shard in shards:
+        piece = np.load(shard / "shapes.npy")
+        piece[:, 0] += before
+        merged.append(piece)
+        if len(piece):
+            before = int(piece[-1, 0] + piece[-1, 1] * piece[-1, 2])
+    np.save(folder / "shapes.npy", np.concatenate(merged))
 
 
 def write_facts(folder: Path, facts: dict, skipped: dict[str, int], origin: list) -> None:

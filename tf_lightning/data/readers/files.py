@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar
 
 from PIL import Image
 
+from tf_lightning.data.buckets import Size
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
 from tf_lightning.data.images import CONTEXT, load_image
 from tf_lightning.data.readers.formats import is_ignored
@@ -228,10 +229,16 @@ class ImageFileSource(FileSource):
     """File source of documents with images. A subclass implements `samples` and `parts`.
 
     Args:
-        image_size: side of the square images in pixels.
+        image_size: side of the square images in pixels; with the data's `max_aspect_ratio`, of a
+            square that has about their area.
+
+    Attributes:
+        image_sizes: aspect-ratio buckets, to the nearest of which an image is cropped. A `Mixture`
+            with `max_aspect_ratio` sets them; empty: all images are square.
     """
 
     image_size: PositiveInt = 256
+    image_sizes: ClassVar[tuple[Size, ...]] = ()
 
     def parts(self, sample: Any) -> list[str | bytes | Path | OptionalImage | ContextImage]:
         """List the texts and image files of a sample in order; by default the sample itself.
@@ -246,14 +253,15 @@ class ImageFileSource(FileSource):
         return [part if isinstance(part, str) else self._load(part) for part in self.parts(sample)]
 
     def _load(self, file: bytes | Path | OptionalImage | ContextImage) -> Image.Image | Skipped:
+        size = self.image_sizes or self.image_size
         if isinstance(file, ContextImage):
-            image = load_image(file.file, self.image_size)
+            image = load_image(file.file, size)
             image.info[CONTEXT] = True
             return image
         if not isinstance(file, OptionalImage):
-            return load_image(file, self.image_size)
+            return load_image(file, size)
         try:
-            return load_image(file.file, self.image_size)
+            return load_image(file.file, size)
         except BadSample as error:
             return Skipped(str(error))
 
