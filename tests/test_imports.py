@@ -22,7 +22,7 @@ LAYERS = """
     tf_lightning.diffusion  tf_lightning.tokenizer
     tf_lightning.batch  tf_lightning.autoencoder
     tf_lightning.model
-    tf_lightning.data.documents
+    tf_lightning.data.documents  tf_lightning.data.buckets
     tf_lightning.data.images
     tf_lightning.data.corpus  tf_lightning.data.readers
     tf_lightning.data.exclusion  tf_lightning.data.duplicates

@@ -152,7 +152,7 @@ def test_rows_of_unequal_images_hold_the_planned_documents(data):
     options = {"caption_drop_prob": 0.3, "image_first_prob": 0.5, "row_length": 200}
     built = data(hflip=True, crops=2, clean_copies=True, **options)
     built.setup()
-    rows = built._stream().corpora[0]
+    rows = built.training_rows().corpora[0]
     total = 0
     for index in range(rows.rows_per_epoch):
         row = rows.row(index)
