@@ -32,6 +32,7 @@ Shapes: C x h x w latents, 3 x H x W pixels.
 
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections import OrderedDict
