@@ -214,6 +214,13 @@ def test_without_the_option_images_are_square_and_have_no_shapes(data):
     assert "max_aspect_ratio" not in (corpus.path / "corpus.json").read_text()
 
 
+def test_a_filter_list_leaves_the_buckets_of_the_others(data, tmp_path):
+    (tmp_path / "list.txt").write_text("nothing.png\n")
+    filtered, whole = data(exclude=str(tmp_path / "list.txt")), data()
+    filtered.setup(), whole.setup()
+    assert filtered.image_shapes == whole.image_shapes and len(whole.image_shapes) > 4
+
+
 class Drawn(GreyImages):
     """Images that the source draws in shapes of its own."""
 

@@ -518,6 +518,9 @@ def with_buckets(source: Source, pixels: int, max_aspect_ratio: float) -> Source
         pixels: side of a patch in pixels.
         max_aspect_ratio: as in `Mixture`; 1: the source is returned unchanged.
     """
+    if isinstance(source, FilteredSource):
+        whole = with_buckets(source.unfiltered, pixels, max_aspect_ratio)
+        return FilteredSource(source.name, whole, source.ids)
     image_size = getattr(source, "image_size", None)
     if max_aspect_ratio == 1 or not image_size or not hasattr(source, "image_sizes"):
         return source
