@@ -25,7 +25,7 @@ from tf_lightning.data.corpus.folders import open_folder
 from tf_lightning.data.corpus.prepare import PrepareJob, check_result, plan_corpus, prepare
 from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split
-from tf_lightning.data.exclusion import EXCLUDED, filtered, unknown_ids
+from tf_lightning.data.exclusion import EXCLUDED, FilteredSource, filtered, unknown_ids
 from tf_lightning.data.packing import CorpusRows
 from tf_lightning.data.stream import Rows, StreamData, StreamRow, ValidationRows
 from tf_lightning.errors import UserError
