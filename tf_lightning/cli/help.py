@@ -94,7 +94,7 @@ RECIPES = {
     "edit.yaml": "image editing, from a trained model",
     "monoformer.yaml": "MonoFormer on ImageNet, from TinyLlama",
     "monoformer_chat.yaml": "MonoFormer on captions and chats, from TinyLlama",
-    "autoencoder/": "autoencoders: shapes, shapes_vq, emoji, vae, vq",
+    "autoencoder/": "autoencoders: my_pictures, shapes, shapes_vq, emoji, vae, vq",
     "experiments/": "each file changes one thing; give it after quickstart.yaml",
     "paper/": "the paper's runs: -c configs/paper/transfusion.yaml -c configs/paper/7b.yaml",
     "model/": "the paper's sizes: --model configs/model/7b.yaml",

@@ -7,7 +7,7 @@ from support.files import encoded_image, write_lines, write_parquet
 from support.training_datasets import shown
 from tf_lightning.data import CaptionFolders, CaptionRows, ImageFiles, NamedImages
 from tf_lightning.data.documents import Skipped
-from tf_lightning.data.mixture import texts
+from tf_lightning.data.mixture import texts, with_buckets
 from tf_lightning.data.readers.caption_source import SeveralLayouts, caption_source
 from tf_lightning.data.readers.name_captions import caption_of_name
 from tf_lightning.data.readers.source_report import report_source
@@ -134,6 +134,16 @@ BAD = [
 def test_a_folder_without_captions_is_a_user_error(files, message, tmp_path):
     with pytest.raises(UserError, match=f"the folder .* {message}"):
         source(write(tmp_path, files))
+
+
+def test_buckets_hold_for_every_layout(tmp_path):
+    wide = encoded_image("red", size=(64, 32))
+    files = {name: wide if name.endswith(".png") else x for name, x in (TABLE | BESIDE).items()}
+    square = source(write(tmp_path, files))
+    buckets = with_buckets(square, 4, 2)
+    for found, size in ((square, (16, 16)), (buckets, (24, 12))):
+        assert {image.size for _, image in found.documents("train")} == {size}
+    assert square.fingerprint("train") != buckets.fingerprint("train")
 
 
 def test_names_without_words_are_counted(tmp_path):

@@ -1,10 +1,14 @@
 """Choice of the source of captioned images, by the layout of the files that a path names."""
 
+import copy
 import glob
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from tf_lightning.data.buckets import Size
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
 from tf_lightning.data.readers.captions import (
     IMAGE_EXTENSIONS,
@@ -22,9 +26,11 @@ from tf_lightning.data.readers.layouts import (
     NAMES,
     Layout,
     folder_layouts,
+    nothing_found,
 )
 from tf_lightning.data.readers.name_captions import FILE_NAME, FOLDER_NAME, NamedImages
 from tf_lightning.data.readers.tables import column_names
+from tf_lightning.errors import UserError
 
 CaptionSource = CaptionTars | CaptionRows | CaptionJson | CaptionFolders | NamedImages | ChatFiles
 
@@ -86,24 +92,43 @@ def _layouts(paths: str | list[str], keys: dict[str, str | None]) -> dict[str, s
             found = _layouts_of_folder(Path(path).expanduser(), keys)
         else:
             file_kind = file_kind or _kind_of_files(path, keys["caption_key"])
-            found = [Layout(file_kind, [path])]
-        for layout in found:
-            kind = layout.kind or _caption_format(_first_file(layout.paths[0]))
-            layouts.setdefault(kind, []).extend(layout.paths)
+            found = {file_kind: [path]}
+        for kind, files in found.items():
+            layouts.setdefault(kind, []).extend(files)
     if isinstance(paths, str):  # the fingerprint tells a string from a list of one string
         return {kind: files[0] if len(files) == 1 else files for kind, files in layouts.items()}
     return layouts
 
 
-def _layouts_of_folder(folder: Path, keys: dict[str, str | None]) -> list[Layout]:
-    if keys["caption_key"] in (FILE_NAME, FOLDER_NAME):
-        return [Layout(NAMES, [f"{glob.escape(str(folder))}/**/*"])]
+def _layouts_of_folder(folder: Path, keys: dict[str, str | None]) -> dict[str, list[str]]:
+    """Return the kinds of the layouts of a folder, each with its globs."""
 
-    def images_of(tables: list[Path]) -> Iterator[Path]:
+    def images_of(tables: list[PurePath]) -> Iterator[Path]:
         rows = CaptionRows("", **keys)
-        return (image for table in tables for image in rows.image_paths(table))
+        for image in (image for table in tables for image in rows.image_paths(folder / table)):
+            with suppress(ValueError):  # it is outside of the folder
+                yield Path(os.path.normpath(image)).relative_to(os.path.normpath(folder))
 
-    return folder_layouts(folder, keys["caption_key"], images_of)
+    escaped = glob.escape(str(folder))
+    files = [file.relative_to(folder) for file in files_in(folder)]
+    layouts = folder_layouts(files, keys["caption_key"], images_of)
+    if not layouts:
+        raise UserError(nothing_found(str(folder), files))
+    if keys["caption_key"] in (FILE_NAME, FOLDER_NAME):
+        layouts = [Layout(NAMES, ["**/*"])]
+    found: dict[str, list[str]] = {}
+    for kind, patterns in layouts:
+        globs = [f"{escaped}/{pattern}" for pattern in patterns]
+        found.setdefault(kind or _caption_format(_first_file(globs[0])), []).extend(globs)
+    return found
+
+
+def files_in(folder: Path) -> list[Path]:
+    """List the files in a folder and in the folders inside; [] if there are none."""
+    try:
+        return find_files(f"{glob.escape(str(folder))}/**/*")
+    except UserError:
+        return []
 
 
 def _source_of(
@@ -202,6 +227,18 @@ class SeveralLayouts(Source):
     def image_size(self) -> int:
         """Side of the square images in pixels."""
         return self.sources[0].image_size
+
+    @property
+    def image_sizes(self) -> tuple[Size, ...]:
+        """Aspect-ratio buckets; see `ImageFileSource`."""
+        return self.sources[0].image_sizes
+
+    @image_sizes.setter
+    def image_sizes(self, sizes: tuple[Size, ...]) -> None:
+        self.sources = [copy.copy(source) for source in self.sources]
+        self.val_sources = [copy.copy(source) for source in self.val_sources]
+        for source in self.sources + self.val_sources:
+            source.image_sizes = sizes
 
     def of_split(self, split: Split) -> list[CaptionSource]:
         """List the sources of a split."""

@@ -1,17 +1,15 @@
 """Layouts of captioned images in a folder: which of its images have their captions where."""
 
 import glob
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import PurePath
 from typing import NamedTuple
 
 from tf_lightning.data.readers.captions import CAPTION_EXTENSIONS
-from tf_lightning.data.readers.files import find_files
-from tf_lightning.data.readers.formats import OTHER_IMAGES, format_by_name, is_ignored
-from tf_lightning.data.readers.name_captions import caption_of_name, folder_names
-from tf_lightning.errors import UserError
+from tf_lightning.data.readers.formats import OTHER_IMAGES, format_by_name
+from tf_lightning.data.readers.name_captions import caption_of_name
 
 # Files that have the captions of a folder, in order of preference.
 METADATA_FILES = "metadata.jsonl", "metadata.csv", "metadata.parquet"
@@ -33,17 +31,19 @@ class Layout(NamedTuple):
 
     Attributes:
         kind: BESIDE, NAMES, or None if the first of the files decides.
-        paths: the files, or globs of them.
+        patterns: globs of the files, relative to the folder.
     """
 
     kind: str | None
-    paths: list[str]
+    patterns: list[str]
 
 
 def folder_layouts(
-    folder: Path, caption_key: str | None, images_of: Callable[[list[Path]], Iterable[Path]]
+    files: list[PurePath],
+    caption_key: str | None,
+    images_of: Callable[[list[PurePath]], Iterable[PurePath]],
 ) -> list[Layout]:
-    """Find the layouts of the captioned images in a folder and in the folders inside.
+    """Find the layouts of the captioned images in a folder; [] if it has none.
 
     - Tars and parquet files contain their images, so other files are not looked at.
     - A metadata file has the captions of the images that it names, in its folder and below.
@@ -51,76 +51,73 @@ def folder_layouts(
     - In a folder without any caption, the names of the images or of their folders are captions.
 
     Args:
-        folder: the folder.
+        files: the files in the folder and in the folders inside, relative to it.
         caption_key: key of the captions, which may be the suffix of the text files.
-        images_of: returns the paths of the images that metadata files name.
-
-    Raises:
-        UserError: the folder has no captioned images.
+        images_of: returns the paths of the images that metadata files name, relative to the folder.
     """
-    escaped = glob.escape(str(folder))
-    top = _first_found(folder, (*METADATA_FILES, *PACKED_FILES))
+    top = _first_found(files, (*METADATA_FILES, *PACKED_FILES))
     if top in PACKED_FILES:
-        return [Layout(None, [f"{escaped}/{top}"])]
-    files = _files_in(folder)
-    images = [file for file in files if _is_named_image(file)]
-    tables = [folder / top] if top else _one_a_folder(files)
+        return [Layout(None, [top])]
+    images = [file for file in files if is_named_as_image(file)]
+    tables = [PurePath(top)] if top else _one_a_folder(files)
     beside = _with_text(images, files, caption_key)
     if not top and not beside:
         others = *OTHER_TABLES, *(() if tables else (f"**/{name}" for name in PACKED_FILES))
-        if other := _first_found(folder, others):
-            return [Layout(None, [f"{escaped}/{other}"])]
+        if other := _first_found(files, others):
+            return [Layout(None, [other])]
     plain = _without_captions(images, tables, beside)
     if tables and beside:
-        named = {os.path.normpath(path) for path in images_of(tables)}
-        beside = [image for image in beside if os.path.normpath(image) not in named]
+        named = {*images_of(tables)}
+        beside = [image for image in beside if image not in named]
     found = {None: tables, BESIDE: beside, NAMES: plain}
-    if not tables and not beside and not any(_has_name(image, folder) for image in plain):
-        raise UserError(_nothing_found(folder, files, images))
+    if not tables and not beside and not any(map(_has_name, plain)):
+        return []
     kinds = [kind for kind in found if found[kind]]
     if kinds == [None]:
-        return [Layout(None, _globs_of_tables(folder, tables))]
+        return [Layout(None, _patterns_of_tables(tables))]
     if len(kinds) == 1:
-        return [Layout(kinds[0], [f"{escaped}/**/*"])]
+        return [Layout(kinds[0], ["**/*"])]
     return [Layout(kind, [glob.escape(str(file)) for file in found[kind]]) for kind in kinds]
 
 
-def _first_found(folder: Path, patterns: Iterable[str]) -> str | None:
-    """Return the first pattern that a file in the folder matches."""
+def _first_found(files: list[PurePath], patterns: Iterable[str]) -> str | None:
+    """Return the first pattern that a file matches; "**/" stands for any folders or none."""
     for pattern in patterns:
-        if any(not is_ignored(str(file)) for file in folder.glob(pattern)):
+        name = pattern.removeprefix("**/")
+        if any(
+            fnmatchcase(file.name, name) and (name != pattern or len(file.parts) == 1)
+            for file in files
+        ):
             return pattern
     return None
 
 
-def _files_in(folder: Path) -> list[Path]:
-    try:
-        return find_files(f"{glob.escape(str(folder))}/**/*")
-    except UserError:  # there are none
-        return []
-
-
-def _is_named_image(file: Path) -> bool:
+def is_named_as_image(file: PurePath) -> bool:
+    """Return whether the suffix of a file is that of an image, also of one that is not read."""
     return format_by_name(file) == "image" or file.suffix.lower() in OTHER_IMAGES
 
 
-def _one_a_folder(files: list[Path]) -> list[Path]:
+def _one_a_folder(files: list[PurePath]) -> list[PurePath]:
     """Find the metadata file of each folder that has one, by the order of METADATA_FILES."""
     tables = (file for file in files if file.name in METADATA_FILES)
-    best: dict[Path, Path] = {}
+    best: dict[PurePath, PurePath] = {}
     for file in sorted(tables, key=lambda file: METADATA_FILES.index(file.name)):
         best.setdefault(file.parent, file)
     return sorted(best.values())
 
 
-def _with_text(images: list[Path], files: list[Path], caption_key: str | None) -> list[Path]:
+def _with_text(
+    images: list[PurePath], files: list[PurePath], caption_key: str | None
+) -> list[PurePath]:
     """List the images with a text file of the same name."""
     suffixes = {f".{kind}" for kind in (*CAPTION_EXTENSIONS, "json", caption_key) if kind}
     texts = {file.with_suffix("") for file in files if file.suffix.lower() in suffixes}
     return [image for image in images if image.with_suffix("") in texts]
 
 
-def _without_captions(images: list[Path], tables: list[Path], beside: list[Path]) -> list[Path]:
+def _without_captions(
+    images: list[PurePath], tables: list[PurePath], beside: list[PurePath]
+) -> list[PurePath]:
     """List the images in folders without texts that have no metadata file in or above them."""
     with_texts, with_tables = {image.parent for image in beside}, {t.parent for t in tables}
     return [
@@ -130,21 +127,22 @@ def _without_captions(images: list[Path], tables: list[Path], beside: list[Path]
     ]
 
 
-def _globs_of_tables(folder: Path, tables: list[Path]) -> list[str]:
-    """Return a glob of the tables if one matches them and no others, otherwise their paths."""
+def _patterns_of_tables(tables: list[PurePath]) -> list[str]:
+    """Return a glob if it matches the tables and no others, otherwise their paths."""
     names = {table.name for table in tables}
-    if len(names) == 1 and folder not in {table.parent for table in tables}:
-        return [f"{glob.escape(str(folder))}/**/{names.pop()}"]
+    if len(names) == 1 and all(len(table.parts) > 1 for table in tables):
+        return [f"**/{names.pop()}"]
     return [glob.escape(str(table)) for table in tables]
 
 
-def _has_name(image: Path, folder: Path) -> bool:
-    """Return whether the name of an image, or of a folder between it and `folder`, has words."""
-    return any(map(caption_of_name, [image.stem, *folder_names(image, [folder])]))
+def _has_name(image: PurePath) -> bool:
+    """Return whether the name of an image, or of a folder above it, has words."""
+    return any(map(caption_of_name, [image.stem, *image.parent.parts]))
 
 
-def _nothing_found(folder: Path, files: list[Path], images: list[Path]) -> str:
+def nothing_found(folder: str, files: list[PurePath]) -> str:
     """Say what a folder without captioned images has, and what to do."""
+    images = [file for file in files if is_named_as_image(file)]
     if not files:
         return f"the folder {folder} has no files; put images with captions into it"
     if not images:
