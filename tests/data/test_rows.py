@@ -37,6 +37,9 @@ class Documents:
         text = torch.full((self.texts[index],), index)
         return [text, torch.zeros(1, 2, 2)] if self.images else [text]
 
+    def fetch(self, documents):
+        """Do nothing: they are in memory."""
+
     def parts(self, length):
         return [length, IMAGE] if self.images else [length]
 

@@ -134,6 +134,7 @@ class CorpusRows:
         random = None  # validation: means of the latents, center crops, not flipped
         if self.seed is not None:
             random = np.random.default_rng((*self.seed, IMAGES, index))
+        self.corpus.fetch(window.documents[window.rows[place]])
         return [self._document(window, number, random) for number in window.rows[place]]
 
     def _plan(self) -> dict:

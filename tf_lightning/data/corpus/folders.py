@@ -8,6 +8,7 @@ block.
 import hashlib
 import math
 import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,6 +34,7 @@ from tf_lightning.remote import (
 ATTEMPTS = 3  # times that a block is fetched while its checksum is wrong
 CONNECTIONS = 16  # blocks that a process fetches at the same time
 GROUP = 1000  # blocks in a folder of the cache
+NOTED = 60.0  # seconds after which another use of a block is noted
 
 
 def open_folder(path: str | Path) -> "Folder":
@@ -118,7 +120,7 @@ class RemoteFolder:
     @property
     def remedy(self) -> str:
         """What to do if the content is damaged although the checksums of its blocks are right."""
-        return f"delete the copies in {self._find('')[1]} and run the command again"
+        return f"delete the copies in {self._copies()} and run the command again"
 
     def folder(self, name: str) -> "RemoteFolder":
         """Return a folder in this one."""
@@ -131,14 +133,8 @@ class RemoteFolder:
 
     def file(self, name: str) -> Path:
         """Return the path of the copy of a file; it is missing if the folder has no such file."""
-        known, copy = self._find(name)
-        if known and not copy.exists():
-            with lock(copy):
-                if not copy.exists():
-                    self._copy_whole(name, known, copy)
-        with suppress(OSError):
-            os.utime(copy)  # what was used last stays in the cache
-        return copy
+        file = self._file(name)
+        return file.whole() if file else self._copies() / name
 
     def array(self, name: str, dtype: type, shape: tuple[int, ...]) -> "RemoteArray | np.ndarray":
         """Return a file as an array whose items are fetched when they are read.
@@ -148,129 +144,143 @@ class RemoteFolder:
         """
         if 0 in shape:
             return np.empty(shape, dtype)
-        known, _ = self._find(name)
-        check_size(known.size if known else 0, dtype, shape)
-        return RemoteArray(self, name, np.dtype(dtype), shape[1:], shape[0])
+        file = self._file(name)
+        check_size(file.blocks.size if file else 0, dtype, shape)
+        return RemoteArray(file, np.dtype(dtype), shape)
 
-    def read(self, name: str, first: int, end: int) -> bytes:
-        """Read the bytes `first` to `end` - 1 of a file."""
-        known, copy = self._find(name)
-        content = []
-        for number in range(first // known.block, -(-end // known.block)):
-            start, stop = known.limits(number)
-            part = slice(max(first, start) - start, min(end, stop) - start)
-            content.append(self._read_block(name, number, part))
-        return b"".join(content)
+    def _copies(self) -> Path:
+        """Return the folder of the cache for this folder with this content."""
+        return cache_folder() / "corpora" / read_manifest(self.root)[1] / self.name
 
-    def fetch(self, name: str, ranges: Iterable[tuple[int, int]]) -> None:
-        """Fetch what is missing of these ranges of bytes into the cache, in parallel."""
-        known, copy = self._find(name)
-        numbers = {
-            number
-            for first, end in ranges
-            for number in range(first // known.block, -(-end // known.block))
-        }
-        missing = sorted(n for n in numbers if not block_path(copy, n).exists())
-        if len(missing) > 1:
-            with ThreadPoolExecutor(CONNECTIONS) as pool:
-                list(pool.map(lambda number: self._read_block(name, number, slice(0, 0)), missing))
-
-    def _find(self, name: str) -> tuple[FileBlocks | None, Path]:
-        """Return what the manifest has on a file, if it lists it, and the path of its copy."""
-        files, digest = read_manifest(self.root)
-        name = f"{self.name}/{name}" if self.name else name
-        return files.get(name), cache_folder() / "corpora" / digest / name
-
-    def _read_block(self, name: str, number: int, part: slice) -> bytes:
-        """Read a part of a block from the cache; a block that is missing is fetched."""
-        known, copy = self._find(name)
-        path = block_path(copy, number)
-        if (found := read_part(path, part)) is not None:
-            return found
-        with lock(path):
-            if (found := read_part(path, part)) is not None:  # fetched by another process
-                return found
-            content = self._fetch_block(name, known, number)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with make_room(str(self), len(content)), atomic_file(path) as partial:
-                partial.write_bytes(content)
-        return content[part]
-
-    def _copy_whole(self, name: str, known: FileBlocks, copy: Path) -> None:
-        """Copy a file; blocks that an earlier process has fetched are not fetched again."""
-        partial = copy.with_name(f"{copy.name}.partial")
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if not partial.exists():
-            with make_room(str(self), known.size), partial.open("wb") as file:
-                file.truncate(known.size)
-        with partial.open("r+b") as file, ThreadPoolExecutor(CONNECTIONS) as pool:
-            missing = []
-            for number in range(len(known.checks)):
-                content = file.read(known.block)
-                if not known.is_block(number, content):
-                    missing.append(number)
-            fetched = pool.map(lambda number: self._fetch_block(name, known, number), missing)
-            for number, content in zip(missing, fetched, strict=True):
-                file.seek(known.limits(number)[0])
-                file.write(content)
-        os.replace(partial, copy)
-
-    def _fetch_block(self, name: str, known: FileBlocks, number: int) -> bytes:
-        """Fetch a block and check it."""
-        url = f"{self}/{name}"
-        for _ in range(ATTEMPTS):
-            try:
-                content = read_range(url, known.size, *known.limits(number))
-            except FileNotFoundError:
-                raise UserError(
-                    f"{url} is missing, but {MANIFEST} lists it; upload the whole folder again"
-                ) from None
-            if known.is_block(number, content):
-                return content
-        raise UserError(
-            f"block {number:,} of {url} does not have the checksum that {MANIFEST} lists; upload "
-            "the whole folder again"
-        )
+    def _file(self, name: str) -> "RemoteCopy | None":
+        """Return a file that the manifest lists."""
+        blocks = read_manifest(self.root)[0].get(f"{self.name}/{name}".lstrip("/"))
+        return blocks and RemoteCopy(f"{self}/{name}", self._copies() / name, blocks)
 
 
 Folder = LocalFolder | RemoteFolder
 
 
 @dataclass(frozen=True)
+class RemoteCopy:
+    """A remote file and what the cache has of it: blocks, or the whole file.
+
+    Attributes:
+        url: URL of the file.
+        path: path of the whole copy.
+        blocks: the blocks with their checksums.
+
+    Raises:
+        UserError: (of the methods) a block cannot be read, or is damaged.
+    """
+
+    url: str
+    path: Path
+    blocks: FileBlocks
+
+    def whole(self) -> Path:
+        """Return the path of a whole copy, which is made if it is missing."""
+        if not self.path.exists():
+            with lock(self.path):
+                if not self.path.exists():
+                    self._copy_whole()
+        with suppress(FileNotFoundError):
+            os.utime(self.path)  # what was used last stays in the cache
+        return self.path
+
+    def read(self, first: int, end: int) -> bytes:
+        """Read the bytes `first` to `end` - 1."""
+        content = []
+        for number in self.blocks.numbers(first, end):
+            start, stop = self.blocks.limits(number)
+            content.append(self.read_block(number, max(first - start, 0), min(end, stop) - start))
+        return b"".join(content)
+
+    def read_block(self, number: int, first: int = 0, end: int = 0) -> bytes:
+        """Read the bytes `first` to `end` - 1 of a block; it is fetched if it is missing."""
+        path = self.block_path(number)
+        if (found := read_part(path, first, end)) is not None:
+            return found
+        with lock(Path(path)):
+            if (found := read_part(path, first, end)) is not None:  # fetched by another process
+                return found
+            content = self._fetch(number)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with make_room(self.url, len(content)), atomic_file(Path(path)) as partial:
+                partial.write_bytes(content)
+        return content[first:end]
+
+    def block_path(self, number: int) -> str:
+        """Return where a block lies in the cache."""
+        return f"{self.path}.blocks/{number // GROUP}/{number}"
+
+    def _copy_whole(self) -> None:
+        """Copy the file; blocks that an earlier process has fetched are not fetched again."""
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        if not partial.exists():
+            with make_room(self.url, self.blocks.size), partial.open("wb") as file:
+                file.truncate(self.blocks.size)  # it counts with its full size from now on
+        with partial.open("r+b") as file, ThreadPoolExecutor(CONNECTIONS) as pool:
+            contents = iter(lambda: file.read(self.blocks.size_of_block), b"")
+            wrong = [n for n, content in enumerate(contents) if not self.blocks.fits(n, content)]
+            for number, content in zip(wrong, pool.map(self._fetch, wrong), strict=True):
+                file.seek(self.blocks.limits(number)[0])
+                file.write(content)
+        os.replace(partial, self.path)
+
+    def _fetch(self, number: int) -> bytes:
+        """Fetch a block and check it."""
+        for _ in range(ATTEMPTS):
+            try:
+                content = read_range(self.url, self.blocks.size, *self.blocks.limits(number))
+            except FileNotFoundError:
+                raise UserError(
+                    f"{self.url} is missing, but {MANIFEST} lists it; upload the whole folder again"
+                ) from None
+            if self.blocks.fits(number, content):
+                return content
+        raise UserError(
+            f"block {number:,} of {self.url} does not have the checksum that {MANIFEST} lists; "
+            "upload the whole folder again"
+        )
+
+
 class RemoteArray:
     """An array in a remote file. An item, or a slice of items, is read into memory.
 
-    Attributes:
-        folder: the folder of the file.
-        name: name of the file.
+    Args:
+        file: the file.
         dtype: type of the numbers.
-        item_shape: shape of an item.
-        length: number of items.
+        shape: shape of the array.
     """
 
-    folder: RemoteFolder
-    name: str
-    dtype: np.dtype
-    item_shape: tuple[int, ...]
-    length: int
+    def __init__(self, file: RemoteCopy, dtype: np.dtype, shape: tuple[int, ...]):
+        self.file, self.dtype, self.shape = file, dtype, shape
+        self.item_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def __len__(self) -> int:
-        return self.length
+        return self.shape[0]
 
     def __getitem__(self, where: int | slice) -> np.ndarray:
         first, end = (where.start, where.stop) if isinstance(where, slice) else (where, where + 1)
-        content = self.folder.read(self.name, *self.limits(first, end))
-        array = np.frombuffer(content, self.dtype).reshape(-1, *self.item_shape)
+        content = self.file.read(first * self.item_bytes, end * self.item_bytes)
+        array = np.frombuffer(content, self.dtype).reshape(-1, *self.shape[1:])
         return array if isinstance(where, slice) else array[0]
 
-    def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Fetch the items `first` to `end` - 1 of each range into the cache, in parallel."""
-        self.folder.fetch(self.name, [self.limits(*limits) for limits in ranges])
+    def blocks(self, first: int, end: int) -> list[tuple[RemoteCopy, int]]:
+        """List the blocks of items `first` to `end` - 1, for `fetch`."""
+        numbers = self.file.blocks.numbers(first * self.item_bytes, end * self.item_bytes)
+        return [(self.file, number) for number in numbers]
 
-    def limits(self, first: int, end: int) -> tuple[int, int]:
-        """Return the range of bytes of items `first` to `end` - 1."""
-        size = math.prod(self.item_shape) * self.dtype.itemsize
-        return first * size, end * size
+
+def fetch(blocks: Iterable[tuple[RemoteCopy, int]]) -> None:
+    """Fetch the blocks that the cache does not have, in parallel."""
+    unique = {file.block_path(number): (file, number) for file, number in blocks}
+    missing = [block for path, block in unique.items() if not os.path.exists(path)]
+    if len(missing) > 1:
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(lambda block: block[0].read_block(block[1]), missing))
 
 
 @cache
@@ -299,18 +309,15 @@ def check_size(size: int, dtype: type, shape: tuple[int, ...]) -> None:
         raise ValueError("the size of a file differs from corpus.json")
 
 
-def block_path(copy: Path, number: int) -> Path:
-    """Return where a block of a file lies in the cache."""
-    return copy.with_name(f"{copy.name}.blocks") / str(number // GROUP) / str(number)
-
-
-def read_part(path: Path, part: slice) -> bytes | None:
+def read_part(path: str, first: int, end: int) -> bytes | None:
     """Read a part of a file, and note that it was used; None if it is missing or shorter."""
     try:
-        with path.open("rb") as file:
-            file.seek(part.start)
-            content = file.read(part.stop - part.start)
-        os.utime(path)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(first)
+            content = file.read(end - first)
+            last_use = os.fstat(file.fileno()).st_mtime
+        if time.time() - last_use > NOTED:
+            os.utime(path)
     except FileNotFoundError:  # also if it was removed to make room
         return None
-    return content if len(content) == part.stop - part.start else None
+    return content if len(content) == end - first else None

@@ -23,19 +23,23 @@ class FileBlocks:
 
     Attributes:
         size: bytes of the file.
-        block: bytes of a block.
+        size_of_block: bytes of a block.
         checks: CRC-32 of each block.
     """
 
     size: int
-    block: int
+    size_of_block: int
     checks: list[int]
 
     def limits(self, number: int) -> tuple[int, int]:
         """Return the first byte of a block, and the byte after its last one."""
-        return number * self.block, min((number + 1) * self.block, self.size)
+        return number * self.size_of_block, min((number + 1) * self.size_of_block, self.size)
 
-    def is_block(self, number: int, content: bytes) -> bool:
+    def numbers(self, first: int, end: int) -> range:
+        """Return the numbers of the blocks with the bytes `first` to `end` - 1."""
+        return range(first // self.size_of_block, -(-end // self.size_of_block))
+
+    def fits(self, number: int, content: bytes) -> bool:
         """Whether this is the content of a block."""
         first, end = self.limits(number)
         return len(content) == end - first and zlib.crc32(content) == self.checks[number]

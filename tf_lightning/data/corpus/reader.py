@@ -52,7 +52,7 @@ from torchcodec.decoders import decode_jpeg, decode_png
 
 from tf_lightning.batch import Document
 from tf_lightning.data.buckets import Size
-from tf_lightning.data.corpus.folders import LocalFolder, open_corpus_folder
+from tf_lightning.data.corpus.folders import LocalFolder, fetch, open_corpus_folder
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import CROP_POSITIONS, load_image
 from tf_lightning.errors import UserError
@@ -280,6 +280,21 @@ class Corpus(Dataset):
                 document.append(torch.from_numpy(tokens.astype(np.int64)))
         return document
 
+    @refuse_damage
+    def fetch(self, documents: np.ndarray) -> None:
+        """Fetch the content of documents (n,) of a remote corpus together, before they are read."""
+        if isinstance(self.folder, LocalFolder):
+            return
+        where = zip(self._documents[documents], self._documents[documents + 1], strict=True)
+        parts, blocks = np.concatenate([self._parts[first:end] for first, end in where]), []
+        for start, length in parts.tolist():
+            if length in (IMAGE, CONTEXT_IMAGE):
+                blocks += self._latents.blocks(*self._place(start))
+            else:
+                length = length if length >= 0 else ALTERNATIVE - length
+                blocks += self._tokens.blocks(start, start + length)
+        fetch(blocks)
+
     def _image(
         self,
         number: int,
@@ -304,10 +319,16 @@ class Corpus(Dataset):
 
     def _views(self, number: int) -> np.ndarray:
         """Return the stored views of an image of its own shape, (V, S, C, h, w)."""
-        start, height, width, _ = self._shapes[number].tolist()
-        first, end = (n * self._position_size for n in (start, start + height * width))
-        channels = self.image_shape[0]
+        first, end = self._place(number)
+        channels, (height, width) = self.image_shape[0], self._shapes[number, 1:3].tolist()
         return self._latents[first:end].reshape(*self.image_storage.shape, channels, height, width)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Return the first item of an image in the array of latents, and the one after its last."""
+        if self._shapes is None:
+            return number, number + 1
+        start, height, width, _ = self._shapes[number].tolist()
+        return start * self._position_size, (start + height * width) * self._position_size
 
     @refuse_damage
     def layout(
