@@ -27,6 +27,7 @@ from tf_lightning.model.transformer import TransformerConfig, with_modality_weig
 from tf_lightning.model.transfusion import build_network
 from tf_lightning.sharded import ShardedWeights, load_into, without_data
 from tf_lightning.tokenizer.tokenizer import Tokenizer
+from tf_lightning.training.fsdp import cut, reshard
 from tf_lightning.training.module import Transfusion, same_tokenizer
 from tf_lightning.training.resume import differences
 
@@ -84,7 +85,7 @@ class InitFrom(L.Callback):
         if self.is_language_model:
             self._language_model(model, data)
         else:
-            checkpoint = read_weights(self.checkpoint)
+            checkpoint = read_weights(self.checkpoint, mmap=True)
             weights = select_weights(checkpoint["state_dict"])[0]
             check_shapes(model, self._complete(weights, model))
             check_heads(model.config, transformer_config(checkpoint))
@@ -131,7 +132,7 @@ class InitFrom(L.Callback):
             UserError: the checkpoint was trained with other heads, or with another tokenizer or
                 autoencoder.
         """
-        checkpoint = read_weights(self.checkpoint)
+        checkpoint = read_weights(self.checkpoint, mmap=True)
         check_heads(module.config, transformer_config(checkpoint))
         same_tokenizer(checkpoint, module.tokenizer_proto)
         if not self.transformer_only:  # else the image side starts anew, with any autoencoder
@@ -153,14 +154,18 @@ class InitFrom(L.Callback):
         return weights
 
     def _load(self, module: Transfusion, weights: Mapping[str, Tensor]) -> None:
-        """Load `weights` into the network and its EMA weights; other weights are unchanged."""
-        weights = self._complete(weights, module)
+        """Load `weights` into the network and its EMA weights; other weights are unchanged.
+
+        Each rank of a sharded network takes its part of each tensor.
+        """
+        weights, own = self._complete(weights, module), module.net.state_dict()
         if isinstance(weights, ShardedWeights):
             for net in filter(None, (module.net, module.ema)):
                 load_into(net, weights)
             return
+        parts = {name: cut(weight, own.get(name, weight)) for name, weight in weights.items()}
         prefixes = ["net."] + (["ema."] if module.ema is not None else [])
-        module.load_state_dict({p + name: w for p in prefixes for name, w in weights.items()})
+        module.load_state_dict({p + name: w for p in prefixes for name, w in parts.items()})
 
 
 def empty_network(module: Transfusion) -> nn.Module:
@@ -245,10 +250,12 @@ def check_text(trainer: L.Trainer, module: Transfusion) -> str:
     """
     first = as_batches(next(iter(trainer.datamodule.train_dataloader())))[0]
     batch = text_rows(first, trainer.datamodule)
-    if batch is None:
+    # All ranks run a sharded network together.
+    if not trainer.strategy.reduce_boolean_decision(batch is not None, all=True):
         return "The first batch has no text, so the perplexity at step 0 was not measured"
     with trainer.precision_plugin.forward_context():
         source, grown = text_perplexities(module, batch)
+    reshard(module.net)
     if not abs(grown / source - 1) <= MAX_CHANGE:
         raise UserError(
             f"the text perplexity at step 0 is {grown:.6f} but the source model's is "

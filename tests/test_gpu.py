@@ -10,8 +10,9 @@ from support.tiny import SIZES, document, mixed_batch, packed, tiny_module, tiny
 from tf_lightning.data import Mixture
 from tf_lightning.model.attention import FlexAttention, build_attention
 from tf_lightning.model.transformer import TransformerConfig
+from tf_lightning.model.transfusion import update_ema
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
-from tf_lightning.training.module import Transfusion
+from tf_lightning.training.module import Transfusion, move
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [document("4", 1), document("2i3", 2), document("9", 3)]
@@ -54,6 +55,28 @@ def test_a_compiled_network_has_the_same_losses_for_batches_of_any_shape():
     batches.append(packed([[document("9", 1), document("3", 2)]]))
     for batch in (each.to("cuda") for each in batches):
         assert losses(compiled, batch) == pytest.approx(losses(plain, batch), rel=1e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_changes_no_gradient(mode, compiled):
+    batch, gradients = mixed_batch().to("cuda"), []
+    for activations in ("none", mode):
+        module = tiny_module(activation_checkpointing=activations, compile=compiled).to("cuda")
+        losses(module, batch)
+        gradients.append([weight.grad for weight in module.net.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_average_is_on_the_host_between_validations():
+    module = tiny_module(ema_device="cpu").to("cuda")
+    assert next(module.inference_net.parameters()).is_cuda
+    move(module.ema, "cpu")
+    update_ema(module.ema, module.net, decay=0.5)
+    for average, weight in zip(module.ema.parameters(), module.net.parameters(), strict=True):
+        assert not average.is_cuda and weight.is_cuda
+        torch.testing.assert_close(average, weight.detach().cpu())
 
 
 def test_generated_images_and_texts_equal_those_of_the_cpu():

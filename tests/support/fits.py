@@ -29,12 +29,11 @@ def shapes_data(folder: Path | str = "data", **changed) -> Mixture:
     return Mixture(sources, autoencoder="pixels", cache_dir=str(folder), **sizes | changed)
 
 
-def shapes_module(**changed) -> Transfusion:
+def shapes_module(sizes: dict | None = None, **changed) -> Transfusion:
     """A tiny model for `shapes_data`, the same whenever it is built."""
     L.seed_everything(0, verbose=False)
-    return Transfusion(
-        TransformerConfig(vocab_size=300, **SIZES), patch_size=16, latent_channels=3, **changed
-    )
+    config = TransformerConfig(vocab_size=300, **SIZES | (sizes or {}))
+    return Transfusion(config, patch_size=16, latent_channels=3, **changed)
 
 
 def image_data(folder: Path | str = "data", **changed) -> ImageData:

@@ -6,8 +6,10 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,14 +29,22 @@ multiprocessing.set_forkserver_preload(
 )
 
 
-def run_ranks(command: list[str], ranks: int, **environment: str) -> None:
+def run_ranks(
+    command: Sequence, ranks: int, run: Callable[[Sequence], Any] = main, **environment: str
+) -> None:
     """Run a command in several processes, with the environment variables of a cluster's ranks.
+
+    Args:
+        command: what `run` is called with.
+        ranks: number of processes.
+        run: a function of a module; by default the command line.
+        environment: more environment variables.
 
     Raises:
         ProcessExitedException, ProcessRaisedException: (of torch) the first rank that fails.
         TimeoutError: a rank has not ended after TIMEOUT seconds.
     """
-    started = start_ranks(command, ranks, **environment)
+    started = start_ranks(command, ranks, run, **environment)
     if not any(started.join(TIMEOUT) for _ in range(ranks)):  # join returns after each process
         for process in started.processes:
             process.kill()
@@ -74,18 +84,22 @@ def processes_of_session(leader: int) -> list[int]:
     return found
 
 
-def start_ranks(command: list[str], ranks: int, **environment: str):
-    """Start a command in several processes; return torch's context of them."""
+def start_ranks(
+    command: Sequence, ranks: int, run: Callable[[Sequence], Any] = main, **environment: str
+):
+    """Start a command in several processes, see `run_ranks`; return torch's context of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     environment |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     return torch.multiprocessing.start_processes(
-        _run_rank, (command, environment), ranks, join=False, start_method="forkserver"
+        _run_rank, (run, command, environment), ranks, join=False, start_method="forkserver"
     )
 
 
-def _run_rank(rank: int, command: list[str], environment: dict[str, str]) -> None:
+def _run_rank(
+    rank: int, run: Callable[[Sequence], Any], command: Sequence, environment: dict[str, str]
+) -> None:
     """Run the command as one rank of `run_ranks`."""
     end_with_parent()  # the server process, which ends with the test
     os.environ |= environment | {"LOCAL_RANK": str(rank)}
@@ -97,7 +111,7 @@ def _run_rank(rank: int, command: list[str], environment: dict[str, str]) -> Non
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     rank_zero_only.rank = rank  # it was read from the environment at import
     torch.set_num_threads(1)
-    main(command)
+    run(command)
 
 
 def start_worker_and_die(file: Path) -> None:

@@ -1,12 +1,15 @@
 """The losses against their formulas."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from support.tiny import VOCAB_SIZE, mixed_batch, tiny_module, tiny_net
 from tf_lightning.diffusion.process import diffusion_loss_sum
-from tf_lightning.training.losses import lm_loss, total_loss, z_loss
+from tf_lightning.model import transfusion
+from tf_lightning.training.losses import lm_loss, loss_sums, total_loss, z_loss
 
 
 def test_lm_loss_is_the_negative_log_probability_of_each_target():
@@ -34,6 +37,27 @@ def test_z_loss_is_the_squared_logarithm_of_the_partition_function():
     torch.testing.assert_close(logits.grad, by_hand)
     low = logits.detach().bfloat16()
     assert torch.equal(z_loss(low), z_loss(low.float())) and z_loss(low).dtype == torch.float32
+
+
+def record(sizes: list[int], layer, inputs, output) -> None:
+    """Keep the number of rows of a layer's output."""
+    sizes.append(len(output))
+
+
+@pytest.mark.parametrize("vocabulary", [{}, {"pretrained_vocab_size": VOCAB_SIZE - 2}])
+def test_losses_computed_in_chunks_equal_those_of_all_logits(monkeypatch, vocabulary):
+    sums = []
+    for limit in (transfusion.MAX_LOGITS, 3 * VOCAB_SIZE):  # 3 targets a chunk
+        monkeypatch.setattr(transfusion, "MAX_LOGITS", limit)
+        net, most = tiny_net(**vocabulary).requires_grad_(True), []
+        net.transformer.output.register_forward_hook(partial(record, most))
+        process = tiny_module().process
+        sums.append(loss_sums(net, mixed_batch(), process, causal_images=False, with_z=True))
+        (sums[-1].nll.square().sum() + sums[-1].z + sums[-1].diffusion).backward()
+        sums[-1] = [*sums[-1], *(weight.grad for weight in net.parameters())]
+    assert len(sums[0][0]) > 9 and max(most) == 3
+    for chunked, whole in zip(*sums, strict=True):
+        torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-5)
 
 
 def test_diffusion_loss_is_the_squared_error_summed():

@@ -1,5 +1,7 @@
 """The LightningModule: losses, moving average, validation."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -257,3 +259,21 @@ def test_validation_losses_are_means_over_all_targets_and_elements_of_a_source(t
 def test_without_an_average_the_trained_weights_are_validated():
     module = tiny_module(ema_decay=0)
     assert module.ema is None and module.inference_net is module.net
+
+
+def test_the_average_is_on_the_host_between_validations(monkeypatch):
+    """Calls are recorded in place of a GPU."""
+    moved = []
+    monkeypatch.setattr(TransfusionModel, "to", lambda net, device: moved.append(device) or net)
+    monkeypatch.setattr(L.LightningModule, "optimizer_step", lambda module: None)
+    module = tiny_module(ema_device="cpu")
+    module._trainer = SimpleNamespace(global_step=3)
+    monkeypatch.setattr(Transfusion, "device", torch.device("cuda"))
+    assert module.inference_net is module.ema and moved == [torch.device("cuda")]
+    module.optimizer_step()
+    assert len(moved) == 1  # these weights never left the CPU
+    module.hparams.ema_device = None
+    module.optimizer_step()
+    assert moved == [torch.device("cuda")] * 2
+    monkeypatch.setattr(Transfusion, "device", torch.device("cpu"))
+    assert module.inference_net is module.ema and len(moved) == 2

@@ -7,7 +7,11 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import Tensor
 
 from support.fits import autoencoder_module, shapes_module
@@ -332,6 +336,21 @@ def test_settings_that_take_effect_are_not_refused(changed):
 def test_settings_that_lightning_itself_refuses(changed):
     with pytest.raises((MisconfigurationException, ValueError)):
         L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **changed)
+
+
+def test_ranks_that_do_not_divide_are_refused():
+    strategy = ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1)
+    trainer = SimpleNamespace(strategy=strategy, world_size=4)
+    for shard_size in (None, 2, 4):
+        steps.check_shards(trainer, shard_size)
+    with pytest.raises(UserError, match="shard_size=3 does not divide the 4 ranks; give a div"):
+        steps.check_shards(trainer, 3)
+    with pytest.raises(UserError, match="data_parallel_size=4, but the number of ranks .* is 6"):
+        steps.check_shards(SimpleNamespace(strategy=strategy, world_size=6), None)
+    alone = SimpleNamespace(strategy=SingleDeviceStrategy(), world_size=1)
+    steps.check_shards(alone, None)
+    with pytest.raises(UserError, match="shard_size=2 has no effect without .*ModelParallel"):
+        steps.check_shards(alone, 2)
 
 
 def test_strategies_that_would_train_diverging_copies_are_refused():

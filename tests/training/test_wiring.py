@@ -31,9 +31,11 @@ class Formula(nn.Module):
         self.weight = nn.Parameter(torch.tensor(0.7))
         self.num_outputs, self.num_codes, self.calls = num_outputs, num_codes, []
 
-    def forward(self, batch, noised: Tensor, t: Tensor, attend) -> tuple[Tensor, Tensor]:
+    def forward(self, batch, noised: Tensor, t: Tensor, attend, score) -> tuple[tuple, Tensor]:
         self.calls.append((noised, t, attend))
-        return self.logits(batch), None if self.num_codes else self.output(noised, t)
+        targets = batch.labels.flatten()[torch.cat([batch.target_index, batch.code_index])]
+        scores = score(self.logits(batch), targets)
+        return scores, None if self.num_codes else self.output(noised, t)
 
     def logits(self, batch) -> Tensor:
         count = len(batch.target_index) + len(batch.code_index)

@@ -174,7 +174,7 @@ class TransfusionPipeline:
             "row_length": module.row_length,
             "global_step": module.loaded_step,
         }
-        net = module.ema if averaged else module.net
+        net = module.inference_net if averaged else module.net
         if module.device_mesh is not None:
             net = gather_network(net, hparams, module.device, module.trainer.precision)
         return cls(net, Tokenizer.from_proto(module.tokenizer_proto), checkpoint)

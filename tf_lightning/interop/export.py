@@ -115,11 +115,12 @@ def write_text(checkpoint: dict, net: dict[str, Tensor], folder: Path) -> None:
     huggingface.write_pretrained(tokenizer, folder)
 
 
-def read_weights(path: str | Path) -> dict[str, Any]:
+def read_weights(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint file, or an exported folder in the form of a checkpoint without EMA.
 
     Args:
         path: the file or folder, or the name of such a folder on the Hugging Face hub.
+        mmap: leave tensors in the file until they are used.
 
     Raises:
         UserError: the path is neither, or is damaged, or the hub does not provide it.
@@ -127,7 +128,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     files = ["net.json", "net.safetensors", "tokenizer.bin"]
     folder = find_folder(path, files, lambda folder: all((folder / f).is_file() for f in files))
     if not (folder / "net.json").is_file():
-        return read_checkpoint(folder)
+        return read_checkpoint(folder, mmap=mmap)
     checkpoint = read_json(folder / "net.json")
     checksums = checkpoint.pop("crc32", {})  # older versions recorded none
     try:

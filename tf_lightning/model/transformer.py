@@ -8,7 +8,7 @@ Shapes: (..., D) vectors, H query heads, G key/value heads, K head dim, V vocabu
 (B, T), or (S,) without padding. With `modality_weights`, L text positions and N patches.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -205,6 +205,45 @@ class Block(nn.Module):
         out = self.feed_forward(self.branch_input(self.ffn_norm, x))
         return x + self.branch_output(self.ffn_norm, out)
 
+    def forward_by_modality(
+        self,
+        image: "ImageWeights",
+        parts: list[Tensor],
+        ropes: list[Rope] | list[None],
+        split: "ModalitySplit",
+        attend: Attention,
+    ) -> list[Tensor]:
+        """Apply the block with separate weights for patches; text and patches attend jointly.
+
+        Args:
+            image: the weights of patches.
+            parts: vectors of text (L, D) and of patches (N, D).
+            ropes: rotary angles of text and of patches; None in a block without positions.
+            split: splits and joins text and patches.
+            attend: attention of this batch.
+
+        Returns:
+            The new vectors of text (L, D) and of patches (N, D).
+        """
+        attention_weights = [self, image if hasattr(image, "attention") else self]
+        qkvs = [
+            weights.attention.qkv(self.branch_input(weights.attention_norm, x), rope)
+            for weights, x, rope in zip(attention_weights, parts, ropes, strict=True)
+        ]
+        q, k, v = (split.join(*pair) for pair in zip(*qkvs, strict=True))  # (..., H or G, K)
+        mixed = split(attend(q, k, v).flatten(-2))
+        parts = [
+            x + self.branch_output(weights.attention_norm, weights.attention.wo(y))
+            for weights, x, y in zip(attention_weights, parts, mixed, strict=True)
+        ]
+        return [
+            x
+            + self.branch_output(
+                weights.ffn_norm, weights.feed_forward(self.branch_input(weights.ffn_norm, x))
+            )
+            for weights, x in zip([self, image], parts, strict=True)
+        ]
+
     def branch_input(self, norm: nn.Module, x: Tensor) -> Tensor:
         """Return the input of a residual branch: normalized x with pre-norm."""
         return norm(x) if self.pre_norm else x
@@ -254,47 +293,6 @@ class ImageWeights(nn.Module):
             self.attention = SelfAttention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
-
-
-def modality_block(
-    text: Block,
-    image: ImageWeights,
-    parts: list[Tensor],
-    ropes: list[Rope] | list[None],
-    split: ModalitySplit,
-    attend: Attention,
-) -> list[Tensor]:
-    """Apply a block with separate weights for text and patches, which attend jointly.
-
-    Args:
-        text: the block with the weights of text.
-        image: the weights of patches.
-        parts: vectors of text (L, D) and of patches (N, D).
-        ropes: rotary angles of text and of patches; None in a block without positions.
-        split: splits and joins text and patches.
-        attend: attention of this batch.
-
-    Returns:
-        The new vectors of text (L, D) and of patches (N, D).
-    """
-    attention_weights = [text, image if hasattr(image, "attention") else text]
-    qkvs = [
-        weights.attention.qkv(text.branch_input(weights.attention_norm, x), rope)
-        for weights, x, rope in zip(attention_weights, parts, ropes, strict=True)
-    ]
-    q, k, v = (split.join(*pair) for pair in zip(*qkvs, strict=True))  # (..., H or G, K)
-    mixed = split(attend(q, k, v).flatten(-2))
-    parts = [
-        x + text.branch_output(weights.attention_norm, weights.attention.wo(y))
-        for weights, x, y in zip(attention_weights, parts, mixed, strict=True)
-    ]
-    return [
-        x
-        + text.branch_output(
-            weights.ffn_norm, weights.feed_forward(text.branch_input(weights.ffn_norm, x))
-        )
-        for weights, x in zip([text, image], parts, strict=True)
-    ]
 
 
 def with_modality_weights(
@@ -362,7 +360,7 @@ class Transformer(nn.Module):
         parts, ropes = split(x), list(zip(*map(split, rope), strict=True))
         for i, (text, image) in enumerate(zip(self.layers, self.image_layers, strict=True)):
             layer_ropes = ropes if self.config.has_rope(i) else [None, None]
-            parts = modality_block(text, image, parts, layer_ropes, split, attend)
+            parts = text.forward_by_modality(image, parts, layer_ropes, split, attend)
         return split.join(*parts)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -371,6 +369,14 @@ class Transformer(nn.Module):
         if self.config.pretrained_vocab_size is not None:
             logits[..., self.config.pretrained_vocab_size :] += NEW_ENTRY_LOGIT
         return logits
+
+    def blocks(self) -> Iterator[tuple[list[nn.Module], str]]:
+        """Yield the modules of each block, with the name of the first one's method that runs it."""
+        if self.config.modality_weights == "shared":
+            yield from (([block], "forward") for block in self.layers)
+        else:
+            for pair in zip(self.layers, self.image_layers, strict=True):
+                yield list(pair), "forward_by_modality"
 
     def text_parameters(self) -> list[nn.Parameter]:
         """Return all parameters except those that only patches use."""

@@ -10,12 +10,14 @@ largest), N patches per image, P patches in the batch, K text targets, K' code t
 dim, V vocabulary including image codes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from tf_lightning.batch import Batch, crop_by_bucket, pad_images, split_by_bucket
 from tf_lightning.errors import UserError
@@ -23,6 +25,10 @@ from tf_lightning.model.attention import Attention
 from tf_lightning.model.patches import LinearConfig, LinearPatchCoder, has_time_token
 from tf_lightning.model.transformer import Transformer, TransformerConfig
 from tf_lightning.model.unet import UNetConfig, UNetPatchCoder
+
+Score = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""Logits (k, V) and targets (k,) -> values of each target, (k,) each."""
+MAX_LOGITS = 2**26  # computed at once where they are scored: 256 MiB in fp32
 
 
 class EncodedBucket(NamedTuple):
@@ -71,8 +77,13 @@ class TransfusionModel(nn.Module):
         )
 
     def forward(
-        self, batch: Batch, noised_latents: Tensor, t: Tensor, attend: Attention
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        batch: Batch,
+        noised_latents: Tensor,
+        t: Tensor,
+        attend: Attention,
+        score: Score | None = None,
+    ) -> tuple[Any, Tensor]:
         """Run the network on packed rows; each head runs only where its loss is.
 
         Args:
@@ -80,20 +91,26 @@ class TransfusionModel(nn.Module):
             noised_latents: x_t of the batch's images, (M, C, H, W).
             t: noise levels of the images, (M,) in [0, 1].
             attend: attention of this batch.
+            score: what to compute from logits and their targets, such as a loss of each target.
+                The logits of many targets are then never in memory together.
 
         Returns:
-            Logits (K, V) at `batch.target_index`, and the denoiser's output (M, C or 2 C, H, W).
-            With image codes: logits (K + K', V) at `target_index` and `code_index`, and an empty
-            tensor.
+            Logits (K, V) at `batch.target_index`, or their score, and the denoiser's output
+            (M, C or 2 C, H, W). With image codes: logits (K + K', V) at `target_index` and
+            `code_index`, or their score, and an empty tensor.
         """
         if self.num_codes:
-            return self._code_logits(batch, attend), noised_latents.new_empty(0, dtype=torch.float)
+            x = self.transformer.tok_embeddings(batch.input_ids)
+            hidden = self.transformer(x, batch.positions, attend).flatten(0, 1)
+            index = torch.cat([batch.target_index, batch.code_index])
+            empty = noised_latents.new_empty(0, dtype=torch.float)
+            return self._head(hidden, batch.labels, index, score), empty
         encoded = self._encode(batch, noised_latents, t)
         patches = torch.cat([bucket.patches.flatten(0, 1) for bucket in encoded])  # (P, D)
         x = self.transformer.tok_embeddings(batch.input_ids)  # (B, T, D)
         flat = x.flatten(0, 1).index_copy(0, batch.patch_index, patches.type_as(x))
         hidden = self.transformer(flat.view_as(x), batch.positions, attend).flatten(0, 1)
-        logits = self.transformer.logits(hidden[batch.target_index])
+        logits = self._head(hidden, batch.labels, batch.target_index, score)
         return logits, self._decode(hidden[batch.patch_index], encoded, noised_latents.shape)
 
     def _encode(self, batch: Batch, noised_latents: Tensor, t: Tensor) -> list[EncodedBucket]:
@@ -135,11 +152,34 @@ class TransfusionModel(nn.Module):
             outputs.append(pad_images(output, *shape[-2:]))
         return torch.cat(outputs).view(shape[0], self.num_outputs * shape[1], *shape[2:])
 
-    def _code_logits(self, batch: Batch, attend: Attention) -> Tensor:
-        """Return logits (K + K', V) at the targets of text and of image codes."""
-        x = self.transformer.tok_embeddings(batch.input_ids)
-        hidden = self.transformer(x, batch.positions, attend).flatten(0, 1)
-        return self.transformer.logits(hidden[torch.cat([batch.target_index, batch.code_index])])
+    def _head(
+        self, hidden: Tensor, labels: Tensor, index: Tensor, score: Score | None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return the logits at the flat positions `index`, or their score, chunk by chunk.
+
+        The backward pass computes the logits of each chunk again.
+
+        Args:
+            hidden: hidden states of all positions, (B * T, D).
+            labels: the targets of all positions, (B, T).
+            index: flat indices of the positions that have a target, (K,).
+            score: see `forward`.
+        """
+
+        def scored(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            return score(self.transformer.logits(hidden), targets)
+
+        hidden = hidden[index]  # (K, D)
+        if score is None:
+            return self.transformer.logits(hidden)
+        targets = labels.flatten()[index]
+        size = max(1, MAX_LOGITS // self.transformer.config.vocab_size)
+        if len(index) <= size:
+            return scored(hidden, targets)
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        parts = [checkpoint(scored, *chunk, **how) for chunk in chunks]
+        return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
     def next_logits(self, input_ids: Tensor, positions: Tensor, attend: Attention) -> Tensor:
         """Return next-token logits after tokens that continue a cached prefix.
@@ -173,6 +213,15 @@ class TransfusionModel(nn.Module):
         hidden = self.transformer(patches, positions, attend)
         return self.patch_coder.decode(hidden, noised_latents.shape[-2:], skips)
 
+    def blocks(self) -> Iterator[tuple[list[nn.Module], str]]:
+        """Yield the parts that run one after another, for sharding and activation checkpointing.
+
+        They are the blocks of the Transformer and of a U-Net coder; see `Transformer.blocks`.
+        """
+        yield from self.transformer.blocks()
+        for name in ("down_blocks", "up_blocks"):
+            yield from (([block], "forward") for block in getattr(self.patch_coder, name, ()))
+
     def reset_parameters(self) -> None:
         """Initialize every weight, also of a network that was built on the meta device."""
         self.transformer.reset_parameters()
@@ -205,8 +254,16 @@ def build_network(hparams: Mapping[str, Any]) -> TransfusionModel:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
-    """Set ema to decay * ema + (1 - decay) * net, elementwise; shards need no communication."""
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    """Set ema to decay * ema + (1 - decay) * net, elementwise, on the device of `ema`.
+
+    Shards need no communication.
+    """
+    averages, weights = (
+        [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+        for module in (ema, net)
+    )
+    weights = [w.to(average.device) for w, average in zip(weights, averages, strict=True)]
+    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 def check_code_options(

@@ -3,6 +3,7 @@
 Shapes: K text targets, K' code targets, V vocabulary, M images.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,12 @@ def z_loss(logits: Tensor) -> Tensor:
     accurate.
     """
     return logits.float().logsumexp(-1).square()
+
+
+def target_losses(logits: Tensor, targets: Tensor, with_z: bool) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and z-loss of each target, (k,) each; without `with_z`, the z-loss is zero."""
+    nll = lm_loss(logits, targets)
+    return nll, z_loss(logits) if with_z else torch.zeros_like(nll)
 
 
 def total_loss(loss_lm: Tensor, loss_diffusion: Tensor, diffusion_weight: float) -> Tensor:
@@ -63,22 +70,20 @@ def loss_sums(
         by_image: also return the diffusion loss of each image.
     """
     attend = build_attention(batch, causal_images or net.num_codes > 0)
+    score = partial(target_losses, with_z=with_z)
     if net.num_codes:
-        logits, _ = net(batch, batch.latents, batch.t, attend)
-        diffusion, images = logits.new_zeros(()), []
+        (nll, z), _ = net(batch, batch.latents, batch.t, attend, score)
+        diffusion, images = nll.new_zeros(()), []
     else:
         noised = process.add_noise(batch.latents, batch.noise, batch.t)
-        logits, output = net(batch, noised, process.model_timesteps(batch.t), attend)
+        (nll, z), output = net(batch, noised, process.model_timesteps(batch.t), attend, score)
         cropped = (crop_by_bucket(x, batch.buckets) for x in (output, batch.latents, batch.noise))
         parts = list(zip(*cropped, split_by_bucket(batch.t, batch.buckets), strict=True))
         diffusion = torch.stack([process.loss_sum(*part) for part in parts]).sum()
         images = [losses_by_image(process, *part) for part in parts] if by_image else []
-    targets = batch.labels.flatten()[torch.cat([batch.target_index, batch.code_index])]
-    counts = [len(batch.target_index), len(batch.code_index)]
-    nll, code_nll = lm_loss(logits, targets).split(counts)
-    z = z_loss(logits).sum() if with_z else nll.new_zeros(())
+    nll, code_nll = nll.split([len(batch.target_index), len(batch.code_index)])
     images = torch.cat(images) if images else nll.new_zeros(0)
-    return LossSums(nll, code_nll, diffusion, z, images)
+    return LossSums(nll, code_nll, diffusion, z.sum(), images)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ one varies at evaluation belongs to callbacks.
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -47,8 +47,15 @@ from tf_lightning.ranges import (
     check_arguments,
 )
 from tf_lightning.sharded import ShardedWeights
+from tf_lightning.training.activation_checkpointing import checkpoint_activations
 from tf_lightning.training.breakdown import LOSSES, LossBreakdown
-from tf_lightning.training.fsdp import apply_fsdp, number_states_by_module, reshard
+from tf_lightning.training.fsdp import (
+    DrawWhole,
+    apply_fsdp,
+    number_states_by_module,
+    reshard,
+    sharding_mesh,
+)
 from tf_lightning.training.guard import StepGuard, check_finite
 from tf_lightning.training.horizon import Horizon, check_warmup, epochs_to_steps
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
@@ -59,6 +66,7 @@ from tf_lightning.training.resume import check_resumed
 from tf_lightning.training.steps import (
     backward_of_part,
     check_mesh,
+    check_shards,
     check_strategy,
     check_trainer,
     count_steps,
@@ -70,7 +78,8 @@ from tf_lightning.training.steps import (
 CHANGEABLE = {
     *("lr", "betas", "weight_decay", "warmup_steps", "lr_decay", "min_lr_ratio", "ema_decay"),
     *("diffusion_weight", "z_loss_weight", "min_snr_gamma", "compile", "transformer.dropout"),
-    *("max_bad_steps", "spike_sigma"),
+    *("max_bad_steps", "spike_sigma", "activation_checkpointing"),
+    *("ema_device", "shard_size", "reshard_after_forward"),
 }
 SWITCHES = {"ema_decay"}
 
@@ -112,6 +121,17 @@ class Transfusion(L.LightningModule):
         lr_decay: shape of the decay to the last learning rate, "cosine" (paper) or "linear".
         min_lr_ratio: last learning rate as a share of the peak.
         ema_decay: decay per optimizer step of the weights' moving average; 0: keep none.
+        ema_device: "cpu" keeps the moving average in the memory of the host between validations;
+            null: on the device of the model.
+        activation_checkpointing: what each block keeps for the backward pass, which computes the
+            rest again. "none": all activations. "selective": the outputs of matrix products,
+            convolutions and attention. "full": its inputs. The gradients are the same.
+        shard_size: ranks that share one copy of the weights with ModelParallelStrategy, such as the
+            GPUs of a node; each further group of as many ranks has a copy (HSDP). null: all ranks
+            share one copy (FSDP2).
+        reshard_after_forward: with ModelParallelStrategy, free the gathered weights of a block
+            after its forward pass and gather them again in the backward pass. false: keep them,
+            which needs more memory and less communication.
         compile: compile the network with torch.compile.
         max_bad_steps: end the run after this many steps in a row whose loss or gradient is not
             finite. Such steps change nothing.
@@ -147,6 +167,10 @@ class Transfusion(L.LightningModule):
         lr_decay: str = "cosine",
         min_lr_ratio: Share = 0.05,
         ema_decay: Decay = 0.9999,
+        ema_device: Literal["cpu"] | None = None,
+        activation_checkpointing: Literal["none", "selective", "full"] = "none",
+        shard_size: Annotated[int, Range(ge=2)] | None = None,
+        reshard_after_forward: bool = True,
         compile: bool = False,
         max_bad_steps: PositiveInt = 5,
         spike_sigma: Positive | None = None,
@@ -185,37 +209,65 @@ class Transfusion(L.LightningModule):
         """
         check_trainer(trainer)
         check_strategy(trainer.strategy, shards=True)
+        check_shards(trainer, self.hparams.shard_size)
 
     @fp32_by_default()
     def configure_model(self) -> None:
         """Build the network and its EMA copy in the strategy's device and precision context.
+
+        For ModelParallelStrategy they are built without memory, sharded, and then initialized, with
+        the same values as without it.
 
         Raises:
             UserError: ModelParallelStrategy has tensor parallelism.
         """
         if self.net is not None:
             return
-        if self.device_mesh is not None:  # set by ModelParallelStrategy
+        if self.device_mesh is None:
+            self.build()
+            self.net.reset_parameters()
+        else:  # set by ModelParallelStrategy
             axes = ("data_parallel", "tensor_parallel")
             check_mesh(*(self.device_mesh[axis].size() for axis in axes))
-        hparams = self.hparams
-        self.net = build_network(hparams)
-        self.net.reset_parameters()
-        if hparams.text_lr_ratio == 0:
+            device = self.trainer.strategy.root_device
+            with DrawWhole(device):
+                with torch.device("meta"):
+                    self.build()
+                self.shard(device)
+                self.net.reset_parameters()
+        if self.ema is not None:
+            copy_weights(self.net, self.ema)
+        if self.hparams.compile:
+            self.net.compile()
+
+    def build(self) -> None:
+        """Build the network and its EMA copy, without initial values."""
+        self.net = build_network(self.hparams)
+        if self.hparams.text_lr_ratio == 0:
             for parameter in self.net.transformer.text_parameters():
                 parameter.requires_grad_(False)
-        if hparams.ema_decay > 0:
+        if self.hparams.ema_decay > 0:
             self.ema = deepcopy(self.net).requires_grad_(False)
-        if self.device_mesh is not None:
-            for net in filter(None, (self.net, self.ema)):
-                apply_fsdp(net, self.device_mesh["data_parallel"])
-        if hparams.compile:
-            self.net.compile()
+        checkpoint_activations(self.net, self.hparams.activation_checkpointing)
+
+    def shard(self, device: torch.device) -> None:
+        """Shard networks of the meta device, and give the shards memory on a device."""
+        mesh = sharding_mesh(self.device_mesh["data_parallel"], self.hparams.shard_size)
+        options = self.trainer.precision, self.hparams.reshard_after_forward
+        for net in filter(None, (self.net, self.ema)):
+            apply_fsdp(net, mesh, *options)
+            net.to_empty(device=device)
 
     @property
     def inference_net(self) -> TransfusionModel:
-        """The network with EMA weights, or the trained network if none are kept."""
-        return self.net if self.ema is None else self.ema
+        """The network with EMA weights, or the trained network if none are kept.
+
+        EMA weights that are kept on the CPU are moved to the module's device, where they stay until
+        the next optimizer step.
+        """
+        if self.ema is None:
+            return self.net
+        return move(self.ema, self.device)
 
     @property
     def inference_weights(self) -> str:
@@ -427,6 +479,7 @@ class Transfusion(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None and not self.guard.leaves_out:
             step = self.trainer.global_step
+            move(self.ema, self.hparams.ema_device or self.device)
             update_ema(self.ema, self.net, min(self.hparams.ema_decay, (1 + step) / (10 + step)))
 
     # ---------------------------------------------------------------- validation
@@ -547,6 +600,19 @@ class Transfusion(L.LightningModule):
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
             raise state_dict_error(error) from error
+
+
+@torch.no_grad()
+def copy_weights(net: TransfusionModel, other: TransfusionModel) -> None:
+    """Copy the weights of a network, or of its shards, into another network of the same kind."""
+    for target, weight in zip(other.parameters(), net.parameters(), strict=True):
+        target.copy_(weight)
+
+
+def move(net: TransfusionModel, device: torch.device | str) -> TransfusionModel:
+    """Move a network to a device unless it is there, and return it."""
+    there = next(net.parameters()).device.type == torch.device(device).type
+    return net if there else net.to(device)
 
 
 def check_image_options(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim.lr_scheduler import LambdaLR
 
 from tf_lightning.model.transfusion import TransfusionModel
@@ -198,6 +198,43 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x
 
 
+def orthogonalize_all(matrices: list[Tensor], precision: torch.dtype) -> list[Tensor]:
+    """Orthogonalize matrices of one shape, or of it and its transpose.
+
+    Sharded matrices must all have one shape. Each rank then computes its share of them: it receives
+    the other rows of its matrices, and sends back the rows of the results.
+
+    Args:
+        matrices: (a, b) or (b, a) each.
+        precision: to compute in.
+
+    Returns:
+        A matrix for each one given, in `precision`, and sharded alike.
+    """
+    if not isinstance(matrices[0], DTensor):
+        wide = orthogonalize(torch.stack([as_wide(m) for m in matrices]).to(precision))
+        pairs = zip(wide, matrices, strict=True)
+        return [(w.mT if is_tall(m) else w).contiguous() for w, m in pairs]
+    rows = torch.stack(matrices).to(precision)  # (n, a, b), of which a rank has rows of each matrix
+    by_matrix = [Shard(0) if p.is_shard() else p for p in rows.placements]
+    whole = rows.redistribute(placements=by_matrix)
+    mine = orthogonalize(as_wide(whole.to_local()))
+    mine = mine.mT if is_tall(whole) else mine
+    layout = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
+    made = DTensor.from_local(mine.contiguous(), whole.device_mesh, by_matrix, **layout)
+    return list(made.redistribute(placements=rows.placements).unbind())
+
+
+def is_tall(matrices: Tensor) -> bool:
+    """Return whether matrices (..., a, b) have more rows than columns."""
+    return matrices.shape[-2] > matrices.shape[-1]
+
+
+def as_wide(matrices: Tensor) -> Tensor:
+    """Transpose matrices (..., a, b) that have more rows than columns."""
+    return matrices.mT if is_tall(matrices) else matrices
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for parameter groups with `muon: True`, AdamW for the others.
 
@@ -241,25 +278,21 @@ class MuonAdamW(torch.optim.Optimizer):
         shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
-                shapes.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
+                is_sharded, sizes = isinstance(parameter, DTensor), tuple(parameter.shape)
+                shape = sizes if is_sharded else tuple(sorted(sizes))
+                shapes.setdefault(shape, []).append(parameter)
         for shape, parameters in shapes.items():
-            wide = [self._nesterov_gradient(parameter) for parameter in parameters]
-            updates = orthogonalize(torch.stack(wide).to(self.precision))  # (n, a, b)
+            gradients = [self._nesterov_gradient(parameter) for parameter in parameters]
+            updates = orthogonalize_all(gradients, self.precision)
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             step_size = group["lr"] * RMS * max(shape) ** 0.5
             for parameter, update in zip(parameters, updates, strict=True):
-                is_tall = parameter.shape[0] > parameter.shape[1]
-                update = (update.mT if is_tall else update).contiguous()
-                if isinstance(parameter, DTensor):
-                    update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
                 parameter.add_(update.to(parameter.dtype), alpha=-step_size)
 
     def _nesterov_gradient(self, parameter: nn.Parameter) -> Tensor:
-        """Update the momentum; return the unsharded Nesterov gradient, transposed to be wide."""
+        """Update the momentum; return the Nesterov gradient."""
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
-        gradient = parameter.grad.lerp(state["momentum"], self.momentum)
-        gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-        return gradient.mT if gradient.shape[0] > gradient.shape[1] else gradient
+        return parameter.grad.lerp(state["momentum"], self.momentum)

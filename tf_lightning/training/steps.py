@@ -136,6 +136,38 @@ def check_strategy(strategy: Strategy, shards: bool) -> None:
         )
 
 
+def check_shards(trainer: L.Trainer, shard_size: int | None) -> None:
+    """Refuse numbers of ranks that the strategy cannot divide as it should.
+
+    Args:
+        trainer: the trainer.
+        shard_size: ranks that share one copy of the weights; None: all of them.
+
+    Raises:
+        UserError: `data_parallel_size` is not the number of ranks, or `shard_size` does not divide
+            it or has no effect.
+    """
+    strategy, ranks = trainer.strategy, trainer.world_size
+    if not isinstance(strategy, ModelParallelStrategy):
+        if shard_size is not None:
+            raise UserError(
+                f"shard_size={shard_size} has no effect without trainer.strategy "
+                "ModelParallelStrategy; leave it out, or set the strategy"
+            )
+        return
+    size = strategy._data_parallel_size
+    if size not in ("auto", ranks):
+        raise UserError(
+            f"ModelParallelStrategy has data_parallel_size={size}, but the number of ranks "
+            f"(devices times num_nodes) is {ranks}; give both the same number"
+        )
+    if shard_size is not None and ranks % shard_size:
+        raise UserError(
+            f"shard_size={shard_size} does not divide the {ranks} ranks; give a divisor, such as "
+            "the number of devices of a node"
+        )
+
+
 def check_mesh(data_parallel: int, tensor_parallel: int) -> None:
     """Refuse tensor parallelism, whose ranks would each train a copy of their own.
 
