@@ -244,7 +244,8 @@ def find(pattern: str) -> list[RemoteFile]:
     """
     scheme, _, path, _ = split_url(pattern)
     if not any(sign in path for sign in ("*[" if scheme in HTTP else "*?[")):
-        return [file for file in stat([pattern]) if file]
+        file = _stat(pattern)
+        return [file] if file else []
     fs = filesystem(pattern)
     options = {"refresh": True} if scheme == "hf" else {}
     try:
@@ -258,10 +259,35 @@ def find(pattern: str) -> list[RemoteFile]:
     return [_remote_file(url, infos[name]) for url, name in zip(urls, names, strict=True)]
 
 
+def find_each(patterns: Sequence[str]) -> list[list[RemoteFile]]:
+    """Call `find` for several patterns at a time."""
+    return _in_threads(find, patterns)
+
+
 def stat(urls: Sequence[str]) -> list[RemoteFile | None]:
     """Ask for sizes and versions of files, several at a time; None for a URL without a file."""
-    with ThreadPoolExecutor(min(THREADS, max(1, len(urls)))) as pool:
-        return list(pool.map(_stat, urls))
+    return _in_threads(_stat, urls)
+
+
+def list_folder(url: str) -> list[RemoteFile]:
+    """List the files in a folder of an object store or of the hub; [] if there is none."""
+    fs = filesystem(url)
+    try:
+        infos = request(url, fs.ls, fs._strip_protocol(url), detail=True)
+    except FileNotFoundError:
+        return []
+    return [
+        _remote_file(fs.unstrip_protocol(info["name"]), info)
+        for info in infos
+        if info["type"] == "file"
+    ]
+
+
+def _in_threads(function: Callable, values: Sequence) -> list:
+    if not values:
+        return []
+    with ThreadPoolExecutor(min(THREADS, len(values))) as pool:
+        return list(pool.map(function, values))
 
 
 def _stat(url: str) -> RemoteFile | None:

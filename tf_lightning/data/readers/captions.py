@@ -14,11 +14,9 @@ If an image has several captions, each epoch draws one of them.
 
 import glob
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +34,11 @@ from tf_lightning.data.readers.files import (
     ImageFileSource,
     ImagePathSource,
     as_image_file,
+    file_versions,
+    is_file,
+    is_in_cache,
+    local_path,
+    read_bytes,
 )
 from tf_lightning.data.readers.formats import (
     BOM,
@@ -413,11 +416,14 @@ class CaptionFolders(ImageFileSource):
 
     def fingerprint(self, split: Split) -> str:
         """Include the sizes and times of the text files; see `Source.fingerprint`."""
+        images = [local_path(file) for file in self.files(split)]
+        # Remote folders are listed once, instead of asking for each text file.
+        remote = (image for image in images if is_in_cache(image))
+        self.snapshot.stat(path for image in remote for _, path in self._beside(image))
+        texts = [path for image in images for path in self.texts_beside(image).values()]
         digest = hashlib.sha256()
-        texts = (self.texts_beside(image).values() for image in self.files(split))
-        for file in chain.from_iterable(texts):
-            stat = file.stat()
-            digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        for line in file_versions(texts, self.snapshot):
+            digest.update(f"{line}\n".encode())
         return f"{super().fingerprint(split)} {digest.hexdigest()}"
 
     def samples(self, file: Path) -> Iterator[tuple[str, Path]]:
@@ -427,15 +433,19 @@ class CaptionFolders(ImageFileSource):
 
     def parts(self, sample: Path) -> list[str | Path]:
         """List caption and image; see `ImageFileSource.parts`."""
-        files = {kind: file.read_bytes() for kind, file in self.texts_beside(sample).items()}
+        texts = self.texts_beside(sample).items()
+        files = {kind: read_bytes(file, self.snapshot) for kind, file in texts}
         return [tar_caption(files, self.caption_key), sample]
 
     def texts_beside(self, image: Path) -> dict[str, Path]:
         """Find the text files beside an image, by suffix."""
+        return {kind: file for kind, file in self._beside(image) if is_file(file, self.snapshot)}
+
+    def _beside(self, image: Path) -> list[tuple[str, Path]]:
+        """List the suffixes that a text file may have, each with the path of the file."""
         wanted = (*CAPTION_EXTENSIONS, "json", *([self.caption_key] if self.caption_key else []))
         names = ((kind, name) for kind in wanted for name in (kind.upper(), kind))
-        beside = {(kind, image.with_suffix(f".{name}")) for kind, name in names}
-        return {kind: file for kind, file in sorted(beside) if os.path.isfile(file)}
+        return sorted({(kind, image.with_suffix(f".{name}")) for kind, name in names})
 
 
 # Images alone

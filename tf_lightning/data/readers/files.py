@@ -1,18 +1,24 @@
-"""Base classes of the sources that read files: globs, held-out documents, fingerprints, shards."""
+"""Base classes of the sources that read files: globs, held-out documents, fingerprints, shards.
+
+Files may be remote (https://, s3://, gs://, hf://). Readers only see their copies in the cache of
+`tf_lightning.remote`.
+"""
 
 import base64
 import copy
 import glob
 import hashlib
 import os
+import re
 import unicodedata
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -20,14 +26,25 @@ from PIL import Image
 
 from tf_lightning.data.buckets import Size
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
-from tf_lightning.data.images import CONTEXT, load_image
-from tf_lightning.data.readers.formats import is_ignored
+from tf_lightning.data.images import CONTEXT, FileBytes, load_image
+from tf_lightning.data.readers.formats import MAX_SAMPLE, is_ignored
 from tf_lightning.data.readers.ids import SampleIds
+from tf_lightning.data.readers.snapshot import Snapshot
 from tf_lightning.data.readers.tables import has_image_columns
 from tf_lightning.errors import UserError
 from tf_lightning.ranges import PositiveInt, Range, check_fields
+from tf_lightning.remote import (
+    RemoteFile,
+    cached_path,
+    is_remote,
+    local_copy,
+    public_url,
+    url_of,
+)
 
 SHARD_BYTES = 64_000_000  # total size of the files that one preparation shard reads
+MAX_EXPANDED = 1_000_000  # paths that a pattern with braces stands for
+IMAGES_AT_ONCE = 10_000  # whose versions are asked for together
 
 
 @dataclass(eq=False)
@@ -35,8 +52,9 @@ class FileSource(Source):
     """Source that reads documents from files. A subclass implements `samples` and `document`.
 
     Args:
-        paths: files or globs to train on.
-        val_paths: files or globs to validate on; null: hold out a share of `paths`.
+        paths: files to train on: local paths, URLs (https://, s3://, gs://, hf://datasets/...),
+            globs or brace ranges such as 'shard-{000..099}.tar'.
+        val_paths: files to validate on, as `paths`; null: hold out a share of `paths`.
         val_fraction: share of the documents to hold out if `val_paths` is null, in [0, 1). If it is
             above 0, at least one document of two or more is held out, and one is trained on.
     """
@@ -86,8 +104,10 @@ class FileSource(Source):
                 yield sample_id, document
 
     def num_samples(self, split: Split) -> int | None:
-        """Count the samples without converting them; None if the files are large."""
-        if sum(file.stat().st_size for file in self.files(split)) > SHARD_BYTES:
+        """Count the samples without converting them; None if the files are large or remote."""
+        files = self.files(split)
+        is_local = all(isinstance(file, Path) for file in files)
+        if not is_local or sum(map(file_size, files)) > SHARD_BYTES:
             return None
         return sum(1 for _ in self._samples(split))
 
@@ -96,10 +116,11 @@ class FileSource(Source):
         for file in self.files(split):
             ids = SampleIds(file)
             try:
-                for key, sample, *named in self.samples(file):
-                    sample_id = ids.next(key, sample)
-                    if named == [split] if named else self._in_split(f"{file.name}/{key}", split):
-                        yield sample_id, sample
+                with local_file(file) as path:
+                    for key, sample, *named in self.samples(path):
+                        sample_id, name = ids.next(key, sample), f"{file.name}/{key}"
+                        if named == [split] if named else self._in_split(name, split):
+                            yield sample_id, sample
             except (BadSample, *UNEXPECTED) as error:
                 yield ids.name, BadSample(reason(error))
 
@@ -131,43 +152,51 @@ class FileSource(Source):
     def _hashed_samples(self) -> Iterator[tuple]:
         """Yield what `samples` yields, with the hash of the key in place of the key."""
         for file in self.files("train"):
-            with suppress(BadSample, *UNEXPECTED):
-                for key, *sample in self.samples(file):
-                    yield hash_of(f"{file.name}/{key}"), *sample
+            try:
+                with local_file(file) as path:
+                    for key, *sample in self.samples(path):
+                        yield hash_of(f"{file.name}/{key}"), *sample
+            except (BadSample, *UNEXPECTED) as error:
+                reason(error)  # raises mistakes in the arguments
 
     def _is_usable(self, sample: Any) -> bool:
         return not all(isinstance(found, Skipped) for found in self._convert(sample))
 
     def fingerprint(self, split: Split) -> str:
-        """See `Source.fingerprint`."""
-        stats = [(str(file), file.stat()) for file in self.files(split)]
-        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        """See `Source.fingerprint`. It has the sizes and ETags of remote files."""
+        files = [(str(file), *file_version(file)) for file in self.files(split)]
         defaults = {field.name: field.default for field in fields(self)}
         arguments = [
-            (name, value)
+            (name, without_logins(value))
             for name, value in sorted(vars(self).items())
             if name[0] != "_" and not (name in self.NEW_ARGUMENTS and value == defaults[name])
         ]
         version = [self.VERSION] if self.VERSION > 1 else []
         return repr((type(self).__name__, split, arguments, files, *version))
 
-    def files(self, split: Split) -> list[Path]:
+    def files(self, split: Split) -> list[Path | RemoteFile]:
         """List the files that a split is read from."""
-        return find_files(self.val_paths if split == "val" and self.val_paths else self.paths)
+        paths = self.val_paths if split == "val" and self.val_paths else self.paths
+        return find_files(paths, self.snapshot)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The remote files of this source, which are asked for once."""
+        return vars(self).setdefault("_snapshot", Snapshot())
 
     def shards(self, split: Split) -> list["FileSource"]:
         """Divide the files among sources of about SHARD_BYTES each, in the same order."""
-        groups: list[list[str]] = [[]]
+        groups: list[list[str | RemoteFile]] = [[]]
         num_bytes = 0
         for file in self.files(split):
             if num_bytes >= SHARD_BYTES:
                 groups.append([])
                 num_bytes = 0
-            groups[-1].append(glob.escape(str(file)))
-            num_bytes += file.stat().st_size
+            groups[-1].append(glob.escape(str(file)) if isinstance(file, Path) else file)
+            num_bytes += file_size(file)
         return [self._with_files(group, split) for group in groups]
 
-    def _with_files(self, files: list[str], split: Split) -> "FileSource":
+    def _with_files(self, files: list[str | RemoteFile], split: Split) -> "FileSource":
         """Copy this source with other files for a split."""
         source = copy.copy(self)
         source._whole = getattr(self, "_whole", self)
@@ -253,17 +282,16 @@ class ImageFileSource(FileSource):
         return [part if isinstance(part, str) else self._load(part) for part in self.parts(sample)]
 
     def _load(self, file: bytes | Path | OptionalImage | ContextImage) -> Image.Image | Skipped:
-        size = self.image_sizes or self.image_size
-        if isinstance(file, ContextImage):
-            image = load_image(file.file, size)
-            image.info[CONTEXT] = True
-            return image
-        if not isinstance(file, OptionalImage):
-            return load_image(file, size)
         try:
-            return load_image(file.file, size)
+            content = image_content(getattr(file, "file", file), self.snapshot)
+            image = load_image(content, self.image_sizes or self.image_size)
         except BadSample as error:
-            return Skipped(str(error))
+            if isinstance(file, OptionalImage):
+                return Skipped(str(error))
+            raise
+        if isinstance(file, ContextImage):
+            image.info[CONTEXT] = True
+        return image
 
 
 @dataclass(eq=False)
@@ -271,30 +299,31 @@ class ImagePathSource(ImageFileSource):
     """Image source whose files may contain paths of images.
 
     Args:
-        images: folder that paths of images are relative to; null: the folder of the file that
-            contains the path.
+        images: folder that paths of images are relative to, local or a URL; null: the folder of the
+            file that contains the path.
     """
 
     images: str | None = None
 
     def image_folder(self, file: Path) -> Path:
         """Return the folder that the image paths in a file are relative to."""
+        if self.images and is_remote(self.images):
+            return cached_path(self.images)
         return Path(self.images).expanduser() if self.images else file.parent
 
     def image_digest(self, split: Split) -> str:
-        """Hash the names, sizes and times of the image files that the split's files name.
+        """Hash the names, sizes and times or ETags of the image files that the split's files name.
 
         It changes when an image is added, replaced or removed. Images in parquet files are covered
         by `fingerprint`.
         """
         digest = hashlib.sha256()
         for file in self.files(split):
-            for path in () if has_image_columns(file) else self.image_paths(file):
-                try:
-                    stat = os.stat(path)
-                    digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-                except (OSError, ValueError):
-                    digest.update(f"{path!r} missing\n".encode())
+            with local_file(file) as path:
+                images = iter(()) if has_image_columns(path) else self.image_paths(path)
+                while several := list(islice(images, IMAGES_AT_ONCE)):
+                    for line in file_versions(several, self.snapshot):
+                        digest.update(f"{line}\n".encode())
         return digest.hexdigest()
 
     def image_paths(self, file: Path) -> Iterator[Path]:
@@ -334,10 +363,23 @@ def as_image_file(value: Any, folder: Path) -> bytes | Path | None:
         return _decode_data_url(value)
     if value.startswith(("http://", "https://")):
         raise BadSample("image that is only a URL; download the images, such as with img2dataset")
-    return _find(folder / value.removeprefix("file://").replace("\\", "/"))  # paths of Windows
+    return image_path(value.removeprefix("file://").replace("\\", "/"), folder)  # as on Windows
 
 
 NO_IMAGE = ("", "None", "none", "null", "nan", [], {})  # written for a missing image
+
+
+def image_path(name: str, folder: Path) -> Path:
+    """Return the path of an image that a file names.
+
+    Raises:
+        BadSample: a remote file names an image that is not below the same host or bucket.
+    """
+    if not is_in_cache(folder / "image"):
+        return _find(folder / name)
+    if not is_in_cache(folder / name):
+        raise BadSample("image outside of the host or bucket of the file that names it")
+    return Path(os.path.normpath(folder / name))
 
 
 def _find(path: Path) -> Path:
@@ -355,22 +397,188 @@ def _decode_data_url(url: str) -> bytes:
         raise BadSample("damaged image") from error
 
 
-def find_files(paths: str | list[str]) -> list[Path]:
-    """List the files that paths or globs match (`**` included), sorted within each glob.
+def image_content(file: bytes | Path, snapshot: Snapshot) -> bytes | Path:
+    """Return the bytes of a remote image, whose copy may not stay in the cache; others unchanged.
+
+    Raises:
+        BadSample: there is no such file, or it is too large.
+    """
+    if isinstance(file, FileBytes) and is_in_cache(file.path):
+        return bytes(file)
+    if not isinstance(file, Path) or not is_in_cache(file):
+        return file
+    found = snapshot.stat([file]).get(file)
+    if found is None:
+        raise BadSample("missing image")
+    if (found.size or 0) > MAX_SAMPLE:
+        raise BadSample(f"image file of more than {MAX_SAMPLE:,} bytes")
+    return read_bytes(file, snapshot)
+
+
+# Local and remote files. The path of a remote file is that of its copy in the cache.
+
+
+def is_in_cache(path: Path) -> bool:
+    """Return whether a path stands for a remote file."""
+    try:
+        return url_of(path) is not None
+    except ValueError:
+        return False
+
+
+def is_file(path: Path, snapshot: Snapshot) -> bool:
+    """Return whether there is a local or remote file."""
+    return bool(snapshot.stat([path])) if is_in_cache(path) else os.path.isfile(path)
+
+
+def read_bytes(path: Path, snapshot: Snapshot) -> bytes:
+    """Read a local or remote file that exists."""
+    file = snapshot.stat([path])[path] if is_in_cache(path) else path
+    with local_file(file) as copied:
+        return copied.read_bytes()
+
+
+def local_path(file: Path | RemoteFile) -> Path:
+    """Return the path of a local file, or of the copy of a remote one."""
+    return cached_path(file.url) if isinstance(file, RemoteFile) else file
+
+
+def file_versions(paths: list[Path], snapshot: Snapshot) -> Iterator[str]:
+    """Yield a line for each local or remote file that changes when the file does."""
+    remote = snapshot.stat(path for path in paths if is_in_cache(path))
+    for path in paths:
+        try:
+            if file := remote.get(path):
+                yield f"{file} {file.size} {file.version}"
+            elif is_in_cache(path):
+                yield f"{public_url(url_of(path))} missing"
+            else:
+                size, time = file_version(path)
+                yield f"{path} {size} {time}"
+        except (OSError, ValueError):
+            yield f"{path!r} missing"
+
+
+@contextmanager
+def local_file(file: Path | RemoteFile) -> Iterator[Path]:
+    """Yield the path of a local file, or of the copy of a remote one.
+
+    Raises:
+        UserError: a remote file cannot be read, or was replaced during the preparation.
+    """
+    if isinstance(file, Path):
+        yield file
+        return
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(local_copy(file))
+        except FileNotFoundError as error:
+            raise UserError(f"{file} was removed during the preparation; run it again") from error
+        yield path
+
+
+def file_size(file: Path | RemoteFile) -> int:
+    """Return the size of a file in bytes; 0 if the server of a remote one does not say it."""
+    return (file.size or 0) if isinstance(file, RemoteFile) else file.stat().st_size
+
+
+def file_version(file: Path | RemoteFile) -> tuple[int | None, int | str]:
+    """Return size and time of a local file, or size and ETag of a remote one."""
+    if isinstance(file, RemoteFile):
+        return file.size, file.version
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+def without_logins(value: Any) -> Any:
+    """Replace the URLs in an argument by their `public_url`."""
+    if isinstance(value, list):
+        return [without_logins(item) for item in value]
+    return public_url(value) if is_remote(value) else value
+
+
+def find_files(
+    paths: str | list[str | RemoteFile], snapshot: Snapshot | None = None
+) -> list[Path | RemoteFile]:
+    """List the files of paths, URLs, globs (`**` included) and brace ranges, sorted in each glob.
 
     Files that macOS and file managers put beside the real ones are left out.
 
     Raises:
         UserError: a path or glob matches no file.
     """
-    files = []
+    files: list[Path | RemoteFile] = []
     for path in [paths] if isinstance(paths, str) else paths:
-        found = sorted(glob.glob(os.path.expanduser(path), recursive=True))
-        names = [name for name in found if os.path.isfile(name) and not is_ignored(name)]
-        if not names:
-            raise UserError(_no_file(path, found))
-        files += [Path(name) for name in names]
+        if isinstance(path, RemoteFile):
+            files.append(path)
+        elif is_remote(path):
+            files += _find_remote(expand_braces(path), snapshot or Snapshot())
+        else:
+            files += _find_local(path)
     return files
+
+
+def _find_local(path: str) -> list[Path]:
+    found = sorted(glob.glob(os.path.expanduser(path), recursive=True))
+    names = [name for name in found if os.path.isfile(name) and not is_ignored(name)]
+    expanded = expand_braces(path)
+    if not found and expanded != [path]:
+        return [file for one in expanded for file in _find_local(one)]
+    if not names:
+        raise UserError(_no_file(path, found))
+    return [Path(name) for name in names]
+
+
+def _find_remote(patterns: list[str], snapshot: Snapshot) -> list[RemoteFile]:
+    files = []
+    for pattern, found in zip(patterns, snapshot.find(patterns), strict=True):
+        kept = [file for file in found if not is_ignored(str(cached_path(file.url)))]
+        if not kept:
+            url = public_url(pattern)
+            raise UserError(
+                f"no file matches {url}; check the URL, or give a glob such as '{url}/*.tar' for "
+                "the files in a folder"
+            )
+        files += kept
+    return files
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand {a,b} and {00..99} as a shell does.
+
+    Raises:
+        UserError: the pattern stands for more than MAX_EXPANDED paths.
+    """
+    patterns, done = [pattern], []
+    while patterns:
+        first = patterns.pop()
+        group = BRACES.search(first)
+        if not group:
+            done.append(first)
+            continue
+        items = _brace_items(group)
+        if len(items) + len(patterns) + len(done) > MAX_EXPANDED:
+            raise UserError(
+                f"{without_logins(pattern)} stands for more than {MAX_EXPANDED:,} files; give a "
+                "smaller range"
+            )
+        begin, end = first[: group.start()], first[group.end() :]
+        patterns += [f"{begin}{item}{end}" for item in reversed(items)]
+    return list(dict.fromkeys(done))
+
+
+BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
+
+
+def _brace_items(group: re.Match) -> Iterable[str]:
+    first, last, listed = group.groups()
+    if listed is not None:
+        return listed.split(",")
+    width = max(map(len, (first, last))) if "0" in (first[0], last[0]) else 0
+    numbers = range(int(first), int(last) + 1) or range(int(first), int(last) - 1, -1)
+    if len(numbers) > MAX_EXPANDED:
+        return range(MAX_EXPANDED + 1)
+    return [f"{number:0{width}d}" for number in numbers]
 
 
 def _no_file(path: str, found: list[str]) -> str:

@@ -16,7 +16,12 @@ from PIL import Image, ImageSequence
 
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import MAX_BYTES, check_memory, to_rgb
-from tf_lightning.data.readers.files import ImagePathSource, OptionalImage, as_image_file
+from tf_lightning.data.readers.files import (
+    ImagePathSource,
+    OptionalImage,
+    as_image_file,
+    image_path,
+)
 from tf_lightning.data.readers.formats import file_format, refuse
 from tf_lightning.data.readers.json_records import parse_object, parse_record, read_records
 from tf_lightning.data.readers.tables import missing, read_parquet
@@ -170,7 +175,7 @@ def mmc4(record: dict[str, Any], folder: Path) -> Parts:
         for image in record["image_info"] or []:
             if not image["image_name"]:
                 continue
-            file = OptionalImage(folder / image["image_name"])
+            file = OptionalImage(image_path(image["image_name"], folder))
             before.setdefault(image["matched_text_index"], []).append(file)
         parts: Parts = []
         for number, sentence in enumerate(record["text_list"]):
