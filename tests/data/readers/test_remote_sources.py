@@ -1,0 +1,272 @@
+"""Sources of files at URLs prepare the same corpora as those of local files."""
+
+import filecmp
+import hashlib
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from support.files import encoded_image, write_lines, write_parquet, write_tar
+from support.http_server import http_server
+from support.s3_server import s3_server, upload
+from tf_lightning import remote
+from tf_lightning.data import (
+    CaptionTars,
+    ChatFiles,
+    ClassFolders,
+    EditFiles,
+    InterleavedFiles,
+    Mixture,
+    TextFiles,
+)
+from tf_lightning.data.readers.captions import CaptionFolders, CaptionJson, CaptionRows
+from tf_lightning.data.readers.files import expand_braces
+from tf_lightning.errors import UserError
+
+NAMES = "red", "lime", "blue", "white"
+SIZE = {"image_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("TF_LIGHTNING_CACHE", str(tmp_path / "downloads"))
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(remote, "_room", 0)
+    return tmp_path / "downloads"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder with a small data set for each source."""
+    site = tmp_path_factory.mktemp("site")
+    for folder in ("rows/images here", "coco", "beside", "classes/a", "classes/b", "edits"):
+        (site / folder).mkdir(parents=True)
+    for number in range(2):
+        files = {f"{name}.jpg": encoded_image(name) for name in NAMES[number * 2 :]}
+        texts = {f"{name}.txt": f"a {name} square".encode() for name in NAMES[number * 2 :]}
+        write_tar(site / f"shard-{number:03d}.tar", files | texts)
+    for name in NAMES:
+        (site / "rows/images here" / f"{name}.png").write_bytes(encoded_image(name))
+        (site / "coco" / f"{name}.png").write_bytes(encoded_image(name))
+        (site / "beside" / f"{name}.png").write_bytes(encoded_image(name))
+        (site / "beside" / f"{name}.txt").write_text(f"{name} beside")
+        (site / "classes" / "ab"[name > "m"] / f"{name}.png").write_bytes(encoded_image(name))
+    rows = [{"file_name": f"images here/{name}.png", "text": f"all {name}"} for name in NAMES]
+    write_lines(site / "rows/metadata.jsonl", rows)
+    write_lines(site / "lines.jsonl.gz", [{"text": f"{name} and {name}"} for name in NAMES])
+    write_parquet(
+        site / "table.parquet",
+        [{"image": {"bytes": encoded_image(name)}, "text": name} for name in NAMES],
+    )
+    captions = {
+        "images": [{"id": i, "file_name": f"{name}.png"} for i, name in enumerate(NAMES)],
+        "annotations": [{"image_id": i, "caption": f"so {name}"} for i, name in enumerate(NAMES)],
+    }
+    (site / "captions.json").write_text(json.dumps(captions))
+    parts = [{"image": "coco/red.png"}, {"text": "then"}, {"image": "coco/blue.png"}]
+    write_lines(site / "parts.jsonl", [{"parts": [*parts, {"text": name}]} for name in NAMES])
+    turn = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Red."}]
+    write_lines(site / "chat.jsonl", [{"messages": turn, "images": ["coco/red.png"]}] * 3)
+    edit = {"source_img": "coco/red.png", "target_img": "coco/blue.png"}
+    write_lines(site / "edits.jsonl", [edit | {"instruction": f"make it {n}"} for n in NAMES])
+    return site
+
+
+def sources(base: str) -> dict:
+    """The sources of the site's files, below a local folder or a URL."""
+    return {
+        "tars": CaptionTars(f"{base}/shard-{{000..001}}.tar", **SIZE),
+        "rows": CaptionRows([f"{base}/rows/metadata.jsonl", f"{base}/table.parquet"], **SIZE),
+        "coco": CaptionJson(f"{base}/captions.json", images=f"{base}/coco", **SIZE),
+        "beside": CaptionFolders([f"{base}/beside/{name}.png" for name in NAMES], **SIZE),
+        "classes": ClassFolders([f"{base}/classes/{{a,b}}/*.png"], **SIZE),
+        "text": TextFiles(f"{base}/lines.jsonl.gz"),
+        "parts": InterleavedFiles(f"{base}/parts.jsonl", **SIZE),
+        "chat": ChatFiles(f"{base}/chat.jsonl", **SIZE),
+        "edits": EditFiles(f"{base}/edits.jsonl", **SIZE),
+    }
+
+
+def prepared(mixture, base: str, folder: Path, **options) -> dict[str, Path]:
+    """The folders of the corpora by source and split."""
+    data: Mixture = mixture(sources(base), cache_dir=str(folder), **options)
+    data.prepare_data()
+    return {
+        f"{name} {split}": corpus.path
+        for split, corpora in data.corpora.items()
+        for name, corpus in corpora.items()
+    }
+
+
+def assert_same_corpora(found: dict[str, Path], wanted: dict[str, Path]) -> None:
+    """Check that corpora are the same byte for byte, but for where they come from."""
+    assert found.keys() == wanted.keys()
+    for name, path in wanted.items():
+        files = {file.name for file in path.iterdir()} - {"corpus.json"}
+        same, different, unreadable = filecmp.cmpfiles(found[name], path, files, shallow=False)
+        assert (set(same), different, unreadable) == (files, [], []), name
+        facts = [json.loads((p / "corpus.json").read_text()) for p in (found[name], path)]
+        assert facts[0].pop("made_from") != facts[1].pop("made_from")
+        assert facts[0] == facts[1], name
+
+
+@pytest.fixture(scope="module")
+def server(site):
+    with http_server(site) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def bucket(site):
+    """The URL of a bucket with the site's files."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    with s3_server():
+        upload(site, "bucket")
+        yield "s3://bucket"
+
+
+class Hub(MemoryFileSystem):
+    """A hub in memory, with the infos that the real one gives."""
+
+    protocol = "hf"
+    store: dict = {}
+    pseudo_dirs = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("hf://", "memory://"))
+
+    def unstrip_protocol(self, name: str) -> str:
+        return f"hf:/{name}"
+
+    def info(self, path, **options):
+        info = super().info(path, **options)
+        info.pop("created", None)
+        if info["type"] == "file":
+            info["blob_id"] = hashlib.sha1(self.cat_file(path)).hexdigest()
+        return info
+
+    def ls(self, path, detail=True, **options):
+        infos = super().ls(path, detail=True, **options)
+        return [self.info(info["name"]) for info in infos] if detail else infos
+
+
+@pytest.fixture
+def hub(site, monkeypatch):
+    """The URL of a data set on the hub with the site's files."""
+    monkeypatch.setattr(importlib.import_module("fsspec.registry"), "_registry", {"hf": Hub})
+    for file in site.rglob("*"):
+        if file.is_file():
+            name = f"/datasets/me/data/{file.relative_to(site).as_posix()}"
+            Hub().pipe_file(name, file.read_bytes())
+    return "hf://datasets/me/data"
+
+
+@pytest.mark.parametrize("scheme", ["http", "failing http", "s3", "hf"])
+def test_corpora_from_urls_equal_those_from_the_disk(
+    scheme, site, mixture, tmp_path, server, request, monkeypatch
+):
+    if scheme == "s3":
+        url = request.getfixturevalue("bucket")
+    elif scheme == "hf":
+        url = request.getfixturevalue("hub")
+    else:
+        url = server.url
+        monkeypatch.setattr(server, "fail_share", 0.3 * (scheme == "failing http"))
+        monkeypatch.setattr(server, "cut_share", 0.1 * (scheme == "failing http"))
+    wanted = prepared(mixture, str(site), tmp_path / "local")
+    assert_same_corpora(prepared(mixture, url, tmp_path / "remote"), wanted)
+
+
+def test_a_replaced_image_or_text_file_makes_another_corpus(site, server, tmp_path):
+    for kind in ("rows", "beside", "coco"):
+        first, second = (sources(server.url)[kind] for _ in range(2))
+        before = first.fingerprint("train"), getattr(first, "image_digest", str)("train")
+        file = site / {"rows": "rows/images here", "beside": "beside", "coco": "coco"}[kind]
+        file = next(file.glob("red.txt"), file / "red.png")
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + b"!")
+        try:
+            after = second.fingerprint("train"), getattr(second, "image_digest", str)("train")
+        finally:
+            file.write_bytes(content)
+        assert before != after
+
+
+def test_an_image_that_is_replaced_during_a_preparation_is_refused(site, server):
+    source = sources(server.url)["rows"]
+    source.image_digest("train")
+    [shard] = source.shards("train")
+    file = site / "rows/images here/red.png"
+    content = file.read_bytes()
+    file.write_bytes(encoded_image("black"))
+    try:
+        with pytest.raises(UserError, match="red.png was replaced while it was in use; run the"):
+            list(shard.documents("train"))
+    finally:
+        file.write_bytes(content)
+
+
+def test_missing_images_are_skipped_and_those_outside_of_a_bucket_never_read(site, server):
+    path = site / "odd.jsonl"
+    names = ["nothing.png", str(site / "coco/red.png"), "../../../../../../../etc/red.png"]
+    rows = [{"file_name": name, "text": "a"} for name in names]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = CaptionRows(f"{server.url}/odd.jsonl", **SIZE, val_fraction=0)
+    reasons = [skipped.reason for skipped in source.documents("train")]
+    outside = "image outside of the host or bucket of the file that names it"
+    assert reasons == ["missing image", outside, outside]
+
+
+def test_no_login_or_signature_is_in_a_fingerprint(site, server):
+    url = server.url.replace("http://", "http://me:secret@")
+    source = TextFiles(f"{url}/lines.jsonl.gz?X-Amz-Signature=secret", val_fraction=0)
+    assert "secret" not in source.fingerprint("train") + source.fingerprint("val")
+    assert len(list(source.documents("train"))) == len(NAMES)
+    plain = TextFiles(f"{server.url}/lines.jsonl.gz", val_fraction=0)
+    assert source.fingerprint("train") == plain.fingerprint("train")
+
+
+def test_a_url_that_matches_no_file_is_one_sentence(server):
+    for name in ("nothing.tar", "coco", "*.tar.gz"):
+        with pytest.raises(UserError, match="no file matches http.*check the URL, or give a glob"):
+            TextFiles(f"{server.url}/{name}").files("train")
+    with pytest.raises(UserError, match="no file matches .*shard-002.tar"):
+        CaptionTars(f"{server.url}/shard-{{000..002}}.tar").files("train")
+
+
+@pytest.mark.parametrize(
+    "pattern, expanded",
+    [
+        ("a-{00..02}.tar", ["a-00.tar", "a-01.tar", "a-02.tar"]),
+        ("{8..11}", ["8", "9", "10", "11"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{train,val}/{0..1}", ["train/0", "train/1", "val/0", "val/1"]),
+        ("a{,b}", ["a", "ab"]),
+        ("{a,b{1,2}}", ["a", "b1", "b2"]),
+        ("{a}", ["{a}"]),
+        ("{x..y}", ["{x..y}"]),
+    ],
+)
+def test_braces_are_expanded_as_a_shell_does(pattern, expanded):
+    assert expand_braces(pattern) == expanded
+
+
+@pytest.mark.parametrize("pattern", ["{0..9999999}", "{0..99999}{0..99999}", "{1..999}" * 3])
+def test_braces_that_stand_for_too_many_files_are_refused(pattern):
+    with pytest.raises(UserError, match="more than 1,000,000 files; give a smaller range"):
+        expand_braces(pattern)
+
+
+def test_braces_also_expand_local_paths_unless_a_file_has_that_name(tmp_path):
+    for name in ("a1", "a2", "b{1..2}"):
+        (tmp_path / name).write_text("text")
+    for pattern, names in (("a{1..2}", ["a1", "a2"]), ("b{1..2}", ["b{1..2}"])):
+        files = TextFiles(f"{tmp_path}/{pattern}").files("train")
+        assert [file.name for file in files] == names
+    with pytest.raises(UserError, match="no file matches '.*/a3'"):
+        TextFiles(f"{tmp_path}/a{{1..3}}").files("train")
