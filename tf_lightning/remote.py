@@ -525,7 +525,7 @@ def _read_range(
             except ValueError:
                 return None
     if len(content) != end - start:
-        raise OSError("connection closed early")
+        _check_same(file)
     return content
 
 
@@ -533,7 +533,19 @@ def _fetch_whole(file: RemoteFile, fs: fsspec.AbstractFileSystem, partial: Path)
     """Read a file with one request."""
     fs.get_file(fs._strip_protocol(file.url), str(partial))
     if file.size not in (None, partial.stat().st_size):
-        raise OSError("connection closed early")
+        _check_same(file)
+
+
+def _check_same(file: RemoteFile) -> None:
+    """Say why a file has another size than it should.
+
+    Raises:
+        UserError: it was replaced.
+        OSError: it was not, so the connection was closed early.
+    """
+    if _stat(file.url) != file:
+        raise _replaced(file)
+    raise OSError("connection closed early")
 
 
 @contextmanager

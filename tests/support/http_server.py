@@ -81,12 +81,20 @@ class FaultyHandler(SimpleHTTPRequestHandler):
         pass
 
 
+class QuietServer(ThreadingHTTPServer):
+    """A server that says nothing about clients that close their connection."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_) -> None:
+        pass
+
+
 @contextmanager
-def http_server(folder: Path) -> Iterator[ThreadingHTTPServer]:
+def http_server(folder: Path) -> Iterator[QuietServer]:
     """Serve a folder; `url` of the server has no slash at its end."""
     handler = partial(FaultyHandler, directory=str(folder))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = QuietServer(("127.0.0.1", 0), handler)
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     server.fail_share = server.cut_share = server.status = 0
     server.ranges, server.login, server.requests, server.on_request = True, "", [], None
