@@ -114,7 +114,7 @@ class FileSource(Source):
     def _samples(self, split: Split) -> Iterator[tuple[str, Any]]:
         """Yield (id, sample) of a split; a BadSample stands for the unreadable rest of a file."""
         for file in self.files(split):
-            ids = SampleIds(file)
+            ids = SampleIds(local_path(file), str(file))
             try:
                 with local_file(file) as path:
                     for key, sample, *named in self.samples(path):

@@ -10,7 +10,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-def file_id(file: Path) -> str:
+def file_id(file: Path | str) -> str:
     """Return the path of a file as ids have it: printable, and unlike a comment."""
     name = printable(str(file))
     return f"./{name}" if name.startswith("#") else name
@@ -24,11 +24,12 @@ class SampleIds:
     "edit_turns.json:7#2".
 
     Args:
-        file: the file.
+        file: path of the file.
+        name: what ids call it, such as the URL of a remote file; "": its path.
     """
 
-    def __init__(self, file: Path):
-        self.file, self.name = file, file_id(file)
+    def __init__(self, file: Path, name: str = ""):
+        self.file, self.name = file, file_id(name or file)
         self.count = 0  # samples so far
         # Most keys are the number of the sample, from 0 on. Only the others are remembered.
         self.not_numbers: set[int] = set()  # samples whose key is not their number
