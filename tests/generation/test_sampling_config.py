@@ -80,7 +80,7 @@ def test_the_help_of_sampler_names_every_sampler():
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="no sampling option 'guidance'; use guidance_scale, "):
+    with pytest.raises(UserError, match="no sampling option 'guidance'; use height, width, "):
         SamplingConfig().with_options(guidance=3.0)
 
 

@@ -77,14 +77,15 @@ def reference_image(
     """The image (C, h, w) after a prompt, with a forward pass per step and guidance branch."""
     guidance, scheduler = plan.guidance, build_scheduler(PROCESS, "DDIMScheduler")
     scheduler.set_timesteps(STEPS)
-    x_t = torch.randn(LATENT_SHAPE, generator=generator)
+    images = [part for part in prompt if part.ndim == 3]
+    shape = plan.latent_shape or (images[-1].shape if images else LATENT_SHAPE)
+    x_t = torch.randn(shape, generator=generator)
 
     def output(parts: Document, t: float) -> Tensor:
         hidden = hidden_states(net, [*parts, x_t], {len(parts): t}, causal)
-        patches = hidden[-5:-1].unsqueeze(0)  # then <eoi>
-        return net.patch_coder.decode(patches, LATENT_SHAPE[1:])
+        patches = hidden[-1 - num_patches(x_t, PATCH_SIZE) : -1].unsqueeze(0)  # then <eoi>
+        return net.patch_coder.decode(patches, shape[1:])
 
-    images = [part for part in prompt if part.ndim == 3]
     for timestep in scheduler.timesteps:
         t = timestep.item() / 1000
         noise = cond = output(prompt, t)

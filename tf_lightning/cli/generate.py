@@ -6,6 +6,7 @@ in cli/outputs.py.
 
 import argparse
 import os
+import re
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -20,6 +21,7 @@ from tf_lightning.generation.sampling import GROUPS, OUTPUT_MODALITIES, Sampling
 EPILOG = """\
 examples:
   tf-lightning generate last.ckpt "a red circle above a blue square" -o out
+  tf-lightning generate last.ckpt "a red circle" --size 320x192 -o out  320 wide, 192 high
   tf-lightning generate last.ckpt --image in.png                     caption an image
   tf-lightning generate last.ckpt --image in.png "make the circle green" -o out
   tf-lightning generate last.ckpt --prompts prompts.txt -n 1 -o out  one prompt in each line
@@ -28,9 +30,10 @@ examples:
 
 Text and --image parts form one prompt, in the order given. A prompt that ends in text is answered
 with an image, and one that ends in an image with text; --output-modality chooses otherwise. Images
-are cropped and resized to the model's size. The empty text "" asks for an output without a prompt.
-CKPT may be the folder of a run, whose last checkpoint is used. A line of a .jsonl file of prompts
-holds the parts of one prompt in order:
+are cropped and resized to the nearest size that the model was trained on. An edited image keeps
+the size of its input. The empty text "" asks for an output without a prompt. CKPT may be the
+folder of a run, whose last checkpoint is used. A line of a .jsonl file of prompts holds the parts
+of one prompt in order:
   {"parts": [{"image": "a.png"}, {"text": "make it red"}]}
 Outputs that were written before with the same options are kept.
 """
@@ -94,6 +97,24 @@ VALUE_TYPES: dict[Any, dict[str, Any]] = {
 }
 
 
+class SizeAction(argparse.Action):
+    """Sets width and height from a text such as 320x192."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Set both attributes of the namespace."""
+        namespace.width, namespace.height = values
+
+
+def size_type(text: str) -> tuple[int, int]:
+    """Parse width x height in pixels."""
+    found = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a width and a height in pixels, such as 320x192"
+        )
+    return int(found[1]), int(found[2])
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for every field of SamplingConfig; those not given leave no attribute."""
     types = get_type_hints(SamplingConfig)  # without their ranges, which SamplingConfig checks
@@ -108,6 +129,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
                     help=option_help(option, helps[option.name]),
                     **VALUE_TYPES[types[option.name]],
                 )
+        if group == "size":
+            arguments.add_argument(
+                "--size", action=SizeAction, type=size_type, default=argparse.SUPPRESS,
+                metavar="WIDTHxHEIGHT", help="both at once, such as 320x192: 320 wide, 192 high",
+            )  # fmt: skip
 
 
 def option_help(option: Field, description: str) -> str:

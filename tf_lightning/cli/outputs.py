@@ -155,13 +155,13 @@ def read_prompts(file: Path) -> list[Parts]:
 
 
 def read_part(kind: str, value: str, pipe: TransfusionPipeline) -> str | Image.Image:
-    """Return a text, or an image cropped and resized to the model's size."""
+    """Return a text, or an image cropped and resized to the model's nearest size."""
     if kind == "text":
         return value
     if not pipe.has_images:
         raise UserError("this model was trained on text alone; leave --image out")
     try:
-        return load_image(Path(value), pipe.image_size)
+        return load_image(Path(value), pipe.image_sizes.trained)
     except BadSample as error:
         raise UserError(f"{value}: {error}; give a PNG or JPEG file") from error
 

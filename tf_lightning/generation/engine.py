@@ -18,7 +18,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from tf_lightning.batch import Document, is_image
+from tf_lightning.batch import Document, is_image, num_patches
 from tf_lightning.diffusion.sampler import DenoisingState
 from tf_lightning.errors import UserError, not_a_number
 from tf_lightning.generation.kv_cache import DecodeAttention, KeyValueCache, PrefillAttention
@@ -130,7 +130,8 @@ class _Engine:
                 for branch, reads in enumerate(self.plan.branches)
             ]
             generator = torch.Generator().manual_seed(seed)
-            sequences.append(SequenceState(index, branches, generator, self.plan.max_steps))
+            shape = self.model.output_shape(prompt, self.plan)
+            sequences.append(SequenceState(index, branches, generator, self.plan.max_steps, shape))
             documents.append(prompt)
         logits = self._prefill(sequences, documents)
         if self.plan.output_modality == "image":
@@ -243,7 +244,7 @@ class _Engine:
     def _may_make_image(self, sequence: SequenceState) -> bool:
         if self.plan.output_modality != "any" or sequence.num_images == self.plan.max_images:
             return False
-        return self._fits(sequence, self.model.num_patches + 2)
+        return self._fits(sequence, self.model.num_patches(sequence.latent_shape) + 2)
 
     def _fits(self, sequence: SequenceState, count: int) -> bool:
         """Return whether the model was trained on rows with that many more positions."""
@@ -289,7 +290,8 @@ class _Engine:
         logits = self.plan.guidance.combine(parts, net.num_codes).cpu()
         if not logits.isfinite().all():
             raise UserError(not_a_number("an image's code"))
-        goes_on = [len(sequence.codes) < self.model.num_patches for sequence in sequences]
+        count = self.model.num_patches
+        goes_on = [len(sequence.codes) < count(sequence.latent_shape) for sequence in sequences]
         if not any(goes_on):
             return [None] * len(sequences)
         codes = sample_tokens(
@@ -306,8 +308,8 @@ class _Engine:
         """Append a code; return the image (1, h, w) if it is complete."""
         sequence.codes.append(code)
         sequence.token = self.model.net.text_vocab_size + code
-        complete = len(sequence.codes) == self.model.num_patches
-        return torch.tensor(sequence.codes).view(self.model.latent_shape) if complete else None
+        complete = len(sequence.codes) == self.model.num_patches(sequence.latent_shape)
+        return torch.tensor(sequence.codes).view(sequence.latent_shape) if complete else None
 
     def _leave_code_image(self, sequence: SequenceState) -> None:
         """Make <eoi> the next token; branches that read no images drop <boi> and the codes."""
@@ -319,39 +321,41 @@ class _Engine:
 
     def _start_denoising(self, sequences: list[SequenceState]) -> None:
         """Start the images of sequences that have read <boi> from noise."""
-        shape = self.model.latent_shape
-        noise = torch.stack([torch.randn(shape, generator=s.generator) for s in sequences])
-        state = DenoisingState(
-            noise.to(self.device),
-            self.plan.scheduler,
-            self.sampling.num_inference_steps,
-            [sequence.generator for sequence in sequences],
-        )
-        self.denoising.append(DenoisingBatch(sequences, state))
+        for shape in dict.fromkeys(sequence.latent_shape for sequence in sequences):
+            alike = [sequence for sequence in sequences if sequence.latent_shape == shape]
+            generators = [sequence.generator for sequence in alike]
+            noise = torch.stack([torch.randn(shape, generator=random) for random in generators])
+            steps = self.sampling.num_inference_steps
+            state = DenoisingState(noise.to(self.device), self.plan.scheduler, steps, generators)
+            self.denoising.append(DenoisingBatch(alike, state))
 
     def _denoise(self) -> Iterator[Event]:
-        """Make one denoising step of every image, all guidance branches in one forward pass."""
-        guidance = self.plan.guidance
-        counts = [  # guidance branches that this noise level needs
-            len(self.plan.branches) if guidance.acts_at(batch.state.t) else 1
-            for batch in self.denoising
-        ]
-        latents, t, rows = [], [], []
-        for batch, count in zip(self.denoising, counts, strict=True):
-            latents += [batch.state.x_t] * count
-            t += [batch.state.t] * count * len(batch.sequences)
-            rows += rows_by_branch(batch.sequences)[: count * len(batch.sequences)]
-        output = self._denoiser_output(torch.cat(latents), t, rows)
-        sizes = [len(b.sequences) * n for b, n in zip(self.denoising, counts, strict=True)]
-        for batch, count, part in zip(self.denoising, counts, output.split(sizes), strict=True):
-            channels = self.model.latent_shape[0]
-            batch.state.step(guidance.combine(list(part.chunk(count)), channels))
-            for sequence in batch.sequences:
-                self._advance(sequence, 1)
+        """Make one denoising step of every image, those of one shape in one forward pass."""
+        for shape in dict.fromkeys(batch.latent_shape for batch in self.denoising):
+            self._denoise_alike([b for b in self.denoising if b.latent_shape == shape])
         finished = [batch for batch in self.denoising if batch.state.finished]
         self.denoising = [batch for batch in self.denoising if not batch.state.finished]
         for batch in finished:
             yield from self._finish_images(batch)
+
+    def _denoise_alike(self, batches: list[DenoisingBatch]) -> None:
+        """Make one denoising step of images of one shape, all guidance branches together."""
+        guidance = self.plan.guidance
+        counts = [  # guidance branches that this noise level needs
+            len(self.plan.branches) if guidance.acts_at(batch.state.t) else 1 for batch in batches
+        ]
+        latents, t, rows = [], [], []
+        for batch, count in zip(batches, counts, strict=True):
+            latents += [batch.state.x_t] * count
+            t += [batch.state.t] * count * len(batch.sequences)
+            rows += rows_by_branch(batch.sequences)[: count * len(batch.sequences)]
+        output = self._denoiser_output(torch.cat(latents), t, rows)
+        sizes = [len(b.sequences) * n for b, n in zip(batches, counts, strict=True)]
+        for batch, count, part in zip(batches, counts, output.split(sizes), strict=True):
+            channels = batch.latent_shape[0]
+            batch.state.step(guidance.combine(list(part.chunk(count)), channels))
+            for sequence in batch.sequences:
+                self._advance(sequence, 1)
 
     def _finish_images(self, batch: DenoisingBatch) -> Iterator[Event]:
         """Yield finished images; with 'any', cache them clean."""
@@ -378,17 +382,21 @@ class _Engine:
         copies = images.repeat(len(reading) // len(sequences), 1, 1, 1)
         self._denoiser_output(copies, [0.0] * len(reading), reading)
         for row in rows:
-            row.length += self.model.num_patches if row.reads_images else -1
+            row.length += self._num_patches(images) if row.reads_images else -1
 
     def _denoiser_output(
         self, latents: Tensor, t: list[float], rows: list[GuidanceBranch]
     ) -> Tensor:
         """Run the denoiser on latents (n, C, h, w) after the prefix of each cache row."""
         times = torch.tensor(t, device=self.device)
-        attend = self._decode_attention(rows, self.model.num_patches, image=True)
+        attend = self._decode_attention(rows, self._num_patches(latents), image=True)
         with self.model.autocast():
             output = self.model.net.denoise(latents, times, attend.positions, attend)
         return output.type_as(latents)  # schedulers compute in fp32 under autocast too
+
+    def _num_patches(self, latents: Tensor) -> int:
+        """Count the positions of an image of latents (..., h, w)."""
+        return num_patches(latents, self.model.patch_size, self.model.net.time_token)
 
     def _decode_attention(
         self, rows: list[GuidanceBranch], num_new: int, image: bool = False

@@ -23,6 +23,7 @@ from tf_lightning.generation.requests import (
     GenerationModel,
     GenerationOutput,
     GenerationPlan,
+    LatentShape,
     Prompt,
     RawDocument,
     to_document,
@@ -33,6 +34,7 @@ from tf_lightning.generation.sampling import (
     SamplingConfig,
     not_for_codes,
 )
+from tf_lightning.generation.sizes import ImageSizes
 from tf_lightning.generation.token_sampling import find_stop, num_streamable
 from tf_lightning.interop.export import export, read_weights
 from tf_lightning.model.transfusion import TransfusionModel, build_network
@@ -51,7 +53,8 @@ class TransfusionPipeline:
 
     A prompt is a string, an image, or a list of both in order. The empty string asks for an output
     without a prompt. Images in a prompt enter clean
-    (t = 0) and must have the model's `image_size`.
+    (t = 0) and must have one of the model's `image_sizes`. A generated image has the size
+    `height` x `width`, else that of the last image in its prompt, else the model's own.
 
     Attributes:
         model: the network, tokenizer and sizes that generation works with.
@@ -85,12 +88,12 @@ class TransfusionPipeline:
         self.autoencoder_name, self.folder = autoencoder, folder
         self.process = process_from_hparams(self.hparams)
         shape = codec["latent_shape"]
-        self.other_shapes = tuple(map(tuple, codec.get("other_shapes", ())))
         self.model = GenerationModel(
             net,
             tokenizer,
             self.hparams["patch_size"],
             tuple(shape) if shape else None,
+            tuple(map(tuple, codec.get("other_shapes", ()))),
             self.hparams["causal_images"],
             checkpoint.get("row_length"),
         )
@@ -216,8 +219,17 @@ class TransfusionPipeline:
 
     @property
     def image_size(self) -> int:
-        """Height and width in pixels of the images that the model generates and reads."""
+        """Height in pixels of the images that the model generates by default."""
         return self.model.latent_shape[1] * self.autoencoder.downsample
+
+    @property
+    def image_sizes(self) -> ImageSizes:
+        """The sizes of images that the model generates and reads."""
+        shapes = [self.model.latent_shape, *self.model.other_shapes]
+        downsample, exact = self.autoencoder.downsample, self.process is None
+        trained = [(width * downsample, height * downsample) for _, height, width in shapes]
+        trained = trained[:1] if exact else trained
+        return ImageSizes(trained, downsample * self.model.patch_size, exact)
 
     @property
     def device(self) -> torch.device:
@@ -285,14 +297,27 @@ class TransfusionPipeline:
             return GenerationPlan("text", sampling)
         if output_modality != "text":
             self.autoencoder  # noqa: B018 - a missing one is refused before anything is computed
+        shape = None if output_modality == "text" else self._requested_shape(sampling)
         if self.process is None:
             not_for_codes(sampling)
-            return GenerationPlan(output_modality, sampling, num_image_steps=self.model.num_patches)
+            steps = self.model.num_patches(self.model.latent_shape)
+            return GenerationPlan(output_modality, sampling, num_image_steps=steps)
         if output_modality == "text":
             return GenerationPlan(output_modality, sampling)
         scheduler = build_scheduler(self.process, sampling.sampler, sampling.timestep_shift)
         set_timesteps(scheduler, sampling.num_inference_steps)
-        return GenerationPlan(output_modality, sampling, scheduler, sampling.num_inference_steps)
+        steps = sampling.num_inference_steps
+        return GenerationPlan(output_modality, sampling, scheduler, steps, shape)
+
+    def _requested_shape(self, sampling: SamplingConfig) -> LatentShape | None:
+        """Return the (C, h, w) of the requested height and width; None if there are none."""
+        if sampling.height is None and sampling.width is None:
+            return None
+        width, height = self.image_sizes.trained[0]
+        width, height = sampling.width or width, sampling.height or height
+        self.image_sizes.check((width, height))
+        downsample = self.autoencoder.downsample
+        return self.model.latent_shape[0], height // downsample, width // downsample
 
     def iterate(
         self,
@@ -365,7 +390,7 @@ class TransfusionPipeline:
     def _encode_part(self, part: str | Image.Image | Tensor) -> Tensor:
         if isinstance(part, Tensor):
             shape, expected = tuple(part.shape), self.model.latent_shape
-            if part.ndim == 3 and shape not in (expected, *self.other_shapes):
+            if part.ndim == 3 and not self._reads(shape):
                 raise UserError(
                     f"latents in a prompt have shape {shape}, but this model reads {expected}; "
                     "encode an image of its size"
@@ -386,13 +411,21 @@ class TransfusionPipeline:
             return torch.tensor(self.model.tokenizer.encode(part), dtype=torch.long)
         if not self.has_images:
             raise UserError("this model was trained on text alone; leave the images out")
-        size = self.image_size
-        if part.size != (size, size):
+        if not self.image_sizes.fits(part.size):
+            width, height = self.image_sizes.nearest(part.size)
             raise UserError(
                 f"an image has {part.width} x {part.height} pixels, but this model reads "
-                f"{size} x {size}; resize it"
+                f"{width} x {height}; resize it"
             )
         return self.autoencoder.encode(to_pixels(part).unsqueeze(0).to(self.device))[0].cpu()
+
+    def _reads(self, shape: LatentShape) -> bool:
+        """Return whether the model can read an image of this shape."""
+        if self.model.latent_shape is None or shape == self.model.latent_shape:
+            return self.model.latent_shape is not None
+        channels, *size = shape
+        height, width = (side * self.autoencoder.downsample for side in size)
+        return channels == self.model.latent_shape[0] and self.image_sizes.fits((width, height))
 
     def _decode_parts(self, document: Document, stop: Sequence[str]) -> RawDocument:
         """Return images, and texts up to their stop string."""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tf_lightning.batch import Batch, Document, document_length, pack
+from tf_lightning.batch import Batch, Document, document_length, is_image, pack
 from tf_lightning.diffusion.guidance import Guidance
 from tf_lightning.diffusion.sampler import DenoisingState
 from tf_lightning.errors import UserError
@@ -26,6 +26,9 @@ Event = tuple[int, int | Tensor | None]
 # Text, images, and parts that are token ids or latents already, in any order.
 RawDocument = list[str | Image.Image | Tensor]
 Prompt = str | Image.Image | RawDocument
+
+LatentShape = tuple[int, int, int]
+"""(C, h, w) of an image's latents or codes."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class GenerationPlan:
     """diffusers scheduler with its timesteps set; None for text and for images of codes."""
     num_image_steps: int = 0
     """Network evaluations of an image: denoising steps, or codes."""
+    latent_shape: LatentShape | None = None
+    """(C, h, w) of generated images; None: see `GenerationModel.output_shape`."""
 
     @property
     def max_images(self) -> int:
@@ -103,8 +108,10 @@ class GenerationModel:
     tokenizer: Any
     """Needs bos_id, eos_id, boi_id and eoi_id; vocab_size for codes; decode for stop strings."""
     patch_size: int
-    latent_shape: tuple[int, int, int] | None = None
-    """(C, h, w) of generated images; None for a model of text alone."""
+    latent_shape: LatentShape | None = None
+    """(C, h, w) that images have by default; None for a model of text alone."""
+    other_shapes: tuple[LatentShape, ...] = ()
+    """Further (C, h, w) that the model was trained on."""
     causal_images: bool = False
     """Whether patches see only earlier patches of their image, as in training."""
     max_length: int | None = None
@@ -115,13 +122,22 @@ class GenerationModel:
         """Whether the positions of an image see only earlier ones; codes always do."""
         return self.causal_images or self.net.num_codes > 0
 
-    @property
-    def num_patches(self) -> int:
-        """N, positions of an image; 0 for a model of text alone."""
-        if self.latent_shape is None:
+    def num_patches(self, shape: LatentShape | None) -> int:
+        """Count the positions N of an image of this shape; 0 for a model of text alone."""
+        if shape is None:
             return 0
-        _, height, width = self.latent_shape
+        _, height, width = shape
         return (height // self.patch_size) * (width // self.patch_size) + self.net.time_token
+
+    def output_shape(self, prompt: Document, plan: GenerationPlan) -> LatentShape | None:
+        """Return the (C, h, w) of the images that are generated after a prompt.
+
+        It is the requested one, else that of the last image in the prompt, else the model's.
+        """
+        shapes = [tuple(part.shape) for part in prompt if is_image(part)]
+        if plan.latent_shape or self.net.num_codes or not shapes:
+            return plan.latent_shape or self.latent_shape
+        return shapes[-1]
 
     def autocast(self) -> AbstractContextManager:
         """Return the context for the network: autocast where its weights are in half precision."""
@@ -137,7 +153,7 @@ class GenerationModel:
             UserError: the prompt leaves no room for the shortest output.
         """
         length = document_length(prompt, self.patch_size, self.net.time_token)
-        image = self.num_patches + 2  # <boi>, <eoi>
+        image = self.num_patches(self.output_shape(prompt, plan)) + 2  # <boi>, <eoi>
         least = image if plan.output_modality == "image" else 1
         if self.max_length is not None and length + least > self.max_length:
             raise UserError(
@@ -165,6 +181,7 @@ class SequenceState:
     branches: list[GuidanceBranch]  # the first reads everything
     generator: torch.Generator
     steps_left: int  # progress-bar steps not yet counted
+    latent_shape: LatentShape | None = None  # of its images
     token: int | None = None  # the token that the network reads next
     text: list[int] = field(default_factory=list)  # tokens since the last image
     codes: list[int] = field(default_factory=list)  # codes of the unfinished image
@@ -174,10 +191,15 @@ class SequenceState:
 
 @dataclass
 class DenoisingBatch:
-    """Sequences whose images are denoised together, since they began at the same time."""
+    """Sequences whose images have one shape and are denoised together from the same time on."""
 
     sequences: list[SequenceState]
     state: DenoisingState
+
+    @property
+    def latent_shape(self) -> LatentShape:
+        """(C, h, w) of the images."""
+        return self.sequences[0].latent_shape
 
 
 def rows_by_branch(sequences: Sequence[SequenceState]) -> list[GuidanceBranch]:

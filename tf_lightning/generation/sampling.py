@@ -14,6 +14,7 @@ OutputModality = Literal["image", "text", "any"]
 OUTPUT_MODALITIES = get_args(OutputModality)
 
 GROUPS = {
+    "size": "size of images",
     "guidance": "options of images",
     "denoising": "options of images, for models that denoise latents",
     "codes": "options of images, for models of discrete codes (Chameleon)",
@@ -43,6 +44,11 @@ class SamplingConfig:
         UserError: a value is out of its range.
     """
 
+    height: PositiveInt | None = option(None, "size")
+    """Height of generated images in pixels. By default that of the last image in the prompt, so
+    that an edit keeps its shape, else that of the model."""
+    width: PositiveInt | None = option(None, "size")
+    """Width of generated images in pixels; the default is as for height."""
     guidance_scale: GuidanceScale = option(3.0, "guidance")
     """How strongly images follow the prompt (classifier-free guidance); 1 turns it off."""
     image_guidance_scale: Annotated[float, Range()] | None = option(None, "guidance")
@@ -119,10 +125,12 @@ class SamplingConfig:
             output_modality: modality of the output.
             makes_codes: whether the model's images are discrete codes.
         """
-        image = {"guidance", "codes" if makes_codes else "denoising"}
+        image = {"size", "guidance", "codes" if makes_codes else "denoising"}
         groups = {"image": image, "text": {"text"}, "any": image | {"text", "any"}}[output_modality]
         values = asdict(self)
         used = {f.name: values[f.name] for f in fields(self) if f.metadata["group"] in groups}
+        if self.height is None and self.width is None:  # as in records of older versions
+            used = {name: value for name, value in used.items() if name not in ("height", "width")}
         return used | ({"nfe": self.nfe} if "denoising" in groups else {})
 
     @property
