@@ -125,7 +125,7 @@ def test_names_with_words_are_captions_and_numbers_are_not(name, caption):
 
 BAD = [
     ({}, "has no files; put images with captions into it"),
-    ({"1.txt": "a cat", "2.txt": "a dog"}, "has 2 files, most of them .txt, but no image"),
+    ({"1.txt": "a cat", "2.txt": "a dog"}, "has 2 files such as .txt but no image, and"),
     ({"IMG_1.png": RED, "7.png": RED}, "has no captions: it has 2 images with names such as 7.png"),
 ]
 

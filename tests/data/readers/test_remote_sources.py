@@ -1,17 +1,16 @@
 """Sources of files at URLs prepare the same corpora as those of local files."""
 
 import filecmp
-import hashlib
 import importlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from support.files import encoded_image, write_lines, write_parquet, write_tar
 from support.http_server import http_server
+from support.hub import Hub
 from support.s3_server import s3_server, upload
 from tf_lightning import remote
 from tf_lightning.data import (
@@ -134,36 +133,6 @@ def bucket(site):
     with s3_server():
         upload(site, "bucket")
         yield "s3://bucket"
-
-
-class Hub(MemoryFileSystem):
-    """A hub in memory, with the infos that the real one gives."""
-
-    protocol = "hf"
-    store: dict = {}
-    pseudo_dirs = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return super()._strip_protocol(path.replace("hf://", "memory://"))
-
-    def unstrip_protocol(self, name: str) -> str:
-        return f"hf:/{name}"
-
-    def info(self, path, **options):
-        info = super().info(path, **options)
-        info.pop("created", None)
-        if info["type"] == "file":
-            info["blob_id"] = hashlib.sha1(self.cat_file(path)).hexdigest()
-        return info
-
-    def find(self, path, maxdepth=None, withdirs=False, detail=False, **options):
-        found = super().find(path, maxdepth, withdirs, detail, **options)
-        return {name: self.info(name) for name in found} if detail else found
-
-    def ls(self, path, detail=True, **options):
-        infos = super().ls(path, detail=True, **options)
-        return [self.info(info["name"]) if detail else info["name"] for info in infos]
 
 
 @pytest.fixture

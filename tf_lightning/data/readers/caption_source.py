@@ -3,7 +3,7 @@
 import copy
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -19,18 +19,23 @@ from tf_lightning.data.readers.captions import (
     json_layout,
 )
 from tf_lightning.data.readers.chat import ChatFiles, is_conversation, is_message
-from tf_lightning.data.readers.files import ImagePathSource, find_files
+from tf_lightning.data.readers.files import ImagePathSource, find_files, is_folder, local_file
 from tf_lightning.data.readers.formats import file_format, format_by_name, is_ignored
 from tf_lightning.data.readers.json_records import parse_record, read_records
 from tf_lightning.data.readers.layouts import (
+    HUB_FILES,
     NAMES,
     Layout,
+    explicit,
     folder_layouts,
     nothing_found,
+    training_files,
 )
 from tf_lightning.data.readers.name_captions import FILE_NAME, FOLDER_NAME, NamedImages
+from tf_lightning.data.readers.snapshot import Snapshot
 from tf_lightning.data.readers.tables import column_names
 from tf_lightning.errors import UserError
+from tf_lightning.remote import RemoteFile, cached_path, is_remote, public_url
 
 CaptionSource = CaptionTars | CaptionRows | CaptionJson | CaptionFolders | NamedImages | ChatFiles
 
@@ -47,8 +52,9 @@ def caption_source(
     """Create the source for captioned images in the layouts that the paths have.
 
     Args:
-        paths: files, globs or folders to train on. All files have the format of the first one. A
-            folder may have several layouts; see `folder_layouts`.
+        paths: files, globs or folders to train on, local or as URLs such as hf://datasets/NAME. All
+            files have the format of the first one. A folder may have several layouts; see
+            `folder_layouts`.
         val_paths: files, globs or folders to validate on.
         images: folder that paths of images are relative to; tars contain their images.
         caption_key: key, column or extension of the captions, "file_name" or "folder_name"; null:
@@ -62,7 +68,7 @@ def caption_source(
     keys = {"images": images, "image_key": image_key, "caption_key": caption_key}
     train = _layouts(paths, keys)
     val = _layouts(val_paths, keys) if val_paths else {}
-    roots = [path for path in _as_list(paths) + _as_list(val_paths or []) if _is_folder(path)]
+    roots = [path for path in _as_list(paths) + _as_list(val_paths or []) if is_folder(path)]
     if len(train) == 1 and (not val or val.keys() == train.keys()):
         ((kind, files),) = train.items()
         return _source_of(kind, files, keys, roots, val_paths=val.get(kind), **options)
@@ -79,16 +85,14 @@ def _as_list(paths: str | list[str]) -> list[str]:
     return [paths] if isinstance(paths, str) else paths
 
 
-def _is_folder(path: str) -> bool:
-    return Path(path).expanduser().is_dir()
-
-
 def _layouts(paths: str | list[str], keys: dict[str, str | None]) -> dict[str, str | list[str]]:
     """Return the kinds of the layouts, as of `_caption_format`, each with its files or globs."""
     layouts: dict[str, list[str]] = {}
     file_kind = None
     for path in _as_list(paths):
-        if _is_folder(path):
+        if is_folder(path) and is_remote(path):
+            found = _layouts_of_url(path.rstrip("/"), keys)
+        elif is_folder(path):
             found = _layouts_of_folder(Path(path).expanduser(), keys)
         else:
             file_kind = file_kind or _kind_of_files(path, keys["caption_key"])
@@ -104,23 +108,69 @@ def _layouts_of_folder(folder: Path, keys: dict[str, str | None]) -> dict[str, l
     """Return the kinds of the layouts of a folder, each with its globs."""
 
     def images_of(tables: list[PurePath]) -> Iterator[Path]:
-        rows = CaptionRows("", **keys)
-        for image in (image for table in tables for image in rows.image_paths(folder / table)):
-            with suppress(ValueError):  # it is outside of the folder
-                yield Path(os.path.normpath(image)).relative_to(os.path.normpath(folder))
+        return _named_images((folder / table for table in tables), folder, keys)
 
-    escaped = glob.escape(str(folder))
     files = [file.relative_to(folder) for file in files_in(folder)]
-    layouts = folder_layouts(files, keys["caption_key"], images_of)
-    if not layouts:
-        raise UserError(nothing_found(str(folder), files))
-    if keys["caption_key"] in (FILE_NAME, FOLDER_NAME):
-        layouts = [Layout(NAMES, ["**/*"])]
+    escaped = glob.escape(str(folder))
     found: dict[str, list[str]] = {}
-    for kind, patterns in layouts:
+    for kind, patterns in _find_layouts(str(folder), files, keys, images_of):
         globs = [f"{escaped}/{pattern}" for pattern in patterns]
         found.setdefault(kind or _caption_format(_first_file(globs[0])), []).extend(globs)
     return found
+
+
+def _layouts_of_url(url: str, keys: dict[str, str | None]) -> dict[str, list[str]]:
+    """Return the kinds of the layouts of a folder at a URL, each with its URLs or globs of them.
+
+    If there are files for training by their names, those for validation and tests are left out.
+    """
+    folder, snapshot = cached_path(url), Snapshot()
+    [found] = snapshot.find([f"{url}/**/*"])
+    remote = {cached_path(file.url).relative_to(folder): file for file in found}
+
+    def images_of(tables: list[PurePath]) -> Iterator[Path]:
+        for table in tables:
+            with local_file(remote[table]) as copied:
+                yield from _named_images([copied], folder, keys)
+
+    files = [file for file in remote if file.name not in HUB_FILES and not is_ignored(str(file))]
+    kept = training_files(files)
+    layouts: dict[str, list[str]] = {}
+    for kind, patterns in _find_layouts(public_url(url), kept, keys, images_of):
+        if len(kept) < len(files):  # the patterns also match the others
+            patterns = explicit(kept, kind, patterns)
+        kind = kind or _caption_format(folder / patterns[0])
+        layouts.setdefault(kind, []).extend(f"{url}/{pattern}" for pattern in patterns)
+    return layouts
+
+
+def _named_images(
+    tables: Iterable[Path], folder: Path, keys: dict[str, str | None]
+) -> Iterator[Path]:
+    """Yield the images that tables name, relative to a folder."""
+    rows = CaptionRows("", **keys)
+    for image in (image for table in tables for image in rows.image_paths(table)):
+        with suppress(ValueError):  # it is outside of the folder
+            yield Path(os.path.normpath(image)).relative_to(os.path.normpath(folder))
+
+
+def _find_layouts(
+    folder: str,
+    files: list[Path],
+    keys: dict[str, str | None],
+    images_of: Callable[[list[PurePath]], Iterable[PurePath]],
+) -> list[Layout]:
+    """Call `folder_layouts`.
+
+    Raises:
+        UserError: the folder has no captioned images.
+    """
+    layouts = folder_layouts(files, keys["caption_key"], images_of)
+    if not layouts:
+        raise UserError(nothing_found(folder, files))
+    if keys["caption_key"] in (FILE_NAME, FOLDER_NAME):
+        return [Layout(NAMES, ["**/*"])]
+    return layouts
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -244,7 +294,7 @@ class SeveralLayouts(Source):
         """List the sources of a split."""
         return self.val_sources if split == "val" and self.val_sources else self.sources
 
-    def files(self, split: Split) -> list[Path]:
+    def files(self, split: Split) -> list[Path | RemoteFile]:
         """List the files that a split is read from."""
         return [file for source in self.of_split(split) for file in source.files(split)]
 

@@ -14,6 +14,7 @@ If an image has several captions, each epoch draws one of them.
 
 import glob
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from tf_lightning.data.readers.files import (
     as_image_file,
     file_versions,
     is_file,
+    is_folder,
     is_in_cache,
     local_path,
     read_bytes,
@@ -62,6 +64,7 @@ from tf_lightning.data.readers.tables import (
     read_parquet,
 )
 from tf_lightning.data.readers.tars import by_extension, read_tar
+from tf_lightning.remote import is_remote
 
 Parts = list[str | bytes | Path | ContextImage]
 
@@ -474,5 +477,7 @@ class ImageFiles(ImageFileSource):
 def _in_folders(paths: str | list[str]) -> str | list[str]:
     if not isinstance(paths, str):
         return [_in_folders(path) for path in paths]
-    folder = Path(paths).expanduser()
-    return f"{glob.escape(str(folder))}/**/*" if folder.is_dir() else paths
+    if not is_folder(paths):
+        return paths
+    folder = paths.rstrip("/") if is_remote(paths) else glob.escape(os.path.expanduser(paths))
+    return f"{folder}/**/*"

@@ -27,18 +27,20 @@ from PIL import Image
 from tf_lightning.data.buckets import Size
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split
 from tf_lightning.data.images import CONTEXT, FileBytes, load_image
-from tf_lightning.data.readers.formats import MAX_SAMPLE, is_ignored
+from tf_lightning.data.readers.formats import MAX_SAMPLE, format_by_name, is_ignored
 from tf_lightning.data.readers.ids import SampleIds
 from tf_lightning.data.readers.snapshot import Snapshot
 from tf_lightning.data.readers.tables import has_image_columns
 from tf_lightning.errors import UserError
 from tf_lightning.ranges import PositiveInt, Range, check_fields
 from tf_lightning.remote import (
+    HTTP,
     RemoteFile,
     cached_path,
     is_remote,
     local_copy,
     public_url,
+    split_url,
     url_of,
 )
 
@@ -495,6 +497,18 @@ def without_logins(value: Any) -> Any:
     if isinstance(value, list):
         return [without_logins(item) for item in value]
     return public_url(value) if is_remote(value) else value
+
+
+def is_folder(path: str) -> bool:
+    """Return whether a path is a local folder, or a URL that is taken for a folder.
+
+    That is one on the hub or in an object store, without wildcards and without a known suffix.
+    """
+    if not is_remote(path):
+        return Path(path).expanduser().is_dir()
+    if split_url(path)[0] in HTTP or any(sign in path for sign in "*?[{"):
+        return False
+    return format_by_name(Path(path.rstrip("/"))) is None
 
 
 def find_files(

@@ -1,7 +1,8 @@
 """Layouts of captioned images in a folder: which of its images have their captions where."""
 
 import glob
-from collections import defaultdict
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import PurePath
@@ -10,6 +11,7 @@ from typing import NamedTuple
 from tf_lightning.data.readers.captions import CAPTION_EXTENSIONS
 from tf_lightning.data.readers.formats import OTHER_IMAGES, format_by_name
 from tf_lightning.data.readers.name_captions import caption_of_name
+from tf_lightning.progress import counted
 
 # Files that have the captions of a folder, in order of preference.
 METADATA_FILES = "metadata.jsonl", "metadata.csv", "metadata.parquet"
@@ -18,6 +20,18 @@ PACKED_FILES = "*.tar", "*.tar.gz", "*.tgz", "*.parquet"
 OTHER_TABLES = (
     *("*.jsonl", "captions.txt", "*.csv", "*.tsv", "*.json"),
     *("*.jsonl.gz", "*.csv.gz", "*.json.gz"),
+)
+# Files of data sets on the hub that hold no data.
+HUB_FILES = (
+    "README.md",
+    "dataset_infos.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+    "state.json",
+)
+TRAINING, OTHER_SPLITS = (
+    re.compile(rf"(^|[/_.-])({names})([/_.-]|$)", re.IGNORECASE)
+    for names in ("train|training", "validation|valid|val|test|testing|dev|eval")
 )
 BESIDE, NAMES = "image", "names"  # kinds of layouts
 HOW_TO_CAPTION = (
@@ -80,16 +94,38 @@ def folder_layouts(
     return [Layout(kind, [glob.escape(str(file)) for file in found[kind]]) for kind in kinds]
 
 
+def training_files(files: list[PurePath]) -> list[PurePath]:
+    """Leave out the files of other splits, by their names, if there are files for training."""
+    train = {file for file in files if TRAINING.search(file.as_posix())}
+    others = {file for file in files if OTHER_SPLITS.search(file.as_posix())} - train
+    return [file for file in files if file not in others] if train else files
+
+
+def explicit(files: list[PurePath], kind: str | None, patterns: list[str]) -> list[str]:
+    """Replace the patterns of a layout by others that match none but these files.
+
+    The files of tables are named one by one, images by their folders.
+    """
+    if patterns == ["**/*"]:
+        folders = dict.fromkeys(file.parent for file in files if is_named_as_image(file))
+        return [f"{glob.escape(str(folder))}/*" for folder in folders]
+    found = [file for file in files if any(_matches(file, pattern) for pattern in patterns)]
+    return [glob.escape(str(file)) for file in found] if kind is None else patterns
+
+
 def _first_found(files: list[PurePath], patterns: Iterable[str]) -> str | None:
-    """Return the first pattern that a file matches; "**/" stands for any folders or none."""
-    for pattern in patterns:
-        name = pattern.removeprefix("**/")
-        if any(
-            fnmatchcase(file.name, name) and (name != pattern or len(file.parts) == 1)
-            for file in files
-        ):
-            return pattern
-    return None
+    """Return the first pattern that a file matches."""
+    return next((p for p in patterns if any(_matches(file, p) for file in files)), None)
+
+
+def _matches(file: PurePath, pattern: str) -> bool:
+    """Return whether a relative path matches a pattern; "**/" stands for any folders or none."""
+    name = pattern.removeprefix("**/")
+    if name == pattern:
+        return fnmatchcase(file.as_posix(), pattern) and len(file.parts) == len(
+            PurePath(pattern).parts
+        )
+    return fnmatchcase(file.name, name)
 
 
 def is_named_as_image(file: PurePath) -> bool:
@@ -144,17 +180,15 @@ def nothing_found(folder: str, files: list[PurePath]) -> str:
     """Say what a folder without captioned images has, and what to do."""
     images = [file for file in files if is_named_as_image(file)]
     if not files:
-        return f"the folder {folder} has no files; put images with captions into it"
+        advice = "check the name" if "://" in folder else "put images with captions into it"
+        return f"the folder {folder} has no files; {advice}"
     if not images:
-        kinds = defaultdict(int)
-        for file in files:
-            kinds[file.suffix or file.name] += 1
-        most = max(kinds, key=kinds.get)
+        [(most, _)] = Counter(file.suffix or file.name for file in files).most_common(1)
         return (
-            f"the folder {folder} has {len(files):,} files, most of them {most}, but no image and "
-            "no table or tar of images; put the images beside their captions"
+            f"the folder {folder} has {counted(len(files), 'file')} such as {most} but no image, "
+            "and no table or tar of images; put the images beside their captions"
         )
     return (
-        f"the folder {folder} has no captions: it has {len(images):,} images with names such as "
-        f"{images[0].name}, which are numbers or codes; {HOW_TO_CAPTION}"
+        f"the folder {folder} has no captions: it has {counted(len(images), 'image')} with names "
+        f"such as {images[0].name}, which are numbers or codes; {HOW_TO_CAPTION}"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.readers.files import ImageFileSource
 from tf_lightning.data.readers.formats import may_be_image
+from tf_lightning.remote import cached_path, is_remote
 
 FILE_NAME, FOLDER_NAME = "file_name", "folder_name"  # values of `caption_key`
 # Words that cameras, phones, browsers and data sets write into names, in lower case.
@@ -72,8 +73,8 @@ class NamedImages(ImageFileSource):
     Args:
         paths: image files or globs to train on, such as 'photos/**/*'; other files are ignored.
         caption_key: "file_name" or "folder_name" uses only this name; null: the first with words.
-        roots: folders whose names, and the names of the folders above them, are not used; null: the
-            folder of the file is used, and none above it.
+        roots: folders, also as URLs, whose names are not used, nor those of the folders above them;
+            null: the folder of the file is used, and none above it.
     """
 
     caption_key: str | None = None
@@ -96,7 +97,11 @@ class NamedImages(ImageFileSource):
         if self.caption_key != FOLDER_NAME:
             yield image.stem
         if self.caption_key != FILE_NAME:
-            yield from folder_names(image, [Path(root).expanduser() for root in self.roots or ()])
+            yield from folder_names(image, [*map(_as_path, self.roots or ())])
+
+
+def _as_path(folder: str) -> Path:
+    return cached_path(folder) if is_remote(folder) else Path(folder).expanduser()
 
 
 def folder_names(image: Path, roots: list[Path]) -> list[str]:

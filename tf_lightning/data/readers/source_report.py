@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from PIL import Image
 
@@ -11,7 +11,7 @@ from tf_lightning.data.documents import Skipped, Source
 from tf_lightning.data.readers.caption_source import SeveralLayouts
 from tf_lightning.data.readers.captions import CaptionFolders, CaptionJson, CaptionRows, CaptionTars
 from tf_lightning.data.readers.files import SHARD_BYTES, FileSource
-from tf_lightning.data.readers.formats import format_by_name
+from tf_lightning.data.readers.layouts import is_named_as_image
 from tf_lightning.data.readers.name_captions import NamedImages
 from tf_lightning.progress import counted
 
@@ -47,7 +47,7 @@ def report_source(name: str, source: Source) -> list[str]:
 def _layout_lines(name: str, layout: FileSource) -> Iterator[str]:
     files = layout.files("train")
     if isinstance(layout, CaptionFolders | NamedImages):
-        files = [file for file in files if format_by_name(file) == "image"]
+        files = [file for file in files if is_named_as_image(PurePath(str(file)))] or files
     shown = str(files[0]) if len(files) == 1 else f"{len(files):,} files, such as {files[0]}"
     yield f"{name}: {TITLES[type(layout)]}: {shown}"
     documents = (found for found in layout.documents("train") if not isinstance(found, Skipped))
@@ -72,17 +72,17 @@ def _images_without_row(layouts: list[FileSource]) -> list[Path]:
         for layout in layouts
         if isinstance(layout, CaptionRows) and not layout.images
         for file in layout.files("train")
-        if file.stat().st_size <= SHARD_BYTES
+        if isinstance(file, Path) and file.stat().st_size <= SHARD_BYTES
     ]
     paths = [image for layout, file in tables for image in layout.image_paths(file)]
     if not paths:  # there is no table, or it holds the images itself
         return []
     paths += [file for layout in layouts for file in layout.files("train")]
-    read = {os.path.normpath(path) for path in paths}
+    read = {os.path.normpath(path) for path in paths if isinstance(path, Path)}
     folders = {file.parent for _, file in tables}
     found = {path for folder in folders for path in folder.rglob("*")}
     return [
         path
         for path in sorted(found)
-        if format_by_name(path) == "image" and os.path.normpath(path) not in read
+        if is_named_as_image(path) and os.path.normpath(path) not in read
     ]
