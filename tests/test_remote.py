@@ -289,3 +289,30 @@ def test_a_limit_that_is_no_size_is_refused(monkeypatch, text):
     monkeypatch.setenv("TF_LIGHTNING_CACHE_GB", text)
     with pytest.raises(UserError, match=f"TF_LIGHTNING_CACHE_GB={text} must be a number above 0"):
         remote.cache_limit()
+
+
+# Many files
+
+
+def test_small_files_are_copied_ahead_and_yielded_in_order(site, server):
+    names = [f"{number}.bin" for number in range(50)]
+    for name in names:
+        (site / name).write_bytes(name.encode())
+    files = stat([f"{server.url}/{name}" for name in names])
+    ahead = remote.fetch_ahead(files)
+    assert next(ahead) == files[0]
+    while len(gets(server)) < 2 * remote.THREADS:
+        time.sleep(0.01)
+    assert list(ahead) == files[1:]
+    server.status = 503  # nothing is read again
+    for name, file in zip(names, files, strict=True):
+        assert cached_path(file.url).read_bytes() == name.encode()
+
+
+def test_a_small_file_that_cannot_be_copied_ahead_is_one_sentence(site, server):
+    (site / "a.bin").write_bytes(b"a")
+    files = stat([f"{server.url}/a.bin"])
+    server.status = 403
+    with pytest.raises(UserError, match="access to .*a.bin is refused"):
+        list(remote.fetch_ahead(files))
+    assert list(remote.fetch_ahead([Path("a"), Path("b")])) == [Path("a"), Path("b")]

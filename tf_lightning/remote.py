@@ -13,11 +13,13 @@ import hashlib
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BufferedIOBase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode
@@ -104,6 +106,13 @@ def public_url(url: str) -> str:
     scheme, host, path, query = split_url(url)
     rest = _hash_query(query)
     return f"{scheme}://{host.rpartition('@')[2]}/{path}" + (f"?sha256={rest}" if rest else "")
+
+
+def without_login(url: str) -> str:
+    """Return a URL without login and signature, but with the rest of its query."""
+    scheme, host, path, query = split_url(url)
+    kept = [item for item in query.split("&") if item and not _signs(item.split("=")[0].lower())]
+    return f"{scheme}://{host.rpartition('@')[2]}/{path}" + "?" * bool(kept) + "&".join(kept)
 
 
 def _hash_query(query: str) -> str:
@@ -396,6 +405,35 @@ def local_copy(file: RemoteFile) -> Iterator[Path]:
                 if not _is_at(path, stream):
                     raise _replaced(file)
                 return
+
+
+def fetch_ahead(files: Sequence[Path | RemoteFile]) -> Iterator[Path | RemoteFile]:
+    """Yield files in order, while the small ones among the next files are copied into the cache.
+
+    Raises:
+        UserError: a file cannot be read, or was replaced after it was found.
+    """
+    if all(isinstance(file, Path) for file in files):
+        yield from files
+        return
+    rest, waiting, pool = iter(files), deque(), ThreadPoolExecutor(THREADS)
+    try:
+        while True:
+            for file in islice(rest, 2 * THREADS - len(waiting)):
+                waiting.append((file, pool.submit(_copy_small, file)))
+            if not waiting:
+                return
+            file, copied = waiting.popleft()
+            copied.result()
+            yield file
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _copy_small(file: Path | RemoteFile) -> None:
+    if isinstance(file, RemoteFile) and file.size is not None and file.size <= CHUNK:
+        with suppress(FileNotFoundError), local_copy(file):
+            pass
 
 
 def lock(path: Path) -> FileLock:

@@ -37,6 +37,7 @@ from tf_lightning.remote import (
     HTTP,
     RemoteFile,
     cached_path,
+    fetch_ahead,
     is_remote,
     local_copy,
     public_url,
@@ -115,7 +116,7 @@ class FileSource(Source):
 
     def _samples(self, split: Split) -> Iterator[tuple[str, Any]]:
         """Yield (id, sample) of a split; a BadSample stands for the unreadable rest of a file."""
-        for file in self.files(split):
+        for file in fetch_ahead(self.files(split)):
             ids = SampleIds(local_path(file), str(file))
             try:
                 with local_file(file) as path:
