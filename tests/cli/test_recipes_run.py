@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -36,6 +38,7 @@ AUTOENCODERS = sorted(path.stem for path in CONFIGS.glob("autoencoder/*.yaml"))
 SIZES = {"dim": 32, "num_layers": 1, "num_heads": 4, "ffn_dim": 48}
 TINYLLAMA = "TinyLlama-1.1B-Chat-v1.0"
 LLAMA = "Llama-2-7b-hf"  # its tokenizer alone
+HUB = "hf://"  # in the tests, the folder hub_datasets
 NUM_PIECES = 300  # of the stand-in for TinyLlama
 PROMPT_WORDS = "the small red cat sits on a blue mat while green birds sing above old trees".split()
 SHORT = {
@@ -89,16 +92,11 @@ def write_magicbrush(folder: Path, split: str, count: int) -> None:
 
 def write_datasets(root: Path) -> None:
     """Every folder below datasets/ that a recipe reads."""
-    write_tars(root / "emoji", 60)
     write_tars(root / "journeydb", 30)
     write_tars(root / "cc12m", 30)
     (root / "c4").mkdir()
     write_lines(root / "c4" / "c4.json", [{"text": sentence(n)} for n in range(300)])
     (root / "c4" / "c4.json.gz").write_bytes(gzip.compress((root / "c4" / "c4.json").read_bytes()))
-    text = root / "wikitext-2"
-    text.mkdir()
-    for name in ("valid", "test"):
-        (text / f"{name}.txt").write_text("\n".join(f" {sentence(n)} . \n" for n in range(300)))
     chats = [
         {"prompt_id": str(n), "messages": [{"role": "user", "content": sentence(n)},
                                            {"role": "assistant", "content": sentence(n + 1)}]}
@@ -113,6 +111,16 @@ def write_datasets(root: Path) -> None:
     (root / "imagenet" / "LOC_synset_mapping.txt").write_text(names)
     write_magicbrush(root / "magicbrush", "train", 8)
     write_magicbrush(root / "magicbrush", "dev", 2)
+
+
+def write_hub_datasets(root: Path) -> None:
+    """The data that a recipe reads from the hub, in folders of the same names."""
+    wikitext = root / "datasets" / "Salesforce" / "wikitext" / "wikitext-2-raw-v1"
+    wikitext.mkdir(parents=True)
+    paragraphs = [text for n in range(300) for text in ("", f" {sentence(n)} . \n")]
+    for split in ("train", "validation"):
+        table = pa.table({"text": paragraphs})
+        pq.write_table(table, wikitext / f"{split}-00000-of-00001.parquet")
 
 
 def write_pretrained(root: Path) -> None:
@@ -147,6 +155,7 @@ def checkout(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("checkout")
     (root / "configs").symlink_to(CONFIGS)
     write_datasets(root / "datasets")
+    write_hub_datasets(root / "hub_datasets")
     pictures = write_pictures(root / "my_pictures", 60, "{}.jpg")
     lines = [{"file_name": f.name, "text": sentence(n)} for n, f in enumerate(pictures)]
     write_lines(root / "my_pictures" / "metadata.jsonl", lines)
@@ -205,7 +214,7 @@ def miniature(*files: Path) -> dict:
         small["data"] = {"sources": data["sources"]}
     else:
         named = ("paths", "image_size", "val_fraction")
-        small["data"] = {name: data[name] for name in named if name in data}
+        small["data"] = {name: data[name] for name in (*named, "val_paths") if name in data}
         if "val_paths" not in data:
             small["data"] |= {"val_fraction": 0.25}
         shrink(small["data"])
@@ -220,6 +229,8 @@ def shrink(options: dict, class_path: str = "") -> dict:
     if "paths" not in options:  # of the shapes world
         return options.update(num_documents=20, num_val=4) or options
     options |= {name: value for name, value in few.items() if name in options}
+    for name in options.keys() & {"paths", "val_paths"}:
+        options[name] = [path.replace(HUB, "hub_datasets/") for path in options[name]]
     return options
 
 
