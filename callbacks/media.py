@@ -58,15 +58,15 @@ def give_image(logger: Logger, tag: str, image: Image.Image, step: int) -> bool:
 
     The loggers are known by their methods, because their packages need not be installed.
     """
-    experiment = logger.experiment
+    experiment, last = logger.experiment, last_index(step)
     if hasattr(logger, "log_image"):  # Weights & Biases
-        logger.log_image(tag, [image], step=step)
+        logger.log_image(tag, [image], step=last)
     elif hasattr(experiment, "add_image"):  # TensorBoard
-        experiment.add_image(tag, pil_to_tensor(image), step)
+        experiment.add_image(tag, pil_to_tensor(image), last)
     elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):  # MLflow
         experiment.log_image(logger.run_id, image, artifact_file=f"{file_name(tag, step)}.png")
     elif hasattr(experiment, "log_image"):  # Comet
-        experiment.log_image(image, name=tag, step=step)
+        experiment.log_image(image, name=tag, step=last)
     else:
         return False
     return True
@@ -76,20 +76,28 @@ def give_table(
     logger: Logger, tag: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
 ) -> bool:
     """Log a table of texts; return whether the logger takes texts."""
-    experiment = logger.experiment
+    experiment, last = logger.experiment, last_index(step)
     if hasattr(logger, "log_table"):
-        logger.log_table(tag, columns=list(columns), data=[list(row) for row in rows], step=step)
+        logger.log_table(tag, columns=list(columns), data=[list(row) for row in rows], step=last)
     elif hasattr(experiment, "add_text"):
-        experiment.add_text(tag, markdown_table(columns, rows), step)
+        experiment.add_text(tag, markdown_table(columns, rows), last)
     elif hasattr(experiment, "log_text"):
         text = markdown_table(columns, rows)
         if hasattr(logger, "run_id"):
             experiment.log_text(logger.run_id, text, artifact_file=f"{file_name(tag, step)}.md")
         else:
-            experiment.log_text(text, step=step, metadata={"name": tag})
+            experiment.log_text(text, step=last, metadata={"name": tag})
     else:
         return False
     return True
+
+
+def last_index(step: int) -> int:
+    """Return the index of the last of some optimizer steps, from 0: the step of the scores.
+
+    Lightning logs every value at this index, so images and scores of one validation are together.
+    """
+    return max(step - 1, 0)
 
 
 def media_file(folder: Path, tag: str, step: int, suffix: str) -> Path:

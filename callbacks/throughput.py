@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
+from callbacks.media import last_index
 from callbacks.sampling import check_module
 from tf_lightning.batch import Batch
 from tf_lightning.data.stream import as_batches
@@ -176,7 +177,7 @@ class Throughput(L.Callback):
         share = self.validation_seconds / self.fit_seconds
         for logger in trainer.loggers:  # self.log is not allowed in this hook
             values = {"val/seconds": seconds, "val/time_share": share}
-            logger.log_metrics(values, step=trainer.global_step)
+            logger.log_metrics(values, step=last_index(trainer.global_step))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock: other callbacks' work on the trained model is not part of the fit."""

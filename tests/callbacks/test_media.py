@@ -61,7 +61,7 @@ class Mlflow(Recorder):
 
 
 def give(folder, *loggers) -> None:
-    """Log an image and a table at step 9."""
+    """Log an image and a table after 9 steps, the last of which has the index 8."""
     trainer = SimpleNamespace(loggers=loggers)
     log_image(trainer, folder, 9, "generated/val", RED)
     log_table(trainer, folder, 9, "captions/val", COLUMNS, ROWS)
@@ -75,8 +75,8 @@ def test_the_stub_has_the_methods_of_wandb():
 def test_weights_and_biases_gets_images_and_tables(tmp_path):
     logger = Wandb()
     give(tmp_path, CSVLogger(tmp_path), logger)
-    table = [COLUMNS, [["a|b\nc", "<b>*d*</b>"]], 9]
-    assert logger.given == {"generated/val": [(4, 4), 9], "captions/val": table}
+    table = [COLUMNS, [["a|b\nc", "<b>*d*</b>"]], 8]
+    assert logger.given == {"generated/val": [(4, 4), 8], "captions/val": table}
     assert not (tmp_path / "media").exists()
 
 
@@ -95,6 +95,7 @@ def test_tensorboard_gets_them_as_the_second_of_two_loggers(tmp_path):
     assert events.Tags()["images"] == ["generated/val"]
     (text,) = events.Tensors("captions/val/text_summary")
     assert b"generated caption" in text.tensor_proto.string_val[0]
+    assert text.step == events.Images("generated/val")[0].step == 8
     assert not (tmp_path / "media").exists()
 
 

@@ -78,3 +78,19 @@ def test_every_key_has_its_line(tmp_path):
     file.write_text("model:\n  init_args:\n    lr: 1\ntrainer:\n  callbacks+: []\n")
     places = {key: place.line for key, place in read_config(file).places.items()}
     assert places == {"model": 1, "model.lr": 3, "trainer": 4, "trainer.callbacks": 5}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("--data.in_place is not an option of tf_lightning.data.Mixture", True),
+        ("there is no option --data.mirror; did you mean --data.hflip?", True),
+        ("model=tf_lightning.autoencoder_module.AutoencoderModule is no class", True),
+        ("--data.hflop is not an option of tf_lightning.data.Mixture", False),
+        ("--model.lr=fast must be a number", False),
+        ("--data.minor is not an option; did you mean --data.mirror?", False),
+        ("config.yaml line 3: write a place for the answer", False),
+    ],
+)
+def test_the_changelog_is_named_where_a_key_was_renamed(sentence, expected):
+    assert ("CHANGELOG" in renamed(sentence)) == expected

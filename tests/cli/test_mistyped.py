@@ -153,7 +153,7 @@ COMMANDS = {
     (*FIT, "--ckpt_path", "none.ckpt"): "no checkpoint at none.ckpt",
     (*FIT, "--ckpt_path", ".."): ".. is a folder without checkpoints",
     ("validate", "-c", "config.yaml"): "validate needs a trained model; add --ckpt_path FILE",
-    ("validate", "-c", "config.yaml", "--ckpt_path", "last"): "there is no checkpoint in ",
+    ("validate", "-c", "config.yaml", "--ckpt_path", "last"): "; train first with `tf-lightning fit`, or",
     ("prepare", "-c", "config.yaml", "--proceses", "2"): "did you mean --processes?",
     ("prepare", "-c", "config.yaml", "--processes", "0"): "0 is not a number of at least 1",
     ("prepare", "-c", "config.yaml", "--shard", "3/3"): "--shard 3/3 is not I/N with 0 <= I < N",

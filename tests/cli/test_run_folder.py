@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from callbacks.retrieval import RetrievalAccuracy
 from support import runs
 from support.sharded_folders import flip_bit, write_sharded
 from tf_lightning.checkpoint import (
@@ -29,10 +30,12 @@ from tf_lightning.cli.main import main
 from tf_lightning.cli.run_folder import (
     append_to_csv,
     configured_folders,
+    files_of_run,
     folder_of,
     resume_command,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("--ckpt_path last", "--trainer.logger.name", "--overwrite")
 
 
@@ -275,6 +278,33 @@ def test_a_configuration_names_the_folder_of_its_first_logger(version, tmp_path)
     ]
     config["class_path"] = "lightning.pytorch.loggers.WandbLogger"
     assert configured_folders(listed, [], {}, Path()) == [tmp_path / "run"]
+
+
+def test_only_folders_of_runs_are_looked_at_for_a_checkpoint(tmp_path):
+    options = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "mine"}}
+    listed = Namespace(trainer=Namespace(logger=options))
+    values = {"trainer": {"logger": options}}
+    found = {}
+    for name in ("recipe.yaml", "config.yaml"):
+        content = SimpleNamespace(file=tmp_path / name, values=values)
+        found[name] = configured_folders(listed, [content], {"version": ""}, Path())
+    assert found["recipe.yaml"] == [Path("runs", "mine")]
+    assert found["config.yaml"] == [Path("runs", "mine"), tmp_path]
+
+
+def test_the_files_of_a_run_are_those_that_its_callbacks_write(tmp_path):
+    """Also those of RetrievalAccuracy under its names in the recipes."""
+    recipe = yaml.safe_load((ROOT / "configs" / "emoji.yaml").read_text())
+    listed = [callback["init_args"] for callback in recipe["trainer"]["callbacks"]]
+    names = {RetrievalAccuracy(options["source"], name=options.get("name", "retrieval")).name
+             for options in listed}  # fmt: skip
+    assert names == {"retrieval", "held_out", "edits"}
+    written = {f"{name}.{kind}" for name in names for kind in ("json", "png")}
+    written |= {"media", "guidance.png", "samples", "report.json", "progress.json"}
+    for name in written | {"mine.json", "notes.png"}:
+        (tmp_path / name).touch()
+    found = files_of_run(tmp_path, tmp_path / "checkpoints")
+    assert {path.name for path in found} == written | {"checkpoints"}
 
 
 def test_overwriting_keeps_what_the_new_run_starts_from(tmp_path, refused):

@@ -48,6 +48,13 @@ PRECISION_NAMES = {  # of other programs
 }
 # Classes whose options may be typed without the first part of their names.
 FLAT = {"trainer": "lightning.pytorch.Trainer"} | {key: EXAMPLES[key] for key in ("model", "data")}
+# Options and parts of class paths of older versions that have other names now.
+RENAMED = frozenset(
+    "in_place mirror time_shift time_distribution image_weights place measures draw write answer "
+    "flip num_pictures autoencoder_module shapes_sources PictureData start_from StartFrom recall "
+    "Recall PictureScores PromptFit benchmarks KLAutoencoder".split()
+)
+)
 FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".md")
 MAX_SHOWN = 60  # characters of a wrong value
 # The innermost problem, the most telling kind first; {1} is a name.
@@ -141,6 +148,17 @@ def find_problem(report: str, options: Iterable[str]) -> Problem:
         near = PRECISION_NAMES.get(value) or nearest_name(value, PRECISIONS)
         advice = f"; did you mean {near}?" if near else ""
     return Problem(key, f"{key}={shorten(value)} must be {expected}{advice}")
+
+
+def renamed(sentence: str) -> str:
+    """Say where renamed keys are listed, if the key or class that a sentence is about was renamed.
+
+    Args:
+        sentence: what is wrong; "did you mean" and what follows is advice.
+    """
+    named = re.findall(r"[\w.]*\.[\w.]+", sentence.partition("did you mean")[0])
+    words = {word for name in named for word in name.split(".")}
+    return " CHANGELOG.md lists those that were renamed." if words & RENAMED else ""
 
 
 def named_option(sentence: str) -> str:

@@ -30,7 +30,7 @@ from tf_lightning.checkpoint import (
     newest_sound,
     read_checkpoint,
 )
-from tf_lightning.cli.advice import find_problem
+from tf_lightning.cli.advice import find_problem, renamed
 from tf_lightning.cli.checks import (
     check_autoencoder,
     check_cpu,
@@ -110,7 +110,7 @@ TRAINER = {
 }
 EXAMPLE = "configs/quickstart.yaml"
 
-HINT = "`tf-lightning fit --help` lists the keys; CHANGELOG.md lists those that were renamed."
+HINT = "`tf-lightning fit --help` lists the keys."
 
 
 class TransfusionCLI(LightningCLI):
@@ -143,7 +143,8 @@ class TransfusionCLI(LightningCLI):
         try:
             super().__init__(*args, **kwargs)
         except ConfigError as error:
-            stop(self.explain(error), code=2, hint=HINT)
+            sentence = self.explain(error)
+            stop(sentence, code=2, hint=f"{HINT}{renamed(sentence)}")
 
     def explain(self, error: ConfigError) -> str:
         """Describe a configuration that does not parse in one sentence, with its file and line."""

@@ -30,7 +30,10 @@ except ImportError:  # Windows
 # Files and folders of a run, including those of this project's callbacks.
 WRITTEN = (
     "config.yaml", "hparams.yaml", "metrics.csv", "events.out.tfevents.*", "checkpoints",
-    "hpc_ckpt_*.ckpt", PROGRESS_FILE, "metrics", "report.json", "sheet.png", "samples",
+    "hpc_ckpt_*.ckpt", PROGRESS_FILE, "metrics", "media", "guidance.png",
+    "report.json", "sheet.png", "samples",
+    # RetrievalAccuracy, by its default name and those of the recipes.
+    *(f"{name}.{kind}" for name in ("retrieval", "held_out", "edits") for kind in ("json", "png")),
 )  # fmt: skip
 REPLACED = ("hparams.yaml", "metrics.csv")  # by then, the logger of a new run has replaced these
 
@@ -85,7 +88,8 @@ def configured_folders(
     for file in files:
         trainer = file.values.get("trainer")
         loggers.append(trainer.get("logger") if isinstance(trainer, dict) else None)
-        folders.append(file.file.parent)  # of a run's own config.yaml
+        if file.file.name == "config.yaml":  # of a run, wherever its folder was moved
+            folders.append(file.file.parent)
     for logger in loggers:
         if isinstance(logger, bool):
             folders.insert(0, default)
@@ -135,7 +139,8 @@ def last_configured(config: Namespace, files: Iterable[ConfigContent], kind: str
         if found := find_checkpoints(folder, checkpoints):
             return newest_sound(found, kind)
     raise UserError(
-        f"there is no checkpoint in {' or '.join(map(str, folders))}; give --ckpt_path FILE"
+        f"there is no checkpoint in {' or '.join(map(str, folders))}; train first with "
+        "`tf-lightning fit`, or give --ckpt_path FILE"
     )
 
 
