@@ -132,6 +132,7 @@ def test_a_run_without_tensorboard_loses_no_image_caption_or_report(logger, tmp_
     (report,) = tmp_path.rglob("report.json")
     names = {path.name for path in (report.parent / "media").iterdir()}
     assert names == {
+        "data-step0000000.md",
         "generated-val-step0000003.png",
         "captioned-val-step0000003.png",
         "captions-val-step0000003.md",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tf_lightning.cli.advice import find_problem
+from tf_lightning.cli.advice import find_problem, renamed
 from tf_lightning.cli.config_files import read_config
 from tf_lightning.errors import UserError
 

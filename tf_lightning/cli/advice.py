@@ -54,7 +54,6 @@ RENAMED = frozenset(
     "flip num_pictures autoencoder_module shapes_sources PictureData start_from StartFrom recall "
     "Recall PictureScores PromptFit benchmarks KLAutoencoder".split()
 )
-)
 FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".md")
 MAX_SHOWN = 60  # characters of a wrong value
 # The innermost problem, the most telling kind first; {1} is a name.

@@ -35,6 +35,9 @@ NAMED = {
         "gradient norm of each loss; a default",
         default=True,
     ),
+    "data_table": NamedCallback(
+        "callbacks.data_table.DataTable", "table of the data's sources; a default", default=True
+    ),
     "init_from": NamedCallback(
         "callbacks.init_from.InitFrom", "starts from a checkpoint or a language model"
     ),

@@ -182,6 +182,8 @@ class Corpus(Dataset):
         image_storage: what is stored of each image.
         skipped: number of skipped samples by reason.
         origin: everything that determined the content, as `PrepareJob.origin` lists it.
+        num_images: number of images.
+        num_tokens: number of tokens of all texts, in all wordings.
 
     Raises:
         UserError: the files are damaged.
@@ -196,6 +198,7 @@ class Corpus(Dataset):
         self.image_shape = tuple(facts["image_shape"]) if facts["image_shape"] else None
         self.skipped: dict[str, int] = facts["skipped"]
         self.num_images, self.origin = facts["num_images"], facts["made_from"]
+        self.num_tokens = facts["num_tokens"]
         self._tokens = folder.array("tokens.bin", np.int32, (facts["num_tokens"],))
         self.image_storage = ImageStorageSpec.from_json(facts.get("latents", {}))
         self.image_shapes = {self.image_shape: self.num_images} if self.image_shape else {}
@@ -233,6 +236,11 @@ class Corpus(Dataset):
     def __len__(self) -> int:
         """Number of documents."""
         return len(self._documents) - 1
+
+    @property
+    def num_texts(self) -> int:
+        """Number of texts, counting each wording."""
+        return len(self._parts) - self.num_images
 
     def __getitem__(self, index: int) -> Document:
         """Read document `index` without any choice that is made at random.
