@@ -28,6 +28,8 @@ usage: tf-lightning COMMAND ...
   tf-lightning prepare -c CONFIG --data.encoded DIR       the same over GPUs and nodes
   tf-lightning inspect -c CONFIG                          show statistics and examples of the data
 
+  tf-lightning plan -c CONFIG --gpus 64                   memory, FLOPs and days before a run
+
   tf-lightning export CKPT -o FOLDER                      write the weights for other programs
   tf-lightning model-config FOLDER                        write a language model's sizes as YAML
 

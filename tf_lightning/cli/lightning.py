@@ -121,6 +121,7 @@ class TransfusionCLI(LightningCLI):
         *args,
         verb: str | None = None,
         data_only: bool = False,
+        parse_only: bool = False,
         more_options: Iterable[str] = (),
         **kwargs,
     ) -> None:
@@ -132,10 +133,11 @@ class TransfusionCLI(LightningCLI):
                 most of the time that parsing takes.
             data_only: build only the data; its options that follow the model are taken from the
                 configuration, which needs no model that fits.
+            parse_only: build nothing; `config` has the values.
             more_options: names of the command's options that are not in the configuration.
             kwargs: arguments of LightningCLI.
         """
-        self.verb, self.data_only = verb, data_only
+        self.verb, self.data_only, self.parse_only = verb, data_only, parse_only
         self.files: dict[str, ConfigContent] = {}
         self.places: dict[str, Place] = {}
         self.given, self.seed_follows = set(), False
@@ -262,7 +264,7 @@ class TransfusionCLI(LightningCLI):
         for part in ("model", "data"):
             check_groups(part, config[part])
         check_data_paths(config.data.get("init_args") or {})
-        if verb is None:  # built for `prepare` or `inspect`
+        if verb is None:  # built for `prepare`, `inspect` or `plan`
             return
         check_limits_positive(verb, config.trainer)
         check_strategy_name(config.trainer.strategy)
@@ -357,6 +359,8 @@ class TransfusionCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer from the config."""
+        if self.parse_only:
+            return
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         try:
             if self.data_only:
@@ -614,8 +618,19 @@ def build_data(args: list[str], parser: Parser) -> TransfusionCLI:
         args: what the command's own parser left.
         parser: that parser.
     """
-    own = [name.lstrip("-") for name in parser.option_names()]
+    own = own_options(parser)
     return build(args, run=False, verb=parser.verb, data_only=True, more_options=own)
+
+
+def build_config(args: list[str], parser: Parser) -> Namespace:
+    """Parse a configuration and build nothing, for `plan`; the arguments are as in `build_data`."""
+    own = own_options(parser)
+    return build(args, run=False, verb=parser.verb, parse_only=True, more_options=own).config
+
+
+def own_options(parser: Parser) -> list[str]:
+    """Return the names of the options that a command's own parser has."""
+    return [name.lstrip("-") for name in parser.option_names()]
 
 
 def build(

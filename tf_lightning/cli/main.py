@@ -23,6 +23,7 @@ VERBS = {
     **dict.fromkeys(LIGHTNING, ("lightning", "run_lightning")),
     "prepare": ("prepare", "run_prepare"),
     "inspect": ("inspect", "run_inspect"),
+    "plan": ("plan", "run_plan"),
     "generate": ("generate", "run_generate"),
     "export": ("export", "run_export"),
     "model-config": ("export", "run_model_config"),
@@ -149,7 +150,8 @@ def explain_error(error: Exception) -> str | None:
     if names & {"OutOfMemoryError", "MemoryError"} or "can't allocate memory" in str(error):
         return (
             f"out of memory ({first_line(error)}); give a smaller --data.batch_size, "
-            "--data.row_length or model"
+            "--model.activation_checkpointing full, or more GPUs with ModelParallelStrategy; "
+            "`tf-lightning plan` says what fits"
         )
     if "DataLoader worker" in str(error) and "killed by signal" in str(error):
         return f"{first_line(error)}; there may be too little memory: give fewer --data.num_workers"

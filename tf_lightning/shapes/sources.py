@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from PIL import Image
 
@@ -15,7 +16,7 @@ from tf_lightning.data.documents import RawDocument
 from tf_lightning.ranges import NonNegativeInt, PositiveInt, Share, check_fields
 from tf_lightning.shapes import grammar, world
 from tf_lightning.shapes.grammar import caption, draw_edit, draw_text
-from tf_lightning.shapes.world import Scene, Split, draw_scene, generator, render
+from tf_lightning.shapes.world import IMAGE_SIZE, Scene, Split, draw_scene, generator, render
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ShapesCaptions:
         two_objects: share of images with two objects, in [0, 1].
         seed: seed of the documents, >= 0.
     """
+
+    image_size: ClassVar[int] = IMAGE_SIZE
 
     num_documents: PositiveInt = 30_000
     num_val: NonNegativeInt = 1_000
@@ -97,6 +100,8 @@ class ShapesEdits:
         two_objects: share of images to edit with two objects, in [0, 1].
         seed: seed of the documents, >= 0.
     """
+
+    image_size: ClassVar[int] = IMAGE_SIZE
 
     num_documents: PositiveInt = 10_000
     num_val: NonNegativeInt = 1_000

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tf_lightning.batch import Batch, crop_by_bucket, split_by_bucket
 from tf_lightning.diffusion.process import DiffusionProcess
-from tf_lightning.model.attention import build_attention
+from tf_lightning.model.attention import Attention, build_attention
 from tf_lightning.model.transfusion import TransfusionModel
 
 
@@ -58,6 +58,7 @@ def loss_sums(
     causal_images: bool,
     with_z: bool,
     by_image: bool = False,
+    attend: Attention | None = None,
 ) -> LossSums:
     """Run the network on a batch and return its summed losses.
 
@@ -68,8 +69,9 @@ def loss_sums(
         causal_images: patches attend to earlier patches only; codes always do.
         with_z: compute the z-loss.
         by_image: also return the diffusion loss of each image.
+        attend: attention of this batch; None: the fast implementation for its device.
     """
-    attend = build_attention(batch, causal_images or net.num_codes > 0)
+    attend = attend or build_attention(batch, causal_images or net.num_codes > 0)
     score = partial(target_losses, with_z=with_z)
     if net.num_codes:
         (nll, z), _ = net(batch, batch.latents, batch.t, attend, score)
