@@ -37,6 +37,10 @@ mode of the posterior, or samples it with --data.sample_posterior true. It refus
 autoencoder, image size, patch size, hflip or crops. Callbacks that show held-out images still read
 the files. --data.num_workers sets the processes of each rank that read images.
 
+When the command is done, DIR may be copied to an object store, as with `aws s3 sync`. Training then
+reads the copy, and the nodes need not share a disk:
+  tf-lightning fit -c CONFIG --data.encoded s3://BUCKET/FOLDER
+
 CONFIG is the YAML file of a run. The command line changes any value in it, as for `fit`.
 """
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from tf_lightning.data.corpus.manifest import MANIFEST, FileBlocks, parse_manifest
 from tf_lightning.errors import UserError
-from tf_lightning.files import atomic_file
+from tf_lightning.files import atomic_file, report_full_disk
 from tf_lightning.remote import (
     cache_folder,
     is_remote,
@@ -221,7 +221,11 @@ class RemoteCopy:
         if not partial.exists():
             with make_room(self.url, self.blocks.size), partial.open("wb") as file:
                 file.truncate(self.blocks.size)  # it counts with its full size from now on
-        with partial.open("r+b") as file, ThreadPoolExecutor(CONNECTIONS) as pool:
+        with (
+            report_full_disk(partial.parent),
+            partial.open("r+b") as file,
+            ThreadPoolExecutor(CONNECTIONS) as pool,
+        ):
             contents = iter(lambda: file.read(self.blocks.size_of_block), b"")
             wrong = [n for n, content in enumerate(contents) if not self.blocks.fits(n, content)]
             for number, content in zip(wrong, pool.map(self._fetch, wrong), strict=True):
