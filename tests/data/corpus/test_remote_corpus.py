@@ -18,6 +18,7 @@ from support.compare import same_batch
 from support.http_server import http_server
 from support.prepare_runs import encodable, encode
 from support.runs import write_config
+from support.s3_server import CREDENTIALS, s3_server, upload
 from support.sources import GreyImages, RepeatedWord
 from tf_lightning import remote
 from tf_lightning.cli.main import main
@@ -63,16 +64,22 @@ def batches(folder, tmp_path) -> list:
 
 
 @pytest.fixture
-def store(folder, tmp_path, monkeypatch):
-    """A server of a copy of the folder, with an empty cache."""
+def empty_cache(tmp_path, monkeypatch):
+    """A process that has read nothing yet, and short pauses between its attempts."""
     monkeypatch.setenv("TF_LIGHTNING_CACHE", str(tmp_path / "remote"))
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
     folders.read_manifest.cache_clear()
+    yield
+    folders.read_manifest.cache_clear()
+
+
+@pytest.fixture
+def store(folder, tmp_path, empty_cache):
+    """A server of a copy of the folder."""
     shutil.copytree(folder, tmp_path / "store" / "encoded")
     with http_server(tmp_path / "store") as store:
         store.folder = tmp_path / "store"
         yield store
-    folders.read_manifest.cache_clear()
 
 
 @pytest.fixture
@@ -125,6 +132,27 @@ def test_rows_are_those_of_the_disk_to_the_last_bit_and_each_block_is_sent_once(
     again = opened()
     assert all(map(same_batch, again.train_dataloader(), batches))
     assert len(store.requests) == sent + 1  # manifest.json
+
+
+def test_rows_from_s3_are_those_of_the_disk_with_its_usual_login(
+    folder, batches, tmp_path, empty_cache, monkeypatch
+):
+    s3fs = pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    with s3_server():
+        upload(folder, "bucket")
+        data = build("s3://bucket", tmp_path / "cache")
+        data.setup()
+        assert all(map(same_batch, data.train_dataloader(), batches))
+        with pytest.raises(UserError, match="there is no manifest.json in s3://bucket/other;"):
+            build("s3://bucket/other", tmp_path / "cache").setup()
+        for name in CREDENTIALS:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises(UserError, match="s3://bucket/else/manifest.json needs credentials and"):
+            build("s3://bucket/else", tmp_path / "cache").setup()
 
 
 def test_workers_share_the_cache(opened, store, batches):

@@ -46,7 +46,7 @@ def open_folder(path: str | Path) -> "Folder":
     if not is_remote(path):
         return LocalFolder(Path(path))
     url = str(path).rstrip("/")
-    if public_url(url) != url:
+    if public_url(url).rstrip("/") != url:
         raise UserError(
             f"{public_url(url)} is given with a login or a query, which would be stored with the "
             "run; leave it out, and log in as the object store expects it"
