@@ -65,6 +65,19 @@ def test_a_run_logs_losses_speed_and_shares_under_their_documented_names(events)
         assert all(map(math.isfinite, scalars(events, tag)))
 
 
+def test_images_texts_and_scores_of_a_validation_are_at_one_step(events):
+    """At the index of the last of 3 and of 6 optimizer steps; the data's table is at the start."""
+    scores = [event.step for event in events.Scalars("val/composition[shapes]/overall")]
+    assert scores == [event.step for event in events.Scalars("val/seconds")] == [2, 5]
+    tags = events.Tags()
+    for tag in tags["images"]:
+        assert [event.step for event in events.Images(tag)] == scores, tag
+    for tag in tags["tensors"]:
+        expected = [0] if tag == "data/text_summary" else scores
+        assert [event.step for event in events.Tensors(tag)] == expected, tag
+    assert "data/text_summary" in tags["tensors"]
+
+
 def test_the_logged_loss_is_the_weighted_sum_of_the_two(events):
     total, lm, diffusion = (
         torch.tensor(scalars(events, f"train/{name}"))

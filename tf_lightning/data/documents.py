@@ -95,8 +95,8 @@ def identified(
 ) -> Iterator[tuple[str, RawDocument | Skipped]]:
     """Yield each document with an id, which a filter list may name.
 
-    A source that reads files has a method `identified(split)`, whose ids begin with the path of the
-    file. Other documents are named by the source, the split and their number, such as
+    A source that reads files has a method `identified(split)`, whose ids begin with the path of one
+    of `files(split)`. Other documents are named by the source, the split and their number, such as
     "shapes:train:17".
 
     Args:
