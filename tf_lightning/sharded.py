@@ -414,15 +414,18 @@ def check_shards(folder: Path, metadata: Metadata) -> None:
         ValueError: a file is too short, or outside of the folder, or smaller than its tensors.
         Exception: a file is missing, or torch's restricted unpickler refuses an entry.
     """
-    num_bytes = dict.fromkeys(metadata.state_dict_metadata, 0)
+    num_bytes, sizes = dict.fromkeys(metadata.state_dict_metadata, 0), {}
     for index, place in metadata.storage_data.items():
-        if Path(place.relative_path).name != place.relative_path:
-            raise ValueError(f"{place.relative_path!r} is no file of this folder")
+        name = place.relative_path
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is no file of this folder")
+        if name not in sizes:
+            sizes[name] = (folder / name).stat().st_size
+        if sizes[name] < place.offset + place.length:
+            raise ValueError(f"{name} is cut off")
         num_bytes[index.fqn] += place.length
-        with (folder / place.relative_path).open("rb") as file:
-            if file.seek(0, io.SEEK_END) < place.offset + place.length:
-                raise ValueError(f"{place.relative_path} is cut off")
-            if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            with (folder / name).open("rb") as file:
                 file.seek(place.offset)
                 torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
     for name, entry in metadata.state_dict_metadata.items():

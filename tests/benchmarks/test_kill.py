@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks import kill
+from benchmarks import kill, kill_sharded
 from support import same_runs
 
 
@@ -88,3 +88,8 @@ def test_every_difference_between_two_runs_is_found(change, run, tmp_path):
         change(folder)
         found = same_runs.differences(folder, whole, whole)
         assert any(CHANGES[change] in line for line in found), found
+
+
+@pytest.mark.slow
+def test_a_sharded_run_killed_in_a_save_ends_like_one_that_nothing_interrupts(tmp_path):
+    assert kill_sharded.campaign(kills=1, seed=3, folder=tmp_path) == []

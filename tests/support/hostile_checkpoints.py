@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as sharded
 
 from support.hostile_folders import VALUES, small_checkpoint
 from support.mutations import damaged, places_in
+from support.sharded_folders import flip_bit as flip_bit_of
+from support.sharded_folders import write_sharded
 from tf_lightning.checkpoint import TRANSFUSION, newest_sound, read_checkpoint
 from tf_lightning.checkpoint_file import write_checkpoint
 from tf_lightning.errors import UserError
@@ -254,11 +255,7 @@ def exec_in_a_module(path: str) -> None:
 @cache
 def sharded_folder() -> Path:
     """Write a sharded checkpoint once, as a run with FSDP2 does."""
-    folder = Path(tempfile.mkdtemp(), "step.ckpt")
-    checkpoint = small_checkpoint()
-    sharded.save({"state_dict": checkpoint.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
-    torch.save(checkpoint, folder / "meta.pt")
-    return folder
+    return write_sharded(small_checkpoint(), Path(tempfile.mkdtemp(), "step.ckpt"), num_files=2)
 
 
 def read_sharded(folder: Path, rng: random.Random) -> None:
@@ -266,7 +263,12 @@ def read_sharded(folder: Path, rng: random.Random) -> None:
     target = folder / "run" / "checkpoints" / "step.ckpt"
     shutil.copytree(sharded_folder(), target)
     marker, file = folder / "ran", target / rng.choice([".metadata", ".metadata", "meta.pt"])
-    match rng.randrange(4):
+    kind = rng.randrange(6)
+    if kind < 4:  # a folder of somebody else, whose checksums would be right
+        (target / "checksums.txt").unlink()
+    else:
+        file = rng.choice(sorted(target.iterdir()))
+    match kind:
         case 0:
             file.unlink()
         case 1:
@@ -279,11 +281,24 @@ def read_sharded(folder: Path, rng: random.Random) -> None:
             file.write_bytes(pickle.dumps(content, protocol=rng.randrange(6)))
         case 3:
             (target / ".metadata").write_bytes(changed_integers(target / ".metadata", rng))
+        case 4:
+            flip_bit_of(file, rng.randrange(8 * file.stat().st_size))
+        case 5:
+            content = damaged(file.read_bytes(), rng)
+            kind = kind if content != file.read_bytes() else 0
+            file.write_bytes(content)
     try:
-        newest_sound([target], TRANSFUSION)
+        rng.choice([resume, read_weights, generate])(target)
+        if kind > 3:
+            raise AssertionError(f"a sharded checkpoint with damage in {file.name} was loaded")
     finally:
         if marker.exists():
             raise AssertionError("the metadata of a sharded checkpoint ran code")
+
+
+def read_weights(folder: Path) -> None:
+    """Read all weights."""
+    dict(read_checkpoint(folder)["state_dict"])
 
 
 def changed_integers(file: Path, rng: random.Random) -> bytes:

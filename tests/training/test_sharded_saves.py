@@ -1,0 +1,126 @@
+"""Sharded checkpoints are written while training goes on, and resume on any number of ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from support import ranks, runs, same_runs
+from tf_lightning.checkpoint import read_checkpoint
+from tf_lightning.cli.main import main
+from tf_lightning.sharded import check_sharded
+from tf_lightning.training.sharded_saves import Saves, ShardedStrategy
+
+
+def test_saves_are_done_in_order_and_nothing_after_one_that_failed():
+    saves, done = Saves(), []
+    saves.submit(done.append, 1)
+    saves.submit(done.append, 2)
+    saves.wait()
+    assert done == [1, 2]
+    saves.submit(done.append, 3)
+    saves.submit(done.index, 4)
+    saves.submit(done.append, 5)
+    with pytest.raises(ValueError, match="4 is not in list"):
+        saves.wait()
+    assert done == [1, 2, 3]
+    saves.wait()
+    saves.submit(done.append, 6)
+    saves.wait()
+    assert done == [1, 2, 3, 6]
+
+
+def test_a_strategy_keeps_the_arguments_of_lightnings():
+    arguments = {"data_parallel_size": 3, "tensor_parallel_size": 1, "process_group_backend": "a"}
+    arguments |= {"save_distributed_checkpoint": False, "timeout": 5}
+    made = vars(ShardedStrategy.like(ModelParallelStrategy(**arguments)))
+    assert {name: made[f"_{name}"] for name in arguments} == arguments
+
+
+def every_other(config: dict) -> None:
+    """Save every second step and keep the newest."""
+    ranks.two_rank_config(config)
+    saver = config["trainer"]["callbacks"][0]["init_args"]
+    saver |= {"every_n_train_steps": 2, "save_top_k": 1}
+    config["trainer"]["limit_val_batches"] = 1
+    config["trainer"]["max_steps"] = 6
+    config["model"]["min_lr_ratio"] = 1.0  # the schedule is the same for any number of steps
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of a sharded run of two ranks, and of one that resumed twice, on one rank and on two.
+
+    The first goes on while its checkpoints are written. The other gets a signal meanwhile.
+    """
+    base = tmp_path_factory.mktemp("sharded")
+    whole, resumed = (base / name for name in ("whole", "resumed"))
+    data = [f"--data.init_args.cache_dir={base}/data"]
+
+    def fit(folder: Path, number: int, *more: str) -> list[str]:
+        config = runs.write_config(folder, every_other)
+        command = ["fit", "-c", str(config), f"--trainer.devices={number}", *data, *more]
+        command += [f"--data.init_args.batch_size={4 // number}"]
+        return command + [f"--trainer.strategy={ranks.sharded(2)}"] * (number == 2)
+
+    hold, stop = (
+        [f"--trainer.callbacks+=support.held_saves.{name}"]
+        for name in ("HoldSaves", "SignalInSave")
+    )
+    ranks.run_ranks(fit(whole, 2, *hold), 2)
+    ends = ranks.ends_of_ranks(fit(resumed, 2, *stop), resumed / "log")
+    assert [code for code, _ in ends] == [143, 143], ends
+    check_sharded(resumed / "run" / "checkpoints" / "last.ckpt")
+    assert read_checkpoint(resumed / "run")["global_step"] == 3
+    main(fit(resumed, 1, "--ckpt_path=last", "--trainer.max_steps=5"))
+    assert (resumed / "run" / "checkpoints" / "last.ckpt").is_file()
+    ranks.run_ranks(fit(resumed, 2, "--ckpt_path=last"), 2)
+    return whole / "run", resumed / "run"
+
+
+@pytest.mark.slow
+def test_training_goes_on_while_a_checkpoint_is_written_and_resumes_on_other_ranks(folders):
+    """The same losses and weights, so the same rows; a second resume continues the data too."""
+    names = ("loss", "loss_lm", "loss_diffusion", "grad_norm")
+    logs = [same_runs.logged(run) for run in folders]
+    whole, resumed = ({name: log[f"train/{name}"] for name in names} for log in logs)
+    for name in names:
+        assert [*whole[name]] == [*resumed[name]] == [*range(6)]
+        for step, values in whole[name].items():
+            assert [*values] == pytest.approx([*resumed[name][step]], rel=1e-5)
+    whole, resumed = (read_checkpoint(run)["state_dict"] for run in folders)
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        torch.testing.assert_close(whole[name], resumed[name], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_every_command_reads_a_sharded_checkpoint_as_the_same_one_in_a_file(folders, tmp_path):
+    sharded = folders[0] / "checkpoints" / "last.ckpt"
+    file = tmp_path / "file.ckpt"
+    torch.save(same_runs.read(sharded), file)
+    config = ["-c", str(folders[0].parent / "config.yaml")]
+    config += [f"--data.init_args.cache_dir={folders[0].parents[1]}/data"]
+    results = []
+    for name, path in (("a", sharded), ("b", file)):
+        out = tmp_path / name
+        sampling = ["--num-inference-steps", "2", "-n1"]
+        main(["generate", str(path), "a red circle", *sampling, "-o", str(out / "images")])
+        main(["export", str(path), "-o", str(out / "exported"), "--only", "net"])
+        logger = ["--trainer.logger.save_dir", str(out)]
+        more = [*logger, f"--trainer.default_root_dir={out}"]
+        main(["validate", *config, "--ckpt_path", str(path), *more])
+        begin = [*config, *more, "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+        begin += ["--trainer.callbacks+=callbacks.init_from.InitFrom"]
+        main(["fit", *begin, f"--trainer.callbacks.checkpoint={path}"])
+        log = same_runs.logged(out / "run")
+        results.append(
+            {
+                "image": (out / "images" / "0000.png").read_bytes(),
+                "weights": (out / "exported" / "net.safetensors").read_bytes(),
+                "losses": {k: v for k, v in log.items() if "loss" in k},
+            }
+        )
+    assert results[0] == results[1]
+    assert {"train/loss", "val/captions/loss_lm"} <= results[0]["losses"].keys()
