@@ -104,7 +104,7 @@ def campaign(kills: int, seed: int, folder: Path) -> list[str]:
         seconds = time.monotonic() - began
         print(f"{number:3} {seconds:5.1f} s  {story}  {failure or 'resumable'}", flush=True)
     for place in (killed, folder / "whole"):
-        ended: Ended = run_command(fit(place, steps + 1), place, RANKS)
+        ended: Ended = run_command(fit(place, steps + 3), place, RANKS)
         if any(ended.codes):
             end = (place / "log.txt").read_text(errors="replace")[-3000:]
             return [*failures, f"{place.name} ended with {ended.codes}: {end}"]
