@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 TILE_WIDTH = 224  # pixels of an image with its caption
-IMAGE_SIZE = 192  # side of the image within its tile, in pixels
+IMAGE_SIZE = 192  # longer side of the image within its tile, in pixels
 MARGIN = 8  # pixels between a caption and the tile's edges
 FONT_SIZE, TITLE_SIZE = 20, 24  # pixels
 LINE_HEIGHT = 1.25  # unit: font size
@@ -71,7 +71,9 @@ def draw_tile(
     """Draw a tile and the lines of its caption, with its upper left corner at `corner` (x, y)."""
     x, y = corner
     left = x + (TILE_WIDTH - IMAGE_SIZE) // 2
-    page.paste(tile.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS), (left, y))
+    image = ImageOps.contain(tile.image, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    right, down = ((IMAGE_SIZE - side) // 2 for side in image.size)
+    page.paste(image, (left + right, y + down))
     if tile.right is not None:
         disc = mark(tile.right)
         page.paste(disc, (left + IMAGE_SIZE - MARK_SIZE // 2, y - MARK_SIZE // 2), disc)

@@ -4,9 +4,11 @@ A run that starts from a language model also checks at step 0 that the model's p
 is the source model's: the new vocabulary entries must not take probability from the text.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -23,6 +25,7 @@ from tf_lightning.hub import is_hub_name
 from tf_lightning.interop.export import read_weights, transformer_config
 from tf_lightning.interop.llama import LanguageModel, open_language_model
 from tf_lightning.model.attention import build_attention
+from tf_lightning.model.patches import stretched
 from tf_lightning.model.transformer import TransformerConfig, with_modality_weights
 from tf_lightning.model.transfusion import build_network
 from tf_lightning.sharded import ShardedWeights, load_into, without_data
@@ -38,6 +41,9 @@ MEANING = (
     "transformer.", "unet", "linear", "prediction_type", "noise_schedule", "num_train_timesteps",
     "causal_images",
 )  # fmt: skip
+# Position embeddings are adapted to images whose grid is this much finer or coarser.
+MIN_STRETCH = 1.25
+POSITIONS = ("patch_coder.row_embedding.weight", "patch_coder.column_embedding.weight")
 FREE = {
     *("transformer.dropout", "transformer.modality_weights", "transformer.head_dim"),
     *("transformer.num_kv_heads", "transformer.vocab_size", "transformer.tie_embeddings"),
@@ -49,9 +55,11 @@ class InitFrom(L.Callback):
     """Loads weights before the first step; the optimizer, the data order and the steps start anew.
 
     A checkpoint of this project: its EMA weights, if it has any, initialize both the network and
-    its EMA weights. If this network has separate image weights and the checkpoint has none, the
-    image weights start as copies of the text weights (LMFusion). The data must use the tokenizer
-    and the autoencoder of the run that wrote the checkpoint.
+    its EMA weights. If its images were smaller or larger, learned position embeddings of patches
+    are interpolated, so that training goes on at another resolution. If this network has separate
+    image weights and the checkpoint has none, the image weights start as copies of the text weights
+    (LMFusion). The data must use the tokenizer and the autoencoder of the run that wrote the
+    checkpoint.
 
     A language model: it initializes the Transformer. The patch coder and the vocabulary rows of
     <boi> and <eoi> are new. Give the data `tokenizer: FOLDER`, and pass --model the file that
@@ -141,7 +149,8 @@ class InitFrom(L.Callback):
         options = ", ".join(changed_options(module, checkpoint, names))
         notes = f"; this run has other options: {options}" if options else ""
         rank_zero_info(f"Initialized from {self.checkpoint}{notes}")
-        return select_weights(checkpoint["state_dict"])[0]
+        weights = select_weights(checkpoint["state_dict"])[0]
+        return weights if self.transformer_only else adapted(weights, checkpoint, module)
 
     def _complete(self, weights: Mapping[str, Tensor], module: Transfusion) -> Mapping[str, Tensor]:
         """Choose the weights to load, and add those of the network that `weights` leave out."""
@@ -166,6 +175,29 @@ class InitFrom(L.Callback):
         parts = {name: cut(weight, own.get(name, weight)) for name, weight in weights.items()}
         prefixes = ["net."] + (["ema."] if module.ema is not None else [])
         module.load_state_dict({p + name: w for p in prefixes for name, w in parts.items()})
+
+
+def adapted(
+    weights: dict[str, Tensor], checkpoint: dict[str, Any], module: Transfusion
+) -> dict[str, Tensor]:
+    """Interpolate learned position embeddings if the images are larger or smaller than before.
+
+    Then a patch has the embedding of the patch that was at its place in the image. Buckets of the
+    same area change nothing.
+    """
+    shapes = [codec["latent_shape"] for codec in (checkpoint["image_codec"], module.image_codec)]
+    if None in shapes or not weights.keys() & {*POSITIONS}:
+        return weights
+    (_, *old), (_, *new) = shapes
+    factor = math.sqrt(math.prod(new) / math.prod(old))
+    if 1 / MIN_STRETCH < factor < MIN_STRETCH:
+        return weights
+    rank_zero_info(
+        f"The position embeddings of patches are interpolated: latents of {new[0]} x {new[1]} "
+        f"follow those of {old[0]} x {old[1]}"
+    )
+    tables = {name: weights[name] for name in POSITIONS if name in weights}
+    return weights | {name: stretched(w, factor, len(w)) for name, w in tables.items()}
 
 
 def empty_network(module: Transfusion) -> nn.Module:

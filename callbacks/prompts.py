@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 from PIL import Image
 
+from tf_lightning.data.buckets import Size
 from tf_lightning.data.documents import HOLD_OUT, RawDocument, Skipped, Source, Split
 from tf_lightning.errors import UserError
 from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
@@ -123,6 +124,9 @@ class ShapesPrompts(PromptSet):
 class HeldOut(PromptSet):
     """Captioned images from the validation split of one of the run's data sources.
 
+    With the data's `max_aspect_ratio`, real and generated images are center cropped to a square of
+    the source's `image_size` before they are scored. Captions are generated for the whole images.
+
     Args:
         source: name of the source in the data's `sources`.
         count: number of prompts, from the start of the split; all of a smaller split.
@@ -137,12 +141,17 @@ class HeldOut(PromptSet):
 
     def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
         """Return the caption of each image with the image."""
-        pairs = [*islice(caption_pairs(find_source(data, self.source), "val"), self.count)]
+        source = find_source(data, self.source)
+        pairs = [*islice(caption_pairs(source, "val"), self.count)]
         if not pairs:
             raise UserError(
                 f"source {self.source!r} has no captioned image in its validation split; "
                 f"{HOLD_OUT}, or name another source"
             )
+        storage = getattr(data, "image_storage", None)
+        if storage and storage.has_shapes:  # scores compare images of one size
+            self.image_size = getattr(source, "image_size", None) or min(pairs[0][1].size)
+            self.facts["resize"] = f"centre crop, lanczos {self.image_size}"
         return [
             Prompt(text, partial(as_image, image), getattr(text, "texts", (text,)))
             for text, image in pairs
@@ -181,13 +190,20 @@ def caption_pairs(source: Source, split: Split) -> Iterator[tuple[str, Image.Ima
             yield text, as_image(image)
 
 
-def center_crop_resize(image: Image.Image, side: int) -> Image.Image:
-    """Center crop an image along its longer edge and resize it to side x side with Lanczos."""
-    if image.size == (side, side):
+def center_crop_resize(image: Image.Image, size: int | Size) -> Image.Image:
+    """Center crop an image to the aspect ratio of a size and resize it to it with Lanczos.
+
+    Args:
+        image: the image.
+        size: width and height in pixels, or the side of a square.
+    """
+    size = (size, size) if isinstance(size, int) else size
+    if image.size == size:
         return image
-    short = min(image.size)
-    left, top = (image.width - short) // 2, (image.height - short) // 2
+    width = min(image.width, round(image.height * size[0] / size[1]))
+    height = min(image.height, round(image.width * size[1] / size[0]))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
     # Crop first: with Pillow's `box` argument, as in ImageOps.fit, the filter at the border also
     # uses pixels outside the box.
-    cropped = image.crop((left, top, left + short, top + short))
-    return cropped.resize((side, side), Image.Resampling.LANCZOS)
+    cropped = image.crop((left, top, left + width, top + height))
+    return cropped.resize(size, Image.Resampling.LANCZOS)

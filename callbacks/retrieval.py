@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import lightning as L
@@ -40,7 +40,9 @@ class RetrievalAccuracy(L.Callback):
     A prompt is the caption of an image, or all that comes before the last image of a document, such
     as an image and an instruction. The accuracy is the share of generated images whose nearest
     image is the one that the prompt belongs to. The search covers all N different images of the
-    source, of both splits, by squared pixel distance, so chance level is 1/N. It runs at the end of
+    source, of both splits, by squared pixel distance, so chance level is 1/N. Images of several
+    shapes are generated in the shape of the prompt's image and compared with those of this shape.
+    It runs at the end of
     `fit`, and in `validate` and `test`. It writes `retrieval.json` and the contact sheet
     `retrieval.png`.
 
@@ -103,29 +105,23 @@ class RetrievalAccuracy(L.Callback):
         count = min(self.num_prompts, len(asked))
         indices = torch.linspace(0, len(asked) - 1, count).round().long().tolist()
         prompts, answers = map(list, zip(*(asked[index] for index in indices), strict=True))
-        generated = []
-        for start in range(0, count, BATCH_SIZE):
-            with trainer.precision_plugin.forward_context():
-                output = pipe(
-                    prompts[start : start + BATCH_SIZE],
-                    output_modality="image",
-                    seed=self.seed + start,
-                    batch_size=BATCH_SIZE,
-                    progress=False,
-                    sampling=self.sampling,
-                )
-            generated += output.images
         images = different_images(documents["train"] + documents["val"])
-        pixels = torch.stack([*map(to_pixels, generated)])
-        nearest = nearest_images(pixels, map(to_pixels, images)).tolist()
-        right = [
-            images[found].tobytes() == answer.tobytes()
-            for found, answer in zip(nearest, answers, strict=True)
-        ]
+        sizes = [answer.size for answer in answers]
+        generated: dict[int, Image.Image] = {}
+        right = [False] * count
+        for size in dict.fromkeys(sizes):
+            alike = [index for index, other in enumerate(sizes) if other == size]
+            with trainer.precision_plugin.forward_context():
+                made = self._generate(pipe, prompts, alike, size)
+            generated |= zip(alike, made, strict=True)
+            known = [image for image in images if image.size == size]
+            nearest = nearest_images(torch.stack([*map(to_pixels, made)]), map(to_pixels, known))
+            for index, found in zip(alike, nearest.tolist(), strict=True):
+                right[index] = known[found].tobytes() == answers[index].tobytes()
         tiles = [
             tile
-            for prompt, image, verdict in zip(prompts, generated, right, strict=True)
-            for tile in prompt_tiles(prompt, image, verdict)
+            for index, (prompt, verdict) in enumerate(zip(prompts, right, strict=True))
+            for tile in prompt_tiles(prompt, generated[index], verdict)
         ]
         title = (
             f"For {sum(right)} of {count} prompts of {self.source} ({self.split}), the nearest of "
@@ -147,6 +143,28 @@ class RetrievalAccuracy(L.Callback):
         with atomic_file(folder / f"{self.name}.json") as file:
             file.write_text(json.dumps(report, indent=2) + "\n")
         rank_zero_info(f"{title}; wrote {folder}/{self.name}.png and {self.name}.json")
+
+    def _generate(
+        self,
+        pipe: TransfusionPipeline,
+        prompts: Sequence[Prompt],
+        indices: Sequence[int],
+        size: tuple[int, int],
+    ) -> list[Image.Image]:
+        """Generate images of one size (width, height) from some of the prompts."""
+        images: list[Image.Image] = []
+        for start in range(0, len(indices), BATCH_SIZE):
+            batch = indices[start : start + BATCH_SIZE]
+            output = pipe(
+                [prompts[index] for index in batch],
+                output_modality="image",
+                seed=[self.seed + index for index in batch],
+                batch_size=BATCH_SIZE,
+                progress=False,
+                sampling=self.sampling.with_options(width=size[0], height=size[1]),
+            )
+            images += output.images
+        return images
 
     on_train_end = examine
     on_validation_end = outside_fit(examine)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from callbacks.prompts import Prompt, center_crop_resize
+from tf_lightning.data.buckets import nearest_size
 from tf_lightning.diffusion.sampler import build_scheduler, resolve_sampler, set_timesteps
 from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
@@ -140,7 +141,8 @@ def sample(
                 output = pipe(texts, output_modality="image", sampling=sampling, **how)
             yield SampleBatch(batch, indices, output.images)
         else:
-            images = [center_crop_resize(prompt.image(), pipe.image_size) for prompt in batch]
+            sizes, images = pipe.image_sizes.trained, [prompt.image() for prompt in batch]
+            images = [center_crop_resize(i, nearest_size(i.size, sizes)) for i in images]
             with precision():
                 output = pipe(images, output_modality="text", sampling=sampling, **how)
             yield SampleBatch(batch, indices, images, output.texts)

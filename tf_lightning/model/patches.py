@@ -26,7 +26,7 @@ from tf_lightning.errors import UserError
 from tf_lightning.ranges import check_fields
 
 TIMESTEP_DIM = 256  # width of the sinusoidal timestep embedding
-MAX_GRID = 64  # patches along a side of the largest image: 512 pixels at f8 and patch size 1
+MAX_GRID = 64  # rows and columns with an embedding of their own: 512 pixels at f8 and patch size 1
 INIT_STD = 0.02  # standard deviation of the output layers with zero_init="input"
 
 
@@ -90,8 +90,37 @@ def timestep_embedding(t: Tensor, dim: int = TIMESTEP_DIM) -> Tensor:
 
 
 def learned_pos_embed(rows: nn.Embedding, columns: nn.Embedding, height: int, width: int) -> Tensor:
-    """Add learned row and column embeddings for a grid of height x width patches, (N, D)."""
-    return (rows.weight[:height].unsqueeze(1) + columns.weight[:width]).flatten(0, 1)
+    """Add learned row and column embeddings for a grid of height x width patches, (N, D).
+
+    A side of more than MAX_GRID patches reads the whole table, interpolated to its length.
+    """
+    sides = (rows.weight, height), (columns.weight, width)
+    row, column = (
+        table[:side] if side <= len(table) else stretched(table, side / len(table), side)
+        for table, side in sides
+    )
+    return (row.unsqueeze(1) + column).flatten(0, 1)
+
+
+def stretched(table: Tensor, factor: float, count: int) -> Tensor:
+    """Interpolate position embeddings (G, D) for a grid that is `factor` times as fine.
+
+    Patch i of the finer grid has its center at (i + 0.5) / factor - 0.5 of the coarser one. Places
+    beyond the ends of the table have the values at the ends.
+
+    Args:
+        table: embeddings of G positions.
+        factor: patches of the finer grid for each of the coarser one, > 0.
+        count: number of positions of the result.
+
+    Returns:
+        (count, D).
+    """
+    centers = (torch.arange(count, device=table.device) + 0.5) / factor - 0.5
+    centers = centers.clamp(0, len(table) - 1)
+    before = centers.floor().long().clamp(max=max(len(table) - 2, 0))
+    after = (before + 1).clamp(max=len(table) - 1)
+    return torch.lerp(table[before], table[after], (centers - before).unsqueeze(1).type_as(table))
 
 
 def sincos_pos_embed(

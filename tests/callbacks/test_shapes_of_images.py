@@ -1,0 +1,134 @@
+"""Callbacks with images of several shapes: scores of squares, captions of whole images, sheets."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from callbacks.contact_sheet import IMAGE_SIZE, TILE_WIDTH, Tile, draw_tile
+from callbacks.init_from import POSITIONS, adapted
+from callbacks.prompts import HeldOut, center_crop_resize
+from callbacks.sampling import SampleBatch, sample
+from tf_lightning.data.corpus.reader import ImageStorageSpec
+from tf_lightning.generation.sampling import SamplingConfig
+from tf_lightning.generation.sizes import ImageSizes
+from tf_lightning.model.patches import MAX_GRID, LinearPatchCoder, learned_pos_embed, stretched
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """An image whose red is the column."""
+    columns = np.linspace(0, 255, width).astype(np.uint8)
+    pixels = np.stack([np.tile(columns, (height, 1))] * 3, -1)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 64), (33, 64)])
+def test_a_square_crop_is_that_of_pillow_without_its_border(size):
+    """ImageOps.fit uses pixels outside of the crop; inside the two agree."""
+    image = gradient(*size)
+    ours = center_crop_resize(image, 16)
+    assert center_crop_resize(image, (16, 16)).tobytes() == ours.tobytes()
+    fitted = ImageOps.fit(image, (16, 16), Image.Resampling.LANCZOS)
+    difference = np.abs(np.asarray(ours).astype(int) - np.asarray(fitted).astype(int))
+    assert ours.size == (16, 16) and difference[:, 2:-2].max() <= 4
+
+
+def test_a_crop_to_a_wide_size_keeps_the_width():
+    wide = np.asarray(center_crop_resize(gradient(200, 200), (40, 20)))
+    assert wide.shape == (20, 40, 3) and wide[:, 0].max() < 5 and wide[:, -1].min() > 250
+
+
+class Shown:
+    """A pipeline that records the images that it captions."""
+
+    image_sizes = ImageSizes(((64, 64), (96, 48), (48, 96)), 16)
+
+    def __call__(self, prompts, **options):
+        self.sizes = [image.size for image in prompts]
+        return SimpleNamespace(texts=["a"] * len(prompts))
+
+
+def test_images_are_captioned_in_the_nearest_shape_of_the_training_data():
+    pipe, sizes = Shown(), [(300, 160), (70, 70), (10, 30)]
+    prompts = [SimpleNamespace(image=lambda size=size: gradient(*size)) for size in sizes]
+    (batch,) = sample(
+        pipe, prompts, [range(3)], SamplingConfig(), seed=0, kind="captioned",
+        precision=lambda: torch.no_grad(), progress=False,
+    )  # fmt: skip
+    assert isinstance(batch, SampleBatch) and pipe.sizes == [(96, 48), (64, 64), (48, 96)]
+
+
+class Pairs:
+    image_size = 32
+
+    def documents(self, split):
+        yield ["wide", gradient(64, 16)]
+        yield ["square", gradient(32, 32)]
+
+
+def test_held_out_images_of_several_shapes_are_scored_as_squares():
+    data = SimpleNamespace(sources={"a": Pairs()}, image_storage=ImageStorageSpec())
+    prompts = HeldOut("a")
+    prompts.prompts(data)
+    assert prompts.image_size is None and prompts.facts["resize"] == "as trained on"
+    data.image_storage = ImageStorageSpec(max_aspect_ratio=4.0)
+    assert [prompt.image().size for prompt in prompts.prompts(data)] == [(64, 16), (32, 32)]
+    assert prompts.image_size == 32 and prompts.facts["resize"] == "centre crop, lanczos 32"
+
+
+def test_a_sheet_shows_a_wide_image_whole():
+    page = Image.new("RGB", (TILE_WIDTH, 240), "white")
+    draw_tile(page, (0, 0), Tile(Image.new("RGB", (30, 10), "black"), ""), [], None)
+    black = np.asarray(page)[..., 0] == 0
+    rows, columns = black.any(1).nonzero()[0], black.any(0).nonzero()[0]
+    assert (len(columns), len(rows)) == (IMAGE_SIZE, IMAGE_SIZE // 3)
+    assert rows[0] == (IMAGE_SIZE - len(rows)) // 2
+
+
+def test_stretched_embeddings_equal_linear_interpolation_of_torch():
+    table = torch.randn(8, 5)
+    wanted = torch.nn.functional.interpolate(table.T[None], size=16, mode="linear")[0].T
+    torch.testing.assert_close(stretched(table, 2.0, 16), wanted)
+    assert torch.equal(stretched(table, 1.0, 8), table)
+    # Each pair of patches of the finer grid has the mean of the patch that it divides.
+    line = torch.arange(8.0).unsqueeze(1)
+    pairs = stretched(line, 2.0, 16).view(8, 2).mean(1)
+    torch.testing.assert_close(pairs[1:-1], line[1:-1, 0])
+
+
+def test_a_grid_within_the_table_reads_it_and_a_larger_one_is_interpolated():
+    rows, columns = torch.nn.Embedding(MAX_GRID, 4), torch.nn.Embedding(MAX_GRID, 4)
+    found = learned_pos_embed(rows, columns, 3, MAX_GRID)
+    wanted = rows.weight[:3].unsqueeze(1) + columns.weight
+    assert torch.equal(found, wanted.flatten(0, 1))
+    long = learned_pos_embed(rows, columns, 2, 100).view(2, 100, 4)
+    torch.testing.assert_close(
+        long[0] - rows.weight[0], stretched(columns.weight, 100 / MAX_GRID, 100)
+    )
+    coder = LinearPatchCoder(1, 1, 8)
+    coder.reset_parameters()
+    assert coder.encode(torch.zeros(1, 1, 4, 100), torch.zeros(1))[0].shape == (1, 400, 8)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "factor"), [((8, 16), 2.0), ((16, 8), 0.5), ((8, 8), 1.0), ((None, 8), 1.0)]
+)
+def test_init_from_adapts_the_positions_to_another_resolution(shapes, factor):
+    old, new = ([4, side, side] if side else None for side in shapes)
+    weights = {name: torch.randn(MAX_GRID, 3) for name in POSITIONS} | {"other": torch.ones(2)}
+    module = SimpleNamespace(image_codec={"latent_shape": new})
+    found = adapted(weights, {"image_codec": {"latent_shape": old}}, module)
+    assert found["other"] is weights["other"]
+    for name in POSITIONS:
+        if factor == 1:
+            assert found[name] is weights[name]
+        else:
+            torch.testing.assert_close(found[name], stretched(weights[name], factor, MAX_GRID))
+
+
+def test_buckets_of_the_same_area_keep_their_positions():
+    weights = {POSITIONS[0]: torch.randn(MAX_GRID, 3)}
+    module = SimpleNamespace(image_codec={"latent_shape": [4, 5, 14]})
+    assert adapted(weights, {"image_codec": {"latent_shape": [4, 8, 8]}}, module) is weights
