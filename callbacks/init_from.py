@@ -185,7 +185,8 @@ def adapted(
     Then a patch has the embedding of the patch that was at its place in the image. Buckets of the
     same area change nothing.
     """
-    shapes = [codec["latent_shape"] for codec in (checkpoint["image_codec"], module.image_codec)]
+    codecs = checkpoint["image_codec"], module.image_codec or {}
+    shapes = [codec.get("latent_shape") for codec in codecs]
     if None in shapes or not weights.keys() & {*POSITIONS}:
         return weights
     (_, *old), (_, *new) = shapes

@@ -112,7 +112,7 @@ class RetrievalAccuracy(L.Callback):
         for size in dict.fromkeys(sizes):
             alike = [index for index, other in enumerate(sizes) if other == size]
             with trainer.precision_plugin.forward_context():
-                made = self._generate(pipe, prompts, alike, size)
+                made = self._generate(pipe, prompts, alike, size if len({*sizes}) > 1 else None)
             generated |= zip(alike, made, strict=True)
             known = [image for image in images if image.size == size]
             nearest = nearest_images(torch.stack([*map(to_pixels, made)]), map(to_pixels, known))
@@ -149,9 +149,11 @@ class RetrievalAccuracy(L.Callback):
         pipe: TransfusionPipeline,
         prompts: Sequence[Prompt],
         indices: Sequence[int],
-        size: tuple[int, int],
+        size: tuple[int, int] | None,
     ) -> list[Image.Image]:
-        """Generate images of one size (width, height) from some of the prompts."""
+        """Generate images from some of the prompts, of a size (width, height) or the model's."""
+        width, height = size or (self.sampling.width, self.sampling.height)
+        sampling = self.sampling.with_options(width=width, height=height)
         images: list[Image.Image] = []
         for start in range(0, len(indices), BATCH_SIZE):
             batch = indices[start : start + BATCH_SIZE]
@@ -161,7 +163,7 @@ class RetrievalAccuracy(L.Callback):
                 seed=[self.seed + index for index in batch],
                 batch_size=BATCH_SIZE,
                 progress=False,
-                sampling=self.sampling.with_options(width=size[0], height=size[1]),
+                sampling=sampling,
             )
             images += output.images
         return images

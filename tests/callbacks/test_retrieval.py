@@ -95,6 +95,24 @@ def examine(source, pipeline, folder, monkeypatch, **options) -> dict:
     return json.loads((folder / f"{name}.json").read_text())
 
 
+class Shapes:
+    """Four images of each of two shapes."""
+
+    def documents(self, split):
+        sizes = [(16, 4), (8, 8)] * 4 if split == "train" else []
+        return iter([str(n), grey(n).resize(size)] for n, size in enumerate(sizes))
+
+
+def test_images_of_several_shapes_are_generated_and_compared_in_their_own(tmp_path, monkeypatch):
+    class Shaped:
+        def __call__(self, prompts, *, sampling, **how):
+            size = sampling.width, sampling.height
+            return GenerationOutput([[grey(int(p)).resize(size)] for p in prompts], [])
+
+    report = examine(Shapes(), Shaped(), tmp_path, monkeypatch, num_prompts=8)
+    assert report["retrieval_accuracy"] == 1.0 and report["num_images"] == 8
+
+
 @pytest.mark.parametrize(("remembers", "accuracy"), [(True, 1.0), (False, 0.2)])
 def test_accuracy_is_the_share_of_images_nearest_to_their_own(
     remembers, accuracy, tmp_path, monkeypatch

@@ -16,6 +16,7 @@ from tf_lightning.diffusion.process import process_from_hparams
 from tf_lightning.errors import UserError
 from tf_lightning.generation.requests import GenerationOutput
 from tf_lightning.generation.sampling import SamplingConfig
+from tf_lightning.generation.sizes import ImageSizes
 
 SAMPLING = SamplingConfig(guidance_scale=2.0, max_new_tokens=5)
 
@@ -33,6 +34,7 @@ class Fake:
     """A pipeline that records its calls."""
 
     image_size = 8
+    image_sizes = ImageSizes(((8, 8),), 4)
 
     def __init__(self):
         self.calls, self.autocast = [], []
