@@ -32,3 +32,5 @@ def test_what_a_rank_keeps_is_divided_by_the_ranks_and_a_checkpoint_is_not():
         assert (memory.ema, memory.optimizer) == (memory.weights, 2 * memory.weights)
         assert memory.checkpoint == 4 * num_bytes
     assert four.peak < two.peak
+    groups = plan_memory({**HPARAMS, "shard_size": 2}, small_batch(), 4, "32-true")  # HSDP
+    assert (groups.weights, groups.checkpoint) == (two.weights, two.checkpoint)

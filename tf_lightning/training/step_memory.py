@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tf_lightning.batch import Batch
 from tf_lightning.model.attention import DenseAttention, sdpa
+from tf_lightning.training.fsdp import sharding_mesh
 from tf_lightning.training.losses import loss_sums
 from tf_lightning.training.module import Transfusion
 
@@ -47,6 +48,19 @@ class StepMemory:
     def activations(self) -> int:
         """What the peak has besides the three: gradients, activations and gathered weights."""
         return self.peak - self.weights - self.optimizer - self.ema
+
+
+class StepTracker(MemTracker):
+    """Counts the memory of all tensors together, and not that of each module.
+
+    FSDPMemTracker counts it by module, for which each must be sharded alone; blocks with separate
+    image weights are sharded together.
+    """
+
+    def _pre_fw_hook(self, *arguments: Any) -> None:
+        """Do nothing when a module begins or ends."""
+
+    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
 
 
 class PlannedAttention(DenseAttention):
@@ -73,13 +87,15 @@ def plan_memory(
         accumulate: batches of an optimizer step.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with quiet(), fake_ranks(num_ranks) as mesh, fake:
-        module = build_module(hparams, precision, mesh)
+    with quiet(), fake_ranks(num_ranks, hparams.get("shard_size")) as mesh, fake:
+        module = build_module({**hparams, "shard_size": None}, precision, mesh)
         return track_step(module, batch._map(fake.from_tensor), accumulate)
 
 
-def build_module(hparams: Mapping[str, Any], precision: str, mesh: DeviceMesh) -> Transfusion:
-    """Build the module of a run, sharded over a mesh of CPUs."""
+def build_module(
+    hparams: Mapping[str, Any], precision: str, mesh: Mapping[str, DeviceMesh]
+) -> Transfusion:
+    """Build the module of a run, sharded over a mesh of CPUs with ModelParallelStrategy's axes."""
     module = Transfusion(**hparams)
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
     module.trainer = L.Trainer(
@@ -108,17 +124,20 @@ def track_step(module: Transfusion, batch: Batch, accumulate: int = 1) -> StepMe
     optimizer.step()
     if accumulate == 1:
         optimizer.zero_grad()
-    with FSDPMemTracker(module.net, optimizer) as tracker:
-        backward(module, batch)
-        optimizer.step()
-    (by_kind,) = tracker.get_tracker_snapshot("peak").values()  # of the only device
     weights = [*module.net.parameters()]
     ema = [] if module.ema is None else [*module.ema.parameters()]
     state = [x for values in optimizer.state.values() for x in values.values() if x.ndim]
     on_gpu = ema if module.hparams.get("ema_device") != "cpu" else []
+    tracker = StepTracker()
+    tracker.track_external(*map(local, (*weights, *state, *on_gpu)))
+    tracker.track_external(*(local(w.grad) for w in weights if w.grad is not None))
+    with tracker:
+        backward(module, batch)
+        optimizer.step()
+    (by_kind,) = tracker.get_tracker_snapshot("peak").values()  # of the only device
     return StepMemory(
         *map(local_bytes, (weights, state, on_gpu)),
-        peak=by_kind["Total"] + local_bytes(on_gpu),  # the tracker sees only the network
+        peak=by_kind["Total"],
         checkpoint=sum(x.numel() * x.element_size() for x in (*weights, *state, *ema)),
     )
 
@@ -133,19 +152,28 @@ def backward(module: Transfusion, batch: Batch) -> None:
     loss.backward()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def local_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of this rank's shards."""
-    local = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
-    return sum(x.numel() * x.element_size() for x in local)
+    return sum(x.numel() * x.element_size() for x in map(local, tensors))
 
 
 @contextmanager
-def fake_ranks(num_ranks: int) -> Iterator[DeviceMesh]:
-    """Be rank 0 of a process group that sends nothing; yield the mesh of ModelParallelStrategy."""
+def fake_ranks(num_ranks: int, shard_size: int | None) -> Iterator[Mapping[str, DeviceMesh]]:
+    """Be rank 0 of a process group that sends nothing; yield the axes of ModelParallelStrategy.
+
+    The first one is divided by `shard_size` here, because a mesh needs tensors with values.
+    """
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     try:
         names = ("data_parallel", "tensor_parallel")
-        yield init_device_mesh("cpu", (num_ranks, 1), mesh_dim_names=names)
+        mesh = init_device_mesh("cpu", (num_ranks, 1), mesh_dim_names=names)
+        axes = {name: mesh[name] for name in names}
+        yield axes | {"data_parallel": sharding_mesh(axes["data_parallel"], shard_size)}
     finally:
         dist.destroy_process_group()
 
