@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tf_lightning.data.corpus.folders import LocalFolder
 from tf_lightning.data.corpus.prepare import corpus_path, format_reasons, summary
 from tf_lightning.data.corpus.reader import refuse_damage
 from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split, num_samples
@@ -237,8 +238,8 @@ class ImageStore:
 
     @refuse_damage
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        facts = json.loads((self.path / "store.json").read_text())
+        self.folder = LocalFolder(Path(path))
+        facts = json.loads(self.folder.file("store.json").read_text())
         self.skipped: dict[str, int] = facts["skipped"]
         shape = tuple(facts["shape"])
         if len(shape) != 4 or shape[3] != 3:
@@ -246,14 +247,14 @@ class ImageStore:
         if 0 in shape:  # an empty file cannot be mapped
             self.images = np.empty(shape, np.uint8)
             return
-        file = self.path / "pictures.bin"
+        file = self.folder.file("pictures.bin")
         if not file.is_file() or file.stat().st_size != math.prod(shape):
             raise ValueError("the size of a file differs from store.json")
         self.images = np.memmap(file, np.uint8, "r", shape=shape)
 
     def __reduce__(self):
         """Pickle the path, not the content, so that DataLoader workers open the file again."""
-        return ImageStore, (self.path,)
+        return ImageStore, (self.folder.path,)
 
     def __len__(self) -> int:
         """Number of images."""
