@@ -238,7 +238,8 @@ class ImageStore:
 
     @refuse_damage
     def __init__(self, path: str | Path):
-        self.folder = LocalFolder(Path(path))
+        self.path = Path(path)
+        self.folder = LocalFolder(self.path)  # named by `refuse_damage`
         facts = json.loads(self.folder.file("store.json").read_text())
         self.skipped: dict[str, int] = facts["skipped"]
         shape = tuple(facts["shape"])
@@ -254,7 +255,7 @@ class ImageStore:
 
     def __reduce__(self):
         """Pickle the path, not the content, so that DataLoader workers open the file again."""
-        return ImageStore, (self.folder.path,)
+        return ImageStore, (self.path,)
 
     def __len__(self) -> int:
         """Number of images."""
