@@ -9,7 +9,14 @@ from tf_lightning.training.step_memory import plan_memory
 
 CASES = {
     "fp32": ("32-true", HPARAMS),
-    "bf16, blocks computed again": ("bf16-mixed", {**HPARAMS, "activation_checkpointing": "full"}),
+    "separate weights, computed again": (
+        "bf16-mixed",
+        {
+            **HPARAMS,
+            "transformer": {**TRANSFORMER, "modality_weights": "all"},
+            "activation_checkpointing": "full",
+        },
+    ),
 }
 
 
