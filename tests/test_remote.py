@@ -138,9 +138,11 @@ def test_failed_and_cut_requests_are_tried_again(site, server, monkeypatch, rang
     assert [read(file) for file in files] == [content(2000, number) for number in range(10)]
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(site, server, monkeypatch, cache):
+def test_an_interrupted_download_goes_on_where_it_stopped(site, server, monkeypatch, cache, caplog):
     monkeypatch.setattr(remote, "CHUNK", 1000)
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    monkeypatch.setattr(remote, "PATIENCE", 1)
+    caplog.set_level("INFO")
     (site / "a.bin").write_bytes(content(5000))
     [file] = find(f"{server.url}/a.bin")
 
@@ -150,6 +152,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(site, server, monkeypa
     server.on_request = fail_at_the_third_chunk
     with pytest.raises(UserError, match=r"in 2 attempts \(HTTP status 503\)"):
         read(file)
+    assert "/a.bin cannot be read (HTTP status 503); trying again" in caplog.text
     server.on_request, server.status = None, 0
     server.requests.clear()
     assert read(file) == content(5000)

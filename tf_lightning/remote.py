@@ -26,6 +26,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import fsspec
 from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_info
 
 from tf_lightning.errors import UserError
 from tf_lightning.files import report_full_disk
@@ -38,6 +39,7 @@ except ImportError:  # Windows, which does not remove files that are open
 CHUNK = 2**24  # bytes of one request
 THREADS = 16  # requests at a time that ask for sizes and versions
 ATTEMPTS = 12  # of a request that fails for a reason that may pass
+PATIENCE = 6  # attempts, after some seconds, before a person is told
 FIRST_DELAY, LONGEST_DELAY = 0.1, 20.0  # seconds before the next attempt; about 90 in all
 CACHE_GB = 50.0
 KEPT = 0.9  # share of the limit that stays when room is made, so that it is seldom made
@@ -176,6 +178,8 @@ def request(url: str, function: Callable, *arguments, **options) -> Any:
                     f"{public_url(url)} could not be read in {ATTEMPTS} attempts "
                     f"({_kind(error)}); check the URL and the network, and run it again"
                 ) from None
+            if attempt == PATIENCE:
+                rank_zero_info(f"{public_url(url)} cannot be read ({_kind(error)}); trying again.")
         time.sleep(delay * random.uniform(0.5, 1))
         delay = min(2 * delay, LONGEST_DELAY)
 
