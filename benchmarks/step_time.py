@@ -1,11 +1,13 @@
 """Compare the time of one training step with that of a plain causal Llama of the same size.
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py
-    python benchmarks/step_time.py --cuda [--compile]
+    python benchmarks/step_time.py --cuda
 
 One step is a forward and a backward pass without the optimizer. Both models see the same packed
 rows. On the CPU: fp32, one thread, CPU time. On CUDA: the paper's 0.76B model, rows of 4,096
-positions, bf16 autocast, device time.
+positions, bf16 autocast, device time; once as it is, and once with the blocks of both models
+compiled. MFU is the share of the device's peak, by the FLOPs of our model without padding, and of
+the plain Llama with it; the memory is the peak of a step. A GPU needs less than 10 minutes.
 
 Our model attends within documents and computes the vocabulary head at text targets only, and both
 losses. The plain Llama is what one would write for text alone: causal attention over the whole row,
@@ -20,11 +22,13 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor, nn
 
 from plain_llama import PlainLlama
@@ -32,6 +36,8 @@ from tf_lightning.batch import Batch, Document, document_length, pack
 from tf_lightning.diffusion.process import DDPM
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
+from tf_lightning.training.compiled_blocks import compile_blocks
+from tf_lightning.training.flops import Workload, squared_lengths, training_flops
 from tf_lightning.training.losses import loss_sums, total_loss
 
 LIMIT = 1.15
@@ -124,25 +130,66 @@ def seconds(step: Callable, model: nn.Module, *args) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def compare(
-    batch: Batch, repeats: int, config: TransformerConfig = CONFIG, compiled: bool = False
-) -> tuple[float, float, float]:
-    """Time our model and the plain Llama on a batch.
+@dataclass
+class Timing:
+    """Medians over the repeats."""
 
-    Returns:
-        Medians of: seconds of a plain step; our time divided by it; our time divided by the time of
-        a plain Llama that has no padding and computes only our text targets.
-    """
+    plain: float  # seconds of a plain step
+    ratio: float  # our time, divided by it
+    strict: float  # our time, divided by that of a plain Llama without padding, with our targets
+    flops: tuple[float, float]  # of our step and of the plain step
+    gib: tuple[float, float]  # peak memory of both; 0 on a CPU
+
+    def mfu(self, peak: float | None) -> str:
+        """Shares of a device's peak in FLOPs per second: ours / plain."""
+        if peak is None:
+            return "unknown"
+        seconds = self.ratio * self.plain, self.plain
+        return " / ".join(f"{f / s / peak:.1%}" for f, s in zip(self.flops, seconds, strict=True))
+
+
+def build(
+    config: TransformerConfig, row_length: int, device: str, compiled: bool
+) -> tuple[TransfusionModel, PlainLlama]:
+    """Build both models, with compiled blocks if asked."""
     torch.manual_seed(0)
-    device = batch.input_ids.device
-    with device:
+    with torch.device(device):
         net = TransfusionModel(config, PATCH_SIZE, LATENT_CHANNELS)
         net.reset_parameters()
-        llama = PlainLlama(config, batch.input_ids.shape[1])
-    for model in (net, llama):
-        model.compile(disable=not compiled)
-    process = DDPM().to(device)
-    everywhere = torch.arange(batch.input_ids.numel(), device=device)
+        llama = PlainLlama(config, row_length)
+    if compiled:
+        compile_blocks(net.transformer)
+        for block in llama.blocks:
+            block.compile()
+    return net, llama
+
+
+def count_flops(net: TransfusionModel, batch: Batch) -> tuple[float, float]:
+    """FLOPs of our step on a batch, and of the plain step."""
+    tokens, positions = batch.row_tokens.sum().item(), batch.input_ids.numel()
+    squares = squared_lengths(batch).item()
+    bucket = batch.buckets[0]  # all images have one size
+    work = Workload(tokens, squares, len(batch.target_index), bucket.num_images, bucket.num_copies)
+    plain = Workload(positions, positions * batch.input_ids.shape[1], positions)
+    size = tuple(batch.latents.shape[-2:])
+    return training_flops(net, work, size), training_flops(net, plain, None)
+
+
+def peak_gib(step: Callable, model: nn.Module, *args) -> float:
+    """GiB on a CUDA device at the peak of a step; both models' weights are not counted."""
+    if not next(model.parameters()).is_cuda:
+        return 0.0
+    model.zero_grad()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    seconds(step, model, *args)
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def compare(batch: Batch, repeats: int, net: TransfusionModel, llama: PlainLlama) -> Timing:
+    """Time our model and the plain Llama on a batch."""
+    process = DDPM().to(batch.input_ids.device)
+    everywhere = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device)
     real = batch.row_tokens.sum().item() / len(everywhere)
     times = []
     for _ in range(repeats + 2):
@@ -150,30 +197,59 @@ def compare(
         ours = seconds(our_step, net, batch, process)
         strict = seconds(plain_step, llama, batch.input_ids, batch.target_index) * real
         times.append((plain, ours / plain, ours / strict))
-    return tuple(map(statistics.median, zip(*times[2:], strict=True)))  # the first rounds warm up
+    medians = map(statistics.median, zip(*times[2:], strict=True))  # the first rounds warm up
+    llama.zero_grad()
+    ours = peak_gib(our_step, net, batch, process)
+    net.zero_grad()
+    plain = peak_gib(plain_step, llama, batch.input_ids, everywhere)
+    return Timing(*medians, count_flops(net, batch), (ours, plain))
+
+
+def cases_of(
+    config: TransformerConfig, row_length: int, device: str, compiled: bool, repeats: int
+) -> Iterator[tuple[str, Timing]]:
+    """Yield each case's name and times."""
+    net, llama = build(config, row_length, device, compiled)
+    for name, draw in CASES.items():
+        yield name, compare(packed(draw, row_length).to(device), repeats, net, llama)
+
+
+def show_table(
+    config: TransformerConfig, row_length: int, device: str, repeats: int, peak: float | None
+) -> None:
+    """Print a table with one row for each case, not compiled and compiled."""
+    print("| images | blocks | ratio | strict | ours, s | MFU ours / plain | GiB ours / plain |")
+    print("|---|---|---|---|---|---|---|")
+    for compiled in (False, True):
+        for name, t in cases_of(config, row_length, device, compiled, repeats):
+            print(
+                f"| {name} | {'compiled' if compiled else 'eager'} | {t.ratio:.2f} | "
+                f"{t.strict:.2f} | {t.ratio * t.plain:.3f} | {t.mfu(peak)} | "
+                f"{t.gib[0]:.1f} / {t.gib[1]:.1f} |",
+                flush=True,
+            )
 
 
 def main() -> None:
-    """Print one line for each case; exit with code 1 if a ratio is above the limit."""
+    """Print one line for each case; on a CPU, exit with code 1 if a ratio is above the limit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds per case (default: 9)")
     parser.add_argument("--cuda", action="store_true", help="time the 0.76B model on the GPU")
-    parser.add_argument("--compile", action="store_true", help="compile both models")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.cuda and not torch.cuda.is_available():
+        parser.error("--cuda needs a GPU that torch can use; leave it out to time on the CPU")
+    if options.cuda:
+        peak = get_available_flops(torch.device("cuda", 0), torch.bfloat16)
+        return show_table(LARGE, LARGE_ROW_LENGTH, "cuda", options.repeats, peak)
     above = 0
-    for name, draw in CASES.items():
-        if options.cuda:
-            batch, config = packed(draw, LARGE_ROW_LENGTH).to("cuda"), LARGE
-        else:
-            batch, config = packed(draw), CONFIG
-        plain, ratio, strict = compare(batch, options.repeats, config, options.compile)
-        above += ratio > LIMIT
+    for name, t in cases_of(CONFIG, ROW_LENGTH, "cpu", False, options.repeats):
+        above += t.ratio > LIMIT
         print(
-            f"{name}: {ratio:.2f} x plain ({plain:.3f} s), {strict:.2f} x plain without padding "
-            f"and with our targets; limit {LIMIT}",
+            f"{name}: {t.ratio:.2f} x plain ({t.plain:.3f} s), {t.strict:.2f} x plain without "
+            f"padding and with our targets; limit {LIMIT}",
             flush=True,
         )
     raise SystemExit(above > 0)

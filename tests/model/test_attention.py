@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.tiny import document, layout, packed, random_rows, tiny_net
+from support.tiny import document, layout, mixed_batch, packed, random_rows, tiny_module, tiny_net
 from tf_lightning.model import attention
 from tf_lightning.model.attention import (
     DenseAttention,
@@ -18,6 +18,7 @@ from tf_lightning.model.attention import (
     dense_mask,
 )
 from tf_lightning.model.transformer import Transformer
+from tf_lightning.training import losses
 
 VARIANTS = pytest.mark.parametrize(
     "causal, copies, sizes",
@@ -121,9 +122,7 @@ def test_the_cpu_uses_varlen_attention():
 @VARIANTS
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_equals_dense_attention_forward(monkeypatch, causal, copies, sizes):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    monkeypatch.setattr(attention, "_compiled_flex", flex_attention)  # compiling takes 20 s
+    monkeypatch.setattr(attention, "compiled", lambda function: function)  # it takes 20 s
     batch, transformer = ragged_batch(copies), tiny_net(**sizes).transformer
     x = torch.randn(*batch.input_ids.shape, 32)
     with torch.no_grad():
@@ -145,3 +144,31 @@ def test_compiled_flex_attention_equals_dense_attention_with_gradients(causal, c
     torch.testing.assert_close(ours, dense, atol=1e-3, rtol=1e-3)
     for name, grad in dense_grads.items():
         torch.testing.assert_close(our_grads[name], grad, atol=1e-2, rtol=1e-2)
+
+
+def test_block_masks_are_built_compiled_and_once_for_all_blocks(monkeypatch):
+    """In a step of several batches, with blocks that run again in the backward pass."""
+    built, compiled = [], []
+
+    def build(rule, *sizes, device):
+        built.append((sizes, device.type))
+        return "mask"
+
+    class Flex(FlexAttention):
+        def __call__(self, q, k, v):
+            assert self.mask == "mask"
+            return super(FlexAttention, self).__call__(q, k, v)
+
+    def compile_fake(function):
+        compiled.append(function.__name__)
+        return build
+
+    monkeypatch.setattr(attention, "compiled", compile_fake)
+    monkeypatch.setattr(losses, "build_attention", Flex)
+    monkeypatch.setattr(attention, "sdpa", lambda q, k, v, mask: q)
+    module, batch = tiny_module(activation_checkpointing="full"), mixed_batch()
+    rows, length = batch.input_ids.shape
+    for _ in range(2):
+        module.loss_sums(module.net, batch).nll.sum().backward()
+    assert built == [((rows, None, length, length), "cpu")] * 2
+    assert compiled == ["create_block_mask"] * 2

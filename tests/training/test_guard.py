@@ -22,6 +22,7 @@ from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.training import guard
 from tf_lightning.training.guard import StepGuard, floating_tensors
 from tf_lightning.training.module import Transfusion
+from tf_lightning.training.optim import MuonAdamW
 
 
 class Inject(L.Callback):
@@ -80,6 +81,48 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fit, what, muo
     for step, state in enumerate(callback.states[1:], 1):
         assert bit_equal(state, callback.states[step - 1]) == (step in (3, 4)), step
     assert all(x.isfinite().all() for _, x in floating_tensors(callback.states[-1]))
+
+
+@pytest.mark.parametrize("what", ["latent", "gradient"])
+def test_adamw_leaves_out_the_same_steps_without_the_host(fit, monkeypatch, what):
+    callbacks = []
+    for on_device in (False, True):
+        monkeypatch.setattr(StepGuard, "can_mark", lambda *_, on_device=on_device: on_device)
+        callbacks.append(Inject(what, range(3, 5)))
+        trainer = fit(callbacks[-1])
+    assert callbacks[1].counts == [0, 0, 0, 1, 2, 2, 2, 2]
+    for states in zip(*(callback.states for callback in callbacks), strict=True):
+        assert bit_equal(*states)
+    guard_state = trainer.lightning_module.guard.state_dict()
+    assert guard_state == {"left_out": 2, "in_a_row": 0, "norms": []}
+
+
+def test_marked_steps_end_the_run_when_the_trainer_logs(fit, monkeypatch):
+    monkeypatch.setattr(StepGuard, "can_mark", lambda *_: True)
+    callback = Inject("gradient", range(2, 8))
+    with pytest.raises(UserError, match=r"in 3 steps in a row \(steps 3 to 5, rows 8 to 19"):
+        fit(callback, max_bad_steps=3)
+    assert len(callback.states) == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "spike_sigma", "fused", "marks"),
+    [
+        ("cuda", None, True, True),
+        ("cpu", None, True, False),
+        ("cuda", 3.0, True, False),
+        ("cuda", None, False, False),
+    ],
+)
+def test_only_fused_adamw_on_a_gpu_leaves_out_steps_by_itself(device, spike_sigma, fused, marks):
+    optimizer = torch.optim.AdamW([torch.zeros(1)], fused=fused)
+    norm = SimpleNamespace(is_cuda=device == "cuda")
+    assert StepGuard(5, spike_sigma).can_mark(optimizer, norm) == marks
+
+
+def test_muon_asks_the_host():
+    optimizer = MuonAdamW([{"params": [torch.zeros(1)]}], 1e-3, (0.9, 0.95), bf16=False)
+    assert not StepGuard().can_mark(optimizer, SimpleNamespace(is_cuda=True))
 
 
 def test_steps_that_are_not_finite_end_the_run_with_their_rows(fit):

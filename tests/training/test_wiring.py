@@ -257,13 +257,13 @@ def test_the_sizes_of_the_network_reach_it(options):
     assert module.net.transformer.config == same.transformer.config
 
 
-def test_the_network_is_compiled_only_on_demand(monkeypatch):
+def test_the_blocks_are_compiled_only_on_demand(monkeypatch):
     compiled = []
-    monkeypatch.setattr(TransfusionModel, "compile", lambda net: compiled.append(net))
+    monkeypatch.setattr("tf_lightning.training.module.compile_blocks", compiled.append)
     for wanted in (False, True):
         module = Transfusion(TransformerConfig(vocab_size=VOCAB_SIZE, **SIZES), compile=wanted)
         module.configure_model()
-        assert compiled == [module.net] * wanted
+        assert compiled == [module.net.transformer] * wanted
 
 
 # ------------------------------------------------------------------------------ optimizer

@@ -15,6 +15,7 @@ padding.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -121,16 +122,19 @@ class FlexAttention(DenseAttention):
         self.batch = batch
         rule = mask_mod(batch.document_ids, batch.image_ids, causal, hidden_positions(batch))
         rows, length = batch.document_ids.shape
-        # Built here, outside of the compiled network.
-        self.mask = create_block_mask(
-            rule, rows, None, length, length, device=batch.document_ids.device
-        )
+        build, device = compiled(create_block_mask), batch.document_ids.device
+        # Built here, once for all blocks and outside of them.
+        self.mask = build(rule, rows, None, length, length, device=device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        # Within a compiled block it is compiled with the block.
+        flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         # Under autocast, QK-norm and rotary embedding return fp32; FlexAttention does not cast.
         q, k = q.type_as(v), k.type_as(v)
-        out = _flex(
+        out = flex(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
@@ -140,16 +144,13 @@ class FlexAttention(DenseAttention):
         return out.transpose(1, 2)
 
 
-def _flex(*args, **kwargs) -> Tensor:
-    """Call FlexAttention, compiled at its first use; uncompiled it materializes the scores."""
-    from torch.nn.attention.flex_attention import flex_attention
+@cache
+def compiled(function: Callable) -> Callable:
+    """Return a function that torch.compile compiles at its first use.
 
-    global _compiled_flex
-    _compiled_flex = _compiled_flex or torch.compile(flex_attention)
-    return _compiled_flex(*args, **kwargs)
-
-
-_compiled_flex: Callable | None = None
+    Uncompiled, FlexAttention and its block mask materialize every pair of positions.
+    """
+    return torch.compile(function)
 
 
 class VarlenAttention:

@@ -253,17 +253,28 @@ def build_network(hparams: Mapping[str, Any]) -> TransfusionModel:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
+def update_ema(ema: nn.Module, net: nn.Module, decay: float, unless: Tensor | None = None) -> None:
     """Set ema to decay * ema + (1 - decay) * net, elementwise, on the device of `ema`.
 
     Shards need no communication.
+
+    Args:
+        ema: the moving average.
+        net: the network.
+        decay: share of the average that stays, in [0, 1].
+        unless: a boolean on the network's device; where it is true, the average stays as it is.
     """
     averages, weights = (
         [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
         for module in (ema, net)
     )
     weights = [w.to(average.device) for w, average in zip(weights, averages, strict=True)]
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+    if unless is None:
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        return
+    for average, weight in zip(averages, weights, strict=True):  # needs memory for one of them
+        kept = torch.where(unless.to(average.device), average, weight)
+        average.lerp_(kept, 1 - decay)
 
 
 def check_code_options(

@@ -49,6 +49,7 @@ from tf_lightning.ranges import (
 from tf_lightning.sharded import ShardedWeights
 from tf_lightning.training.activation_checkpointing import checkpoint_activations
 from tf_lightning.training.breakdown import LOSSES, LossBreakdown
+from tf_lightning.training.compiled_blocks import compile_blocks
 from tf_lightning.training.fsdp import (
     DrawWhole,
     apply_fsdp,
@@ -132,9 +133,10 @@ class Transfusion(L.LightningModule):
         reshard_after_forward: with ModelParallelStrategy, free the gathered weights of a block
             after its forward pass and gather them again in the backward pass. false: keep them,
             which needs more memory and less communication.
-        compile: compile the network with torch.compile.
+        compile: compile the training passes of the Transformer's blocks with torch.compile. All
+            blocks share the compiled code; validation and generation do not use it.
         max_bad_steps: end the run after this many steps in a row whose loss or gradient is not
-            finite. Such steps change nothing.
+            finite. Such steps change nothing. A GPU is asked for them whenever the trainer logs.
         spike_sigma: leave out a step whose gradient norm is more than this many standard deviations
             above the mean of the last 100 steps; null: leave out no finite step.
 
@@ -237,8 +239,6 @@ class Transfusion(L.LightningModule):
                 self.net.reset_parameters()
         if self.ema is not None:
             copy_weights(self.net, self.ema)
-        if self.hparams.compile:
-            self.net.compile()
 
     def build(self) -> None:
         """Build the network and its EMA copy, without initial values."""
@@ -249,6 +249,8 @@ class Transfusion(L.LightningModule):
         if self.hparams.ema_decay > 0:
             self.ema = deepcopy(self.net).requires_grad_(False)
         checkpoint_activations(self.net, self.hparams.activation_checkpointing)
+        if self.hparams.compile:
+            compile_blocks(self.net.transformer)
 
     def shard(self, device: torch.device) -> None:
         """Shard networks of the meta device, and give the shards memory on a device."""
@@ -468,7 +470,8 @@ class Transfusion(L.LightningModule):
         parameters = self.net.parameters()
         norm = clip_gradients(parameters, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm, batch_size=1)
-        self.guard.check(self, self.step_loss, norm)
+        marks = self.guard.can_mark(optimizer, norm)
+        (self.guard.mark if marks else self.guard.check)(self, self.step_loss, norm)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """Step the optimizer, then update the moving average unless the step is left out.
@@ -477,10 +480,13 @@ class Transfusion(L.LightningModule):
         initial weights.
         """
         super().optimizer_step(*args, **kwargs)
-        if self.ema is not None and not self.guard.leaves_out:
+        left_out = self.guard.leaves_out
+        is_on_device = isinstance(left_out, Tensor)  # then it is not known here
+        if self.ema is not None and (is_on_device or not left_out):
             step = self.trainer.global_step
             move(self.ema, self.hparams.ema_device or self.device)
-            update_ema(self.ema, self.net, min(self.hparams.ema_decay, (1 + step) / (10 + step)))
+            decay = min(self.hparams.ema_decay, (1 + step) / (10 + step))
+            update_ema(self.ema, self.net, decay, left_out if is_on_device else None)
 
     # ---------------------------------------------------------------- validation
 
