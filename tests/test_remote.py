@@ -1,6 +1,7 @@
 """Files at URLs: found, copied into a bounded cache, resumed, and never with a shown password."""
 
 import base64
+import errno
 import importlib
 import os
 import random
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from support.http_server import http_server
 from tf_lightning import remote
@@ -59,6 +61,7 @@ def gets(server) -> list[tuple[str, str]]:
     [
         ("https://me:secret@host:80/a/b.tar", "https://host:80/a/b.tar"),
         ("https://host/a.tar?X-Amz-Signature=secret&X-Amz-Date=1", "https://host/a.tar"),
+        ("HTTPS://host/a.tar?X-Amz-Signature=secret", "https://host/a.tar"),
         ("https://host/a.tar?sig=secret&se=2026", "https://host/a.tar"),
         ("s3://bucket/a?b#c.tar", "s3://bucket/a?b#c.tar"),
         ("hf://datasets/me/data@main/a.parquet", "hf://datasets/me/data@main/a.parquet"),
@@ -76,6 +79,14 @@ def test_the_rest_of_a_query_is_shown_as_its_hash_and_tells_files_apart():
     assert cached_path(first) != cached_path(second)
     assert "file=" not in public_url(first)
     assert public_url(first) == public_url("https://host/get?sig=other&file=a")
+
+
+@pytest.mark.parametrize("name", ["apikey", "OSSAccessKeyId", "auth", "jwt", "key", "file"])
+def test_no_parameter_of_a_query_is_shown_and_its_hash_is_not_read(name):
+    url = f"https://host/a.tar?{name}=secret"
+    assert name not in public_url(url) and "secret" not in f"{public_url(url)} {cached_path(url)}"
+    with pytest.raises(UserError, match=r"\?sha256=.* has a hash instead .* with its query"):
+        find(public_url(url))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +168,33 @@ def test_an_interrupted_download_goes_on_where_it_stopped(site, server, monkeypa
     server.requests.clear()
     assert read(file) == content(5000)
     assert gets(server)[0] == ("/a.bin", "bytes=2000-2999")
+
+
+def test_a_full_disk_is_told_as_one(site, server, monkeypatch):
+    def fail(*arguments):
+        attempts.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    attempts = []
+    monkeypatch.setattr(remote, "CHUNK", 500)
+    server.ranges = False
+    (site / "a.bin").write_bytes(content(1000))
+    [file] = find(f"{server.url}/a.bin")
+    monkeypatch.setattr(remote.filesystem(file.url), "get_file", fail)
+    with pytest.raises(UserError, match="no space left on the disk of"):
+        read(file)
+    assert len(attempts) == 1
+
+
+def test_a_folder_of_the_hub_is_listed_anew(monkeypatch):
+    class Hub(MemoryFileSystem):
+        def ls(self, path, detail=True, refresh=False):
+            asked.append(refresh)
+            return []
+
+    asked = []
+    monkeypatch.setattr(remote, "filesystem", lambda url: Hub())
+    assert remote.list_folder("hf://datasets/me/data") == [] and asked == [True]
 
 
 def test_a_killed_download_goes_on_where_it_stopped(site, server, cache):
@@ -307,7 +345,8 @@ def test_small_files_are_copied_ahead_and_yielded_in_order(site, server):
     while len(gets(server)) < 2 * remote.THREADS:
         time.sleep(0.01)
     assert list(ahead) == files[1:]
-    server.status = 503  # nothing is read again
+    server.requests.clear()
+    assert list(remote.fetch_ahead(files)) == files and gets(server) == []
     for name, file in zip(names, files, strict=True):
         assert cached_path(file.url).read_bytes() == name.encode()
 

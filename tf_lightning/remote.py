@@ -4,14 +4,16 @@ The copy of a file lies at CACHE/files/SCHEME/HOST/PATH, so it keeps the names o
 copy is used as long as the file at the URL has the same size and version (ETag). If the cache grows
 beyond its limit, the files that were used least recently are removed, but none that is being read.
 
-A URL may contain a password or a signature. `public_url` has neither of them; messages, folders and
-everything that is stored are made of it. For the same reason no error of fsspec is shown or
-chained, because its text may quote the URL.
+A URL may contain a password, a signature or another secret. `public_url` has none of them;
+messages, folders and everything that is stored are made of it. For the same reason no error of
+fsspec is shown or chained, because its text may quote the URL.
 """
 
+import errno
 import hashlib
 import os
 import random
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -55,11 +57,15 @@ VERSIONS = (
     "updated", "created",
 )  # fmt: skip
 # Parameters of a query that sign a URL. They differ each time the same file is signed.
+SIGNATURE_PREFIXES = ("x-amz-", "x-goog-")
 SIGNATURES = (
-    "x-amz-", "x-goog-", "awsaccesskeyid", "googleaccessid", "signature", "expires", "policy",
+    "awsaccesskeyid", "googleaccessid", "signature", "expires", "policy",
     "key-pair-id", "token", "access_token", "sig", "se", "sp", "sv", "sr", "st", "spr", "sks",
     "skv", "ske", "skt", "skoid", "sktid",
 )  # fmt: skip
+HIDDEN_QUERY = re.compile("sha256=[0-9a-f]{12}")  # what `public_url` writes for a query
+# Errors of the disk that a file is copied to.
+DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EROFS
 
 
 @dataclass(frozen=True)
@@ -96,25 +102,23 @@ def is_remote(path: object) -> bool:
 def split_url(url: str) -> tuple[str, str, str, str]:
     """Split a URL into scheme, host with login and port, path without leading "/", and query."""
     scheme, _, rest = url.partition("://")
+    scheme = scheme.lower()
     host, _, path = rest.partition("/")
     query = ""
     if scheme in HTTP:  # "?" and "#" are characters of the names in object stores
         path, _, query = path.partition("#")[0].partition("?")
-    return scheme.lower(), host, path, query
+    return scheme, host, path, query
 
 
 def public_url(url: str) -> str:
-    """Return a URL without login and signature; a hash stands for the rest of its query."""
+    """Return a URL without login and query.
+
+    A hash stands for the query without its signature. Any parameter may hold a secret, so none is
+    shown.
+    """
     scheme, host, path, query = split_url(url)
     rest = _hash_query(query)
     return f"{scheme}://{host.rpartition('@')[2]}/{path}" + (f"?sha256={rest}" if rest else "")
-
-
-def without_login(url: str) -> str:
-    """Return a URL without login and signature, but with the rest of its query."""
-    scheme, host, path, query = split_url(url)
-    kept = [item for item in query.split("&") if item and not _signs(item.split("=")[0].lower())]
-    return f"{scheme}://{host.rpartition('@')[2]}/{path}" + "?" * bool(kept) + "&".join(kept)
 
 
 def _hash_query(query: str) -> str:
@@ -124,7 +128,7 @@ def _hash_query(query: str) -> str:
 
 
 def _signs(key: str) -> bool:
-    return key in SIGNATURES or key.startswith(SIGNATURES[:2])
+    return key in SIGNATURES or key.startswith(SIGNATURE_PREFIXES)
 
 
 # Requests
@@ -134,9 +138,15 @@ def filesystem(url: str) -> fsspec.AbstractFileSystem:
     """Return fsspec's file system for a URL.
 
     Raises:
-        UserError: there is none for its scheme, or its package is not installed.
+        UserError: there is none for its scheme, its package is not installed, or the URL was
+            written without its query.
     """
-    scheme = split_url(url)[0]
+    scheme, _, _, query = split_url(url)
+    if HIDDEN_QUERY.fullmatch(query):
+        raise UserError(
+            f"{url} has a hash instead of its query, which may hold a secret and is never written; "
+            "give the URL with its query"
+        )
     options = {"headers": {"Accept-Encoding": "identity"}} if scheme in HTTP else {}
     try:
         return fsspec.filesystem(scheme, use_listings_cache=False, **options)
@@ -159,6 +169,7 @@ def request(url: str, function: Callable, *arguments, **options) -> Any:
     Raises:
         FileNotFoundError: there is no such file.
         UserError: access is refused, or every attempt failed.
+        OSError: the disk of the copy is full or read-only.
     """
     delay = FIRST_DELAY
     for attempt in range(1, ATTEMPTS + 1):
@@ -167,6 +178,8 @@ def request(url: str, function: Callable, *arguments, **options) -> Any:
         except UserError:
             raise
         except Exception as error:
+            if getattr(error, "errno", None) in DISK_ERRORS:
+                raise
             # fsspec raises FileNotFoundError for any failure of HTTP, and OSError for those of S3.
             if isinstance(error, OSError) and isinstance(error.__cause__, Exception):
                 error = error.__cause__
@@ -260,9 +273,10 @@ def find(pattern: str) -> list[RemoteFile]:
         file = _stat(pattern)
         return [file] if file else []
     fs = filesystem(pattern)
-    options = {"refresh": True} if scheme == "hf" else {}
     try:
-        infos = request(pattern, fs.glob, fs._strip_protocol(pattern), detail=True, **options)
+        infos = request(
+            pattern, fs.glob, fs._strip_protocol(pattern), detail=True, **_anew(pattern)
+        )
     except FileNotFoundError:
         return []
     names = sorted(name for name, info in infos.items() if info["type"] == "file")
@@ -286,7 +300,7 @@ def list_folder(url: str) -> list[RemoteFile]:
     """List the files in a folder of an object store or of the hub; [] if there is none."""
     fs = filesystem(url)
     try:
-        infos = request(url, fs.ls, fs._strip_protocol(url), detail=True)
+        infos = request(url, fs.ls, fs._strip_protocol(url), detail=True, **_anew(url))
     except FileNotFoundError:
         return []
     return [
@@ -294,6 +308,11 @@ def list_folder(url: str) -> list[RemoteFile]:
         for info in infos
         if info["type"] == "file"
     ]
+
+
+def _anew(url: str) -> dict[str, bool]:
+    """Return the options that ask a file system anew; that of the hub keeps its own listing."""
+    return {"refresh": True} if split_url(url)[0] == "hf" else {}
 
 
 def _in_threads(function: Callable, values: Sequence) -> list:
@@ -305,7 +324,9 @@ def _in_threads(function: Callable, values: Sequence) -> list:
 
 def _stat(url: str) -> RemoteFile | None:
     fs = filesystem(url)
-    options = {"refresh": True, "expand_info": True} if split_url(url)[0] == "hf" else {}
+    options = _anew(url)
+    if options:
+        options["expand_info"] = True  # has the version
     try:
         info = request(url, fs.info, fs._strip_protocol(url), **options)
     except FileNotFoundError:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
-from tf_lightning.remote import is_remote, without_login
+from tf_lightning.remote import is_remote, public_url
 
 # Callbacks of every run, each configured under its own key: path of the class, and defaults.
 ALWAYS: dict[str, tuple[str, dict]] = {
@@ -42,7 +42,7 @@ ALWAYS: dict[str, tuple[str, dict]] = {
 class SaveFitConfig(SaveConfigCallback):
     """Writes config.yaml and hparams.yaml when training starts, and says how large the model is.
 
-    The URLs in config.yaml are without logins and signatures.
+    The URLs in config.yaml are without logins and queries.
 
     Refused runs and evaluations do not overwrite the earlier files.
     """
@@ -67,14 +67,14 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 def hide_logins(value: Any) -> Any:
-    """Return a copy of a configuration whose URLs have no logins and signatures."""
+    """Return a copy of a configuration whose URLs have no logins and queries."""
     if isinstance(value, Namespace):
         return Namespace(**{key: hide_logins(item) for key, item in vars(value).items()})
     if isinstance(value, dict):
         return {key: hide_logins(item) for key, item in value.items()}
     if isinstance(value, list):
         return [hide_logins(item) for item in value]
-    return without_login(value) if is_remote(value) else value
+    return public_url(value) if is_remote(value) else value
 
 
 def always_callbacks(built: Namespace, listed: list[Callback]) -> list[Callback]:
