@@ -8,9 +8,9 @@ are killed with SIGKILL while that thread writes: at a random moment, or before 
 changes a file. The run is resumed with `--ckpt_path last` and killed again, as often as asked.
 
 Each time the newest whole checkpoint must be at most two steps old, as one save is under way while
-the next step is trained. In the end, weights, moving average, optimizer
-state, position in the data and losses must be equal in every bit to those of a run that nothing
-interrupted, and nothing else may be left in the folder. The exit code is 1 if a kill failed.
+the next step is trained. In the end, weights, moving average, optimizer state, position in the data
+and losses must be equal in every bit to those of a run that nothing interrupted, and nothing else
+may be left in the folder. The exit code is 1 if a kill failed.
 """
 
 import argparse
@@ -28,7 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from support import ranks, runs, same_runs  # noqa: E402
 from support.killed_runs import WRITE, Ended, Kill, run_command  # noqa: E402
 from tf_lightning.checkpoint import find_checkpoints, step_of  # noqa: E402
-from tf_lightning.cli.run_folder import is_sound  # noqa: E402
+from tf_lightning.errors import UserError  # noqa: E402
+from tf_lightning.sharded import check_sharded  # noqa: E402
 
 RANKS, STEPS = 2, 4  # ranks, and steps that a run adds at most before it is killed
 
@@ -51,7 +52,16 @@ def newest_step(folder: Path) -> int:
     """Return the step of the newest whole checkpoint of a run; 0 if there is none."""
     run = folder / "run"
     found = find_checkpoints(run, run / "checkpoints")
-    return int(next((step_of(path) for path in found if is_sound(path)), 0))
+    return int(next((step_of(path) for path in found if is_whole(path)), 0))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all shards of a checkpoint are there and have their checksums."""
+    try:
+        check_sharded(checkpoint)
+    except UserError:
+        return False
+    return True
 
 
 def kill_once(folder: Path, rng: random.Random, steps: int) -> tuple[str, str]:

@@ -2,19 +2,29 @@
 
     OMP_NUM_THREADS=1 python benchmarks/plan_sizes.py [SIZE ...]
 
-Each value is that of a `tf-lightning plan` of a size's recipe, with as many accumulated batches as
-give the paper's 512 rows a step. It needs no GPU, and some minutes of CPU time.
+Each value is that of a `tf-lightning plan` of a size's recipe. A batch has the recipe's rows, or
+fewer on 256 GPUs, and as many batches are accumulated as give the paper's 512 rows a step. Peaks
+that do not fit are in brackets. It needs no GPU, and some minutes of CPU time.
 """
 
 import argparse
 from dataclasses import replace
 
-from tf_lightning.cli.plan import GIB, USABLE, Plan, build_config, plan_parser, read_plan
+from tf_lightning.cli.plan import (
+    GIB,
+    GPU_MEMORY,
+    MFU,
+    TFLOPS,
+    USABLE,
+    Plan,
+    build_config,
+    plan_parser,
+    read_plan,
+)
 
 SIZES = ("0.16b", "0.37b", "0.76b", "1.4b", "7b")
-GPUS, GPU_MEMORY, ROWS = (8, 64, 256), 80, 512
+GPUS, ROWS = (8, 64, 256), 512
 MODES = ("none", "full")
-FLOPS = 0.45 * 989e12  # of one GPU in a second: H100 at an MFU of 45%
 
 
 def plan_of(size: str, num_gpus: int, mode: str) -> Plan:
@@ -33,7 +43,7 @@ def row(size: str, mode: str) -> str:
         plan = plan_of(size, num_gpus, mode)
         peak = plan.memory().peak / GIB
         text = f"{peak:.1f}" if peak <= USABLE * GPU_MEMORY else f"({peak:.1f})"
-        days = plan.max_steps * plan.flops_per_step() / (num_gpus * FLOPS) / 86_400
+        days = plan.max_steps * plan.flops_per_step() / (num_gpus * MFU * TFLOPS * 1e12) / 86_400
         cells += [f"{text}, {plan.batch_size} rows", f"{days:,.1f}"]
     return " | ".join(["", *cells, ""]).strip()
 
@@ -44,7 +54,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sizes", nargs="*", default=SIZES, metavar="SIZE", help="as 0.76b")
-    for size in parser.parse_args().sizes:
+    sizes = parser.parse_args().sizes
+    gpus = " | ".join(f"{num_gpus} GPUs: GiB, batch | days" for num_gpus in GPUS)
+    print(f"| size | `activation_checkpointing` | {gpus} |")
+    print("|---" * (2 + 2 * len(GPUS)) + "|")
+    for size in sizes:
         for mode in MODES:
             print(row(size, mode), flush=True)
 

@@ -42,9 +42,8 @@ class RetrievalAccuracy(L.Callback):
     image is the one that the prompt belongs to. The search covers all N different images of the
     source, of both splits, by squared pixel distance, so chance level is 1/N. Images of several
     shapes are generated in the shape of the prompt's image and compared with those of this shape.
-    It runs at the end of
-    `fit`, and in `validate` and `test`. It writes `retrieval.json` and the contact sheet
-    `retrieval.png`.
+    It runs at the end of `fit`, and in `validate` and `test`. It writes `retrieval.json` and the
+    contact sheet `retrieval.png`.
 
     Args:
         source: name of the source in the data's `sources`.

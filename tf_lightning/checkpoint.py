@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tf_lightning.checkpoint_file import load_checkpoint
 from tf_lightning.errors import UserError, first_sentence
-from tf_lightning.sharded import ShardedWeights, check_sharded, is_sharded, read_sharded
+from tf_lightning.sharded import REST, ShardedWeights, check_sharded, is_sharded, read_sharded
 
 TRANSFUSION, AUTOENCODER = "image_codec", "autoencoder"  # keys that tell checkpoints apart
 OTHER_KIND = {TRANSFUSION: "an autoencoder's", AUTOENCODER: "a Transfusion model's"}
@@ -107,7 +107,7 @@ def find_checkpoints(folder: Path, checkpoints: Path) -> list[Path]:
 
 def step_of(path: Path) -> float:
     """Return the step of a checkpoint without checking it; infinity if it cannot be read."""
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / REST if path.is_dir() else path
     try:
         step = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"]
         return float(step)

@@ -262,7 +262,8 @@ def verify(path: Path, size: int, checksum: int) -> None:
         before = (*identity(file), checksum)
         if before in unchanged:
             return
-        if size and file_checksum(path) != checksum or not size and checksum:
+        found = file_checksum(path) if size else 0
+        if found != checksum:
             raise DamagedFile(f"{path.name} does not have its checksum")
         remember(file, before)
 
@@ -272,7 +273,8 @@ def remember(file: BinaryIO, verified: tuple[int, ...]) -> None:
 
     Args:
         file: the file.
-        verified: its identity before, and what it was compared with if that is not in the file.
+        verified: identity of the file before it was read, and the recorded checksum if there is
+            one.
     """
     is_settled = time.time_ns() - os.fstat(file.fileno()).st_ctime_ns > SETTLED
     now = identity(file)

@@ -42,7 +42,7 @@ CHUNK = 2**24  # bytes of one request
 THREADS = 16  # requests at a time that ask for sizes and versions
 ATTEMPTS = 12  # of a request that fails for a reason that may pass
 PATIENCE = 6  # attempts, after some seconds, before a person is told
-FIRST_DELAY, LONGEST_DELAY = 0.1, 20.0  # seconds before the next attempt; about 90 in all
+FIRST_DELAY, LONGEST_DELAY = 0.1, 20.0  # seconds before the next attempt; 43 to 86 in all
 CACHE_GB = 50.0
 KEPT = 0.9  # share of the limit that stays when room is made, so that it is seldom made
 

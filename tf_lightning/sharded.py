@@ -46,7 +46,8 @@ from tf_lightning.checkpoint_file import DamagedFile, load_checkpoint, sync_fold
 from tf_lightning.errors import UserError, first_sentence
 from tf_lightning.files import replace
 
-DESCRIPTION, REST = ".metadata", "meta.pt"  # of the shards; what is neither weight nor optimizer
+DESCRIPTION = ".metadata"  # torch's index of the shards
+REST = "meta.pt"  # the checkpoint without weights and optimizer
 CHECKSUMS = "checksums.txt"
 WEIGHTS, OPTIMIZER = "state_dict.", "optimizer_"  # beginnings of the names of entries
 READERS = 4  # threads that compute checksums

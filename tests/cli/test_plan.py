@@ -23,7 +23,8 @@ def lines_of(printed: str) -> dict[str, str]:
 def test_a_plan_says_what_a_run_needs(tmp_path, capsys):
     """Half of a row of 256 has room for 8 images of 16 patches; with captions, 4 fit in a row."""
     config = runs.write_config(tmp_path)
-    main(["plan", "-c", str(config), "--gpus", "4", "--trainer.max_steps", "1000", "--mfu", "0.5"])
+    speed = ["--mfu", "0.5", "--gpu-tflops", "1e-7"]  # so slow that days are not rounded to 0.0
+    main(["plan", "-c", str(config), "--gpus", "4", "--trainer.max_steps", "1000", *speed])
     found = lines_of(capsys.readouterr().out)
     assert found["Tokens a step"].startswith("2,048: 8 rows of 256")  # 4 GPUs x 2 rows
     batch = plan.make_batch(2, 256, (3, 64, 64), 16)
@@ -38,8 +39,9 @@ def test_a_plan_says_what_a_run_needs(tmp_path, capsys):
     flops = 4 * training_flops(made, work, (64, 64))
     assert found["FLOPs a step"].startswith(f"{flops:.3g}, ")
     assert found["Parameters"] == f"{sum(p.numel() for p in made.parameters()) / 1e6:,.1f}M"
-    days = 1000 * flops / (4 * 989e12 * 0.5) / 86_400
-    assert found["Time"].startswith(f"{days:,.1f} days for 1,000 steps, 50% of 989 TFLOPS")
+    days = 1000 * flops / (4 * 1e-7 * 1e12 * 0.5) / 86_400
+    assert days > 1
+    assert found["Time"].startswith(f"{days:,.1f} days for 1,000 steps, 50% of 1e-07 TFLOPS")
     assert "GiB on each GPU, of 80 GiB" in found["Peak memory"]
     assert found["Strategy"].startswith("planned with trainer.strategy ModelParallelStrategy")
     assert not (tmp_path / "data").exists() and not (tmp_path / "run").exists()
@@ -82,11 +84,31 @@ def test_a_run_that_does_not_fit_is_told_which_options_make_it_fit(tmp_path, cap
     unshared = f"{rows} --model.shard_size null"
     on_cpu = f"{unshared} --model.ema_device cpu"
     tried = {selective: 158, full: 154, rows: 151, unshared: 87, on_cpu: 83}
-    tried[f"{on_cpu} --gpus 8"] = 43
+    # A step keeps its 8 rows: twice the GPUs have half of the batches.
+    more_gpus = on_cpu.replace("grad_batches 2", "grad_batches 1") + " --gpus 8"
+    tried[more_gpus] = 43
     expected = [f"  {peak:6.1f} GiB with {options}" for options, peak in tried.items()]
     assert last.splitlines()[1:] == expected
     assert needs[0][1:] == (2, 4, "32-true", 1) and needs[0][0]["compile"] is False
-    assert needs[-1][1:] == (1, 8, "32-true", 2)
+    assert needs[-1][1:] == (1, 8, "32-true", 1)
+
+
+def test_more_rows_a_step_are_told(tmp_path, capsys, needs):
+    """A batch of one row that is not accumulated cannot be divided among twice the GPUs."""
+    config, options = str(runs.write_config(tmp_path)), ["--data.batch_size", "1"]
+    main(["plan", "-c", config, "--gpus", "4", "--gpu-memory", "50", *options])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("--model.ema_device cpu --gpus 8 (2 times as many rows a step)")
+
+
+DEVICES = {"3": 3, "0,1": 2, "0,": 1, "[0, 2, 3]": 3}
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_the_devices_of_the_configuration_are_counted(devices, tmp_path, capsys, needs):
+    config = str(runs.write_config(tmp_path))
+    main(["plan", "-c", config, "--trainer.devices", devices, "--trainer.num_nodes", "2"])
+    assert f" {2 * DEVICES[devices]} GPUs x" in capsys.readouterr().out
 
 
 def test_a_run_that_fits_is_told_so(tmp_path, capsys, needs):

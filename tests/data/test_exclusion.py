@@ -168,7 +168,7 @@ def test_ids_of_no_document_are_counted_in_one_sentence(tmp_path, mixture, recwa
     sources = {"pictures": source, "words": RepeatedWord("red", 5)}
     exclude = write_list(tmp_path, ids)
     expected = (
-        f"2 of 4 ids in {exclude} are of no document of this data, so they have no effect; write "
+        f"2 of 4 ids in {exclude} match no document of this data, so they have no effect; write "
         "the list anew with `tf-lightning inspect` if files were moved or changed"
     )
     for _ in range(2):  # prepared, and opened

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from jsonargparse import ArgumentParser
 
+from tf_lightning.checkpoint import RENAMED_FIELDS, RENAMED_STATES
 from tf_lightning.cli.classes import GROUPS
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.training.precision import PRECISIONS
@@ -48,12 +49,31 @@ PRECISION_NAMES = {  # of other programs
 }
 # Classes whose options may be typed without the first part of their names.
 FLAT = {"trainer": "lightning.pytorch.Trainer"} | {key: EXAMPLES[key] for key in ("model", "data")}
-# Options and parts of class paths of older versions that have other names now.
-RENAMED = frozenset(
-    "in_place mirror time_shift time_distribution image_weights place measures draw write answer "
-    "flip num_pictures autoencoder_module shapes_sources PictureData start_from StartFrom recall "
-    "Recall PictureScores PromptFit benchmarks KLAutoencoder".split()
-)
+# Options and parts of class paths of older versions, with their names of today.
+RENAMED = {
+    **RENAMED_FIELDS["transformer"],
+    **RENAMED_FIELDS["linear"],
+    **RENAMED_STATES,
+    "in_place": "lazy_images",
+    **dict.fromkeys(("mirror", "flip"), "hflip"),
+    "time_shift": "timestep_shift",
+    "time_distribution": "timestep_distribution",
+    "measures": "metrics",
+    "draw": "generate_images",
+    "write": "caption_images",
+    "answer": "output_modality",
+    "num_pictures": "num_images",
+    "autoencoder_module": "training.autoencoder",
+    "shapes_sources": "tf_lightning.shapes.sources",
+    "start_from": "init_from",
+    "StartFrom": "InitFrom",
+    "recall": "retrieval",
+    "Recall": "RetrievalAccuracy",
+    "PictureScores": "ImageQuality",
+    "PromptFit": "CLIPScore",
+    "benchmarks": "published_prompts",
+    "KLAutoencoder": "LatentAutoencoder",
+}
 FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".md")
 MAX_SHOWN = 60  # characters of a wrong value
 # The innermost problem, the most telling kind first; {1} is a name.
@@ -150,14 +170,14 @@ def find_problem(report: str, options: Iterable[str]) -> Problem:
 
 
 def renamed(sentence: str) -> str:
-    """Say where renamed keys are listed, if the key or class that a sentence is about was renamed.
+    """Say the new names of the keys and classes in a sentence that were renamed; "" without any.
 
     Args:
         sentence: what is wrong; "did you mean" and what follows is advice.
     """
     named = re.findall(r"[\w.]*\.[\w.]+", sentence.partition("did you mean")[0])
-    words = {word for name in named for word in name.split(".")}
-    return " CHANGELOG.md lists those that were renamed." if words & RENAMED else ""
+    words = dict.fromkeys(word for name in named for word in name.split(".") if word in RENAMED)
+    return "".join(f" {word} is called {RENAMED[word]} now." for word in words)
 
 
 def named_option(sentence: str) -> str:

@@ -10,6 +10,7 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from itertools import chain, zip_longest
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -30,6 +31,7 @@ from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.images import to_image
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.packing import CorpusRows
+from tf_lightning.data.quality import Quality
 from tf_lightning.data.readers.source_report import report_source
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
@@ -212,13 +214,8 @@ def run_inspect(args: list[str]) -> None:
     data.prepare_data()
     data.setup()
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        line
-        for split, corpora in data.corpora.items()
-        for name, corpus in corpora.items()
-        for line in describe(f"{name} {split}", corpus, data.num_patches(corpus), data.row_length)
-    ]
     rows, padding = _rows(data, options.rows)
+    lines = describe_all(data)
     lines.append(f"padding of the first {options.rows} rows of training: {padding:.1%}")
     qualities = measure(data, options.quality) if options.quality != 0 else {}
     for name, quality in qualities.items():
@@ -226,24 +223,35 @@ def run_inspect(args: list[str]) -> None:
         lines += ["", *describe_quality(name, quality, corpora)]
     report = "\n".join(lines) + "\n"
     print(report)
-    report = "\n".join([*understood, report])
     with atomic_file(folder / "report.txt") as partial:
-        partial.write_text(report, encoding="utf-8")
+        partial.write_text("\n".join([*understood, report]), encoding="utf-8")
     shown = pick_documents(data, options.documents, options.seed)
     for name, drawing in {"rows.png": rows, "documents.png": draw_documents(shown)}.items():
         with atomic_file(folder / name) as partial:
             drawing.save(partial, format="PNG")
     drawn = counted(len(shown), "document")
     print(f"Wrote {folder}/documents.png ({drawn}), rows.png and report.txt.")
+    suggest_filter(qualities, folder, shlex.join([*recipes, *rest]))
+
+
+def suggest_filter(qualities: dict[str, Quality], folder: Path, options: str) -> None:
+    """Write the documents that may be left out into a filter list, and say how to use it.
+
+    Args:
+        qualities: the measures of each source.
+        folder: where the list is written, if there are such documents.
+        options: the configuration, as on the command line.
+    """
     text, count = filter_list(qualities)
-    if count:
-        path, same = write_list(folder, text), shlex.join([*recipes, *rest])
-        print(
-            f"Wrote {path}, which names {counted(count, 'document')} that may be left out, with "
-            "reasons. Edit it, and leave them out with\n"
-            f"  tf-lightning prepare {same} --exclude {path}\n"
-            f"  tf-lightning fit {same} --data.exclude {path}"
-        )
+    if not count:
+        return
+    path = write_list(folder, text)
+    print(
+        f"Wrote {path}, which names {counted(count, 'document')} that may be left out, with "
+        "reasons. Edit it, and leave them out with\n"
+        f"  tf-lightning prepare {options} --exclude {path}\n"
+        f"  tf-lightning fit {options} --data.exclude {path}"
+    )
 
 
 def _parser() -> Parser:
@@ -270,6 +278,16 @@ def _parser() -> Parser:
     add("--seed", type=non_negative_int, default=0, metavar="N",
         help="seed for choosing the documents (default: 0)")  # fmt: skip
     return parser
+
+
+def describe_all(data: Mixture) -> list[str]:
+    """Describe the corpora of all splits and sources."""
+    return [
+        line
+        for split, corpora in data.corpora.items()
+        for name, corpus in corpora.items()
+        for line in describe(f"{name} {split}", corpus, data.num_patches(corpus), data.row_length)
+    ]
 
 
 def describe(title: str, corpus: Corpus, num_patches: int, row_length: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""`tf-lightning plan`: what a run needs on a number of GPUs, before it is started.
+"""`tf-lightning plan`: memory, FLOPs and days of a run, computed before it starts.
 
 Shapes: T positions in a row, N patches (and time token) per image, C x h x w latents.
 """
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tf_lightning.autoencoder.frozen import SHIPPED, load_autoencoder
 from tf_lightning.batch import Batch, Document, num_patches, pack
@@ -42,6 +43,7 @@ that is not in the local folder is taken to shrink images 8 times, as Stable Dif
 The days are those of training steps alone, at the share of the peak that --mfu gives."""
 
 GIB = 2**30
+MFU, TFLOPS, GPU_MEMORY = 0.45, 989.0, 80.0  # share of the peak, H100's peak in bf16, its GiB
 USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, NCCL and gaps between tensors
 DOWNSAMPLE = 8  # of an autoencoder that is not at hand
 CAPTION_TOKENS = 32
@@ -59,17 +61,22 @@ def run_plan(args: list[str]) -> None:
 
 def plan_parser() -> Parser:
     """Create the parser of the options that are not part of the configuration."""
-    usage = "tf-lightning plan -c CONFIG [--gpus N] [--gpu-memory GIB] [--mfu SHARE] [--KEY VALUE]"
+    usage = (
+        "tf-lightning plan -c CONFIG [--gpus N] [--gpu-memory GIB] [--mfu SHARE] "
+        "[--gpu-tflops TFLOPS] [--KEY VALUE]"
+    )
     parser = Parser("plan", DESCRIPTION, NOTES, usage=usage, allow_abbrev=False)
     add = parser.add_argument
     about = "number of GPUs (default: the configuration's trainer.devices x trainer.num_nodes)"
     add("--gpus", type=positive_int, metavar="N", help=about)
-    about = "memory of a GPU in GiB (default: 80)"
-    add("--gpu-memory", type=positive_number, default=80.0, metavar="GIB", help=about)
-    about = "share of the peak that training reaches, in (0, 1] (default: 0.45)"
-    add("--mfu", type=share, default=0.45, metavar="SHARE", help=about)
-    about = "peak of a GPU in TFLOPS, dense bf16: A100 312, H100 989, B200 2250 (default: 989)"
-    add("--gpu-tflops", type=positive_number, default=989.0, metavar="TFLOPS", help=about)
+    about = f"memory of a GPU in GiB (default: {GPU_MEMORY:g})"
+    add("--gpu-memory", type=positive_number, default=GPU_MEMORY, metavar="GIB", help=about)
+    about = f"share of the peak that training reaches, in (0, 1] (default: {MFU:g})"
+    add("--mfu", type=share, default=MFU, metavar="SHARE", help=about)
+    about = (
+        f"peak of a GPU in TFLOPS, dense bf16: A100 312, H100 989, B200 2250 (default: {TFLOPS:g})"
+    )
+    add("--gpu-tflops", type=positive_number, default=TFLOPS, metavar="TFLOPS", help=about)
     return parser
 
 
@@ -105,7 +112,7 @@ class Plan:
     max_steps: int
     latent_shape: tuple[int, int, int] | None
     is_sharded: bool
-    """Whether the configuration has ModelParallelStrategy, as the memory is planned for."""
+    """Whether trainer.strategy is ModelParallelStrategy, which the plan assumes."""
 
     def batch(self) -> Batch:
         """Return a batch of one rank, half of whose positions are patches if there are images."""
@@ -195,9 +202,13 @@ def configured_gpus(trainer: Any) -> int:
     Raises:
         UserError: it depends on the machine.
     """
-    if not str(trainer.devices).isdecimal() or int(trainer.devices) < 1:
+    devices = trainer.devices
+    if isinstance(devices, str) and "," in devices:  # numbers of devices, as in 0,1
+        devices = devices.strip(",").split(",")
+    count = len(devices) if isinstance(devices, list) else devices
+    if not str(count).isdecimal() or int(count) < 1:
         raise UserError(f"trainer.devices={trainer.devices} depends on the machine; give --gpus N")
-    return int(trainer.devices) * trainer.num_nodes
+    return int(count) * trainer.num_nodes
 
 
 def plan_precision(precision: Any) -> str:
@@ -258,24 +269,12 @@ def make_batch(
         UserError: a row has no room for an image.
     """
     tokenizer = SimpleNamespace(bos_id=0, eos_id=1, boi_id=2, eoi_id=3, vocab_size=5)
-    row: list[Document] = []
-    left = row_length
+    like, length = None, 0
     if latent_shape is not None:
         like = torch.zeros(latent_shape, dtype=torch.long if num_codes else torch.float)
-        length = num_patches(like, patch_size, time_token) + CAPTION_TOKENS + 4
-        if length > row_length:
-            raise UserError(
-                f"an image with its caption takes {length} positions, but a row has "
-                f"{row_length}; give a larger data.row_length or smaller images"
-            )
-        count = max(1, row_length // 2 // (length - CAPTION_TOKENS - 4))
-        count = min(count, row_length // length)
-        row = [[torch.full((CAPTION_TOKENS,), 4), like] for _ in range(count)]
-        left -= count * length
-    if left > 2:
-        row.append([torch.full((left - 2,), 4)])
+        length = num_patches(like, patch_size, time_token)
     return pack(
-        [row] * num_rows,
+        [full_row(row_length, like, length)] * num_rows,
         list(range(num_rows)),
         tokenizer=tokenizer,
         row_length=row_length,
@@ -284,7 +283,35 @@ def make_batch(
     )
 
 
-# ---------------------------------------------------------------- the answer
+def full_row(row_length: int, image: Tensor | None, length: int) -> list[Document]:
+    """Return the documents of a full row.
+
+    Args:
+        row_length: T.
+        image: latents or codes of each image; None: no images.
+        length: N, positions of its patches and time token.
+
+    Raises:
+        UserError: the row has no room for an image.
+    """
+    row: list[Document] = []
+    left = row_length
+    if image is not None:
+        whole = length + CAPTION_TOKENS + 4  # with <bos>, <boi>, <eoi> and <eos>
+        if whole > row_length:
+            raise UserError(
+                f"an image with its caption takes {whole} positions, but a row has "
+                f"{row_length}; give a larger data.row_length or smaller images"
+            )
+        count = min(max(1, row_length // 2 // length), row_length // whole)
+        row = [[torch.full((CAPTION_TOKENS,), 4), image] for _ in range(count)]
+        left -= count * whole
+    if left > 2:
+        row.append([torch.full((left - 2,), 4)])
+    return row
+
+
+# ---------------------------------------------------------------- the report
 
 
 def report(plan: Plan, memory: StepMemory, given: argparse.Namespace) -> str:
@@ -345,26 +372,38 @@ def verdict(plan: Plan, memory: StepMemory, gpu_memory: float) -> str:
 
 def remedies(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """Yield options that take less memory, each with those before it, cheapest first."""
-    options: list[str] = []
+    options: dict[str, Any] = {}
+    tokens = plan.tokens_per_step
     modes = ("none", "selective", "full")
     now = plan.hparams.get("activation_checkpointing")
     for mode in modes[modes.index(now) + 1 :] if now in modes else ():
         plan = replace(plan, hparams={**plan.hparams, "activation_checkpointing": mode})
-        options = [f"--model.activation_checkpointing {mode}"]
-        yield " ".join(options), plan
+        options["model.activation_checkpointing"] = mode
+        yield written(options), plan
     if plan.batch_size > 1:
         rows = plan.batch_size * plan.accumulate
         plan = replace(plan, batch_size=1, accumulate=rows)
-        options += [f"--data.batch_size 1 --trainer.accumulate_grad_batches {rows}"]
-        yield " ".join(options), plan
+        options |= {"data.batch_size": 1, "trainer.accumulate_grad_batches": rows}
+        yield written(options), plan
     if plan.hparams.get("shard_size"):
         plan = replace(plan, hparams={**plan.hparams, "shard_size": None})
-        options += ["--model.shard_size null"]
-        yield " ".join(options), plan
+        options["model.shard_size"] = "null"
+        yield written(options), plan
     if plan.hparams["ema_decay"] and plan.hparams.get("ema_device", "cpu") != "cpu":
         plan = replace(plan, hparams={**plan.hparams, "ema_device": "cpu"})
-        options += ["--model.ema_device cpu"]
-        yield " ".join(options), plan
+        options["model.ema_device"] = "cpu"
+        yield written(options), plan
     for _ in range(3):
         plan = replace(plan, num_gpus=2 * plan.num_gpus)
-        yield " ".join([*options, f"--gpus {plan.num_gpus}"]), plan
+        options["gpus"] = plan.num_gpus
+        if plan.accumulate % 2 == 0:  # a step keeps its number of rows
+            plan = replace(plan, accumulate=plan.accumulate // 2)
+            options["trainer.accumulate_grad_batches"] = plan.accumulate
+        factor = plan.tokens_per_step // tokens
+        note = f" ({factor} times as many rows a step)" if factor > 1 else ""
+        yield written(options) + note, plan
+
+
+def written(options: dict[str, Any]) -> str:
+    """Write options as on the command line."""
+    return " ".join(f"--{name} {value}" for name, value in options.items())

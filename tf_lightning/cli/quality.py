@@ -1,4 +1,4 @@
-"""What `tf-lightning inspect` tells of the quality of the data, and the filter list it suggests."""
+"""Report on the quality of the data, and a suggested filter list, for `tf-lightning inspect`."""
 
 from collections.abc import Iterator, Sequence
 from itertools import count, groupby, islice
@@ -15,7 +15,7 @@ from tf_lightning.progress import progress_bar
 
 SMALLEST = 3  # image files that are named
 BAR_LENGTH = 40  # characters
-LABEL_LENGTH = 45
+LABEL_LENGTH = 46
 RATIOS = {  # largest width / height of a bar, as long as it is not square
     "narrower than 1:3": 1 / 3,
     "1:3 to 1:2": 1 / 2,
@@ -43,8 +43,8 @@ def measure(data: Mixture, limit: int | None) -> dict[str, Quality]:
             documents = islice(identified(name, source, split), limit)
             total = num_samples(source, split) if limit is None else limit
             bar = {"total": total, "unit": " documents", "delay": 2}
-            for one, document in progress_bar(documents, f"checking {name} {split}", **bar):
-                quality.add(split, one, document)
+            for document_id, document in progress_bar(documents, f"checking {name} {split}", **bar):
+                quality.add(split, document_id, document)
     return found
 
 
@@ -74,10 +74,12 @@ def describe_quality(name: str, quality: Quality, corpora: Sequence[Corpus]) -> 
         characters = np.frombuffer(quality.characters, np.int64)
         yield line("characters of a text", distribution(characters))
         tokens = np.concatenate([corpus.layout().part_lengths for corpus in corpora])
-        yield line("tokens of a text", distribution(tokens[tokens >= 0]))
+        yield line(
+            "tokens of a text's first wording, cut to rows", distribution(tokens[tokens >= 0])
+        )
     if quality.sizes:
-        smallest = quality.smallest(SMALLEST)
-        yield line("smallest images", ", ".join(f"{w} x {h} ({one})" for w, h, one in smallest))
+        smallest = [f"{w} x {h} ({name})" for w, h, name in quality.smallest(SMALLEST)]
+        yield line("smallest images", ", ".join(smallest))
         yield from ratio_bars(quality.ratios())
 
 
@@ -134,7 +136,7 @@ def filter_list(qualities: dict[str, Quality]) -> tuple[str, int]:
             new = [finding.id for finding in group if finding.id not in listed]
             listed.update(new)
             text += f"\n# {name}: {kind} ({len(new):,})\n" if new else ""
-            text += "".join(f"{one}\t{'; '.join(reasons[one])}\n" for one in new)
+            text += "".join(f"{name}\t{'; '.join(reasons[name])}\n" for name in new)
     return text, len(listed)
 
 

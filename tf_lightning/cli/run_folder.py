@@ -303,7 +303,7 @@ def append_to_csv(logger: CSVLogger) -> None:
 
 
 def is_sound(checkpoint: Path) -> bool:
-    """Whether a checkpoint is complete and as it was written."""
+    """Whether a checkpoint is complete; the checksums of shards are not read."""
     try:
         open_sharded(checkpoint) if checkpoint.is_dir() else check(checkpoint)
     except (UserError, DamagedFile, OSError):

@@ -16,7 +16,7 @@ def bucket_sizes(image_size: int, multiple: int, max_aspect_ratio: float) -> tup
 
     The longer side takes every multiple from `image_size` on. The shorter side is the multiple
     that brings the area nearest to image_size**2, so the two areas differ by at most
-    `multiple` / 2 times the longer side. Each bucket exists upright and lying.
+    `multiple` / 2 times the longer side. Each bucket exists as portrait and as landscape.
 
     Args:
         image_size: side of the square bucket in pixels, a multiple of `multiple`.
@@ -34,5 +34,5 @@ def bucket_sizes(image_size: int, multiple: int, max_aspect_ratio: float) -> tup
 
 
 def nearest_size(size: Size, sizes: Iterable[Size]) -> Size:
-    """Return the one of `sizes` whose aspect ratio is nearest to that of `size`, as a factor."""
+    """Return the one of `sizes` nearest to `size` in log aspect ratio."""
     return min(sizes, key=lambda other: abs(math.log(size[0] * other[1] / (size[1] * other[0]))))

@@ -66,7 +66,7 @@ class TrainingRows(Dataset):
 class TrainingBatches(IterableDataset):
     """The batches that one rank trains on: those that the data module gives to our own trainer.
 
-    Batch n of rank k of W holds rows `first_row` + (n * W + k) * B to the next B - 1, where B is
+    Batch n of rank k of W holds the B rows from `first_row` + (n * W + k) * B on, where B is
     `data.batch_size`. They are divided among the workers of a DataLoader, which returns them in
     order if its `batch_size` is None.
 

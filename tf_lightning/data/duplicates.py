@@ -28,7 +28,7 @@ BANDS = [64 * band // NUM_BANDS for band in range(NUM_BANDS + 1)]  # first bits,
 
 
 class Look(NamedTuple):
-    """What images are compared by.
+    """Features by which images are compared.
 
     Attributes:
         count: number of images side by side.

@@ -61,9 +61,9 @@ class FilteredSource(Source):
 
     def identified(self, split: Split) -> Iterator[tuple[str, RawDocument | Skipped]]:
         """Yield each document with its id; see `documents.identified`."""
-        for one, document in identified(self.name, self.unfiltered, split):
-            is_left_out = one in self.ids and not isinstance(document, Skipped)
-            yield one, Skipped(EXCLUDED) if is_left_out else document
+        for document_id, document in identified(self.name, self.unfiltered, split):
+            is_left_out = document_id in self.ids and not isinstance(document, Skipped)
+            yield document_id, Skipped(EXCLUDED) if is_left_out else document
 
     def fingerprint(self, split: Split) -> str:
         """See `Source.fingerprint`; ids of other sources and splits do not change it."""
@@ -80,15 +80,15 @@ class FilteredSource(Source):
     def _own_ids(self, split: Split) -> frozenset[str]:
         """Return the ids that begin with a file of the split, or with the source's name."""
         if not hasattr(self.unfiltered, "identified"):
-            return frozenset(one for one in self.ids if one.startswith(f"{self.name}:{split}:"))
+            return frozenset(name for name in self.ids if name.startswith(f"{self.name}:{split}:"))
         files = set(map(file_id, self.unfiltered.files(split)))
-        return frozenset(one for one in self.ids if any(map(files.__contains__, starts(one))))
+        return frozenset(name for name in self.ids if any(map(files.__contains__, starts(name))))
 
 
-def starts(one: str) -> Iterator[str]:
+def starts(document_id: str) -> Iterator[str]:
     """Yield an id, and what is before each character that may follow the path in it."""
-    yield one
-    yield from (one[: found.start()] for found in ENDS_OF_FILE.finditer(one))
+    yield document_id
+    yield from (document_id[: end.start()] for end in ENDS_OF_FILE.finditer(document_id))
 
 
 def filtered(sources: dict[str, Source], exclude: str | None) -> dict[str, Source]:
@@ -108,7 +108,7 @@ def filtered(sources: dict[str, Source], exclude: str | None) -> dict[str, Sourc
 
 
 def unknown_ids(exclude: str, skipped: list[dict[str, int]]) -> str | None:
-    """Say in a sentence how many ids of a filter list are of no document; None if all are of one.
+    """Say in a sentence how many ids of a filter list match no document; None if all match one.
 
     Args:
         exclude: path of the filter list.
@@ -119,6 +119,6 @@ def unknown_ids(exclude: str, skipped: list[dict[str, int]]) -> str | None:
     if unknown <= 0:
         return None
     return (
-        f"{unknown:,} of {count:,} ids in {exclude} are of no document of this data, so they have "
+        f"{unknown:,} of {count:,} ids in {exclude} match no document of this data, so they have "
         "no effect; write the list anew with `tf-lightning inspect` if files were moved or changed"
     )

@@ -224,7 +224,7 @@ class Mixture(StreamData):
         self.image_shape = self.image_shapes[-1] if self.image_shapes else None
 
     def _check_excluded(self) -> None:
-        """Warn of ids in the filter list that are of no document.
+        """Warn of ids in the filter list that match no document.
 
         Raises:
             UserError: the `encoded` folder was written without a filter list.

@@ -1,6 +1,6 @@
 """Quality of the documents of a source: duplicates, writing systems, lengths, sizes of images.
 
-`Quality` is filled with one document after another and keeps about 100 bytes of memory for each;
+`Quality` is filled with one document after another and keeps about 170 bytes of memory for each;
 ids and thumbnails are in temporary files. Then `findings` lists the documents that one may want to
 leave out, each with the reason.
 """

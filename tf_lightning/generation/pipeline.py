@@ -389,11 +389,10 @@ class TransfusionPipeline:
     @torch.no_grad()
     def _encode_part(self, part: str | Image.Image | Tensor) -> Tensor:
         if isinstance(part, Tensor):
-            shape, expected = tuple(part.shape), self.model.latent_shape
-            if part.ndim == 3 and not self._reads(shape):
+            if part.ndim == 3 and not self._reads(tuple(part.shape)):
                 raise UserError(
-                    f"latents in a prompt have shape {shape}, but this model reads {expected}; "
-                    "encode an image of its size"
+                    f"latents in a prompt have shape {tuple(part.shape)}, but this model reads "
+                    f"{self._nearest_shape(tuple(part.shape))}; encode an image of its size"
                 )
             return part
         if not isinstance(part, str | Image.Image):
@@ -426,6 +425,14 @@ class TransfusionPipeline:
         channels, *size = shape
         height, width = (side * self.autoencoder.downsample for side in size)
         return channels == self.model.latent_shape[0] and self.image_sizes.fits((width, height))
+
+    def _nearest_shape(self, shape: LatentShape) -> LatentShape | None:
+        """Return the shape that the model can read and that is nearest; None without images."""
+        if not self.has_images:
+            return None
+        downsample = self.autoencoder.downsample
+        width, height = self.image_sizes.nearest((shape[2] * downsample, shape[1] * downsample))
+        return self.model.latent_shape[0], height // downsample, width // downsample
 
     def _decode_parts(self, document: Document, stop: Sequence[str]) -> RawDocument:
         """Return images, and texts up to their stop string."""

@@ -70,8 +70,8 @@ class DrawWhole(TorchFunctionMode):
     """Within this context, random initial values are those of a network that is not sharded.
 
     A sharded tensor is drawn whole, in memory for one tensor, and each rank keeps its part. For a
-    tensor on the meta device, the same numbers are drawn and dropped: constructors draw numbers
-    that are replaced later, and all that follow depend on them.
+    tensor on the meta device, the same numbers are drawn and dropped. Constructors on the meta
+    device so leave the generator in the same state.
 
     Args:
         device: where to draw; the generators of a CPU and a GPU differ.

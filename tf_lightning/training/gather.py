@@ -37,7 +37,7 @@ def gather_network(
     Raises:
         UserError: the copy does not fit.
     """
-    reshard(net)  # gathered parameters are not those that the optimizer and the average change
+    reshard(net)  # the optimizer updates the shards, so gathered parameters may be stale
     weights = net.state_dict(keep_vars=True)
     dtype = copy_dtype([*net.parameters()], device, precision)
     whole = {id(w): gather(w, device, dtype) for w in weights.values()}  # tied weights once

@@ -46,7 +46,7 @@ class StepMemory:
 
     @property
     def activations(self) -> int:
-        """What the peak has besides the three: gradients, activations and gathered weights."""
+        """Peak without weights, optimizer and EMA: gradients, activations and gathered weights."""
         return self.peak - self.weights - self.optimizer - self.ema
 
 

@@ -197,7 +197,10 @@ class RemoteCopy:
         return b"".join(content)
 
     def read_block(self, number: int, first: int = 0, end: int = 0) -> bytes:
-        """Read the bytes `first` to `end` - 1 of a block; it is fetched if it is missing."""
+        """Read the bytes `first` to `end` - 1 of a block, which is fetched if it is missing.
+
+        With `end` = 0, nothing is read and the block is only fetched.
+        """
         path = self.block_path(number)
         if (found := read_part(path, first, end)) is not None:
             return found

@@ -8,8 +8,9 @@ A corpus is a folder with these files:
     parts.npy      int64 (num_parts, 2): (first token, length) of a text, (number, -1) of an image,
                    (number, -2) of an image that is read but never generated. A length of -2 - n
                    is another wording, of n tokens, of the text before it
-    checks.npy     uint32 (num_parts,): CRC-32 of the content of each part, see `checksum_seed`;
-                   of an image in shapes.npy, of its last three numbers there and its content
+    checks.npy     uint32 (num_parts,): CRC-32 of the content of each part, see `checksum_seed`.
+                   For an image with a row in shapes.npy, the CRC covers h, w and positions, then
+                   the content
     tokens.bin     int32: all token ids, one text after another; ~id for text outside of the loss
     latents.bin    float16 (num_images, V, S, C, h, w), unit variance. V views: the crops, then the
                    flipped crops. S: the latents, or their mean and standard deviation. Codes are

@@ -86,7 +86,7 @@ def _as_list(paths: str | list[str]) -> list[str]:
 
 
 def _layouts(paths: str | list[str], keys: dict[str, str | None]) -> dict[str, str | list[str]]:
-    """Return the kinds of the layouts, as of `_caption_format`, each with its files or globs."""
+    """Return the kinds of the layouts (see `_caption_format`), each with its files or globs."""
     layouts: dict[str, list[str]] = {}
     file_kind = None
     for path in _as_list(paths):
@@ -187,7 +187,7 @@ def _source_of(
     """Create the source that reads a kind of layout.
 
     Args:
-        kind: as of `_caption_format`, or NAMES.
+        kind: a result of `_caption_format`, or NAMES.
         paths: the files, or globs of them.
         keys: `images`, `image_key` and `caption_key`.
         roots: folders that were given; their own names are no captions.

@@ -47,7 +47,7 @@ from tf_lightning.remote import (
 
 SHARD_BYTES = 64_000_000  # total size of the files that one preparation shard reads
 MAX_EXPANDED = 1_000_000  # paths that a pattern with braces stands for
-IMAGES_AT_ONCE = 10_000  # whose versions are asked for together
+IMAGES_AT_ONCE = 10_000  # images whose versions one request asks for
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Layouts of captioned images in a folder: which of its images have their captions where."""
+"""Layouts of captioned images in a folder: which files hold the captions."""
 
 import glob
 import re
@@ -16,7 +16,7 @@ from tf_lightning.progress import counted
 # Files that have the captions of a folder, in order of preference.
 METADATA_FILES = "metadata.jsonl", "metadata.csv", "metadata.parquet"
 PACKED_FILES = "*.tar", "*.tar.gz", "*.tgz", "*.parquet"
-# Files that have them if there is no text beside an image.
+# Tables of captions that are used if no image has a text file.
 OTHER_TABLES = (
     *("*.jsonl", "captions.txt", "*.csv", "*.tsv", "*.json"),
     *("*.jsonl.gz", "*.csv.gz", "*.json.gz"),

@@ -19,7 +19,7 @@ GENERIC = frozenset(
     "download downloads untitled unnamed unknown copy at am pm data dataset train val valid "
     "validation test my new folder jpg jpeg png".split()
 )
-COUNTER = re.compile(r"(?<=[^\W\d_]{3})\d+$")  # that of cat2, but not that of mp3
+COUNTER = re.compile(r"(?<=[^\W\d_]{3})\d+$")  # a counter at the end: matches cat2, not mp3
 HEXADECIMAL = re.compile(r"(?=.*\d)[0-9a-f]{6,}(-[0-9a-f]+)*", re.IGNORECASE)  # hashes and UUIDs
 
 

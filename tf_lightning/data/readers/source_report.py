@@ -1,4 +1,4 @@
-"""What a source of captioned images understands of its files, in a few lines for a user."""
+"""Report of the layouts that were recognized in a source of captioned images."""
 
 import os
 from collections.abc import Iterator
