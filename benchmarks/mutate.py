@@ -164,7 +164,7 @@ MUTANTS = [
     module("shard_size not passed on", '["data_parallel"], self.hparams.shard_size)',
            '["data_parallel"], None)'),
     module("reshard_after_forward not passed on", "self.hparams.reshard_after_forward", "True"),
-    module("ema_device not passed on", "self.hparams.ema_device or", ""),
+    module("ema_device not used", "move(self.ema, self.hparams.ema_device)", "pass"),
     module("dropout not seeded by the data", "row_generator(self.trainer.datamodule.seed,",
            "row_generator(0,"),
     Mutant("text learns at the full rate", OPTIM, "text_lr_ratio * lr)", "lr)", TRAINING),

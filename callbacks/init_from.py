@@ -5,7 +5,7 @@ is the source model's: the new vocabulary entries must not take probability from
 """
 
 import math
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -178,8 +178,8 @@ class InitFrom(L.Callback):
 
 
 def adapted(
-    weights: dict[str, Tensor], checkpoint: dict[str, Any], module: Transfusion
-) -> dict[str, Tensor]:
+    weights: Mapping[str, Tensor], checkpoint: dict[str, Any], module: Transfusion
+) -> Mapping[str, Tensor]:
     """Interpolate learned position embeddings if the images are larger or smaller than before.
 
     Then a patch has the embedding of the patch that was at its place in the image. Buckets of the
@@ -198,7 +198,8 @@ def adapted(
         f"follow those of {old[0]} x {old[1]}"
     )
     tables = {name: weights[name] for name in POSITIONS if name in weights}
-    return weights | {name: stretched(w, factor, len(w)) for name, w in tables.items()}
+    tables = {name: stretched(table, factor, len(table)) for name, table in tables.items()}
+    return ChainMap(tables, weights)  # those of a sharded checkpoint are not read yet
 
 
 def empty_network(module: Transfusion) -> nn.Module:

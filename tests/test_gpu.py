@@ -12,7 +12,7 @@ from tf_lightning.model.attention import FlexAttention, build_attention
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import update_ema
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
-from tf_lightning.training.module import Transfusion, move
+from tf_lightning.training.module import Transfusion
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [document("4", 1), document("2i3", 2), document("9", 3)]
@@ -72,7 +72,7 @@ def test_activation_checkpointing_changes_no_gradient(mode, compiled):
 def test_the_average_is_on_the_host_between_validations():
     module = tiny_module(ema_device="cpu").to("cuda")
     assert next(module.inference_net.parameters()).is_cuda
-    move(module.ema, "cpu")
+    module.on_train_batch_start(None, 0)
     update_ema(module.ema, module.net, decay=0.5)
     for average, weight in zip(module.ema.parameters(), module.net.parameters(), strict=True):
         assert not average.is_cuda and weight.is_cuda

@@ -70,8 +70,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
     with atomic_file(path) as partial, partial.open("wb", buffering=0) as file:
-        with suppress(OSError):  # some file systems have no locks
-            lock(file)
+        lock_if_possible(file)
         reserve(file, num_bytes(checkpoint))
         with ThreadPoolExecutor(1) as thread:
             writer = ChecksumWriter(file, thread)
@@ -187,6 +186,12 @@ def lock(file: BinaryIO | int) -> None:
     """
     if fcntl:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def lock_if_possible(file: BinaryIO | int) -> None:
+    """Lock a file or folder that this process has made, if the file system has locks."""
+    with suppress(OSError):
+        lock(file)
 
 
 def sync_folder(folder: Path) -> None:

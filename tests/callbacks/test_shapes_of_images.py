@@ -11,10 +11,12 @@ from callbacks.contact_sheet import IMAGE_SIZE, TILE_WIDTH, Tile, draw_tile
 from callbacks.init_from import POSITIONS, adapted
 from callbacks.prompts import HeldOut, center_crop_resize
 from callbacks.sampling import SampleBatch, sample
+from support.sharded_folders import write_sharded
 from tf_lightning.data.corpus.reader import ImageStorageSpec
 from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.generation.sizes import ImageSizes
 from tf_lightning.model.patches import MAX_GRID, LinearPatchCoder, learned_pos_embed, stretched
+from tf_lightning.sharded import read_sharded
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -115,15 +117,20 @@ def test_a_grid_within_the_table_reads_it_and_a_larger_one_is_interpolated():
 @pytest.mark.parametrize(
     ("shapes", "factor"), [((8, 16), 2.0), ((16, 8), 0.5), ((8, 8), 1.0), ((None, 8), 1.0)]
 )
-def test_init_from_adapts_the_positions_to_another_resolution(shapes, factor):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_init_from_adapts_the_positions_to_another_resolution(shapes, factor, sharded, tmp_path):
     old, new = ([4, side, side] if side else None for side in shapes)
     weights = {name: torch.randn(MAX_GRID, 3) for name in POSITIONS} | {"other": torch.ones(2)}
     module = SimpleNamespace(image_codec={"latent_shape": new})
-    found = adapted(weights, {"image_codec": {"latent_shape": old}}, module)
-    assert found["other"] is weights["other"]
+    given = weights
+    if sharded:
+        folder = write_sharded({"state_dict": weights, "global_step": 1}, tmp_path / "a.ckpt")
+        given = read_sharded(folder)["state_dict"]
+    found = adapted(given, {"image_codec": {"latent_shape": old}}, module)
+    assert {*found} == {*weights} and torch.equal(found["other"], weights["other"])
     for name in POSITIONS:
         if factor == 1:
-            assert found[name] is weights[name]
+            assert torch.equal(found[name], weights[name])
         else:
             torch.testing.assert_close(found[name], stretched(weights[name], factor, MAX_GRID))
 

@@ -53,10 +53,10 @@ def autoencoder_module(**changed) -> AutoencoderModule:
 def fit(
     module: L.LightningModule, data: StreamData, ckpt_path: Path | None = None, **options
 ) -> L.Trainer:
-    """Train on the CPU without validation."""
+    """Train on the CPU, by default without validation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = L.Trainer(accelerator="cpu", limit_val_batches=0, **QUIET | options)
+        trainer = L.Trainer(accelerator="cpu", **{"limit_val_batches": 0} | QUIET | options)
         trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer
 

@@ -1,14 +1,12 @@
 """The LightningModule: losses, moving average, validation."""
 
-from types import SimpleNamespace
-
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
-from support import runs
+from support import fits, runs
 from support.tiny import SIZES, VOCAB_SIZE, document, mixed_batch, packed, tiny_module
 from tf_lightning.batch import IGNORE_INDEX, Batch
 from tf_lightning.data import Mixture
@@ -20,6 +18,7 @@ from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
 from tf_lightning.model.unet import UNetConfig
 from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
+from tf_lightning.training import module as module_file
 from tf_lightning.training.module import Transfusion
 
 
@@ -261,19 +260,30 @@ def test_without_an_average_the_trained_weights_are_validated():
     assert module.ema is None and module.inference_net is module.net
 
 
-def test_the_average_is_on_the_host_between_validations(monkeypatch):
-    """Calls are recorded in place of a GPU."""
+@pytest.mark.parametrize("ema_device", ["host", None])
+def test_the_average_is_on_the_host_in_every_training_step(ema_device, monkeypatch, tmp_path):
+    """Moves are recorded in place of a GPU, which is called "cpu" here."""
+    places, seen, step = ["cpu"], [], Transfusion.training_step
+
+    def training_step(module: Transfusion, *args):
+        seen.append(places[-1])
+        return step(module, *args)
+
+    monkeypatch.setattr(Transfusion, "training_step", training_step)
+    monkeypatch.setattr(module_file, "move", lambda net, to: places.append(str(to)) or net)
+    module = fits.shapes_module()
+    module.hparams.ema_device = ema_device
+    options = {"val_check_interval": 2, "limit_val_batches": 1}
+    fits.fit(module, fits.shapes_data(tmp_path), max_steps=4, default_root_dir=tmp_path, **options)
+    assert "cpu" in places[1:]  # a validation
+    assert seen == [ema_device or "cpu"] * 4
+
+
+def test_an_average_on_the_host_is_moved_for_samples(monkeypatch):
     moved = []
     monkeypatch.setattr(TransfusionModel, "to", lambda net, device: moved.append(device) or net)
-    monkeypatch.setattr(L.LightningModule, "optimizer_step", lambda module: None)
     module = tiny_module(ema_device="cpu")
-    module._trainer = SimpleNamespace(global_step=3)
     monkeypatch.setattr(Transfusion, "device", torch.device("cuda"))
     assert module.inference_net is module.ema and moved == [torch.device("cuda")]
-    module.optimizer_step()
-    assert len(moved) == 1  # these weights never left the CPU
-    module.hparams.ema_device = None
-    module.optimizer_step()
-    assert moved == [torch.device("cuda")] * 2
     monkeypatch.setattr(Transfusion, "device", torch.device("cpu"))
-    assert module.inference_net is module.ema and len(moved) == 2
+    assert module.inference_net is module.ema and len(moved) == 1  # these weights are there

@@ -1,9 +1,13 @@
 """Sharded checkpoints are written while training goes on, and resume on any number of ranks."""
 
+import errno
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from support import ranks, runs, same_runs
@@ -29,6 +33,37 @@ def test_saves_are_done_in_order_and_nothing_after_one_that_failed():
     saves.submit(done.append, 6)
     saves.wait()
     assert done == [1, 2, 3, 6]
+
+
+def test_a_wait_that_times_out_keeps_the_save_and_its_error():
+    saves, go, done = Saves(), threading.Event(), []
+
+    def fail() -> None:
+        go.wait(60)
+        raise ValueError("the disk is full")
+
+    saves.submit(fail)
+    with pytest.raises(TimeoutError):
+        saves.wait(0)
+    saves.submit(done.append, 1)
+    go.set()
+    with pytest.raises(ValueError, match="the disk is full"):
+        saves.wait()
+    assert done == []
+
+
+def test_a_file_system_without_locks_gets_sharded_checkpoints(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    saved = []
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr(dcp, "save", lambda state, **_: saved.append(state))
+    strategy = SimpleNamespace(is_global_zero=True, group=None)
+    (tmp_path / "partial").mkdir()
+    writer = SimpleNamespace(path=tmp_path / "partial", folder=tmp_path / "a.ckpt")
+    ShardedStrategy.write(strategy, {"step": 1}, writer)
+    assert saved == [{"step": 1}]
 
 
 def test_a_strategy_keeps_the_arguments_of_lightnings():

@@ -265,7 +265,7 @@ class Transfusion(L.LightningModule):
         """The network with EMA weights, or the trained network if none are kept.
 
         EMA weights that are kept on the CPU are moved to the module's device, where they stay until
-        the next optimizer step.
+        the next training step.
         """
         if self.ema is None:
             return self.net
@@ -356,7 +356,12 @@ class Transfusion(L.LightningModule):
         self.breakdown = LossBreakdown(self.trainer.datamodule.source_names, self.device)
 
     def on_train_batch_start(self, batch: Batch | list[Batch], batch_index: int) -> None:
-        """Seed dropout from (seed, step, rank), so that a resumed run drops the same elements."""
+        """Move EMA weights out of the way, and seed dropout.
+
+        The seed is from (seed, step, rank), so that a resumed run drops the same elements.
+        """
+        if self.ema is not None and self.hparams.ema_device:
+            move(self.ema, self.hparams.ema_device)
         if self.config.dropout:
             number = self.trainer.global_step * self.trainer.world_size + self.global_rank
             generator = row_generator(self.trainer.datamodule.seed, number)
@@ -484,7 +489,6 @@ class Transfusion(L.LightningModule):
         is_on_device = isinstance(left_out, Tensor)  # then it is not known here
         if self.ema is not None and (is_on_device or not left_out):
             step = self.trainer.global_step
-            move(self.ema, self.hparams.ema_device or self.device)
             decay = min(self.hparams.ema_decay, (1 + step) / (10 + step))
             update_ema(self.ema, self.net, decay, left_out if is_on_device else None)
 

@@ -8,7 +8,7 @@ the same thread. At most one checkpoint is in memory: the next save waits for th
 
 import io
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from tf_lightning.checkpoint_file import lock, opened, remove_leftovers
+from tf_lightning.checkpoint_file import lock_if_possible, opened, remove_leftovers
 from tf_lightning.errors import UserError
 from tf_lightning.files import partial_folder, remove, report_full_disk
 from tf_lightning.sharded import (
@@ -59,10 +59,17 @@ class Saves:
         self.last = self.pool.submit(call)
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait until all is done; raise the first error, once."""
+        """Wait until all is done; raise the first error, once.
+
+        Raises:
+            TimeoutError: it takes more than `seconds`; the next call waits for the same.
+        """
+        if not self.last:
+            return
+        if not wait([self.last], seconds).done:
+            raise TimeoutError(f"a checkpoint is not written after {seconds} s")
         last, self.last = self.last, None
-        if last:
-            last.result(seconds)
+        last.result()
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -130,7 +137,7 @@ class ShardedStrategy(ModelParallelStrategy):
         try:
             with report_full_disk(writer.folder.parent), opened(writer.path) as descriptor:
                 if self.is_global_zero:
-                    lock(descriptor)
+                    lock_if_possible(descriptor)
                 dcp.save(state, storage_writer=writer, process_group=self.group)
         except CheckpointException as error:
             raise first_failure(error) from error
