@@ -39,10 +39,10 @@ class RetrievalAccuracy(L.Callback):
 
     A prompt is the caption of an image, or all that comes before the last image of a document, such
     as an image and an instruction. The accuracy is the share of generated images whose nearest
-    image is the one that the prompt belongs to. The search covers all N different images of the
-    source, of both splits, by squared pixel distance, so chance level is 1/N. Images of several
-    shapes are generated in the shape of the prompt's image and compared with those of this shape.
-    It runs at the end of `fit`, and in `validate` and `test`. It writes `retrieval.json` and the
+    image is the one that the prompt belongs to. An image is generated in the shape of the prompt's
+    own image. The search covers all N different images of this shape in the source, of both splits,
+    by squared pixel distance, so chance level is 1/N, or the mean of it with several shapes. It
+    runs at the end of `fit`, and in `validate` and `test`. It writes `retrieval.json` and the
     contact sheet `retrieval.png`.
 
     Args:
@@ -106,14 +106,16 @@ class RetrievalAccuracy(L.Callback):
         prompts, answers = map(list, zip(*(asked[index] for index in indices), strict=True))
         images = different_images(documents["train"] + documents["val"])
         sizes = [answer.size for answer in answers]
+        is_default = {*sizes} == {pipe.image_sizes.trained[0]}
         generated: dict[int, Image.Image] = {}
-        right = [False] * count
+        right, chance = [False] * count, 0.0
         for size in dict.fromkeys(sizes):
             alike = [index for index, other in enumerate(sizes) if other == size]
             with trainer.precision_plugin.forward_context():
-                made = self._generate(pipe, prompts, alike, size if len({*sizes}) > 1 else None)
+                made = self._generate(pipe, prompts, alike, None if is_default else size)
             generated |= zip(alike, made, strict=True)
             known = [image for image in images if image.size == size]
+            chance += len(alike) / len(known) / count
             nearest = nearest_images(torch.stack([*map(to_pixels, made)]), map(to_pixels, known))
             for index, found in zip(alike, nearest.tolist(), strict=True):
                 right[index] = known[found].tobytes() == answers[index].tobytes()
@@ -124,13 +126,14 @@ class RetrievalAccuracy(L.Callback):
         ]
         title = (
             f"For {sum(right)} of {count} prompts of {self.source} ({self.split}), the nearest of "
-            f"{len(images)} real images is the right one"
+            f"its shape among {len(images)} real images is the right one"
         )
         with atomic_file(folder / f"{self.name}.png") as file:
             sheet = contact_sheet([(title, tiles)], columns=5 if len(tiles) == count else 6)
             sheet.save(file, format="PNG")
         report = {
             "retrieval_accuracy": sum(right) / count,
+            "chance": chance,
             "num_prompts": count,
             "num_images": len(images),
             "source": self.source,

@@ -16,6 +16,7 @@ from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.requests import GenerationOutput
 from tf_lightning.generation.sampling import SamplingConfig
+from tf_lightning.generation.sizes import ImageSizes
 
 
 def test_the_nearest_image_has_the_smallest_squared_distance():
@@ -60,6 +61,8 @@ SHIFTED = {"sampler": "DPMSolverMultistepScheduler", "timestep_shift": 2.5}
 class Memory:
     """Answers each caption with its own image, or always with the first image."""
 
+    image_sizes = ImageSizes([(8, 8)], 1)
+
     def __init__(self, remembers: bool):
         self.remembers = remembers
 
@@ -96,21 +99,36 @@ def examine(source, pipeline, folder, monkeypatch, **options) -> dict:
 
 
 class Shapes:
-    """Four images of each of two shapes."""
+    """Five images of one shape and three of another."""
 
     def documents(self, split):
-        sizes = [(16, 4), (8, 8)] * 4 if split == "train" else []
+        sizes = [*[(16, 4), (8, 8)] * 3, (16, 4), (16, 4)] if split == "train" else []
         return iter([str(n), grey(n).resize(size)] for n, size in enumerate(sizes))
 
 
-def test_images_of_several_shapes_are_generated_and_compared_in_their_own(tmp_path, monkeypatch):
-    class Shaped:
-        def __call__(self, prompts, *, sampling, **how):
-            size = sampling.width, sampling.height
-            return GenerationOutput([[grey(int(p)).resize(size)] for p in prompts], [])
+class Shaped:
+    """Answers each caption with its own image in the size that is asked for, else as a square."""
 
+    image_sizes = ImageSizes([(8, 8), (16, 4)], 1)
+
+    def __call__(self, prompts, *, sampling, **how) -> GenerationOutput:
+        size = sampling.width or 8, sampling.height or 8
+        return GenerationOutput([[grey(int(p)).resize(size)] for p in prompts], [])
+
+
+def test_images_of_several_shapes_are_generated_and_compared_in_their_own(tmp_path, monkeypatch):
     report = examine(Shapes(), Shaped(), tmp_path, monkeypatch, num_prompts=8)
     assert report["retrieval_accuracy"] == 1.0 and report["num_images"] == 8
+    assert report["chance"] == pytest.approx((5 / 5 + 3 / 3) / 8)
+
+
+def test_images_of_one_shape_that_is_not_the_models_are_generated_in_it(tmp_path, monkeypatch):
+    class Wide:
+        def documents(self, split):
+            return iter([str(n), grey(n).resize((16, 4))] for n in range(5 * (split == "train")))
+
+    report = examine(Wide(), Shaped(), tmp_path, monkeypatch)
+    assert report["retrieval_accuracy"] == 1.0 and report["chance"] == pytest.approx(1 / 5)
 
 
 @pytest.mark.parametrize(("remembers", "accuracy"), [(True, 1.0), (False, 0.2)])
@@ -119,7 +137,7 @@ def test_accuracy_is_the_share_of_images_nearest_to_their_own(
 ):
     report = examine(Greys(), Memory(remembers), tmp_path, monkeypatch, num_prompts=5, seed=4)
     assert report == {
-        **{"retrieval_accuracy": accuracy, "num_prompts": 5, "num_images": 10},
+        **{"retrieval_accuracy": accuracy, "chance": 0.1, "num_prompts": 5, "num_images": 10},
         **{"source": "mine", "split": "train", "seed": 4, "global_step": 7},
         **{"guidance_scale": 3.0, "num_inference_steps": 50, "nfe": 50, **SHIFTED},
         **{"image_guidance_scale": None, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0},
@@ -143,6 +161,8 @@ class Brighter:
 
 class Editor:
     """Makes an image brighter, by the steps of its instruction or always by one."""
+
+    image_sizes = ImageSizes([(8, 8)], 1)
 
     def __init__(self, reads: bool):
         self.reads = reads

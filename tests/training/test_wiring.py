@@ -353,7 +353,7 @@ def test_the_decay_of_the_average_reaches_it(ema_decay, monkeypatch):
     module, _ = made(None, latent_channels=3, ema_decay=ema_decay)
     module.configure_model()
     used = []
-    monkeypatch.setattr(module_file, "update_ema", lambda ema, net, decay: used.append(decay))
+    monkeypatch.setattr(module_file, "update_ema", lambda ema, net, decay, *_: used.append(decay))
     monkeypatch.setattr("lightning.LightningModule.optimizer_step", lambda self: None)
     module.optimizer_step()
     assert used == {0.0: [], 0.3: [0.3], 0.5: [6 / 15]}[ema_decay]
