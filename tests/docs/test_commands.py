@@ -97,8 +97,8 @@ def test_a_documented_target_exists(line):
 
 def test_the_documentation_has_commands_of_every_kind():
     tested = {"tf-lightning", "python", "make"}
-    # The others belong to the shell, or are a server.
-    assert {line[0] for line in LINES} == tested | {"source", "export", "echo", "tensorboard", "aws"}
+    others = {"source", "export", "echo", "tensorboard", "aws"}  # of the shell, or a server
+    assert {line[0] for line in LINES} == tested | others
     verbs = {line[1] for line in LINES if line[0] == "tf-lightning"}
     assert verbs >= {*LIGHTNING, "generate", "export", "model-config"} - {"test"}
 
