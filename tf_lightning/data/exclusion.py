@@ -16,6 +16,7 @@ from tf_lightning.data.readers.ids import file_id
 from tf_lightning.errors import UserError
 
 EXCLUDED = "named in the filter list"  # reason of the documents that are skipped
+WITHOUT = " without "  # in a fingerprint, before the hash of the ids that are left out
 ENDS_OF_FILE = re.compile("[:#]")  # what follows a path in an id
 
 
@@ -69,7 +70,14 @@ class FilteredSource(Source):
         """See `Source.fingerprint`; ids of other sources and splits do not change it."""
         fingerprint, ids = self.unfiltered.fingerprint(split), sorted(self._own_ids(split))
         digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]
-        return f"{fingerprint} without {digest}" if ids else fingerprint
+        return f"{fingerprint}{WITHOUT}{digest}" if ids else fingerprint
+
+    def concerns(self, split: Split) -> bool:
+        """Return whether an id may be of this source; any may be if its files are absent."""
+        try:
+            return bool(self._own_ids(split))
+        except UserError:
+            return bool(self.ids)
 
     def shards(self, split: Split) -> list["FilteredSource"]:
         """Divide the source; one whose documents are named by their number stays whole."""
@@ -83,6 +91,11 @@ class FilteredSource(Source):
             return frozenset(name for name in self.ids if name.startswith(f"{self.name}:{split}:"))
         files = set(map(file_id, self.unfiltered.files(split)))
         return frozenset(name for name in self.ids if any(map(files.__contains__, starts(name))))
+
+
+def leaves_out(fingerprint: str) -> bool:
+    """Return whether a fingerprint is that of a source with ids of its own in a filter list."""
+    return re.search(f"{WITHOUT}[0-9a-f]{{12}}$", fingerprint) is not None
 
 
 def starts(document_id: str) -> Iterator[str]:

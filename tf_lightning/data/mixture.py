@@ -22,10 +22,16 @@ from tf_lightning.batch import Batch, pack
 from tf_lightning.data.buckets import bucket_sizes
 from tf_lightning.data.corpus.encoded import EncodedRequirements, encoded_tokenizer, open_encoded
 from tf_lightning.data.corpus.folders import open_folder
-from tf_lightning.data.corpus.prepare import PrepareJob, check_result, plan_corpus, prepare
+from tf_lightning.data.corpus.prepare import (
+    PrepareJob,
+    check_result,
+    origin_facts,
+    plan_corpus,
+    prepare,
+)
 from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
 from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split
-from tf_lightning.data.exclusion import EXCLUDED, FilteredSource, filtered, unknown_ids
+from tf_lightning.data.exclusion import FilteredSource, filtered, leaves_out, unknown_ids
 from tf_lightning.data.packing import CorpusRows
 from tf_lightning.data.stream import Rows, StreamData, StreamRow, ValidationRows
 from tf_lightning.errors import UserError
@@ -231,7 +237,11 @@ class Mixture(StreamData):
         """
         opened = [corpus for split in self.corpora.values() for corpus in split.values()]
         skipped = [corpus.skipped for corpus in opened]
-        if self.encoded and not any(EXCLUDED in reasons for reasons in skipped):
+        fingerprints = [origin_facts(corpus.origin)["source"] for corpus in opened]
+        concerned = (
+            source.concerns(split) for split in self.corpora for source in self.sources.values()
+        )
+        if self.encoded and not any(map(leaves_out, fingerprints)) and any(concerned):
             raise UserError(
                 f"{self.encoded} was encoded without the documents of {self.exclude} left out; "
                 f"encode another folder with --data.exclude {self.exclude}, or leave exclude out"

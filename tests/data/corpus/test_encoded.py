@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from contextlib import nullcontext
 from itertools import islice
 
 import numpy as np
@@ -77,6 +78,17 @@ def test_a_folder_with_the_former_fingerprint_of_its_autoencoder_is_read(build, 
         facts["made_from"][3] = load_autoencoder("shapes").old_fingerprint
         file.write_text(json.dumps(facts))
     assert build(encoded=str(copy)).corpora["train"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "refused"),
+    [([], False), (["elsewhere/1.png"], False), (["noise:train:2"], True)],
+)
+def test_a_filter_list_without_documents_of_the_folder_is_accepted(build, tmp_path, ids, refused):
+    (tmp_path / "exclude.txt").write_text("\n".join(ids))
+    expected = pytest.raises(UserError, match="encoded without the documents of .* left out")
+    with expected if refused else nullcontext():
+        build(exclude=str(tmp_path / "exclude.txt"))
 
 
 def test_pickling_keeps_sample_posterior(build):

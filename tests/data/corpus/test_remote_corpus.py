@@ -327,3 +327,8 @@ def test_the_command_does_not_write_to_a_url(store, tmp_path, capsys):
         encode(tmp_path, *PIXELS, f"--data.encoded={store.url}/new")
     error = capsys.readouterr().err
     assert f"to a disk; give --data.encoded DIR, and copy DIR to {store.url}/new" in error
+
+
+def test_a_folder_in_a_folder_keeps_both_names():
+    folder = folders.RemoteFolder("s3://bucket/x").folder("a").folder("b")
+    assert str(folder) == "s3://bucket/x/a/b"

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from contextlib import suppress
 
 import pytest
 
@@ -85,6 +86,24 @@ def test_a_data_set_of_the_hub_is_read_in_any_layout(files, expected, hub):
     changed = {name: encoded_image("white") for name in files if name.endswith(".png")}
     hub(changed or {name: 2 * rows for name, rows in files.items() if name.startswith("data/")})
     assert identity(caption_source(URL, val_fraction=0, image_size=16)) != before
+
+
+def test_names_of_images_are_not_names_of_splits(hub):
+    hub({"a_train_01.jpg": RED, "crash_test_01.jpg": BLUE, "crash_test_02.jpg": LIME})
+    assert len(read()) == 3
+    hub({"a_train_01.txt": b"rails", "crash_test_01.txt": b"a wall", "crash_test_02.txt": b"dust"})
+    assert sorted(read()) == [["a wall", "<blue>"], ["dust", "<lime>"], ["rails", "<red>"]]
+
+
+def test_the_reader_does_not_depend_on_what_is_in_the_cache(hub):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    hub({f"data/{name}-00000.parquet": [{"messages": talk}] for name in ("train", "test")})
+    first = caption_source(URL, val_fraction=0, image_size=16)
+    with suppress(UserError):
+        list(first.documents("train"))  # copies the file into the cache
+    second = caption_source(URL, val_fraction=0, image_size=16)
+    assert type(second) is type(first)
+    assert second.fingerprint("train") == first.fingerprint("train")
 
 
 def test_columns_are_chosen_by_name(hub):

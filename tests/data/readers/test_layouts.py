@@ -72,6 +72,15 @@ def test_layouts_mixed_in_one_folder_give_each_image_one_caption(tmp_path):
     assert f'"a text" is {tmp_path}/2.png' in report
 
 
+def test_a_metadata_file_below_another_one_is_read(tmp_path):
+    rows = [{"file_name": "2.png", "text": "a text"}]
+    below = {"sub/2.png": BLUE, "sub/metadata.jsonl": rows}
+    top = [{"file_name": "1.png", "text": "a table"}]
+    assert read(source(write(tmp_path, {"1.png": RED, "metadata.jsonl": top} | below))) == PAIRS[:2]
+    write(tmp_path, {"metadata.jsonl": [*top, {"file_name": "sub/2.png", "text": "a text"}]})
+    assert read(source(tmp_path)) == PAIRS[:2]  # named twice, read once
+
+
 def test_a_folder_of_one_layout_has_the_fingerprint_of_before(tmp_path):
     write(tmp_path, {f"x/{name}": content for name, content in TABLE.items()})
     write(tmp_path, {f"y/{name}": content for name, content in BESIDE.items()})

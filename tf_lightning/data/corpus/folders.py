@@ -124,7 +124,7 @@ class RemoteFolder:
 
     def folder(self, name: str) -> "RemoteFolder":
         """Return a folder in this one."""
-        return RemoteFolder(self.root, name)
+        return RemoteFolder(self.root, f"{self.name}/{name}".lstrip("/"))
 
     def folders(self) -> list[str]:
         """List the names of the folders in this one."""

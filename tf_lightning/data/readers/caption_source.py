@@ -139,7 +139,7 @@ def _layouts_of_url(url: str, keys: dict[str, str | None]) -> dict[str, list[str
     for kind, patterns in _find_layouts(public_url(url), kept, keys, images_of):
         if len(kept) < len(files):  # the patterns also match the others
             patterns = explicit(kept, kind, patterns)
-        kind = kind or _caption_format(folder / patterns[0])
+        kind = kind or _format_by_name(folder / patterns[0])
         layouts.setdefault(kind, []).extend(f"{url}/{pattern}" for pattern in patterns)
     return layouts
 
@@ -233,17 +233,17 @@ def _first_file(path: str) -> Path:
 
 def _caption_format(file: Path) -> str:
     """Return "tar", "image", "rows", "chat" for conversations, or "object" for COCO's JSON."""
-    kind = file_format(file) if file.is_file() else format_by_name(file)
+    if not file.is_file():
+        return _format_by_name(file)
+    kind = file_format(file)
     if kind in ("text", "json", "csv") and _has_image_beside(file):
         return "image"
-    if kind == "parquet" and file.is_file() and "messages" in column_names(file):
+    if kind == "parquet" and "messages" in column_names(file):
         return "chat"
     if kind in ("text", "csv", "parquet"):
         return "rows"
     if kind != "json":
         return kind
-    if not file.is_file():
-        return "rows" if ".jsonl" in file.name else "object"
     if json_layout(file) != "rows":
         return "object"
     try:
@@ -251,6 +251,14 @@ def _caption_format(file: Path) -> str:
     except BadSample:
         return "rows" if ".jsonl" in file.name else "object"
     return "chat" if is_conversation(record) else "rows"
+
+
+def _format_by_name(file: Path) -> str:
+    """Return what `_caption_format` returns, without reading the file or its copy in the cache."""
+    kind = format_by_name(file)
+    if kind == "json":
+        return "rows" if ".jsonl" in file.name else "object"
+    return "rows" if kind in ("text", "csv", "parquet") else kind
 
 
 def _has_image_beside(file: Path) -> bool:

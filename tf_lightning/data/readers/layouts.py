@@ -73,7 +73,9 @@ def folder_layouts(
     if top in PACKED_FILES:
         return [Layout(None, [top])]
     images = [file for file in files if is_named_as_image(file)]
-    tables = [PurePath(top)] if top else _one_a_folder(files)
+    tables = _one_a_folder(files)
+    if top and len(tables) > 1:
+        tables = _naming_more(tables, images_of)
     beside = _with_text(images, files, caption_key)
     if not top and not beside:
         others = *OTHER_TABLES, *(() if tables else (f"**/{name}" for name in PACKED_FILES))
@@ -96,8 +98,14 @@ def folder_layouts(
 
 def training_files(files: list[PurePath]) -> list[PurePath]:
     """Leave out the files of other splits, by their names, if there are files for training."""
-    train = {file for file in files if TRAINING.search(file.as_posix())}
-    others = {file for file in files if OTHER_SPLITS.search(file.as_posix())} - train
+    images = {file.with_suffix("") for file in files if is_named_as_image(file)}
+    # The name of an image, and of a text beside it, says what the image shows.
+    names = {
+        file: f"{file.parent.as_posix()}/" if file.with_suffix("") in images else file.as_posix()
+        for file in files
+    }
+    train = {file for file in files if TRAINING.search(names[file])}
+    others = {file for file in files if OTHER_SPLITS.search(names[file])} - train
     return [file for file in files if file not in others] if train else files
 
 
@@ -140,6 +148,15 @@ def _one_a_folder(files: list[PurePath]) -> list[PurePath]:
     for file in sorted(tables, key=lambda file: METADATA_FILES.index(file.name)):
         best.setdefault(file.parent, file)
     return sorted(best.values())
+
+
+def _naming_more(
+    tables: list[PurePath], images_of: Callable[[list[PurePath]], Iterable[PurePath]]
+) -> list[PurePath]:
+    """Leave out the tables in folders whose images the table at the top names too."""
+    top, *below = sorted(tables, key=lambda table: len(table.parts))
+    named = {*images_of([top])}
+    return [top, *(table for table in below if not named.issuperset(images_of([table])))]
 
 
 def _with_text(
