@@ -20,7 +20,7 @@ from tf_lightning.data.quality import (
     Lines,
     Quality,
     digest,
-    file_size,
+    image_file_size,
     script_of,
 )
 
@@ -180,8 +180,8 @@ def test_the_size_of_a_file_is_that_after_its_rotation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
-    assert file_size(tmp_path / "a.jpg") == (30, 40)
-    assert file_size(encoded_image(size=(7, 5))) == (7, 5)
+    assert image_file_size(tmp_path / "a.jpg") == (30, 40)
+    assert image_file_size(encoded_image(size=(7, 5))) == (7, 5)
 
 
 def test_texts_are_read_back_in_any_order():

@@ -15,7 +15,7 @@ from tf_lightning.progress import progress_bar
 
 SMALLEST = 3  # image files that are named
 BAR_LENGTH = 40  # characters
-LABEL_LENGTH = 46
+LABEL_LENGTH = 45
 RATIOS = {  # largest width / height of a bar, as long as it is not square
     "narrower than 1:3": 1 / 3,
     "1:3 to 1:2": 1 / 2,

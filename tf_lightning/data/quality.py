@@ -122,7 +122,7 @@ class Quality:
         self.files.append(digest([str(file).encode() for file in files]) if have_paths else 0)
         for file in files:
             if file is not None:
-                self.sizes.extend(file_size(file))
+                self.sizes.extend(image_file_size(file))
                 self.owners.append(number)
         self._compare(number, images, digest(encoded))
 
@@ -266,7 +266,7 @@ def digest(contents: list[bytes]) -> int:
     return int.from_bytes(whole.digest(), "little")
 
 
-def file_size(file: bytes | Path) -> tuple[int, int]:
+def image_file_size(file: bytes | Path) -> tuple[int, int]:
     """Return width and height of an image file as a viewer shows it; reads only its header."""
     with warnings.catch_warnings(action="ignore"):
         opened = Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
