@@ -209,7 +209,7 @@ def test_the_list_that_is_written_leaves_out_what_it_names(tmp_path, only_data, 
     assert f"tf-lightning prepare -c {config} --exclude {file}" in out
 
     main(["prepare", "-c", config, "--processes", "1", "--exclude", str(file)])
-    assert f"`tf-lightning fit --data.exclude {file}`" in capsys.readouterr().out
+    assert f"`tf-lightning fit -c CONFIG --data.exclude {file}`" in capsys.readouterr().out
     main(["inspect", "-c", config, "--data.exclude", str(file)])
     out = capsys.readouterr().out
     counts = [int(n) for n in re.findall(r"^mine \w+: (\d+) documents", out, re.MULTILINE)]

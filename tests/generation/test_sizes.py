@@ -116,7 +116,7 @@ def test_size_is_width_then_height_on_the_command_line():
     assert (options.width, options.height) == (320, 192) and not hasattr(options, "size")
 
 
-@pytest.mark.parametrize("text", ["320", "320*192", "x192", "-1x5", "a"])
+@pytest.mark.parametrize("text", ["320", "320*192", "x192", "-1x5", "a", "0x0", "64x0"])
 def test_a_size_that_cannot_be_read_is_refused(text, capsys):
     with pytest.raises((SystemExit, UserError)) as error:
         build_parser().parse_args(["a.ckpt", "--text", "a", "--size", text])

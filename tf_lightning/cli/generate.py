@@ -107,7 +107,7 @@ class SizeAction(argparse.Action):
 
 def size_type(text: str) -> tuple[int, int]:
     """Parse width x height in pixels."""
-    found = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text)
+    found = re.fullmatch(r"([1-9]\d{0,5})[xX]([1-9]\d{0,5})", text)
     if not found:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a width and a height in pixels, such as 320x192"

@@ -5,6 +5,7 @@ the ranks of a Trainer.
 """
 
 import os
+import shlex
 
 import lightning as L
 import torch
@@ -138,8 +139,12 @@ def prepare_cache(
             "--shard to join them."
         )
     else:
-        same = f" --data.exclude {data.exclude}" if getattr(data, "exclude", None) else ""
-        print(f"The corpora are in {data.cache_dir}; train on them with `tf-lightning fit{same}`.")
+        exclude = getattr(data, "exclude", None)
+        same = f" --data.exclude {shlex.quote(str(exclude))}" if exclude else ""
+        print(
+            f"The corpora are in {data.cache_dir}; train on them with "
+            f"`tf-lightning fit -c CONFIG{same}`."
+        )
 
 
 def prepare_encoded(cli: TransfusionCLI) -> None:

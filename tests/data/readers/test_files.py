@@ -9,6 +9,7 @@ import pytest
 from support.sources import GreyImages
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, num_samples
 from tf_lightning.data.readers import files
+from tf_lightning.data.readers.caption_source import caption_source
 from tf_lightning.data.readers.files import FileSource, find_files, held_out
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.sources import ShapesTexts
@@ -44,6 +45,24 @@ def test_a_path_without_files_is_a_user_error(tmp_path):
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(UserError, match=r"is a folder; give the files in it, such as .*/\*.jsonl"):
         find_files([str(tmp_path)])
+
+
+def test_a_link_to_a_folder_above_is_a_user_error_and_other_links_are_followed(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.txt").touch()
+    (folder / "a.txt").touch()
+    (folder / "linked").symlink_to(tmp_path / "more")
+    assert [file.name for file in find_files(f"{folder}/**/*")] == ["a.txt", "b.txt"]
+    for name in ("again", "once_more"):  # two links would give 2 ** 40 paths
+        (folder / name).symlink_to(".")
+    match = "(again|once_more)' is a link to a folder that contains it; remove the link"
+    with pytest.raises(UserError, match=match):
+        find_files(f"{folder}/**/*")
+    with pytest.raises(UserError, match=match):
+        caption_source(str(folder))
+    assert find_files(f"{folder}/again/*.txt") == [folder / "again" / "a.txt"]
 
 
 def test_the_held_out_share_equals_val_fraction():

@@ -19,7 +19,13 @@ from tf_lightning.data.readers.captions import (
     json_layout,
 )
 from tf_lightning.data.readers.chat import ChatFiles, is_conversation, is_message
-from tf_lightning.data.readers.files import ImagePathSource, find_files, is_folder, local_file
+from tf_lightning.data.readers.files import (
+    ImagePathSource,
+    find_files,
+    is_folder,
+    local_file,
+    matching_files,
+)
 from tf_lightning.data.readers.formats import file_format, format_by_name, is_ignored
 from tf_lightning.data.readers.json_records import parse_record, read_records
 from tf_lightning.data.readers.layouts import (
@@ -110,8 +116,8 @@ def _layouts_of_folder(folder: Path, keys: dict[str, str | None]) -> dict[str, l
     def images_of(tables: list[PurePath]) -> Iterator[Path]:
         return _named_images((folder / table for table in tables), folder, keys)
 
-    files = [file.relative_to(folder) for file in files_in(folder)]
     escaped = glob.escape(str(folder))
+    files = [file.relative_to(folder) for file in matching_files(f"{escaped}/**/*")]
     found: dict[str, list[str]] = {}
     for kind, patterns in _find_layouts(str(folder), files, keys, images_of):
         globs = [f"{escaped}/{pattern}" for pattern in patterns]
@@ -173,14 +179,6 @@ def _find_layouts(
     return layouts
 
 
-def files_in(folder: Path) -> list[Path]:
-    """List the files in a folder and in the folders inside; [] if there are none."""
-    try:
-        return find_files(f"{glob.escape(str(folder))}/**/*")
-    except UserError:
-        return []
-
-
 def _source_of(
     kind: str, paths: str | list[str], keys: dict[str, str | None], roots: list[str], **options
 ) -> CaptionSource:
@@ -223,8 +221,7 @@ def _kind_of_files(path: str, caption_key: str | None) -> str:
 
 def _first_file(path: str) -> Path:
     """Return the first file, or its name if it does not exist, as where data is only encoded."""
-    names = sorted(glob.glob(str(Path(path).expanduser()), recursive=True))
-    found = [Path(name) for name in names if Path(name).is_file() and not is_ignored(name)]
+    found = matching_files(path)
     if path.endswith("/**/*"):  # other files, such as a README.txt, say nothing
         images = (file for file in found if format_by_name(file) == "image")
         return next(images, next(iter(found), Path(path)))

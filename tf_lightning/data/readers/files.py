@@ -534,14 +534,52 @@ def find_files(
 
 
 def _find_local(path: str) -> list[Path]:
-    found = sorted(glob.glob(os.path.expanduser(path), recursive=True))
-    names = [name for name in found if os.path.isfile(name) and not is_ignored(name)]
+    found = _glob(path)
+    files = _files_among(found)
     expanded = expand_braces(path)
     if not found and expanded != [path]:
         return [file for one in expanded for file in _find_local(one)]
-    if not names:
+    if not files:
         raise UserError(_no_file(path, found))
-    return [Path(name) for name in names]
+    return files
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """List the local files that a glob matches, as `find_files`; [] if there are none.
+
+    Raises:
+        UserError: a link leads back to a folder that contains it.
+    """
+    return _files_among(_glob(pattern))
+
+
+def _files_among(names: list[str]) -> list[Path]:
+    return [Path(name) for name in names if os.path.isfile(name) and not is_ignored(name)]
+
+
+def _glob(pattern: str) -> list[str]:
+    """Return the paths that a glob matches, sorted.
+
+    Raises:
+        UserError: a link leads back to a folder that contains it, so that `**` would match each
+            file many times.
+    """
+    found, folders = [], set()
+    for name in glob.iglob(os.path.expanduser(pattern), recursive=True):
+        folder = os.path.dirname(name)
+        if "**" in pattern and folder not in folders and _leads_back(folder):
+            raise UserError(f"{folder!r} is a link to a folder that contains it; remove the link")
+        folders.add(folder)
+        found.append(name)
+    return sorted(found)
+
+
+def _leads_back(folder: str) -> bool:
+    """Return whether a folder is a link to one that contains the link."""
+    if not os.path.islink(folder):
+        return False
+    above = os.path.realpath(os.path.dirname(folder))
+    return Path(above).is_relative_to(os.path.realpath(folder))
 
 
 def _find_remote(patterns: list[str], snapshot: Snapshot) -> list[RemoteFile]:
