@@ -17,7 +17,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 from support.http_server import http_server
 from tf_lightning import remote
 from tf_lightning.errors import UserError
-from tf_lightning.remote import RemoteFile, cached_path, find, local_copy, public_url, stat, url_of
+from tf_lightning.remote import (
+    RemoteFile,
+    cached_path,
+    find,
+    hide_logins,
+    local_copy,
+    public_url,
+    stat,
+    url_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +80,22 @@ def test_a_url_is_shown_without_login_and_signature(url, shown):
     assert public_url(url) == shown == str(RemoteFile(url, 1, "a"))
     assert "secret" not in repr(RemoteFile(url, 1, "a"))
     assert "secret" not in str(cached_path(url))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("--paths https://me:pw@a.org/b.tar", "--paths https://a.org/b.tar"),
+        ("--paths=['https://me:pw@a.org/b.tar']", "--paths=['https://a.org/b.tar']"),
+        ("[http://me:pw@a/b,http://me:pw@c/d]", "[http://a/b,http://c/d]"),
+        ("http://a/{0..9}.tar?sig=pw,pw]", "http://a/{0..9}.tar]"),
+        ("is at http://a/b?sha256=0123456789ab;", "is at http://a/b?sha256=0123456789ab;"),
+        ("s3://me:pw@a/b.tar, then c://d", "s3://a/b.tar, then c://d"),
+        ("https://, s3:// or hf://datasets/", "https://, s3:// or hf://datasets/"),
+    ],
+)
+def test_urls_in_a_text_are_shown_without_login_and_query(text, shown):
+    assert hide_logins(text) == shown
 
 
 def test_the_rest_of_a_query_is_shown_as_its_hash_and_tells_files_apart():

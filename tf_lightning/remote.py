@@ -121,6 +121,21 @@ def public_url(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}/{path}" + (f"?sha256={rest}" if rest else "")
 
 
+# A URL in a text such as a command; the next one may follow after a comma.
+URL = re.compile(r"""[A-Za-z][\w+.-]*://(?:(?!,\s*[A-Za-z][\w+.-]*://)[^\s'"])+""")
+
+
+def hide_logins(text: str) -> str:
+    """Return a text, such as a command, whose URLs are as of `public_url`."""
+
+    def hide(found: re.Match) -> str:
+        url = found[0].rstrip("]}")  # of a list or a dict
+        is_public = "@" not in url and ("?" not in url or "?sha256=" in url)
+        return (url if is_public else public_url(url)) + found[0][len(url) :]
+
+    return URL.sub(hide, text)
+
+
 def _hash_query(query: str) -> str:
     items = sorted(parse_qsl(query, keep_blank_values=True))
     rest = [(key, value) for key, value in items if not _signs(key.lower())]

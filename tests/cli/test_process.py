@@ -103,3 +103,14 @@ def test_a_fault_is_printed_where_no_file_can_be_written(monkeypatch, capsys):
     report_fault(ValueError, ValueError("a fault"), None)
     said = capsys.readouterr().err
     assert "tf-lightning: error: ValueError: a fault (please report it)" in said
+
+
+def test_a_fault_is_reported_without_logins(monkeypatch, capsys, tmp_path):
+    url = "https://me:secret@a.org/b.tar"
+    monkeypatch.setattr(program.sys, "argv", ["tf-lightning", "fit", "--data.paths", url])
+    monkeypatch.setattr(program.tempfile, "tempdir", str(tmp_path))
+    report_fault(ValueError, ValueError(f"a fault of {url}"), None)
+    [file] = tmp_path.iterdir()
+    assert file.read_text().startswith("tf-lightning fit --data.paths https://a.org/b.tar\n")
+    said = capsys.readouterr().err
+    assert "a fault of https://a.org/b.tar" in said and "secret" not in said + file.read_text()

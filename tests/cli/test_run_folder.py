@@ -345,6 +345,11 @@ def test_the_command_that_resumes_keeps_the_options():
     assert resume_command(["fit", "--ckpt_path=a.ckpt"]) == "tf-lightning fit --ckpt_path last"
 
 
+def test_the_command_that_resumes_shows_no_login():
+    resumed = resume_command(["fit", "--data.paths", "https://me:secret@a.org/b.tar"])
+    assert resumed == "tf-lightning fit --data.paths https://a.org/b.tar --ckpt_path last"
+
+
 SMALL = {"image_codec": {}, "state_dict": {}, "tokenizer": torch.ones(1, dtype=torch.uint8)}
 
 

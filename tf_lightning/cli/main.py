@@ -59,12 +59,14 @@ def prepare_process() -> None:
 
 def report_fault(kind: type[BaseException], error: BaseException, trace) -> None:
     """Report an error that is not the user's mistake: one line, and a file with the traceback."""
-    lines = "".join(traceback.format_exception(kind, error, trace))
+    from tf_lightning.remote import hide_logins
+
+    lines = hide_logins("".join(traceback.format_exception(kind, error, trace)))
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="tf-lightning-", suffix=".txt", delete=False, encoding="utf-8"
         ) as file:
-            file.write(f"tf-lightning {' '.join(sys.argv[1:])}\n\n{lines}")
+            file.write(f"tf-lightning {hide_logins(' '.join(sys.argv[1:]))}\n\n{lines}")
         where = f"the traceback is in {file.name}; please report it"
     except OSError:  # no room for the file
         where = "please report it"

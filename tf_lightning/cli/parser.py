@@ -28,7 +28,14 @@ def stop(message: str, code: int, hint: str = "") -> NoReturn:
 
 
 def print_error(message: str) -> None:
-    """Print one line that begins with "tf-lightning: error:" on standard error."""
+    """Print one line that begins with "tf-lightning: error:" on standard error.
+
+    URLs in the message are printed without login and query.
+    """
+    if "://" in message:
+        from tf_lightning.remote import hide_logins
+
+        message = hide_logins(message)
     print(f"tf-lightning: error: {' '.join(message.split())}", file=sys.stderr)
 
 

@@ -19,6 +19,7 @@ from tf_lightning.checkpoint import find_checkpoints, newest_sound
 from tf_lightning.checkpoint_file import DamagedFile, check
 from tf_lightning.cli.config_files import ConfigContent
 from tf_lightning.errors import UserError
+from tf_lightning.remote import hide_logins
 from tf_lightning.sharded import open_sharded
 from tf_lightning.training.missed_work import PROGRESS_FILE, read_progress
 
@@ -312,7 +313,7 @@ def is_sound(checkpoint: Path) -> bool:
 
 
 def resume_command(args: list[str]) -> str:
-    """Return the command that goes on with an interrupted run.
+    """Return the command that goes on with an interrupted run; its URLs are without logins.
 
     Args:
         args: arguments of the command that started it, with its verb.
@@ -323,7 +324,7 @@ def resume_command(args: list[str]) -> str:
             next(rest, None)
         elif not arg.startswith("--ckpt_path=") and arg != "--overwrite":
             kept.append(arg)
-    return shlex.join(["tf-lightning", *kept, "--ckpt_path", "last"])
+    return shlex.join(["tf-lightning", *map(hide_logins, kept), "--ckpt_path", "last"])
 
 
 def next_commands(checkpoint: str, has_images: bool, loggers: Iterable[Logger]) -> list[str]:
