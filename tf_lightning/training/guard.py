@@ -86,7 +86,7 @@ class StepGuard:
         self.left_out = self.left_out + is_bad
         self.in_a_row = (self.in_a_row + 1) * is_bad
         module.log("train/steps_left_out", self.left_out.float(), batch_size=1)
-        is_read = (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+        is_read = (trainer.global_step + 1) % (trainer.log_every_n_steps or 1) == 0
         if is_read and self.in_a_row >= self.max_bad_steps:
             raise UserError(describe_end(trainer, int(self.in_a_row)))
 
