@@ -15,7 +15,7 @@ COLUMNS = (
 
 
 class DataTable(L.Callback):
-    """Logs a table of the data's sources when training starts, under `data`.
+    """Logs a table of the data's sources when a run starts, under `data`; not when it resumes.
 
     It has a row for each source: documents, images, text tokens, mean length of a text, skipped
     samples with reasons, the share of the tokens that the source gets, and how often the run reads
@@ -27,7 +27,7 @@ class DataTable(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the table on rank zero."""
         data = trainer.datamodule
-        if is_trial(trainer) or not isinstance(data, Mixture):
+        if trainer.global_step or is_trial(trainer) or not isinstance(data, Mixture):
             return
         folder = run_folder(trainer)  # on every rank
         if trainer.is_global_zero:

@@ -82,7 +82,7 @@ def test_an_evaluation_is_logged_at_the_step_of_its_weights(run, tmp_path):
     validate(run, tmp_path)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert [e.step for e in events.Scalars("val/fid[shapes]")] == [runs.MAX_STEPS - 1]
-    assert [e.step for e in events.Images("generated/val")] == [runs.MAX_STEPS]
+    assert [e.step for e in events.Images("generated/val")] == [runs.MAX_STEPS - 1]
     in_fit = EventAccumulator(str(run)).Reload()
     assert [e.step + 1 for e in in_fit.Scalars("val/fid[shapes]")][-1] == runs.MAX_STEPS
 
@@ -399,11 +399,11 @@ def red_ink(image) -> int:
 def test_generated_images_are_shown_above_their_prompts_which_are_red_if_wrong():
     asked = ShapesPrompts(2).prompts()
     right = [prompt.image() for prompt in asked]
-    image = logged(SampleBatch(asked, range(2), right)).images["generated/val", 9]
+    image = logged(SampleBatch(asked, range(2), right)).images["generated/val", 8]
     assert image.shape[0] == 3 and red_ink(image) == 0
     wrong = [Image.new("RGB", (64, 64))] * 2
     writer = logged(SampleBatch(asked, range(2), wrong))
-    assert red_ink(writer.images["generated/val", 9]) > 50 and not writer.texts
+    assert red_ink(writer.images["generated/val", 8]) > 50 and not writer.texts
 
 
 def test_captions_are_shown_below_their_images_and_beside_the_references():
@@ -411,7 +411,7 @@ def test_captions_are_shown_below_their_images_and_beside_the_references():
     images = [prompt.image() for prompt in asked]
     captions = [asked[0].references[-1], "wrong words"]
     writer = logged(SampleBatch(asked, range(2), images, captions))
-    assert red_ink(writer.images["captioned/val", 9]) > 20
-    rows = writer.texts["captions/val", 9].splitlines()
+    assert red_ink(writer.images["captioned/val", 8]) > 20
+    rows = writer.texts["captions/val", 8].splitlines()
     assert rows[2].endswith(f"| {captions[0]} |") and asked[0].references[0] in rows[2]
     assert rows[3].endswith("| wrong words |") and len(rows) == 4

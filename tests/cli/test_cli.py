@@ -99,13 +99,13 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine(events):
 def test_validation_shows_images_captions_and_text(events):
     assert set(events.Tags()["images"]) == {"generated/val", "captioned/val"}
     for name in ("generated/val", "captioned/val"):
-        assert [image.step for image in events.Images(name)] == [3, 6]
+        assert [image.step for image in events.Images(name)] == [2, 5]
         image = events.Images(name)[0]
         title = round(2 * 1.25 * TITLE_SIZE)
         assert image.width == 2 * TILE_WIDTH and image.height > title + IMAGE_SIZE  # one row
         assert image.height < title + 1.5 * IMAGE_SIZE + 8 * FONT_SIZE
     tables = events.Tensors("captions/val/text_summary")
-    assert [table.step for table in tables] == [3, 6]
+    assert [table.step for table in tables] == [2, 5]
     rows = tables[0].tensor_proto.string_val[0].decode().split("\n| ")[1:]
     assert rows[0].startswith("---") and len(rows[1:]) == 2
     (text, _) = events.Tensors("text/val/text_summary")

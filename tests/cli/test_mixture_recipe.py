@@ -6,6 +6,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from support.color_font import write_color_font
 from tf_lightning.cli.main import main
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "mixture.yaml"
@@ -21,10 +22,11 @@ def test_the_shares_that_a_run_logs_are_those_that_its_config_asks_for(data_dir,
     config["model"]["transformer"] |= sizes
     data = config["data"]
     data["cache_dir"] = str(tmp_path / "data")
-    for source in data["sources"].values():
-        options = source["init_args"]
-        for name in options.keys() & {"paths", "val_paths"}:
-            options[name] = [path.replace("datasets", str(data_dir)) for path in options[name]]
+    files = {"paths": "valid.txt", "val_paths": "test.txt"}
+    texts = {name: [str(data_dir / "wikitext-2" / file)] for name, file in files.items()}
+    data["sources"]["text"]["init_args"] = texts
+    font = write_color_font(tmp_path / "emoji.ttf")
+    data["sources"]["emoji"]["init_args"] |= {"font": str(font), "val_fraction": 0.3}
     data["sources"]["edits"]["init_args"] |= {"num_documents": 300, "num_val": 4}
     file = tmp_path / "mixture.yaml"
     file.write_text(yaml.safe_dump(config))

@@ -284,7 +284,9 @@ def test_options_replace_those_of_a_config_and_unknown_ones_are_refused(loaded):
     by_name = loaded("a red circle", num_inference_steps=2, guidance_scale=1.0, **how).images[0]
     changed = loaded("a red circle", sampling=sampling, guidance_scale=5.0, **how).images[0]
     assert by_config.tobytes() == by_name.tobytes() != changed.tobytes()
-    with pytest.raises(UserError, match="there is no sampling option 'steps'; use guidance_scale"):
+    with pytest.raises(
+        UserError, match="there is no sampling option 'steps'; use height, width, guidance_scale"
+    ):
         loaded("a red circle", steps=2)
     with pytest.raises(UserError, match="output_modality='video' must be 'image', 'text' or 'any'"):
         loaded("a red circle", output_modality="video")
