@@ -56,7 +56,11 @@ def no_run(monkeypatch):
         parse_args(self, args, namespace)
         raise Parsed
 
+    def stop(*_):
+        raise Parsed
+
     monkeypatch.setattr(Parser, "parse_args", parse_and_stop)
+    monkeypatch.setattr("tf_lightning.cli.plan.read_plan", stop)  # after the configuration is built
 
 
 @pytest.mark.parametrize("line", lines("tf-lightning"))
