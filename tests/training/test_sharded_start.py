@@ -21,7 +21,8 @@ from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.unet import UNetConfig
 from tf_lightning.training.module import Transfusion
 
-RANKS, RANK = 4, 3  # PyTorch caches what depends on the rank, so there is only one here
+# PyTorch caches what depends on the rank of a mesh, so no other test has a mesh of this size.
+RANKS, RANK = 12, 3
 MODELS = {
     "plain": {"shard_size": 2},
     "image weights": {"modality_weights": "all", "qk_norm": "layer", "attention_bias": True},
@@ -32,7 +33,7 @@ MODELS = {
 
 @contextmanager
 def fake_ranks() -> Iterator[None]:
-    """A process group in which this process is the last of RANKS."""
+    """A process group of RANKS in which this process is number RANK."""
     distributed.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=RANKS)
     try:
         yield
