@@ -32,7 +32,7 @@ def parsed():
 
 
 def print_config(*args: str) -> dict:
-    """What `tf-lightning fit` prints, started in the repository."""
+    """Return the configuration that `tf-lightning fit` prints, started in the repository."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.chdir(ROOT)
         lines: list[str] = []

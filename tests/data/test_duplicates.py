@@ -49,7 +49,7 @@ def test_the_hash_is_the_sign_of_each_low_frequency_relative_to_their_median():
 
 
 def test_a_wave_has_the_hash_of_its_frequency():
-    """Of a single cosine only its own coefficient, and the mean, are above the median of 0."""
+    """The median is 0; a single cosine has only its own coefficient and the mean above it."""
     x = np.arange(32)
     wave = 128 + 100 * np.cos(np.pi * 3 * (2 * x + 1) / 64)
     image = Image.fromarray(np.tile(np.rint(wave).astype(np.uint8), (32, 1))).convert("RGB")

@@ -105,7 +105,7 @@ def kept_bytes(mode: str, model: str, num_layers: int) -> int:
 
 @pytest.mark.parametrize("model", ["linear", "mot"])
 def test_a_block_keeps_fewer_activations(model):
-    """Of the 450 numbers that a block keeps for each position, full checkpointing keeps 32."""
+    """Full checkpointing keeps 32 of the 450 numbers that a block keeps for each position."""
     none, selective, full = (
         kept_bytes(mode, model, 5) - kept_bytes(mode, model, 1)
         for mode in ("none", "selective", "full")

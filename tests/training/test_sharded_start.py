@@ -113,7 +113,7 @@ def test_pretrained_weights_are_cut_too():
 
 
 def policies(module: Transfusion) -> set[tuple]:
-    """What each group of parameters is gathered and reduced in, and whether it is freed."""
+    """Return the dtypes and the resharding of each group of parameters."""
     found = set()
     for part in module.net.modules():
         if hasattr(part, "_get_fsdp_state"):

@@ -71,7 +71,7 @@ class LocalFolder:
 
     @property
     def remedy(self) -> str:
-        """What to do if the folder is damaged."""
+        """The advice for a user whose folder is damaged."""
         return "delete the folder and run the command again"
 
     def folder(self, name: str) -> "LocalFolder":
@@ -119,7 +119,7 @@ class RemoteFolder:
 
     @property
     def remedy(self) -> str:
-        """What to do if the content is damaged although the checksums of its blocks are right."""
+        """The advice if the content is damaged although the checksums of its blocks are right."""
         return f"delete the copies in {self._copies()} and run the command again"
 
     def folder(self, name: str) -> "RemoteFolder":

@@ -194,7 +194,7 @@ def _has_name(image: PurePath) -> bool:
 
 
 def nothing_found(folder: str, files: list[PurePath]) -> str:
-    """Say what a folder without captioned images has, and what to do."""
+    """Describe a folder without captioned images, with the remedy."""
     images = [file for file in files if is_named_as_image(file)]
     if not files:
         advice = "check the name" if "://" in folder else "put images with captions into it"
