@@ -22,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tf_lightning.data.corpus.reader import IMAGE, Corpus, checksum_seed
+from tf_lightning.data.corpus.damage import checksum_seed
+from tf_lightning.data.corpus.parts import IMAGE
+from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.packing import CorpusRows
 
 NUM_PATCHES = 256

@@ -12,7 +12,7 @@ from callbacks.init_from import POSITIONS, adapted
 from callbacks.prompts import HeldOut, center_crop_resize
 from callbacks.sampling import SampleBatch, sample
 from support.sharded_folders import write_sharded
-from tf_lightning.data.corpus.reader import ImageStorageSpec
+from tf_lightning.data.corpus.image_storage import ImageStorageSpec
 from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.generation.sizes import ImageSizes
 from tf_lightning.model.patches import MAX_GRID, LinearPatchCoder, learned_pos_embed, stretched

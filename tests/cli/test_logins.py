@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
 from tf_lightning.cli.run_callbacks import SaveFitConfig, hide_logins
-from tf_lightning.remote import public_url
+from tf_lightning.remote.urls import public_url
 
 LOGIN = "https://me:secret@host:80/{a,b}.tar"
 SIGNED = "https://host/a.tar?file=1&X-Amz-Signature=secret&apikey=secret"

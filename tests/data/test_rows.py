@@ -9,7 +9,7 @@ import torch
 
 from tf_lightning.batch import document_length, images_read_later
 from tf_lightning.data import packing as corpus_rows
-from tf_lightning.data.corpus.reader import (
+from tf_lightning.data.corpus.parts import (
     ALTERNATIVE,
     CONTEXT_IMAGE,
     IMAGE,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import pytest
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret"}
@@ -22,8 +23,15 @@ def s3_server() -> Iterator[None]:
             patch.setenv(name, value)
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        forget_clients()
         yield
+    forget_clients()
     server.stop()
+
+
+def forget_clients() -> None:
+    """Make fsspec create new clients, which read the variables of the environment again."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def upload(folder: Path, bucket: str) -> None:

@@ -59,7 +59,7 @@ def prepare_process() -> None:
 
 def report_fault(kind: type[BaseException], error: BaseException, trace) -> None:
     """Report an error that is not the user's mistake: one line, and a file with the traceback."""
-    from tf_lightning.remote import hide_logins
+    from tf_lightning.remote.urls import hide_logins
 
     lines = hide_logins("".join(traceback.format_exception(kind, error, trace)))
     try:

@@ -33,7 +33,7 @@ def print_error(message: str) -> None:
     URLs in the message are printed without login and query.
     """
     if "://" in message:
-        from tf_lightning.remote import hide_logins
+        from tf_lightning.remote.urls import hide_logins
 
         message = hide_logins(message)
     print(f"tf-lightning: error: {' '.join(message.split())}", file=sys.stderr)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
-from tf_lightning.remote import is_remote, public_url
+from tf_lightning.remote.urls import is_remote, public_url
 
 # Callbacks of every run, each configured under its own key: path of the class, and defaults.
 ALWAYS: dict[str, tuple[str, dict]] = {

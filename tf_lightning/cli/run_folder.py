@@ -19,7 +19,7 @@ from tf_lightning.checkpoint import find_checkpoints, newest_sound
 from tf_lightning.checkpoint_file import DamagedFile, check
 from tf_lightning.cli.config_files import ConfigContent
 from tf_lightning.errors import UserError
-from tf_lightning.remote import hide_logins
+from tf_lightning.remote.urls import hide_logins
 from tf_lightning.sharded import open_sharded
 from tf_lightning.training.missed_work import PROGRESS_FILE, read_progress
 

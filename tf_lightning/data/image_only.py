@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tf_lightning.data.corpus.damage import refuse_damage
 from tf_lightning.data.corpus.folders import LocalFolder
 from tf_lightning.data.corpus.prepare import corpus_path, format_reasons, summary
-from tf_lightning.data.corpus.reader import refuse_damage
 from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split, num_samples
 from tf_lightning.data.exclusion import filtered, unknown_ids
 from tf_lightning.data.stream import ENDLESS, StreamData

@@ -22,6 +22,7 @@ from tf_lightning.batch import Batch, pack
 from tf_lightning.data.buckets import bucket_sizes
 from tf_lightning.data.corpus.encoded import EncodedRequirements, encoded_tokenizer, open_encoded
 from tf_lightning.data.corpus.folders import open_folder
+from tf_lightning.data.corpus.image_storage import ImageStorageSpec
 from tf_lightning.data.corpus.prepare import (
     PrepareJob,
     check_result,
@@ -29,7 +30,7 @@ from tf_lightning.data.corpus.prepare import (
     plan_corpus,
     prepare,
 )
-from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
+from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.documents import HOLD_OUT, Skipped, Source, Split
 from tf_lightning.data.exclusion import FilteredSource, filtered, leaves_out, unknown_ids
 from tf_lightning.data.packing import CorpusRows

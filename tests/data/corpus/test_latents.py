@@ -11,7 +11,7 @@ from PIL import Image
 from support import training_datasets
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.data import CaptionRows, Mixture
-from tf_lightning.data.corpus.reader import ImageStorageSpec
+from tf_lightning.data.corpus.image_storage import ImageStorageSpec
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.sources import ShapesCaptions
 

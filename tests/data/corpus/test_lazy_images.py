@@ -14,7 +14,8 @@ from PIL import Image
 
 from support.files import write_parquet, write_tar
 from tf_lightning.data import CaptionRows, CaptionTars, ImageCaptionData, InterleavedData
-from tf_lightning.data.corpus.reader import Corpus, LazyImages, decodes_alike
+from tf_lightning.data.corpus.lazy_images import LazyImages, decodes_alike
+from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.images import load_image
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.errors import UserError

@@ -20,13 +20,13 @@ from support.prepare_runs import encodable, encode
 from support.runs import write_config
 from support.s3_server import CREDENTIALS, s3_server, upload
 from support.sources import GreyImages, RepeatedWord
-from tf_lightning import remote
 from tf_lightning.cli.main import main
 from tf_lightning.data import Corpus, Mixture, TrainingRows
 from tf_lightning.data.corpus import folders, manifest
 from tf_lightning.data.corpus.encoded import TOKENIZER_FILE
 from tf_lightning.data.corpus.prepare import prepare
 from tf_lightning.errors import UserError
+from tf_lightning.remote import cache, requests
 
 BLOCK = 2048
 PIXELS = ["--data.autoencoder=pixels", "--model.latent_channels=3", "--model.patch_size=16"]
@@ -67,7 +67,7 @@ def batches(folder, tmp_path) -> list:
 def empty_cache(tmp_path, monkeypatch):
     """A process that has read nothing yet, and short pauses between its attempts."""
     monkeypatch.setenv("TF_LIGHTNING_CACHE", str(tmp_path / "remote"))
-    monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(requests, "FIRST_DELAY", 0.001)
     folders.read_manifest.cache_clear()
     yield
     folders.read_manifest.cache_clear()
@@ -247,7 +247,7 @@ def test_a_damaged_file_is_refused(store, name):
 def test_a_damaged_copy_in_the_cache_is_refused(store):
     url = url_of(store, "words")
     documents(Corpus(url))
-    (copy,) = remote.cache_folder().glob("corpora/*/*/tokens.bin.blocks/0/0")
+    (copy,) = cache.cache_folder().glob("corpora/*/*/tokens.bin.blocks/0/0")
     damage(copy)
     with pytest.raises(UserError, match="is damaged; delete the copies in .*corpora.* and run"):
         documents(Corpus(url))

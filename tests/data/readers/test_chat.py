@@ -12,7 +12,8 @@ from support.files import encoded_image, write_lines, write_parquet
 from support.tiny import SIZES, all_outputs
 from tf_lightning.batch import IGNORE_INDEX, max_noise_levels, pack
 from tf_lightning.data import ChatFiles, Mixture
-from tf_lightning.data.corpus.reader import CONTEXT_IMAGE, Corpus
+from tf_lightning.data.corpus.parts import CONTEXT_IMAGE
+from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.corpus.writer import CorpusWriter
 from tf_lightning.data.documents import ContextText, ContextTurn, TurnText
 from tf_lightning.errors import UserError

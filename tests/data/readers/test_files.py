@@ -10,7 +10,8 @@ from support.sources import GreyImages
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, num_samples
 from tf_lightning.data.readers import files
 from tf_lightning.data.readers.caption_source import caption_source
-from tf_lightning.data.readers.files import FileSource, find_files, held_out
+from tf_lightning.data.readers.files import FileSource, held_out
+from tf_lightning.data.readers.globs import find_files
 from tf_lightning.errors import UserError
 from tf_lightning.shapes.sources import ShapesTexts
 

@@ -12,7 +12,6 @@ from support.files import encoded_image, write_lines, write_parquet, write_tar
 from support.http_server import http_server
 from support.hub import Hub
 from support.s3_server import s3_server, upload
-from tf_lightning import remote
 from tf_lightning.data import (
     CaptionTars,
     ChatFiles,
@@ -22,10 +21,11 @@ from tf_lightning.data import (
     Mixture,
     TextFiles,
 )
-from tf_lightning.data.readers import files
+from tf_lightning.data.readers import globs
 from tf_lightning.data.readers.captions import CaptionFolders, CaptionJson, CaptionRows
-from tf_lightning.data.readers.files import expand_braces
+from tf_lightning.data.readers.globs import expand_braces
 from tf_lightning.errors import UserError
+from tf_lightning.remote import requests
 
 NAMES = "red", "lime", "blue", "white"
 SIZE = {"image_size": 8}
@@ -34,7 +34,7 @@ SIZE = {"image_size": 8}
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TF_LIGHTNING_CACHE", str(tmp_path / "downloads"))
-    monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(requests, "FIRST_DELAY", 0.001)
     return tmp_path / "downloads"
 
 
@@ -252,7 +252,7 @@ def test_braces_are_expanded_as_a_shell_does(pattern, expanded):
 
 @pytest.mark.parametrize("pattern", ["{0..99999999}", "{0..99}{0..99}", "{1..9}" * 4])
 def test_braces_that_stand_for_too_many_files_are_refused(pattern, monkeypatch):
-    monkeypatch.setattr(files, "MAX_EXPANDED", 1000)
+    monkeypatch.setattr(globs, "MAX_EXPANDED", 1000)
     with pytest.raises(UserError, match="more than 1,000 files; give a smaller range"):
         expand_braces(pattern)
 

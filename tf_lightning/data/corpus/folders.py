@@ -21,15 +21,9 @@ import numpy as np
 from tf_lightning.data.corpus.manifest import MANIFEST, FileBlocks, parse_manifest
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file, report_full_disk
-from tf_lightning.remote import (
-    cache_folder,
-    is_remote,
-    lock,
-    make_room,
-    public_url,
-    read_file,
-    read_range,
-)
+from tf_lightning.remote.cache import cache_folder, cache_lock, make_room
+from tf_lightning.remote.downloads import read_range, read_small
+from tf_lightning.remote.urls import is_remote, public_url
 
 ATTEMPTS = 3  # times that a block is fetched while its checksum is wrong
 CONNECTIONS = 16  # blocks that a process fetches at the same time
@@ -181,7 +175,7 @@ class RemoteCopy:
     def whole(self) -> Path:
         """Return the path of a whole copy, which is made if it is missing."""
         if not self.path.exists():
-            with lock(self.path):
+            with cache_lock(self.path):
                 if not self.path.exists():
                     self._copy_whole()
         with suppress(FileNotFoundError):
@@ -204,7 +198,7 @@ class RemoteCopy:
         path = self.block_path(number)
         if (found := read_part(path, first, end)) is not None:
             return found
-        with lock(Path(path)):
+        with cache_lock(Path(path)):
             if (found := read_part(path, first, end)) is not None:  # fetched by another process
                 return found
             content = self._fetch(number)
@@ -298,7 +292,7 @@ def read_manifest(root: str) -> tuple[dict[str, FileBlocks], str]:
         UserError: there is none, or it cannot be read.
     """
     try:
-        content = read_file(f"{root}/{MANIFEST}")
+        content = read_small(f"{root}/{MANIFEST}")
     except FileNotFoundError:
         raise UserError(
             f"there is no {MANIFEST} in {root}; upload a folder that `tf-lightning prepare "

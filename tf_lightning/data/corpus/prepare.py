@@ -23,7 +23,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from tf_lightning.autoencoder.statistics import Moments, check_std
-from tf_lightning.data.corpus.reader import Corpus, ImageStorageSpec
+from tf_lightning.data.corpus.image_storage import ImageStorageSpec
+from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.corpus.writer import CorpusWriter, merge
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split, num_samples
 from tf_lightning.errors import UserError

@@ -20,17 +20,10 @@ from PIL import Image
 
 from tf_lightning.autoencoder.statistics import MIN_IMAGES, Moments, check_latents, check_std
 from tf_lightning.data.buckets import Size
-from tf_lightning.data.corpus.reader import (
-    ALTERNATIVE,
-    CONTEXT_IMAGE,
-    IMAGE,
-    OWN_FILE,
-    STORED_CODES,
-    STORED_LATENTS,
-    ImageStorageSpec,
-    checksum_seed,
-    decodes_alike,
-)
+from tf_lightning.data.corpus.damage import checksum_seed
+from tf_lightning.data.corpus.image_storage import STORED_CODES, STORED_LATENTS, ImageStorageSpec
+from tf_lightning.data.corpus.lazy_images import OWN_FILE, decodes_alike
+from tf_lightning.data.corpus.parts import ALTERNATIVE, CONTEXT_IMAGE, IMAGE
 from tf_lightning.data.documents import AnyText, BadSample, ContextText, RawDocument, TurnText
 from tf_lightning.data.images import CENTER, CONTEXT, CROP_POSITIONS, byte_range, load_image
 from tf_lightning.errors import UserError

@@ -19,14 +19,9 @@ from tf_lightning.data.readers.captions import (
     json_layout,
 )
 from tf_lightning.data.readers.chat import ChatFiles, is_conversation, is_message
-from tf_lightning.data.readers.files import (
-    ImagePathSource,
-    find_files,
-    is_folder,
-    local_file,
-    matching_files,
-)
 from tf_lightning.data.readers.formats import file_format, format_by_name, is_ignored
+from tf_lightning.data.readers.globs import find_files, matching_files, names_folder
+from tf_lightning.data.readers.image_files import ImagePathSource
 from tf_lightning.data.readers.json_records import parse_record, read_records
 from tf_lightning.data.readers.layouts import (
     HUB_FILES,
@@ -37,11 +32,14 @@ from tf_lightning.data.readers.layouts import (
     nothing_found,
     training_files,
 )
+from tf_lightning.data.readers.local_or_remote import local_file
 from tf_lightning.data.readers.name_captions import FILE_NAME, FOLDER_NAME, NamedImages
 from tf_lightning.data.readers.snapshot import Snapshot
 from tf_lightning.data.readers.tables import column_names
 from tf_lightning.errors import UserError
-from tf_lightning.remote import RemoteFile, cached_path, is_remote, public_url
+from tf_lightning.remote.cache import cached_path
+from tf_lightning.remote.listing import RemoteFile
+from tf_lightning.remote.urls import is_remote, public_url
 
 CaptionSource = CaptionTars | CaptionRows | CaptionJson | CaptionFolders | NamedImages | ChatFiles
 
@@ -74,7 +72,7 @@ def caption_source(
     keys = {"images": images, "image_key": image_key, "caption_key": caption_key}
     train = _layouts(paths, keys)
     val = _layouts(val_paths, keys) if val_paths else {}
-    roots = [path for path in _as_list(paths) + _as_list(val_paths or []) if is_folder(path)]
+    roots = [path for path in _as_list(paths) + _as_list(val_paths or []) if names_folder(path)]
     if len(train) == 1 and (not val or val.keys() == train.keys()):
         ((kind, files),) = train.items()
         return _source_of(kind, files, keys, roots, val_paths=val.get(kind), **options)
@@ -96,9 +94,9 @@ def _layouts(paths: str | list[str], keys: dict[str, str | None]) -> dict[str, s
     layouts: dict[str, list[str]] = {}
     file_kind = None
     for path in _as_list(paths):
-        if is_folder(path) and is_remote(path):
+        if names_folder(path) and is_remote(path):
             found = _layouts_of_url(path.rstrip("/"), keys)
-        elif is_folder(path):
+        elif names_folder(path):
             found = _layouts_of_folder(Path(path).expanduser(), keys)
         else:
             file_kind = file_kind or _kind_of_files(path, keys["caption_key"])

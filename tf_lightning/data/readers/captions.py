@@ -30,18 +30,6 @@ from tf_lightning.data.readers.chat import (
     is_conversation,
     read_messages,
 )
-from tf_lightning.data.readers.files import (
-    ContextImage,
-    ImageFileSource,
-    ImagePathSource,
-    as_image_file,
-    file_versions,
-    is_file,
-    is_folder,
-    is_in_cache,
-    local_path,
-    read_bytes,
-)
 from tf_lightning.data.readers.formats import (
     BOM,
     decode_text,
@@ -50,12 +38,26 @@ from tf_lightning.data.readers.formats import (
     read_start,
     refuse,
 )
+from tf_lightning.data.readers.globs import names_folder
+from tf_lightning.data.readers.image_files import (
+    ContextImage,
+    ImageFileSource,
+    ImagePathSource,
+    as_image_file,
+)
 from tf_lightning.data.readers.json_records import (
     json_items,
     parse_json,
     parse_object,
     parse_record,
     read_records,
+)
+from tf_lightning.data.readers.local_or_remote import (
+    file_versions,
+    is_file,
+    is_in_cache,
+    local_path,
+    read_bytes,
 )
 from tf_lightning.data.readers.tables import (
     first_present,
@@ -64,7 +66,7 @@ from tf_lightning.data.readers.tables import (
     read_parquet,
 )
 from tf_lightning.data.readers.tars import by_extension, read_tar
-from tf_lightning.remote import is_remote
+from tf_lightning.remote.urls import is_remote
 
 Parts = list[str | bytes | Path | ContextImage]
 
@@ -477,7 +479,7 @@ class ImageFiles(ImageFileSource):
 def _in_folders(paths: str | list[str]) -> str | list[str]:
     if not isinstance(paths, str):
         return [_in_folders(path) for path in paths]
-    if not is_folder(paths):
+    if not names_folder(paths):
         return paths
     folder = paths.rstrip("/") if is_remote(paths) else glob.escape(os.path.expanduser(paths))
     return f"{folder}/**/*"

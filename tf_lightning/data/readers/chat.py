@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tf_lightning.data.documents import BadSample, ContextText, ContextTurn, TurnText
-from tf_lightning.data.readers.files import ContextImage, ImagePathSource, as_image_file
 from tf_lightning.data.readers.formats import file_format, refuse
+from tf_lightning.data.readers.image_files import ContextImage, ImagePathSource, as_image_file
 from tf_lightning.data.readers.json_records import parse_object, parse_record, read_records
 from tf_lightning.data.readers.tables import first_present, missing, read_parquet
 from tf_lightning.errors import UserError

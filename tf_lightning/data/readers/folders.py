@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from tf_lightning.data.documents import BadSample, ContextText, Split
-from tf_lightning.data.readers.files import ImageFileSource
+from tf_lightning.data.readers.image_files import ImageFileSource
 from tf_lightning.errors import UserError
 
 CLASS_PROMPT = "Please generate an image of {}"  # MonoFormer's prompt; {} is the class name

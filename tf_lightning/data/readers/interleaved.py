@@ -16,13 +16,13 @@ from PIL import Image, ImageSequence
 
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import MAX_BYTES, check_memory, to_rgb
-from tf_lightning.data.readers.files import (
+from tf_lightning.data.readers.formats import file_format, refuse
+from tf_lightning.data.readers.image_files import (
     ImagePathSource,
     OptionalImage,
     as_image_file,
     image_path,
 )
-from tf_lightning.data.readers.formats import file_format, refuse
 from tf_lightning.data.readers.json_records import parse_object, parse_record, read_records
 from tf_lightning.data.readers.tables import missing, read_parquet
 from tf_lightning.data.readers.tars import by_extension, read_tar

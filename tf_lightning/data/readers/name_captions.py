@@ -7,9 +7,10 @@ from itertools import takewhile
 from pathlib import Path
 
 from tf_lightning.data.documents import BadSample
-from tf_lightning.data.readers.files import ImageFileSource
 from tf_lightning.data.readers.formats import may_be_image
-from tf_lightning.remote import cached_path, is_remote
+from tf_lightning.data.readers.image_files import ImageFileSource
+from tf_lightning.remote.cache import cached_path
+from tf_lightning.remote.urls import is_remote
 
 FILE_NAME, FOLDER_NAME = "file_name", "folder_name"  # values of `caption_key`
 # Words that cameras, phones, browsers and data sets write into names, in lower case.

@@ -4,8 +4,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from tf_lightning import remote
-from tf_lightning.remote import HTTP, RemoteFile, cached_path, split_url, url_of
+from tf_lightning.remote import listing
+from tf_lightning.remote.cache import cached_path, url_of
+from tf_lightning.remote.listing import RemoteFile
+from tf_lightning.remote.urls import HTTP, split_url
 
 LIST = 20  # files of a folder; for more, the folder is listed, which takes fewer requests
 
@@ -23,9 +25,9 @@ class Snapshot:
         self.found: dict[str, list[RemoteFile]] = {}
 
     def find(self, patterns: list[str]) -> list[list[RemoteFile]]:
-        """List the files of each URL or glob of URLs; see `remote.find`."""
+        """List the files of each URL or glob of URLs; see `listing.find`."""
         unknown = [pattern for pattern in patterns if pattern not in self.found]
-        for pattern, files in zip(unknown, remote.find_each(unknown), strict=True):
+        for pattern, files in zip(unknown, listing.find_each(unknown), strict=True):
             self.found[pattern] = files
             self._add(files)
         return [self.found[pattern] for pattern in patterns]
@@ -47,9 +49,9 @@ class Snapshot:
             if len(inside) <= LIST or split_url(url)[0] in HTTP:
                 asked += inside
             else:
-                self._add(remote.list_folder(url))
+                self._add(listing.list_folder(url))
                 self.listed.add(str(folder))
-        for path, file in zip(asked, remote.stat([*map(url_of, asked)]), strict=True):
+        for path, file in zip(asked, listing.stat([*map(url_of, asked)]), strict=True):
             self.files[str(path)] = file
         found = ((path, self.files.get(str(path))) for path in paths)
         return {path: file for path, file in found if file}

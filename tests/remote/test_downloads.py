@@ -15,24 +15,17 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from support.http_server import http_server
-from tf_lightning import remote
 from tf_lightning.errors import UserError
-from tf_lightning.remote import (
-    RemoteFile,
-    cached_path,
-    find,
-    hide_logins,
-    local_copy,
-    public_url,
-    stat,
-    url_of,
-)
+from tf_lightning.remote import downloads, listing, requests
+from tf_lightning.remote.cache import cache_limit, cached_path, url_of
+from tf_lightning.remote.downloads import local_copy
+from tf_lightning.remote.listing import RemoteFile, find, stat
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TF_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(requests, "FIRST_DELAY", 0.001)
     return tmp_path / "cache"
 
 
@@ -62,90 +55,6 @@ def gets(server) -> list[tuple[str, str]]:
     return [(path, ranges) for method, path, ranges in server.requests if method == "GET"]
 
 
-# URLs
-
-
-@pytest.mark.parametrize(
-    "url, shown",
-    [
-        ("https://me:secret@host:80/a/b.tar", "https://host:80/a/b.tar"),
-        ("https://host/a.tar?X-Amz-Signature=secret&X-Amz-Date=1", "https://host/a.tar"),
-        ("HTTPS://host/a.tar?X-Amz-Signature=secret", "https://host/a.tar"),
-        ("https://host/a.tar?sig=secret&se=2026", "https://host/a.tar"),
-        ("s3://bucket/a?b#c.tar", "s3://bucket/a?b#c.tar"),
-        ("hf://datasets/me/data@main/a.parquet", "hf://datasets/me/data@main/a.parquet"),
-    ],
-)
-def test_a_url_is_shown_without_login_and_signature(url, shown):
-    assert public_url(url) == shown == str(RemoteFile(url, 1, "a"))
-    assert "secret" not in repr(RemoteFile(url, 1, "a"))
-    assert "secret" not in str(cached_path(url))
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("--paths https://me:pw@a.org/b.tar", "--paths https://a.org/b.tar"),
-        ("--paths=['https://me:pw@a.org/b.tar']", "--paths=['https://a.org/b.tar']"),
-        ("[http://me:pw@a/b,http://me:pw@c/d]", "[http://a/b,http://c/d]"),
-        ("http://a/{0..9}.tar?sig=pw,pw]", "http://a/{0..9}.tar]"),
-        ("is at http://a/b?sha256=0123456789ab;", "is at http://a/b?sha256=0123456789ab;"),
-        ("s3://me:pw@a/b.tar, then c://d", "s3://a/b.tar, then c://d"),
-        ("https://, s3:// or hf://datasets/", "https://, s3:// or hf://datasets/"),
-    ],
-)
-def test_urls_in_a_text_are_shown_without_login_and_query(text, shown):
-    assert hide_logins(text) == shown
-
-
-def test_the_rest_of_a_query_is_shown_as_its_hash_and_tells_files_apart():
-    first, second = (f"https://host/get?file={name}&sig=x" for name in "ab")
-    assert public_url(first) != public_url(second)
-    assert cached_path(first) != cached_path(second)
-    assert "file=" not in public_url(first)
-    assert public_url(first) == public_url("https://host/get?sig=other&file=a")
-
-
-@pytest.mark.parametrize("name", ["apikey", "OSSAccessKeyId", "auth", "jwt", "key", "file"])
-def test_no_parameter_of_a_query_is_shown_and_its_hash_is_not_read(name):
-    url = f"https://host/a.tar?{name}=secret"
-    assert name not in public_url(url) and "secret" not in f"{public_url(url)} {cached_path(url)}"
-    with pytest.raises(UserError, match=r"\?sha256=.* has a hash instead .* with its query"):
-        find(public_url(url))
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "https://me:secret@host:8000/a%20folder/b.jpg",
-        "s3://bucket/a folder/100%25/b?.jpg",
-        "hf://datasets/me/data/train/1.parquet",
-    ],
-)
-def test_the_place_of_a_copy_gives_its_url_again(url):
-    path = cached_path(url)
-    assert url_of(path) == url
-    assert url_of(path.parent / "other.jpg") == url.rpartition("/")[0] + "/other.jpg"
-    assert url_of(path.parent / ".." / "other.jpg") == url.rsplit("/", 2)[0] + "/other.jpg"
-
-
-def test_a_path_outside_of_the_cache_has_no_url(tmp_path):
-    assert url_of(tmp_path / "a.jpg") is None
-    folder = cached_path("s3://bucket/a.jsonl").parent
-    for path in (folder / "../other/a.jpg", folder / "../../../../a.jpg"):
-        with pytest.raises(ValueError):
-            url_of(path)
-
-
-@pytest.mark.parametrize("url", ["https://host/a/../b", "s3://bucket/../b"])
-def test_a_url_with_parent_folders_is_refused(url):
-    with pytest.raises(UserError, match="'..' as a folder"):
-        cached_path(url)
-
-
-# Reading
-
-
 def test_a_file_is_read_once_and_then_from_the_cache(site, server):
     (site / "a b.bin").write_bytes(content(1000))
     for _ in range(2):
@@ -158,7 +67,7 @@ def test_a_file_is_read_once_and_then_from_the_cache(site, server):
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("size", [0, 1, 1000, 2000, 2001])
 def test_a_file_is_read_in_chunks_or_whole(site, server, monkeypatch, ranges, size):
-    monkeypatch.setattr(remote, "CHUNK", 1000)
+    monkeypatch.setattr(downloads, "CHUNK", 1000)
     server.ranges = ranges
     (site / "a.bin").write_bytes(content(size))
     assert read(stat([f"{server.url}/a.bin"])[0]) == content(size)
@@ -166,7 +75,7 @@ def test_a_file_is_read_in_chunks_or_whole(site, server, monkeypatch, ranges, si
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_failed_and_cut_requests_are_tried_again(site, server, monkeypatch, ranges):
-    monkeypatch.setattr(remote, "CHUNK", 500)
+    monkeypatch.setattr(downloads, "CHUNK", 500)
     server.fail_share, server.cut_share, server.ranges = 0.3, 0.3, ranges
     for number in range(10):
         (site / f"{number}.bin").write_bytes(content(2000, number))
@@ -175,9 +84,9 @@ def test_failed_and_cut_requests_are_tried_again(site, server, monkeypatch, rang
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(site, server, monkeypatch, cache, caplog):
-    monkeypatch.setattr(remote, "CHUNK", 1000)
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
-    monkeypatch.setattr(remote, "PATIENCE", 1)
+    monkeypatch.setattr(downloads, "CHUNK", 1000)
+    monkeypatch.setattr(requests, "ATTEMPTS", 2)
+    monkeypatch.setattr(requests, "PATIENCE", 1)
     caplog.set_level("INFO")
     (site / "a.bin").write_bytes(content(5000))
     [file] = find(f"{server.url}/a.bin")
@@ -201,11 +110,11 @@ def test_a_full_disk_is_told_as_one(site, server, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     attempts = []
-    monkeypatch.setattr(remote, "CHUNK", 500)
+    monkeypatch.setattr(downloads, "CHUNK", 500)
     server.ranges = False
     (site / "a.bin").write_bytes(content(1000))
     [file] = find(f"{server.url}/a.bin")
-    monkeypatch.setattr(remote.filesystem(file.url), "get_file", fail)
+    monkeypatch.setattr(listing.filesystem(file.url), "get_file", fail)
     with pytest.raises(UserError, match="no space left on the disk of"):
         read(file)
     assert len(attempts) == 1
@@ -218,16 +127,16 @@ def test_a_folder_of_the_hub_is_listed_anew(monkeypatch):
             return []
 
     asked = []
-    monkeypatch.setattr(remote, "filesystem", lambda url: Hub())
-    assert remote.list_folder("hf://datasets/me/data") == [] and asked == [True]
+    monkeypatch.setattr(listing, "filesystem", lambda url: Hub())
+    assert listing.list_folder("hf://datasets/me/data") == [] and asked == [True]
 
 
 def test_a_killed_download_goes_on_where_it_stopped(site, server, cache):
     (site / "a.bin").write_bytes(content(5000))
     code = (
-        "from tf_lightning import remote; remote.CHUNK = 1000\n"
-        f"file, = remote.find({server.url + '/a.bin'!r})\n"
-        "with remote.local_copy(file): pass\n"
+        "from tf_lightning.remote import downloads, listing; downloads.CHUNK = 1000\n"
+        f"file, = listing.find({server.url + '/a.bin'!r})\n"
+        "with downloads.local_copy(file): pass\n"
     )
     server.on_request = lambda handler: time.sleep(30 * (len(gets(server)) > 2))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -252,7 +161,7 @@ def test_a_file_that_is_replaced_between_two_runs_is_read_again(site, server):
 
 
 def test_a_file_that_is_replaced_in_between_is_refused(site, server, monkeypatch):
-    monkeypatch.setattr(remote, "CHUNK", 500)
+    monkeypatch.setattr(downloads, "CHUNK", 500)
     (site / "a.bin").write_bytes(content(1000))
     [file] = find(f"{server.url}/a.bin")
 
@@ -302,7 +211,7 @@ def test_refused_access_is_one_sentence_after_one_attempt(server, status):
 
 
 def test_an_unreachable_host_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    monkeypatch.setattr(requests, "ATTEMPTS", 2)
     with pytest.raises(UserError, match=r"in 2 attempts \(ClientConnector.*check the URL"):
         find("http://127.0.0.1:9/a")
 
@@ -354,7 +263,7 @@ def test_a_file_larger_than_the_cache_is_refused(site, server, monkeypatch):
 def test_a_limit_that_is_no_size_is_refused(monkeypatch, text):
     monkeypatch.setenv("TF_LIGHTNING_CACHE_GB", text)
     with pytest.raises(UserError, match=f"TF_LIGHTNING_CACHE_GB={text} must be a number above 0"):
-        remote.cache_limit()
+        cache_limit()
 
 
 # Many files
@@ -365,13 +274,13 @@ def test_small_files_are_copied_ahead_and_yielded_in_order(site, server):
     for name in names:
         (site / name).write_bytes(name.encode())
     files = stat([f"{server.url}/{name}" for name in names])
-    ahead = remote.fetch_ahead(files)
+    ahead = downloads.fetch_ahead(files)
     assert next(ahead) == files[0]
-    while len(gets(server)) < 2 * remote.THREADS:
+    while len(gets(server)) < 2 * listing.THREADS:
         time.sleep(0.01)
     assert list(ahead) == files[1:]
     server.requests.clear()
-    assert list(remote.fetch_ahead(files)) == files and gets(server) == []
+    assert list(downloads.fetch_ahead(files)) == files and gets(server) == []
     for name, file in zip(names, files, strict=True):
         assert cached_path(file.url).read_bytes() == name.encode()
 
@@ -381,5 +290,5 @@ def test_a_small_file_that_cannot_be_copied_ahead_is_one_sentence(site, server):
     files = stat([f"{server.url}/a.bin"])
     server.status = 403
     with pytest.raises(UserError, match="access to .*a.bin is refused"):
-        list(remote.fetch_ahead(files))
-    assert list(remote.fetch_ahead([Path("a"), Path("b")])) == [Path("a"), Path("b")]
+        list(downloads.fetch_ahead(files))
+    assert list(downloads.fetch_ahead([Path("a"), Path("b")])) == [Path("a"), Path("b")]
