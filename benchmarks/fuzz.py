@@ -163,7 +163,7 @@ def warm_up(section: str) -> None:
 
 
 def is_sentence(message: str) -> bool:
-    """Whether an error message is one line of a length that a person reads."""
+    """Return whether an error message is one line of a length that a person reads."""
     return 0 < len(message) < 2000 and "\n" not in message
 
 

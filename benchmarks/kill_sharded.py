@@ -56,7 +56,7 @@ def newest_step(folder: Path) -> int:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether all shards of a checkpoint are there and have their checksums."""
+    """Return whether all shards of a checkpoint are there and have their checksums."""
     try:
         check_sharded(checkpoint)
     except UserError:

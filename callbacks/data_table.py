@@ -19,7 +19,7 @@ class DataTable(L.Callback):
 
     It has a row for each source: documents, images, text tokens, mean length of a text, skipped
     samples with reasons, the share of the tokens that the source gets, and how often the run reads
-    it in all. Counts are of training data where the heading says nothing else. The number of epochs
+    it in all. Counts are of training data unless the heading says otherwise. The number of epochs
     is unknown if only a time limits the run. Loggers that take no texts, such as CSV, leave it to
     the file `media/data-step<N>.md`.
     """

@@ -51,7 +51,7 @@ class Evaluate(L.Callback):
     Biases, MLflow, Comet); without one they are written to `media/` in the run's folder. `validate`
     and `test` write `metrics.json` and, for several guidance scales, the plot `guidance.png` into a
     separate folder. `fit` writes `metrics/step<N>-<tag>.json`. A failed evaluation is a warning in
-    `fit` and an error otherwise; a metric that fails does not take the values of the others.
+    `fit` and an error otherwise; if a metric fails, the others still have values.
 
     Args:
         prompts: the prompts and the real images.
@@ -240,7 +240,7 @@ class Evaluate(L.Callback):
     def try_each(
         self, metrics: Sequence[SampleMetric], work: Callable[[SampleMetric], object]
     ) -> None:
-        """Do some work for each metric that has not failed; note the reason if it fails now."""
+        """Call a function for each metric that has not failed; keep the reason if it fails."""
         for metric in metrics:
             if metric not in self.failed:
                 try:

@@ -57,7 +57,7 @@ def unknown(name: str, known: list[str]) -> UserError:
     """Return the error for a score that does not exist."""
     nearest = get_close_matches(name, known, n=1, cutoff=0.5)
     advice = f"did you mean {nearest[0]}?" if nearest else f"use one of {', '.join(sorted(known))}"
-    return UserError(f"monitor={name!r} is no score of this run; {advice}")
+    return UserError(f"monitor={name!r} is not a score of this run; {advice}")
 
 
 def module_scores(model: L.LightningModule, data: L.LightningDataModule) -> list[str]:

@@ -62,11 +62,11 @@ class PromptSet(ABC):
         """Return the images whose distribution is compared with that of the generated images."""
 
     def judge(self, prompt: Prompt, image: Image.Image) -> bool | None:
-        """Whether a generated image is right; None if that cannot be judged."""
+        """Return whether a generated image is right; None if that cannot be judged."""
         return None
 
     def judge_caption(self, prompt: Prompt, caption: str) -> bool | None:
-        """Whether a generated caption is right; None if that cannot be judged."""
+        """Return whether a generated caption is right; None if that cannot be judged."""
         return None
 
 
@@ -113,11 +113,11 @@ class ShapesPrompts(PromptSet):
         return scene_image(place(meaning, generator(SEED_OFFSET + self.seed, index, "train")))
 
     def judge(self, prompt: Prompt, image: Image.Image) -> bool:
-        """Whether the oracle reads the prompt's meaning from the image."""
+        """Return whether the oracle reads the prompt's meaning from the image."""
         return read(np.asarray(image.convert("RGB"))).meaning == prompt.about
 
     def judge_caption(self, prompt: Prompt, caption: str) -> bool:
-        """Whether the caption has the prompt's meaning."""
+        """Return whether the caption has the prompt's meaning."""
         return parse(caption) == prompt.about
 
 

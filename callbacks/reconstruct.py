@@ -68,7 +68,7 @@ class Reconstruct(L.Callback):
         """Load the extractor before data is prepared.
 
         Raises:
-            UserError: the model is no autoencoder, or weights are missing.
+            UserError: the model is not an autoencoder, or weights are missing.
         """
         check_module(model, self, AutoencoderModule)
         self.checked = True

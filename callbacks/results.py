@@ -38,7 +38,7 @@ def numbered(folder: Path) -> Iterator[Path]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing or is not there."""
+    """Return whether a folder holds nothing or is not there."""
     return not folder.is_dir() or not any(folder.iterdir())
 
 
@@ -48,7 +48,7 @@ def weights_step(trainer: L.Trainer, module: L.LightningModule) -> int:
 
 
 def is_trial(trainer: L.Trainer) -> bool:
-    """Whether the model is not worth examining: the sanity check, or one batch (fast_dev_run)."""
+    """Return whether this is only a trial: the sanity check, or one batch (fast_dev_run)."""
     return trainer.sanity_checking or bool(trainer.fast_dev_run)
 
 

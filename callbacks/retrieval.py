@@ -50,8 +50,7 @@ class RetrievalAccuracy(L.Callback):
         num_prompts: number of prompts, evenly spread over the split.
         sampling: how images are sampled.
         seed: prompt i is sampled with seed + i.
-        split: split of the prompts: "train" measures what was learnt by heart, "val" what
-            generalizes.
+        split: split of the prompts: "train" measures memorization, "val" generalization.
         name: name of the two files, without suffix. Several of these callbacks need several names.
     """
 

@@ -36,7 +36,7 @@ class SaveAutoencoder(L.Callback):
     def before_run(
         self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule
     ) -> None:
-        """Refuse a model that is no autoencoder."""
+        """Refuse a model that is not an autoencoder."""
         check_module(model, self, AutoencoderModule)
 
     def save(self, trainer: L.Trainer, pl_module: AutoencoderModule) -> None:

@@ -180,5 +180,5 @@ class Throughput(L.Callback):
             logger.log_metrics(values, step=last_index(trainer.global_step))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock: other callbacks' work on the trained model is not part of the fit."""
+        """Stop the clock: what other callbacks do with the trained model is not part of the fit."""
         self.fit_before, self.started = self.fit_seconds, None

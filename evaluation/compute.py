@@ -6,7 +6,7 @@ from torchmetrics import Metric
 
 
 def compute_each(metrics: Sequence[Metric]) -> tuple[dict[str, float], list[str]]:
-    """Compute every metric; one that cannot be computed does not take the values of the others.
+    """Compute every metric, also if another one cannot be computed.
 
     Args:
         metrics: metrics with different `name`s.

@@ -16,8 +16,8 @@ MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it replaces `path` when the block succeeds.
 
-    If the block raises, the temporary file is removed and `path` stays as it was. What a process of
-    this machine left when it was killed while it wrote `path` is removed first.
+    If the block raises, the temporary file is removed and `path` stays as it was. Temporary files
+    that killed processes of this machine left for `path` are removed first.
     """
     clear(path)
     # GenEval's script reads files whose names begin with a digit, so it ignores this one.
@@ -39,7 +39,7 @@ def clear(path: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this machine is running; on Windows, where this is not known, True."""
+    """Return whether a process of this machine is running; on Windows always True."""
     if os.name == "nt":
         return True
     try:

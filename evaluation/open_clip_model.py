@@ -64,7 +64,7 @@ def load_open_clip(model: str, pretrained: str | None = None) -> OpenClip:
 
 
 def trained_with_quick_gelu(model: str, pretrained: str | None) -> bool:
-    """Whether the weights of a tag were trained with QuickGELU.
+    """Return whether the weights of a tag were trained with QuickGELU.
 
     open_clip only warns about the mismatch and then computes with another activation.
     """

@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class Perplexity(Metric):
-    """How well a model predicts text; lower is better.
+    """Perplexity and bits per byte of text under a model; lower is better.
 
     perplexity = exp(sum of nll / number of tokens). It is at least 1 and depends on the tokenizer.
     bits_per_byte = sum of nll / ln 2 / number of UTF-8 bytes. It is at least 0 and can be compared

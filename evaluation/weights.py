@@ -43,7 +43,7 @@ def inception_weights(path: str | Path | None = None) -> Path:
 
 
 def reachable(url: str, seconds: float = TIMEOUT) -> bool:
-    """Whether the host of `url`, or the proxy on the way to it, accepts a connection in time."""
+    """Return whether the host of `url`, or a proxy for it, accepts a connection in time."""
     host = urlparse(url).hostname
     proxy = getproxies().get(urlparse(url).scheme)
     if proxy and not proxy_bypass(host):

@@ -71,7 +71,7 @@ def refuse_remote(address) -> None:
 
 
 def is_local(host: str | bytes | None) -> bool:
-    """Whether a host is this machine: no name, one of its names, or a loopback address."""
+    """Return whether a host is this machine: no name, one of its names, or a loopback address."""
     host = host.decode() if isinstance(host, bytes) else host
     if host in (None, "", "localhost", "0.0.0.0", "::", socket.gethostname(), socket.getfqdn()):
         return True

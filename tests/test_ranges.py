@@ -90,7 +90,7 @@ def arguments_with_ranges() -> list:
 
 
 def mentions(annotation: object, kinds: tuple) -> bool:
-    """Whether an annotation contains one of these types."""
+    """Return whether an annotation contains one of these types."""
     inner = get_args(annotation)[: 1 if get_origin(annotation) is Annotated else None]
     return annotation in kinds or any(mentions(part, kinds) for part in inner)
 

@@ -55,7 +55,7 @@ def test_the_metadata_of_a_sharded_checkpoint_runs_no_code(content, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     torch.save({}, tmp_path / "meta.pt")
     (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
-    with pytest.raises(UserError, match="no complete sharded checkpoint"):
+    with pytest.raises(UserError, match="not a complete sharded checkpoint"):
         check_sharded(tmp_path)
     assert not (tmp_path / "RAN").exists()
 
@@ -64,7 +64,7 @@ def test_an_entry_that_is_no_tensor_runs_no_code(tmp_path, monkeypatch):
     """torch.distributed.checkpoint reads these entries with weights_only=False."""
     monkeypatch.chdir(tmp_path)
     folder = save(tmp_path / "step.ckpt", rate=Evil())
-    with pytest.raises(UserError, match="no complete sharded checkpoint"):
+    with pytest.raises(UserError, match="not a complete sharded checkpoint"):
         check_sharded(folder)
     assert not (tmp_path / "RAN").exists()
     read = {"rate": None}
@@ -79,7 +79,7 @@ def test_a_sharded_checkpoint_of_torch_is_accepted_when_it_is_complete(tmp_path)
         killed = Path(shutil.copytree(folder, tmp_path / name.strip(".")))
         (killed / name).unlink()
         assert is_sharded(killed)
-        with pytest.raises(UserError, match="no complete sharded checkpoint"):
+        with pytest.raises(UserError, match="not a complete sharded checkpoint"):
             check_sharded(killed)
     shard = folder / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -93,7 +93,7 @@ def test_a_shard_outside_of_the_folder_is_refused(tmp_path):
     for place in description.storage_data.values():
         place.relative_path = "../step.ckpt/" + place.relative_path
     (folder / ".metadata").write_bytes(pickle.dumps(description))
-    with pytest.raises(UserError, match="is no file of this folder"):
+    with pytest.raises(UserError, match="is not a file of this folder"):
         check_sharded(folder)
 
 
@@ -161,7 +161,7 @@ def test_every_flipped_bit_is_refused(read, tmp_path):
         whole = file.read_bytes()
         for bit in rng.sample(range(8 * len(whole)), 80 if name.endswith("distcp") else 20):
             flip_bit(file, bit)
-            with pytest.raises(UserError, match="no complete sharded checkpoint"):
+            with pytest.raises(UserError, match="not a complete sharded checkpoint"):
                 read(folder)
             file.write_bytes(whole)
     read(folder)

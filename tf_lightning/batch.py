@@ -102,12 +102,12 @@ class Batch:
 
 
 def is_image(part: Part) -> bool:
-    """Whether a part is an image: images are (C, h, w), text is one-dimensional."""
+    """Return whether a part is an image: images are (C, h, w), text is one-dimensional."""
     return part.ndim == 3
 
 
 def is_codes(part: Part) -> bool:
-    """Whether a part is an image made of codes."""
+    """Return whether a part is an image made of codes."""
     return is_image(part) and part.dtype == torch.long
 
 
@@ -138,11 +138,11 @@ def document_length(document: Document, patch_size: int, time_token: bool = Fals
 def max_noise_levels(document: Document, max_caption_t: float) -> list[float]:
     """Upper limit of t for each image of a document.
 
-    An image that comes before all text is there to be read by what follows: a caption, or the image
-    that an edit results in. Its t stays below `max_caption_t`, so that it remains readable
-    (Transfusion Sec. 4.3.4: 500 of 1000 steps). So does an image in a question, which is followed
-    by text that is not a target. An image at the end of its document is read by nothing, and may
-    have any t.
+    An image before all text is the context of what follows: a caption, or the edited image of an
+    edit. Its t stays below `max_caption_t`, so that it remains readable (Transfusion Sec. 4.3.4:
+    500 of 1000 steps). The t of an image in a question, which is followed by text that is not a
+    target, stays below it too. An image at the end of its document has no later part that reads
+    it, and may have any t.
     """
     text = next((i for i, part in enumerate(document) if not is_image(part)), len(document) - 1)
     limits, asked = [], False
@@ -155,7 +155,7 @@ def max_noise_levels(document: Document, max_caption_t: float) -> list[float]:
 
 
 def images_read_later(document: Document) -> list[bool]:
-    """Whether each image of a document has a part after it."""
+    """Return whether each image of a document has a part after it."""
     return [i + 1 < len(document) for i, part in enumerate(document) if is_image(part)]
 
 
@@ -342,7 +342,7 @@ def flatten_document(
 
 
 def precedes_text(ids: Tensor, image_ids: Tensor, boi_id: int) -> Tensor:
-    """Where the next token is text, shaped like `ids`: not at <boi> and not on an image.
+    """Mask of positions whose next token is text, shaped like `ids`; no <boi> and no image.
 
     Only these positions have LM targets in Transfusion: the output at <boi> would have to be a
     patch (footnote 8), and <eoi> is appended after an image without being predicted.

@@ -116,12 +116,12 @@ def step_of(path: Path) -> float:
 
 
 def newest_sound(found: list[Path], kind: str, all_shards: bool = True) -> Path:
-    """Return the first of some checkpoints that is not damaged, and name those that are.
+    """Return the first of some checkpoints that is not damaged, and warn of the damaged ones.
 
     Args:
         found: paths of checkpoints, at least one.
         kind: TRANSFUSION or AUTOENCODER.
-        all_shards: read all files of sharded ones; else look only whether they are there.
+        all_shards: verify the checksums of all shards; false: only check that the shards exist.
 
     Raises:
         UserError: all are damaged, or are of another program.
@@ -209,7 +209,7 @@ def check_content(checkpoint: dict[str, Any], path: Path) -> None:
     A tensor that is larger than its data in the file, by strides of zero, could fill the memory.
 
     Raises:
-        UserError: the weights or the tokenizer are no tensors with data, or there are none.
+        UserError: the weights or the tokenizer are missing, or are not tensors with data.
     """
     tensors = {"tokenizer": checkpoint.get("tokenizer")} if TRANSFUSION in checkpoint else {}
     weights, hparams = checkpoint.get("state_dict"), checkpoint.get("hyper_parameters", {})

@@ -314,7 +314,7 @@ def stored_trailer(file: BinaryIO, path: Path) -> bytes:
 
 
 def check_members(file: BinaryIO, path: Path) -> None:
-    """Refuse an archive that torch did not write: torch would unpack it without a limit.
+    """Refuse an archive that torch.save did not write; torch.load would unpack it without a limit.
 
     Raises:
         DamagedFile: a member is compressed or is there twice, or the members share bytes.

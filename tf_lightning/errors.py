@@ -7,7 +7,7 @@ MAX_SENTENCE = 300  # characters; a damaged file may be quoted whole in an error
 
 
 class UserError(ValueError):
-    """A mistake in the input of the user; its message is one sentence: value, limit, remedy.
+    """A mistake of the user. Its message is one sentence: value, limit, remedy.
 
     The command line prints the message alone, without a traceback, and exits with 1.
     """
@@ -30,7 +30,7 @@ def not_a_number(what: str) -> str:
 class Interrupted(BaseException):
     """A signal, or the failure of another rank, ends the command.
 
-    It is no Exception, so that nothing that expects failures catches it.
+    It is not an Exception, so `except Exception` does not catch it.
 
     Args:
         signum: the signal.

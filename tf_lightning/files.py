@@ -38,7 +38,7 @@ def report_full_disk(folder: Path) -> Iterator[None]:
 def partial_path(path: Path, kind: str = "partial") -> Path:
     """Return a temporary name beside `path` for this process.
 
-    What killed processes have left in the folder is removed first, once in each process.
+    Unfinished files of killed processes in the folder are removed first, once in each process.
     """
     clear_folder(path.parent.absolute())
     return path.with_name(f".{path.name}.{MACHINE}-{os.getpid()}.{kind}")
@@ -46,7 +46,7 @@ def partial_path(path: Path, kind: str = "partial") -> Path:
 
 @cache
 def clear_folder(folder: Path) -> None:
-    """Remove what processes of this machine that were killed left unfinished in a folder.
+    """Remove the unfinished files that killed processes of this machine left in a folder.
 
     A folder that was about to be replaced gets its name back. Files of other machines that share
     the disk stay, because their processes may be running.
@@ -72,7 +72,7 @@ def remove(path: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this machine is running; on Windows, where this is not known, True."""
+    """Return whether a process of this machine is running; on Windows always True."""
     if os.name == "nt":
         return True
     try:
@@ -148,5 +148,5 @@ def replace(partial: Path, path: Path) -> None:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder and not a link to one."""
+    """Return whether a path is a folder and not a link to one."""
     return path.is_dir() and not path.is_symlink()

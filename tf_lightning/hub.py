@@ -103,7 +103,8 @@ def read_shard_index(index: Path) -> dict[Path, set[str]]:
     for name, file in sorted(weight_map.items()):
         if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
             raise UserError(
-                f"{index} names {reprlib.repr(file)}, which is no file beside it; download it again"
+                f"{index} names {reprlib.repr(file)}, which is not a file beside it; "
+                "download it again"
             )
         files.setdefault(index.parent / file, set()).add(name)
     return files

@@ -1,6 +1,6 @@
 """Child processes that load or prepare data.
 
-They end with the process that started them, and leave the signals to it.
+They end with the process that started them, and only that process handles signals.
 """
 
 import ctypes
@@ -62,7 +62,7 @@ def end_with_parent(wait: Callable[[int], bool | None] | None = None) -> None:
 
 
 def start_worker(worker_id: int = 0) -> None:
-    """Begin a process that loads or prepares data: it heeds no signal but its parent's SIGTERM."""
+    """Set up a process that loads or prepares data: only its parent's SIGTERM ends it."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_IN_WORKERS)
     end_with_parent(is_ended_by if hasattr(signal, "sigtimedwait") else None)  # not on macOS

@@ -46,7 +46,7 @@ class LogBar(tqdm):
 
 
 def on_terminal() -> bool:
-    """Whether progress bars are shown on a terminal."""
+    """Return whether progress bars are shown on a terminal."""
     return sys.stderr.isatty()
 
 

@@ -42,7 +42,7 @@ class Range:
     note: str = ""
 
     def contains(self, value: float) -> bool:
-        """Whether a number is inside; NaN and infinity never are."""
+        """Return whether a number is inside; NaN and infinity never are."""
         return (
             math.isfinite(value)
             and (self.ge is None or value >= self.ge)

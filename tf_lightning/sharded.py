@@ -1,15 +1,15 @@
 """Sharded checkpoints: folders of torch.distributed.checkpoint, with a checksum of each file.
 
 FOLDER/__0_0.distcp, ...  the weights and the optimizer state, one file for each rank
-FOLDER/.metadata          which tensor is where, as torch writes it
+FOLDER/.metadata          the index of all tensors, as torch writes it
 FOLDER/meta.pt            the rest of the checkpoint, as Lightning writes it
 FOLDER/checksums.txt      CRC-32, size and name of each other file; older versions wrote none
 
-The ranks write into a folder beside, each computes the checksums of its own files, and rank zero
-gives the folder its name when all have written. A folder of that name is complete.
+The ranks write into a temporary folder beside it, and each rank computes the checksums of its own
+files. Rank zero renames the folder when all have written, so a folder with the final name is whole.
 
-torch unpickles `.metadata`, and every entry that is no tensor, without any restriction, so a folder
-of somebody else could run code. Here they are checked first, or read with a restriction.
+torch unpickles `.metadata` and every entry that is not a tensor without restrictions, so a
+downloaded folder could run code. This module checks them first, or reads them with restrictions.
 """
 
 import io
@@ -124,7 +124,7 @@ class ChecksumStream:
 
 
 class ShardWriter(dcp.FileSystemWriter):
-    """Writes the shards of a checkpoint, and on rank zero what else belongs into its folder.
+    """Writes the shards of a checkpoint, and on rank zero the other files of its folder.
 
     Args:
         partial: folder beside `folder` in which all ranks write.
@@ -341,22 +341,22 @@ def open_sharded(folder: Path) -> tuple[ShardReader, dict[str, Any]]:
         reader.fs.verify(folder / REST)
         rest = load_checkpoint(folder / REST)
         if not isinstance(rest, dict):
-            raise ValueError(f"{REST} is no part of a checkpoint")
+            raise ValueError(f"{REST} is not part of a checkpoint")
         return reader, rest
     except Exception as error:  # pickle and torch raise many types for other content
         raise refusal(folder, error) from error
 
 
 def refusal(folder: Path, error: Exception) -> UserError:
-    """Return the sentence for a folder that is not as it was written."""
+    """Return the error for an incomplete or damaged folder."""
     return UserError(
-        f"{folder} is no complete sharded checkpoint of tf_lightning "
+        f"{folder} is not a complete sharded checkpoint of tf_lightning "
         f"({first_sentence(error)}); use an earlier one"
     )
 
 
 def first_failure(error: CheckpointException) -> BaseException:
-    """Return what one of the ranks raised."""
+    """Return the error of the first rank that failed."""
     return next(iter(error.failures.values()))[0]
 
 
@@ -368,7 +368,7 @@ def check_sharded(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
 
     Args:
         folder: its folder.
-        share: (r, n): of the checksums, verify those of every n-th file from the r-th on.
+        share: (r, n): verify the checksums of every n-th file, beginning with file r.
 
     Raises:
         UserError: a file is missing, too short or damaged, or an entry is anything but tensors and
@@ -405,11 +405,11 @@ class MetadataUnpickler(pickle.Unpickler):
                 return found
         elif is_dtype or (module, name) in self.OTHERS:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
 
 
 def check_shards(folder: Path, metadata: Metadata) -> None:
-    """Check that every entry is in its file, and that those which are no tensors run no code.
+    """Check that every entry is in its file, and that entries other than tensors run no code.
 
     Raises:
         ValueError: a file is too short, or outside of the folder, or smaller than its tensors.
@@ -419,7 +419,7 @@ def check_shards(folder: Path, metadata: Metadata) -> None:
     for index, place in metadata.storage_data.items():
         name = place.relative_path
         if Path(name).name != name:
-            raise ValueError(f"{name!r} is no file of this folder")
+            raise ValueError(f"{name!r} is not a file of this folder")
         if name not in sizes:
             sizes[name] = (folder / name).stat().st_size
         if sizes[name] < place.offset + place.length:
@@ -433,7 +433,7 @@ def check_shards(folder: Path, metadata: Metadata) -> None:
         if isinstance(entry, TensorStorageMetadata):
             check_parts(name, entry, num_bytes[name])
         elif name.startswith(WEIGHTS):
-            raise ValueError(f"{name} is no tensor")
+            raise ValueError(f"{name} is not a tensor")
 
 
 def check_parts(name: str, entry: TensorStorageMetadata, num_bytes: int) -> None:

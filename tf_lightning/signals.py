@@ -21,7 +21,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 def interrupt(signum: int, frame: FrameType | None = None, on_all_ranks: bool = False) -> NoReturn:
-    """Raise Interrupted; from now on only a second Ctrl-C is heeded, and ends the process at once.
+    """Raise Interrupted. After that only a second Ctrl-C has an effect: it ends the process.
 
     Launchers repeat their signal, which would otherwise end the saving.
     """
@@ -65,10 +65,10 @@ def handled(handler: Handler) -> Iterator[None]:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Hold the signals back until the block ends; processes that begin in it hold them back too.
+    """Block the signals until the block ends, also in processes that start in it.
 
-    A new process is a copy of this one with its handlers, or has the system's: a signal would end
-    it before it could choose to ignore that.
+    A new process has the handlers of this process or those of the system, so a signal could end it
+    before it has set its own.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield

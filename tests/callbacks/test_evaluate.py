@@ -252,7 +252,7 @@ REFUSED = {
     "num_inference_steps=1001 must be from 1 to 990": {
         "sampling": {"num_inference_steps": 1001, "sampler": "DDPMScheduler"}
     },
-    "sampler='DDPM' is no sampler for a model that predicts": {"sampling": {"sampler": "DDPM"}},
+    "sampler='DDPM' is not a sampler for a model that predicts": {"sampling": {"sampler": "DDPM"}},
     "CaptionScores scores captioned images, but caption_images is false": {"caption_images": False},
 }  # fmt: skip
 

@@ -58,12 +58,12 @@ def test_a_score_of_the_run_can_be_monitored(name, module):
 def test_another_name_is_refused_with_the_nearest(name, module):
     with pytest.raises(UserError) as error:
         check_monitors(trainer(name), module, DATA)
-    assert str(error.value).startswith(f"monitor={name!r} is no score of this run; ")
+    assert str(error.value).startswith(f"monitor={name!r} is not a score of this run; ")
     assert UNKNOWN[name] in str(error.value)
 
 
 def test_every_callback_with_a_monitor_is_checked(module):
-    with pytest.raises(UserError, match="monitor='val/los' is no score"):
+    with pytest.raises(UserError, match="monitor='val/los' is not a score"):
         check_monitors(trainer(None, EarlyStopping("val/los")), module, DATA)
 
 

@@ -234,7 +234,7 @@ def test_a_number_of_steps_out_of_range_is_refused(steps):
 
 
 def test_an_unknown_sampler_is_refused():
-    with pytest.raises(UserError, match="sampler='Euler' is no sampler for .* one of DDPM"):
+    with pytest.raises(UserError, match="sampler='Euler' is not a sampler for .* one of DDPM"):
         build_scheduler(DDPM(), "Euler")
 
 

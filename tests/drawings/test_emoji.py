@@ -238,7 +238,7 @@ def test_arguments_out_of_range_are_refused(kind):
         ({"sizes": {"none": 0.0}}, "sizes="),
         ({"sizes": {}}, "sizes is empty"),
         ({"backgrounds": []}, "backgrounds is empty"),
-        ({"backgrounds": ["bleu"]}, "'bleu', which is no color"),
+        ({"backgrounds": ["bleu"]}, "'bleu', which is not a color"),
         ({"val_fraction": 1.0}, "val_fraction=1.0"),
         ({"image_size": 0}, "image_size=0"),
     ]:

@@ -117,7 +117,7 @@ def test_an_index_names_only_files_beside_it(tmp_path, file):
     tiny().save_pretrained(tmp_path, max_shard_size="10KB")
     index = tmp_path / "model.safetensors.index.json"
     edit_json(index, {"weight_map": json.loads(index.read_text())["weight_map"] | {"a": file}})
-    with pytest.raises(UserError, match="which is no file beside it; download it again"):
+    with pytest.raises(UserError, match="which is not a file beside it; download it again"):
         open_language_model(tmp_path)
 
 

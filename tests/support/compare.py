@@ -7,7 +7,7 @@ from tf_lightning.batch import Batch
 
 
 def bit_equal(a, b) -> bool:
-    """Whether two nested structures of dicts, lists and tensors are equal in every bit."""
+    """Return whether two nested structures of dicts, lists and tensors are equal in every bit."""
     if isinstance(a, Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -18,5 +18,5 @@ def bit_equal(a, b) -> bool:
 
 
 def same_batch(a: Batch, b: Batch) -> bool:
-    """Whether two batches are equal in every bit."""
+    """Return whether two batches are equal in every bit."""
     return bit_equal(vars(a), vars(b))

@@ -83,7 +83,7 @@ def every_text(part: str) -> tuple[str, ...]:
 
 
 def is_wrong(document: list) -> bool:
-    """Whether a document has parts of two records, or of one record in another order."""
+    """Return whether a document has parts of two records, or of one record in another order."""
     codes = [code for part in document for code in codes_in(part)]
     return len({record for record, _ in codes}) > 1 or codes != sorted(codes)
 

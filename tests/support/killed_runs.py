@@ -215,7 +215,7 @@ class Reporter:
         return counted
 
     def changes_files(self, name: str, args: tuple, kwargs: dict) -> bool:
-        """Whether a call changes a file or folder in `folder`."""
+        """Return whether a call changes a file or folder in `folder`."""
         if name == "os.fsync":
             return True
         if not args or isinstance(args[0], int):
@@ -439,7 +439,7 @@ class Job:
 
 
 def is_alive(group: int) -> bool:
-    """Whether a process group has any process."""
+    """Return whether a process group has any process."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

@@ -185,6 +185,6 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether a file may be there because a signal made the run save."""
+    """Return whether a file may be there because a signal made the run save."""
     path = Path(name)
     return path.parent.name == "checkpoints" and path.match("step*.ckpt")

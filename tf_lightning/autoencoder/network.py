@@ -207,7 +207,7 @@ class CodebookUsage(nn.Module):
 
     @property
     def dead(self) -> Tensor:
-        """Which codes are dead, (num_codes,) bool."""
+        """Mask of the dead codes, (num_codes,) bool."""
         return self.idle >= self.dead_after
 
     def update(self, counts: Tensor) -> None:

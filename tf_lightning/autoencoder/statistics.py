@@ -1,7 +1,7 @@
 """Mean and standard deviation of latents, and the check that diffusion can use them.
 
-Noise levels are shares of the variance of latents plus noise, so they mean what they say only for
-latents of about unit variance.
+Noise levels are shares of the variance of latents plus noise, so they are right only for latents
+of about unit variance.
 """
 
 import math

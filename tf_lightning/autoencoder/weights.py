@@ -277,7 +277,7 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
 def rename(
     weights: dict[str, Tensor], expected: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Give weights diffusers' present names; names that no layout explains stay as they are.
+    """Rename weights to diffusers' present names; names of no known layout stay as they are.
 
     Args:
         weights: tensors under diffusers' names, its old names of attention layers, or the original

@@ -49,7 +49,7 @@ PRECISION_NAMES = {  # of other programs
 }
 # Classes whose options may be typed without the first part of their names.
 FLAT = {"trainer": "lightning.pytorch.Trainer"} | {key: EXAMPLES[key] for key in ("model", "data")}
-# Options and parts of class paths of older versions, with their names of today.
+# Options and parts of class paths of older versions: their present names.
 RENAMED = {
     **RENAMED_FIELDS["transformer"],
     **RENAMED_FIELDS["linear"],
@@ -107,7 +107,7 @@ class Problem(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """Where in a report a problem is described.
+    """The place in a report that describes a problem.
 
     Attributes:
         match: the match of the problem's pattern.
@@ -170,7 +170,7 @@ def find_problem(report: str, options: Iterable[str]) -> Problem:
 
 
 def renamed(sentence: str) -> str:
-    """Say the new names of the keys and classes in a sentence that were renamed; "" without any.
+    """Return sentences with the new names of renamed keys and classes; "" if there are none.
 
     Args:
         sentence: what is wrong; "did you mean" and what follows is advice.
@@ -200,7 +200,7 @@ def whole_key(report: str, end: int) -> str:
 
 
 def entries_of(report: str, key: str, owner: str) -> list[str]:
-    """Return the entry of a mapping, such as of data.sources, that is of the class `owner`.
+    """Return the entry of a mapping, such as data.sources, whose class is `owner`.
 
     A report leaves it out. It is known if the value that the report shows has one such entry.
     """
@@ -279,7 +279,7 @@ def without_group(name: str) -> str:
 
 
 def ambiguous_option(at: Finding) -> str:
-    """Describe an option that is cut off where several go on."""
+    """Describe an abbreviated option that matches several."""
     name = at.match[1]
     prefix = at.key.removesuffix(name)
     full = [option.strip().removeprefix("--") for option in at.match[2].split(",")]
@@ -306,7 +306,7 @@ def required_options(at: Finding) -> str:
 def no_file(at: Finding) -> str:
     """Describe a value in place of a file of options."""
     return (
-        f"--{at.key} {shorten(at.match[1])} is no file of options; give one of them, as in "
+        f"--{at.key} {shorten(at.match[1])} is not a file of options; give one of them, as in "
         f"--{at.key}.KEY VALUE"
     )
 

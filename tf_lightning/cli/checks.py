@@ -55,7 +55,7 @@ def check_values(values: Any, key: str = "") -> None:
 
 
 def check_groups(part: str, config: Namespace) -> None:
-    """Raise UserError for a group of options of the model or the data that is no mapping.
+    """Raise UserError for a group of options of the model or the data that is not a mapping.
 
     Args:
         part: "model" or "data".
@@ -75,7 +75,7 @@ def check_groups(part: str, config: Namespace) -> None:
 
 
 def check_data_paths(options: Mapping) -> None:
-    """Raise UserError for an empty path of the data, and for a cache_dir that is no folder."""
+    """Raise UserError for an empty path of the data, and for a cache_dir that is not a folder."""
     for name in PATHS:
         if options.get(name) == "":
             raise UserError(f"data.{name} is empty; give a name, or leave it out")

@@ -39,7 +39,7 @@ class ConfigContent(NamedTuple):
     places: dict[str, Place]
 
     def refuse_empty_groups(self, groups: Iterable[str]) -> None:
-        """Raise UserError for one of these groups of options that is no mapping and no file."""
+        """Raise UserError for a group of options that is neither a mapping nor a file."""
         for name in groups:
             value = self.values.get(name, {})
             if not isinstance(value, dict | str):
@@ -55,7 +55,7 @@ def read_config(file: Path) -> ConfigContent:
 
     Raises:
         UserError: the file is missing, is not text, is not YAML, holds no mapping, or has a key
-            that is no text or stands there twice.
+            that is not text or occurs twice.
     """
     if file.is_dir():
         raise UserError(f"{file} is a folder; give the YAML file in it")
@@ -102,7 +102,7 @@ def _places(node: yaml.MappingNode, file: Path, prefix: str) -> Iterator[tuple[s
         place = Place(file, key.start_mark.line + 1)
         if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
             shown = f" {key.value}" if isinstance(key, yaml.ScalarNode) else ""
-            raise UserError(f"{place}: the key{shown} is no text; write a name, or quote it")
+            raise UserError(f"{place}: the key{shown} is not text; write a name, or quote it")
         path = f"{prefix}{key.value}".replace("init_args.", "")
         if key.value != "init_args":
             yield path, place

@@ -276,13 +276,13 @@ class TransfusionCLI(LightningCLI):
         """Read the configuration files of the command line.
 
         Raises:
-            UserError: a file is no configuration.
+            UserError: a file is not a configuration.
         """
         for word in config_files(args):
             self.files[word] = content = read_config(Path(word))
             content.refuse_empty_groups(["trainer", "model", "data", *ALWAYS])
             if "config" in content.values:
-                raise UserError(f"{content.places['config']}: config is no key; give another -c")
+                raise UserError(f"{content.places['config']}: config is not a key; give another -c")
             self.places |= content.places
 
     def find_checkpoint(self, verb: str, config: Namespace) -> str | None:
@@ -584,7 +584,7 @@ class TransfusionCLI(LightningCLI):
         return f"The newest checkpoint is {newest}. Go on with:\n  {resume_command(self.typed)}"
 
     def after_fit(self) -> None:
-        """Say where the checkpoint is and what to type next."""
+        """Print where the checkpoint is and what to type next."""
         trainer = self.trainer
         step = f"step {self.finished_step or trainer.global_step:,}"
         if trainer.fast_dev_run:
@@ -604,7 +604,7 @@ def class_path(cls: type) -> str:
 
 
 def time_token(linear: Namespace | None) -> bool:
-    """Whether the linear patch coder of a configuration puts the noise level into a token."""
+    """Return whether the configured linear patch coder puts the noise level into a token."""
     if linear is None:
         return False
     arguments = linear.get("init_args", linear)  # jsonargparse wraps an optional dataclass

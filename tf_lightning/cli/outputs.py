@@ -105,7 +105,7 @@ def describe(
     seed: int,
     made_by: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return how each output is made; the outputs to a prompt follow each other."""
+    """Return the settings of each output; the outputs for a prompt follow each other."""
     return [
         {
             "prompt": parts,
@@ -127,7 +127,7 @@ def read_prompts(file: Path) -> list[Parts]:
     A .json file is an array of such prompts.
 
     Raises:
-        UserError: the file is no text file, holds no prompts, or a line cannot be parsed.
+        UserError: the file is not a text file, holds no prompts, or a line cannot be parsed.
     """
     try:
         # splitlines() would also split at characters that JSON allows in a text, such as U+2028.

@@ -45,7 +45,7 @@ The days are those of training steps alone, at the share of the peak that --mfu 
 GIB = 2**30
 MFU, TFLOPS, GPU_MEMORY = 0.45, 989.0, 80.0  # share of the peak, H100's peak in bf16, its GiB
 USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, NCCL and gaps between tensors
-DOWNSAMPLE = 8  # of an autoencoder that is not at hand
+DOWNSAMPLE = 8  # assumed for an autoencoder that is not in a local folder
 CAPTION_TOKENS = 32
 
 
@@ -101,7 +101,7 @@ def share(text: str) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of a run that its needs follow from."""
+    """The settings of a run that determine its memory, FLOPs and time."""
 
     hparams: Mapping[str, Any]
     row_length: int
@@ -159,7 +159,7 @@ class Plan:
 
 
 def read_plan(config: Any, num_gpus: int | None) -> Plan:
-    """Read what a plan needs from a configuration that was parsed.
+    """Read the settings of a plan from a parsed configuration.
 
     Args:
         config: the values of trainer, model and data.
@@ -352,7 +352,7 @@ def duration(plan: Plan, flops: float, given: argparse.Namespace) -> str:
 
 
 def verdict(plan: Plan, memory: StepMemory, gpu_memory: float) -> str:
-    """Say whether a run fits, or which options make it fit."""
+    """Return whether a run fits, or which options make it fit, in sentences."""
     limit = USABLE * gpu_memory * GIB
     if memory.peak <= limit:
         return f"It fits: {USABLE:.0%} of {gpu_memory:g} GiB are {limit / GIB:.1f} GiB."
@@ -371,7 +371,7 @@ def verdict(plan: Plan, memory: StepMemory, gpu_memory: float) -> str:
 
 
 def remedies(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    """Yield options that take less memory, each with those before it, cheapest first."""
+    """Yield options that lower the memory, each added to those before it, cheapest first."""
     options: dict[str, Any] = {}
     tokens = plan.tokens_per_step
     modes = ("none", "selective", "full")

@@ -33,5 +33,5 @@ def silence_warnings() -> None:
 
 
 def keep_message(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning is shown."""
+    """Return whether a message of Lightning is shown."""
     return not record.getMessage().startswith(NOISE)

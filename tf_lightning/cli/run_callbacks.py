@@ -48,7 +48,7 @@ class SaveFitConfig(SaveConfigCallback):
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write nothing yet: data and checkpoint may still not fit the model."""
+        """Write nothing yet, because data and checkpoint may not fit the model."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the files into the run's folder."""
@@ -96,7 +96,7 @@ def always_callbacks(built: Namespace, listed: list[Callback]) -> list[Callback]
 
 
 def same_role(one: Callback, other: Callback) -> bool:
-    """Whether a run needs only one of two callbacks, such as two progress bars."""
+    """Return whether a run needs only one of two callbacks, such as two progress bars."""
     return any(
         isinstance(one, kind) and isinstance(other, kind) for kind in (type(other), ProgressBar)
     )

@@ -304,7 +304,7 @@ def append_to_csv(logger: CSVLogger) -> None:
 
 
 def is_sound(checkpoint: Path) -> bool:
-    """Whether a checkpoint is complete; the checksums of shards are not read."""
+    """Return whether a checkpoint is complete; the checksums of shards are not read."""
     try:
         open_sharded(checkpoint) if checkpoint.is_dir() else check(checkpoint)
     except (UserError, DamagedFile, OSError):
@@ -313,7 +313,7 @@ def is_sound(checkpoint: Path) -> bool:
 
 
 def resume_command(args: list[str]) -> str:
-    """Return the command that goes on with an interrupted run; its URLs are without logins.
+    """Return the command that resumes an interrupted run; its URLs have no logins.
 
     Args:
         args: arguments of the command that started it, with its verb.
@@ -345,5 +345,5 @@ def next_commands(checkpoint: str, has_images: bool, loggers: Iterable[Logger]) 
 
 
 def is_requeued() -> bool:
-    """Whether SLURM started this job again after it was preempted."""
+    """Return whether SLURM started this job again after it was preempted."""
     return SLURMEnvironment.detect() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0

@@ -3,8 +3,8 @@
 A perceptual hash (pHash) finds candidates: two of them differ in few bits if their images have the
 same coarse structure, whatever their size and compression. It ignores colors and small parts, and
 drawings may differ in just these, so the candidates are then compared as thumbnails in color.
-Images with the same text may differ more than others: where the texts differ, as in "dark" and
-"medium-dark", small differences may be meant.
+Images with different texts must be more alike to count, because their texts may name a small
+difference, as "dark" and "medium-dark" do.
 """
 
 import tempfile
@@ -19,9 +19,9 @@ from scipy.fft import dctn
 HASH_SIDE = 8  # the hash has a bit for each of the 8 x 8 lowest frequencies
 RESIZED = 4 * HASH_SIDE  # side in pixels of the image that is transformed
 THUMBNAIL = 16  # side in pixels
-MAX_BITS = 8  # of 64 bits that may differ between hashes
-# How much the pixels of thumbnails, in [0, 255], may differ on average and anywhere. JPEG of a low
-# quality takes half of it.
+MAX_BITS = 8  # bits of 64 that may differ between hashes
+# Largest differences of thumbnails' pixels, in [0, 255]: the mean and the maximum. JPEG of a low
+# quality causes half of them.
 SAME_TEXT, OTHER_TEXT = (8.0, 64), (4.0, 32)
 NUM_BANDS = MAX_BITS + 1
 BANDS = [64 * band // NUM_BANDS for band in range(NUM_BANDS + 1)]  # first bits, and the end
@@ -80,11 +80,6 @@ def perceptual_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
-def hamming(one: int, other: int) -> int:
-    """Count the bits in which two hashes differ."""
-    return (one ^ other).bit_count()
-
-
 class Lookalikes:
     """Finds an earlier image that looks like a given one, without comparing it with all of them.
 
@@ -95,7 +90,7 @@ class Lookalikes:
 
     def __init__(self):
         self.hashes, self.texts = array("Q"), array("Q")
-        self.numbers = array("q")  # what the caller calls each image
+        self.numbers = array("q")  # the caller's number of each image
         self.sharing: dict[tuple[int, int, int], array] = {}  # images by count, band and its bits
         self.file = tempfile.TemporaryFile()
         self.thumbnails = self._map(1024)
@@ -117,7 +112,7 @@ class Lookalikes:
         if not alike.any():
             return None
         best = int(found[alike][mean[alike].argmin()])
-        return self.numbers[best], hamming(self.hashes[best], look.hash)
+        return self.numbers[best], (self.hashes[best] ^ look.hash).bit_count()
 
     def add(self, number: int, look: Look) -> None:
         """Let later images be compared with this one."""

@@ -73,7 +73,7 @@ class FilteredSource(Source):
         return f"{fingerprint}{WITHOUT}{digest}" if ids else fingerprint
 
     def concerns(self, split: Split) -> bool:
-        """Return whether an id may be of this source; any may be if its files are absent."""
+        """Return whether an id may belong to this source, assumed if its files are absent."""
         try:
             return bool(self._own_ids(split))
         except UserError:
@@ -94,12 +94,12 @@ class FilteredSource(Source):
 
 
 def leaves_out(fingerprint: str) -> bool:
-    """Return whether a fingerprint is that of a source with ids of its own in a filter list."""
+    """Return whether the source of a fingerprint leaves out ids of a filter list."""
     return re.search(f"{WITHOUT}[0-9a-f]{{12}}$", fingerprint) is not None
 
 
 def starts(document_id: str) -> Iterator[str]:
-    """Yield an id, and what is before each character that may follow the path in it."""
+    """Yield the beginnings of an id that may be the path of its file, the whole id included."""
     yield document_id
     yield from (document_id[: end.start()] for end in ENDS_OF_FILE.finditer(document_id))
 
@@ -121,7 +121,7 @@ def filtered(sources: dict[str, Source], exclude: str | None) -> dict[str, Sourc
 
 
 def unknown_ids(exclude: str, skipped: list[dict[str, int]]) -> str | None:
-    """Say in a sentence how many ids of a filter list match no document; None if all match one.
+    """Return a warning about ids of a filter list that match no document; None if all match.
 
     Args:
         exclude: path of the filter list.

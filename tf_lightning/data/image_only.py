@@ -180,7 +180,7 @@ class TrainImages(Dataset):
         self.store, self.augment, self.seed = store, augment, seed
 
     def __len__(self) -> int:
-        """The stream has no end; this is what the progress bar shows."""
+        """Length that the progress bar shows; the stream has no end."""
         return ENDLESS
 
     def __getitem__(self, row: int) -> ImageBatch:

@@ -153,7 +153,7 @@ def check_memory(image: Image.Image) -> None:
 
 
 def _not_an_image(file: bytes | Path) -> str:
-    """Say why no format of FORMATS was recognized."""
+    """Return the reason why no format of FORMATS was recognized."""
     if isinstance(file, Path):
         with file.open("rb") as opened:
             file = opened.read(64)

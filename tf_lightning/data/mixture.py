@@ -370,8 +370,12 @@ class Mixture(StreamData):
         opened = [corpus for split in self.corpora.values() for corpus in split.values()]
         shapes = {shape for corpus in opened for shape in corpus.image_shapes}
         buckets = self.image_storage.has_shapes
-        square = lambda shape: buckets and shape[1] == shape[2]  # noqa: E731
-        return sorted(shapes, key=lambda shape: (square(shape), shape[1] * shape[2], shape))
+
+        def order(shape: tuple[int, int, int]) -> tuple:
+            _, height, width = shape
+            return buckets and height == width, height * width, shape
+
+        return sorted(shapes, key=order)
 
     # Serving
 

@@ -1,8 +1,8 @@
 """Quality of the documents of a source: duplicates, writing systems, lengths, sizes of images.
 
 `Quality` is filled with one document after another and keeps about 170 bytes of memory for each;
-ids and thumbnails are in temporary files. Then `findings` lists the documents that one may want to
-leave out, each with the reason.
+ids and thumbnails are in temporary files. Then `findings` lists the documents that a user may
+want to leave out, each with the reason.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ SCRIPTS = {"CJK": "Han", "HIRAGANA": "Japanese", "KATAKANA": "Japanese"}  # othe
 
 
 class Finding(NamedTuple):
-    """A document that one may want to leave out.
+    """A document that a user may want to leave out.
 
     Attributes:
         number: its number among the documents of the source.
@@ -135,7 +135,7 @@ class Quality:
             self.lookalikes.add(number, look)
         elif found and self.files[number] and self.files[number] == self.files[earlier]:
             self.shared += 1
-            earlier = -1  # one image file with several texts is no duplicate
+            earlier = -1  # one image file with several texts is not a duplicate
         self.alike.append(earlier)
         self.bits.append(bits)
 
@@ -146,7 +146,7 @@ class Quality:
         return dict(sorted(named.items(), key=lambda item: -item[1]))
 
     def findings(self) -> list[Finding]:
-        """List the documents that one may want to leave out, kind by kind."""
+        """List the documents that a user may want to leave out, kind by kind."""
         if not len(self):
             return []
         found = [self._copies(), self._lookalikes(), self._unusual(), self._small(), self._long()]

@@ -51,7 +51,7 @@ class Rows(Dataset):
         self.earlier = one_hot.cumsum(0) - one_hot
 
     def __len__(self) -> int:
-        """The stream has no end; this is what the progress bar shows."""
+        """Length that the progress bar shows; the stream has no end."""
         return ENDLESS
 
     def __getitem__(self, index: int) -> StreamRow:

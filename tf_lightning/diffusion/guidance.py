@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly images follow their prompt. The options come from `SamplingConfig`.
+    """Strength of classifier-free guidance. The options come from `SamplingConfig`.
 
     Without `image_scale`, the output is extrapolated away from the unconditional output, which is
     learned from documents without caption. With `image_scale`, the text and the images of the

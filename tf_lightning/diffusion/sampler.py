@@ -33,7 +33,7 @@ def resolve_sampler(
     """
     sampler = sampler or process.default_sampler
     if sampler not in process.samplers:
-        known = "does not fit" if sampler in SAMPLERS else "is no sampler for"
+        known = "does not fit" if sampler in SAMPLERS else "is not a sampler for"
         raise UserError(
             f"sampler={sampler!r} {known} a model that predicts {process.prediction_type!r}; "
             f"it must be one of {', '.join(process.samplers)}"

@@ -71,7 +71,7 @@ class Emoji(NamedTuple):
 
 
 class Style(NamedTuple):
-    """How an emoji is drawn: the names of its size and of its background's color."""
+    """Names of the size and of the background color that an emoji is drawn with."""
 
     size: str
     background: str
@@ -222,7 +222,7 @@ class EmojiFont:
         return Image.frombytes("RGBa", image.size, image.tobytes()).convert("RGBA")
 
     def _has_colors(self, symbol: str) -> bool:
-        """Whether a symbol is drawn, and in the same colors whatever the color of the text."""
+        """Return whether a symbol is drawn, in colors that do not depend on the text color."""
         image = self.draw(symbol, "red")
         if image.getbbox() is None:
             return False
@@ -245,7 +245,7 @@ class EmojiFont:
         return hashlib.sha256(self.draw(text).tobytes()).digest()
 
     def _is_one(self, emoji: Emoji) -> bool:
-        """Whether the font has a glyph of an emoji; otherwise its parts are drawn side by side."""
+        """Return whether the font has one glyph for an emoji, not one for each of its parts."""
         return self.font.getlength(emoji.text) < 1.5 * self.font.getlength(emoji.symbol)
 
 
@@ -332,7 +332,7 @@ def _check(source: EmojiCaptions | EmojiEdits) -> None:
             ImageColor.getrgb(color)
         except ValueError as error:
             raise UserError(
-                f"backgrounds has {color!r}, which is no color; give names such as 'skyblue'"
+                f"backgrounds has {color!r}, which is not a color; give names such as 'skyblue'"
             ) from error
 
 

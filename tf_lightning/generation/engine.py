@@ -45,7 +45,7 @@ def generate(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[Event]:
-    """Generate an output to each prompt; yield its tokens and images as they are finished.
+    """Generate an output for each prompt; yield its tokens and images as they are finished.
 
     The images of a prompt are clean: the network reads them at t = 0.
 

@@ -52,9 +52,9 @@ class TransfusionPipeline:
         pipe(image).texts[0]
 
     A prompt is a string, an image, or a list of both in order. The empty string asks for an output
-    without a prompt. Images in a prompt enter clean
-    (t = 0) and must have one of the model's `image_sizes`. A generated image has the size
-    `height` x `width`, else that of the last image in its prompt, else the model's own.
+    without a prompt. Images in a prompt enter clean (t = 0) and must have one of the model's
+    `image_sizes`. A generated image has the size `height` x `width` if it is given. Otherwise it
+    has the size of the last image in its prompt, or of the training images.
 
     Attributes:
         model: the network, tokenizer and sizes that generation works with.
@@ -250,7 +250,7 @@ class TransfusionPipeline:
         sampling: SamplingConfig | None = None,
         **options: Any,
     ) -> GenerationOutput:
-        """Generate `num_outputs` outputs to each prompt.
+        """Generate `num_outputs` outputs for each prompt.
 
         An output depends on its prompt, its seed and the options, not on the rest of the batch.
 
@@ -259,7 +259,7 @@ class TransfusionPipeline:
                 itself, so a single one is given as `pipe([[image, "make it red"]])`.
             output_modality: "image": exactly one image; "text": no images; "any": the model
                 decides. None: an image if the first prompt ends in text, else text.
-            num_outputs: outputs to each prompt.
+            num_outputs: outputs for each prompt.
             seed: output i uses seed + i; or the seeds of all outputs, one each.
             batch_size: outputs that are generated together.
             progress: show a progress bar.
@@ -349,7 +349,7 @@ class TransfusionPipeline:
         sampling: SamplingConfig | None = None,
         **options: Any,
     ) -> Iterator[str | Image.Image]:
-        """Yield the output to one prompt as it is generated: pieces of text, and images.
+        """Yield the output for one prompt as it is generated: pieces of text, and images.
 
         Args:
             prompt: a string, an image, or a list of both.

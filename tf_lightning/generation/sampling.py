@@ -35,7 +35,7 @@ TopP = Annotated[float, Range(gt=0, le=1)]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How images and text are sampled from a trained model.
+    """Options for sampling images and text from a trained model.
 
     Options that an output does not need are ignored: text ignores the options of images, and a
     model of latents ignores the options of codes.
@@ -45,14 +45,14 @@ class SamplingConfig:
     """
 
     height: PositiveInt | None = option(None, "size")
-    """Height of generated images in pixels. By default that of the last image in the prompt, so
-    that an edit keeps its shape, else that of the model."""
+    """Height of generated images in pixels. By default the height of the last image in the prompt,
+    so that an edit keeps its shape, else the height of the training images."""
     width: PositiveInt | None = option(None, "size")
-    """Width of generated images in pixels; the default is as for height."""
+    """Width of generated images in pixels. The default is chosen as for height."""
     guidance_scale: GuidanceScale = option(3.0, "guidance")
-    """How strongly images follow the prompt (classifier-free guidance); 1 turns it off."""
+    """Strength of classifier-free guidance by the prompt; 1 turns it off."""
     image_guidance_scale: Annotated[float, Range()] | None = option(None, "guidance")
-    """How strongly images follow the images in the prompt, for editing (InstructPix2Pix uses
+    """Strength of guidance by the images in the prompt, for editing (InstructPix2Pix uses
     1.5); 1 turns it off. By default the same as guidance_scale."""
     guidance_interval: tuple[Share, Share] = option((0.0, 1.0), "denoising")
     """Lowest and highest noise level, in [0, 1], at which guidance acts."""
@@ -93,7 +93,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
-        if isinstance(self.stop, str):  # a tuple of it would be its letters
+        if isinstance(self.stop, str):  # tuple() would split a string into letters
             raise UserError(f"stop={self.stop!r} must be a list of strings")
         object.__setattr__(self, "stop", tuple(self.stop))
         check_fields(self)

@@ -49,7 +49,7 @@ class ImageSizes:
         return rounded if self.fits(rounded) else nearest_size(size, self.trained)
 
     def _reason(self, size: Size) -> str | None:
-        """Say why a size does not fit; None if it does."""
+        """Return the reason why a size does not fit; None if it does."""
         if size == self.trained[0]:
             return None
         if any(side % self.multiple for side in size):

@@ -4,7 +4,7 @@ All supported families are one network. Each differs from Llama in at most two o
 `TransformerConfig`, or in how its file stores the weights. A sliding window has no effect on
 documents that fit into it, so it only limits the row length.
 
-What a config.json asks for is read from its `model_type` and its options, never guessed from the
+The options are read from `model_type` and the other fields of config.json, never guessed from the
 weights. A family or an option that our blocks cannot express is refused by name.
 """
 

@@ -39,7 +39,7 @@ class LinearConfig:
     """
 
     time: Literal["added", "token", "adaln"] = "added"
-    """How the noise level t enters. "added": its embedding is added to every patch vector.
+    """Use of the noise level t. "added": its embedding is added to every patch vector.
     "token": its embedding is an extra position before the patches (MonoFormer's code; needs the
     data's time_token: true). "adaln": it scales and shifts the layer-normalized patch vectors
     before and after the Transformer (MonoFormer's paper)."""
@@ -47,7 +47,7 @@ class LinearConfig:
     """Position embedding of the patches: learned for rows and columns, or fixed 2-D sinusoids
     (MonoFormer, DiT)."""
     zero_init: Literal["output", "input"] = "output"
-    """Which layers are initialized to zero. "output": the coder's output and every scale and shift
+    """Layers that are initialized to zero. "output": the coder's output and every scale and shift
     (DiT). "input": the patches' content and the timestep embedding (MonoFormer)."""
 
     def __post_init__(self) -> None:
@@ -104,6 +104,8 @@ def learned_pos_embed(rows: nn.Embedding, columns: nn.Embedding, height: int, wi
 
 def stretched(table: Tensor, factor: float, count: int) -> Tensor:
     """Interpolate position embeddings (G, D) for a grid that is `factor` times as fine.
+
+    The patch coder uses it for grids beyond its table, and `InitFrom` for images of another size.
 
     Patch i of the finer grid has its center at (i + 0.5) / factor - 0.5 of the coarser one. Places
     beyond the ends of the table have the values at the ends.

@@ -24,7 +24,7 @@ except ImportError:  # Windows, which does not remove files that are open
     fcntl = None
 
 CACHE_GB = 50.0
-KEPT = 0.9  # share of the limit that stays when room is made, so that it is seldom made
+KEPT = 0.9  # share of the limit that files keep when some are removed, so that this is rare
 
 
 def cache_folder() -> Path:
@@ -88,7 +88,7 @@ def url_of(path: Path) -> str | None:
 
 
 def cache_lock(path: Path) -> FileLock:
-    """Return a cache_lock for changing a file; files share 256 locks."""
+    """Return a lock for changing a file; files share 256 locks."""
     locks = cache_folder() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     return FileLock(locks / hashlib.sha256(str(path).encode()).hexdigest()[:2])

@@ -209,7 +209,7 @@ def _fetch_whole(file: RemoteFile, fs: fsspec.AbstractFileSystem, partial: Path)
 
 
 def _check_same(file: RemoteFile) -> None:
-    """Say why a file has another size than it should.
+    """Raise the error for a file whose size differs from the expected one.
 
     Raises:
         UserError: it was replaced.

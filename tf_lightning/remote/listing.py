@@ -90,7 +90,7 @@ def list_folder(url: str) -> list[RemoteFile]:
 
 
 def _anew(url: str) -> dict[str, bool]:
-    """Return the options that ask a file system anew; that of the hub keeps its own listing."""
+    """Return the options that bypass the listing cache of the hub's file system."""
     return {"refresh": True} if split_url(url)[0] == "hf" else {}
 
 

@@ -1,7 +1,7 @@
-"""URLs, and what of them may be shown.
+"""URLs, and their public form without secrets.
 
 A URL may contain a password, a signature or another secret. `public_url` has none of them;
-messages, folders and everything that is stored are made of it.
+messages, folders and stored files have only this form.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ URL = re.compile(r"""[A-Za-z][\w+.-]*://(?:(?!,\s*[A-Za-z][\w+.-]*://)[^\s'"])+"
 
 
 def hide_logins(text: str) -> str:
-    """Return a text, such as a command, whose URLs are as of `public_url`."""
+    """Replace the URLs in a text, such as a command, by their `public_url`."""
 
     def hide(found: re.Match) -> str:
         url = found[0].rstrip("]}")  # of a list or a dict

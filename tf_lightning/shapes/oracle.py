@@ -75,7 +75,7 @@ def read(image: np.ndarray) -> Reading:
 
 
 def carried_out(image: np.ndarray, before: Scene, after: Scene) -> bool:
-    """Whether an image, uint8 (64, 64, 3), shows the scene `before` edited into `after`.
+    """Return whether an image, uint8 (64, 64, 3), shows the scene `before` edited into `after`.
 
     Its meaning must be that of `after`, and unchanged objects must keep their position and size
     within MAX_SHIFT pixels.

@@ -80,7 +80,7 @@ class Scene:
 
 
 def held_out(meaning: Meaning) -> bool:
-    """Whether a meaning is held out for evaluation: about a tenth of those with two objects."""
+    """Return whether a meaning is held out for evaluation: a tenth of those with two objects."""
     return len(meaning.objects) == 2 and zlib.crc32(str(meaning).encode()) % 10 == 0
 
 

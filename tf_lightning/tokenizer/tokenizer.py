@@ -210,7 +210,7 @@ def train_tokenizer(texts: Iterator[str], path: str | Path, vocab_size: int) -> 
 def _lines(texts: Iterator[str], raised: list[BaseException]) -> Iterator[str]:
     """Yield the lines of the texts, without lone surrogates, which UTF-8 cannot encode.
 
-    An error or a signal is added to `raised`, because sentencepiece only keeps its text.
+    An error or a signal is added to `raised`, because sentencepiece keeps only its message.
     """
     try:
         for text in texts:

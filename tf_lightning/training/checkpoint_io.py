@@ -51,5 +51,5 @@ class CheckedCheckpointIO(TorchCheckpointIO):
 
 
 def is_local(path: str | Path) -> bool:
-    """Whether a path is on a local or mounted disk, and not on remote storage."""
+    """Return whether a path is on a local or mounted disk, and not on remote storage."""
     return isinstance(get_filesystem(path), LocalFileSystem)

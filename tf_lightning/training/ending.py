@@ -1,9 +1,10 @@
-"""Ranks end together: when one is signalled or fails, the others hear of it and end too.
+"""All ranks end together: when one rank fails or receives a signal, the others end too.
 
-They would otherwise wait for it in a collective, without end with NCCL. A rank that ends before the
-others writes why into the store of the process group, and closes its connections, so that they
-leave their collectives. Each rank has a thread that reads the store and interrupts the main thread.
-Rank zero saves; the others wait for that, because launchers kill all ranks when one has ended.
+Otherwise they would wait for it in a collective, with NCCL forever. A rank that ends before the
+others writes the reason into the store of the process group and closes its connections, so that the
+others leave their collectives. Each rank has a thread that reads the store and interrupts the main
+thread. Rank zero saves; the others wait for that, because launchers kill all ranks when one has
+ended.
 """
 
 import json
@@ -20,12 +21,12 @@ import torch.distributed as dist
 
 from tf_lightning.errors import Interrupted, UserError
 
-POLL_SECONDS = 0.5  # between two looks into the store
+POLL_SECONDS = 0.5  # between two reads of the store
 GRACE = 5.0  # seconds for ranks to fail by themselves, and to leave a collective
-LEAVE_SECONDS = 15.0  # that rank zero, which has saved, waits for the others
-STUCK_SECONDS = 120.0  # after which a rank is killed that does not end with the others
-WORK_SECONDS = 3600.0  # that rank zero waits for the others' work at the end
-SAVE_SECONDS = 600.0  # that the others wait for rank zero to save
+LEAVE_SECONDS = 15.0  # for which rank zero waits for the others after it has saved
+STUCK_SECONDS = 120.0  # after which a rank that does not end with the others is killed
+WORK_SECONDS = 3600.0  # for which rank zero waits for the others' work at the end
+SAVE_SECONDS = 600.0  # for which the others wait until rank zero has saved
 
 # Keys of the store: why the run ends; who failed; how many ranks have left; whether rank zero is
 # leaving, and whether it has saved.
@@ -33,7 +34,7 @@ REASON, FAILED, LEFT, LEAVING, SAVED = "reason", "failed", "left", "leaving", "s
 
 
 class Ending:
-    """How the ranks of a run end.
+    """Lets all ranks of a run end when one of them ends.
 
     Attributes:
         reason: why the run ends, the same on all ranks: the rank that ended first, its signal or 0,
@@ -54,7 +55,7 @@ class Ending:
             threading.Thread(target=self.listen, args=(trainer,), daemon=True).start()
 
     def listen(self, trainer: L.Trainer) -> None:
-        """Wait for a reason, then see to it that this rank ends."""
+        """Wait for a reason, then make this rank end."""
         with suppress(Exception):  # the store's own rank has ended
             while not self.store.check([REASON]):
                 if self.is_leaving.wait(POLL_SECONDS):
@@ -97,7 +98,7 @@ class Ending:
         close_connections()
 
     def all_fail_alike(self, trainer: L.Trainer, error: BaseException) -> bool:
-        """Whether every rank raises the same error at the same step within GRACE."""
+        """Return whether every rank raises the same error at the same step within GRACE."""
         key = f"{FAILED} {trainer.global_step} {describe(error)}"
         self.store.add(key, 1)
         deadline = time.monotonic() + GRACE
@@ -108,7 +109,7 @@ class Ending:
         return True
 
     def take_launched(self, trainer: L.Trainer) -> None:
-        """Take the other ranks from Lightning, which kills rank zero when one of them has ended."""
+        """Take over the other ranks' processes: Lightning kills rank zero when one has ended."""
         launched = getattr(trainer.strategy.launcher, "procs", [])
         while launched:
             self.launched.append(launched.pop())
@@ -202,5 +203,5 @@ def wait_until(is_so: Callable[[], bool], seconds: float) -> None:
 
 
 def has_ended(process: Any) -> bool:
-    """Whether a process of `subprocess` or of `multiprocessing` has ended."""
+    """Return whether a process of `subprocess` or of `multiprocessing` has ended."""
     return not process.is_alive() if hasattr(process, "is_alive") else process.poll() is not None

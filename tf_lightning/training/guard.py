@@ -96,10 +96,10 @@ class StepGuard:
         return fused and norm.is_cuda and self.spike_sigma is None
 
     def is_spike(self, norm: float) -> bool:
-        """Whether a norm is far above the last ones, to which it is added.
+        """Return whether a norm is a spike, far above the last WINDOW norms; then store it.
 
-        Without WINDOW of them, nothing is. A spike is added as the largest norm that is none: so a
-        single one hardly changes what is usual, and norms that stay large become usual.
+        The first WINDOW norms are never spikes. A spike is stored as the limit that it exceeds, so
+        a single spike hardly moves the limit, while norms that stay large raise it step by step.
         """
         if self.spike_sigma is None:
             return False
@@ -122,7 +122,7 @@ class StepGuard:
 
 
 def describe_end(trainer: L.Trainer, in_a_row: int) -> str:
-    """Return the sentence with which a run ends whose last steps were not finite."""
+    """Return the error message for a run whose last steps were not finite."""
     data, last = trainer.datamodule, trainer.global_step
     first_row = data.next_row() - (in_a_row - 1) * data.rows_per_step()
     last_row = data.next_row() + data.rows_per_step() - 1  # of the current step

@@ -51,7 +51,7 @@ def validate_by_steps(trainer: L.Trainer) -> None:
 
 
 def validate_within(trainer: L.Trainer) -> None:
-    """Validate at the last step of a run that ends before its first validation, and tell it."""
+    """Validate at the last step of a run that ends before its first validation, with a message."""
     interval, last = trainer.val_check_interval, trainer.max_steps
     if isinstance(interval, int) and 0 < last < interval and trainer.limit_val_batches:
         rank_zero_warn(
@@ -73,7 +73,7 @@ def steps_per_epoch(trainer: L.Trainer) -> int:
 
 
 class Horizon:
-    """The optimizer steps of a whole run, for a schedule over the run.
+    """Number of optimizer steps of a whole run, for a schedule over the run.
 
     They are computed once for each step, because with `max_time` the ranks have to agree: callers
     within a forward pass find the value that the learning rate of their step was computed with.
@@ -131,5 +131,5 @@ def check_warmup(trainer: L.Trainer, warmup_steps: int) -> None:
 
 
 def has_end(trainer: L.Trainer) -> bool:
-    """Whether a fit ends by itself; call it after `epochs_to_steps`."""
+    """Return whether a fit ends by itself; call it after `epochs_to_steps`."""
     return trainer.max_steps >= 0 or timer_of(trainer) is not None

@@ -1,9 +1,9 @@
 """Signals in a run: its state is saved at a place where it is consistent, on all ranks.
 
-In the middle of a training step the state is not consistent, so a signal is heeded when the batch
-has been logged, on all ranks after the same one. Outside of training steps it is heeded at once,
-because nothing changes the state there; `Ending` then ends the other ranks. `LastCheckpoint` saves
-the state when `Interrupted` is raised.
+In the middle of a training step the state is not consistent, so a signal takes effect when the
+batch has been logged, after the same batch on all ranks. Outside of training steps it takes effect
+at once, because nothing changes the state there; `Ending` then ends the other ranks.
+`LastCheckpoint` saves the state when `Interrupted` is raised.
 """
 
 import os
@@ -52,7 +52,7 @@ class Interrupts(L.Callback):
         self.ending.begin(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args) -> None:
-        """Agree with the other ranks whether any of them received a signal."""
+        """Find out together whether any rank received a signal."""
         self.agreed = self.received_by_any(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args) -> None:
@@ -61,7 +61,7 @@ class Interrupts(L.Callback):
         self.must_wait = True
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Heed signals at once, unless ranks that shard the model have to save together."""
+        """Let signals take effect at once, unless ranks that shard the model must save together."""
         self.raise_if_agreed()
         self.must_wait = has_sharded_weights(pl_module)
         self.raise_if_received()
@@ -75,11 +75,11 @@ class Interrupts(L.Callback):
             self.raise_if_agreed()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training steps go on."""
+        """Begin to hold signals back, because training steps go on."""
         self.must_wait = trainer.state.fn == "fit"
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training steps are over."""
+        """Let signals take effect at once, because training steps are over."""
         self.raise_if_agreed()
         self.must_wait = False
         self.raise_if_received()
@@ -102,7 +102,7 @@ class Interrupts(L.Callback):
         self.ending.tell(trainer, exception, has_sharded_weights(pl_module))
 
     def raise_if_received(self) -> None:
-        """Heed a signal that came between the end of a batch and here."""
+        """Raise Interrupted for a signal that came after the end of the last batch."""
         if self.received and not self.must_wait:
             interrupt(self.received)
 
@@ -135,7 +135,7 @@ def forget_unstarted_loaders(trainer: L.Trainer) -> None:
 
 
 def has_sharded_weights(module: L.LightningModule) -> bool:
-    """Whether each rank holds a part of the weights, so that saving takes all ranks."""
+    """Return whether each rank holds a part of the weights, so that saving takes all ranks."""
     return getattr(module, "device_mesh", None) is not None
 
 

@@ -22,7 +22,7 @@ class LastCheckpoint(Checkpoint):
 
     It uses the names of the run's ModelCheckpoint. An interrupted run is saved as it was at the end
     of the last finished step: validation does not change the state, and the gradients of an
-    unfinished step are dropped. Of the callbacks, only `MissedWork` comes after it.
+    unfinished step are dropped. `MissedWork` is the only callback after it.
 
     Args:
         saver: the run's ModelCheckpoint.
@@ -155,7 +155,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def is_last_step(trainer: L.Trainer) -> bool:
-    """Whether the training ends with the present batch."""
+    """Return whether the training ends with the present batch."""
     last_epoch = trainer.max_epochs not in (None, -1) and (
         trainer.current_epoch + 1 >= trainer.max_epochs
     )

@@ -1,8 +1,8 @@
 """The LightningModule of a Transfusion model: building, training, validation and checkpoints.
 
 It is the only file of the model's training that touches the trainer, the optimizer and `self.log`.
-Its hyper-parameters are what has to match the weights or describes the training; everything that
-one varies at evaluation belongs to callbacks.
+Its hyper-parameters must match the weights or describe the training. Options of an evaluation
+belong to callbacks.
 """
 
 from collections.abc import Mapping
@@ -136,7 +136,7 @@ class Transfusion(L.LightningModule):
         compile: compile the training passes of the Transformer's blocks with torch.compile. All
             blocks share the compiled code; validation and generation do not use it.
         max_bad_steps: end the run after this many steps in a row whose loss or gradient is not
-            finite. Such steps change nothing. A GPU is asked for them whenever the trainer logs.
+            finite. Such steps change nothing. On a GPU they are counted whenever the trainer logs.
         spike_sigma: leave out a step whose gradient norm is more than this many standard deviations
             above the mean of the last 100 steps; null: leave out no finite step.
 

@@ -17,8 +17,8 @@ def check_resumed(
 ) -> None:
     """Refuse to resume with another value of a hyper-parameter that weights or state depend on.
 
-    Changes that are allowed are told. Hyper-parameters that only one side has are of another
-    version and not compared.
+    Allowed changes are printed. Hyper-parameters that only one side has belong to another version
+    and are not compared.
 
     Args:
         hparams: hyper-parameters of the module that resumes.

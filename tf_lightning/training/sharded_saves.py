@@ -1,9 +1,9 @@
-"""Sharded checkpoints of FSDP2 are written while training goes on.
+"""Asynchronous sharded checkpoints of FSDP2, written while training goes on.
 
 Training waits until the state has been copied to the memory of the host. A thread of each rank then
-writes its shard, and rank zero publishes the folder when all have written; see `sharded.py`. What
-has to come after that, such as the link `last.ckpt` or the removal of an older checkpoint, waits in
-the same thread. At most one checkpoint is in memory: the next save waits for the one before.
+writes its shard, and rank zero publishes the folder when all have written; see `sharded.py`. The
+link `last.ckpt` is updated and an older checkpoint is removed in the same thread, after that. At
+most one checkpoint is in memory: the next save waits for the one before.
 """
 
 import io
@@ -90,7 +90,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return cls(**{name: getattr(strategy, f"_{name}") for name in names})
 
     def setup_environment(self) -> None:
-        """Also connect the threads, whose collectives must not meet those of training."""
+        """Also create a process group for the threads, apart from the collectives of training."""
         super().setup_environment()
         self.group = dist.new_group(backend="gloo", timeout=self._timeout)
 
@@ -112,7 +112,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Copy the state to the host and begin to write it; all ranks call this.
 
         Raises:
-            Exception: the save before has failed.
+            Exception: the previous save failed.
         """
         if not self._save_distributed_checkpoint:
             return super().save_checkpoint(checkpoint, filepath, storage_options)

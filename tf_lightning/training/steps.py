@@ -1,4 +1,4 @@
-"""Optimizer steps of several batches, and what a trainer may be set to.
+"""Optimizer steps of several batches, and checks of the trainer's settings.
 
 With `accumulate_grad_batches`, a module receives all batches of an optimizer step at once and runs
 them one after another. So it knows the number of text targets and latent elements of the whole step

@@ -65,7 +65,7 @@ class LocalFolder:
 
     @property
     def remedy(self) -> str:
-        """The advice for a user whose folder is damaged."""
+        """Advice in the error message for a damaged folder."""
         return "delete the folder and run the command again"
 
     def folder(self, name: str) -> "LocalFolder":
@@ -113,7 +113,7 @@ class RemoteFolder:
 
     @property
     def remedy(self) -> str:
-        """The advice if the content is damaged although the checksums of its blocks are right."""
+        """Advice in the error message for content that is damaged although its checksums fit."""
         return f"delete the copies in {self._copies()} and run the command again"
 
     def folder(self, name: str) -> "RemoteFolder":

@@ -12,7 +12,7 @@ STORED_LATENTS, STORED_CODES = (np.float16, np.float32), (np.uint32, np.int64)
 
 @dataclass(frozen=True)
 class ImageStorageSpec:
-    """How a corpus stores each image.
+    """The form in which a corpus stores each image.
 
     Attributes:
         hflip: also store a horizontally flipped copy; training draws one of the two.

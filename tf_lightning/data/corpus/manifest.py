@@ -40,7 +40,7 @@ class FileBlocks:
         return range(first // self.size_of_block, -(-end // self.size_of_block))
 
     def fits(self, number: int, content: bytes) -> bool:
-        """Whether this is the content of a block."""
+        """Return whether this is the content of a block."""
         first, end = self.limits(number)
         return len(content) == end - first and zlib.crc32(content) == self.checks[number]
 
@@ -62,7 +62,7 @@ def parse_manifest(content: bytes) -> dict[str, FileBlocks]:
     """Return the files of a manifest by their path in the folder.
 
     Raises:
-        ValueError, KeyError, TypeError: the content is no manifest.
+        ValueError, KeyError, TypeError: the content is not a manifest.
     """
     manifest = json.loads(content)
     block = int(manifest["block"])

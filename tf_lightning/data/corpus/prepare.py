@@ -216,8 +216,8 @@ def prepare(
 
     Raises:
         UserError: the source has no usable document, it has images but there is no autoencoder, or
-            its images do not divide into patches. A "val" split without any sample is no error: it
-            makes an empty corpus.
+            its images do not divide into patches. A "val" split without samples makes an empty
+            corpus.
     """
     if job.path.is_dir():
         shutil.rmtree(job.shards_folder, ignore_errors=True)  # of a process that was killed

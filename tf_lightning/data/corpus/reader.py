@@ -86,7 +86,7 @@ class Corpus(Dataset):
     Attributes:
         folder: access to the files.
         name: name of the folder.
-        image_shape: (C, h, w) of the latents, of most of them if they differ; None if there are no
+        image_shape: (C, h, w) of the latents, the most frequent one if they differ; None without
             images.
         image_shapes: the (C, h, w) of all latents, each with its number of images.
         image_storage: what is stored of each image.

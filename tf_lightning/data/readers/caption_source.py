@@ -24,6 +24,7 @@ from tf_lightning.data.readers.globs import find_files, matching_files, names_fo
 from tf_lightning.data.readers.image_files import ImagePathSource
 from tf_lightning.data.readers.json_records import parse_record, read_records
 from tf_lightning.data.readers.layouts import (
+    BESIDE,
     HUB_FILES,
     NAMES,
     Layout,
@@ -186,15 +187,15 @@ def _source_of(
         kind: a result of `_caption_format`, or NAMES.
         paths: the files, or globs of them.
         keys: `images`, `image_key` and `caption_key`.
-        roots: folders that were given; their own names are no captions.
+        roots: folders that were given; their own names are not captions.
         options: the other arguments of the source.
     """
     keys = dict(keys)
+    if kind == BESIDE:
+        return CaptionFolders(paths, caption_key=keys["caption_key"], **options)
+    if kind == NAMES:
+        return NamedImages(paths, caption_key=keys["caption_key"], roots=roots, **options)
     match kind:
-        case "image":
-            return CaptionFolders(paths, caption_key=keys["caption_key"], **options)
-        case "names":
-            return NamedImages(paths, caption_key=keys["caption_key"], roots=roots, **options)
         case "object":
             return CaptionJson(paths, **keys, **options)
         case "rows":
@@ -211,7 +212,7 @@ def _kind_of_files(path: str, caption_key: str | None) -> str:
     """Return the kind of the files of a glob: NAMES for images without text files beside them."""
     file = _first_file(path)
     kind = _caption_format(file)
-    if kind != "image" or not file.is_file():
+    if kind != BESIDE or not file.is_file():
         return kind
     texts = CaptionFolders(path, caption_key=caption_key).texts_beside
     return kind if any(map(texts, find_files(path))) else NAMES
@@ -232,7 +233,7 @@ def _caption_format(file: Path) -> str:
         return _format_by_name(file)
     kind = file_format(file)
     if kind in ("text", "json", "csv") and _has_image_beside(file):
-        return "image"
+        return BESIDE
     if kind == "parquet" and "messages" in column_names(file):
         return "chat"
     if kind in ("text", "csv", "parquet"):
@@ -317,7 +318,7 @@ class SeveralLayouts(Source):
 
     def image_digest(self, split: Split) -> str:
         """Hash the image files that tables name; see `ImagePathSource.image_digest`."""
-        tables = [one for one in self.of_split(split) if isinstance(one, ImagePathSource)]
+        tables = [part for part in self.of_split(split) if isinstance(part, ImagePathSource)]
         return " ".join(table.image_digest(split) for table in tables)
 
     def num_samples(self, split: Split) -> int | None:

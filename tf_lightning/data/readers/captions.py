@@ -193,7 +193,7 @@ def tar_conversation(record: Any, image: bytes | None) -> Parts:
     """Read a conversation whose image is another file of its sample.
 
     Raises:
-        BadSample: it is no conversation, or it names an image outside of the tar.
+        BadSample: it is not a conversation, or it names an image outside of the tar.
     """
     record = record if isinstance(record, dict) else {"messages": record}
     record = {key: value for key, value in record.items() if key not in IMAGES_KEYS}

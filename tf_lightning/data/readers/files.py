@@ -168,7 +168,7 @@ class FileSource(Source):
 
     @property
     def snapshot(self) -> Snapshot:
-        """The remote files of this source, which are asked for once."""
+        """The remote files of this source, which are listed once."""
         return vars(self).setdefault("_snapshot", Snapshot())
 
     def shards(self, split: Split) -> list["FileSource"]:

@@ -222,7 +222,7 @@ def decode_text(content: bytes) -> str:
 
 
 def file_fault(error: Exception) -> BadSample:
-    """Say why a file, or the rest of it, cannot be read."""
+    """Return the reason why a file, or the rest of it, cannot be read."""
     if isinstance(error, PermissionError):
         return BadSample("file that may not be read")
     if isinstance(error, pyarrow.ArrowNotImplementedError):

@@ -20,7 +20,7 @@ class SampleIds:
     """Names the samples of a file, one after another, whatever split they belong to.
 
     The id of a file that is one sample, such as an image, is its path. Others are "path:key", as in
-    "00000.tar:000000123". A further sample of the same key has its number behind it, as in
+    "00000.tar:000000123". If a key occurs again, the id ends with its number, as in
     "edit_turns.json:7#2".
 
     Args:
@@ -57,7 +57,7 @@ class SampleIds:
         return name if self.repeats[key] == 1 else f"{name}#{self.repeats[key]}"
 
     def _was_a_number(self, key: str, number: int) -> bool:
-        """Whether an earlier sample had this key as its number."""
+        """Return whether an earlier sample had this key as its number."""
         if not (key.isascii() and key.isdigit() and key == str(int(key))):
             return False
         return int(key) < number and int(key) not in self.not_numbers

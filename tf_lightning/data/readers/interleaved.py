@@ -112,7 +112,7 @@ def parse_parts(content: Any) -> list[tuple[str, Any]]:
 
 
 def _is_nothing(part: Any) -> bool:
-    """Return whether a part is what is written for a missing one: null, or only empty values."""
+    """Return whether a part stands for a missing one: null, or only empty values."""
     if isinstance(part, dict) and "image" in part or part == {"text": None}:
         return not any(part.get(key) for key in ("text", "image"))
     return part is None

@@ -33,7 +33,7 @@ TRAINING, OTHER_SPLITS = (
     re.compile(rf"(^|[/_.-])({names})([/_.-]|$)", re.IGNORECASE)
     for names in ("train|training", "validation|valid|val|test|testing|dev|eval")
 )
-BESIDE, NAMES = "image", "names"  # kinds of layouts
+BESIDE, NAMES = "image", "names"  # kinds of layouts; BESIDE is also the format of images
 HOW_TO_CAPTION = (
     'write a metadata.jsonl with a line such as {"file_name": "cat.jpg", "text": "a cat"} for each '
     "image, or a cat.txt beside each cat.jpg"

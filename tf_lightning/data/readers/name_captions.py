@@ -28,7 +28,7 @@ def caption_of_name(name: str) -> str | None:
     """Return the words of a name, such as "black cat" for "black_cat_001"; None if it has none.
 
     Numbers, codes and words such as IMG at the start and at the end are left out: IMG_1234,
-    DSC0001, 000123 and hashes are no captions.
+    DSC0001, 000123 and hashes are not captions.
     """
     if HEXADECIMAL.fullmatch(name):
         return None
