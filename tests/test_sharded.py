@@ -176,7 +176,7 @@ def test_a_missing_or_truncated_file_is_refused(name, tmp_path):
         open_sharded(folder)
         check_sharded(folder)
     (folder / name).unlink()
-    with pytest.raises(UserError, match=f"(?s)no complete.*{name}.*; use an earlier one"):
+    with pytest.raises(UserError, match=f"(?s)not a complete.*{name}.*; use an earlier one"):
         check_sharded(folder)
 
 
