@@ -153,7 +153,7 @@ def _brace_items(group: re.Match) -> Iterable[str]:
 
 
 def _no_file(path: str, found: list[str]) -> str:
-    """Return the error for a path without files, with what to give instead."""
+    """Return a message about a path without files, with what to give instead."""
     if found and os.path.isdir(found[0]):
         readable = os.access(found[0], os.R_OK | os.X_OK)
         names = [n for n in os.listdir(found[0]) if n[0] != "."] if readable else []
