@@ -48,7 +48,8 @@ class Evaluate(L.Callback):
     """Samples at every validation and logs `val/<metric>[<label>]`.
 
     Images, captions and texts are given to every logger that takes them (TensorBoard, Weights &
-    Biases, MLflow, Comet); without one they are written to `media/` in the run's folder. `validate`
+    Biases, MLflow, Comet). Images, with their prompts or captions, are also written to `media/` in
+    the run's folder, and so are tables of captions and texts if no logger takes them. `validate`
     and `test` write `metrics.json` and, for several guidance scales, the plot `guidance.png` into a
     separate folder. `fit` writes `metrics/step<N>-<tag>.json`. A failed evaluation is a warning in
     `fit` and an error otherwise; if a metric fails, the others still have values.

@@ -1,4 +1,4 @@
-"""Images, texts and tables for every logger of a run that takes them, and as files otherwise."""
+"""Images, texts and tables of a run, for its loggers and as files."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tf_lightning.files import atomic_file
 
 
 def log_image(trainer: L.Trainer, folder: Path, step: int, tag: str, image: Image.Image) -> None:
-    """Give an image to all loggers; write `folder`/media/<tag>-step<N>.png if none takes it.
+    """Give an image to all loggers, and write it to `folder`/media/<tag>-step<N>.png.
 
     Call it on rank zero.
 
@@ -25,9 +25,10 @@ def log_image(trainer: L.Trainer, folder: Path, step: int, tag: str, image: Imag
         tag: name of the image, such as "generated/val".
         image: RGB image.
     """
-    if not any([give_image(logger, tag, image, step) for logger in trainer.loggers]):
-        with atomic_file(media_file(folder, tag, step, ".png")) as file:
-            image.save(file, format="PNG")
+    for logger in trainer.loggers:
+        give_image(logger, tag, image, step)
+    with atomic_file(media_file(folder, tag, step, ".png")) as file:
+        image.save(file, format="PNG")
 
 
 def log_table(
@@ -53,8 +54,8 @@ def log_table(
             file.write_text(markdown_table(columns, rows) + "\n", encoding="utf-8")
 
 
-def give_image(logger: Logger, tag: str, image: Image.Image, step: int) -> bool:
-    """Log an image; return whether the logger takes images.
+def give_image(logger: Logger, tag: str, image: Image.Image, step: int) -> None:
+    """Log an image, if the logger takes images.
 
     The loggers are known by their methods, because their packages need not be installed.
     """
@@ -67,9 +68,6 @@ def give_image(logger: Logger, tag: str, image: Image.Image, step: int) -> bool:
         experiment.log_image(logger.run_id, image, artifact_file=f"{file_name(tag, step)}.png")
     elif hasattr(experiment, "log_image"):  # Comet
         experiment.log_image(image, name=tag, step=last)
-    else:
-        return False
-    return True
 
 
 def give_table(

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tf_lightning import progress
-from tf_lightning.progress import LogBar, progress_bar
+from tf_lightning.progress import Bar, LogBar, progress_bar
 
 
 @pytest.fixture
@@ -72,6 +72,12 @@ def test_a_stream_without_a_length_counts(clock, capsys):
     bar = progress_bar(iter(range(7)), "Stream", unit=" rows")
     assert sum(1 for _ in bar) == 7
     assert "Stream: 7 rows" in capsys.readouterr().err.replace("7rows", "7 rows")
+
+
+@pytest.mark.parametrize("bar", [LogBar, Bar])
+def test_a_slow_rate_has_no_stray_space(bar):
+    assert bar.format_meter(1, 4, 20.0, unit=" documents").endswith("20.00s/documents]")
+    assert bar.format_meter(40, 80, 20.0, unit=" documents").endswith(" 2.00 documents/s]")
 
 
 def test_a_terminal_gets_a_bar_that_is_redrawn(monkeypatch):

@@ -9,7 +9,16 @@ from tqdm import tqdm
 LOG_SECONDS = 30.0  # between two lines of a bar in a log file
 
 
-class LogBar(tqdm):
+class Bar(tqdm):
+    """A progress bar whose unit may begin with a space: "12 documents/s" and "2s/document"."""
+
+    @staticmethod
+    def format_meter(*args: Any, **options: Any) -> str:
+        """See `tqdm.format_meter`."""
+        return tqdm.format_meter(*args, **options).replace("s/ ", "s/")
+
+
+class LogBar(Bar):
     """A progress bar for output that is not a terminal: whole lines, `LOG_SECONDS` apart.
 
     A bar that stays on a terminal when it ends also writes its last state, once.
@@ -62,14 +71,14 @@ def write_line(text: str) -> None:
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
-    """Return a tqdm bar on standard error, or a `LogBar` if that is not a terminal.
+    """Return a `Bar` on standard error, or a `LogBar` if that is not a terminal.
 
     Args:
         args: positional arguments of tqdm: the iterable and the description.
         options: keyword arguments of tqdm.
     """
     if on_terminal():
-        return tqdm(*args, dynamic_ncols=True, **options)
+        return Bar(*args, dynamic_ncols=True, **options)
     return LogBar(*args, **(options | {"ncols": 0, "bar_format": None}))  # 0: numbers alone
 
 

@@ -67,6 +67,11 @@ def give(folder, *loggers) -> None:
     log_table(trainer, folder, 9, "captions/val", COLUMNS, ROWS)
 
 
+def files_in(folder) -> list[str]:
+    """The files that are written beside the loggers: the images."""
+    return [path.name for path in (folder / "media").iterdir()]
+
+
 def test_the_stub_has_the_methods_of_wandb():
     for name in ("log_image", "log_table"):
         assert hasattr(WandbLogger, name)
@@ -77,14 +82,14 @@ def test_weights_and_biases_gets_images_and_tables(tmp_path):
     give(tmp_path, CSVLogger(tmp_path), logger)
     table = [COLUMNS, [["a|b\nc", "<b>*d*</b>"]], 8]
     assert logger.given == {"generated/val": [(4, 4), 8], "captions/val": table}
-    assert not (tmp_path / "media").exists()
+    assert files_in(tmp_path) == ["generated-val-step0000009.png"]
 
 
 def test_mlflow_gets_images_and_texts(tmp_path):
     logger = Mlflow()
     give(tmp_path, logger)
     files = ["generated-val-step0000009.png", "captions-val-step0000009.md"]
-    assert logger.given == dict.fromkeys(files, "run7") and not (tmp_path / "media").exists()
+    assert logger.given == dict.fromkeys(files, "run7") and files_in(tmp_path) == files[:1]
 
 
 def test_tensorboard_gets_them_as_the_second_of_two_loggers(tmp_path):
@@ -96,11 +101,11 @@ def test_tensorboard_gets_them_as_the_second_of_two_loggers(tmp_path):
     (text,) = events.Tensors("captions/val/text_summary")
     assert b"generated caption" in text.tensor_proto.string_val[0]
     assert text.step == events.Images("generated/val")[0].step == 8
-    assert not (tmp_path / "media").exists()
+    assert files_in(tmp_path) == ["generated-val-step0000009.png"]
 
 
 @pytest.mark.parametrize("loggers", ["none", "csv"])
-def test_files_keep_what_no_logger_takes(loggers, tmp_path):
+def test_files_keep_the_images_and_the_tables_that_no_logger_takes(loggers, tmp_path):
     give(tmp_path, *([CSVLogger(tmp_path)] if loggers == "csv" else []))
     kept = Image.open(tmp_path / "media" / "generated-val-step0000009.png")
     assert (np.asarray(kept) == np.asarray(RED)).all()

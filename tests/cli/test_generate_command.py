@@ -297,10 +297,12 @@ def test_prompts_of_a_file_give_the_same_outputs_as_on_the_command_line(
     assert sheet.count("<img") == 6 and "one blue square" in sheet
 
 
-def test_each_line_of_a_text_file_is_a_prompt(checkpoint, tmp_path):
+def test_each_line_of_a_text_file_is_a_prompt(checkpoint, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red circle\n\none blue square\n")
     arguments = ["--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "out")]
     main(["generate", checkpoint, *arguments, "--output-modality", "text", "--max-new-tokens", "3"])
+    wrote = f"Wrote 2 texts: {tmp_path}/out/0000.json and 1 more; all outputs are in "
+    assert wrote in capsys.readouterr().out
     records = [json.loads((tmp_path / "out" / f"000{n}.json").read_text()) for n in (0, 1)]
     assert [r["prompt"] for r in records] == [
         [["text", "a red circle"]],
@@ -315,14 +317,18 @@ def test_outputs_are_kept_unless_something_changed(checkpoint, prompts, tmp_path
     before = drawn(tmp_path / "out")
     (tmp_path / "out" / "0001.json").unlink()
     main([*command, "--num-inference-steps", "2"])
-    assert "Wrote 1 output " in capsys.readouterr().out.splitlines()[-1]
+    out = tmp_path / "out"
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"Wrote 1 image (2 were there already): {out}/0000.png and 2 more; all outputs are in "
+        f"{out}/sheet.html"
+    )
     after = drawn(tmp_path / "out")
     assert after.keys() - before.keys() == {"0003.png"} and after.items() > before.items()
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "in.png")  # same name, another picture
     main([*command, "--num-inference-steps", "2"])
-    assert "Wrote 1 output " in capsys.readouterr().out.splitlines()[-1]
+    assert "Wrote 1 image (2 were there already): " in capsys.readouterr().out.splitlines()[-1]
     main([*command, "--num-inference-steps", "3"])
-    assert "Wrote 3 outputs" in capsys.readouterr().out.splitlines()[-1]
+    assert "Wrote 3 images: " in capsys.readouterr().out.splitlines()[-1]
     assert drawn(tmp_path / "out").items() > after.items()  # nothing was replaced
     sheet = (tmp_path / "out" / "sheet.html").read_text()
     assert sheet.count("<figure>") == 3 + 1 + 3
@@ -360,7 +366,7 @@ def test_an_interrupted_command_keeps_its_outputs_and_can_be_repeated(
     monkeypatch.undo()
     before = drawn(out)
     main(command)
-    assert "Wrote 1 output " in capsys.readouterr().out.splitlines()[-1]
+    assert "Wrote 1 image (2 were there already): " in capsys.readouterr().out.splitlines()[-1]
     assert drawn(out).items() > before.items()
 
 

@@ -20,6 +20,7 @@ from tf_lightning.cli.inspect import (
     SPECIAL,
     TEXT,
     TONES,
+    announcement,
     describe,
     draw_rows,
     histogram,
@@ -27,8 +28,16 @@ from tf_lightning.cli.inspect import (
     pick_documents,
 )
 from tf_lightning.cli.main import main
-from tf_lightning.cli.quality import distribution, filter_list, ratio_bars, write_list
+from tf_lightning.cli.quality import (
+    distribution,
+    filter_list,
+    ratio_bars,
+    shape_advice,
+    write_list,
+)
+from tf_lightning.data import TextFiles
 from tf_lightning.data.quality import Quality
+from tf_lightning.shapes.sources import ShapesTexts
 
 
 class Specials:
@@ -209,7 +218,8 @@ def test_the_list_that_is_written_leaves_out_what_it_names(tmp_path, only_data, 
     assert f"tf-lightning prepare -c {config} --exclude {file}" in out
 
     main(["prepare", "-c", config, "--processes", "1", "--exclude", str(file)])
-    assert f"`tf-lightning fit -c CONFIG --data.exclude {file}`" in capsys.readouterr().out
+    train = f"Train on them with\n  tf-lightning fit -c {config} --data.exclude {file}\n"
+    assert capsys.readouterr().out.endswith(train)
     main(["inspect", "-c", config, "--data.exclude", str(file)])
     out = capsys.readouterr().out
     counts = [int(n) for n in re.findall(r"^mine \w+: (\d+) documents", out, re.MULTILINE)]
@@ -236,6 +246,9 @@ def test_a_document_with_several_faults_has_one_line_in_the_list():
     for number in range(2):
         quality.add("train", f"a\tb{number}".replace("\t", " "), ["text", small])
     text, count = filter_list({"mine": quality})
+    headings = ["copies of an earlier document (1)", "small images (2, of which 1 above)"]
+    headings += ["long images (2, of which 2 above)"]
+    assert re.findall("^# mine: (.*)$", text, re.MULTILINE) == headings
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert count == 2 and lines == [
         "a b1\tcopy of a b0; small image of 8 x 30 pixels; long image of 8 x 30 pixels",
@@ -253,6 +266,34 @@ def test_aspect_ratios_and_lengths_are_counted_once():
     assert distribution(np.arange(1, 102)) == (
         "mean 51.0, 5% below 6, median 51, 95% below 96, longest 101"
     )
+
+
+def test_buckets_are_advised_if_many_images_are_far_from_square():
+    photos = [1.5, 2 / 3, 4 / 3, 1.0]  # two of them lose a third
+    for ratios, expected in (
+        (photos, "50% of the images lose more than a quarter .*--data.max_aspect_ratio 1.5 keeps"),
+        ([9.0, 1.0], "50% .*--data.max_aspect_ratio 3 keeps"),
+        ([1.8] + 19 * [1.0], None),
+        ([4 / 3, 0.75], None),
+        ([], None),
+    ):
+        advice = "".join(shape_advice(np.array(ratios)))
+        assert re.match(expected, advice) if expected else not advice, ratios
+
+
+def test_many_documents_are_announced_with_how_to_look_at_fewer(tmp_path):
+    sources = {"mine": ShapesTexts(900, num_val=100)}
+    assert list(announcement(sources)) == []
+    first, *fewer = announcement(sources | {"more": ShapesTexts(300, num_val=0)})
+    assert first.startswith("Preparing 1,300 documents, unless they are prepared already")
+    option = "--data.sources.mine.init_args.num_documents 1000"
+    assert fewer[0] == f"To look at fewer documents of mine, give {option}."
+    (tmp_path / "a.txt").write_text("a text")
+    assert list(announcement({"text": TextFiles(f"{tmp_path}/a.txt")})) == []
+    unknown = TextFiles(f"{tmp_path}/a.txt")
+    unknown.num_samples = lambda split: None
+    first, fewer = announcement({"text": unknown})
+    assert first.startswith("Preparing all documents,") and "give fewer files" in fewer
 
 
 @pytest.mark.parametrize("arguments", [["--documents", "0"], ["-c", "none.yaml"], []])

@@ -230,7 +230,7 @@ def test_a_sampler_that_does_not_fit_the_model_is_refused_before_training(
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [(None, "no file matches"), ("", "unusable"), ("{}\n", "unusable")]
+    ("content", "sentence"), [(None, "there is no file or"), ("", "unusable"), ("{}\n", "unusable")]
 )
 def test_a_file_without_documents_is_refused_and_nothing_half_written_is_left(
     content, sentence, tmp_path, fails

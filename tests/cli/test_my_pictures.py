@@ -60,7 +60,7 @@ def test_two_images_are_enough(count, tmp_path, monkeypatch):
     ("options", "message"),
     [
         ([], "the folder my_pictures has no files; put images with captions into it"),
-        (["--data.paths", "none"], "no file matches 'none'; check the path"),
+        (["--data.paths", "none"], "there is no file or folder 'none'; check the path"),
     ],
 )
 def test_a_folder_without_pictures_ends_in_one_sentence(

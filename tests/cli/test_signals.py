@@ -82,11 +82,15 @@ def text_config(folder) -> list[str]:
     return ["prepare", "-c", str(folder / "a.yaml"), "--processes", "1"]
 
 
-def test_prepare_keeps_finished_shards_and_nothing_of_others(tmp_path, monkeypatch):
+def test_prepare_keeps_finished_shards_and_nothing_of_others(tmp_path, monkeypatch, capsys):
     command = text_config(tmp_path)
     monkeypatch.setattr("tf_lightning.data.readers.files.SHARD_BYTES", 10)
     signal_at(monkeypatch, ShardWriter, "add", nth=3)
     assert code_of(*command) == 143
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "tf-lightning: error: interrupted by SIGTERM",
+        "Finished shards are kept; the same command continues.",
+    ]
     (shards,) = tmp_path.glob("cache/.*-shards")
     kept = sorted(os.listdir(shards))
     assert kept == ["000000", "000001"] and all(

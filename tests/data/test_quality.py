@@ -15,6 +15,7 @@ from tf_lightning.data.quality import (
     LONG,
     LOOKALIKE,
     NO_LETTERS,
+    REPEAT,
     SMALL,
     WRITING,
     Lines,
@@ -90,17 +91,20 @@ def test_planted_faults_are_found_and_nothing_else(tmp_path):
     assert quality.smallest(1) == [(20, 31, f"{tmp_path}/tiny0.png")]
 
 
-def test_a_held_out_document_that_repeats_a_training_document_is_counted(tmp_path):
+def test_a_held_out_document_that_repeats_a_training_document_is_named_apart(tmp_path):
     for n in range(6):
         save(tmp_path / f"train{n}.png", picture(n), f"thing {n}")
     save(tmp_path / "val0.png", picture(0), "thing 0")
     save(tmp_path / "val1.jpg", picture(1), "thing 1", quality=70)
-    save(tmp_path / "val2.png", picture(100), "thing 100")
+    for n in (2, 3):  # the second repeats a held-out document
+        save(tmp_path / f"val{n}.png", picture(100), "thing 100")
     source = CaptionFolders(f"{tmp_path}/train*", val_paths=f"{tmp_path}/val*", image_size=64)
     quality = measured(source)
-    assert found(quality, tmp_path) == {COPY: {"val0.png"}, LOOKALIKE: {"val1.jpg"}}
-    assert quality.repeated_held_out() == 2
-    assert (quality.num["train"], quality.num["val"]) == (6, 3)
+    assert found(quality, tmp_path) == {REPEAT: {"val0.png", "val1.jpg"}, COPY: {"val3.png"}}
+    assert next(f for f in quality.findings() if f.kind == REPEAT).reason == (
+        f"copy of {tmp_path}/train0.png"
+    )
+    assert (quality.num["train"], quality.num["val"]) == (6, 4)
 
 
 def test_several_captions_of_one_image_file_are_no_duplicates(tmp_path):
@@ -144,7 +148,7 @@ def test_repeated_texts_are_copies(tmp_path):
 
 
 def test_a_source_without_documents_has_no_findings():
-    assert Quality().findings() == [] and Quality().repeated_held_out() == 0
+    assert Quality().findings() == []
 
 
 def test_drawn_images_have_no_size_of_a_file():

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from support.markdown import PAGES, ROOT, blocks, name, shell_lines
+from support.own_pictures import write_own_pictures
 from support.runs import shapes
 from tf_lightning.cli.main import main
 from tf_lightning.generation import sampling
@@ -53,7 +54,7 @@ MINIATURES = {  # what follows a recipe to make it small
         "data": WORLD,
     },
     "eval/quickstart": {"evaluate": EVALUATE, "data": WORLD},
-    "my_pictures": {"trainer": TRAINER, "evaluate": None, "model": MODEL},
+    "my_pictures": {"trainer": TRAINER, "evaluate": {"sampling": FEW}, "model": MODEL},
 }
 
 
@@ -139,9 +140,14 @@ def test_the_evaluation_measures_sweeps_and_predicts(quickstart, monkeypatch, ca
 
 
 def test_own_images_are_trained_on_and_generated(workspace, monkeypatch):
+    write_own_pictures(workspace / "my_pictures", 40)
     follow("own_images.md", workspace, monkeypatch)
     assert len(list((workspace / "out").glob("*.png"))) >= 4
-    assert list((workspace / "runs" / "my_pictures" / "predict").glob("*.jsonl"))
+    for file in (
+        *("inspected/documents.png", "inspected/exclude.txt"),
+        "runs/my_pictures/media/generated-val-step0000002.png",
+    ):
+        assert (workspace / file).is_file(), file
 
 
 def test_the_python_tutorial_generates_streams_and_saves(quickstart, monkeypatch):

@@ -241,7 +241,8 @@ def test_a_run_that_ends_before_its_first_validation_validates_at_its_last_step(
     validated = Validated()
     options = {"limit_val_batches": 1, "callbacks": [validated], "num_sanity_val_steps": 0}
     options |= {"val_check_interval": 90, "max_steps": 3, "check_val_every_n_epoch": None}
-    with pytest.warns(UserWarning, match="val_check_interval=90 is after .*max_steps=3") as told:
+    message = r"trainer.val_check_interval=90 is after the last step \(3\)"
+    with pytest.warns(UserWarning, match=message) as told:
         trainer = L.Trainer(accelerator="cpu", **QUIET | options)
         trainer.fit(shapes_module(warmup_steps=2), shapes_data(tmp_path))
     assert validated.steps == [3]
@@ -271,13 +272,24 @@ def test_the_last_validation_of_a_run_of_epochs_is_after_its_last_step(tmp_path)
 @pytest.mark.parametrize("module", [shapes_module, autoencoder_module])
 def test_a_warm_up_that_the_run_does_not_finish_is_told(tmp_path, module):
     data = shapes_data(tmp_path) if module is shapes_module else image_data(tmp_path)
-    with pytest.warns(UserWarning, match="warmup_steps=2 does not end .*max_steps=2"):
+    message = r"model.warmup_steps=2 does not end before the last step \(2\)"
+    with pytest.warns(UserWarning, match=message):
         trainer = L.Trainer(accelerator="cpu", max_steps=2, limit_val_batches=0, **QUIET)
         trainer.fit(module(warmup_steps=2), data)
     trainer = SimpleNamespace(max_steps=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         horizon.check_warmup(trainer, 2)
+
+
+def test_a_run_that_ends_before_its_first_log_is_told():
+    trainer = SimpleNamespace(loggers=["a logger"], log_every_n_steps=25, max_steps=24)
+    with pytest.warns(UserWarning, match=r"trainer.log_every_n_steps=25 is after .* \(24\)"):
+        horizon.check_logging(trainer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for other in ({"max_steps": 25}, {"max_steps": -1}, {"max_steps": 24, "loggers": []}):
+            horizon.check_logging(SimpleNamespace(**vars(trainer) | other))
 
 
 def test_an_autoencoder_trains_for_epochs_and_refuses_noise_that_would_never_come(tmp_path):

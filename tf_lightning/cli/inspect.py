@@ -8,7 +8,7 @@ Shapes: B rows, T positions in a row.
 
 import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -26,8 +26,16 @@ from tf_lightning.batch import (
 )
 from tf_lightning.cli.lightning import build_data
 from tf_lightning.cli.parser import Parser, non_negative_int, path_type, positive_int
-from tf_lightning.cli.quality import describe_quality, filter_list, measure, write_list
+from tf_lightning.cli.prepare import prepare_data
+from tf_lightning.cli.quality import (
+    describe_quality,
+    filter_list,
+    measure,
+    shape_advice,
+    write_list,
+)
 from tf_lightning.data.corpus.reader import Corpus
+from tf_lightning.data.documents import Source, num_samples
 from tf_lightning.data.images import to_image
 from tf_lightning.data.mixture import Mixture
 from tf_lightning.data.packing import CorpusRows
@@ -37,6 +45,7 @@ from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
 from tf_lightning.folders import check_writable
 from tf_lightning.progress import counted
+from tf_lightning.remote.urls import hide_logins
 
 PAD, TEXT, SPECIAL, IMAGE, COPY = range(5)
 KINDS = ("padding", "text", "<bos> <boi> <eoi> <eos>", "image", "clean copy")
@@ -181,7 +190,8 @@ examples:
   tf-lightning inspect -c configs/quickstart.yaml
   tf-lightning inspect -c configs/emoji.yaml -o look --documents 40
 
-The data is prepared first, as `prepare` does. Then these files are written:
+The data is prepared first, as `prepare` does, and `fit` uses what is prepared. Then these files are
+written:
   report.txt      documents, tokens, images, skipped samples with reasons, lengths of documents;
                   for each source also duplicates, writing systems, and sizes of image files
   exclude.txt     documents that may be left out, with reasons: duplicates, texts in an unusual
@@ -193,6 +203,7 @@ The data is prepared first, as `prepare` does. Then these files are written:
 Options of the configuration may follow, as in --data.row_length 1024.
 """
 BAR_LENGTH = 40  # characters
+MANY_DOCUMENTS = 1_000  # more are announced before they are prepared
 
 
 def run_inspect(args: list[str]) -> None:
@@ -209,9 +220,9 @@ def run_inspect(args: list[str]) -> None:
     folder = options.out or data.cache_dir / "inspect"
     check_writable(folder)
     understood = [line for name in data.sources for line in report_source(name, data.sources[name])]
-    for line in understood:
-        print(line)
-    data.prepare_data()
+    for line in understood if data.encoded else [*understood, *announcement(data.sources)]:
+        print(line, flush=True)
+    prepare_data(data)
     data.setup()
     folder.mkdir(parents=True, exist_ok=True)
     rows, padding = _rows(data, options.rows)
@@ -221,6 +232,8 @@ def run_inspect(args: list[str]) -> None:
     for name, quality in qualities.items():
         corpora = [corpora[name] for corpora in data.corpora.values()]
         lines += ["", *describe_quality(name, quality, corpora)]
+    if qualities and data.image_storage.max_aspect_ratio == 1 and not data.num_codes:
+        lines += shape_advice(np.concatenate([one.ratios() for one in qualities.values()]))
     report = "\n".join(lines) + "\n"
     print(report)
     with atomic_file(folder / "report.txt") as partial:
@@ -231,7 +244,28 @@ def run_inspect(args: list[str]) -> None:
             drawing.save(partial, format="PNG")
     drawn = counted(len(shown), "document")
     print(f"Wrote {folder}/documents.png ({drawn}), rows.png and report.txt.")
-    suggest_filter(qualities, folder, shlex.join([*recipes, *rest]))
+    suggest_filter(qualities, folder, shlex.join(map(hide_logins, [*recipes, *rest])))
+
+
+def announcement(sources: dict[str, Source]) -> Iterator[str]:
+    """Say how many documents are prepared, if they are many, and how to look at fewer.
+
+    Args:
+        sources: the sources by name.
+    """
+    counts = [
+        num_samples(source, split) for source in sources.values() for split in ("train", "val")
+    ]
+    if None not in counts and sum(counts) <= MANY_DOCUMENTS:
+        return
+    number = "all" if None in counts else f"{sum(counts):,}"
+    yield f"Preparing {number} documents, unless they are prepared already; `fit` uses them too."
+    for name, source in sources.items():
+        if hasattr(source, "num_documents"):
+            option = f"--data.sources.{name}.init_args.num_documents {MANY_DOCUMENTS}"
+            yield f"To look at fewer documents of {name}, give {option}."
+        elif hasattr(source, "files"):
+            yield f"To look at fewer documents of {name}, give fewer files in its paths."
 
 
 def suggest_filter(qualities: dict[str, Quality], folder: Path, options: str) -> None:

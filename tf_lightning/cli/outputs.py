@@ -31,8 +31,11 @@ from tf_lightning.files import atomic_file
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.requests import GenerationPlan
 from tf_lightning.generation.sampling import SamplingConfig
+from tf_lightning.progress import counted
 
 STYLE = "figure{display:inline-block;width:16em;vertical-align:top;margin:1em}img{width:16em}"
+
+NOUNS = {"image": "image", "text": "text", "any": "output"}  # an output of each modality
 
 Parts = list[tuple[str, str]]  # ("text", text) or ("image", file)
 
@@ -210,19 +213,24 @@ def write_outputs(
     except (KeyboardInterrupt, Interrupted):
         write_sheet(out)
         print(
-            f"Kept {number_of_outputs(num_written)} in {out}; the same command makes the rest.",
+            f"Kept {counted(num_written, 'output')} in {out}; the same command makes the rest.",
             file=sys.stderr,
         )
         raise
     sheet, num_kept = write_sheet(out), len(names) - len(missing)
     kept = f" ({num_kept} were there already)" if num_kept else ""
-    first = f"{names[0]}.json" + (" ..." if len(names) > 1 else "")
-    print(f"Wrote {number_of_outputs(num_written)} to {out}{kept}: {first}; see {sheet}")
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    noun = NOUNS[records[0]["output_modality"]]
+    print(
+        f"Wrote {counted(num_written, noun)}{kept}: {main_file(out, names[0])}{more}; all outputs "
+        f"are in {sheet}"
+    )
 
 
-def number_of_outputs(number: int) -> str:
-    """Return "1 output" or "2 outputs"."""
-    return f"{number} output" + "s" * (number != 1)
+def main_file(folder: Path, name: str) -> Path:
+    """Return the first image of a written output, or its JSON if it has none."""
+    parts = written_outputs(folder)[name]["parts"]
+    return folder / next((value for kind, value in parts if kind == "image"), f"{name}.json")
 
 
 def written_outputs(folder: Path) -> dict[str, dict[str, Any]]:

@@ -4,8 +4,8 @@ They are made in `cache_dir` by processes of this machine, or, with `--data.enco
 the ranks of a Trainer.
 """
 
-import os
 import shlex
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -15,7 +15,8 @@ from tf_lightning.cli.parser import Parser, positive_int
 from tf_lightning.data.corpus.distributed import ShardData, ShardEncoder
 from tf_lightning.data.corpus.folders import LocalFolder
 from tf_lightning.data.corpus.manifest import write_manifest
-from tf_lightning.errors import UserError
+from tf_lightning.errors import Interrupted, UserError
+from tf_lightning.remote.urls import hide_logins
 from tf_lightning.training.interrupts import Interrupts
 
 DESCRIPTION = """\
@@ -62,7 +63,7 @@ def run_prepare(args: list[str]) -> None:
             )
         prepare_encoded(cli)
     else:
-        prepare_cache(cli.datamodule, given.processes, part)
+        prepare_cache(cli.datamodule, given.processes, part, rest)
 
 
 def prepare_parser() -> Parser:
@@ -80,8 +81,8 @@ def prepare_parser() -> Parser:
         metavar="N",
         type=positive_int,
         help="number of shards to prepare at a time; a source has one for each 64 MB of its files, "
-        "so a small one is prepared by one process (default: the number of CPU cores, or 1 if a "
-        "GPU encodes images)",
+        "so a small one is prepared by one process (default: the number of CPU cores, fewer for "
+        "fewer than 4 shards, or 1 if a GPU encodes images)",
     )
     parser.add_argument(
         "--shard",
@@ -114,7 +115,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def prepare_cache(
-    data: L.LightningDataModule, processes: int | None, part: tuple[int, int]
+    data: L.LightningDataModule, processes: int | None, part: tuple[int, int], words: list[str]
 ) -> None:
     """Prepare the corpora in the data's `cache_dir`, or one part of their shards.
 
@@ -122,29 +123,44 @@ def prepare_cache(
         data: the data module.
         processes: number of processes; None chooses it.
         part: as in `corpus.prepare.prepare`.
+        words: the configuration, as on the command line.
     """
     if hasattr(data, "prepare_options"):
         on_gpu = torch.cuda.is_available() and getattr(data, "autoencoder_name", None)
-        processes = processes or (1 if on_gpu else os.cpu_count() or 1)
-        data.prepare_options = {"processes": processes, "part": part}
+        data.prepare_options = {"processes": processes or (1 if on_gpu else None), "part": part}
     elif part != (0, 1):
         raise UserError(
             f"--shard does not apply to {type(data).__name__}, which is not prepared in shards; "
             "leave it out"
         )
-    data.prepare_data()
+    prepare_data(data)
     if part != (0, 1) and not data.corpora:
         print(
             "This part is done; when all parts are done, run `tf-lightning prepare` without "
             "--shard to join them."
         )
     else:
-        exclude = getattr(data, "exclude", None)
-        same = f" --data.exclude {shlex.quote(str(exclude))}" if exclude else ""
-        print(
-            f"The corpora are in {data.cache_dir}; train on them with "
-            f"`tf-lightning fit -c CONFIG{same}`."
-        )
+        print_where(data.cache_dir, words)
+
+
+def prepare_data(data: L.LightningDataModule) -> None:
+    """Prepare the data; if a signal ends this, the command says that it can be continued."""
+    try:
+        data.prepare_data()
+    except Interrupted as error:
+        error.hint = "Finished shards are kept; the same command continues."
+        raise
+
+
+def print_where(folder: Path | LocalFolder, words: list[str]) -> None:
+    """Print where the corpora are, and the command that trains on them.
+
+    Args:
+        folder: where they are.
+        words: the configuration, as on the command line.
+    """
+    command = shlex.join(["tf-lightning", "fit", *map(hide_logins, words)])
+    print(f"The corpora are in {folder}. Train on them with\n  {command}")
 
 
 def prepare_encoded(cli: TransfusionCLI) -> None:
@@ -167,7 +183,4 @@ def prepare_encoded(cli: TransfusionCLI) -> None:
     shards.merge_shards()
     data.prepare_data()  # opens the corpora as training will, and plans their rows
     write_manifest(data.encoded.path)
-    print(
-        f"The corpora are in {data.encoded}; train on them with `tf-lightning fit -c CONFIG "
-        f"--data.encoded {data.encoded}`."
-    )
+    print_where(data.encoded, cli.typed)

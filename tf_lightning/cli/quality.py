@@ -9,13 +9,15 @@ import numpy as np
 from tf_lightning.data.corpus.reader import Corpus
 from tf_lightning.data.documents import identified, num_samples
 from tf_lightning.data.mixture import Mixture
-from tf_lightning.data.quality import KINDS, LONG_RATIO, SMALL_SHARE, Quality
+from tf_lightning.data.quality import KINDS, LONG, LONG_RATIO, SMALL, SMALL_SHARE, Quality
 from tf_lightning.files import atomic_file
 from tf_lightning.progress import progress_bar
 
 SMALLEST = 3  # image files that are named
 BAR_LENGTH = 40  # characters
 LABEL_LENGTH = 45
+FAR_RATIO = 4 / 3  # a longer image loses more than a quarter of its longer side to a square
+MANY_SHARE = 0.1  # share of the images that are longer, above which buckets are advised
 RATIOS = {  # largest width / height of a bar, as long as it is not square
     "narrower than 1:3": 1 / 3,
     "1:3 to 1:2": 1 / 2,
@@ -61,11 +63,9 @@ def describe_quality(name: str, quality: Quality, corpora: Sequence[Corpus]) -> 
     if not len(quality):
         return
     findings = [finding.kind for finding in quality.findings()]
-    small, long = f", below {SMALL_SHARE:g} of image_size", f", over {LONG_RATIO:g}:1"
-    notes = dict(zip(KINDS, ("", "", "", small, long), strict=True))
+    notes = {SMALL: f", below {SMALL_SHARE:g} of image_size", LONG: f", over {LONG_RATIO:g}:1"}
     for kind in KINDS:
-        yield line(kind + notes[kind], f"{findings.count(kind):,}")
-    yield line("held-out documents that repeat training ones", f"{quality.repeated_held_out():,}")
+        yield line(kind + notes.get(kind, ""), f"{findings.count(kind):,}")
     if quality.shared:
         yield line("further documents of an image file", f"{quality.shared:,}")
     systems = ", ".join(f"{system} {number:,}" for system, number in quality.writing().items())
@@ -109,10 +109,29 @@ def ratio_bars(ratios: np.ndarray) -> Iterator[str]:
             yield line(f"width:height {label}", f"{number:>11,} {bar}")
 
 
+def shape_advice(ratios: np.ndarray) -> Iterator[str]:
+    """Advise aspect-ratio buckets if many images are far from square.
+
+    Args:
+        ratios: width / height of each image file.
+    """
+    longer = np.maximum(ratios, 1 / ratios)
+    share = float((longer > FAR_RATIO).mean()) if len(ratios) else 0
+    if share > MANY_SHARE:
+        limit = np.ceil(2 * np.quantile(longer, 0.95)) / 2
+        yield (
+            f"{share:.0%} of the images lose more than a quarter of their longer side, because "
+            f"images are cropped to squares; --data.max_aspect_ratio {min(limit, LONG_RATIO):g} "
+            "keeps their shapes"
+        )
+
+
 HEADER = """\
 # Documents that may be left out, as `tf-lightning inspect` suggests.
 # Each line has the id of a document, a tab and the reason. Remove a line to keep its document, or
 # begin it with #. Ids of your own may be added; the reason may be missing.
+# Of documents that repeat each other, a training document stays rather than a held-out one, and an
+# earlier one rather than a later one.
 # tf-lightning prepare -c CONFIG --exclude FILE
 # tf-lightning fit -c CONFIG --data.exclude FILE
 """
@@ -121,7 +140,7 @@ HEADER = """\
 def filter_list(qualities: dict[str, Quality]) -> tuple[str, int]:
     """Write a filter list, and count its documents.
 
-    A document with several findings has one line, under the first.
+    A document with several findings has one line, under the first of their headings.
 
     Args:
         qualities: the measures of each source.
@@ -133,9 +152,11 @@ def filter_list(qualities: dict[str, Quality]) -> tuple[str, int]:
         for finding in findings:
             reasons.setdefault(finding.id, []).append(finding.reason)
         for kind, group in groupby(findings, lambda finding: finding.kind):
-            new = [finding.id for finding in group if finding.id not in listed]
+            ids = [finding.id for finding in group]
+            new = [found for found in ids if found not in listed]
             listed.update(new)
-            text += f"\n# {name}: {kind} ({len(new):,})\n" if new else ""
+            above = f", of which {len(ids) - len(new):,} above" if len(new) < len(ids) else ""
+            text += f"\n# {name}: {kind} ({len(ids):,}{above})\n"
             text += "".join(f"{name}\t{'; '.join(reasons[name])}\n" for name in new)
     return text, len(listed)
 

@@ -1,7 +1,8 @@
-"""Messages of Lightning and torchmetrics that are not shown, because a user cannot act on them."""
+"""Messages of Lightning and torchmetrics that are not shown, and warnings in one plain line."""
 
 import logging
 import warnings
+from pathlib import Path
 
 NOISE = (  # beginnings of Lightning's messages that a user cannot act on
     *("💡 Tip:", "GPU available: False", "TPU available", "LOCAL_RANK", "Initializing distributed"),
@@ -21,17 +22,34 @@ NEEDLESS_WARNINGS = (
     ".*does not have many workers",  # rows are cheap to load
     ".*To get the last learning rate computed by the scheduler",  # when a run is resumed
     ".*Previous log files in this directory will be deleted",  # see keep_rows
+    ".*is smaller than the logging interval",  # horizon.check_logging names the key
 )
+PACKAGES = "tf_lightning", "callbacks", "evaluation", "lightning"
+default_format = warnings.formatwarning
 
 
 def silence_warnings() -> None:
-    """Silence messages of Lightning and torchmetrics that a user cannot act on."""
+    """Silence messages that a user cannot act on, and show warnings in one plain line."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(keep_message)
     for message in NEEDLESS_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    warnings.formatwarning = format_warning
 
 
 def keep_message(record: logging.LogRecord) -> bool:
     """Return whether a message of Lightning is shown."""
     return not record.getMessage().startswith(NOISE)
+
+
+def format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Format a warning like an error of a command; those of other packages keep their place."""
+    if issubclass(category, UserWarning) and not {*PACKAGES}.isdisjoint(Path(filename).parts):
+        return f"tf-lightning: warning: {' '.join(str(message).split())}\n"
+    return default_format(message, category, filename, lineno, line)

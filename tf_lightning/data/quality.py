@@ -30,12 +30,13 @@ RARE_SHARE = 0.1  # a writing system is unusual if fewer of the source's documen
 MAX_LETTERS = 10_000  # characters of a text that are looked at for its writing system
 
 # Kinds of findings, with what the report and the filter list call them.
+REPEAT = "held-out documents that repeat training ones"
 COPY = "copies of an earlier document"
 LOOKALIKE = "images that look like earlier ones"
 WRITING = "texts in an unusual writing system"
 SMALL = "small images"
 LONG = "long images"
-KINDS = COPY, LOOKALIKE, WRITING, SMALL, LONG
+KINDS = REPEAT, COPY, LOOKALIKE, WRITING, SMALL, LONG
 
 NO_LETTERS = "no letters"
 SCRIPTS = {"CJK": "Han", "HIRAGANA": "Japanese", "KATAKANA": "Japanese"}  # others: as in Unicode
@@ -149,42 +150,50 @@ class Quality:
         """List the documents that a user may want to leave out, kind by kind."""
         if not len(self):
             return []
-        found = [self._copies(), self._lookalikes(), self._unusual(), self._small(), self._long()]
+        found = self._repeats() | {
+            WRITING: self._unusual(),
+            SMALL: self._small(),
+            LONG: self._long(),
+        }
         return [
             Finding(number, self.ids[number], kind, reason)
-            for kind, numbers in zip(KINDS, found, strict=True)
-            for number, reason in numbers
+            for kind in KINDS
+            for number, reason in found[kind]
         ]
 
-    def _copies(self) -> Iterator[tuple[int, str]]:
-        first = self._first()
-        for number in np.flatnonzero(first != np.arange(len(self))).tolist():
-            yield number, f"copy of {self.ids[int(first[number])]}"
+    def _repeats(self) -> dict[str, list[tuple[int, str]]]:
+        """List the documents that repeat or resemble an earlier one, each under one kind."""
+        numbers, first = np.arange(len(self)), self._first()
+        alike = np.frombuffer(self.alike, np.int64)
+        earlier = np.where(alike >= 0, np.minimum(first, alike), first)
+        is_repeat = (numbers >= self.num["train"]) & (earlier < self.num["train"])
+        is_copy = ~is_repeat & (first != numbers)
+        is_alike = ~is_repeat & ~is_copy & (alike >= 0)
+        chosen = {REPEAT: is_repeat, COPY: is_copy, LOOKALIKE: is_alike}
+        return {
+            kind: [(n, self._likeness(n, int(first[n]))) for n in np.flatnonzero(which).tolist()]
+            for kind, which in chosen.items()
+        }
+
+    def _likeness(self, number: int, first: int) -> str:
+        """Describe how a document repeats or resembles an earlier one.
+
+        Args:
+            number: number of the document.
+            first: number of the first document of the same content.
+        """
+        alike = self.alike[number]
+        if first != number:
+            return f"copy of {self.ids[first]}"
+        if self.image_digests[number] == self.image_digests[alike]:
+            return f"same image as {self.ids[alike]}, with another text"
+        return f"looks like {self.ids[alike]} ({self.bits[number]} of 64 bits differ)"
 
     def _first(self) -> np.ndarray:
         """Return the first document of the same content for each document, (num_documents,)."""
         digests = np.frombuffer(self.digests, np.uint64)
         _, first, place = np.unique(digests, return_index=True, return_inverse=True)
         return first[place]
-
-    def _lookalikes(self) -> Iterator[tuple[int, str]]:
-        is_copy = self._first() != np.arange(len(self))
-        for number in np.flatnonzero(np.frombuffer(self.alike, np.int64) >= 0).tolist():
-            earlier = self.alike[number]
-            if is_copy[number]:
-                continue
-            if self.image_digests[number] == self.image_digests[earlier]:
-                yield number, f"same image as {self.ids[earlier]}, with another text"
-            else:
-                bits = self.bits[number]
-                yield number, f"looks like {self.ids[earlier]} ({bits} of 64 bits differ)"
-
-    def repeated_held_out(self) -> int:
-        """Count the held-out documents that repeat a training document or look like one."""
-        earlier = np.minimum(self._first(), np.arange(len(self)))
-        alike = np.frombuffer(self.alike, np.int64)
-        earlier = np.where(alike >= 0, np.minimum(earlier, alike), earlier)
-        return int((earlier[self.num["train"] :] < self.num["train"]).sum()) if len(self) else 0
 
     def _unusual(self) -> Iterator[tuple[int, str]]:
         counts = self.writing()

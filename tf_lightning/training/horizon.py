@@ -37,6 +37,7 @@ def epochs_to_steps(trainer: L.Trainer) -> None:
         loop.epoch_loop.min_steps = min_epochs * steps_per_epoch(trainer)
     loop.max_epochs, loop.min_epochs = -1, 0
     validate_within(trainer)
+    check_logging(trainer)
 
 
 def validate_by_steps(trainer: L.Trainer) -> None:
@@ -55,10 +56,20 @@ def validate_within(trainer: L.Trainer) -> None:
     interval, last = trainer.val_check_interval, trainer.max_steps
     if isinstance(interval, int) and 0 < last < interval and trainer.limit_val_batches:
         rank_zero_warn(
-            f"val_check_interval={interval} is after the last step (max_steps={last}), so this run "
-            "validates once, at its last step; set limit_val_batches to 0 for no validation"
+            f"trainer.val_check_interval={interval} is after the last step ({last}), so this run "
+            "validates once, at its last step; set trainer.limit_val_batches to 0 for no validation"
         )
         trainer.val_check_interval = last
+
+
+def check_logging(trainer: L.Trainer) -> None:
+    """Warn of a run that ends before its training losses are logged for the first time."""
+    interval, last = trainer.log_every_n_steps, trainer.max_steps
+    if trainer.loggers and 0 < last < interval:
+        rank_zero_warn(
+            f"trainer.log_every_n_steps={interval} is after the last step ({last}), so this run "
+            "logs no training loss; give fewer"
+        )
 
 
 def steps_per_epoch(trainer: L.Trainer) -> int:
@@ -125,8 +136,8 @@ def check_warmup(trainer: L.Trainer, warmup_steps: int) -> None:
     """Warn of a warm-up that the run does not finish; call it after `epochs_to_steps`."""
     if 0 < trainer.max_steps <= warmup_steps:
         rank_zero_warn(
-            f"warmup_steps={warmup_steps} does not end before the last step "
-            f"(max_steps={trainer.max_steps}), so the learning rate never reaches lr; give fewer"
+            f"model.warmup_steps={warmup_steps} does not end before the last step "
+            f"({trainer.max_steps}), so the learning rate never reaches model.lr; give fewer"
         )
 
 

@@ -9,8 +9,10 @@ import pytest
 from support.prepare_runs import CaptionedRed
 from tf_lightning.autoencoder.frozen import load_autoencoder
 from tf_lightning.cli.main import main
+from tf_lightning.data.corpus import prepare as corpus_prepare
 from tf_lightning.data.corpus.prepare import plan_corpus, prepare
 from tf_lightning.errors import UserError
+from tf_lightning.progress import progress_bar
 from tf_lightning.tokenizer.tokenizer import train_tokenizer
 
 
@@ -112,6 +114,51 @@ def test_after_a_kill_finished_shards_are_kept(run, tmp_path, small_shards, monk
     os.utime(last, ns=times)
     assert len(run(source)) == 7
     assert read[6:] == ["6 [a].txt"]
+
+
+def in_one_process(monkeypatch) -> list[int]:
+    """Prepare shards here instead of in processes; returns where their numbers are noted."""
+    chosen = []
+
+    def prepare_here(job, numbers, processes):
+        chosen.append(processes)
+        return (corpus_prepare._prepare_shard(job, number, lambda: None) for number in numbers)
+
+    monkeypatch.setattr(corpus_prepare, "_prepare_in_processes", prepare_here)
+    return chosen
+
+
+@pytest.mark.parametrize(("files", "expected"), [(7, [2]), (6, []), (1, [])])
+def test_a_small_source_is_prepared_by_one_process(
+    files, expected, run, tmp_path, small_shards, monkeypatch
+):
+    """Two files a shard: 4 shards, 3 and 1."""
+    monkeypatch.setattr(corpus_prepare.os, "cpu_count", lambda: 8)
+    chosen = in_one_process(monkeypatch)
+    assert len(run(write_texts(tmp_path / "texts", files), processes=None)) == max(1, files - 1)
+    assert chosen == expected
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("counted", [True, False])
+def test_the_progress_counts_documents(
+    processes, counted, run, tmp_path, small_shards, monkeypatch, capsys
+):
+    """Sources of many bytes are not counted before; the total is an estimate by finished shards."""
+    in_one_process(monkeypatch)
+    source = write_texts(tmp_path / "texts")
+    bars = []
+
+    def bar(**options):
+        bars.append(progress_bar(**options | {"delay": 0}))
+        return bars[-1]
+
+    monkeypatch.setattr(corpus_prepare, "progress_bar", bar)
+    if not counted:
+        monkeypatch.setattr(CaptionedRed, "num_samples", lambda self, split: None)
+    run(source, processes=processes)
+    assert (bars[0].n, bars[0].total) == (7, 7)
+    assert "7/7 [" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -263,5 +263,5 @@ def test_braces_also_expand_local_paths_unless_a_file_has_that_name(tmp_path):
     for pattern, names in (("a{1..2}", ["a1", "a2"]), ("b{1..2}", ["b{1..2}"])):
         found = TextFiles(f"{tmp_path}/{pattern}").files("train")
         assert [file.name for file in found] == names
-    with pytest.raises(UserError, match="no file matches '.*/a3'"):
+    with pytest.raises(UserError, match="there is no file or folder '.*/a3'; check the path"):
         TextFiles(f"{tmp_path}/a{{1..3}}").files("train")

@@ -9,12 +9,13 @@ corpus, too, appears only when the corpus is complete.
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -34,6 +35,7 @@ from tf_lightning.progress import counted, progress_bar
 from tf_lightning.signals import blocked
 from tf_lightning.tokenizer.tokenizer import Tokenizer
 
+SHARDS_A_PROCESS = 2  # fewer take less time than the start of another process, which imports torch
 MAX_REASONS = 100  # different reasons for skipped samples that are counted apart
 FORMAT = 2  # version of the corpus files; a higher number makes every corpus be prepared again
 
@@ -202,13 +204,14 @@ class ShardWriter:
 
 
 def prepare(
-    job: PrepareJob, *, processes: int = 1, part: tuple[int, int] = (0, 1)
+    job: PrepareJob, *, processes: int | None = 1, part: tuple[int, int] = (0, 1)
 ) -> Corpus | None:
     """Open the corpus of a job, after preparing it if it does not exist.
 
     Args:
         job: the job, from `plan_corpus`.
-        processes: number of processes that prepare shards in parallel; 1 uses this process.
+        processes: number of processes that prepare shards in parallel; 1 uses this process, and
+            None as many as there are CPU cores, if there are enough shards.
         part: (i, n) prepares only shards i, i + n, i + 2n, ..., so that n commands can share a job.
 
     Returns:
@@ -249,38 +252,59 @@ def prepare(
     return Corpus(job.path)
 
 
-def _prepare_shards(job: PrepareJob, numbers: list[int], processes: int) -> None:
+def _prepare_shards(job: PrepareJob, numbers: list[int], processes: int | None) -> None:
     """Prepare these shards, in this process or in several."""
-    processes, several = min(processes, len(numbers)), len(numbers) > 1
+    if processes is None:
+        processes = min(os.cpu_count() or 1, len(numbers) // SHARDS_A_PROCESS)
+    processes = max(1, min(processes, len(numbers)))
     title = f"{job.title} in {processes} process{'es' * (processes > 1)}"
-    bar = progress_bar(total=len(numbers), desc=title, unit=" shards", delay=2, disable=not several)
-    if processes <= 1:
-        for number in numbers:
-            _prepare_shard(job, number, silent=several)
-            bar.update()
-    else:
-        # "spawn", because a forked copy of a process with threads may deadlock.
-        context = multiprocessing.get_context("spawn")
-        stopped = context.Event()
-        with ProcessPoolExecutor(processes, context, _start_process, (job, stopped)) as pool:
-            try:
-                with blocked():  # the processes start here
-                    waiting = [pool.submit(_prepare_shard_in_process, number) for number in numbers]
-                for future in waiting:
-                    future.result()
-                    bar.update()
-            except BrokenProcessPool as error:
-                raise UserError(
-                    f"{job.title}: one of {processes} processes was killed, perhaps because memory "
-                    "ran out; finished shards are kept, run it again with fewer --processes"
-                ) from error
-            finally:
-                stopped.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-    bar.close()
+    total, done = num_samples_of(job, numbers), 0
+    with progress_bar(total=total, desc=title, unit=" documents", delay=2) as bar:
+        if processes > 1:
+            finished = _prepare_in_processes(job, numbers, processes)
+        else:
+            finished = (_prepare_shard(job, number, bar.update) for number in numbers)
+        with closing(finished):
+            for num_shards, count in enumerate(finished, start=1):
+                done += count
+                bar.update(done - bar.n)
+                if total is None:  # estimate it by the shards so far
+                    bar.total = done * len(numbers) // num_shards
 
 
-# Set in the processes that `_prepare_shards` starts: their job, and an event that stops it.
+def num_samples_of(job: PrepareJob, numbers: list[int]) -> int | None:
+    """Count the documents and bad samples of these shards; None if counting would take long."""
+    total = 0
+    for number in numbers:
+        count = num_samples(job.shards[number], job.split)
+        if count is None:
+            return None
+        total += count
+    return total
+
+
+def _prepare_in_processes(job: PrepareJob, numbers: list[int], processes: int) -> Iterator[int]:
+    """Prepare these shards in several processes; yield what `_prepare_shard` returns of each."""
+    # "spawn", because a forked copy of a process with threads may deadlock.
+    context = multiprocessing.get_context("spawn")
+    stopped = context.Event()
+    with ProcessPoolExecutor(processes, context, _start_process, (job, stopped)) as pool:
+        try:
+            with blocked():  # the processes start here
+                waiting = [pool.submit(_prepare_shard_in_process, number) for number in numbers]
+            for future in as_completed(waiting):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"{job.title}: one of {processes} processes was killed, perhaps because memory "
+                "ran out; finished shards are kept, run it again with fewer --processes"
+            ) from error
+        finally:
+            stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+# Set in the processes that `_prepare_in_processes` starts: their job, and an event that stops it.
 _job: PrepareJob | None = None
 _stopped: Event | None = None
 
@@ -292,23 +316,31 @@ def _start_process(job: PrepareJob, stopped: Event) -> None:
     torch.set_num_threads(1)
 
 
-def _prepare_shard_in_process(number: int) -> None:
-    _prepare_shard(_job, number, silent=True, is_stopped=_stopped.is_set)
+def _prepare_shard_in_process(number: int) -> int:
+    """Write one shard, and return the number of its documents and bad samples."""
+
+    def end_if_stopped() -> None:
+        if _stopped.is_set():
+            raise SystemExit
+
+    return _prepare_shard(_job, number, end_if_stopped)
 
 
-def _prepare_shard(
-    job: PrepareJob, number: int, silent: bool, is_stopped: Callable[[], bool] = lambda: False
-) -> None:
-    """Write one shard, or nothing if it is stopped before its end."""
-    source = job.shards[number]
-    total = None if silent else num_samples(source, job.split)
-    title = f"{job.title} in 1 process"
-    bar = {"total": total, "unit": " documents", "delay": 2, "disable": silent}
+def _prepare_shard(job: PrepareJob, number: int, after_each: Callable[[], object]) -> int:
+    """Write one shard, and return the number of its documents and bad samples.
+
+    Args:
+        job: the job.
+        number: number of the shard.
+        after_each: called after each document; if it raises, the shard is not written.
+    """
+    count = 0
     with ShardWriter(job, number) as shard:
-        for document in progress_bar(source.documents(job.split), title, **bar):
-            if is_stopped():
-                raise SystemExit
+        for document in job.shards[number].documents(job.split):
             shard.add(document)
+            after_each()
+            count += 1
+    return count
 
 
 def _finish(job: PrepareJob) -> None:

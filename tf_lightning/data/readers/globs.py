@@ -160,6 +160,8 @@ def _no_file(path: str, found: list[str]) -> str:
         suffixes = Counter(Path(name).suffix for name in names)
         suffix = suffixes.most_common(1)[0][0] if suffixes else ""
         return f"{path!r} is a folder; give the files in it, such as '{found[0]}/*{suffix}'"
+    if not glob.has_magic(path):
+        return f"there is no file or folder {path!r}; check the path"
     return f"no file matches {path!r}; check the path, or give a glob such as 'data/*.tar'"
 
 

@@ -2,7 +2,6 @@
 
 import glob
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import PurePath
@@ -200,10 +199,10 @@ def nothing_found(folder: str, files: list[PurePath]) -> str:
         advice = "check the name" if "://" in folder else "put images with captions into it"
         return f"the folder {folder} has no files; {advice}"
     if not images:
-        [(most, _)] = Counter(file.suffix or file.name for file in files).most_common(1)
+        found = f"{len(files):,} other files, such as" if len(files) > 1 else "only"
         return (
-            f"the folder {folder} has {counted(len(files), 'file')} such as {most} but no image, "
-            "and no table or tar of images; put the images beside their captions"
+            f"the folder {folder} has no image, and no table or tar of images; it has {found} "
+            f"{files[0]}: put the images beside their captions"
         )
     return (
         f"the folder {folder} has no captions: it has {counted(len(images), 'image')} with names "
