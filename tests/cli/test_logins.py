@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import nn
 
-from tf_lightning.cli.run_callbacks import SaveFitConfig, hide_logins
+from tf_lightning.cli.config_parser import ConfigParser, hide_logins
+from tf_lightning.cli.run_callbacks import SaveFitConfig
 from tf_lightning.remote.urls import public_url
 
 LOGIN = "https://me:secret@host:80/{a,b}.tar"
@@ -24,7 +25,7 @@ def test_urls_are_written_without_logins_and_queries():
 
 
 def test_the_file_of_a_run_has_no_secret(tmp_path):
-    parser = ArgumentParser()
+    parser = ConfigParser()
     parser.add_argument("--paths", type=list[str])
     callback = SaveFitConfig(parser, Namespace(paths=[LOGIN, SIGNED]))
     trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, loggers=[])

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -83,11 +85,9 @@ def test_failed_and_cut_requests_are_tried_again(site, server, monkeypatch, rang
     assert [read(file) for file in files] == [content(2000, number) for number in range(10)]
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(site, server, monkeypatch, cache, caplog):
+def test_an_interrupted_download_goes_on_where_it_stopped(site, server, monkeypatch):
     monkeypatch.setattr(downloads, "CHUNK", 1000)
     monkeypatch.setattr(requests, "ATTEMPTS", 2)
-    monkeypatch.setattr(requests, "PATIENCE", 1)
-    caplog.set_level("INFO")
     (site / "a.bin").write_bytes(content(5000))
     [file] = find(f"{server.url}/a.bin")
 
@@ -97,27 +97,25 @@ def test_an_interrupted_download_goes_on_where_it_stopped(site, server, monkeypa
     server.on_request = fail_at_the_third_chunk
     with pytest.raises(UserError, match=r"in 2 attempts \(HTTP status 503\)"):
         read(file)
-    assert "/a.bin cannot be read (HTTP status 503); trying again" in caplog.text
     server.on_request, server.status = None, 0
     server.requests.clear()
     assert read(file) == content(5000)
     assert gets(server)[0] == ("/a.bin", "bytes=2000-2999")
 
 
-def test_a_full_disk_is_told_as_one(site, server, monkeypatch):
-    def fail(*arguments):
-        attempts.append(1)
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_full_disk_is_told_as_one(site, server, monkeypatch, ranges):
+    class FullDisk(BytesIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    attempts = []
+    monkeypatch.setattr(downloads, "open_shared", lambda path, mode: FullDisk())
     monkeypatch.setattr(downloads, "CHUNK", 500)
-    server.ranges = False
+    server.ranges = ranges
     (site / "a.bin").write_bytes(content(1000))
-    [file] = find(f"{server.url}/a.bin")
-    monkeypatch.setattr(listing.filesystem(file.url), "get_file", fail)
     with pytest.raises(UserError, match="no space left on the disk of"):
-        read(file)
-    assert len(attempts) == 1
+        read(*find(f"{server.url}/a.bin"))
+    assert len(gets(server)) == 1  # it is not tried again
 
 
 def test_a_folder_of_the_hub_is_listed_anew(monkeypatch):
@@ -129,6 +127,113 @@ def test_a_folder_of_the_hub_is_listed_anew(monkeypatch):
     asked = []
     monkeypatch.setattr(listing, "filesystem", lambda url: Hub())
     assert listing.list_folder("hf://datasets/me/data") == [] and asked == [True]
+
+
+def test_a_small_file_takes_one_request_if_the_answer_has_its_version(site, server):
+    (site / "a.bin").write_bytes(content(1000))
+    [file] = stat([f"{server.url}/a.bin"])
+    server.requests.clear()
+    assert read(file) == content(1000)
+    assert server.requests == [("GET", "/a.bin", "bytes=0-999")]
+
+
+def test_a_file_is_asked_for_again_after_it_was_read_if_answers_have_no_version(site, server):
+    (site / "a.bin").write_bytes(content(1000))
+    server.sends_etags = False
+    [file] = stat([f"{server.url}/a.bin"])
+    server.requests.clear()
+    assert read(file) == content(1000) and file.version == ""
+    assert [method for method, *_ in server.requests] == ["GET", "HEAD"]
+
+
+def answer(length: int, sent: bytes) -> Callable:
+    """Return a hook that answers with a length and fewer or more bytes, and cuts the connection."""
+
+    def respond(handler) -> bool:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(length))
+        handler.end_headers()
+        handler.close_connection = True
+        if handler.command == "GET":
+            handler.wfile.write(sent)
+        return True
+
+    return respond
+
+
+def test_a_wrong_length_is_told_before_anything_is_read(server):
+    server.on_request = answer(10**15, b"abc")
+    with pytest.raises(UserError, match="1,000,000,000,000,000 bytes, and the cache may hold"):
+        read(*find(f"{server.url}/a.bin"))
+    assert gets(server) == []
+
+
+def test_no_more_than_its_limit_is_read_of_a_file(site, server, monkeypatch):
+    monkeypatch.setattr(downloads, "MAX_SMALL", 1000)
+    (site / "a.bin").write_bytes(content(1001))
+    with pytest.raises(UserError, match="a.bin has more than 1,000 bytes; check the URL"):
+        downloads.read_small(f"{server.url}/a.bin")
+    (site / "a.bin").write_bytes(content(1000))
+    assert downloads.read_small(f"{server.url}/a.bin") == content(1000)
+
+
+def test_a_file_of_unknown_size_is_read_up_to_the_limit_of_the_cache(site, server, monkeypatch):
+    def without_length(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.close_connection = True
+        if handler.command == "GET":
+            handler.wfile.write(content(3_000_000))
+        return True
+
+    server.on_request = without_length
+    [file] = find(f"{server.url}/a.bin")
+    assert file.size is None and read(file) == content(3_000_000)
+    monkeypatch.setenv("TF_LIGHTNING_CACHE_GB", str(1e-3))
+    monkeypatch.setenv("TF_LIGHTNING_CACHE", str(site / "other"))
+    with pytest.raises(UserError, match=r"bytes, and the cache may hold 1,000,000"):
+        read(file)
+
+
+def redirect(location: str) -> Callable:
+    def respond(handler) -> bool:
+        handler.send_response(302)
+        handler.send_header("Location", location)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    return respond
+
+
+def test_a_login_is_not_sent_to_the_host_that_a_server_redirects_to(site, server, tmp_path):
+    (site / "a.bin").write_bytes(content(1000))
+    logins = []
+    with http_server(tmp_path) as first:
+        first.on_request = redirect(f"{server.url}/a.bin")
+        server.on_request = lambda handler: logins.append(handler.headers.get("Authorization"))
+        url = first.url.replace("http://", "http://me:secret@")
+        assert read(*find(f"{url}/a.bin")) == content(1000)
+    assert logins == [None, None]
+
+
+def test_an_endless_redirect_is_one_sentence_at_once(server):
+    server.on_request = redirect("/a.bin")
+    with pytest.raises(UserError, match=r"a.bin cannot be read \(TooManyRedirects\); check the"):
+        find(f"{server.url}/a.bin")
+    assert len(server.requests) < 30
+
+
+def test_a_failing_host_is_told_once_and_without_login(server, monkeypatch, caplog):
+    monkeypatch.setattr(requests, "ATTEMPTS", 3)
+    caplog.set_level("INFO")
+    server.status = 503
+    for name in "ab":
+        with pytest.raises(UserError, match="could not be read in 3 attempts"):
+            find(server.url.replace("http://", "http://me:secret@") + f"/{name}.bin")
+    assert caplog.text.count("trying again") == 1
+    assert "/a.bin cannot be read (HTTP status 503); trying again" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_a_killed_download_goes_on_where_it_stopped(site, server, cache):

@@ -15,7 +15,10 @@ from tf_lightning.remote.urls import hide_logins, public_url
         ("https://host/a.tar?X-Amz-Signature=secret&X-Amz-Date=1", "https://host/a.tar"),
         ("HTTPS://host/a.tar?X-Amz-Signature=secret", "https://host/a.tar"),
         ("https://host/a.tar?sig=secret&se=2026", "https://host/a.tar"),
+        ("simplecache::https://me:secret@host/a.tar", "simplecache::https://host/a.tar"),
+        ("zip://a/b.csv::https://host/a.zip?sig=secret", "zip://a/b.csv::https://host/a.zip"),
         ("s3://bucket/a?b#c.tar", "s3://bucket/a?b#c.tar"),
+        ("s3://bucket/a::b.tar", "s3://bucket/a::b.tar"),
         ("hf://datasets/me/data@main/a.parquet", "hf://datasets/me/data@main/a.parquet"),
     ],
 )
@@ -47,6 +50,14 @@ def test_the_rest_of_a_query_is_shown_as_its_hash_and_tells_files_apart():
     assert cached_path(first) != cached_path(second)
     assert "file=" not in public_url(first)
     assert public_url(first) == public_url("https://host/get?sig=other&file=a")
+
+
+@pytest.mark.parametrize("chain", ["simplecache::", "zip://a.csv::", "tar://*.csv::simplecache::"])
+def test_several_schemes_are_refused_without_their_secret(chain):
+    with pytest.raises(UserError) as error:
+        find(f"{chain}https://me:secret@host/a.zip?key=secret")
+    assert "joins several schemes; give only https://host/a.zip" in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["apikey", "OSSAccessKeyId", "auth", "jwt", "key", "file"])

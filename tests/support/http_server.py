@@ -19,8 +19,10 @@ class FaultyHandler(SimpleHTTPRequestHandler):
         cut_share: share of the responses whose connection is closed in the middle.
         status: answered to every request; 0 answers them.
         ranges: whether it sends parts of files.
+        sends_etags: whether it sends an ETag with each file.
         login: "Basic ..." that every request needs.
         requests: the requests so far: method, path and range.
+        on_request: called with the handler of each request; true if it has answered.
     """
 
     protocol_version = "HTTP/1.1"
@@ -34,8 +36,8 @@ class FaultyHandler(SimpleHTTPRequestHandler):
     def respond(self, body: bool) -> None:
         server = self.server
         server.requests.append((self.command, self.path, self.headers.get("Range", "")))
-        if server.on_request:
-            server.on_request(self)
+        if server.on_request and server.on_request(self):
+            return None
         if server.dice.random() < server.fail_share:
             if server.dice.random() < 0.5:
                 return self.refuse(503)
@@ -58,7 +60,8 @@ class FaultyHandler(SimpleHTTPRequestHandler):
             start, status = int(first), 206
             content = content[start : int(last) + 1 if last else size]
         self.send_response(status)
-        self.send_header("ETag", self_tag)
+        if server.sends_etags:
+            self.send_header("ETag", self_tag)
         self.send_header("Content-Length", str(len(content)))
         if status == 206:
             end = start + len(content) - 1
@@ -98,7 +101,7 @@ def http_server(folder: Path) -> Iterator[QuietServer]:
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     server.fail_share = server.cut_share = server.status = 0
     server.ranges, server.login, server.requests, server.on_request = True, "", [], None
-    server.dice = random.Random(0)
+    server.dice, server.sends_etags = random.Random(0), True
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:

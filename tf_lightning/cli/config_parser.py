@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from tf_lightning.cli.config_files import ConfigContent
 from tf_lightning.cli.named_callbacks import NAMED
+from tf_lightning.remote.urls import is_remote, public_url
 
 
 class ConfigError(Exception):
@@ -58,6 +59,10 @@ class ConfigParser(LightningArgumentParser):
             content = yaml.safe_dump(nested)
         return super().parse_string(content, *args, **kwargs)
 
+    def dump(self, cfg: Namespace, *args, **kwargs) -> str:
+        """Write a configuration as text. Its URLs have no logins and queries."""
+        return super().dump(hide_logins(cfg), *args, **kwargs)
+
     def option_names(self) -> list[str]:
         """Return the names of the options, also those of the commands."""
         verbs = [action.choices for action in self._actions if isinstance(action.choices, dict)]
@@ -65,6 +70,17 @@ class ConfigParser(LightningArgumentParser):
             name for verb in verbs for parser in verb.values() for name in parser.option_names()
         ]
         return names + [action.dest for action in self._actions if action.option_strings]
+
+
+def hide_logins(value: Any) -> Any:
+    """Return a copy of a configuration whose URLs have no logins and queries."""
+    if isinstance(value, Namespace):
+        return Namespace(**{key: hide_logins(item) for key, item in vars(value).items()})
+    if isinstance(value, dict):
+        return {key: hide_logins(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [hide_logins(item) for item in value]
+    return public_url(value) if is_remote(value) else value
 
 
 def nest_arguments(values: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
@@ -14,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tf_lightning.cli.named_callbacks import NAMED
 from tf_lightning.errors import UserError
 from tf_lightning.files import atomic_file
-from tf_lightning.remote.urls import is_remote, public_url
 
 # Callbacks of every run, each configured under its own key: path of the class, and defaults.
 ALWAYS: dict[str, tuple[str, dict]] = {
@@ -42,8 +40,6 @@ ALWAYS: dict[str, tuple[str, dict]] = {
 class SaveFitConfig(SaveConfigCallback):
     """Writes config.yaml and hparams.yaml when training starts, and says how large the model is.
 
-    The URLs in config.yaml are without logins and queries.
-
     Refused runs and evaluations do not overwrite the earlier files.
     """
 
@@ -56,25 +52,13 @@ class SaveFitConfig(SaveConfigCallback):
             file = Path(trainer.default_root_dir, self.config_filename)
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as partial:
-                config = hide_logins(self.config)
-                self.parser.save(config, partial, skip_none=False, multifile=False)
+                self.parser.save(self.config, partial, skip_none=False, multifile=False)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):  # keeps a file that it finds
                     Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
                     logger.save()
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         rank_zero_info(f"Training {trained:,} parameters")
-
-
-def hide_logins(value: Any) -> Any:
-    """Return a copy of a configuration whose URLs have no logins and queries."""
-    if isinstance(value, Namespace):
-        return Namespace(**{key: hide_logins(item) for key, item in vars(value).items()})
-    if isinstance(value, dict):
-        return {key: hide_logins(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [hide_logins(item) for item in value]
-    return public_url(value) if is_remote(value) else value
 
 
 def always_callbacks(built: Namespace, listed: list[Callback]) -> list[Callback]:

@@ -7,23 +7,35 @@ was interrupted is resumed.
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from io import BufferedIOBase
-from itertools import islice
+from functools import partial
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import fsspec
 
 from tf_lightning.errors import UserError
 from tf_lightning.files import report_full_disk
-from tf_lightning.remote.cache import cache_folder, cache_lock, cached_path, make_room, open_shared
-from tf_lightning.remote.listing import THREADS, RemoteFile, stat
+from tf_lightning.remote.cache import (
+    cache_folder,
+    cache_limit,
+    cache_lock,
+    cached_path,
+    make_room,
+    open_shared,
+)
+from tf_lightning.remote.http import get
+from tf_lightning.remote.listing import THREADS, RemoteFile, stat, version_of
 from tf_lightning.remote.requests import filesystem, request
-from tf_lightning.remote.urls import HTTP, split_url
+from tf_lightning.remote.urls import HTTP, public_url, split_url
 
 CHUNK = 2**24  # bytes of one request
+MAX_SMALL = 2**30  # bytes of a file that is read into memory
+
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -56,33 +68,59 @@ def local_copy(file: RemoteFile) -> Iterator[Path]:
                 return
 
 
-def fetch_ahead(files: Sequence[Path | RemoteFile]) -> Iterator[Path | RemoteFile]:
+def fetch_ahead(files: Iterable[Path | RemoteFile]) -> Iterator[Path | RemoteFile]:
     """Yield files in order, while the small ones among the next files are copied into the cache.
 
     Raises:
         UserError: a file cannot be read, or was replaced after it was found.
     """
-    if all(isinstance(file, Path) for file in files):
-        yield from files
-        return
-    rest, waiting, pool = iter(files), deque(), ThreadPoolExecutor(THREADS)
+    return run_ahead(
+        files, lambda file: [partial(copy_small, file)] if isinstance(file, RemoteFile) else []
+    )
+
+
+def copy_small(file: RemoteFile) -> None:
+    """Copy a file into the cache if it is small and exists.
+
+    Raises:
+        UserError: it cannot be read, or was replaced after it was found.
+    """
+    if file.size is not None and file.size <= CHUNK:
+        with suppress(FileNotFoundError), local_copy(file):
+            pass
+
+
+def run_ahead(
+    items: Iterable[Item], tasks_of: Callable[[Item], Sequence[Callable[[], object]]]
+) -> Iterator[Item]:
+    """Yield items in order, each when its tasks are done; those of the next items run in threads.
+
+    Args:
+        items: the items; at most 2 * THREADS of them are held.
+        tasks_of: returns the tasks of an item.
+    """
+    waiting: deque[tuple[Item, list[Future]]] = deque()
+    num_tasks, pool = 0, ThreadPoolExecutor(THREADS)
     try:
-        while True:
-            for file in islice(rest, 2 * THREADS - len(waiting)):
-                waiting.append((file, pool.submit(_copy_small, file)))
-            if not waiting:
-                return
-            file, copied = waiting.popleft()
-            copied.result()
-            yield file
+        for item in items:
+            tasks = [pool.submit(task) for task in tasks_of(item)]
+            waiting.append((item, tasks))
+            num_tasks += len(tasks)
+            while waiting and (not num_tasks or max(num_tasks, len(waiting)) >= 2 * THREADS):
+                item, tasks = waiting.popleft()
+                num_tasks -= len(tasks)
+                yield _done(item, tasks)
+        while waiting:
+            yield _done(*waiting.popleft())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _copy_small(file: Path | RemoteFile) -> None:
-    if isinstance(file, RemoteFile) and file.size is not None and file.size <= CHUNK:
-        with suppress(FileNotFoundError), local_copy(file):
-            pass
+def _done(item: Item, tasks: list[Future]) -> Item:
+    """Return an item after its tasks have ended, or raise what one of them raised."""
+    for task in tasks:
+        task.result()
+    return item
 
 
 def _is_at(path: Path, stream: BufferedIOBase) -> bool:
@@ -111,8 +149,8 @@ def _replaced(file: RemoteFile) -> UserError:
 def _download(file: RemoteFile, path: Path, version: Path) -> None:
     """Copy a file into the cache."""
     digest = hashlib.sha256(_identity(file).encode()).hexdigest()
-    partial = cache_folder() / "partial" / digest[:32]
-    for folder in (path.parent, version.parent, partial.parent):
+    copied = cache_folder() / "partial" / digest[:32]
+    for folder in (path.parent, version.parent, copied.parent):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
@@ -122,37 +160,67 @@ def _download(file: RemoteFile, path: Path, version: Path) -> None:
             ) from error
     with make_room(str(file), file.size or 0):
         pass
-    with report_full_disk(partial.parent):
+    with report_full_disk(copied.parent):
         try:
-            _fetch(file, partial)
+            is_known = _fetch(file, copied)
         except FileNotFoundError:
-            partial.unlink(missing_ok=True)
+            copied.unlink(missing_ok=True)
             raise
-        if stat([file.url]) != [file]:
-            partial.unlink(missing_ok=True)
+        if not is_known and not _is_same(file):
+            copied.unlink(missing_ok=True)
             raise _replaced(file)
         if file.size is None:
-            with make_room(str(file), partial.stat().st_size):
+            with make_room(str(file), copied.stat().st_size):
                 pass
         # A process that is killed between these lines leaves a copy that is not used.
         version.unlink(missing_ok=True)
-        os.replace(partial, path)
+        os.replace(copied, path)
         version.write_text(_identity(file))
 
 
-def _fetch(file: RemoteFile, partial: Path) -> None:
-    """Read a file from where its partial copy ends, in requests of CHUNK bytes."""
-    fs = filesystem(file.url)
-    with open_shared(partial, "ab") as stream:
-        while file.size is None or (start := stream.tell()) < file.size:
-            content = None
-            if file.size is not None:
-                end = min(start + CHUNK, file.size)
-                content = request(file.url, _read_range, file, fs, start, end)
-            if content is None:  # the server only sends whole files
-                return request(file.url, _fetch_whole, file, fs, partial)
-            stream.write(content)
+def _fetch(file: RemoteFile, copied: Path) -> bool:
+    """Read a file from where its partial copy ends, in requests of CHUNK bytes.
+
+    Returns:
+        Whether each answer said that it is of this version.
+    """
+    fs, versions = filesystem(file.url), set()
+    with open_shared(copied, "ab") as stream:
+        begun = stream.tell() > 0
+        while file.size is None or stream.tell() < file.size:
+            request(file.url, _append, file, fs, stream, versions)
             stream.flush()
+            if file.size is None:
+                break
+    return not begun and versions == {file.version} != {""}
+
+
+def _append(
+    file: RemoteFile, fs: fsspec.AbstractFileSystem, stream: BinaryIO, versions: set[str]
+) -> None:
+    """Append the next CHUNK bytes of a file to its copy, or write the whole file with one request.
+
+    Args:
+        file: the file.
+        fs: the file system of its URL.
+        stream: its copy.
+        versions: receives the version that the answer says, "" if it says none.
+    """
+    start = stream.seek(0, os.SEEK_END)  # after what a failed attempt has written
+    end = None if file.size is None else min(start + CHUNK, file.size)
+    if split_url(file.url)[0] in HTTP:
+        limit = cache_limit() if file.size is None else file.size
+
+        def note(headers: Mapping[str, str]) -> None:
+            versions.add(version_of(headers))
+
+        get(fs, file.url, stream, start, end, limit, note)
+    else:
+        versions.add("")
+        stream.write(fs.cat_file(fs._strip_protocol(file.url), start=start, end=end))
+    if file.size is not None and stream.tell() not in (end, file.size):
+        stream.truncate(0)
+        _explain_size(file)
 
 
 def read_range(url: str, size: int, start: int, end: int) -> bytes:
@@ -171,50 +239,51 @@ def read_range(url: str, size: int, start: int, end: int) -> bytes:
     return content
 
 
-def read_small(url: str) -> bytes:
-    """Read a small file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: it cannot be read.
-    """
-    fs = filesystem(url)
-    return request(url, fs.cat_file, fs._strip_protocol(url))
-
-
 def _read_range(
     file: RemoteFile, fs: fsspec.AbstractFileSystem, start: int, end: int
 ) -> bytes | None:
     """Read the bytes from start to end; None if the server only sends whole files."""
-    name = fs._strip_protocol(file.url)
-    if split_url(file.url)[0] not in HTTP:
-        content = fs.cat_file(name, start=start, end=end)
-    else:  # cat_file would read all of a file from a server that only sends whole files
-        with fs.open(name, block_size=CHUNK, cache_type="none", size=file.size) as stream:
-            stream.seek(start)
-            try:
-                content = stream.read(end - start)
-            except ValueError:
-                return None
+    if split_url(file.url)[0] in HTTP:
+        stream = BytesIO()
+        if not get(fs, file.url, stream, start, end):
+            return None
+        content = stream.getvalue()
+    else:
+        content = fs.cat_file(fs._strip_protocol(file.url), start=start, end=end)
     if len(content) != end - start:
-        _check_same(file)
+        _explain_size(file)
     return content
 
 
-def _fetch_whole(file: RemoteFile, fs: fsspec.AbstractFileSystem, partial: Path) -> None:
-    """Read a file with one request."""
-    fs.get_file(fs._strip_protocol(file.url), str(partial))
-    if file.size not in (None, partial.stat().st_size):
-        _check_same(file)
-
-
-def _check_same(file: RemoteFile) -> None:
-    """Raise the error for a file whose size differs from the expected one.
+def read_small(url: str) -> bytes:
+    """Read a small file into memory.
 
     Raises:
-        UserError: it was replaced.
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read, or has more than MAX_SMALL bytes.
+    """
+    fs = filesystem(url)
+    if split_url(url)[0] not in HTTP:
+        return request(url, fs.cat_file, fs._strip_protocol(url))
+    stream = BytesIO()
+    request(url, get, fs, url, stream, limit=MAX_SMALL)
+    if stream.tell() > MAX_SMALL:
+        raise UserError(f"{public_url(url)} has more than {MAX_SMALL:,} bytes; check the URL")
+    return stream.getvalue()
+
+
+def _explain_size(file: RemoteFile) -> None:
+    """Raise the error for an answer whose size differs from the expected one.
+
+    Raises:
+        UserError: the file was replaced.
         OSError: it was not, so the connection was closed early.
     """
-    if stat([file.url]) != [file]:
+    if not _is_same(file):
         raise _replaced(file)
     raise OSError("connection closed early")
+
+
+def _is_same(file: RemoteFile) -> bool:
+    """Ask whether a file still has the size and version that it had when it was found."""
+    return stat([file.url]) == [file]

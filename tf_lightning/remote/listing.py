@@ -1,8 +1,9 @@
 """Remote files with their sizes and versions, and how they are found."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from tf_lightning.remote.cache import cached_path
 from tf_lightning.remote.requests import filesystem, request
@@ -95,8 +96,8 @@ def _anew(url: str) -> dict[str, bool]:
 
 
 def _in_threads(function: Callable, values: Sequence) -> list:
-    if not values:
-        return []
+    if len(values) < 2:
+        return [*map(function, values)]
     with ThreadPoolExecutor(min(THREADS, len(values))) as pool:
         return list(pool.map(function, values))
 
@@ -114,5 +115,9 @@ def _stat(url: str) -> RemoteFile | None:
 
 
 def _remote_file(url: str, info: dict) -> RemoteFile:
-    version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
-    return RemoteFile(url, info["size"], version)
+    return RemoteFile(url, info["size"], version_of(info))
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """Return the version that an info of fsspec, or the headers of an answer, say; "" if none."""
+    return next((str(info[name]) for name in VERSIONS if info.get(name)), "")

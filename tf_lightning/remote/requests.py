@@ -13,10 +13,9 @@ import fsspec
 from lightning.pytorch.utilities import rank_zero_info
 
 from tf_lightning.errors import UserError
-from tf_lightning.remote.urls import HIDDEN_QUERY, HTTP, public_url, split_url
+from tf_lightning.remote.urls import HIDDEN_QUERY, HTTP, is_chained, public_url, split_url
 
 ATTEMPTS = 12  # of a request that fails for a reason that may pass
-PATIENCE = 6  # attempts, after some seconds, before a person is told
 FIRST_DELAY, LONGEST_DELAY = 0.1, 20.0  # seconds before the next attempt; 43 to 86 in all
 # The packages that pip installs with tf-lightning[EXTRA], by scheme.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
@@ -30,9 +29,14 @@ def filesystem(url: str) -> fsspec.AbstractFileSystem:
     """Return fsspec's file system for a URL.
 
     Raises:
-        UserError: there is none for its scheme, its package is not installed, or the URL was
-            written without its query.
+        UserError: there is none for its scheme, its package is not installed, the URL has several
+            schemes, or it was written without its query.
     """
+    if is_chained(url):
+        raise UserError(
+            f"{public_url(url)} joins several schemes; give only "
+            f"{public_url(url.rpartition('::')[2])}"
+        )
     scheme, _, _, query = split_url(url)
     if HIDDEN_QUERY.fullmatch(query):
         raise UserError(
@@ -83,10 +87,21 @@ def request(url: str, function: Callable, *arguments, **options) -> Any:
                     f"{public_url(url)} could not be read in {ATTEMPTS} attempts "
                     f"({_kind(error)}); check the URL and the network, and run it again"
                 ) from None
-            if attempt == PATIENCE:
-                rank_zero_info(f"{public_url(url)} cannot be read ({_kind(error)}); trying again.")
+            _tell_once(url, _kind(error))
         time.sleep(delay * random.uniform(0.5, 1))
         delay = min(2 * delay, LONGEST_DELAY)
+
+
+# The hosts of which a person was told that a request failed.
+_told: set[tuple[str, str]] = set()
+
+
+def _tell_once(url: str, kind: str) -> None:
+    """Say that a request failed and is repeated, for the first one to a host."""
+    scheme, host, *_ = split_url(url)
+    if (scheme, host) not in _told:
+        _told.add((scheme, host))
+        rank_zero_info(f"{public_url(url)} cannot be read ({kind}); trying again for a minute.")
 
 
 def _status(error: Exception) -> int | None:
@@ -126,7 +141,7 @@ def _check_access(url: str, error: Exception) -> None:
             f"{public_url(url)} cannot be read while HF_HUB_OFFLINE is set; unset it"
         ) from None
     refused = status and 400 <= status < 500 and status not in (408, 425, 429)
-    if refused or isinstance(error, MISTAKES):
+    if refused or isinstance(error, MISTAKES) or kind == "TooManyRedirects":
         raise UserError(
             f"{public_url(url)} cannot be read ({_kind(error)}); check the URL"
         ) from None

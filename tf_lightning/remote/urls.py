@@ -24,6 +24,11 @@ def is_remote(path: object) -> bool:
     return isinstance(path, str) and "://" in path
 
 
+def is_chained(url: str) -> bool:
+    """Return whether a URL has several schemes, such as zip://a.csv::https://host/b.zip."""
+    return re.search(r"::[\w+.-]+://", url) is not None
+
+
 def split_url(url: str) -> tuple[str, str, str, str]:
     """Split a URL into scheme, host with login and port, path without leading "/", and query."""
     scheme, _, rest = url.partition("://")
@@ -41,6 +46,9 @@ def public_url(url: str) -> str:
     A hash stands for the query without its signature. Any parameter may hold a secret, so none is
     shown.
     """
+    if is_chained(url):
+        parts = url.split("::")
+        return "::".join(public_url(part) if is_remote(part) else part for part in parts)
     scheme, host, path, query = split_url(url)
     rest = query_hash(query)
     return f"{scheme}://{host.rpartition('@')[2]}/{path}" + (f"?sha256={rest}" if rest else "")

@@ -15,7 +15,7 @@ If an image has several captions, each epoch draws one of them.
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +53,12 @@ from tf_lightning.data.readers.json_records import (
     read_records,
 )
 from tf_lightning.data.readers.local_or_remote import (
+    copies,
     file_versions,
     is_file,
     is_in_cache,
     local_path,
+    names_remote,
     read_bytes,
 )
 from tf_lightning.data.readers.tables import (
@@ -66,6 +68,7 @@ from tf_lightning.data.readers.tables import (
     read_parquet,
 )
 from tf_lightning.data.readers.tars import by_extension, read_tar
+from tf_lightning.remote.downloads import run_ahead
 from tf_lightning.remote.urls import is_remote
 
 Parts = list[str | bytes | Path | ContextImage]
@@ -441,6 +444,15 @@ class CaptionFolders(ImageFileSource):
         texts = self.texts_beside(sample).items()
         files = {kind: read_bytes(file, self.snapshot) for kind, file in texts}
         return [tar_caption(files, self.caption_key), sample]
+
+    def _with_copies(self, samples: Iterator[tuple[str, Path]]) -> Iterator[tuple[str, Path]]:
+        """See `FileSource`. Texts are copied ahead."""
+        if not names_remote(self.paths) and not names_remote(self.val_paths):
+            return samples
+        return run_ahead(samples, lambda sample: copies(self._texts_of(sample[1]), self.snapshot))
+
+    def _texts_of(self, sample: Path | BadSample) -> Iterable[Path]:
+        return self.texts_beside(sample).values() if isinstance(sample, Path) else ()
 
     def texts_beside(self, image: Path) -> dict[str, Path]:
         """Find the text files beside an image, by suffix."""

@@ -86,9 +86,13 @@ class FileSource(Source):
 
     def identified(self, split: Split) -> Iterator[tuple[str, RawDocument | Skipped]]:
         """Yield each document with its id; see `documents.identified` and `SampleIds`."""
-        for sample_id, sample in self._samples(split):
+        for sample_id, sample in self._with_copies(self._samples(split)):
             for document in self._convert(sample):
                 yield sample_id, document
+
+    def _with_copies(self, samples: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """Yield samples with their ids when the remote files that they name are in the cache."""
+        return samples
 
     def num_samples(self, split: Split) -> int | None:
         """Count the samples without converting them; None if the files are large or remote."""

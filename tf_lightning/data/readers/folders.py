@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 
 from tf_lightning.data.documents import BadSample, ContextText, Split
+from tf_lightning.data.readers.globs import find_files
 from tf_lightning.data.readers.image_files import ImageFileSource
+from tf_lightning.data.readers.local_or_remote import local_file
 from tf_lightning.errors import UserError
+from tf_lightning.remote.urls import is_remote
 
 CLASS_PROMPT = "Please generate an image of {}"  # MonoFormer's prompt; {} is the class name
 
@@ -19,7 +22,7 @@ class ClassFolders(ImageFileSource):
     Args:
         paths: image files or globs to train on, such as 'imagenet/train/*/*.JPEG'; the folder of a
             file is its class.
-        names: file with lines such as "n01440764 tench, Tinca tinca" (ImageNet's
+        names: file or URL with lines such as "n01440764 tench, Tinca tinca" (ImageNet's
             LOC_synset_mapping.txt), whose first name is used; null: use the names of the folders.
         prompt: text in which {} stands for the name of the class (default: MonoFormer's).
         learn_prompts: include the prompt in the LM loss; otherwise the loss counts only the <boi>
@@ -51,34 +54,46 @@ class ClassFolders(ImageFileSource):
         if self.names is None:
             return folder.replace("_", " ")
         try:
-            return read_names(self.names)[folder]
+            return self._names[folder]
         except KeyError as error:
             raise BadSample("image of a class without a name") from error
 
     def fingerprint(self, split: Split) -> str:
         """Include the content of the names' file; see `Source.fingerprint`."""
-        return f"{super().fingerprint(split)} {self.names and read_names(self.names)}"
+        return f"{super().fingerprint(split)} {self.names and self._names}"
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The name of each class by its folder."""
+        file = Path(self.names).expanduser()
+        if is_remote(self.names):
+            file = find_files(self.names, self.snapshot)[0]
+        with local_file(file) as copied:
+            return read_names(copied, str(file))
 
 
-@cache
-def read_names(file: str) -> dict[str, str]:
+def read_names(file: Path, shown: str) -> dict[str, str]:
     """Map each folder to the first name of its class.
+
+    Args:
+        file: the file, or its copy.
+        shown: what messages call it.
 
     Raises:
         UserError: the file cannot be read or contains no names.
     """
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{file} cannot be read; give a file of lines 'n01440764 tench', or names: null"
+            f"{shown} cannot be read; give a file of lines 'n01440764 tench', or names: null"
         ) from error
     pairs = (line.split(maxsplit=1) for line in lines)
     names: dict[str, str] = {}
     for folder, text in (pair for pair in pairs if len(pair) == 2):
         name = text.split(",")[0].strip()
         if names.setdefault(folder, name) != name:
-            raise UserError(f"{file} names {folder!r} twice; keep one of the lines")
+            raise UserError(f"{shown} names {folder!r} twice; keep one of the lines")
     if not names:
-        raise UserError(f"{file} names no class; it needs lines such as 'n01440764 tench'")
+        raise UserError(f"{shown} names no class; it needs lines such as 'n01440764 tench'")
     return names

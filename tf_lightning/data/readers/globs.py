@@ -86,18 +86,19 @@ def _glob(pattern: str) -> list[str]:
     for name in glob.iglob(os.path.expanduser(pattern), recursive=True):
         folder = os.path.dirname(name)
         if "**" in pattern and folder not in folders and _leads_back(folder):
-            raise UserError(f"{folder!r} is a link to a folder that contains it; remove the link")
+            raise UserError(f"{folder!r} is a link to a folder above it; remove the link")
         folders.add(folder)
         found.append(name)
     return sorted(found)
 
 
 def _leads_back(folder: str) -> bool:
-    """Return whether a folder is a link to one that contains the link."""
+    """Return whether a folder is a link to one that its path leads through, perhaps over links."""
     if not os.path.islink(folder):
         return False
-    above = os.path.realpath(os.path.dirname(folder))
-    return Path(above).is_relative_to(os.path.realpath(folder))
+    target = os.path.realpath(folder)
+    above = {os.path.realpath(parent) for parent in Path(folder).parents}
+    return any(Path(parent).is_relative_to(target) for parent in above)
 
 
 def _find_remote(patterns: list[str], snapshot: Snapshot) -> list[RemoteFile]:

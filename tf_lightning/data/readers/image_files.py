@@ -19,15 +19,18 @@ from tf_lightning.data.images import CONTEXT, FileBytes, load_image
 from tf_lightning.data.readers.files import UNEXPECTED, FileSource
 from tf_lightning.data.readers.formats import MAX_SAMPLE
 from tf_lightning.data.readers.local_or_remote import (
+    copies,
     file_versions,
     is_in_cache,
     local_file,
+    names_remote,
     read_bytes,
 )
 from tf_lightning.data.readers.snapshot import Snapshot
 from tf_lightning.data.readers.tables import has_image_columns
 from tf_lightning.ranges import PositiveInt
 from tf_lightning.remote.cache import cached_path
+from tf_lightning.remote.downloads import run_ahead
 from tf_lightning.remote.urls import is_remote
 
 IMAGES_AT_ONCE = 10_000  # images whose versions one request asks for
@@ -124,9 +127,22 @@ class ImagePathSource(ImageFileSource):
         """Yield the paths of the images that a file names; bad samples have none."""
         with suppress(BadSample, *UNEXPECTED):
             for _, sample, *_ in self.samples(file):
-                with suppress(BadSample, *UNEXPECTED):
-                    parts = [getattr(part, "file", part) for part in self.parts(sample)]
-                    yield from (part for part in parts if isinstance(part, Path))
+                yield from self._named_images(sample)
+
+    def _named_images(self, sample: Any) -> list[Path]:
+        """List the paths of the images that a sample names; a bad sample has none."""
+        with suppress(BadSample, *UNEXPECTED):
+            parts = [getattr(part, "file", part) for part in self.parts(sample)]
+            return [part for part in parts if isinstance(part, Path)]
+        return []
+
+    def _with_copies(self, samples: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """See `FileSource`. Images are copied ahead."""
+        if not any(map(names_remote, (self.paths, self.val_paths, self.images))):
+            return samples
+        return run_ahead(
+            samples, lambda sample: copies(self._named_images(sample[1]), self.snapshot)
+        )
 
 
 def as_image_file(value: Any, folder: Path) -> bytes | Path | None:

@@ -1,16 +1,17 @@
 """Local and remote files alike. The path of a remote file is that of its copy in the cache."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from tf_lightning.data.readers.snapshot import Snapshot
 from tf_lightning.errors import UserError
 from tf_lightning.remote.cache import cached_path, url_of
-from tf_lightning.remote.downloads import local_copy
+from tf_lightning.remote.downloads import copy_small, local_copy
 from tf_lightning.remote.listing import RemoteFile
-from tf_lightning.remote.urls import public_url
+from tf_lightning.remote.urls import is_remote, public_url
 
 
 def is_in_cache(path: Path) -> bool:
@@ -31,6 +32,22 @@ def read_bytes(path: Path, snapshot: Snapshot) -> bytes:
     file = snapshot.stat([path])[path] if is_in_cache(path) else path
     with local_file(file) as copied:
         return copied.read_bytes()
+
+
+def copies(paths: Iterable[Path], snapshot: Snapshot) -> list[Callable[[], None]]:
+    """Return functions that copy the small remote files among these into the cache."""
+    return [partial(_copy, path, snapshot) for path in paths if is_in_cache(path)]
+
+
+def _copy(path: Path, snapshot: Snapshot) -> None:
+    if file := snapshot.stat([path]).get(path):
+        copy_small(file)
+
+
+def names_remote(paths: str | list[str | RemoteFile] | None) -> bool:
+    """Return whether a URL or a remote file is among the paths of a source."""
+    listed = paths if isinstance(paths, list) else [paths]
+    return any(isinstance(path, RemoteFile) or is_remote(path) for path in listed)
 
 
 def local_path(file: Path | RemoteFile) -> Path:

@@ -52,7 +52,7 @@ class Snapshot:
                 self._add(listing.list_folder(url))
                 self.listed.add(str(folder))
         for path, file in zip(asked, listing.stat([*map(url_of, asked)]), strict=True):
-            self.files[str(path)] = file
+            self.files.setdefault(str(path), file)  # another thread may have asked too
         found = ((path, self.files.get(str(path))) for path in paths)
         return {path: file for path, file in found if file}
 
