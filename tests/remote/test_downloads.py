@@ -364,6 +364,13 @@ def test_a_file_larger_than_the_cache_is_refused(site, server, monkeypatch):
         read(*find(f"{server.url}/a.bin"))
 
 
+def test_a_cache_that_cannot_be_created_is_one_sentence(site, server, monkeypatch):
+    (site / "a.bin").write_bytes(content(10))
+    monkeypatch.setenv("TF_LIGHTNING_CACHE", str(site / "a.bin"))
+    with pytest.raises(UserError, match="a.bin cannot be created .Not a directory.; name another"):
+        read(*find(f"{server.url}/a.bin"))
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "many"])
 def test_a_limit_that_is_no_size_is_refused(monkeypatch, text):
     monkeypatch.setenv("TF_LIGHTNING_CACHE_GB", text)

@@ -88,9 +88,19 @@ def url_of(path: Path) -> str | None:
 
 
 def cache_lock(path: Path) -> FileLock:
-    """Return a lock for changing a file; files share 256 locks."""
+    """Return a lock for changing a file; files share 256 locks.
+
+    Raises:
+        UserError: the folder of the cache cannot be created.
+    """
     locks = cache_folder() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {cache_folder()} cannot be created ({error.strerror}); name another "
+            "one with TF_LIGHTNING_CACHE"
+        ) from error
     return FileLock(locks / hashlib.sha256(str(path).encode()).hexdigest()[:2])
 
 

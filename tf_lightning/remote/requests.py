@@ -13,7 +13,7 @@ import fsspec
 from lightning.pytorch.utilities import rank_zero_info
 
 from tf_lightning.errors import UserError
-from tf_lightning.remote.urls import HIDDEN_QUERY, HTTP, is_chained, public_url, split_url
+from tf_lightning.remote.urls import HIDDEN_QUERY, HTTP, public_url, split_url
 
 ATTEMPTS = 12  # of a request that fails for a reason that may pass
 FIRST_DELAY, LONGEST_DELAY = 0.1, 20.0  # seconds before the next attempt; 43 to 86 in all
@@ -29,14 +29,9 @@ def filesystem(url: str) -> fsspec.AbstractFileSystem:
     """Return fsspec's file system for a URL.
 
     Raises:
-        UserError: there is none for its scheme, its package is not installed, the URL has several
-            schemes, or it was written without its query.
+        UserError: there is none for its scheme, its package is not installed, or the URL was
+            written without its query.
     """
-    if is_chained(url):
-        raise UserError(
-            f"{public_url(url)} joins several schemes; give only "
-            f"{public_url(url.rpartition('::')[2])}"
-        )
     scheme, _, _, query = split_url(url)
     if HIDDEN_QUERY.fullmatch(query):
         raise UserError(

@@ -8,6 +8,8 @@ import hashlib
 import re
 from urllib.parse import parse_qsl, urlencode
 
+from tf_lightning.errors import UserError
+
 HTTP = ("http", "https")
 # Parameters of a query that sign a URL. They differ each time the same file is signed.
 SIGNATURE_PREFIXES = ("x-amz-", "x-goog-")
@@ -18,19 +20,23 @@ SIGNATURES = (
 )  # fmt: skip
 HIDDEN_QUERY = re.compile("sha256=[0-9a-f]{12}")  # what `public_url` writes for a query
 
+CHAIN = re.compile(r"::[\w+.-]+://")  # of several schemes, as in zip://a.csv::https://host/b.zip
+
 
 def is_remote(path: object) -> bool:
     """Return whether a path is a URL."""
     return isinstance(path, str) and "://" in path
 
 
-def is_chained(url: str) -> bool:
-    """Return whether a URL has several schemes, such as zip://a.csv::https://host/b.zip."""
-    return re.search(r"::[\w+.-]+://", url) is not None
-
-
 def split_url(url: str) -> tuple[str, str, str, str]:
-    """Split a URL into scheme, host with login and port, path without leading "/", and query."""
+    """Split a URL into scheme, host with login and port, path without leading "/", and query.
+
+    Raises:
+        UserError: it has several schemes.
+    """
+    if CHAIN.search(url):
+        last = public_url(url.rpartition("::")[2])
+        raise UserError(f"{public_url(url)} joins several schemes; give only {last}")
     scheme, _, rest = url.partition("://")
     scheme = scheme.lower()
     host, _, path = rest.partition("/")
@@ -46,7 +52,7 @@ def public_url(url: str) -> str:
     A hash stands for the query without its signature. Any parameter may hold a secret, so none is
     shown.
     """
-    if is_chained(url):
+    if CHAIN.search(url):
         parts = url.split("::")
         return "::".join(public_url(part) if is_remote(part) else part for part in parts)
     scheme, host, path, query = split_url(url)

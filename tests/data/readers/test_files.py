@@ -66,6 +66,18 @@ def test_a_link_to_a_folder_above_is_a_user_error_and_other_links_are_followed(t
     assert find_files(f"{folder}/again/*.txt") == [folder / "again" / "a.txt"]
 
 
+def test_links_that_lead_to_each_other_are_a_user_error(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").touch()
+        (tmp_path / name / "x").symlink_to(tmp_path / other)
+    with pytest.raises(UserError, match="/(a|b)/x/x' is a link to a folder above it; remove the"):
+        find_files(f"{tmp_path}/**/*.txt")
+    (tmp_path / "b" / "x").unlink()
+    found = [str(file.relative_to(tmp_path)) for file in find_files(f"{tmp_path}/**/*.txt")]
+    assert found == ["a/a.txt", "a/x/b.txt", "b/b.txt"]
+
+
 def test_the_held_out_share_equals_val_fraction():
     share = sum(held_out(f"00000.tar/{n:09}", 0.1) for n in range(20_000)) / 20_000
     assert share == pytest.approx(0.1, abs=0.01)

@@ -4,6 +4,7 @@ import filecmp
 import importlib
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tf_lightning.data import (
 from tf_lightning.data.readers import globs
 from tf_lightning.data.readers.captions import CaptionFolders, CaptionJson, CaptionRows
 from tf_lightning.data.readers.globs import expand_braces
+from tf_lightning.drawings.svg import SvgFiles
 from tf_lightning.errors import UserError
 from tf_lightning.remote import requests
 
@@ -227,10 +229,78 @@ def test_no_login_or_signature_is_in_a_fingerprint(site, server):
 
 def test_a_url_that_matches_no_file_is_one_sentence(server):
     for name in ("nothing.tar", "*.tar.gz"):
-        with pytest.raises(UserError, match="no file matches http.*check the URL, or give a glob"):
+        with pytest.raises(UserError, match="no file matches http.*; check the URL$"):
             TextFiles(f"{server.url}/{name}").files("train")
+    with pytest.raises(
+        UserError, match=r"check the URL, or give a glob such as '.*/folder/\*.tar'"
+    ):
+        TextFiles(f"{server.url}/folder").files("train")
     with pytest.raises(UserError, match="no file matches .*shard-002.tar"):
         CaptionTars(f"{server.url}/shard-{{000..002}}.tar").files("train")
+
+
+def test_a_web_page_in_place_of_a_file_is_skipped_and_told(site, server):
+    (site / "lost.jsonl").write_text("<!DOCTYPE html><html><body>Not found</body></html>")
+    found = TextFiles(f"{server.url}/lost.jsonl", val_fraction=0).documents("train")
+    assert [skipped.reason for skipped in found] == ["web page in place of the file; check its URL"]
+
+
+def test_a_remote_file_of_another_format_is_named_by_its_url(server):
+    tars = CaptionTars(f"{server.url}/lines.jsonl.gz", val_fraction=0, **SIZE)
+    with pytest.raises(UserError, match="^http://.*/lines.jsonl.gz is a JSON file; CaptionTars"):
+        list(tars.documents("train"))
+
+
+def test_images_that_a_remote_table_names_are_copied_ahead_with_one_request_each(site, server):
+    source = sources(server.url)["rows"]
+    source.paths, source.val_fraction = source.paths[:1], 0
+    source.image_digest("train")
+    server.requests.clear()
+    first = threading.Event()
+
+    def wait_for_another(handler):  # no answer before two images are asked for
+        if handler.path.endswith(".png"):
+            if sum(path.endswith(".png") for _, path, _ in server.requests) > 1:
+                first.set()
+            assert first.wait(20)
+
+    server.on_request = wait_for_another
+    try:
+        documents = list(source.documents("train"))
+    finally:
+        server.on_request = None
+    local = CaptionRows(f"{site}/rows/metadata.jsonl", val_fraction=0, **SIZE)
+    for (text, image), (wanted, original) in zip(documents, local.documents("train"), strict=True):
+        assert text == wanted and image.tobytes() == original.tobytes()
+    methods = [method for method, path, _ in server.requests if path.endswith(".png")]
+    assert methods == ["GET"] * len(NAMES)
+
+
+def test_the_names_of_classes_are_read_from_a_url(site, server):
+    (site / "names.txt").write_text("a first, other\nb second\n")
+    folders = f"{server.url}/classes/{{a,b}}/*.png"
+    source = ClassFolders([folders], names=f"{server.url}/names.txt", val_fraction=0, **SIZE)
+    prompts = {str(prompt) for prompt, _ in source.documents("train")}
+    assert prompts == {f"Please generate an image of {name}" for name in ("first", "second")}
+    with pytest.raises(UserError, match="no file matches http.*nothing.txt; check the URL"):
+        ClassFolders([folders], names=f"{server.url}/nothing.txt", **SIZE).fingerprint("train")
+
+
+def test_svg_files_are_read_from_a_url(site, server):
+    for name in NAMES:
+        shape = f'<circle r="9" cx="9" cy="9" fill="{name}" stroke="black"/>'
+        title = f"<title>a {name} disc</title>"
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 18 18">{title}{shape}</svg>'
+        (site / f"{name}.svg").write_text(svg)
+    remote, local = (
+        list(
+            SvgFiles(f"{base}/{{{','.join(NAMES)}}}.svg", val_fraction=0, **SIZE).documents("train")
+        )
+        for base in (server.url, site)
+    )
+    assert [text for text, _ in remote] == [f"a {name} disc" for name in NAMES]
+    for (_, image), (_, wanted) in zip(remote, local, strict=True):
+        assert image.tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize(

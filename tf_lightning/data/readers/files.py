@@ -24,6 +24,7 @@ from tf_lightning.data.readers.local_or_remote import (
     file_version,
     local_file,
     local_path,
+    refuse_web_page,
 )
 from tf_lightning.data.readers.snapshot import Snapshot
 from tf_lightning.errors import UserError
@@ -108,6 +109,8 @@ class FileSource(Source):
             ids = SampleIds(local_path(file), str(file))
             try:
                 with local_file(file) as path:
+                    if path is not file:
+                        refuse_web_page(path)
                     for key, sample, *named in self.samples(path):
                         sample_id, name = ids.next(key, sample), f"{file.name}/{key}"
                         if named == [split] if named else self._in_split(name, split):

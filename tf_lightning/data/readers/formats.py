@@ -22,6 +22,8 @@ import pyarrow
 from tf_lightning.data.documents import BadSample
 from tf_lightning.data.images import is_image_file
 from tf_lightning.errors import UserError
+from tf_lightning.remote.cache import url_of
+from tf_lightning.remote.urls import public_url
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz", ".tgz": "gzip"}
 COMPRESSION_MAGIC = {
@@ -122,11 +124,12 @@ def starts_json(text: bytes) -> bool:
 
 
 def refuse(file: Path, known: str) -> UserError:
-    """Return the error for a file of a format that a source does not read."""
+    """Return the error for a file, or a copy of a remote one, of a format that is not read."""
+    url = url_of(file)
     kind = file_format(file)
     names = {"tar": "a tar", "parquet": "a parquet file", "json": "a JSON file",
              "text": "plain text", "csv": "a CSV file", "image": "an image"}  # fmt: skip
-    return UserError(f"{file} is {names.get(kind, kind)}; {known}")
+    return UserError(f"{public_url(url) if url else file} is {names.get(kind, kind)}; {known}")
 
 
 def is_ignored(name: str) -> bool:

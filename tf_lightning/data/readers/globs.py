@@ -107,10 +107,10 @@ def _find_remote(patterns: list[str], snapshot: Snapshot) -> list[RemoteFile]:
         kept = [file for file in found if not is_ignored(str(cached_path(file.url)))]
         if not kept:
             url = public_url(pattern)
-            raise UserError(
-                f"no file matches {url}; check the URL, or give a glob such as '{url}/*.tar' for "
-                "the files in a folder"
-            )
+            message = f"no file matches {url}; check the URL"
+            if "*" not in url and format_by_name(Path(url)) is None:
+                message += f", or give a glob such as '{url}/*.tar' for the files in a folder"
+            raise UserError(message)
         files += kept
     return files
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+from tf_lightning.data.documents import BadSample
 from tf_lightning.data.readers.snapshot import Snapshot
 from tf_lightning.errors import UserError
 from tf_lightning.remote.cache import cached_path, url_of
@@ -87,6 +88,18 @@ def local_file(file: Path | RemoteFile) -> Iterator[Path]:
         except FileNotFoundError as error:
             raise UserError(f"{file} was removed during the preparation; run it again") from error
         yield path
+
+
+def refuse_web_page(copied: Path) -> None:
+    """Check that a server has sent a file, and not a web page that says something about it.
+
+    Raises:
+        BadSample: it has sent a web page.
+    """
+    with copied.open("rb") as stream:
+        start = stream.read(1000).lstrip().lower()
+    if copied.suffix not in (".html", ".htm") and start.startswith((b"<!doctype html", b"<html")):
+        raise BadSample("web page in place of the file; check its URL")
 
 
 def file_size(file: Path | RemoteFile) -> int:
