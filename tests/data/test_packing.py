@@ -1,11 +1,13 @@
 """Packing has each document once and little padding; random orders are permutations."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tf_lightning.data.packing import best_fit, choose, permuted, split_rows
+from tf_lightning.data.packing import best_fit, choose, fill_rows, fullest, permuted, split_rows
 
 
 @settings(max_examples=100, deadline=None)
@@ -31,6 +33,41 @@ def test_padding_is_within_its_limit(kind, most):
     lengths = random.permutation(text) if kind == "text" else captions
     rows = best_fit(lengths.tolist(), 4096)
     assert 1 - lengths.sum() / (4096 * len(rows)) <= most
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), max_size=9), room=st.integers(0, 60))
+def test_fullest_is_the_largest_sum_by_brute_force(lengths, room):
+    chosen = fullest(lengths, room)
+    sums = {sum(some) for n in range(len(lengths) + 1) for some in combinations(lengths, n)}
+    assert sorted(set(chosen)) == chosen
+    assert sum(lengths[place] for place in chosen) == max(s for s in sums if s <= room)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), max_size=300))
+def test_fill_rows_places_each_item_once_and_the_longest_waiting_item_first(lengths):
+    rows = fill_rows(lengths, 30)
+    assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
+    assert all(sum(lengths[place] for place in row) <= 30 for row in rows)
+    placed = set()
+    for row in rows:
+        assert row[0] == min(set(range(len(lengths))) - placed)
+        placed |= set(row)
+
+
+def cut_rows(count: int, row_length: int) -> list[int]:
+    """Cut full rows into seven items each, of a few lengths, and shuffle the items."""
+    random = np.random.default_rng(0)
+    rows = random.choice([70, 73, 76], (count, 6))
+    last = row_length - rows.sum(1, keepdims=True)
+    return random.permutation(np.concatenate([rows, last], 1).ravel()).tolist()
+
+
+def test_fill_rows_comes_near_to_rows_that_are_known_to_be_full():
+    lengths = cut_rows(300, 512)
+    assert len(fill_rows(lengths, 512)) <= 303
+    assert len(best_fit(lengths, 512)) > 309  # more than 3% of padding
 
 
 def test_split_rows_makes_the_requested_number_of_rows_and_no_empty_one():

@@ -16,7 +16,7 @@ from tf_lightning.data.corpus.parts import (
     choose_wordings,
     select_layout,
 )
-from tf_lightning.data.packing import CorpusRows
+from tf_lightning.data.packing import CorpusRows, best_fit, fill_rows
 from tf_lightning.data.stream import Rows, RowSampler, ValidationRows
 
 N = 4  # patches of a 2 x 2 image at patch size 1
@@ -26,6 +26,7 @@ class Documents:
     """A corpus in memory: text n is `lengths[n]` times the token n, with an image if `images`."""
 
     name = "documents"
+    image_shapes = {}  # all images have one shape
 
     def __init__(self, lengths: list[int], images: bool = False):
         self.texts, self.images = lengths, images
@@ -53,6 +54,12 @@ class Documents:
         return answer()
 
 
+class Shapes(Documents):
+    """Documents of a corpus whose images have several shapes."""
+
+    image_shapes = {(1, 2, 2): 1, (1, 2, 3): 1}
+
+
 class Edits(Documents):
     """Documents of image n, text n, image -n."""
 
@@ -72,6 +79,18 @@ def numbers(row) -> list[int]:
 def stream(lengths, images=False, row_length=32, seed=(0, 0), **probabilities) -> CorpusRows:
     corpus = Documents(lengths, images)
     return CorpusRows(corpus, row_length=row_length, num_patches=N, seed=seed, **probabilities)
+
+
+@pytest.mark.parametrize("corpus, pack", [(Documents, best_fit), (Shapes, fill_rows)])
+def test_rows_of_images_of_several_shapes_are_packed_by_fill_rows(corpus, pack):
+    lengths = np.random.default_rng(0).integers(5, 12, 300).tolist()
+    rows = CorpusRows(corpus(lengths), row_length=32, num_patches=N, seed=(0, 0))
+    order = np.random.default_rng((0, 0, corpus_rows.CHOICES, 0, 0, 0)).permutation(300)
+    packed = pack([lengths[place] + 2 for place in order], 32)  # with <bos> and <eos>
+    epoch = [numbers(rows.row(index)) for index in range(rows.rows_per_epoch)]
+    assert epoch == [order[row].tolist() for row in packed]
+    later = [numbers(rows.row(rows.rows_per_epoch + index)) for index in range(len(epoch))]
+    assert later != epoch and sorted(sum(later, [])) == list(range(300))
 
 
 def test_each_epoch_has_each_document_once_in_another_order():

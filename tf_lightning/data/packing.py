@@ -9,6 +9,7 @@ import json
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,6 +23,7 @@ WINDOW = 2**15  # documents that are packed together
 ATTEMPTS = 8  # tries to pack a window into its rows, before the first epoch's packing is taken
 PLAN = 2  # version of the stored plan; a higher number makes every corpus be planned again
 OPEN_ROWS = 64  # rows that `best_fit` fills at the same time
+WAITING = 64  # documents that `fill_rows` chooses from, besides those of about four rows
 # Random streams of a seed. They are not 0, because a seed may end in 0.
 MEMBERS, WINDOWS, CHOICES, IMAGES, WORDINGS = 1, 2, 3, 4, 5
 
@@ -67,6 +69,9 @@ class CorpusRows:
 
     With `clean_copies`, documents that are longer than a row with their copies are left out.
 
+    Documents with images of several shapes are packed by `fill_rows`, which pads less. Others keep
+    the rows of `best_fit`, so that runs of older versions are resumed and repeated exactly.
+
     Args:
         corpus: the documents.
         row_length: positions in a row; no document is longer.
@@ -98,9 +103,10 @@ class CorpusRows:
         self.seed = seed
         self.image_first_prob, self.caption_drop_prob = image_first_prob, caption_drop_prob
         self.clean_copies = clean_copies
+        self.has_shapes = len(corpus.image_shapes) > 1
         self.num_windows = -(-len(corpus) // WINDOW)
         settings = [PLAN, WINDOW, row_length, num_patches, seed, image_first_prob]
-        settings += [caption_drop_prob, clean_copies]
+        settings += [caption_drop_prob, clean_copies, *(["fill_rows"] if self.has_shapes else [])]
         plan = corpus.cached(json.dumps(settings), self._plan)
         self.window_rows = np.array(plan["rows"], np.int64)  # number of rows of each window
         self.rows_per_epoch = int(self.window_rows.sum())
@@ -202,7 +208,8 @@ class CorpusRows:
             order = order[lengths[order] <= self.row_length]
             max_copies = np.where(pairs, (self.image_first_prob > 0) * patches.total, read)
             left_out = int((whole + max_copies > self.row_length).sum())
-        packed = best_fit(lengths[order].tolist(), self.row_length)
+        pack = fill_rows if self.has_shapes else best_fit
+        packed = pack(lengths[order].tolist(), self.row_length)
         rows = [order[row].tolist() for row in packed]
         num_tokens = int(lengths[order].sum())
         choices = pairs, image_first, dropped, alone, wordings
@@ -262,6 +269,61 @@ def best_fit(
         rows[row].append(place)
         insort(rooms, (room - length, row))
     return rows
+
+
+def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Pack items into rows, one row after another, each as full as the waiting items allow.
+
+    A row takes the item that has waited longest, and those of the other waiting items whose lengths
+    sum to the most that fits into the rest (minimum bin slack, Gupta and Ho 1999; with a fixed
+    first item, Fleszar and Hindi 2002). Where a few lengths recur, as with captioned images of
+    several shapes, this comes near the least possible number of rows.
+
+    Args:
+        lengths: length of each item, <= row_length, in the order of packing.
+        row_length: room in a row.
+
+    Returns:
+        For each row, the indices of its items in `lengths`.
+    """
+    ahead = WAITING + 4 * row_length * len(lengths) // max(sum(lengths), 1)
+    upcoming = iter(range(len(lengths)))
+    waiting = list(islice(upcoming, ahead))
+    rows = []
+    while waiting:
+        first, *others = waiting
+        chosen = fullest([lengths[item] for item in others], row_length - lengths[first])
+        rows.append([first, *(others[place] for place in chosen)])
+        taken = set(rows[-1])
+        waiting = [item for item in others if item not in taken]
+        waiting += islice(upcoming, len(taken))
+    return rows
+
+
+def fullest(lengths: Sequence[int], room: int) -> list[int]:
+    """Choose items whose lengths sum to the most that fits into `room`.
+
+    If some items fill the room exactly, none after the first such items is chosen.
+
+    Args:
+        lengths: length of each item, > 0.
+        room: the largest sum, >= 0.
+
+    Returns:
+        Indices into `lengths`, in ascending order.
+    """
+    sums = [1]  # bit s of sums[k]: some of the first k items have the sum s
+    fits = (2 << room) - 1
+    for length in lengths:
+        if sums[-1] >> room:
+            break
+        sums.append((sums[-1] | sums[-1] << length) & fits)
+    chosen, rest = [], sums[-1].bit_length() - 1
+    for place in reversed(range(len(sums) - 1)):
+        if not sums[place] >> rest & 1:
+            chosen.append(place)
+            rest -= lengths[place]
+    return chosen[::-1]
 
 
 def split_rows(rows: list[list[int]], count: int) -> bool:
