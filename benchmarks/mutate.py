@@ -36,9 +36,11 @@ PROCESS, NETWORK = "tf_lightning/diffusion/process.py", "tf_lightning/model/tran
 SAMPLER, GUIDANCE = "tf_lightning/diffusion/sampler.py", "tf_lightning/diffusion/guidance.py"
 PIPELINE, ENGINE = "tf_lightning/generation/pipeline.py", "tf_lightning/generation/engine.py"
 REQUESTS = "tf_lightning/generation/requests.py"
+MIXTURE, ROWS = "tf_lightning/data/mixture.py", "tf_lightning/data/packing.py"
 
 TRAINING, GENERATION = "tests/training/test_wiring.py", "tests/generation/test_wiring.py"
 TOKENS, PACKING = "tests/generation/test_sampling_wiring.py", "tests/test_batch.py"
+BUCKETS = "tests/data/test_buckets.py"
 
 TRANSFORMER, LAYERS = "tf_lightning/model/transformer.py", "tf_lightning/model/layers.py"
 FAMILIES, FLOPS = "tf_lightning/interop/families.py", "tf_lightning/training/flops.py"
@@ -220,7 +222,31 @@ MUTANTS = [
     Mutant("timestep_distribution not passed on", BATCH,
            "generator, timestep_shift, timestep_distribution)", "generator, timestep_shift)",
            PACKING),
+    # images of several shapes
+    Mutant("max_aspect_ratio not given to the sources", MIXTURE,
+           "with_buckets(source, pixels, ratio)", "with_buckets(source, pixels, 1)", BUCKETS),
+    Mutant("max_aspect_ratio of a filtered source", MIXTURE,
+           "with_buckets(source.unfiltered, pixels, max_aspect_ratio)", "source.unfiltered",
+           BUCKETS),
+    Mutant("max_aspect_ratio of the buckets", MIXTURE,
+           "bucket_sizes(image_size, pixels, max_aspect_ratio)",
+           "bucket_sizes(image_size, pixels, 10.0)", BUCKETS),
+    Mutant("max_aspect_ratio not stored", MIXTURE,
+           "hflip, sample_posterior, lazy_images, crops, max_aspect_ratio",
+           "hflip, sample_posterior, lazy_images, crops", BUCKETS),
+    Mutant("max_aspect_ratio of validation", MIXTURE,
+           "lazy=self.lazy_images, max_aspect_ratio=image_storage.max_aspect_ratio",
+           "lazy=self.lazy_images", BUCKETS),
+    Mutant("max_aspect_ratio of an encoded folder", MIXTURE,
+           "max_aspect_ratio=self.image_storage.max_aspect_ratio,", "max_aspect_ratio=4.0,",
+           BUCKETS),
+    Mutant("rows of several shapes by best fit", ROWS, "fill_rows if self.has_shapes else best_fit",
+           "best_fit", "tests/data/test_rows.py"),
     # sampling of images
+    Mutant("height dropped", PIPELINE, "sampling.height or height", "height", GENERATION),
+    Mutant("width dropped", PIPELINE, "sampling.width or width", "width", GENERATION),
+    Mutant("height and width swapped", PIPELINE, "self.image_sizes.check((width, height))",
+           "width, height = height, width", GENERATION),
     request("guidance_scale dropped", "            sampling.guidance_scale,", "            3.0,"),
     request("image_guidance_scale dropped", "sampling.image_guidance_scale,", "None,"),
     request("guidance_interval dropped", "sampling.guidance_interval,", "(0.0, 1.0),"),

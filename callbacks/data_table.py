@@ -10,7 +10,7 @@ from tf_lightning.data.mixture import Mixture
 
 COLUMNS = (
     "source", "training documents", "held-out documents", "images", "text tokens",
-    "mean tokens of a text", "skipped", "share of tokens", "epochs in this run",
+    "mean tokens of a text", "skipped", "padding", "share of tokens", "epochs in this run",
 )  # fmt: skip
 
 
@@ -18,10 +18,10 @@ class DataTable(L.Callback):
     """Logs a table of the data's sources when a run starts, under `data`; not when it resumes.
 
     It has a row for each source: documents, images, text tokens, mean length of a text, skipped
-    samples with reasons, the share of the tokens that the source gets, and how often the run reads
-    it in all. Counts are of training data unless the heading says otherwise. The number of epochs
-    is unknown if only a time limits the run. Loggers that take no texts, such as CSV, leave it to
-    the file `media/data-step<N>.md`.
+    samples with reasons, the share of padding in its rows, the share of the tokens that the source
+    gets, and how often the run reads it in all. Counts are of training data unless the heading says
+    otherwise. The number of epochs is unknown if only a time limits the run. Loggers that take no
+    texts, such as CSV, leave it to the file `media/data-step<N>.md`.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -43,13 +43,15 @@ def source_rows(data: Mixture, max_steps: int) -> list[list[str]]:
         max_steps: optimizer steps of the whole run; negative: unknown.
     """
     streams = data.rows
-    tokens = streams.counts * np.array([corpus.fill for corpus in streams.corpora])
+    fill = np.array([corpus.fill for corpus in streams.corpora])
+    tokens = streams.counts * fill
     epochs = ["unknown"] * len(tokens)
     if max_steps >= 0:
         epochs = [f"{count:,.2f}" for count in streams.epochs(max_steps * data.rows_per_step())]
+    columns = data.source_names, 1 - fill, tokens / tokens.sum(), epochs
     return [
-        [name, *source_cells(data, name), f"{share:.1%}", count]
-        for name, share, count in zip(data.source_names, tokens / tokens.sum(), epochs, strict=True)
+        [name, *source_cells(data, name), f"{padding:.1%}", f"{share:.1%}", count]
+        for name, padding, share, count in zip(*columns, strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks.data_table import COLUMNS, DataTable, source_rows
 from support.fits import fit, shapes_data, shapes_module
 from support.sources import GreyImages, RepeatedWord
+from tf_lightning.batch import document_length
 from tf_lightning.data.documents import AnyText, Skipped
 
 
@@ -59,6 +60,15 @@ def test_the_counts_are_those_of_the_sources(mixture):
     assert (pictures["skipped"], words["skipped"]) == ("2 too dark", "0")
     assert (words["training documents"], words["held-out documents"]) == ("30", "0")
     assert unused["share of tokens"] == "0.0%" and unused["epochs in this run"] == "0.00"
+
+
+def test_padding_is_that_of_an_epoch(mixture):
+    data = prepared(mixture)
+    for row, rows in zip(cells(data, 10), data.rows.corpora, strict=True):
+        epoch = [document for index in range(rows.rows_per_epoch) for document in rows.row(index)]
+        used = sum(document_length(document, data.patch_size) for document in epoch)
+        padding = 1 - used / (rows.rows_per_epoch * data.row_length)
+        assert padding > 0.01 and row["padding"] == f"{padding:.1%}"
 
 
 def test_shares_and_epochs_are_those_of_the_rows_that_the_run_reads(mixture):

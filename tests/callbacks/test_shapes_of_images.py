@@ -1,5 +1,6 @@
 """Callbacks with images of several shapes: scores of squares, captions of whole images, sheets."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,11 @@ from callbacks.contact_sheet import IMAGE_SIZE, TILE_WIDTH, Tile, draw_tile
 from callbacks.init_from import POSITIONS, adapted
 from callbacks.prompts import HeldOut, center_crop_resize
 from callbacks.sampling import SampleBatch, sample
+from support import runs
 from support.sharded_folders import write_sharded
+from tf_lightning import TransfusionPipeline
+from tf_lightning.checkpoint import select_weights
+from tf_lightning.cli.main import main
 from tf_lightning.data.corpus.image_storage import ImageStorageSpec
 from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.generation.sizes import ImageSizes
@@ -133,6 +138,45 @@ def test_init_from_adapts_the_positions_to_another_resolution(shapes, factor, sh
             assert torch.equal(found[name], weights[name])
         else:
             torch.testing.assert_close(found[name], stretched(weights[name], factor, MAX_GRID))
+
+
+def fit_pictures(folder: Path, pictures: Path, image_size: int, **model) -> dict:
+    """Train two steps on a folder of pictures with buckets; return the last checkpoint."""
+
+    def change(config: dict) -> None:
+        runs.only_checkpoints(config)
+        source = {"paths": f"{pictures}/*.png", "image_size": image_size, "val_fraction": 0.2}
+        sources = {"pictures": {"class_path": "tf_lightning.data.CaptionFolders"}}
+        sources["pictures"]["init_args"] = source
+        config["data"]["init_args"] |= {"sources": sources, "max_aspect_ratio": 2.0}
+        config["data"]["init_args"] |= {"patch_size": 4, "tokenizer": model.get("checkpoint")}
+        config["model"] |= {"patch_size": 4, "lr": model.get("lr", 1e-2)}
+        config["trainer"] |= {"max_steps": 2, "val_check_interval": 2}
+        if "checkpoint" in model:
+            config["init_from"] = {"checkpoint": model["checkpoint"]}
+
+    main(["fit", "-c", str(runs.write_config(folder, change))])
+    return torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_a_run_at_a_low_resolution_starts_one_at_twice_the_resolution(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number, size in enumerate([(60, 60), (80, 50), (40, 80)] * 5):
+        gradient(*size).save(tmp_path / f"pictures/{number:02}.png")
+        (tmp_path / f"pictures/{number:02}.txt").write_text(f"picture {number}")
+    low = fit_pictures(tmp_path / "low", tmp_path / "pictures", 16)
+    path = str(tmp_path / "low/run/checkpoints/last.ckpt")
+    high = fit_pictures(tmp_path / "high", tmp_path / "pictures", 32, checkpoint=path, lr=1e-30)
+    assert low["image_codec"]["latent_shape"] == [3, 16, 16]
+    assert high["image_codec"]["latent_shape"] == [3, 32, 32]
+    assert len(high["image_codec"]["other_shapes"]) > 1
+    before, after = (select_weights(c["state_dict"])[0] for c in (low, high))
+    for name, weight in before.items():
+        expected = stretched(weight, 2.0, MAX_GRID) if name in POSITIONS else weight
+        torch.testing.assert_close(after[name], expected, msg=name)
+    pipe = TransfusionPipeline.from_pretrained(str(tmp_path / "high/run"), device="cpu")
+    out = pipe("picture 1", width=40, height=24, num_inference_steps=1, progress=False)
+    assert out.images[0].size == (40, 24)
 
 
 def test_buckets_of_the_same_area_keep_their_positions():

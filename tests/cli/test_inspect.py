@@ -12,7 +12,7 @@ from PIL import Image
 from support import runs
 from support.files import encoded_image, write_lines, write_tar
 from support.sources import GreyImages, InterleavedImages, RepeatedWord
-from tf_lightning.batch import pack
+from tf_lightning.batch import document_length, pack
 from tf_lightning.cli.inspect import (
     COPY,
     IMAGE,
@@ -22,6 +22,7 @@ from tf_lightning.cli.inspect import (
     TONES,
     announcement,
     describe,
+    describe_padding,
     draw_rows,
     histogram,
     kinds,
@@ -85,6 +86,20 @@ def test_the_counts_equal_those_of_the_documents(mixture):
         f"{tokens + 30 * (4 + 4)} positions"
     )
     assert sum(int(bar.split("tokens")[1].split()[0]) for bar in bars) == 30
+
+
+def test_padding_and_length_of_documents_are_those_of_an_epoch(mixture):
+    data = mixture({"pictures": GreyImages(num_documents=30), "words": RepeatedWord("red", 5)})
+    data.setup()
+    lines = describe_padding(data)
+    for name, line, rows in zip(data.sources, lines, data.training_rows().corpora, strict=True):
+        epoch = [document for index in range(rows.rows_per_epoch) for document in rows.row(index)]
+        lengths = [document_length(document, data.patch_size) for document in epoch]
+        padding = 1 - sum(lengths) / (rows.rows_per_epoch * data.row_length)
+        assert line == (
+            f"{name} train: documents of {np.mean(lengths):.0f} positions on average, packed into "
+            f"rows of {data.row_length} with {padding:.1%} padding"
+        )
 
 
 def test_a_histogram_counts_every_length_once():

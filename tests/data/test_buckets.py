@@ -265,6 +265,11 @@ def test_options_that_cannot_keep_the_shape_are_refused(data):
         data(max_aspect_ratio=0.5)
     with pytest.raises(UserError, match="tokens, which do not say where a row of the image ends"):
         data(autoencoder="shapes_vq", patch_size=1).setup()
+    only_squares = "only squares of 32 pixels, since sides are multiples of 4; give at least 1.29,"
+    with pytest.raises(UserError, match=f"max_aspect_ratio=1.2 leaves {only_squares}"):
+        data(max_aspect_ratio=1.2).setup()
+    with pytest.raises(UserError, match="multiples of 32; give a larger image_size, or leave it"):
+        data(patch_size=32).setup()
     with pytest.raises(UserError, match="max_aspect_ratio changes images, but without"):
         data(autoencoder=None)
 

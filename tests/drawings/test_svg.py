@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tf_lightning.data.documents import Skipped
+from tf_lightning.data.mixture import with_buckets
 from tf_lightning.drawings import svg
 from tf_lightning.drawings.svg import SvgFiles
 from tf_lightning.errors import UserError
@@ -16,6 +17,7 @@ NAMESPACES = (
     'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" '
     'xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:cc="http://web.resource.org/cc/"'
 )
+TALL = 'viewBox="0 0 100 250"'
 RED = '<rect width="200" height="100" fill="red"/>'
 OPENCLIPART = """
 <metadata><rdf:RDF><cc:Work rdf:about="">
@@ -55,6 +57,20 @@ def test_a_drawing_is_centered_on_white_and_has_its_title_and_keywords(read):
     expected = np.full((40, 40, 3), 255, np.uint8)
     expected[10:30] = (255, 0, 0)
     assert np.array_equal(np.asarray(image), expected)
+
+
+def test_with_buckets_a_drawing_fills_the_nearest_size(tmp_path):
+    (tmp_path / "wide.svg").write_text(titled(RED))
+    (tmp_path / "tall.svg").write_text(
+        drawing(f"<title>a</title>{RED}<rect width='100' height='250'/>", size=TALL)
+    )
+    source = SvgFiles(f"{tmp_path}/*.svg", val_fraction=0, image_size=40)
+    source = with_buckets(source, 4, 3.0)
+    (_, tall), (_, wide) = source.documents("train")
+    assert wide.size == (56, 28) and np.all(np.asarray(wide) == (255, 0, 0))
+    assert tall.size == (24, 64)
+    rows = (np.asarray(tall)[:, 12] < 128).all(-1).nonzero()[0]  # black, in the middle
+    assert abs(rows.mean() - 31.5) <= 0.5 and 58 <= len(rows) <= 60
 
 
 def test_a_drawing_without_metadata_is_named_by_its_title(read):

@@ -3,6 +3,7 @@
 The denoiser is replaced by a formula, so that each image can be computed here step by step.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -184,6 +185,20 @@ def test_an_image_of_a_flow_equals_the_one_computed_by_hand():
     for image, seed in zip(recorded.images, (7, 8), strict=True):
         torch.testing.assert_close(image, flow_image(seed), atol=1e-4, rtol=1e-4)
     assert not any(causal for _, causal in recorded.denoised)
+
+
+@pytest.mark.parametrize("how", ["options", "sampling"])
+@pytest.mark.parametrize("given, shape", [
+    ({"height": 2, "width": 6}, (3, 2, 6)), ({"height": 6}, (3, 6, 4)), ({"width": 6}, (3, 4, 6)),
+])  # fmt: skip
+def test_an_image_has_the_height_and_width_that_are_asked_for(given, shape, how):
+    recorded = Recorded()
+    others = ((3, 2, 6), (3, 6, 2), (3, 6, 4), (3, 4, 6))
+    recorded.pipe.model = replace(recorded.pipe.model, other_shapes=others)
+    options = given | {"num_inference_steps": 1}
+    options = options if how == "options" else {"sampling": SamplingConfig(**options)}
+    recorded(output_modality="image", **options)
+    assert tuple(recorded.images[0].shape) == shape
 
 
 def test_the_schedulers_of_training_and_sampling_have_the_same_noise():

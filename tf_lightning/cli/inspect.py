@@ -225,9 +225,8 @@ def run_inspect(args: list[str]) -> None:
     prepare_data(data)
     data.setup()
     folder.mkdir(parents=True, exist_ok=True)
-    rows, padding = _rows(data, options.rows)
-    lines = describe_all(data)
-    lines.append(f"padding of the first {options.rows} rows of training: {padding:.1%}")
+    rows = _rows(data, options.rows)
+    lines = [*describe_all(data), *describe_padding(data)]
     qualities = measure(data, options.quality) if options.quality != 0 else {}
     for name, quality in qualities.items():
         corpora = [corpora[name] for corpora in data.corpora.values()]
@@ -324,6 +323,16 @@ def describe_all(data: Mixture) -> list[str]:
     ]
 
 
+def describe_padding(data: Mixture) -> list[str]:
+    """Tell the share of padding in an epoch of each source, and the mean length of a document."""
+    streams = data.training_rows().corpora
+    return [
+        f"{name} train: documents of {rows.mean_length:,.0f} positions on average, packed into "
+        f"rows of {rows.row_length:,} with {1 - rows.fill:.1%} padding"
+        for name, rows in zip(data.source_names, streams, strict=True)
+    ]
+
+
 def describe(title: str, corpus: Corpus, num_patches: int, row_length: int) -> list[str]:
     """Describe a corpus: counts, reasons for skipping, and a histogram of lengths in positions."""
     count = len(corpus)
@@ -363,8 +372,8 @@ def histogram(lengths: np.ndarray, longest: int) -> list[str]:
     ]
 
 
-def _rows(data: Mixture, count: int) -> tuple[Image.Image, float]:
-    """Draw the first rows of training, and return their share of padding."""
+def _rows(data: Mixture, count: int) -> Image.Image:
+    """Draw the first rows of training."""
     loader = data.train_dataloader()
     batch = loader.collate_fn([loader.dataset[row] for row in range(count)])
     fill = batch.row_tokens / data.row_length
@@ -372,7 +381,7 @@ def _rows(data: Mixture, count: int) -> tuple[Image.Image, float]:
         f"row {row}: {data.source_names[int(batch.source_ids[row])]}, {float(fill[row]):.1%} full"
         for row in range(count)
     ]
-    return draw_rows(batch, data.tokenizer, titles), 1 - float(fill.mean())
+    return draw_rows(batch, data.tokenizer, titles)
 
 
 def pick_documents(data: Mixture, count: int, seed: int = 0) -> list[Shown]:

@@ -6,6 +6,7 @@ rows: an endless stream for training, each document once for validation.
 
 import copy
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -49,7 +50,10 @@ from tf_lightning.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 WeightsUnit = Literal["tokens", "documents"]
 TimestepDistribution = Literal["uniform", "logit_normal"]
-AspectRatio = Annotated[float, Range(ge=1, le=10, note="1 crops every image to a square")]
+MAX_ASPECT_RATIO = 10
+AspectRatio = Annotated[
+    float, Range(ge=1, le=MAX_ASPECT_RATIO, note="1 crops every image to a square")
+]
 
 # A tokenizer is trained on the first documents of each source, up to these limits.
 TOKENIZER_DOCUMENTS = 20_000
@@ -89,7 +93,8 @@ class Mixture(StreamData):
         max_aspect_ratio: longer side of an image divided by the shorter at most, from 1 to 10. 1:
             every image is cropped to a square. Above 1: each image is cropped to the nearest of
             several sizes (aspect-ratio buckets), whose areas are about that of the square of
-            `image_size` and whose sides divide into patches. Not for an autoencoder with a
+            `image_size` and whose sides divide into patches; a longer image is cropped to the
+            longest of them, which is somewhat below the limit. Not for an autoencoder with a
             codebook, since codes carry no shape.
         crops: crops of each image, of which training draws one. 1: the center; 2 or 3: also one or
             both ends of the side that is cropped. Multiplies the size of the stored latents.
@@ -360,6 +365,7 @@ class Mixture(StreamData):
             self.sources = {
                 name: with_buckets(source, pixels, ratio) for name, source in self.sources.items()
             }
+            check_buckets(self.sources, pixels, ratio)
         return autoencoder
 
     def _image_shapes(self) -> list[tuple[int, int, int]]:
@@ -542,6 +548,27 @@ def with_buckets(source: Source, pixels: int, max_aspect_ratio: float) -> Source
     source = copy.copy(source)
     source.image_sizes = bucket_sizes(image_size, pixels, max_aspect_ratio)
     return source
+
+
+def check_buckets(sources: dict[str, Source], pixels: int, max_aspect_ratio: float) -> None:
+    """Raise UserError if `max_aspect_ratio` leaves only squares.
+
+    Args:
+        sources: the sources after `with_buckets`.
+        pixels: side of a patch in pixels.
+        max_aspect_ratio: as in `Mixture`.
+    """
+    cropped = [source for source in sources.values() if getattr(source, "image_sizes", ())]
+    if not cropped or any(len(source.image_sizes) > 1 for source in cropped):
+        return
+    side = max(source.image_size for source in cropped)
+    others = set(bucket_sizes(side, pixels, MAX_ASPECT_RATIO)) - {(side, side)}
+    least = min((max(size) / min(size) for size in others), default=None)
+    remedy = f"at least {math.ceil(100 * least) / 100:g}" if least else "a larger image_size"
+    raise UserError(
+        f"max_aspect_ratio={max_aspect_ratio:g} leaves only squares of {side} pixels, since sides "
+        f"are multiples of {pixels}; give {remedy}, or leave it out"
+    )
 
 
 # The tokenizer

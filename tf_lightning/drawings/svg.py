@@ -4,13 +4,15 @@ import importlib.util
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import ClassVar
 
 from PIL import Image, ImageOps
 
+from tf_lightning.data.buckets import Size, nearest_size
 from tf_lightning.data.documents import AnyText, BadSample, Skipped
 from tf_lightning.data.images import to_rgb
 from tf_lightning.data.readers.files import FileSource
@@ -48,10 +50,15 @@ class SvgFiles(FileSource):
 
     Args:
         paths: SVG files or globs to train on, such as '/usr/share/openclipart/svg/**/*.svg'.
-        image_size: side of the square images in pixels; a drawing that is not square is centered.
+        image_size: side of the square images in pixels; with the data's `max_aspect_ratio`, of a
+            square that has about their area. A drawing of another shape is centered.
+
+    Attributes:
+        image_sizes: aspect-ratio buckets, as in `ImageFileSource`; empty: all images are square.
     """
 
     image_size: PositiveInt = 256
+    image_sizes: ClassVar[tuple[Size, ...]] = ()
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -70,7 +77,8 @@ class SvgFiles(FileSource):
         if sample.stat().st_size > MAX_SVG_BYTES:
             raise BadSample(f"SVG of more than {MAX_SVG_BYTES:,} bytes")
         root = parse_xml(sample.read_bytes())
-        return [svg_caption(root), rasterize(root, self.image_size)]
+        sizes = self.image_sizes or [(self.image_size, self.image_size)]
+        return [svg_caption(root), rasterize(root, sizes)]
 
 
 def svg_caption(root: ET.Element) -> str:
@@ -92,8 +100,13 @@ def _words(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-def rasterize(root: ET.Element, side: int) -> Image.Image:
-    """Draw an SVG as an RGB image of side x side pixels, on white.
+def rasterize(root: ET.Element, sizes: Sequence[Size]) -> Image.Image:
+    """Draw an SVG as an RGB image, centered on white.
+
+    Args:
+        root: the drawing.
+        sizes: sizes (width, height) in pixels to choose from; the image has the one nearest to the
+            drawing's aspect ratio.
 
     Raises:
         BadSample: the drawing links other files, is empty, takes too long, or is not valid.
@@ -101,7 +114,8 @@ def rasterize(root: ET.Element, side: int) -> Image.Image:
     links = LINKS & {str(element.tag).rpartition("}")[2] for element in root.iter()}
     if links:
         raise BadSample("SVG that contains or links an image")
-    command = [sys.executable, "-c", RASTERIZE, str(side), str(MAX_MEMORY)]
+    longest = max(map(max, sizes))
+    command = [sys.executable, "-c", RASTERIZE, str(longest), str(MAX_MEMORY)]
     # resvg receives what was parsed here, so it sees no document type and nothing else.
     svg = ET.tostring(root, encoding="utf-8")
     try:
@@ -113,4 +127,5 @@ def rasterize(root: ET.Element, side: int) -> Image.Image:
     image = to_rgb(Image.open(BytesIO(drawn.stdout), formats=["PNG"]))
     if all(low == 255 for low, _ in image.getextrema()):
         raise BadSample("SVG that shows nothing on white")
-    return ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color="white")
+    size = nearest_size(image.size, sizes)
+    return ImageOps.pad(image, size, Image.Resampling.BICUBIC, color="white")
