@@ -5,9 +5,11 @@
 
 One step is a forward and a backward pass without the optimizer. Both models see the same packed
 rows. On the CPU: fp32, one thread, CPU time. On CUDA: the paper's 0.76B model, rows of 4,096
-positions, bf16 autocast, device time; once as it is, and once with the blocks of both models
-compiled. MFU is the share of the device's peak, by the FLOPs of our model without padding, and of
-the plain Llama with it; the memory is the peak of a step. A GPU needs less than 10 minutes.
+positions, bf16 autocast, device time; once as it is, once with the blocks of both models compiled,
+and once with their linear layers in fp8 as well. MFU is the share of the device's peak, in fp8 for
+the last, by the FLOPs of our model without padding, and of the plain Llama with it; the memory is
+the peak of a step. The rows are 315 steps of 0.09 PFLOPs each, 1.5 minutes at 40% of an H100's
+peak, and the time to compile.
 
 Our model attends within documents and computes the vocabulary head at text targets only, and both
 losses. The plain Llama is what one would write for text alone: causal attention over the whole row,
@@ -28,19 +30,24 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor, nn
 
 from plain_llama import PlainLlama
 from tf_lightning.batch import Batch, Document, document_length, pack
 from tf_lightning.diffusion.process import DDPM
+from tf_lightning.errors import UserError
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
 from tf_lightning.training.compiled_blocks import compile_blocks
 from tf_lightning.training.flops import Workload, squared_lengths, training_flops
+from tf_lightning.training.fp8 import convert_linears
+from tf_lightning.training.gpu_options import check_fp8
 from tf_lightning.training.losses import loss_sums, total_loss
+from tf_lightning.training.peak_flops import peak_flops
 
 LIMIT = 1.15
+KINDS = {"eager": torch.bfloat16, "compiled": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+RECIPE = "tensorwise"  # the fastest of fp8
 CONFIG = TransformerConfig(vocab_size=4096, dim=256, num_layers=6, num_heads=4, ffn_dim=704)
 LARGE = TransformerConfig(32_002, dim=1536, num_layers=24, num_heads=24, ffn_dim=4096)  # 0.76B
 ROW_LENGTH, LARGE_ROW_LENGTH, NUM_ROWS, PATCH_SIZE, LATENT_CHANNELS = 1024, 4096, 4, 2, 8
@@ -149,15 +156,25 @@ class Timing:
 
 
 def build(
-    config: TransformerConfig, row_length: int, device: str, compiled: bool
+    config: TransformerConfig, row_length: int, device: str, kind: str = "eager"
 ) -> tuple[TransfusionModel, PlainLlama]:
-    """Build both models, with compiled blocks if asked."""
+    """Build both models.
+
+    Args:
+        config: sizes of both.
+        row_length: positions of a row.
+        device: where they are.
+        kind: "eager"; "compiled", with compiled blocks; "fp8", with these in fp8, which a CPU
+            emulates.
+    """
     torch.manual_seed(0)
     with torch.device(device):
         net = TransfusionModel(config, PATCH_SIZE, LATENT_CHANNELS)
         net.reset_parameters()
         llama = PlainLlama(config, row_length)
-    if compiled:
+    if kind == "fp8":
+        convert_linears([*net.transformer.layers, *llama.blocks], RECIPE, emulate=device == "cpu")
+    if kind != "eager":
         compile_blocks(net.transformer)
         for block in llama.blocks:
             block.compile()
@@ -206,28 +223,50 @@ def compare(batch: Batch, repeats: int, net: TransfusionModel, llama: PlainLlama
 
 
 def cases_of(
-    config: TransformerConfig, row_length: int, device: str, compiled: bool, repeats: int
+    config: TransformerConfig, row_length: int, device: str, kind: str, repeats: int
 ) -> Iterator[tuple[str, Timing]]:
-    """Yield each case's name and times."""
-    net, llama = build(config, row_length, device, compiled)
+    """Yield each case's name and times; `kind` is one of `build`."""
+    net, llama = build(config, row_length, device, kind)
     for name, draw in CASES.items():
         yield name, compare(packed(draw, row_length).to(device), repeats, net, llama)
 
 
 def show_table(
-    config: TransformerConfig, row_length: int, device: str, repeats: int, peak: float | None
+    config: TransformerConfig,
+    row_length: int,
+    device: str,
+    repeats: int,
+    peaks: dict[str, float | None],
 ) -> None:
-    """Print a table with one row for each case, not compiled and compiled."""
+    """Print a table with one row for each kind of blocks and each case.
+
+    Args:
+        config: sizes of both models.
+        row_length: positions of a row.
+        device: where to run.
+        repeats: timed rounds of a row.
+        peaks: the device's peak FLOPs per second for each kind of blocks.
+    """
     print("| images | blocks | ratio | strict | ours, s | MFU ours / plain | GiB ours / plain |")
     print("|---|---|---|---|---|---|---|")
-    for compiled in (False, True):
-        for name, t in cases_of(config, row_length, device, compiled, repeats):
+    for kind, peak in peaks.items():
+        for name, t in cases_of(config, row_length, device, kind, repeats):
             print(
-                f"| {name} | {'compiled' if compiled else 'eager'} | {t.ratio:.2f} | "
-                f"{t.strict:.2f} | {t.ratio * t.plain:.3f} | {t.mfu(peak)} | "
-                f"{t.gib[0]:.1f} / {t.gib[1]:.1f} |",
+                f"| {name} | {kind} | {t.ratio:.2f} | {t.strict:.2f} | {t.ratio * t.plain:.3f} | "
+                f"{t.mfu(peak)} | {t.gib[0]:.1f} / {t.gib[1]:.1f} |",
                 flush=True,
             )
+
+
+def peaks_of(device: torch.device) -> dict[str, float | None]:
+    """Return a GPU's peak for each kind of blocks, without fp8 where it cannot run."""
+    peaks = {kind: peak_flops(device, dtype) for kind, dtype in KINDS.items() if kind != "fp8"}
+    try:
+        check_fp8(RECIPE, LARGE, "bf16-mixed", device)
+    except UserError as error:
+        print(f"Without rows of fp8: {error}\n")
+        return peaks
+    return peaks | {"fp8": peak_flops(device, KINDS["fp8"])}
 
 
 def main() -> None:
@@ -242,10 +281,10 @@ def main() -> None:
     if options.cuda and not torch.cuda.is_available():
         parser.error("--cuda needs a GPU that torch can use; leave it out to time on the CPU")
     if options.cuda:
-        peak = get_available_flops(torch.device("cuda", 0), torch.bfloat16)
-        return show_table(LARGE, LARGE_ROW_LENGTH, "cuda", options.repeats, peak)
+        peaks = peaks_of(torch.device("cuda", 0))
+        return show_table(LARGE, LARGE_ROW_LENGTH, "cuda", options.repeats, peaks)
     above = 0
-    for name, t in cases_of(CONFIG, ROW_LENGTH, "cpu", False, options.repeats):
+    for name, t in cases_of(CONFIG, ROW_LENGTH, "cpu", "eager", options.repeats):
         above += t.ratio > LIMIT
         print(
             f"{name}: {t.ratio:.2f} x plain ({t.plain:.3f} s), {t.strict:.2f} x plain without "

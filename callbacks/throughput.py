@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
 from callbacks.media import last_index
@@ -14,6 +13,7 @@ from tf_lightning.batch import Batch
 from tf_lightning.data.stream import as_batches
 from tf_lightning.ranges import Positive, check_arguments
 from tf_lightning.training.flops import Workload, flops_6nd, squared_lengths, training_flops
+from tf_lightning.training.peak_flops import peak_flops
 
 COMPUTE_DTYPES = {  # type in which the network multiplies, by the trainer's precision
     "32-true": torch.float32,
@@ -32,7 +32,8 @@ class Throughput(L.Callback):
     - `train/flops_per_token`: forward and backward, as `tf_lightning.training.flops` counts them
     - `train/images_per_token`: an image of codes takes more tokens than one of patches
     - `train/tflops_per_sec`
-    - `train/mfu`: model FLOPs utilization, the share of the devices' peak
+    - `train/mfu`: model FLOPs utilization, the share of the devices' peak for dense matrices; with
+      `fp8`, of their peak in fp8
 
     Measured since the start of the run:
 
@@ -48,8 +49,9 @@ class Throughput(L.Callback):
     Counts are kept on the device and read only when the trainer logs, so that no step waits.
 
     Args:
-        peak_flops: peak FLOPs per second of one device; null: Lightning's value for this device and
-            precision. Without a value (CPUs) there is no `train/mfu`.
+        peak_flops: peak FLOPs per second of one device; null: the value of
+            `tf_lightning.training.peak_flops` for this device and precision. Without a value (CPUs,
+            and GPUs that it does not know) there is no `train/mfu`.
     """
 
     def __init__(self, peak_flops: Positive | None = None):
@@ -99,8 +101,9 @@ class Throughput(L.Callback):
         self.squares = torch.zeros((), dtype=torch.float64, device=pl_module.device)
         self.step, self.finished = trainer.global_step, (self.tokens.clone(), self.positions)
         if self.peak_flops is None:
-            dtype = COMPUTE_DTYPES[trainer.precision]
-            self.peak_flops = get_available_flops(trainer.strategy.root_device, dtype)
+            in_fp8 = pl_module.hparams.get("fp8") is not None
+            dtype = torch.float8_e4m3fn if in_fp8 else COMPUTE_DTYPES[trainer.precision]
+            self.peak_flops = peak_flops(trainer.strategy.root_device, dtype)
         self.started = time.perf_counter()
         self.window, self.image_work, self.window_start = Workload(), {}, self.started
         self.tokens_before, self.squares_before = float(sum(before)), 0.0

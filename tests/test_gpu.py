@@ -15,6 +15,7 @@ from tf_lightning.shapes.sources import ShapesCaptions, ShapesTexts
 from tf_lightning.training.module import Transfusion
 
 pytestmark = pytest.mark.gpu
+TEXT = document("9", 4)
 PROMPTS = [document("4", 1), document("2i3", 2), document("9", 3)]
 
 
@@ -27,13 +28,8 @@ def losses(module: Transfusion, batch) -> tuple[float, float]:
 
 @pytest.mark.parametrize("modality_weights", ["shared", "all"])
 def test_losses_and_gradients_equal_those_of_the_cpu(modality_weights):
-    sizes = TransformerConfig(vocab_size=20, modality_weights=modality_weights, **SIZES)
-    modules = [tiny_module() for _ in range(2)]
-    for module in modules:
-        module.config, module.net = sizes, None
-        torch.manual_seed(0)
-        module.configure_model()
-    here, there = modules[0], modules[1].to("cuda")
+    here, there = (tiny_module({"modality_weights": modality_weights}) for _ in range(2))
+    there.to("cuda")
     assert isinstance(build_attention(mixed_batch().to("cuda")), FlexAttention)
     assert losses(there, mixed_batch().to("cuda")) == pytest.approx(
         losses(here, mixed_batch()), rel=1e-4
@@ -91,6 +87,51 @@ def test_generated_images_and_texts_equal_those_of_the_cpu():
     )
     for ours, theirs in zip(here, there, strict=True):
         assert [part.tolist() for part in theirs] == [part.tolist() for part in ours]
+
+
+def capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize("modality_weights", ["shared", "all"])
+def test_losses_and_gradients_in_fp8_are_roughly_those_of_bf16(recipe, compiled, modality_weights):
+    """Also in a batch without images, and with numbers of positions that are no multiples of 16."""
+    pytest.importorskip("torchao")
+    if capability() < (8, 9):
+        pytest.skip("needs a GPU of compute capability 8.9")
+    found = []
+    for options in ({}, {"fp8": recipe, "compile": compiled}):
+        module = tiny_module({"modality_weights": modality_weights}, **options).to("cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            values = [losses(module, b.to("cuda")) for b in (mixed_batch(), packed([[TEXT]]))]
+        found.append((values, [weight.grad for weight in module.net.parameters()]))
+    (bf16, bf16_grads), (fp8, fp8_grads) = found
+    assert fp8[0] == pytest.approx(bf16[0], rel=5e-2) and fp8[1] == pytest.approx(bf16[1], rel=5e-2)
+    for ours, theirs in zip(fp8_grads, bf16_grads, strict=True):
+        assert (ours - theirs).norm() <= 0.2 * theirs.norm() + 1e-3
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_flash_attention_gives_the_results_of_the_default_kernels(kv_heads, head_dim):
+    pytest.importorskip("flash_attn.cute")
+    if not (9, 0) <= capability() < (12, 0):
+        pytest.skip("needs a GPU of compute capability 9 to 11")
+    rows = [[document("50i50i"), document("9i90i")], [document("i99")]]
+    batch = packed([row * 12 for row in rows]).to("cuda")
+    real, found = batch.document_ids >= 0, []
+    for flash in (False, True):
+        torch.manual_seed(0)
+        shapes = [(*batch.input_ids.shape, heads, head_dim) for heads in (2, kv_heads, kv_heads)]
+        qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+        qkv = [x.requires_grad_() for x in qkv]
+        out = FlexAttention(batch, flash=flash)(*qkv)[real]
+        out.square().sum().backward()
+        found.append([out, *(x.grad for x in qkv)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=5e-2, rtol=5e-2)
 
 
 class ForbidSynchronization(L.Callback):

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from tf_lightning.model.transformer import TransformerConfig
 
@@ -26,8 +27,37 @@ def test_flops_of_both_models_follow_the_6nd_rule(step_time):
     """Up to attention and the head, which is not computed at all of our positions."""
     config = TransformerConfig(vocab_size=64, dim=256, num_layers=4, num_heads=4, ffn_dim=704)
     batch = step_time.packed(step_time.CASES["64-patch images, captions of 20-30 tokens"], 128)
-    net, _ = step_time.build(config, 128, "cpu", compiled=False)
+    net, _ = step_time.build(config, 128, "cpu")
     ours, plain = step_time.count_flops(net, batch)
     blocks = sum(p.numel() for p in net.transformer.layers.parameters())
     assert plain == pytest.approx(6 * blocks * batch.input_ids.numel(), rel=0.1)
     assert ours == pytest.approx(6 * blocks * batch.row_tokens.sum().item(), rel=0.1)
+
+
+def test_the_table_of_a_gpu_has_all_cases_for_each_kind_of_blocks(step_time, monkeypatch, capsys):
+    compiled, converted, convert = [], [], step_time.convert_linears
+
+    def record(blocks, recipe, emulate):
+        converted.append(len(blocks))
+        convert(blocks, recipe, emulate)
+
+    monkeypatch.setattr(step_time, "compile_blocks", compiled.append)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    monkeypatch.setattr(step_time, "convert_linears", record)
+    peaks = {"eager": 1e12, "compiled": 1e12, "fp8": 2e12}
+    step_time.show_table(CONFIG, 512, "cpu", repeats=1, peaks=peaks)
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    names = [(row[1].strip(), row[2].strip()) for row in rows]
+    assert names == [(case, how) for how in peaks for case in step_time.CASES]
+    # Twice our blocks, and each block of the plain Llama; once both models.
+    assert len(compiled) == 2 * (1 + CONFIG.num_layers) and converted == [2 * CONFIG.num_layers]
+    for row in rows:
+        ratio, strict, seconds = map(float, row[3:6])
+        assert min(ratio, strict, seconds) > 0 and row[6].count("%") == 2
+
+
+def test_a_gpu_without_fp8_has_the_other_rows(step_time, capsys):
+    """Such as none: fp8 is checked as for a run."""
+    peaks = step_time.peaks_of(torch.device("cpu"))
+    assert peaks == {"eager": None, "compiled": None}
+    assert "Without rows of fp8: fp8=tensorwise needs" in capsys.readouterr().out

@@ -33,6 +33,7 @@ def log_of(
     logged = {}
     module = SimpleNamespace(
         device="cpu",
+        hparams={},
         log_dict=lambda values, **_: logged.update({trainer.global_step: values}),
         net=tiny_net(),
     )
@@ -117,7 +118,7 @@ def test_validations_are_timed_and_excluded_from_the_training_window(clock):
         precision="32-true", strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )  # fmt: skip
     log_train = lambda values, **_: logged.setdefault(trainer.global_step, {}).update(values)  # noqa: E731
-    module = SimpleNamespace(device="cpu", net=tiny_net(), log_dict=log_train)
+    module = SimpleNamespace(device="cpu", hparams={}, net=tiny_net(), log_dict=log_train)
     callback = Throughput()
     callback.on_validation_start(trainer, module)  # 0: the sanity check is not part of the fit
     callback.on_validation_end(trainer, module)
@@ -144,23 +145,24 @@ def test_times_continue_from_a_checkpoint(clock):
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"),
+    ("precision", "fp8", "dtype"),
     [
-        ("32-true", torch.float32),
-        ("bf16-mixed", torch.bfloat16),
-        ("16-mixed", torch.float16),
-        ("64-true", torch.float64),
+        ("32-true", None, torch.float32),
+        ("bf16-mixed", None, torch.bfloat16),
+        ("bf16-mixed", "rowwise", torch.float8_e4m3fn),
+        ("16-mixed", None, torch.float16),
+        ("64-true", None, torch.float64),
     ],
 )
 def test_the_peak_is_that_of_the_type_in_which_the_network_multiplies(
-    precision, dtype, monkeypatch
+    precision, fp8, dtype, monkeypatch
 ):
-    monkeypatch.setattr("callbacks.throughput.get_available_flops", lambda _, kind: (kind, 7))
+    monkeypatch.setattr("callbacks.throughput.peak_flops", lambda _, kind: (kind, 7))
     data = SimpleNamespace(source_names=["text"])
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer = SimpleNamespace(
         datamodule=data, precision=precision, strategy=strategy, global_step=0
     )
     callback = Throughput()
-    callback.on_train_start(trainer, SimpleNamespace(device="cpu"))
+    callback.on_train_start(trainer, SimpleNamespace(device="cpu", hparams={"fp8": fp8}))
     assert callback.peak_flops == (dtype, 7)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -130,6 +131,32 @@ def test_flex_attention_equals_dense_attention_forward(monkeypatch, causal, copi
         dense = transformer(x, batch.positions, DenseAttention(batch, causal))
     real = batch.document_ids >= 0
     torch.testing.assert_close(flex[real], dense[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_kernels_of_flash_attention_get_their_name_and_blocks_and_the_same_mask(monkeypatch):
+    """The formulas for a CPU, which know no kernels, give the same numbers for both masks."""
+    monkeypatch.setattr(attention, "compiled", lambda function: function)
+    options, sizes, formulas = [], [], flex.flex_attention
+
+    def attend(*tensors, kernel_options, **others):
+        options.append(kernel_options)
+        return formulas(*tensors, **others)
+
+    monkeypatch.setattr(flex, "flex_attention", attend)
+    rows = [[document("50i50i"), document("9i90i")], [document("i99")]]
+    batch = packed([row * 6 for row in rows])  # more than one block of 256 queries
+    q, k, v = torch.randn(3, *batch.input_ids.shape, 2, 8)
+    assert q.shape[1] > 256
+    outputs = []
+    for flash in (False, True):
+        form = FlexAttention(batch, flash=flash)
+        outputs.append(form(q, k, v))
+        sizes.append(form.mask.BLOCK_SIZE)
+    assert options == [None, {"BACKEND": "FLASH"}]
+    assert sizes == [(128, 128), (256, 128)]
+    real = batch.document_ids >= 0
+    torch.testing.assert_close(outputs[1][real], outputs[0][real])
 
 
 @pytest.mark.gpu

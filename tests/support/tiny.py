@@ -26,11 +26,15 @@ def tiny_net(**sizes) -> TransfusionModel:
     return TransfusionModel(config, PATCH_SIZE, LATENT_SHAPE[0]).requires_grad_(False)
 
 
-def tiny_module(**changed) -> Transfusion:
-    """A module for these batches, with a random instead of a zero output layer of the denoiser."""
+def tiny_module(sizes: dict | None = None, **changed) -> Transfusion:
+    """A module for these batches, with a random instead of a zero output layer of the denoiser.
+
+    `sizes` are changed sizes of the Transformer, the others arguments of the module.
+    """
     torch.manual_seed(0)
     arguments = {"patch_size": PATCH_SIZE, "latent_channels": 3, "warmup_steps": 1} | changed
-    module = Transfusion(TransformerConfig(vocab_size=VOCAB_SIZE, **SIZES), **arguments)
+    config = TransformerConfig(vocab_size=VOCAB_SIZE, **(SIZES | (sizes or {})))
+    module = Transfusion(config, **arguments)
     module.configure_model()
     coder = module.net.patch_coder
     last = coder.conv_out if module.unet else coder.patch_decoder

@@ -83,13 +83,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fit, what, muo
     assert all(x.isfinite().all() for _, x in floating_tensors(callback.states[-1]))
 
 
-@pytest.mark.parametrize("what", ["latent", "gradient"])
-def test_adamw_leaves_out_the_same_steps_without_the_host(fit, monkeypatch, what):
+@pytest.mark.parametrize(
+    ("what", "muon"), [("latent", False), ("gradient", False), ("latent", True)]
+)
+def test_optimizers_leave_out_the_same_steps_without_the_host(fit, monkeypatch, what, muon):
     callbacks = []
     for on_device in (False, True):
         monkeypatch.setattr(StepGuard, "can_mark", lambda *_, on_device=on_device: on_device)
         callbacks.append(Inject(what, range(3, 5)))
-        trainer = fit(callbacks[-1])
+        trainer = fit(callbacks[-1], muon=muon)
     assert callbacks[1].counts == [0, 0, 0, 1, 2, 2, 2, 2]
     for states in zip(*(callback.states for callback in callbacks), strict=True):
         assert bit_equal(*states)
@@ -105,24 +107,31 @@ def test_marked_steps_end_the_run_when_the_trainer_logs(fit, monkeypatch):
     assert len(callback.states) == 4
 
 
+def adamw(fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([torch.zeros(1)], fused=fused)
+
+
+MUON = MuonAdamW([{"params": [torch.zeros(1)]}], 1e-3, (0.9, 0.95), bf16=False)
+
+
 @pytest.mark.parametrize(
-    ("device", "spike_sigma", "fused", "marks"),
+    ("optimizer", "device", "spike_sigma", "scaler", "marks"),
     [
-        ("cuda", None, True, True),
-        ("cpu", None, True, False),
-        ("cuda", 3.0, True, False),
-        ("cuda", None, False, False),
+        (adamw(True), "cuda", None, None, True),
+        (MUON, "cuda", None, None, True),
+        (adamw(False), "cuda", None, None, False),
+        (adamw(True), "cpu", None, None, False),
+        (adamw(True), "cuda", 3.0, None, False),
+        (MUON, "cuda", None, "scaler", False),
     ],
 )
-def test_only_fused_adamw_on_a_gpu_leaves_out_steps_by_itself(device, spike_sigma, fused, marks):
-    optimizer = torch.optim.AdamW([torch.zeros(1)], fused=fused)
+def test_where_the_optimizer_leaves_out_steps_by_itself(
+    optimizer, device, spike_sigma, scaler, marks
+):
+    plugin = SimpleNamespace(scaler=scaler)
+    trainer = SimpleNamespace(optimizers=[optimizer], precision_plugin=plugin)
     norm = SimpleNamespace(is_cuda=device == "cuda")
-    assert StepGuard(5, spike_sigma).can_mark(optimizer, norm) == marks
-
-
-def test_muon_asks_the_host():
-    optimizer = MuonAdamW([{"params": [torch.zeros(1)]}], 1e-3, (0.9, 0.95), bf16=False)
-    assert not StepGuard().can_mark(optimizer, SimpleNamespace(is_cuda=True))
+    assert StepGuard(5, spike_sigma).can_mark(trainer, norm) == marks
 
 
 def test_steps_that_are_not_finite_end_the_run_with_their_rows(fit):

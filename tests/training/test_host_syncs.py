@@ -48,8 +48,8 @@ def attention_of_cuda(batch, causal):
     return DenseAttention(batch, causal)
 
 
-@pytest.mark.parametrize("marks", [True, False])
-def test_a_step_asks_the_device_for_nothing(tmp_path, monkeypatch, marks):
+@pytest.mark.parametrize(("marks", "muon"), [(True, False), (True, True), (False, False)])
+def test_a_step_asks_the_device_for_nothing(tmp_path, monkeypatch, marks, muon):
     """A guard that asks, as on a CPU, is noticed."""
     monkeypatch.setattr(losses, "build_attention", attention_of_cuda)
     monkeypatch.setattr("tf_lightning.model.attention.compiled", lambda function: function)
@@ -57,7 +57,7 @@ def test_a_step_asks_the_device_for_nothing(tmp_path, monkeypatch, marks):
     listen, sizes = Listen(), {"modality_weights": "all", "dropout": 0.1}
     how = {"max_steps": 3, "gradient_clip_val": 1.0}
     how |= {"accumulate_grad_batches": 2, "callbacks": [listen], "log_every_n_steps": 50}
-    module = fits.shapes_module(sizes, warmup_steps=1, ema_decay=0.9)
+    module = fits.shapes_module(sizes, warmup_steps=1, ema_decay=0.9, muon=muon)
     fits.fit(module, fits.shapes_data(tmp_path, clean_copies=True), **how)
     assert listen.num_steps >= 3
     assert bool(listen.questions.found) == (not marks), listen.questions.found

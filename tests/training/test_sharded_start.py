@@ -24,7 +24,7 @@ from tf_lightning.training.module import Transfusion
 # PyTorch caches what depends on the rank of a mesh, so no other test has a mesh of this size.
 RANKS, RANK = 12, 3
 MODELS = {
-    "plain": {"shard_size": 2},
+    "plain": {"shard_size": 2, "fp8": "rowwise"},
     "image weights": {"modality_weights": "all", "qk_norm": "layer", "attention_bias": True},
     "unet": {"unet": UNetConfig((8, 16), num_blocks=1, head_dim=8), "text_lr_ratio": 0.0},
     "tied": {"tie_embeddings": True, "linear": LinearConfig(time="adaln", zero_init="input")},

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from support.tiny import VOCAB_SIZE, code_batch, document, packed
+from support.tiny import VOCAB_SIZE, code_batch, document, mixed_batch, packed, tiny_module
+from tf_lightning.model.attention import DenseAttention
 from tf_lightning.model.patches import LinearConfig
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import TransfusionModel
@@ -264,6 +265,39 @@ def test_the_blocks_are_compiled_only_on_demand(monkeypatch):
         module = Transfusion(TransformerConfig(vocab_size=VOCAB_SIZE, **SIZES), compile=wanted)
         module.configure_model()
         assert compiled == [module.net.transformer] * wanted
+
+
+def test_flash_attention_is_used_only_in_training(monkeypatch):
+    calls = []
+
+    def build(batch, causal, flash):
+        calls.append((causal, flash))
+        return DenseAttention(batch, causal)
+
+    monkeypatch.setattr("tf_lightning.training.module.build_attention", build)
+    for flash in (False, True):
+        module = tiny_module(flash_attention=flash, causal_images=True)
+        sums = module.loss_sums(module.net, mixed_batch())
+        assert calls == [(True, True)] * flash and sums.nll.requires_grad
+    with torch.no_grad():
+        module.loss_sums(module.net, mixed_batch())
+    assert len(calls) == 1
+
+
+def test_options_of_newer_gpus_are_checked_before_training(monkeypatch):
+    calls, file = [], "tf_lightning.training.module"
+    for name in ("check_trainer", "check_strategy", "check_shards"):
+        monkeypatch.setattr(f"{file}.{name}", lambda *_, **__: None)
+    for name in ("check_fp8", "check_flash"):
+        monkeypatch.setattr(f"{file}.{name}", lambda *call, name=name: calls.append((name, *call)))
+    strategy = SimpleNamespace(root_device="device")
+    trainer = SimpleNamespace(precision="16-mixed", strategy=strategy)
+    config = TransformerConfig(vocab_size=VOCAB_SIZE, **SIZES)
+    Transfusion(config).before_training(trainer, None)
+    assert not calls
+    Transfusion(config, fp8="tensorwise", flash_attention=True).before_training(trainer, None)
+    run = (config, "16-mixed", "device")
+    assert calls == [("check_fp8", "tensorwise", *run), ("check_flash", *run)]
 
 
 # ------------------------------------------------------------------------------ optimizer

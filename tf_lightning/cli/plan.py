@@ -127,7 +127,7 @@ class Plan:
 
     def memory(self) -> StepMemory:
         """Measure the memory of a step."""
-        hparams = {**self.hparams, "compile": False}
+        hparams = {**self.hparams, "compile": False, "fp8": None}
         return plan_memory(hparams, self.batch(), self.num_gpus, self.precision, self.accumulate)
 
     @property

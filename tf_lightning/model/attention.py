@@ -23,6 +23,9 @@ from torch import Tensor
 
 from tf_lightning.batch import Batch
 
+# Positions of queries and keys in a block of the mask: multiples of FlashAttention 4's tiles.
+FLASH_BLOCK = (256, 128)
+
 
 def mask_mod(
     document_ids: Tensor, image_ids: Tensor, causal: bool, hidden: Tensor | None = None
@@ -114,17 +117,25 @@ class DenseAttention:
 
 
 class FlexAttention(DenseAttention):
-    """CUDA implementation: the rule is compiled into FlexAttention's kernel."""
+    """CUDA implementation: the rule is compiled into FlexAttention's kernel.
 
-    def __init__(self, batch: Batch, causal: bool = False):
+    Args:
+        batch: packed rows.
+        causal: patches attend only to earlier patches.
+        flash: use the kernels of FlashAttention 4 in place of PyTorch's own.
+    """
+
+    def __init__(self, batch: Batch, causal: bool = False, flash: bool = False):
         from torch.nn.attention.flex_attention import create_block_mask  # only needed on CUDA
 
         self.batch = batch
+        self.kernel_options = {"BACKEND": "FLASH"} if flash else None
+        sizes = {"BLOCK_SIZE": FLASH_BLOCK} if flash else {}
         rule = mask_mod(batch.document_ids, batch.image_ids, causal, hidden_positions(batch))
         rows, length = batch.document_ids.shape
         build, device = compiled(create_block_mask), batch.document_ids.device
         # Built here, once for all blocks and outside of them.
-        self.mask = build(rule, rows, None, length, length, device=device)
+        self.mask = build(rule, rows, None, length, length, device=device, **sizes)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
@@ -140,6 +151,7 @@ class FlexAttention(DenseAttention):
             v.transpose(1, 2),
             block_mask=self.mask,
             enable_gqa=q.shape[2] != k.shape[2],
+            kernel_options=self.kernel_options,
         )
         return out.transpose(1, 2)
 
@@ -227,12 +239,14 @@ class VarlenAttention:
 Attention = DenseAttention | FlexAttention | VarlenAttention
 
 
-def build_attention(batch: Batch, causal: bool = False) -> Attention:
+def build_attention(batch: Batch, causal: bool = False, flash: bool = False) -> Attention:
     """Build the fast implementation for the device of a batch.
 
     Args:
         batch: packed rows.
         causal: patches attend only to earlier patches.
+        flash: on CUDA, use the kernels of FlashAttention 4.
     """
-    form = FlexAttention if batch.document_ids.is_cuda else VarlenAttention
-    return form(batch, causal)
+    if batch.document_ids.is_cuda:
+        return FlexAttention(batch, causal, flash)
+    return VarlenAttention(batch, causal)

@@ -21,6 +21,7 @@ from tf_lightning.model.transfusion import TransfusionModel
 aten = torch.ops.aten
 EXPENSIVE = {
     *(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default),
+    *(aten._scaled_mm.default, aten.max.default),  # of fp8, whose scales need the largest value
     aten.convolution.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,

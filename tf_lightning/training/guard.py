@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tf_lightning.errors import UserError
+from tf_lightning.training.optim import MuonAdamW
 from tf_lightning.training.precision import loss_scale
 
 WINDOW = 100  # gradient norms from which the usual size is estimated
@@ -64,12 +65,12 @@ class StepGuard:
             raise UserError(describe_end(module.trainer, self.in_a_row))
 
     def mark(self, module: L.LightningModule, loss: Tensor, norm: Tensor) -> None:
-        """Let fused AdamW leave out a step by itself, so that the host need not wait for it.
+        """Let the optimizer leave out a step by itself, so that the host need not wait for it.
 
         `leaves_out` and the counts are then tensors, which are read when the trainer logs.
 
         Args:
-            module: see `check`; without loss scaling, and trained by one fused AdamW.
+            module: see `check`; `can_mark` must be true.
             loss: this rank's loss of the step.
             norm: the norm of its gradient.
 
@@ -90,10 +91,11 @@ class StepGuard:
         if is_read and self.in_a_row >= self.max_bad_steps:
             raise UserError(describe_end(trainer, int(self.in_a_row)))
 
-    def can_mark(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
-        """Return whether `mark` does the work of `check` for an optimizer, and is faster."""
-        fused = type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
-        return fused and norm.is_cuda and self.spike_sigma is None
+    def can_mark(self, trainer: L.Trainer, norm: Tensor) -> bool:
+        """Return whether `mark` does the work of `check` in a run, and is faster."""
+        is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        leave_out_alone = all(map(leaves_out_alone, trainer.optimizers))
+        return norm.is_cuda and leave_out_alone and not is_scaled and self.spike_sigma is None
 
     def is_spike(self, norm: float) -> bool:
         """Return whether a norm is a spike, far above the last WINDOW norms; then store it.
@@ -119,6 +121,12 @@ class StepGuard:
         """Continue from a checkpoint's state."""
         self.left_out, self.in_a_row = state["left_out"], state["in_a_row"]
         self.norms = deque(state["norms"], maxlen=WINDOW)
+
+
+def leaves_out_alone(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer leaves out steps that its `found_inf` marks."""
+    is_adamw = type(optimizer) is torch.optim.AdamW and bool(optimizer.defaults["fused"])
+    return is_adamw or isinstance(optimizer, MuonAdamW)
 
 
 def describe_end(trainer: L.Trainer, in_a_row: int) -> str:

@@ -27,6 +27,7 @@ from tf_lightning.data.stream import as_batches
 from tf_lightning.diffusion.process import MinSNRGamma, NumTrainTimesteps, process_from_hparams
 from tf_lightning.diffusion.timesteps import row_generator
 from tf_lightning.errors import UserError
+from tf_lightning.model.attention import build_attention
 from tf_lightning.model.patches import LinearConfig, has_time_token
 from tf_lightning.model.transformer import TransformerConfig
 from tf_lightning.model.transfusion import (
@@ -50,6 +51,7 @@ from tf_lightning.sharded import ShardedWeights
 from tf_lightning.training.activation_checkpointing import checkpoint_activations
 from tf_lightning.training.breakdown import LOSSES, LossBreakdown
 from tf_lightning.training.compiled_blocks import compile_blocks
+from tf_lightning.training.fp8 import Recipe, convert_linears
 from tf_lightning.training.fsdp import (
     DrawWhole,
     apply_fsdp,
@@ -57,6 +59,7 @@ from tf_lightning.training.fsdp import (
     reshard,
     sharding_mesh,
 )
+from tf_lightning.training.gpu_options import check_flash, check_fp8, is_installed
 from tf_lightning.training.guard import StepGuard, check_finite
 from tf_lightning.training.horizon import Horizon, check_warmup, epochs_to_steps
 from tf_lightning.training.losses import LossSums, loss_sums, total_loss
@@ -80,7 +83,7 @@ CHANGEABLE = {
     *("lr", "betas", "weight_decay", "warmup_steps", "lr_decay", "min_lr_ratio", "ema_decay"),
     *("diffusion_weight", "z_loss_weight", "min_snr_gamma", "compile", "transformer.dropout"),
     *("max_bad_steps", "spike_sigma", "activation_checkpointing"),
-    *("ema_device", "shard_size", "reshard_after_forward"),
+    *("ema_device", "shard_size", "reshard_after_forward", "fp8", "flash_attention"),
 }
 SWITCHES = {"ema_decay"}
 
@@ -135,6 +138,12 @@ class Transfusion(L.LightningModule):
             which needs more memory and less communication.
         compile: compile the training passes of the Transformer's blocks with torch.compile. All
             blocks share the compiled code; validation and generation do not use it.
+        fp8: train with matrix products of the blocks in fp8, by torchao, on a GPU of compute
+            capability 8.9 or higher with bf16-mixed. "tensorwise": one scale for each tensor, the
+            fastest. "rowwise": one for each row. "rowwise_with_gw_hp": the same, with gradients of
+            weights in bf16, the most accurate. null: bf16. Only with `compile` is it faster.
+        flash_attention: on a GPU of compute capability 9.0 or higher, train with the kernels of
+            FlashAttention 4 (package flash-attn-4) under FlexAttention's mask.
         max_bad_steps: end the run after this many steps in a row whose loss or gradient is not
             finite. Such steps change nothing. On a GPU they are counted whenever the trainer logs.
         spike_sigma: leave out a step whose gradient norm is more than this many standard deviations
@@ -174,6 +183,8 @@ class Transfusion(L.LightningModule):
         shard_size: Annotated[int, Range(ge=2)] | None = None,
         reshard_after_forward: bool = True,
         compile: bool = False,
+        fp8: Recipe | None = None,
+        flash_attention: bool = False,
         max_bad_steps: PositiveInt = 5,
         spike_sigma: Positive | None = None,
     ):
@@ -212,6 +223,11 @@ class Transfusion(L.LightningModule):
         check_trainer(trainer)
         check_strategy(trainer.strategy, shards=True)
         check_shards(trainer, self.hparams.shard_size)
+        run = self.config, trainer.precision, trainer.strategy.root_device
+        if self.hparams.fp8:
+            check_fp8(self.hparams.fp8, *run)
+        if self.hparams.flash_attention:
+            check_flash(*run)
 
     @fp32_by_default()
     def configure_model(self) -> None:
@@ -227,15 +243,17 @@ class Transfusion(L.LightningModule):
             return
         if self.device_mesh is None:
             self.build()
+            self.prepare_blocks()
             self.net.reset_parameters()
         else:  # set by ModelParallelStrategy
             axes = ("data_parallel", "tensor_parallel")
             check_mesh(*(self.device_mesh[axis].size() for axis in axes))
             device = self.trainer.strategy.root_device
+            with DrawWhole(device), torch.device("meta"):
+                self.build()
+            self.prepare_blocks()
+            self.shard(device)
             with DrawWhole(device):
-                with torch.device("meta"):
-                    self.build()
-                self.shard(device)
                 self.net.reset_parameters()
         if self.ema is not None:
             copy_weights(self.net, self.ema)
@@ -248,6 +266,12 @@ class Transfusion(L.LightningModule):
                 parameter.requires_grad_(False)
         if self.hparams.ema_decay > 0:
             self.ema = deepcopy(self.net).requires_grad_(False)
+
+    def prepare_blocks(self) -> None:
+        """Let the blocks of the network train in fp8, with checkpointing and compiled, if asked."""
+        if self.hparams.fp8 and is_installed("torchao"):  # without it one can still generate
+            for modules, _ in self.net.transformer.blocks():
+                convert_linears(modules, self.hparams.fp8)
         checkpoint_activations(self.net, self.hparams.activation_checkpointing)
         if self.hparams.compile:
             compile_blocks(self.net.transformer)
@@ -409,7 +433,10 @@ class Transfusion(L.LightningModule):
     def loss_sums(self, net: TransfusionModel, batch: Batch, by_image: bool = False) -> LossSums:
         """Return the summed losses of a batch; see `losses.loss_sums`."""
         causal, with_z = self.hparams.causal_images, bool(self.hparams.z_loss_weight)
-        return loss_sums(net, batch, self.process, causal, with_z, by_image)
+        attend = None
+        if self.hparams.flash_attention and torch.is_grad_enabled():
+            attend = build_attention(batch, causal or net.num_codes > 0, flash=True)
+        return loss_sums(net, batch, self.process, causal, with_z, by_image, attend)
 
     @property
     def loss_names(self) -> list[str]:
@@ -475,7 +502,7 @@ class Transfusion(L.LightningModule):
         parameters = self.net.parameters()
         norm = clip_gradients(parameters, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm, batch_size=1)
-        marks = self.guard.can_mark(optimizer, norm)
+        marks = self.guard.can_mark(self.trainer, norm)
         (self.guard.mark if marks else self.guard.check)(self, self.step_loss, norm)
 
     def optimizer_step(self, *args, **kwargs) -> None:

@@ -256,6 +256,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.adamw = torch.optim.AdamW(groups, lr, betas, fused=True)
         super().__init__(self.adamw.param_groups, self.adamw.defaults)
         self.precision = torch.bfloat16 if bf16 else torch.float32
+        self.found_inf: Tensor | None = None  # as for fused AdamW: above 0, a step changes nothing
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
@@ -270,6 +271,7 @@ class MuonAdamW(torch.optim.Optimizer):
         # Loading a checkpoint replaces our state and groups by new objects, so share them again.
         self.adamw.state = self.state
         self.adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        self.adamw.found_inf = self.found_inf
         self.adamw.step()
         return loss
 
@@ -284,15 +286,24 @@ class MuonAdamW(torch.optim.Optimizer):
         for shape, parameters in shapes.items():
             gradients = [self._nesterov_gradient(parameter) for parameter in parameters]
             updates = orthogonalize_all(gradients, self.precision)
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            step_size = group["lr"] * RMS * max(shape) ** 0.5
+            kept, step_size = 1 - group["lr"] * group["weight_decay"], group["lr"] * RMS
+            step_size *= max(shape) ** 0.5
             for parameter, update in zip(parameters, updates, strict=True):
-                parameter.add_(update.to(parameter.dtype), alpha=-step_size)
+                update = update.to(parameter.dtype)
+                self._replace(parameter, parameter.mul(kept).add_(update, alpha=-step_size))
 
     def _nesterov_gradient(self, parameter: nn.Parameter) -> Tensor:
         """Update the momentum; return the Nesterov gradient."""
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
-        return parameter.grad.lerp(state["momentum"], self.momentum)
+        momentum = state["momentum"].lerp(parameter.grad, 1 - self.momentum)
+        self._replace(state["momentum"], momentum)
+        return parameter.grad.lerp(momentum, self.momentum)
+
+    def _replace(self, tensor: Tensor, new: Tensor) -> None:
+        """Give a tensor new values, unless `found_inf` says that the step is left out."""
+        tensor, new = (x.to_local() if isinstance(x, DTensor) else x for x in (tensor, new))
+        tensor.copy_(
+            new if self.found_inf is None else torch.where(self.found_inf > 0, tensor, new)
+        )
