@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
-from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
 from support.tiny import document, mixed_batch, packed, tiny_module
 from tf_lightning.batch import Batch
@@ -19,6 +18,7 @@ from tf_lightning.training.compiled_blocks import compile_blocks
 from tf_lightning.training.fp8 import convert_linears
 from tf_lightning.training.module import Transfusion
 
+float8 = pytest.importorskip("torchao.float8")
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 
 
@@ -63,7 +63,7 @@ def test_a_layer_multiplies_what_fp8_keeps_of_its_input_and_weight():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_gradients_of_a_layer_are_those_of_torchao(recipe):
-    config = Float8LinearConfig.from_recipe_name(recipe)
+    config = float8.Float8LinearConfig.from_recipe_name(recipe)
     object.__setattr__(config, "emulate", True)
     found = []
     for ours in (True, False):
@@ -72,7 +72,7 @@ def test_the_gradients_of_a_layer_are_those_of_torchao(recipe):
         if ours:
             convert_linears([layers], recipe, emulate=True)
         else:
-            convert_to_float8_training(layers, config=config)
+            float8.convert_to_float8_training(layers, config=config)
         layers(x).square().sum().backward()
         found.append([x.grad, layers[0].weight.grad, layers[0].bias.grad])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
