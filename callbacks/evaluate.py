@@ -20,7 +20,7 @@ from callbacks.metrics import ImageQuality, SampleMetric
 from callbacks.plot import line_plots
 from callbacks.prompts import Prompt, PromptSet
 from callbacks.protocol import MetricRecord, prompts_hash, save_records
-from callbacks.results import is_trial, run_folder, weights_step
+from callbacks.results import is_trial, run_folder, warn_in_fit, weights_step
 from callbacks.sampling import (
     Kind,
     SampleBatch,
@@ -137,6 +137,7 @@ class Evaluate(L.Callback):
         Raises:
             ValueError: a metric is of samples that are not made, or does not fit the prompts.
         """
+        self.prompt_set.setup(data)
         prompts = self.prompt_set.prompts(data)
         if self.enabled["captioned"] and not all(prompt.image for prompt in prompts):
             raise UserError("these prompts have no images to caption; set caption_images to false")
@@ -176,12 +177,8 @@ class Evaluate(L.Callback):
         self.records, self.failed = [], {}
         if is_trial(trainer):
             return
-        try:
+        with warn_in_fit(trainer, "the evaluation"):
             self.records = self.evaluate(trainer, pl_module)
-        except ValueError as error:  # the same error on every rank
-            if trainer.state.fn != "fit":
-                raise UserError(str(error)) from error
-            rank_zero_warn(f"the evaluation at step {trainer.global_step} failed: {error}")
         if trainer.state.fn == "fit":
             for reason in self.failed.values():
                 rank_zero_warn(f"a score at step {trainer.global_step} is missing: {reason}")

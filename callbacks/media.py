@@ -1,7 +1,7 @@
-"""Images, texts and tables of a run, for its loggers and as files."""
+"""Values, images, texts and tables of a run, for its loggers and as files."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,18 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from tf_lightning.files import atomic_file
+
+
+def log_values(trainer: L.Trainer, step: int, values: Mapping[str, float]) -> None:
+    """Give values to all loggers, also from hooks in which `self.log` is not allowed.
+
+    Args:
+        trainer: trainer of the run.
+        step: optimizer steps of the weights; see `results.weights_step`.
+        values: the values by name, such as "val/retrieval_accuracy[edits]".
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=last_index(step))
 
 
 def log_image(trainer: L.Trainer, folder: Path, step: int, tag: str, image: Image.Image) -> None:

@@ -192,6 +192,13 @@ class ImageQuality(SampleMetric):
         """Convert images to uint8 (n, 3, H, W)."""
         if self.image_size:
             images = [center_crop_resize(image, self.image_size) for image in images]
+        first, *others = sorted({image.size for image in images})
+        if others:
+            sizes = " and ".join("{} x {}".format(*size) for size in (first, others[-1]))
+            raise UserError(
+                f"{' and '.join(self.names)} cannot compare images of different sizes, such as "
+                f"{sizes}; use prompts that resize them, or remove the metric"
+            )
         return torch.stack([pil_to_tensor(image) for image in images]).to(self.device)
 
     def compute(self) -> tuple[dict[str, float], list[str]]:

@@ -46,6 +46,16 @@ class PromptSet(ABC):
     facts: dict[str, str | int]
     image_size: int | None
 
+    def setup(self, data: L.LightningDataModule) -> None:  # noqa: B027 - most sets know them
+        """Set those facts that depend on the data; called before anything else.
+
+        Args:
+            data: data module of the run.
+
+        Raises:
+            ValueError: the data does not have what the prompts need.
+        """
+
     @abstractmethod
     def prompts(self, data: L.LightningDataModule) -> Sequence[Prompt]:
         """Return the prompts.
@@ -139,8 +149,23 @@ class HeldOut(PromptSet):
         self.source, self.count = source, count
         self.facts = {"dataset": f"{source} held-out", "resize": "as trained on"}
 
+    def setup(self, data: L.LightningDataModule) -> None:
+        """Choose the square that images of several shapes are cropped to."""
+        storage = getattr(data, "image_storage", None)
+        if storage and storage.has_shapes:  # scores compare images of one size
+            side = getattr(find_source(data, self.source), "image_size", None)
+            self.image_size = side or min(self._pairs(data)[0][1].size)
+            self.facts["resize"] = f"centre crop, lanczos {self.image_size}"
+
     def prompts(self, data: L.LightningDataModule) -> list[Prompt]:
         """Return the caption of each image with the image."""
+        return [
+            Prompt(text, partial(as_image, image), getattr(text, "texts", (text,)))
+            for text, image in self._pairs(data)
+        ]
+
+    def _pairs(self, data: L.LightningDataModule) -> list[tuple[str, Image.Image]]:
+        """Read the captions and the images of the prompts."""
         source = find_source(data, self.source)
         pairs = [*islice(caption_pairs(source, "val"), self.count)]
         if not pairs:
@@ -148,14 +173,7 @@ class HeldOut(PromptSet):
                 f"source {self.source!r} has no captioned image in its validation split; "
                 f"{HOLD_OUT}, or name another source"
             )
-        storage = getattr(data, "image_storage", None)
-        if storage and storage.has_shapes:  # scores compare images of one size
-            self.image_size = getattr(source, "image_size", None) or min(pairs[0][1].size)
-            self.facts["resize"] = f"centre crop, lanczos {self.image_size}"
-        return [
-            Prompt(text, partial(as_image, image), getattr(text, "texts", (text,)))
-            for text, image in pairs
-        ]
+        return pairs
 
     def real_images(self, data: L.LightningDataModule) -> list[OpenImage]:
         """Return all images of the split."""

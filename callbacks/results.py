@@ -1,12 +1,16 @@
 """Result files of a run: the folder they go to, and the validations that write them."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from itertools import count
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from tf_lightning.errors import UserError
 
 
 def run_folder(trainer: L.Trainer) -> Path:
@@ -67,3 +71,22 @@ def outside_fit(hook: Callable) -> Callable:
             hook(self, trainer, pl_module)
 
     return hook_outside_fit
+
+
+@contextmanager
+def warn_in_fit(trainer: L.Trainer, what: str) -> Iterator[None]:
+    """Turn a ValueError into a warning in `fit`, where a failed evaluation must not end the run.
+
+    Args:
+        trainer: trainer of the run.
+        what: the evaluation, for the message.
+
+    Raises:
+        UserError: the evaluation failed in another command, such as `validate`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if trainer.state.fn != "fit":
+            raise UserError(str(error)) from error
+        rank_zero_warn(f"{what} at step {trainer.global_step} failed: {error}")

@@ -70,6 +70,25 @@ def check_draws(data: L.LightningDataModule, callback: object, remedy: str) -> N
         )
 
 
+def check_no_size(sampling: SamplingConfig, callback: object, reason: str) -> None:
+    """Refuse a size of images for a callback that generates them in sizes of its own.
+
+    Args:
+        sampling: options of the callback.
+        callback: the callback.
+        reason: the sizes, for the message.
+
+    Raises:
+        UserError: a width or a height is given.
+    """
+    for name, value in (("width", sampling.width), ("height", sampling.height)):
+        if value is not None:
+            raise UserError(
+                f"sampling.{name}={value} does not fit {type(callback).__name__}, {reason}; leave "
+                f"sampling.{name} out"
+            )
+
+
 def resolve_sampling(
     sampling: SamplingConfig, module: Transfusion, default_sampler: str | None = None
 ) -> SamplingConfig:

@@ -16,10 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from callbacks.contact_sheet import Tile, contact_sheet
-from callbacks.results import is_trial, outside_fit, run_folder
+from callbacks.results import is_trial, outside_fit, run_folder, warn_in_fit
 from callbacks.sampling import (
     check_draws,
     check_module,
+    check_no_size,
     image_protocol,
     resolve_sampling,
 )
@@ -33,7 +34,7 @@ from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.ranges import NonNegativeInt, PositiveInt, check_arguments
 from tf_lightning.shapes.grammar import caption, draw_text, parse, text_log_prob
 from tf_lightning.shapes.oracle import read
-from tf_lightning.shapes.world import Meaning, draw_scene, generator, render
+from tf_lightning.shapes.world import IMAGE_SIZE, Meaning, draw_scene, generator, render
 from tf_lightning.training.module import Transfusion
 
 SEED_OFFSET = 1_000  # separates these images from those of validation
@@ -100,6 +101,8 @@ class ShapesReport(L.Callback):
         """
         check_module(model, self)
         check_draws(data, self, "set shapes_report to null")
+        size = f"whose oracle reads images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels alone"
+        check_no_size(self.sampling, self, size)
         self.sampling = resolve_sampling(self.sampling, model, "DDPMScheduler")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -111,11 +114,21 @@ class ShapesReport(L.Callback):
         if is_trial(trainer):
             return
         folder = run_folder(trainer)  # on every rank
-        pipe = TransfusionPipeline.from_module(pl_module)  # on every rank, if it is sharded
-        if not trainer.is_global_zero:
-            return
+        with warn_in_fit(trainer, "ShapesReport"):
+            pipe = TransfusionPipeline.from_module(pl_module)  # on every rank, if it is sharded
+            if trainer.is_global_zero:
+                pl_module.eval()
+                self.report(trainer, pl_module, pipe, folder)
+
+    on_train_end = examine
+    on_validation_end = outside_fit(examine)
+    on_test_end = examine
+
+    def report(
+        self, trainer: L.Trainer, pl_module: Transfusion, pipe: TransfusionPipeline, folder: Path
+    ) -> None:
+        """Write the results of a pipeline with the module's weights into a folder."""
         rank_zero_info("Generating and judging images and captions ...")
-        pl_module.eval()
         one, two = (questions(self.num_prompts, count, self.seed) for count in (1, 2))
         asked = one + two
         with trainer.precision_plugin.forward_context():
@@ -155,10 +168,6 @@ class ShapesReport(L.Callback):
         page = sheet(asked, generated, right, shown, captions, understood)
         write_results(folder, report, verdicts, generated, page)
         rank_zero_info(summary(folder, report))
-
-    on_train_end = examine
-    on_validation_end = outside_fit(examine)
-    on_test_end = examine
 
     def generate(self, pipe: TransfusionPipeline, asked: Sequence[Question]) -> list[Image.Image]:
         """Generate an image for each question."""

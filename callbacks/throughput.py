@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.media import last_index
+from callbacks.media import log_values
 from callbacks.sampling import check_module
 from tf_lightning.batch import Batch
 from tf_lightning.data.stream import as_batches
@@ -178,9 +178,8 @@ class Throughput(L.Callback):
         self.validation_seconds += seconds
         self.window_start += seconds
         share = self.validation_seconds / self.fit_seconds
-        for logger in trainer.loggers:  # self.log is not allowed in this hook
-            values = {"val/seconds": seconds, "val/time_share": share}
-            logger.log_metrics(values, step=last_index(trainer.global_step))
+        values = {"val/seconds": seconds, "val/time_share": share}
+        log_values(trainer, trainer.global_step, values)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock: what other callbacks do with the trained model is not part of the fit."""

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from callbacks.contact_sheet import IMAGE_SIZE, TILE_WIDTH, Tile, draw_tile
 from callbacks.init_from import POSITIONS, adapted
+from callbacks.metrics import ImageQuality
 from callbacks.prompts import HeldOut, center_crop_resize
 from callbacks.sampling import SampleBatch, sample
 from support import runs
@@ -18,6 +19,7 @@ from tf_lightning import TransfusionPipeline
 from tf_lightning.checkpoint import select_weights
 from tf_lightning.cli.main import main
 from tf_lightning.data.corpus.image_storage import ImageStorageSpec
+from tf_lightning.errors import UserError
 from tf_lightning.generation.sampling import SamplingConfig
 from tf_lightning.generation.sizes import ImageSizes
 from tf_lightning.model.patches import MAX_GRID, LinearPatchCoder, learned_pos_embed, stretched
@@ -78,11 +80,22 @@ class Pairs:
 def test_held_out_images_of_several_shapes_are_scored_as_squares():
     data = SimpleNamespace(sources={"a": Pairs()}, image_storage=ImageStorageSpec())
     prompts = HeldOut("a")
-    prompts.prompts(data)
+    prompts.setup(data)
     assert prompts.image_size is None and prompts.facts["resize"] == "as trained on"
     data.image_storage = ImageStorageSpec(max_aspect_ratio=4.0)
     assert [prompt.image().size for prompt in prompts.prompts(data)] == [(64, 16), (32, 32)]
+    assert prompts.image_size is None  # asking for prompts changes nothing
+    prompts.setup(data)
     assert prompts.image_size == 32 and prompts.facts["resize"] == "centre crop, lanczos 32"
+
+
+def test_real_images_of_several_sizes_are_refused_in_one_sentence():
+    quality = ImageQuality()
+    prompts = SimpleNamespace(image_size=None, facts={"dataset": "photos"})
+    quality.open(prompts)
+    sizes = [(40, 30), (64, 64)]
+    with pytest.raises(UserError, match="40 x 30 and 64 x 64; use prompts that resize them"):
+        quality.to("cpu").add_real([lambda size=size: gradient(*size) for size in sizes])
 
 
 def test_a_sheet_shows_a_wide_image_whole():

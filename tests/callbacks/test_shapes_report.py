@@ -15,6 +15,7 @@ from callbacks.contact_sheet import contact_sheet
 from callbacks.shapes_report import ShapesReport, questions, sheet, text_perplexity
 from callbacks.throughput import Throughput
 from support.tiny import PATCH_SIZE
+from tf_lightning.errors import UserError
 from tf_lightning.generation.pipeline import TransfusionPipeline
 from tf_lightning.generation.requests import GenerationOutput
 from tf_lightning.generation.sampling import SamplingConfig
@@ -27,6 +28,7 @@ from tf_lightning.tokenizer.tokenizer import train_tokenizer
 from tf_lightning.training.module import Transfusion
 
 COUNT, SEED = 6, 3
+FROM_MODULE = TransfusionPipeline.from_module.__func__
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +80,19 @@ def timed() -> Throughput:
     return clock
 
 
-def report_of(module, model_class, folder, monkeypatch) -> dict:
+def report_of(module, model_class, folder, monkeypatch, verb="fit", **sampling) -> dict:
     """The report of a pipeline class at step 5."""
-    build = TransfusionPipeline.from_module.__func__
-    monkeypatch.setattr(TransfusionPipeline, "from_module", lambda m: build(model_class, m))
+    monkeypatch.setattr(TransfusionPipeline, "from_module", lambda m: FROM_MODULE(model_class, m))
     trainer = SimpleNamespace(
         **{
             "is_global_zero": True,
             "logger": None,
             "default_root_dir": str(folder),
+            "results_folder": folder,  # of an evaluation
             "global_step": 5,
             "ckpt_path": None,
         },
-        **{"state": SimpleNamespace(fn="fit"), "callbacks": [timed()]},
+        **{"state": SimpleNamespace(fn=verb), "callbacks": [timed()]},
         precision="32-true",
         precision_plugin=Precision(),
         datamodule=SimpleNamespace(autoencoder_name="pixels"),
@@ -98,7 +100,8 @@ def report_of(module, model_class, folder, monkeypatch) -> dict:
         fast_dev_run=False,
     )
     monkeypatch.setattr("callbacks.shapes_report.check_module", lambda *_: None)
-    report = ShapesReport(COUNT, SamplingConfig(num_inference_steps=2, timestep_shift=2.5), SEED)
+    sampling = SamplingConfig(num_inference_steps=2, timestep_shift=2.5, **sampling)
+    report = ShapesReport(COUNT, sampling, SEED)
     report.setup(trainer, module, "fit")
     report.examine(trainer, module)
     return json.loads((folder / "report.json").read_text())
@@ -118,6 +121,25 @@ def test_wrong_answers_score_zero(module, tmp_path, monkeypatch):
     report = report_of(module, Wrong, tmp_path, monkeypatch)
     assert report["one_object"] == report["two_objects"] == report["caption_accuracy"] == 0.0
     assert all(verdict["right"] is False for verdict in verdicts(tmp_path))
+
+
+def test_a_failure_is_a_warning_in_fit_and_an_error_otherwise(module, tmp_path, monkeypatch):
+    class NoMemory(Correct):
+        def __init__(self, *_):
+            raise UserError("the copy does not fit")
+
+    sentence = "ShapesReport at step 5 failed: the copy does not fit"
+    with pytest.warns(UserWarning, match=sentence), pytest.raises(FileNotFoundError):
+        report_of(module, NoMemory, tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="^the copy does not fit"):
+        report_of(module, NoMemory, tmp_path, monkeypatch, verb="validate")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_size_that_the_oracle_does_not_read_is_refused(module, tmp_path, monkeypatch):
+    message = "sampling.width=96 does not fit ShapesReport, whose oracle reads images of 64 x 64"
+    with pytest.raises(UserError, match=message):
+        report_of(module, Correct, tmp_path, monkeypatch, width=96)
 
 
 def test_one_and_two_objects_are_scored_separately(module, tmp_path, monkeypatch):

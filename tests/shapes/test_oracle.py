@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from support.shape_images import scene, shape_images
 from tf_lightning.autoencoder.frozen import load_autoencoder
+from tf_lightning.errors import UserError
 from tf_lightning.shapes.oracle import Reading, carried_out, read
 from tf_lightning.shapes.world import (
     BACKGROUND,
@@ -188,3 +189,9 @@ def test_a_removed_object_must_be_absent():
     assert carried_out(render(after), BEFORE, after)
     assert not carried_out(render(BEFORE), BEFORE, after)
     assert not carried_out(render(Scene(BEFORE.objects[:1])), BEFORE, after)
+
+
+def test_an_image_of_another_size_is_refused():
+    wide = np.concatenate([render(RED_ABOVE_BLUE), BLANK], 1)
+    with pytest.raises(UserError, match="128 x 64 pixels, but the oracle .* reads 64 x 64"):
+        read(wide)

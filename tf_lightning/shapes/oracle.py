@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from tf_lightning.errors import UserError
 from tf_lightning.shapes.world import (
     BACKGROUND,
     COLORS,
+    IMAGE_SIZE,
     RADII,
     SHAPES,
     Meaning,
@@ -63,7 +65,17 @@ class Reading:
 
 
 def read(image: np.ndarray) -> Reading:
-    """Read an image, uint8 (64, 64, 3)."""
+    """Read an image, uint8 (64, 64, 3).
+
+    Raises:
+        UserError: the image has another size.
+    """
+    height, width = image.shape[:2]
+    if (height, width) != (IMAGE_SIZE, IMAGE_SIZE):
+        raise UserError(
+            f"an image has {width} x {height} pixels, but the oracle of the shapes world reads "
+            f"{IMAGE_SIZE} x {IMAGE_SIZE}; generate images of this size"
+        )
     pixels = image.astype(np.float32)
     labels, count = ndimage.label(
         np.linalg.norm(pixels - PALETTE[0], axis=-1) > FOREGROUND, structure=NEIGHBORS
