@@ -178,7 +178,9 @@ class RetrievalAccuracy(L.Callback):
             "global_step": step,
             **image_protocol(self.sampling, pl_module),
         }
-        title = summary(verdicts, among_variants, f"{self.source} ({self.split})", len(images))
+        chosen = f" with {self.containing!r}" if self.containing else ""
+        asked_of = f"{self.source} ({self.split}){chosen}"
+        title = summary(verdicts, among_variants, asked_of, len(images))
         with atomic_file(folder / f"{self.name}.png") as file:
             sheet(title, asked, generated, verdicts).save(file, format="PNG")
         with atomic_file(folder / f"{self.name}.json") as file:
@@ -319,7 +321,9 @@ def summary(
     )
     if among_variants:
         right = sum(verdict.right for verdict in among_variants)
-        text += f"; for {right} of {len(among_variants)}, it is the nearest variant of the input"
+        text += (
+            f"; for {right} of {len(among_variants)}, it is the nearest variant of the input image"
+        )
     return text
 
 
