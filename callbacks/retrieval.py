@@ -320,10 +320,8 @@ def summary(
         f"size among {num_images} real images"
     )
     if among_variants:
-        right = sum(verdict.right for verdict in among_variants)
-        text += (
-            f"; for {right} of {len(among_variants)}, it is the nearest variant of the input image"
-        )
+        right, count = sum(verdict.right for verdict in among_variants), len(among_variants)
+        text += f"; for {right} of {count}, it is the nearest variant of the input image"
     return text
 
 
