@@ -45,11 +45,11 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138, signal.SI
 
 
 class Failure(Exception):
-    """A run that was killed does not end as it would have without."""
+    """A run that was killed and resumed ends in another way than an uninterrupted one."""
 
 
 def few_checkpoints(config: dict, every: int = 2) -> None:
-    """Save every 2 steps, and write what only `predict` needs."""
+    """Save every 2 steps, and write the files that only `predict` needs."""
     config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = every
     config["trainer"]["callbacks"].pop()
 
@@ -170,7 +170,7 @@ class Try:
     Args:
         seed: determines the try.
         place: one of PLACES; None: a random one.
-        reference: what it has to be equal to.
+        reference: the runs that it has to equal.
         folder: an empty folder.
     """
 

@@ -65,7 +65,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def kill_once(folder: Path, rng: random.Random, steps: int) -> tuple[str, str]:
-    """Resume the run, kill it in a save, and return how, and what is wrong or "".
+    """Resume the run and kill it in a save; return the place, and the fault or "".
 
     Args:
         folder: folder of the run.
@@ -103,7 +103,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
 
 
 def campaign(kills: int, seed: int, folder: Path) -> list[str]:
-    """Kill a run so often; return what is wrong."""
+    """Kill a run this often; return the faults."""
     rng, killed, failures = random.Random(seed), folder / "killed", []
     steps = 0
     for number in range(1, kills + 1):
@@ -122,7 +122,7 @@ def campaign(kills: int, seed: int, folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Run the campaign; exit with 1 if something is wrong."""
+    """Run the campaign; exit with 1 if there is a fault."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

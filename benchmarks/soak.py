@@ -3,7 +3,7 @@
     python benchmarks/soak.py --minutes 60
 
 A small model is trained on the CPU or the GPU with two workers, a checkpoint every 50 steps and a
-validation with samples every 200. Memory is what processes have of their own, without pages of
+validation with samples every 200. Memory is the private memory of the processes, without pages of
 files; the CPU time of a step is divided by that of a fixed computation, so that a busy machine does
 not matter. Every few seconds a row is measured; each minute one is printed.
 At the end a line is fitted to each column after the warm-up, the first quarter of the rows. A
@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from support import runs  # noqa: E402
 from tf_lightning.cli.main import main as run_command  # noqa: E402
 
-LIMITS = {  # what a column may grow by in 1,000 steps
+LIMITS = {  # growth of a column in 1,000 steps that is allowed
     "main MB": 1.0,
     "workers MB": 1.0,
     "CUDA MB": 1.0,

@@ -52,7 +52,7 @@ MAX_CHANGE = 1e-6  # largest relative change of the text perplexity at step 0
 
 
 class InitFrom(L.Callback):
-    """Loads weights before the first step; the optimizer, the data order and the steps start anew.
+    """Loads weights before the first step. Optimizer, data order and step count start from zero.
 
     A checkpoint of this project: its EMA weights, if it has any, initialize both the network and
     its EMA weights. If its images were smaller or larger, learned position embeddings of patches
@@ -72,7 +72,7 @@ class InitFrom(L.Callback):
         checkpoint: a checkpoint of `tf-lightning fit`, a folder of `tf-lightning export`, or a
             language model of the Llama family: a folder in Hugging Face's layout or its hub name.
         transformer_only: load only the Transformer of one of this project's checkpoints; the image
-            side starts anew, as when a language model is loaded (MonoFormer).
+            side is initialized, as when a language model is loaded (MonoFormer).
     """
 
     def __init__(self, checkpoint: str, transformer_only: bool = False):
@@ -143,7 +143,7 @@ class InitFrom(L.Callback):
         checkpoint = read_weights(self.checkpoint, mmap=True)
         check_heads(module.config, transformer_config(checkpoint))
         same_tokenizer(checkpoint, module.tokenizer_proto)
-        if not self.transformer_only:  # else the image side starts anew, with any autoencoder
+        if not self.transformer_only:  # else the image side is initialized, for any autoencoder
             with_data(checkpoint["image_codec"], module.image_codec)
         names = MEANING[:1] if self.transformer_only else MEANING
         options = ", ".join(changed_options(module, checkpoint, names))

@@ -118,7 +118,7 @@ def all_records(trainer: L.Trainer) -> list[MetricRecord]:
 
 
 def meaning(name: str) -> Score:
-    """Return what the value of this name means."""
+    """Return the meaning of the value of this name."""
     parts = name.split("@")[0].split("/")
     return next((SCORES[part] for p in parts if (part := p.split("[")[0]) in SCORES), UNKNOWN)
 

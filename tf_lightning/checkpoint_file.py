@@ -53,7 +53,7 @@ unchanged: set[tuple] = set()  # see `remember`
 
 
 class DamagedFile(Exception):
-    """The content of a checkpoint is not what was written."""
+    """The content of a checkpoint differs from what was written."""
 
 
 # ---------------------------------------------------------------- writing
@@ -82,7 +82,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 class ChecksumWriter:
-    """A file that computes the checksum of what is written, and sends it to the disk meanwhile.
+    """A file that computes a checksum while it is written, and sends its content to the disk.
 
     Args:
         file: an unbuffered file.
@@ -274,7 +274,7 @@ def verify(path: Path, size: int, checksum: int) -> None:
 
 
 def remember(file: BinaryIO, verified: tuple[int, ...]) -> None:
-    """Remember that a file was verified, if it can be told from a later one.
+    """Remember that a file was verified, if a later version would differ in its times.
 
     Args:
         file: the file.

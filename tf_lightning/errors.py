@@ -35,7 +35,7 @@ class Interrupted(BaseException):
     Args:
         signum: the signal.
         on_all_ranks: every rank raises it at the same place, so that they may save together.
-        failure: what failed on another rank; then this is the message, and no signal was received.
+        failure: the error of another rank, which is then the message; no signal was received.
     """
 
     def __init__(self, signum: int, on_all_ranks: bool = False, failure: str = ""):

@@ -102,7 +102,7 @@ def hints(declared: Callable) -> dict[str, Any]:
 
 
 def broken_limit(value: Any, annotation: Any) -> str | None:
-    """Return what a value must be, or None if it fits its type.
+    """Return the requirement that a value breaks, in words, or None if it fits its type.
 
     Only ranges, literals and the containers of these are checked; all else fits.
     """
@@ -128,7 +128,7 @@ def broken_limit(value: Any, annotation: Any) -> str | None:
 
 
 def broken_item(values: list | tuple, origin: type, kinds: tuple) -> str | None:
-    """Return what the items of a list or tuple must be, or None if they fit."""
+    """Return the requirement that the items of a list or tuple break, or None if they fit."""
     if origin is list or kinds[-1:] == (...,):
         kinds = (kinds[0],) * len(values)
     elif len(kinds) != len(values):
@@ -138,7 +138,7 @@ def broken_item(values: list | tuple, origin: type, kinds: tuple) -> str | None:
 
 
 def out_of(bound: Range, value: Any, kind: type) -> str | None:
-    """Return what a value must be, or None if it is a number of this kind in the range."""
+    """Return the requirement in words, or None if the value is such a number in the range."""
     if kind is int and not (isinstance(value, int) or hasattr(value, "__index__")):
         return f"a whole number, {bound}"
     try:

@@ -59,7 +59,7 @@ def is_sharded(path: Path) -> bool:
 
 
 class CheckedFiles(FileSystem):
-    """Opens the files of a folder: computes checksums of what is written, verifies what is read.
+    """Opens the files of a folder, computes checksums when writing and verifies them when reading.
 
     Args:
         recorded: size and CRC-32 of each file that is read; None: none are known.
@@ -215,7 +215,7 @@ class ShardReader(dcp.FileSystemReader):
         """Read entries into `state`.
 
         Args:
-            state: tensors to fill by name, or what `planner` needs.
+            state: tensors to fill by name, or the state that `planner` expects.
             planner: chooses the entries.
 
         Raises:
@@ -286,12 +286,12 @@ class ShardedWeights(Mapping[str, Tensor]):
 
 
 def without_data(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return tensors of the weights' shapes; those of a sharded checkpoint are not read."""
+    """Return tensors of the weights' shapes; a sharded checkpoint is not read."""
     return weights.on_meta() if isinstance(weights, ShardedWeights) else weights
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load weights into a module; those of a sharded checkpoint are read straight into it.
+    """Load weights into a module; a sharded checkpoint is read straight into it.
 
     Raises:
         RuntimeError: they do not fit.

@@ -4,6 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, DistributedSampler
 
 from support.compare import same_batch
@@ -95,14 +96,15 @@ def test_a_corpus_is_a_dataset_of_documents(data):
     assert torch.equal(corpus[-1][0], documents[-1][0])
 
 
-def test_ranks_are_those_of_the_process_group(data, tmp_path):
-    file = f"file://{tmp_path}/group"
-    torch.distributed.init_process_group("gloo", init_method=file, rank=0, world_size=1)
+def test_ranks_are_those_of_the_process_group(data):
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
     try:
         batches = TrainingBatches(data)
     finally:
         torch.distributed.destroy_process_group()
-    assert (batches.rank, batches.world_size) == (0, 1)
+    assert (batches.rank, batches.world_size) == (1, 3)
+    alone = TrainingBatches(data)
+    assert (alone.rank, alone.world_size) == (0, 1)
 
 
 @pytest.mark.parametrize(

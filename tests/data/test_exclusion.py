@@ -93,7 +93,6 @@ def test_documents_of_every_kind_of_source_are_left_out_of_theirs_alone(tmp_path
             whole = dict(identified(name, source, split))
             left = [d for d in data.sources[name].documents(split) if d != Skipped(EXCLUDED)]
             expected = [document for one, document in whole.items() if one not in ids]
-            assert repr(left[:1]) and len(left) == len(expected)
             assert [d[0] for d in left] == [d[0] for d in expected]
     data.prepare_data()
     skipped = [c.skipped.get(EXCLUDED, 0) for s in data.corpora.values() for c in s.values()]

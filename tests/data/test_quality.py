@@ -1,6 +1,6 @@
 """Planted faults are found among many documents, and the others are not."""
 
-import io
+from array import array
 
 import numpy as np
 import pytest
@@ -202,10 +202,21 @@ def test_contents_are_not_confused_when_they_are_divided_otherwise():
     assert digest([b"ab", b"c"]) != digest([b"a", b"bc"]) and digest([]) == 0
 
 
+def arrays_in(*owners: object) -> list[array]:
+    """All arrays among the attributes, also those in dicts."""
+    found = [value for owner in owners for value in vars(owner).values()]
+    found += [item for value in found if isinstance(value, dict) for item in value.values()]
+    return [value for value in found if isinstance(value, array)]
+
+
 def test_a_measured_document_takes_little_memory(tmp_path):
-    quality = Quality(8)
-    document = ["a text", Image.open(io.BytesIO(encoded_image()))]
-    for n in range(50):
-        quality.add("train", f"{n}", document)
-    own = [value for value in vars(quality).values() if hasattr(value, "itemsize")]
-    assert sum(len(value) * value.itemsize for value in own) <= 100 * len(quality)
+    """Documents of a text and an image in a file, no two of which are alike."""
+    quality, count = Quality(8), 60
+    for n in range(count):
+        image = picture(n, (8, 8))
+        image.info["file"] = tmp_path / f"{n}.png"
+        image.save(image.info["file"])
+        quality.add("train", f"s:train:{n}", [f"text {n}", image])
+    arrays = arrays_in(quality, quality.ids, quality.lookalikes)
+    assert len(quality.lookalikes.numbers) > 50 and len(quality.sizes) == 2 * count
+    assert 100 * count < sum(len(x) * x.itemsize for x in arrays) <= 170 * count

@@ -388,8 +388,10 @@ def test_small_files_are_copied_ahead_and_yielded_in_order(site, server):
     files = stat([f"{server.url}/{name}" for name in names])
     ahead = downloads.fetch_ahead(files)
     assert next(ahead) == files[0]
-    while len(gets(server)) < 2 * listing.THREADS:
+    deadline = time.monotonic() + 60
+    while len(gets(server)) < 2 * listing.THREADS and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert len(gets(server)) >= 2 * listing.THREADS  # before they are asked for
     assert list(ahead) == files[1:]
     server.requests.clear()
     assert list(downloads.fetch_ahead(files)) == files and gets(server) == []

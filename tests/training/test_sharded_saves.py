@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from support import ranks, runs, same_runs
-from tf_lightning.checkpoint import read_checkpoint
+from tf_lightning.checkpoint import read_checkpoint, select_weights
 from tf_lightning.cli.main import main
 from tf_lightning.sharded import check_sharded
 from tf_lightning.training.sharded_saves import Saves, ShardedStrategy
@@ -138,6 +138,7 @@ def test_every_command_reads_a_sharded_checkpoint_as_the_same_one_in_a_file(fold
     config = ["-c", str(folders[0].parent / "config.yaml")]
     config += [f"--data.init_args.cache_dir={folders[0].parents[1]}/data"]
     results = []
+    trained, _ = select_weights(read_checkpoint(file)["state_dict"])
     for name, path in (("a", sharded), ("b", file)):
         out = tmp_path / name
         sampling = ["--num-inference-steps", "2", "-n1"]
@@ -150,6 +151,9 @@ def test_every_command_reads_a_sharded_checkpoint_as_the_same_one_in_a_file(fold
         begin += ["--trainer.callbacks+=callbacks.init_from.InitFrom"]
         main(["fit", *begin, f"--trainer.callbacks.checkpoint={path}"])
         log = same_runs.logged(out / "run")
+        started = read_checkpoint(out / "run")["state_dict"]
+        for key, weight in trained.items():  # a step changes a weight by half of the peak rate
+            torch.testing.assert_close(started[f"net.{key}"], weight, atol=2e-3, rtol=0)
         results.append(
             {
                 "image": (out / "images" / "0000.png").read_bytes(),

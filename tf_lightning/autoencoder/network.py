@@ -147,7 +147,7 @@ def decode_latents(network: nn.Module, latents: Tensor) -> Tensor:
 
 
 def row_noise(like: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw random numbers that depend on (seed, row) only, whatever rank has the row.
+    """Draw random numbers that depend on (seed, row) only, not on the rank of the row.
 
     Args:
         like: latents, (B, C, h, w).

@@ -86,7 +86,7 @@ def open_recorded(
     """Open the autoencoder that a model was trained with.
 
     Args:
-        image_codec: what the checkpoint records.
+        image_codec: the entry of the checkpoint.
         hparams: hyper-parameters of the model.
         given: name to open instead of the recorded one.
         folder: folder of the checkpoint, to which a recorded path may be relative.

@@ -81,7 +81,7 @@ def check_std(latents: Moments, pixels: Moments, num_images: int, warn: bool = T
         latents: of the normalized latents.
         pixels: of the images in [-1, 1].
         num_images: number of images.
-        warn: whether to warn of what is not refused.
+        warn: warn if the latents are too few to be refused.
 
     Raises:
         UserError: the standard deviation is not from LOWEST_STD to HIGHEST_STD.
@@ -108,7 +108,7 @@ def check_latents(latents: Tensor, image_name: Callable[[int], str]) -> None:
 
     Args:
         latents: normalized latents, with the images as first dimension.
-        image_name: what to call image i in the message.
+        image_name: returns the name of image i in the message.
 
     Raises:
         UserError: an image has such a latent.

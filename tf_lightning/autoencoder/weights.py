@@ -316,7 +316,7 @@ def rename_ldm(
     }
     renamed = {name: moved[name] for name in expected if name in moved}  # bn., quantize.
     renamed |= convert_ldm_vae_checkpoint(moved, config)
-    # The converter drops what it does not know. Reshaped weights are views of those in the file.
+    # The converter drops unknown weights. Reshaped weights are views of the weights in the file.
     used = {id(weight if weight._base is None else weight._base) for weight in renamed.values()}
     return renamed | {name: weight for name, weight in moved.items() if id(weight) not in used}
 

@@ -45,7 +45,7 @@ def typed_keys(args: list[str]) -> set[str]:
 
 
 def without_value(args: list[str]) -> str:
-    """Return the first option that nothing follows but another option; "" if there is none."""
+    """Return the first option that is followed by another option, not a value; "" if none is."""
     for arg, following in pairwise([*args, "--"]):
         if arg.startswith("--") and "." in arg and "=" not in arg and following.startswith("--"):
             return arg

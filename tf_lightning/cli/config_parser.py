@@ -100,7 +100,7 @@ def nest_arguments(values: Any) -> Any:
 class ConfigFile(ActionConfigFile):
     """Reads a configuration file over the values of earlier ones.
 
-    A file that gives a callback of `NAMED` with its `class_path` states all of its options; those
+    A file that gives a callback of `NAMED` with its `class_path` states all of its options; options
     of earlier files are dropped. So an evaluation protocol does not depend on the run's recipe.
     """
 

@@ -36,7 +36,7 @@ def read_trained(path: str | Path, kind: str) -> dict[str, Any]:
 
 
 class ExportIO(CheckedCheckpointIO):
-    """Also reads exported folders, which hold what an evaluation needs."""
+    """Reads checkpoint files, and exported folders, which suffice for an evaluation."""
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None

@@ -116,7 +116,7 @@ def size_type(text: str) -> tuple[int, int]:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add an option for every field of SamplingConfig; those not given leave no attribute."""
+    """Add an option for every field of SamplingConfig; an option not given has no attribute."""
     types = get_type_hints(SamplingConfig)  # without their ranges, which SamplingConfig checks
     helps = {p.arg_name: p.description for p in parse_from_object(SamplingConfig).params}
     for group, title in GROUPS.items():
@@ -177,7 +177,7 @@ def add_prompt_options(parser: Parser) -> None:
 
 
 def add_output_options(parser: Parser) -> None:
-    """Add what is generated, where it is written, and how the model runs."""
+    """Add the options of the outputs, their folder and the model."""
     add = parser.add_argument
     add("-o", "--out", type=path_type, default=Path("out"), metavar="FOLDER",
         help="folder of the outputs (default: out)")  # fmt: skip

@@ -28,6 +28,7 @@ from tf_lightning.cli.lightning import build_data
 from tf_lightning.cli.parser import Parser, non_negative_int, path_type, positive_int
 from tf_lightning.cli.prepare import prepare_data
 from tf_lightning.cli.quality import (
+    BAR_LENGTH,
     describe_quality,
     filter_list,
     measure,
@@ -202,7 +203,6 @@ written:
   rows.png        the first rows of training: the kind of each position, and its document
 Options of the configuration may follow, as in --data.row_length 1024.
 """
-BAR_LENGTH = 40  # characters
 MANY_DOCUMENTS = 1_000  # more are announced before they are prepared
 
 

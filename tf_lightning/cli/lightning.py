@@ -412,7 +412,7 @@ class TransfusionCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def after_instantiate_classes(self) -> None:
-        """Run the checks that need no prepared data, those of the callbacks included."""
+        """Run the checks that need no prepared data, including the callbacks' checks."""
         if not self.subcommand:
             return
         writers = [c for c in self.trainer.callbacks if isinstance(c, BasePredictionWriter)]
@@ -473,12 +473,12 @@ class TransfusionCLI(LightningCLI):
         return config.ckpt_path
 
     def folders(self) -> tuple[Path, Path]:
-        """Return the folder of the run, and that of its checkpoints."""
+        """Return the folder of the run and the folder of its checkpoints."""
         default = self.run_folder / "checkpoints"
         return self.run_folder, Path(self.saver.dirpath) if self.saver else default
 
     def folder_option(self) -> str:
-        """Return what gives a run another folder."""
+        """Return the option that gives a run another folder."""
         if not self.trainer.loggers:
             return "--trainer.default_root_dir"
         if not isinstance(self.config.fit.trainer.logger, list):
@@ -487,7 +487,7 @@ class TransfusionCLI(LightningCLI):
         return f"`name` for the first of trainer.logger{f' ({place})' if place else ''}"
 
     def replace_earlier_run(self) -> None:
-        """Let `EarlierRun` remove what is in the run's folder.
+        """Let `EarlierRun` remove the files in the run's folder.
 
         Raises:
             UserError: the new run would start from it.
@@ -615,7 +615,7 @@ def build_data(args: list[str], parser: Parser) -> TransfusionCLI:
     """Build the data of a configuration, for `prepare` and `inspect`.
 
     Args:
-        args: what the command's own parser left.
+        args: arguments that the command's own parser does not know.
         parser: that parser.
     """
     own = own_options(parser)

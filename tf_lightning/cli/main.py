@@ -34,8 +34,8 @@ def main(args: list[str] | None = None) -> None:
     """Run one command; a user's mistake ends in one sentence and exit code 1 or 2.
 
     Args:
-        args: the words of the command; None: those of this process, whose errors of any other kind
-            are then reported by `report_fault`, while a caller with `args` receives them.
+        args: the words of the command; None: those of this process. Other errors are then reported
+            by `report_fault`; a caller with `args` receives them.
     """
     if args is None:
         args = sys.argv[1:]

@@ -195,7 +195,7 @@ def write_outputs(
         pipe: the model.
         prompts: the prompt of each output.
         records: how each output is made, with its seed.
-        plan: what to generate.
+        plan: the checked sampling options.
         out: folder of the outputs.
         batch_size: outputs that are generated together.
     """
@@ -251,7 +251,7 @@ def written_outputs(folder: Path) -> dict[str, dict[str, Any]]:
 def number_outputs(
     folder: Path, records: list[dict[str, Any]], written: dict[str, dict[str, Any]]
 ) -> list[str]:
-    """Return the name of each output: that of an output made in exactly this way, or a new one.
+    """Return the name of each output: an existing name if it was made in this way, else a new one.
 
     A new output is named by its seed, or by the next number if a file has that name.
 

@@ -315,7 +315,7 @@ def full_row(row_length: int, image: Tensor | None, length: int) -> list[Documen
 
 
 def report(plan: Plan, memory: StepMemory, given: argparse.Namespace) -> str:
-    """Return the table of what a run needs."""
+    """Return the table of a run's memory, FLOPs and time."""
     flops, tokens = plan.flops_per_step(), plan.tokens_per_step
     rows = plan.batch_size * plan.accumulate * plan.num_gpus
     at_rest = (memory.weights, memory.optimizer, memory.ema)

@@ -113,7 +113,7 @@ def folder_of_values(logger: Any, options: Mapping[str, Any]) -> Path | None:
 
 
 def folder_of_options(options: Mapping[str, Any]) -> Path:
-    """Return what `folder_of` returns for a logger of these options, with its `class_path`."""
+    """Return the folder of a logger with these options, one of which is its `class_path`."""
     version, logger = options.get("version"), str(options.get("class_path", "TensorBoardLogger"))
     if not logger.endswith(("TensorBoardLogger", "CSVLogger")):
         version = ""  # the identity of a run, and no part of its folder

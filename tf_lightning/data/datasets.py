@@ -64,7 +64,7 @@ class TrainingRows(Dataset):
 
 
 class TrainingBatches(IterableDataset):
-    """The batches that one rank trains on: those that the data module gives to our own trainer.
+    """The batches that one rank trains on, the same as with `tf-lightning fit`.
 
     Batch n of rank k of W holds the B rows from `first_row` + (n * W + k) * B on, where B is
     `data.batch_size`. They are divided among the workers of a DataLoader, which returns them in
@@ -114,7 +114,7 @@ class TrainingBatches(IterableDataset):
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches of this rank, or those of one worker."""
+        """Yield the batches of this rank, or one worker's share of them."""
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for number in islice(count(), first, self.num_batches, step):

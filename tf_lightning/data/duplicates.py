@@ -127,7 +127,7 @@ class Lookalikes:
             self.sharing.setdefault(key, array("i")).append(index)
 
     def _map(self, count: int) -> np.ndarray:
-        """Map a file of at least `count` thumbnails; what is in it stays."""
+        """Map a file of at least `count` thumbnails; its content stays."""
         shape = count, THUMBNAIL, THUMBNAIL, 3
         self.file.truncate(int(np.prod(shape)))
         return np.memmap(self.file, np.uint8, "r+", shape=shape)

@@ -17,7 +17,7 @@ from tf_lightning.errors import UserError
 
 EXCLUDED = "named in the filter list"  # reason of the documents that are skipped
 WITHOUT = " without "  # in a fingerprint, before the hash of the ids that are left out
-ENDS_OF_FILE = re.compile("[:#]")  # what follows a path in an id
+ENDS_OF_FILE = re.compile("[:#]")  # the characters that may follow a path in an id
 
 
 def read_filter_list(file: str | Path) -> frozenset[str]:
@@ -50,7 +50,7 @@ class FilteredSource(Source):
         self.name, self.unfiltered, self.ids = name, source, ids
 
     def __getattr__(self, name: str) -> Any:
-        """Return what else the source has, such as `image_size`."""
+        """Return another attribute of the source, such as `image_size`."""
         if name == "unfiltered":  # not set yet, while a copy is made
             raise AttributeError(name)
         return getattr(self.unfiltered, name)

@@ -84,7 +84,7 @@ def byte_range(file: bytes | Path) -> tuple[str, int, int] | None:
 
 
 def is_image_file(start: bytes) -> bool:
-    """Return whether the first bytes of a file are those of one of FORMATS."""
+    """Return whether a file has one of FORMATS, by its first bytes."""
     if start[:4] == b"RIFF":
         return start[8:12] == b"WEBP"
     if start[4:8] == b"ftyp":

@@ -88,7 +88,7 @@ class Mixture(StreamData):
             turns images into tokens. null: there are no images.
         sample_posterior: train on a new sample of the autoencoder's posterior each time an image is
             read, instead of its mode. Doubles the size of the stored latents.
-        hflip: flip the images of half of the documents horizontally, chosen anew in each epoch.
+        hflip: flip the images of half of the documents, drawn in each epoch, horizontally.
             Doubles the size of the stored latents. Not for captions that mention left or right.
         max_aspect_ratio: longer side of an image divided by the shorter at most, from 1 to 10. 1:
             every image is cropped to a square. Above 1: each image is cropped to the nearest of
@@ -219,7 +219,7 @@ class Mixture(StreamData):
             self._open()
 
     def _open(self) -> None:
-        """Open the tokenizer and the corpora, after preparing what is missing."""
+        """Open the tokenizer and the corpora; prepare missing ones first."""
         if self.encoded:
             self.corpora = self._open_encoded()
         else:
@@ -262,8 +262,8 @@ class Mixture(StreamData):
 
         Args:
             directory: folder of the corpora.
-            image_storage: what is stored of training images. Without a posterior there are no
-                moments, so that part is ignored.
+            image_storage: the form in which training images are stored. Without a posterior there
+                are no moments, so that part is ignored.
         """
         autoencoder = self._load_autoencoder()
         deterministic = autoencoder is None or autoencoder.deterministic

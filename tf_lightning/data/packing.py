@@ -1,7 +1,7 @@
-"""Rows of one corpus: its documents are packed into rows anew in each epoch, without global state.
+"""Rows of one corpus, packed from its documents again in each epoch, without global state.
 
 The corpus is divided at random into windows of documents, once. In each epoch each window is packed
-anew, into the same number of rows as in the first epoch. The position of a row is therefore
+again, into the same number of rows as in the first epoch. The position of a row is therefore
 computed, not searched, and only the row's window is read.
 """
 

@@ -29,7 +29,7 @@ LONG_RATIO = 3.0  # an image is long if one side is more than this many times th
 RARE_SHARE = 0.1  # a writing system is unusual if fewer of the source's documents have it
 MAX_LETTERS = 10_000  # characters of a text that are looked at for its writing system
 
-# Kinds of findings, with what the report and the filter list call them.
+# Kinds of findings, by their names in the report and in the filter list.
 REPEAT = "held-out documents that repeat training ones"
 COPY = "copies of an earlier document"
 LOOKALIKE = "images that look like earlier ones"

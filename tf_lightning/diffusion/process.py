@@ -1,7 +1,7 @@
 """The two diffusion processes: DDPM and rectified flow (Transfusion Sec. 2.2).
 
-A process adds noise to latents, x_t = alpha_t x_0 + sigma_t eps, defines what the network predicts
-and how the prediction is scored, and builds the diffusers scheduler that samples from it.
+A process adds noise to latents, x_t = alpha_t x_0 + sigma_t eps, defines the target and the loss of
+the network, and builds the diffusers scheduler that samples from it.
 
     DDPM            alpha_t = sqrt(alpha_bar), sigma_t = sqrt(1 - alpha_bar), with alpha_bar of
                     timestep floor(t * num_train_timesteps)
@@ -62,7 +62,7 @@ class DiffusionProcess(Protocol):
         """Return x_t of clean `latents` and standard normal `noise`, all (M, C, h, w)."""
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return what the network has to output at x_t, (M, C, h, w)."""
+        """Return the target of the network's output at x_t, (M, C, h, w)."""
 
     def predicted_x_0(self, x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
         """Convert the network's output at x_t to clean latents, all (M, C, h, w)."""

@@ -229,7 +229,7 @@ class EmojiFont:
         return image.tobytes() == self.draw(symbol, "blue").tobytes()
 
     def _family(self, symbol: str, seen: set[bytes]) -> list[Emoji]:
-        """List a symbol and its variants, and add what they look like to `seen`."""
+        """List a symbol and its variants, and add digests of their pixels to `seen`."""
         tones = [tone for tone in ("", *TONES) if self._is_one(Emoji(symbol, tone))]
         hair = [style for style in ("", *HAIR) if self._is_one(Emoji(symbol, hair=style))]
         family = []

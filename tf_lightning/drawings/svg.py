@@ -43,7 +43,7 @@ sys.stdout.buffer.write(png)
 class SvgFiles(FileSource):
     """Documents [caption, image] from SVG files, such as those of openclipart.
 
-    The caption is the drawing's title or its title with its keywords, drawn anew each epoch. Both
+    The caption is the drawing's title or its title with its keywords, drawn in each epoch. Both
     are read from the metadata that Inkscape and openclipart write (`dc:title`, `dc:subject`); a
     drawing without them is named by its element `title`. The background is white. A drawing that
     contains or links other images is skipped. Needs the package resvg-py.

@@ -50,10 +50,10 @@ def generate(
     The images of a prompt are clean: the network reads them at t = 0.
 
     Args:
-        model: the network and what belongs to it.
+        model: the network with its tokenizer and sizes.
         prompts: token ids and latents; an empty prompt is continued from <bos>.
         seeds: one for each prompt; all randomness of its output follows from it.
-        plan: what to generate, and how.
+        plan: the checked sampling options.
         batch_size: sequences at once; the next prompt starts when a sequence ends.
         progress: show a progress bar.
 
@@ -330,7 +330,7 @@ class _Engine:
             self.denoising.append(DenoisingBatch(alike, state))
 
     def _denoise(self) -> Iterator[Event]:
-        """Make one denoising step of every image, those of one shape in one forward pass."""
+        """Make one denoising step of every image; one forward pass for each shape."""
         for shape in dict.fromkeys(batch.latent_shape for batch in self.denoising):
             self._denoise_alike([b for b in self.denoising if b.latent_shape == shape])
         finished = [batch for batch in self.denoising if batch.state.finished]

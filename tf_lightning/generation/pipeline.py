@@ -77,7 +77,7 @@ class TransfusionPipeline:
         Args:
             net: the network.
             tokenizer: the tokenizer of its text.
-            checkpoint: what a checkpoint holds beside the weights: hyper_parameters, image_codec
+            checkpoint: the other entries of a checkpoint: hyper_parameters, image_codec
                 (see `autoencoder/recorded.py`), row_length, global_step, and `weights`, "ema" or
                 "raw".
             autoencoder: name of the autoencoder; None: the one that the checkpoint records.

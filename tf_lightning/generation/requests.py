@@ -132,7 +132,7 @@ class GenerationModel:
     def output_shape(self, prompt: Document, plan: GenerationPlan) -> LatentShape | None:
         """Return the (C, h, w) of the images that are generated after a prompt.
 
-        It is the requested one, else that of the last image in the prompt, else the model's.
+        It is the requested shape, else the shape of the prompt's last image, else the model's.
         """
         shapes = [tuple(part.shape) for part in prompt if is_image(part)]
         if plan.latent_shape or self.net.num_codes or not shapes:

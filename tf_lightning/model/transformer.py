@@ -249,7 +249,7 @@ class Block(nn.Module):
         return norm(x) if self.pre_norm else x
 
     def branch_output(self, norm: nn.Module, out: Tensor) -> Tensor:
-        """Return what a residual branch adds to x: normalized with post-norm, with dropout."""
+        """Return the output of a residual branch after dropout, normalized with post-norm."""
         return self.dropout(out if self.pre_norm else norm(out))
 
 

@@ -91,7 +91,7 @@ class TransfusionModel(nn.Module):
             noised_latents: x_t of the batch's images, (M, C, H, W).
             t: noise levels of the images, (M,) in [0, 1].
             attend: attention of this batch.
-            score: what to compute from logits and their targets, such as a loss of each target.
+            score: a function of logits and their targets, such as the loss of each target.
                 The logits of many targets are then never in memory together.
 
         Returns:

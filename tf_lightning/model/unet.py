@@ -4,7 +4,7 @@ This is the U-Net of Nichol & Dhariwal (2021), made of diffusers' blocks, with t
 its middle (Transfusion Sec. 4.1; LMFusion Sec. 3.1: h_in = UNetDown(x_t, t), eps = UNetUp(h_out, t,
 h_in)). Every residual block adds the timestep embedding and every norm is a plain layer norm; the
 original scales and shifts the norms by t (Transfusion footnote 7). At the patches' resolution it
-has bidirectional attention within the image, whatever the Transformer's mask.
+has bidirectional attention within the image, also if the Transformer is causal.
 
 Shapes: M images, C x h x w latents, P patch size, N = (h / P) * (w / P) patches, D model dim.
 """

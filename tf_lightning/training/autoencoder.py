@@ -331,7 +331,7 @@ class AutoencoderModule(L.LightningModule):
         return made, values | {"loss": loss}
 
     def step_values(self, batches: list[ImageBatch]) -> StepValues:
-        """Restart dead codes, and compute what several batches of a step have in common.
+        """Restart dead codes, and compute the values that several batches of a step share.
 
         With one batch, `batch_losses` computes these values itself.
         """

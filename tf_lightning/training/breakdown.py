@@ -60,7 +60,7 @@ class LossBreakdown:
         self.sums.index_add_(1, places, torch.stack([values, terms]))
 
     def take_means(self, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the means that have terms, by name, and start anew.
+        """Return the means that have terms, by name, and reset all sums.
 
         Args:
             over_ranks: returns the sum, or the mean, of a tensor over all ranks.

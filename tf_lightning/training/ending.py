@@ -79,7 +79,8 @@ class Ending:
 
         Args:
             trainer: trainer of the run.
-            error: what ends this rank. Its attribute `on_all_ranks` is set if all ranks raise it.
+            error: the error that ends this rank. Its attribute `on_all_ranks` is set if all ranks
+                raise it.
             is_sharded: whether all ranks have to save together; then they are given time to fail.
         """
         self.is_leaving.set()

@@ -67,7 +67,7 @@ def sharding_mesh(data_parallel: DeviceMesh, shard_size: int | None) -> DeviceMe
 
 
 class DrawWhole(TorchFunctionMode):
-    """Within this context, random initial values are those of a network that is not sharded.
+    """Let random initial values in this context equal those of a network that is not sharded.
 
     A sharded tensor is drawn whole, in memory for one tensor, and each rank keeps its part. For a
     tensor on the meta device, the same numbers are drawn and dropped. Constructors on the meta

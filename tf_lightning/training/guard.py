@@ -42,8 +42,8 @@ class StepGuard:
         """Drop the gradients of a step that is to be left out, so that no optimizer uses them.
 
         Args:
-            module: what is trained, with its gradients; it logs `train/steps_left_out`, the number
-                of steps since the run began.
+            module: the trained module, with its gradients; it logs `train/steps_left_out`, the
+                number of steps since the run began.
             loss: this rank's loss of the step.
             norm: the norm of its gradient, the same on every rank.
 
@@ -147,7 +147,7 @@ def check_finite(checkpoint: dict[str, Any], trainer: L.Trainer, alone: bool = F
     It is found before anything is written, so the checkpoints on the disk stay as they are.
 
     Args:
-        checkpoint: what will be saved.
+        checkpoint: the checkpoint that will be saved.
         trainer: trainer of the run.
         alone: the other ranks do not call this.
 

@@ -17,7 +17,7 @@ from tf_lightning.data.stream import StreamData
 def epochs_to_steps(trainer: L.Trainer) -> None:
     """Replace the limits in epochs of a fit by limits in optimizer steps.
 
-    An epoch is what the data module says, see `StreamData.rows_per_epoch`, and a whole number of
+    The data module defines an epoch, see `StreamData.rows_per_epoch`; it is a whole number of
     steps. Where steps are limited too, the earlier end and the later beginning count. Without a
     limit in steps, validations that are given in epochs (`check_val_every_n_epoch`) count epochs of
     the data too.

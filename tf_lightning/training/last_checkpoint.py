@@ -48,7 +48,7 @@ class LastCheckpoint(Checkpoint):
         self.saved_step = checkpoint["global_step"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start from a state that needs no saving: the first one, or that of a checkpoint."""
+        """Start from a state that needs no saving: the initial one, or a checkpoint's."""
         self.step = self.saved_step = trainer.global_step
         resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve()
         if resumed and resumed.parent == Path(self.saver.dirpath).resolve():
@@ -76,7 +76,7 @@ class LastCheckpoint(Checkpoint):
         wait_for_saves(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for what the ModelCheckpoint has saved since."""
+        """Wait until the ModelCheckpoint's saves are written."""
         wait_for_saves(trainer)
 
     def on_exception(

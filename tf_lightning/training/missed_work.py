@@ -17,8 +17,8 @@ class MissedWork(Checkpoint):
 
     Lightning skips the validation after the step of a checkpoint when it resumes, and does nothing
     at all if no step remains. A run that was killed in a validation, or in the work of callbacks at
-    the end of training, would stay without their results. It is the last of the callbacks, so that
-    it records what all others have done.
+    the end of training, would stay without their results. It is the last callback, so that
+    it records that all others are done.
     """
 
     def __init__(self):
@@ -36,7 +36,7 @@ class MissedWork(Checkpoint):
         """Let the loop begin although no step remains, if the end of the run was not completed."""
         if self.resumed_step is None:
             return
-        # Rank zero decides, before any rank writes the record anew.
+        # Rank zero decides before any rank replaces the record.
         self.progress = trainer.strategy.broadcast(read_progress(Path(trainer.default_root_dir)))
         if self.progress and self.progress["finished_step"] != self.resumed_step:
             loop = trainer.fit_loop.epoch_loop

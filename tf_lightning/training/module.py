@@ -101,8 +101,8 @@ class Transfusion(L.LightningModule):
         latent_channels: channels of the autoencoder's latents.
         unet: sizes of a U-Net patch coder; null: a linear patch coder.
         linear: options of the linear patch coder; null: the paper's options.
-        prediction_type: what the network predicts: epsilon (paper) or v_prediction of DDPM, or
-            flow, which is the velocity of rectified flow.
+        prediction_type: output of the network: epsilon (paper) or v_prediction of DDPM, or flow,
+            which is the velocity of rectified flow.
         noise_schedule: noise schedule of DDPM, "cosine" (paper) or "linear".
         num_train_timesteps: number of timesteps of the DDPM noise schedule.
         learned_sigma: also predict the variance of each DDPM step (iDDPM, DiT).
@@ -301,7 +301,7 @@ class Transfusion(L.LightningModule):
         return self.loaded_weights if self.ema is None else "ema"
 
     def setup(self, stage: str) -> None:
-        """Check trainer and data, and keep what a checkpoint needs besides the weights."""
+        """Check trainer and data, and keep the entries of a checkpoint besides the weights."""
         data = self.trainer.datamodule
         check_precision(self.trainer.precision)
         if stage == "fit":
@@ -576,7 +576,7 @@ class Transfusion(L.LightningModule):
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add what generation needs: the tokenizer, the autoencoder's identity, the row length.
+        """Add the entries for generation: tokenizer, identity of the autoencoder, row length.
 
         Raises:
             UserError: a weight is not finite, or the ranks have different weights.
@@ -610,14 +610,14 @@ class Transfusion(L.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, map_location, **arguments)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Restore the tokenizer, what is known of the autoencoder, the row length and the step.
+        """Restore the tokenizer, the identity of the autoencoder, the row length and the step.
 
         Raises:
             UserError: the data has another tokenizer or autoencoder than the checkpoint, or the run
                 resumes with another value of a hyper-parameter that cannot change.
         """
         upgrade(checkpoint)
-        # Without ckpt_path the weights are those that InitFrom starts a new run with.
+        # Without ckpt_path, InitFrom loads these weights into a new run.
         if self._trainer is not None and self.trainer.state.fn == "fit" and self.trainer.ckpt_path:
             check_resumed(self.hparams, checkpoint, CHANGEABLE, SWITCHES)
         count_steps(checkpoint)

@@ -1,6 +1,6 @@
 """Optimizers: parameter groups, learning-rate schedule, AdamW and Muon.
 
-A checkpoint holds the state of an optimizer; rates, decays and schedule are those of the run's
+A checkpoint holds the state of an optimizer. Rates, decays and schedule come from the run's
 configuration, also when it resumes.
 
 Shapes: n matrices of one shape (a, b), a <= b.
@@ -156,7 +156,7 @@ def keep_options(optimizer: torch.optim.Optimizer) -> None:
 
 
 def with_schedule(optimizer: torch.optim.Optimizer, scale: Callable[[int], float]) -> dict:
-    """Return what `configure_optimizers` returns: the optimizer and its learning-rate schedule.
+    """Return the optimizer and its learning-rate schedule in the form of `configure_optimizers`.
 
     Args:
         optimizer: its rates are the peak rates.

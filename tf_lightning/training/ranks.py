@@ -24,7 +24,7 @@ def check_same_weights(module: L.LightningModule, alone: bool = False) -> None:
     """Compare all weights and buffers that every rank holds completely.
 
     Args:
-        module: what is trained.
+        module: the trained module.
         alone: the other ranks do not call this; then only an earlier result counts.
 
     Raises:

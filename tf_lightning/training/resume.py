@@ -22,9 +22,9 @@ def check_resumed(
 
     Args:
         hparams: hyper-parameters of the module that resumes.
-        checkpoint: what was saved.
-        changeable: names of those that take effect when a run resumes.
-        switches: those of them that add weights, so that 0 must stay 0.
+        checkpoint: the checkpoint.
+        changeable: names of hyper-parameters that take effect when a run resumes.
+        switches: changeable ones that add weights if they are not 0, so that 0 must stay 0.
 
     Raises:
         UserError: another one differs, or the checkpoint has no state of the optimizer.

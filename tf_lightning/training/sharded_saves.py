@@ -146,7 +146,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 remove(writer.path)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Remove a checkpoint when those that were begun are complete."""
+        """Remove a checkpoint when all saves that have begun are complete."""
         self.saves.submit(super().remove_checkpoint, filepath)
 
     def load_checkpoint(
@@ -211,7 +211,7 @@ def new_partial(folder: Path) -> Path:
 
 
 def call_when_saved(trainer: L.Trainer, function: Callable, *args: Any) -> None:
-    """Call a function when the checkpoints of a run that were begun are complete."""
+    """Call a function when all saves of a run that have begun are complete."""
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.saves.submit(function, *args)
     else:
@@ -219,6 +219,6 @@ def call_when_saved(trainer: L.Trainer, function: Callable, *args: Any) -> None:
 
 
 def wait_for_saves(trainer: L.Trainer, seconds: float | None = None) -> None:
-    """Wait until the checkpoints of a run that were begun are complete; raise an error of one."""
+    """Wait until all saves of a run that have begun are complete; raise the first error."""
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.saves.wait(seconds)

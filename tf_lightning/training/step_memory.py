@@ -64,7 +64,7 @@ class StepTracker(MemTracker):
 
 
 class PlannedAttention(DenseAttention):
-    """Allocates what FlexAttention does: no scores, and no mask of all pairs of positions."""
+    """Allocates as much as FlexAttention: no scores, and no mask of all pairs of positions."""
 
     def __init__(self, batch: Batch):
         self.batch = batch
@@ -180,7 +180,7 @@ def fake_ranks(num_ranks: int, shard_size: int | None) -> Iterator[Mapping[str, 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide torch's warnings about tensors without memory, and what a trainer says when built."""
+    """Hide torch's warnings about tensors without memory, and the messages of a new trainer."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -36,7 +36,7 @@ def encoded_tokenizer(folder: Folder) -> Tokenizer:
 
 
 def find_corpora(folder: Folder, name: str, split: Split) -> list[str]:
-    """Name the finished corpora of a source and split, whatever settings they were made with."""
+    """Name the finished corpora of a source and split, with any settings."""
     pattern = re.compile(f"{re.escape(name)}-{split}-[0-9a-f]{{12}}")
     return [found for found in folder.folders() if pattern.fullmatch(found)]
 

@@ -157,7 +157,7 @@ Folder = LocalFolder | RemoteFolder
 
 @dataclass(frozen=True)
 class RemoteCopy:
-    """A remote file and what the cache has of it: blocks, or the whole file.
+    """A remote file and its copy in the cache: some blocks, or the whole file.
 
     Attributes:
         url: URL of the file.
@@ -179,7 +179,7 @@ class RemoteCopy:
                 if not self.path.exists():
                     self._copy_whole()
         with suppress(FileNotFoundError):
-            os.utime(self.path)  # what was used last stays in the cache
+            os.utime(self.path)  # recently used files stay in the cache
         return self.path
 
     def read(self, first: int, end: int) -> bytes:

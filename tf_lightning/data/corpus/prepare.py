@@ -109,7 +109,7 @@ def plan_corpus(
         row_length: positions in a row.
         patch_size: side of a patch in latent pixels.
         time_token: whether each image takes one more position, for its timestep.
-        image_storage: what is stored of each image.
+        image_storage: the form in which images are stored.
     """
     origin = [
         FORMAT,

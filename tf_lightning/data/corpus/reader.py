@@ -89,7 +89,7 @@ class Corpus(Dataset):
         image_shape: (C, h, w) of the latents, the most frequent one if they differ; None without
             images.
         image_shapes: the (C, h, w) of all latents, each with its number of images.
-        image_storage: what is stored of each image.
+        image_storage: the form in which images are stored.
         skipped: number of skipped samples by reason.
         origin: everything that determined the content, as `PrepareJob.origin` lists it.
         num_images: number of images.

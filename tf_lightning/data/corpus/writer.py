@@ -44,7 +44,7 @@ class CorpusWriter:
         row_length: positions in a row; no document is longer.
         patch_size: side of a patch in latent pixels.
         time_token: whether each image takes one more position.
-        image_storage: what is stored of each image.
+        image_storage: the form in which images are stored.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class CorpusWriter:
 
     @torch.no_grad()
     def _encode_waiting(self) -> None:
-        """Encode the queued images, those of one size together, and append them in order."""
+        """Encode the queued images, together for each size, and append them in order."""
         sizes = [image.size for image, _ in self.waiting]
         encoded: dict[int, np.ndarray] = {}
         for size in dict.fromkeys(sizes):
@@ -277,7 +277,7 @@ class CorpusWriter:
             check_std(self.latent_moments, self.pixel_moments, len(indices), warn=False)
 
     def _image_name(self, index: int) -> str:
-        """Return what to call a queued image in a message: its number and its file, if any."""
+        """Return the name of a queued image in a message: its number and its file, if any."""
         number = self.num_images - len(self.waiting) + index
         place = byte_range(self.waiting[index][0].info.get("file"))
         path, offset, _ = place or ("", 0, 0)

@@ -250,7 +250,7 @@ def _caption_format(file: Path) -> str:
 
 
 def _format_by_name(file: Path) -> str:
-    """Return what `_caption_format` returns, without reading the file or its copy in the cache."""
+    """Return the result of `_caption_format` by the name alone; neither file nor copy is read."""
     kind = format_by_name(file)
     if kind == "json":
         return "rows" if ".jsonl" in file.name else "object"
@@ -270,8 +270,8 @@ class SeveralLayouts(Source):
     """Captioned images in several layouts, one source for each.
 
     Args:
-        sources: what is trained on; each holds out its own share if there are no `val_sources`.
-        val_sources: what is validated on, as their `val_paths`.
+        sources: sources of the training documents; without `val_sources`, each holds out its share.
+        val_sources: sources of the validation documents, read from their `val_paths`.
     """
 
     sources: list[CaptionSource]

@@ -31,7 +31,7 @@ Parts = list[str | bytes | Path | None]
 
 @dataclass(eq=False)
 class EditFiles(ImagePathSource):
-    """Image edits: documents [image, instruction, image], or longer ones such as chains of edits.
+    """Image edits: documents [image, instruction, image], or longer documents: chains of edits.
 
     - MagicBrush's folder: `edit_turns.json`, a list of {"input": "7-input.png", "output":
       "7-output1.png", "instruction": "..."}, beside `images/7/`.

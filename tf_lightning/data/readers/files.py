@@ -144,7 +144,7 @@ class FileSource(Source):
         return min(max(limit, lowest + 1), highest)
 
     def _hashed_samples(self) -> Iterator[tuple]:
-        """Yield what `samples` yields, with the hash of the key in place of the key."""
+        """Yield the items of `samples`, with the hash of the key in place of the key."""
         for file in self.files("train"):
             try:
                 with local_file(file) as path:

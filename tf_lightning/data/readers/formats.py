@@ -1,8 +1,8 @@
 """The format of a file, and its content as a stream of bytes, of lines or of texts.
 
-The first bytes of a file decide what it is; its suffix is asked only where they do not. Files are
-read as streams and decompressed on the way (gz, zst, bz2, xz). If a file is damaged, iterators over
-its records yield those before the damage and then raise BadSample.
+The first bytes of a file determine its format. Its suffix counts only where they do not suffice.
+Files are read as streams and decompressed on the way (gz, zst, bz2, xz). If a file is damaged,
+iterators over its records yield those before the damage and then raise BadSample.
 
 Every record has a limit that is checked before it is read, so that small hostile files cannot fill
 the memory.
@@ -29,7 +29,7 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz", ".tgz":
 COMPRESSION_MAGIC = {
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\0": "xz",
 }  # fmt: skip
-START = 2**16  # bytes that are read to find out what a file is
+START = 2**16  # bytes that are read to recognize a format
 MAX_BYTES = 2**24  # of a line or a JSON value; parsed JSON takes up to 20 times as much
 MAX_RATIO = 100  # of decompressed to compressed bytes of a file of more than MAX_BYTES
 MAX_SAMPLE = 2**27  # bytes of all files of a sample in a tar, or of a row of parquet

@@ -25,7 +25,7 @@ class SampleIds:
 
     Args:
         file: path of the file.
-        name: what ids call it, such as the URL of a remote file; "": its path.
+        name: its name in ids, such as the URL of a remote file; "": its path.
     """
 
     def __init__(self, file: Path, name: str = ""):

@@ -70,7 +70,7 @@ def parse_record(record: Any) -> Any:
 
 
 def parse_object(record: Any) -> dict[str, Any]:
-    """Do what `parse_record` does for a JSON object.
+    """Parse a record as `parse_record` does; it must be a JSON object.
 
     Raises:
         BadSample: the record is not a JSON object.
@@ -201,7 +201,7 @@ def json_items(file: Path) -> Iterator[tuple[str | None, Any]]:
     If the value of a key is an array, an empty list is yielded for it and then each of its items.
 
     Raises:
-        BadSample: the file is not JSON, or damaged after what was yielded.
+        BadSample: the file is not JSON, or damaged after the values that were yielded.
     """
     try:
         with io.TextIOWrapper(open_stream(file), "utf-8-sig") as stream:

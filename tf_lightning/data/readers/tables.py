@@ -116,7 +116,7 @@ PARQUET_ERRORS = (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowExce
 def read_parquet(
     file: Path, columns: Iterable[str], option: str = ""
 ) -> Iterator[dict[str, Any] | BadSample]:
-    """Iterate over the rows of a parquet file, with those of `columns` that it has.
+    """Iterate over the rows of a parquet file; only existing ones of `columns` are read.
 
     Other columns are None, so that a message about a missing one can name them. A BadSample stands
     for a row whose values cannot be converted, such as text that is not UTF-8.
@@ -228,7 +228,7 @@ def _size(column: pyarrow.Array) -> tuple[int, int]:
 
 
 def missing(what: str, found: Iterable[str], wanted: Iterable[str], option: str = "") -> str:
-    """Say that nothing has one of the wanted names: "no caption: found ..., wanted one of ..."."""
+    """Return a message such as "no caption: found alt, image; wanted one of text, caption"."""
     names = ", ".join(sorted(str(name)[:40] for name in found)[:24])
     text = f"no {what}: found {names or 'nothing'}; wanted one of {', '.join(wanted)}"
     return f"{text}; choose with {option}" if option else text

@@ -19,7 +19,7 @@ class TextFiles(FileSource):
     """Text: each plain text file, JSON record and row of CSV or parquet is a document.
 
     JSON records are the lines of a file, or the items of one array, which may be {"data": [...]}. A
-    text that is a list is one of lines. The content of a file decides what it is. All but parquet
+    text may be a list of lines. The content of a file decides what it is. All but parquet
     may be compressed (.gz, .zst, .bz2, .xz).
 
     Args:
