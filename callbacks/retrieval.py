@@ -255,7 +255,7 @@ def judge(
 def judge_variants(
     generated: Sequence[Image.Image], asked: Sequence[Example], known: Iterable[Example]
 ) -> list[Verdict]:
-    """Judge the images of those prompts that contain images among the variants of these.
+    """Judge the images of the prompts with images, among the variants of these images.
 
     Args:
         generated: an image for each prompt.

@@ -324,7 +324,7 @@ def describe_all(data: Mixture) -> list[str]:
 
 
 def describe_padding(data: Mixture) -> list[str]:
-    """Tell the share of padding in an epoch of each source, and the mean length of a document."""
+    """Describe the padding in an epoch of each source, and the mean length of its documents."""
     streams = data.training_rows().corpora
     return [
         f"{name} train: documents of {rows.mean_length:,.0f} positions on average, packed into "

@@ -49,7 +49,7 @@ def format_warning(
     lineno: int,
     line: str | None = None,
 ) -> str:
-    """Format a warning like an error of a command; those of other packages keep their place."""
+    """Format a warning like an error of a command; others keep their file and line."""
     if issubclass(category, UserWarning) and not {*PACKAGES}.isdisjoint(Path(filename).parts):
         return f"tf-lightning: warning: {' '.join(str(message).split())}\n"
     return default_format(message, category, filename, lineno, line)

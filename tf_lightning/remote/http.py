@@ -1,4 +1,4 @@
-"""GET requests over HTTP that read a range of bytes, and say which version of the file it is of."""
+"""GET requests over HTTP for a range of bytes, with the version of the file that is sent."""
 
 from collections.abc import Callable, Mapping
 from typing import BinaryIO
@@ -28,7 +28,7 @@ def get(
     Args:
         fs: fsspec's file system for HTTP.
         url: URL of the file.
-        stream: what is written to.
+        stream: receives the bytes.
         start: first byte.
         end: the byte after the last one; None: ask for the whole file.
         limit: bytes of a whole file, after which reading stops; None: a whole file is not read.

@@ -87,12 +87,12 @@ def request(url: str, function: Callable, *arguments, **options) -> Any:
         delay = min(2 * delay, LONGEST_DELAY)
 
 
-# The hosts of which a person was told that a request failed.
+# The hosts whose failing requests were reported.
 _told: set[tuple[str, str]] = set()
 
 
 def _tell_once(url: str, kind: str) -> None:
-    """Say that a request failed and is repeated, for the first one to a host."""
+    """Print that a request failed and is repeated, once for each host."""
     scheme, host, *_ = split_url(url)
     if (scheme, host) not in _told:
         _told.add((scheme, host))

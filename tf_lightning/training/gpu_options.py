@@ -1,4 +1,4 @@
-"""What the options that only newer GPUs have need: fp8 and FlashAttention 4."""
+"""Checks of the options that need newer GPUs: fp8 and FlashAttention 4."""
 
 import importlib.util
 
@@ -23,7 +23,7 @@ def check_fp8(recipe: str, config: TransformerConfig, precision: str, device: to
         recipe: torchao's name of a way to scale.
         config: sizes of the Transformer.
         precision: the trainer's.
-        device: what it trains on.
+        device: device of the training.
 
     Raises:
         UserError: torchao, the GPU, bf16 or a size that fp8 needs is missing.
@@ -60,7 +60,7 @@ def check_flash(config: TransformerConfig, precision: str, device: torch.device)
     Args:
         config: sizes of the Transformer.
         precision: the trainer's.
-        device: what it trains on.
+        device: device of the training.
 
     Raises:
         UserError: flash-attn-4, the GPU, a precision or a head dim that they need is missing.
@@ -89,7 +89,7 @@ def check_flash(config: TransformerConfig, precision: str, device: torch.device)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Return the CUDA compute capability of a device; (0, 0) if it is none of CUDA."""
+    """Return the CUDA compute capability of a device; (0, 0) for other devices."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 

@@ -92,7 +92,7 @@ class StepGuard:
             raise UserError(describe_end(trainer, int(self.in_a_row)))
 
     def can_mark(self, trainer: L.Trainer, norm: Tensor) -> bool:
-        """Return whether `mark` does the work of `check` in a run, and is faster."""
+        """Return whether `mark` can replace `check` in a run, and is faster."""
         is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         leave_out_alone = all(map(leaves_out_alone, trainer.optimizers))
         return norm.is_cuda and leave_out_alone and not is_scaled and self.spike_sigma is None

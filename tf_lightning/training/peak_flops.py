@@ -42,7 +42,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
     Args:
         device: the device.
-        dtype: what matrices are multiplied in; torch.float8_e4m3fn for fp8.
+        dtype: type of the matrices; torch.float8_e4m3fn for fp8.
 
     Returns:
         None for CPUs, and with a warning for GPUs of unknown speed.
@@ -67,6 +67,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def short_name(name: str) -> str:
-    """Return what tells apart GPUs of different speed, such as H100 PCIE or RTX 4090."""
+    """Return the part of a GPU's name that determines its speed, such as H100 PCIE."""
     words = re.split(r"[\s-]+", name.upper())
     return " ".join(word for word in words if word and not WITHOUT_EFFECT.fullmatch(word))

@@ -284,7 +284,7 @@ def num_samples_of(job: PrepareJob, numbers: list[int]) -> int | None:
 
 
 def _prepare_in_processes(job: PrepareJob, numbers: list[int], processes: int) -> Iterator[int]:
-    """Prepare these shards in several processes; yield what `_prepare_shard` returns of each."""
+    """Prepare these shards in several processes; yield the results of `_prepare_shard`."""
     # "spawn", because a forked copy of a process with threads may deadlock.
     context = multiprocessing.get_context("spawn")
     stopped = context.Event()

@@ -77,7 +77,7 @@ def read_names(file: Path, shown: str) -> dict[str, str]:
 
     Args:
         file: the file, or its copy.
-        shown: what messages call it.
+        shown: its name in messages.
 
     Raises:
         UserError: the file cannot be read or contains no names.

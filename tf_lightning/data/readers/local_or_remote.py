@@ -91,7 +91,7 @@ def local_file(file: Path | RemoteFile) -> Iterator[Path]:
 
 
 def refuse_web_page(copied: Path) -> None:
-    """Check that a server has sent a file, and not a web page that says something about it.
+    """Check that a server has sent a file, and not a web page such as an error message.
 
     Raises:
         BadSample: it has sent a web page.
