@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/plan_sizes.py [SIZE ...]
 
-Each value is that of a `tf-lightning plan` of a size's recipe. A batch has the recipe's rows, or
-fewer on 256 GPUs, and as many batches are accumulated as give the paper's 512 rows a step. Peaks
+Each value is that of a `tf-lightning plan` of a size's recipe, sharded over all GPUs: `shard_size`,
+if the recipe has one, is left out. A batch has the recipe's rows, or fewer on 256 GPUs, and as many batches are accumulated as give the paper's 512 rows a step. Peaks
 that do not fit are in brackets. It needs no GPU, and some minutes of CPU time.
 """
 
@@ -32,7 +32,7 @@ def plan_of(size: str, num_gpus: int, mode: str) -> Plan:
     files = ["-c", "configs/paper/transfusion.yaml", "-c", f"configs/paper/{size}.yaml"]
     plan = read_plan(build_config(files, plan_parser()), num_gpus)
     rows = min(plan.batch_size, ROWS // num_gpus)
-    hparams = {**plan.hparams, "activation_checkpointing": mode}
+    hparams = {**plan.hparams, "activation_checkpointing": mode, "shard_size": None}
     return replace(plan, hparams=hparams, batch_size=rows, accumulate=ROWS // num_gpus // rows)
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from support import autoencoder_runs, runs
+from support.compare import bit_equal
+from support.sharded_folders import write_sharded
 from support.tiny import SIZES
 from tf_lightning.checkpoint import AUTOENCODER, OLD_CONFIGS, read_checkpoint, select_weights
 from tf_lightning.cli.main import main
@@ -139,6 +141,23 @@ def test_a_checkpoint_from_python_names_no_class_of_ours(tmp_path):
     assert UNetConfig(**hparams["unet"]) == unet
     again = Transfusion.load_from_checkpoint(tmp_path / "python.ckpt", map_location="cpu")
     assert again.config == config and again.unet == unet
+
+
+def test_a_module_loads_a_sharded_folder_and_the_folder_of_a_run(new, tmp_path):
+    """As the same checkpoint in a file; the weights are read when the module exists."""
+    file = Transfusion.load_from_checkpoint(new, map_location="cpu", lr=0.5)
+    run = tmp_path / "run"
+    checkpoint = torch.load(new, weights_only=True)
+    folder = write_sharded(checkpoint, run / "checkpoints" / "step0000003.ckpt", num_files=2)
+    for path in (folder, str(run)):
+        sharded = Transfusion.load_from_checkpoint(path, map_location="cpu", lr=0.5)
+        assert sharded.hparams == file.hparams and sharded.hparams.lr == 0.5
+        assert bit_equal(sharded.state_dict(), file.state_dict())
+        assert sharded.tokenizer_proto == file.tokenizer_proto
+        assert sharded.loaded_step == file.loaded_step > 0
+    assert Transfusion.load_from_checkpoint(folder, "meta").device.type == "meta"
+    with pytest.raises(UserError, match="do not fit this model"):
+        Transfusion.load_from_checkpoint(folder, latent_channels=5)
 
 
 def test_an_old_checkpoint_has_the_hyper_parameters_of_a_new_one(old, new):

@@ -79,18 +79,35 @@ def test_a_size_is_the_models_and_says_its_flops(size, parsed):
     (said,) = re.findall(r"6 N D = (\S+) FLOPs", (ROOT / size).read_text())
     assert float(said) == pytest.approx(flops_6nd(module.net, 250_000 * TOKENS), rel=0.03)
     given = yaml.safe_load((ROOT / "configs" / "model" / Path(size).name).read_text())
-    assert module.hparams.transformer["dim"] == given["transformer"]["dim"]
+    sizes, coder = given.pop("transformer"), module.hparams
+    assert sizes.items() <= module.hparams.transformer.items()
+    assert given == {name: coder[name] for name in ("patch_size", "latent_channels")}
 
 
-def test_the_two_largest_models_are_sharded_over_all_ranks(parsed):
-    trainers = {Path(size).stem: parsed[size]["trainer"] for size in SIZES}
-    meshes = {
-        name: t["strategy"]["init_args"] for name, t in trainers.items() if t["strategy"] != "auto"
-    }
-    assert meshes.keys() == {"1.4b", "7b"}
-    for name, mesh in meshes.items():
-        trainer = trainers[name]
-        assert mesh["data_parallel_size"] == trainer["devices"] * trainer["num_nodes"]
+@pytest.mark.parametrize("size", SIZES)
+def test_the_two_largest_models_are_sharded_over_the_gpus_of_a_node(size, parsed):
+    trainer, model = parsed[size]["trainer"], parsed[size]["model"]["init_args"]
+    assert model["activation_checkpointing"] == "none"
+    if Path(size).stem not in ("1.4b", "7b"):
+        assert trainer["strategy"] == "ddp" and "shard_size" not in model
+        return
+    strategy, ranks = trainer["strategy"], trainer["devices"] * trainer["num_nodes"]
+    assert strategy["class_path"].endswith(".ModelParallelStrategy")
+    assert strategy["init_args"]["data_parallel_size"] == ranks
+    assert model["shard_size"] == trainer["devices"] == 8
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_run_measures_itself_and_saves_between_its_validations(size, parsed):
+    config = parsed[size]
+    trainer, data = config["trainer"], config["data"]["init_args"]
+    assert data["tokenizer"] == "Llama-2-7b-hf"
+    assert 250_000 % trainer["val_check_interval"] == 0 and trainer["val_check_interval"] == 10_000
+    assert config["checkpoint"]["every_n_train_steps"] == 2_500
+    metrics = config["evaluate"]["init_args"]["metrics"]
+    fid, clip = (metric["init_args"] for metric in metrics)
+    assert [m["class_path"].rpartition(".")[2] for m in metrics] == ["ImageQuality", "CLIPScore"]
+    assert (fid["extractor"], clip["model"]) == ("inception", "ViT-L-14")
 
 
 def test_the_job_starts_one_task_for_each_device_of_its_recipe(parsed):
@@ -103,4 +120,6 @@ def test_the_job_starts_one_task_for_each_device_of_its_recipe(parsed):
     assert str(trainer["num_nodes"]) == asked["nodes"] and batch_rows(config) * ROW == TOKENS
     assert asked["signal"].startswith("SIGUSR1@")  # to srun's tasks, which Lightning listens to
     assert config["ckpt_path"] == "last"
+    workers = config["data"]["init_args"]["num_workers"]
+    assert int(asked["cpus-per-task"]) > workers and '--cpus-per-task="$SLURM_CPUS' in text
     subprocess.run(["bash", "-n", str(JOB)], check=True)

@@ -101,6 +101,53 @@ def test_more_rows_a_step_are_told(tmp_path, capsys, needs):
     assert last.endswith("--model.ema_device cpu --gpus 8 (2 times as many rows a step)")
 
 
+def test_the_rows_of_the_configurations_gpus_are_told_unless_a_batch_is_given(
+    tmp_path, capsys, needs
+):
+    config = ["plan", "-c", str(runs.write_config(tmp_path))]  # 1 GPU x 2 rows
+    accumulate = "--trainer.accumulate_grad_batches"
+    four = ["--trainer.devices", "4", accumulate, "3"]
+    told = {}
+    for name, options in {
+        "fewer": ["--trainer.devices", "4", "--gpus", "2"],
+        "rest": ["--trainer.devices", "4", "--gpus", "3"],
+        "same": ["--trainer.devices", "4"],
+        "auto": ["--trainer.devices", "auto", "--gpus", "3"],
+        "given": [*four, "--gpus", "2"],
+    }.items():
+        main([*config, *options])
+        told[name] = lines_of(capsys.readouterr().out).get("Rows a step")
+    fewer = "4, but 8 on the 4 GPUs of the configuration"
+    assert told == {
+        "fewer": f"{fewer}; {accumulate} 2 keeps 8",
+        "rest": "6, but 8 on the 4 GPUs of the configuration",
+        **dict.fromkeys(("same", "auto", "given")),
+    }
+
+
+def test_data_of_another_class_is_refused_and_can_be_described(
+    tmp_path, capsys, monkeypatch, fails, needs
+):
+    """The sentence names options that work."""
+    (tmp_path / "other_project.py").write_text(OTHER_DATA)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = {"class_path": "other_project.OwnData", "init_args": {"folder": "a"}}
+    config = runs.write_config(tmp_path, lambda config: config.update(data=own))
+    code, line = fails("plan", "-c", config, "--gpus", "2")
+    assert code == 1 and "data.batch_size, which other_project.OwnData does not have" in line
+    options = re.search("(--data Mixture .*)", line)[1].replace(" T ", " 256 ").replace(" B", " 3")
+    main(["plan", "-c", str(config), "--gpus", "2", *options.split()])
+    assert "2 GPUs x 3 rows" in capsys.readouterr().out and needs[0][1] == 3
+
+
+OTHER_DATA = """
+from tf_lightning.data.stream import StreamData
+
+class OwnData(StreamData):
+    def __init__(self, folder: str, batch_size: int = 2):
+        super().__init__(batch_size, 0)
+"""
+
 DEVICES = {"3": 3, "0,1": 2, "0,": 1, "[0, 2, 3]": 3}
 
 

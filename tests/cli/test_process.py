@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from support import runs
+from tf_lightning.checkpoint import read_checkpoint
 from tf_lightning.cli import main as program
 from tf_lightning.cli.main import explain_error, first_line, report_fault
 from tf_lightning.errors import UserError
@@ -85,6 +87,12 @@ def test_an_error_of_a_worker_is_told_without_its_traceback():
         (OSError(28, "No space left on device"), "No space left on device"),
         (OSError(13, "Permission denied", "a.png"), "a.png: Permission denied"),
         (MemoryError("7 GB"), "out of memory (7 GB); give a smaller --data.batch_size"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); give a smaller "
+            "--data.batch_size, --model.activation_checkpointing full, or more GPUs with "
+            "ModelParallelStrategy; `tf-lightning plan` says what fits",
+        ),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "--data.num_work"),
         (RuntimeError("a fault"), None),
         (KeyError("a fault"), None),
@@ -93,6 +101,16 @@ def test_an_error_of_a_worker_is_told_without_its_traceback():
 def test_errors_that_a_user_can_act_on_are_sentences(error, sentence):
     told = explain_error(error)
     assert told is None if sentence is None else sentence in told
+
+
+def test_a_step_without_enough_memory_ends_the_run_in_one_sentence(fails, tmp_path):
+    """It names three remedies, and the step before it is saved."""
+    config = runs.write_config(tmp_path, runs.only_checkpoints)
+    code, line = fails("fit", "-c", config, "--trainer.callbacks+=support.runs.OutOfMemory")
+    assert code == 1 and "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)" in line
+    for remedy in ("--data.batch_size", "--model.activation_checkpointing full", "more GPUs with"):
+        assert remedy in line
+    assert read_checkpoint(tmp_path / "run")["global_step"] == 1
 
 
 def test_a_fault_is_printed_where_no_file_can_be_written(monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """Callbacks for sharded runs whose checkpoints are written slowly."""
 
+import concurrent.futures
+import errno
 import os
 import signal
 import threading
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 
+from tf_lightning.sharded import ShardWriter
 from tf_lightning.training.sharded_saves import ShardedStrategy
 
 
@@ -52,3 +55,22 @@ class SignalInSave(HoldSaves):
             threading.Timer(1, self.release.release, [9]).start()
             if trainer.global_rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
+
+
+class FailSaves(L.Callback):
+    """Fills rank 1's disk at the checkpoint of step 4; that of step 2 is whole."""
+
+    def setup(self, trainer, pl_module, stage):
+        if trainer.global_rank == 1:
+            write = ShardWriter.write_data
+
+            def fail(writer, *arguments):
+                if writer.folder.name != "step0000002.ckpt":
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return write(writer, *arguments)
+
+            ShardWriter.write_data = fail
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 4:  # the thread is faster than the step
+            assert concurrent.futures.wait([trainer.strategy.saves.last], 60).done

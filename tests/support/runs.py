@@ -74,6 +74,14 @@ class SpoilLoss(L.Callback):
             self.hook.remove()
 
 
+class OutOfMemory(L.Callback):
+    """Takes all memory in the second step, as far as torch's error can tell."""
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
 class Disturb(L.Callback):
     """Changes one weight of rank 1 after the second step."""
 

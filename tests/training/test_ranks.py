@@ -4,12 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.multiprocessing import ProcessExitedException
 
 from support import ranks, runs
 from support.tiny import tiny_module
 from tf_lightning.errors import UserError
 from tf_lightning.training.ranks import check_same_weights, checksum
+from tf_lightning.training.step_memory import fake_ranks
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.bool])
@@ -38,6 +40,29 @@ def test_a_tensor_that_differs_is_named(monkeypatch, name):
         return check_same_weights(module)
     with pytest.raises(UserError, match=f"{len(changed)} of .* the first is {changed[0]}"):
         check_same_weights(module)
+
+
+@pytest.mark.parametrize("shard_size", [None, 2])
+def test_replicas_of_shards_are_compared(shard_size):
+    """Of four ranks: two groups of two have a copy each (HSDP), or all of them one (FSDP2)."""
+    with fake_ranks(4, shard_size) as mesh:
+        mesh = mesh["data_parallel"]
+        placements = [Replicate(), Shard(0)][-mesh.ndim :]
+        whole = torch.arange(12.0)
+        weight = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        mine, other = (checksum(part) for part in whole.chunk(shard_size or 4)[:2])
+        assert checksum(weight) == mine != other
+        sums = torch.stack([mine, other, mine, other])[:, None]
+        module = SimpleNamespace(trainer=SimpleNamespace(world_size=4), device="cpu")
+        module.state_dict = lambda: {"weight": weight}
+        module.all_gather = lambda ours: sums
+        check_same_weights(module)
+        sums = torch.stack([mine, other, mine, other + 1])[:, None]
+        if shard_size is None:  # there is nothing to compare
+            return check_same_weights(module)
+        with pytest.raises(UserError, match="1 of 1 tensors are not the same .* is weight"):
+            check_same_weights(module)
+        assert module.ranks_differ
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from support import ranks, runs, same_runs
 from tf_lightning.checkpoint import read_checkpoint, select_weights
 from tf_lightning.cli.main import main
+from tf_lightning.errors import UserError
 from tf_lightning.sharded import check_sharded
 from tf_lightning.training.sharded_saves import Saves, ShardedStrategy
 
@@ -50,6 +52,45 @@ def test_a_wait_that_times_out_keeps_the_save_and_its_error():
     with pytest.raises(ValueError, match="the disk is full"):
         saves.wait()
     assert done == []
+
+
+def test_a_failure_is_known_without_waiting():
+    saves, go = Saves(), threading.Event()
+    assert saves.failure is None
+    saves.submit(go.wait, 60)
+    assert saves.failure is None  # it is not done
+    saves.submit([].index, 4)
+    go.set()
+    with pytest.raises(ValueError) as first:
+        saves.last.result()
+    saves.submit(print)  # nothing is done after it
+    with pytest.raises(ValueError):
+        saves.last.result()
+    assert saves.failure is first.value
+    with pytest.raises(ValueError):
+        saves.wait()
+    assert saves.failure is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        CheckpointException("save", {1: (OSError(errno.ENOSPC, "No space left on device"), None)}),
+    ],
+)
+def test_a_save_that_fails_is_told_at_once_and_leaves_nothing(error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(dcp, "save", fail)
+    strategy = SimpleNamespace(is_global_zero=True, group=None)
+    (tmp_path / "partial").mkdir()
+    writer = SimpleNamespace(path=tmp_path / "partial", folder=tmp_path / "a.ckpt")
+    told = r"a.ckpt could not be written \(.*[Nn]o space left on .*; the earlier ones are whole"
+    with pytest.warns(UserWarning, match=told), pytest.raises(UserError, match=told):
+        ShardedStrategy.write(strategy, {}, writer)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_system_without_locks_gets_sharded_checkpoints(tmp_path, monkeypatch):
@@ -128,6 +169,26 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_resumes_on_other_ran
     assert whole.keys() == resumed.keys()
     for name in whole:
         torch.testing.assert_close(whole[name], resumed[name], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_end_at_the_next_step_after_a_save_that_failed_on_one(tmp_path):
+    """They would otherwise train on until the next save, here after step 6."""
+    config = runs.write_config(tmp_path, every_other)
+    fit = ["fit", "-c", str(config), "--trainer.devices=2", "--data.init_args.batch_size=2"]
+    fit += [f"--trainer.strategy={ranks.sharded(2)}"]
+    fit += ["--trainer.callbacks+=support.held_saves.FailSaves"]
+    ends = ranks.ends_of_ranks(fit, tmp_path / "log")
+    assert [code for code, _ in ends] == [1, 1], ends
+    failed = "step0000004.ckpt could not be written ([Errno 28] No space left on device); the earl"
+    for rank, (_, text) in enumerate(ends):
+        error = [line for line in text.splitlines() if line.startswith("tf-lightning: error: ")]
+        assert len(error) == 1 and failed in error[0]
+        assert text.count(failed) == 2 - rank  # rank zero also warns
+    run = tmp_path / "run"
+    assert [*same_runs.logged(run)["train/loss"]] == [*range(5)]
+    check_sharded(run / "checkpoints" / "last.ckpt")
+    assert read_checkpoint(run)["global_step"] == 2
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
-"""Sharded runs have the losses of one device: FSDP2 and HSDP, with and without checkpointing."""
+"""Sharded runs have the losses of one device: FSDP2 and HSDP, with and without checkpointing.
+
+`benchmarks/sharded_matrix.py` trains all combinations.
+"""
 
 import pytest
 
-from support.sharded_fits import STEPS, losses_of
+from support.sharded_fits import STEPS, train
 
 PLAIN = {"sizes": {"qk_norm": True, "tie_embeddings": True}}
 SEPARATE = {"sizes": {"modality_weights": "all"}, "z_loss_weight": 1e-4}
@@ -16,6 +19,7 @@ FOUR = [  # two groups of two ranks
     SEPARATE | {"shard_size": 2, "activation_checkpointing": "selective"},
     MUON | {"shard_size": 2, "reshard_after_forward": False},
 ]
+HALF = STEPS // 2
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +29,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(folder):
-    return losses_of(folder, 1, [PLAIN, SEPARATE, MUON])
+    return train(folder, 1, [{"options": options} for options in (PLAIN, SEPARATE, MUON)])
 
 
-def same(found: dict, expected: dict, rel: float) -> None:
-    for name, values in expected.items():
-        assert len(values) == STEPS and values == pytest.approx(found[name], rel=rel), name
+def same(found: dict, expected: dict, rel: float, first: int = 0) -> None:
+    for name in ("loss", "grad_norm"):
+        assert len(expected[name]) == STEPS
+        assert found[name] == pytest.approx(expected[name][first:], rel=rel), name
+    assert found["rows"] == expected["rows"][first:]
 
 
 @pytest.mark.slow
 def test_two_ranks_have_the_losses_of_one(folder, expected):
-    plain, separate, half = losses_of(folder, 2, TWO)
+    plain, separate, half = train(folder, 2, [{"options": options} for options in TWO])
     same(plain, expected[0], 1e-6)
     same(separate, expected[1], 1e-6)
     same(half, expected[0], 5e-2)
@@ -43,7 +49,25 @@ def test_two_ranks_have_the_losses_of_one(folder, expected):
 
 
 @pytest.mark.slow
-def test_four_ranks_have_the_losses_of_one(folder, expected):
-    adamw, muon = losses_of(folder, 4, FOUR)
-    same(adamw, expected[1], 1e-6)
-    same(muon, expected[2], 1e-6)
+def test_four_ranks_with_replicas_have_the_losses_of_one_and_resume_on_four_two_and_one(
+    folder, expected
+):
+    """On four ranks bit by bit. A sharded checkpoint of HSDP is resumed by FSDP2 and by one rank."""
+    saved = [folder / f"{number}.ckpt" for number in range(len(FOUR))]
+    cut = [
+        {"options": options, "save": save, "stop": HALF}
+        for options, save in zip(FOUR, saved, strict=True)
+    ]
+    again = [{"options": options, "start": save} for options, save in zip(FOUR, saved, strict=True)]
+    legs = [{"options": options} for options in FOUR] + cut + again
+    found = train(folder, 4, legs)
+    wholes, halves, resumed = found[:2], found[2:4], found[4:]
+    for whole, half, rest, one in zip(wholes, halves, resumed, expected[1:], strict=True):
+        same(whole, one, 1e-6)
+        assert half["loss"] + rest["loss"] == whole["loss"]
+        for name in ("weights", "optimizer"):
+            assert rest[name] == whole[name] != half[name]
+            assert whole[name][:2] == whole[name][2:] and whole[name][0] != whole[name][1]
+    for ranks in (2, 1):
+        [rest] = train(folder, ranks, [{"options": SEPARATE, "start": saved[0]}])
+        same(rest, expected[1], 1e-6, first=HALF)

@@ -345,6 +345,8 @@ def test_ranks_that_do_not_divide_are_refused():
         steps.check_shards(trainer, shard_size)
     with pytest.raises(UserError, match="shard_size=3 does not divide the 4 ranks; give a div"):
         steps.check_shards(trainer, 3)
+    with pytest.raises(UserError, match="shard_size=8 does not divide the 4 ranks; give a div"):
+        steps.check_shards(trainer, 8)
     with pytest.raises(UserError, match="data_parallel_size=4, but the number of ranks .* is 6"):
         steps.check_shards(SimpleNamespace(strategy=strategy, world_size=6), None)
     alone = SimpleNamespace(strategy=SingleDeviceStrategy(), world_size=1)

@@ -56,6 +56,9 @@ def run_plan(args: list[str]) -> None:
     plan = read_plan(build_config(rest, parser), given.gpus)
     memory = plan.memory()
     print(report(plan, memory, given))
+    sets_rows = any("batch_size" in word or "accumulate_grad_batches" in word for word in rest)
+    if not sets_rows and (note := plan.other_rows()):
+        print(f"{'Rows a step':14} {note}")
     print(verdict(plan, memory, given.gpu_memory))
 
 
@@ -113,6 +116,8 @@ class Plan:
     latent_shape: tuple[int, int, int] | None
     is_sharded: bool
     """Whether trainer.strategy is ModelParallelStrategy, which the plan assumes."""
+    configured_gpus: int | None
+    """Number of GPUs of the configuration; None if it depends on the machine."""
 
     def batch(self) -> Batch:
         """Return a batch of one rank, half of whose positions are patches if there are images."""
@@ -131,9 +136,26 @@ class Plan:
         return plan_memory(hparams, self.batch(), self.num_gpus, self.precision, self.accumulate)
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step."""
+        return self.batch_size * self.accumulate * self.num_gpus
+
+    @property
     def tokens_per_step(self) -> int:
         """Positions of all rows of an optimizer step."""
-        return self.row_length * self.batch_size * self.accumulate * self.num_gpus
+        return self.row_length * self.rows_per_step
+
+    def other_rows(self) -> str:
+        """Say how many rows a step of the configuration has, if it has other GPUs."""
+        if self.configured_gpus in (None, self.num_gpus):
+            return ""
+        rows = self.batch_size * self.accumulate * self.configured_gpus
+        batches, rest = divmod(rows, self.batch_size * self.num_gpus)
+        keep = "" if rest else f"; --trainer.accumulate_grad_batches {batches} keeps {rows:,}"
+        return (
+            f"{self.rows_per_step:,}, but {rows:,} on the {self.configured_gpus:,} GPUs of the "
+            f"configuration{keep}"
+        )
 
     def flops_per_step(self) -> float:
         """FLOPs of an optimizer step on all GPUs."""
@@ -166,23 +188,29 @@ def read_plan(config: Any, num_gpus: int | None) -> Plan:
         num_gpus: number of GPUs; None: the configuration's.
 
     Raises:
-        UserError: the model is no Transfusion model, or the number of GPUs depends on the machine.
+        UserError: the model is no Transfusion model, the data has no rows, or the number of GPUs
+            depends on the machine.
     """
     check_model(config.model.class_path)
+    check_rows(config.data)
     hparams = config.model.init_args.as_dict()
     for name in ("unet", "linear"):  # jsonargparse wraps an optional dataclass
         hparams[name] = (hparams[name] or {}).get("init_args", hparams[name])
     trainer, data = config.trainer, config.data.init_args
+    configured = configured_gpus(trainer)
+    if not (num_gpus or configured):
+        raise UserError(f"trainer.devices={trainer.devices} depends on the machine; give --gpus N")
     return Plan(
         hparams=hparams,
         row_length=data.row_length,
         batch_size=data.batch_size,
         accumulate=trainer.accumulate_grad_batches,
-        num_gpus=num_gpus or configured_gpus(trainer),
+        num_gpus=num_gpus or configured,
         precision=plan_precision(trainer.precision),
         max_steps=trainer.max_steps,
         latent_shape=latent_shape(data.as_dict(), hparams),
         is_sharded="ModelParallelStrategy" in str(trainer.strategy),
+        configured_gpus=configured,
     )
 
 
@@ -196,19 +224,28 @@ def check_model(class_path: str) -> None:
         raise UserError(f"plan works with Transfusion, but the model is {class_path}; give another")
 
 
-def configured_gpus(trainer: Any) -> int:
-    """Return the number of GPUs that a configuration asks for.
+def check_rows(data: Any) -> None:
+    """Refuse data of a class of the user that does not say how long and how many its rows are.
 
     Raises:
-        UserError: it depends on the machine.
+        UserError: the class has no argument `row_length` or no `batch_size`.
     """
+    if not {"row_length", "batch_size"} <= data.init_args.as_dict().keys():
+        raise UserError(
+            f"plan reads data.row_length and data.batch_size, which {data.class_path} does not "
+            "have; describe its rows with --data Mixture --data.sources {} --data.weights {} "
+            "--data.row_length T --data.batch_size B"
+        )
+
+
+def configured_gpus(trainer: Any) -> int | None:
+    """Return the number of GPUs that a configuration asks for; None: it depends on the machine."""
     devices = trainer.devices
     if isinstance(devices, str) and "," in devices:  # numbers of devices, as in 0,1
         devices = devices.strip(",").split(",")
     count = len(devices) if isinstance(devices, list) else devices
-    if not str(count).isdecimal() or int(count) < 1:
-        raise UserError(f"trainer.devices={trainer.devices} depends on the machine; give --gpus N")
-    return int(count) * trainer.num_nodes
+    known = str(count).isdecimal() and int(count) > 0
+    return int(count) * trainer.num_nodes if known else None
 
 
 def plan_precision(precision: Any) -> str:
@@ -317,11 +354,10 @@ def full_row(row_length: int, image: Tensor | None, length: int) -> list[Documen
 def report(plan: Plan, memory: StepMemory, given: argparse.Namespace) -> str:
     """Return the table of a run's memory, FLOPs and time."""
     flops, tokens = plan.flops_per_step(), plan.tokens_per_step
-    rows = plan.batch_size * plan.accumulate * plan.num_gpus
     at_rest = (memory.weights, memory.optimizer, memory.ema)
     lines = {
         "Parameters": f"{plan.num_parameters() / 1e6:,.1f}M",
-        "Tokens a step": f"{tokens:,}: {rows:,} rows of {plan.row_length:,}, "
+        "Tokens a step": f"{tokens:,}: {plan.rows_per_step:,} rows of {plan.row_length:,}, "
         f"{plan.num_gpus:,} GPUs x {plan.batch_size} rows x {plan.accumulate} batches",
         "FLOPs a step": f"{flops:.3g}, {flops / tokens / 1e9:,.2f} GFLOPs a token",
         "Peak memory": f"{memory.peak / GIB:.1f} GiB on each GPU, of {given.gpu_memory:g} GiB: "

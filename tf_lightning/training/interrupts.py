@@ -18,11 +18,15 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from tf_lightning.signals import handle, ignore_others, interrupt
 from tf_lightning.training.ending import SAVE_SECONDS, Ending
-from tf_lightning.training.sharded_saves import wait_for_saves
+from tf_lightning.training.sharded_saves import (
+    end_after_failed_save,
+    save_has_failed,
+    wait_for_saves,
+)
 
 
 class Interrupts(L.Callback):
-    """Raises Interrupted after the batch in which a rank received a signal.
+    """Ends a run after the batch in which a rank received a signal or failed to save.
 
     It replaces Lightning's handlers, which save in the middle of a step and call collectives of
     torch from within the handler.
@@ -30,6 +34,7 @@ class Interrupts(L.Callback):
 
     def __init__(self):
         self.received = self.agreed = 0  # a signal of this rank, and one of any rank
+        self.save_failed = False  # on any rank, in a thread that writes
         self.must_wait = False  # whether a signal waits for the end of the batch
         self.ending = Ending()
 
@@ -46,18 +51,21 @@ class Interrupts(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Handle the signals and listen to the other ranks from here on."""
-        self.received, self.agreed, self.must_wait = 0, 0, False
+        self.received = self.agreed = 0
+        self.save_failed = self.must_wait = False
         trainer._signal_connector.register_signal_handlers = lambda: None
         handle(self.handle, {requeue_signal(trainer)} - {None})
         self.ending.begin(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args) -> None:
-        """Find out together whether any rank received a signal."""
-        self.agreed = self.received_by_any(trainer)
+        """Find out together whether any rank received a signal or failed to save."""
+        self.find_out(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args) -> None:
-        """Raise Interrupted for a signal in the batch before, which is logged now."""
+        """End the run for a signal or a failed save in the batch before, which is logged now."""
         self.raise_if_agreed()
+        if self.save_failed:
+            end_after_failed_save(trainer)
         self.must_wait = True
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,7 +79,7 @@ class Interrupts(L.Callback):
     ) -> None:
         """Raise Interrupted on all ranks if the model is sharded and any received a signal."""
         if self.must_wait:
-            self.agreed = self.received_by_any(trainer)
+            self.find_out(trainer)
             self.raise_if_agreed()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -111,14 +119,14 @@ class Interrupts(L.Callback):
         if self.agreed:
             interrupt(self.agreed, on_all_ranks=True)
 
-    def received_by_any(self, trainer: L.Trainer) -> int:
-        """Return the largest number of a signal that a rank has received; 0 if none has."""
-        received = self.received
+    def find_out(self, trainer: L.Trainer) -> None:
+        """Find the largest number of a signal that any rank received, and whether a save failed."""
+        found = [self.received, int(save_has_failed(trainer))]
         if trainer.world_size > 1:
-            largest = torch.tensor(received, device=trainer.strategy.root_device)
+            largest = torch.tensor(found, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-            received = int(largest)
-        return received
+            found = largest.tolist()
+        self.agreed, self.save_failed = found[0], bool(found[1])
 
 
 def forget_unstarted_loaders(trainer: L.Trainer) -> None:

@@ -18,6 +18,7 @@ from tf_lightning.autoencoder.recorded import as_hint, with_data
 from tf_lightning.batch import Batch, Document, unpack
 from tf_lightning.checkpoint import (
     as_dict,
+    find_checkpoint,
     plain_hparams,
     read_checkpoint,
     state_dict_error,
@@ -598,16 +599,26 @@ class Transfusion(L.LightningModule):
         """Build the module of a checkpoint, including one of an older version.
 
         Args:
-            checkpoint_path: the checkpoint file.
-            map_location: see torch.load.
-            arguments: other arguments of Lightning's method, or hyper-parameters to replace.
+            checkpoint_path: the checkpoint, a file or a sharded folder, or the folder of a run,
+                whose newest sound checkpoint is loaded. Each weight of a sharded folder is read
+                straight into the module.
+            map_location: see torch.load; for a sharded folder, the device of the module.
+            arguments: hyper-parameters to replace; for a file, also other arguments of Lightning's
+                method.
 
         Raises:
             UserError: there is no such checkpoint.
         """
-        hparams = read_checkpoint(checkpoint_path, mmap=True)["hyper_parameters"]
-        arguments = hparams | {"_instantiator": None} | arguments
-        return super().load_from_checkpoint(checkpoint_path, map_location, **arguments)
+        path = find_checkpoint(checkpoint_path)
+        checkpoint = read_checkpoint(path, mmap=True)
+        arguments = checkpoint["hyper_parameters"] | arguments
+        if not isinstance(checkpoint["state_dict"], ShardedWeights):
+            return super().load_from_checkpoint(path, map_location, _instantiator=None, **arguments)
+        module = cls(**arguments)
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module if map_location is None else module.to(map_location)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the tokenizer, the identity of the autoencoder, the row length and the step.

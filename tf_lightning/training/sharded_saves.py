@@ -3,20 +3,22 @@
 Training waits until the state has been copied to the memory of the host. A thread of each rank then
 writes its shard, and rank zero publishes the folder when all have written; see `sharded.py`. The
 link `last.ckpt` is updated and an older checkpoint is removed in the same thread, after that. At
-most one checkpoint is in memory: the next save waits for the one before.
+most one checkpoint is in memory: the next save waits for the one before. A save that fails ends the
+run on all ranks, before their next training step.
 """
 
 import io
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
@@ -27,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from tf_lightning.checkpoint_file import lock_if_possible, opened, remove_leftovers
-from tf_lightning.errors import UserError
+from tf_lightning.errors import UserError, first_sentence
 from tf_lightning.files import partial_folder, remove, report_full_disk
 from tf_lightning.sharded import (
     OPTIMIZER,
@@ -57,6 +59,14 @@ class Saves:
             function(*args)
 
         self.last = self.pool.submit(call)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What has failed since the last `wait`, as far as it is known now; it is not waited for.
+
+        If anything fails, so does all that comes after it.
+        """
+        return self.last.exception() if self.last and self.last.done() else None
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until all is done; raise the first error, once.
@@ -112,7 +122,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Copy the state to the host and begin to write it; all ranks call this.
 
         Raises:
-            Exception: the previous save failed.
+            UserError: the previous save failed.
         """
         if not self._save_distributed_checkpoint:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -131,16 +141,22 @@ class ShardedStrategy(ModelParallelStrategy):
         """Write a copy of the state, in the thread of each rank.
 
         Raises:
-            UserError: the disk is full.
-            Exception: a rank could not write.
+            UserError: a rank could not write it; rank zero also warns at once.
         """
         try:
             with report_full_disk(writer.folder.parent), opened(writer.path) as descriptor:
                 if self.is_global_zero:
                     lock_if_possible(descriptor)
                 dcp.save(state, storage_writer=writer, process_group=self.group)
-        except CheckpointException as error:
-            raise first_failure(error) from error
+        except (Exception, CheckpointException) as error:
+            cause = first_failure(error) if isinstance(error, CheckpointException) else error
+            failed = UserError(
+                f"the checkpoint {writer.folder.name} could not be written "
+                f"({first_sentence(cause)}); the earlier ones are whole: see to the disk, and "
+                "resume with --ckpt_path last"
+            )
+            rank_zero_warn(f"{failed}; the run ends after this step")
+            raise failed from cause
         finally:
             if self.is_global_zero:
                 remove(writer.path)
@@ -222,3 +238,24 @@ def wait_for_saves(trainer: L.Trainer, seconds: float | None = None) -> None:
     """Wait until all saves of a run that have begun are complete; raise the first error."""
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.saves.wait(seconds)
+
+
+def save_has_failed(trainer: L.Trainer) -> bool:
+    """Whether this rank knows of a checkpoint that was not written, without waiting for any."""
+    strategy = trainer.strategy
+    return isinstance(strategy, ShardedStrategy) and strategy.saves.failure is not None
+
+
+def end_after_failed_save(trainer: L.Trainer) -> NoReturn:
+    """End the run because a rank has failed to save; all ranks call this at the same place.
+
+    Raises:
+        UserError: on all ranks, with what failed on the first of them that knows it.
+    """
+    failure = trainer.strategy.saves.failure
+    failures = [str(failure or "")] * trainer.world_size
+    if trainer.world_size > 1:
+        dist.all_gather_object(failures, failures[trainer.global_rank])
+    error = UserError(next(filter(None, failures)))
+    error.on_all_ranks = True
+    raise error from failure

@@ -97,10 +97,8 @@ def build_module(
 ) -> Transfusion:
     """Build the module of a run, sharded over a mesh of CPUs with ModelParallelStrategy's axes."""
     module = Transfusion(**hparams)
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-    module.trainer = L.Trainer(
-        accelerator="cpu", devices=1, precision=precision, max_steps=1, **off
-    )
+    how = {"accelerator": "cpu", "devices": 1, "precision": precision}
+    module.trainer = L.Trainer(max_steps=1, barebones=True, **how)
     module._device_mesh = mesh  # as ModelParallelStrategy does
     module.configure_model()
     return module

@@ -123,12 +123,8 @@ def check_strategy(strategy: Strategy, shards: bool) -> None:
     name = type(strategy).__name__
     if isinstance(strategy, ModelParallelStrategy) and not shards:
         raise UserError(f"{name} cannot train an autoencoder; set trainer.strategy to ddp")
-    if isinstance(strategy, ModelParallelStrategy):  # the mesh does not exist yet
-        data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
-        check_mesh(
-            strategy.num_nodes if data == "auto" else data,
-            strategy.num_processes if tensor == "auto" else tensor,
-        )
+    if isinstance(strategy, ModelParallelStrategy):
+        check_mesh(*mesh_sizes(strategy))
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise UserError(
             f"the strategy {name} is not supported; set trainer.strategy to auto, ddp or "
@@ -155,8 +151,8 @@ def check_shards(trainer: L.Trainer, shard_size: int | None) -> None:
                 "ModelParallelStrategy; leave it out, or set the strategy"
             )
         return
-    size = strategy._data_parallel_size
-    if size not in ("auto", ranks):
+    size, _ = mesh_sizes(strategy)
+    if size != ranks:
         raise UserError(
             f"ModelParallelStrategy has data_parallel_size={size}, but the number of ranks "
             f"(devices times num_nodes) is {ranks}; give both the same number"
@@ -166,6 +162,15 @@ def check_shards(trainer: L.Trainer, shard_size: int | None) -> None:
             f"shard_size={shard_size} does not divide the {ranks} ranks; give a divisor, such as "
             "the number of devices of a node"
         )
+
+
+def mesh_sizes(strategy: ModelParallelStrategy) -> tuple[int, int]:
+    """Return the sizes of the axes of a mesh that does not exist yet: data and tensor parallel."""
+    data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
+    return (
+        strategy.num_nodes if data == "auto" else data,
+        strategy.num_processes if tensor == "auto" else tensor,
+    )
 
 
 def check_mesh(data_parallel: int, tensor_parallel: int) -> None:
@@ -181,7 +186,7 @@ def check_mesh(data_parallel: int, tensor_parallel: int) -> None:
     if tensor_parallel > 1:
         raise UserError(
             f"ModelParallelStrategy with tensor_parallel_size={tensor_parallel} is not supported; "
-            f"set its data_parallel_size to the number of ranks "
+            "set its data_parallel_size to the number of ranks "
             f"({data_parallel * tensor_parallel}) and its tensor_parallel_size to 1"
         )
 
