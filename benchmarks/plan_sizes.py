@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/plan_sizes.py [SIZE ...]
 
 Each value is that of a `tf-lightning plan` of a size's recipe, sharded over all GPUs: `shard_size`,
-if the recipe has one, is left out. A batch has the recipe's rows, or fewer on 256 GPUs, and as many batches are accumulated as give the paper's 512 rows a step. Peaks
-that do not fit are in brackets. It needs no GPU, and some minutes of CPU time.
+if the recipe has one, is left out. A batch has the recipe's rows, or fewer on 256 GPUs, and as many
+batches are accumulated as give the paper's 512 rows a step. Peaks that do not fit are in brackets.
+It needs no GPU, and some minutes of CPU time.
 """
 
 import argparse

@@ -87,8 +87,9 @@ class Record(Rates):
         rows = [zlib.crc32(row.numpy().tobytes()) for row in ids]
         self.found["rows"].append(sorted(sum(of_all_ranks(rows), [])))
         if trainer.global_step == self.stop_after:
-            states = trainer.optimizers[0].state.values()
-            state = [x for values in states for x in values.values()]
+            optimizer = trainer.optimizers[0]
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            state = [x for w in weights for _, x in sorted(optimizer.state[w].items())]
             self.found["weights"] = of_all_ranks(checksum(module.state_dict().values()))
             self.found["optimizer"] = of_all_ranks(checksum(state))
             if self.save:

@@ -52,17 +52,14 @@ def test_two_ranks_have_the_losses_of_one(folder, expected):
 def test_four_ranks_with_replicas_have_the_losses_of_one_and_resume_on_four_two_and_one(
     folder, expected
 ):
-    """On four ranks bit by bit. A sharded checkpoint of HSDP is resumed by FSDP2 and by one rank."""
+    """On four ranks bit by bit. FSDP2 and one rank resume a sharded checkpoint of HSDP."""
     saved = [folder / f"{number}.ckpt" for number in range(len(FOUR))]
-    cut = [
-        {"options": options, "save": save, "stop": HALF}
-        for options, save in zip(FOUR, saved, strict=True)
-    ]
-    again = [{"options": options, "start": save} for options, save in zip(FOUR, saved, strict=True)]
-    legs = [{"options": options} for options in FOUR] + cut + again
-    found = train(folder, 4, legs)
-    wholes, halves, resumed = found[:2], found[2:4], found[4:]
-    for whole, half, rest, one in zip(wholes, halves, resumed, expected[1:], strict=True):
+    legs = [{"options": options} for options in FOUR]
+    cut = [leg | {"save": save, "stop": HALF} for leg, save in zip(legs, saved, strict=True)]
+    again = [leg | {"start": save} for leg, save in zip(legs, saved, strict=True)]
+    found = train(folder, 4, legs + cut + again)
+    parts = found[:2], found[2:4], found[4:], expected[1:]
+    for whole, half, rest, one in zip(*parts, strict=True):
         same(whole, one, 1e-6)
         assert half["loss"] + rest["loss"] == whole["loss"]
         for name in ("weights", "optimizer"):
