@@ -33,6 +33,8 @@ class FaultyHandler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         self.respond(body=True)
 
+    do_POST = do_GET
+
     def respond(self, body: bool) -> None:
         server = self.server
         server.requests.append((self.command, self.path, self.headers.get("Range", "")))

@@ -217,7 +217,7 @@ def _append(
         get(fs, file.url, stream, start, end, limit, note)
     else:
         versions.add("")
-        stream.write(fs.cat_file(fs._strip_protocol(file.url), start=start, end=end))
+        stream.write(_cat(file.url, fs, start, end))
     if file.size is not None and stream.tell() not in (end, file.size):
         stream.truncate(0)
         _explain_size(file)
@@ -249,10 +249,17 @@ def _read_range(
             return None
         content = stream.getvalue()
     else:
-        content = fs.cat_file(fs._strip_protocol(file.url), start=start, end=end)
+        content = _cat(file.url, fs, start, end)
     if len(content) != end - start:
         _explain_size(file)
     return content
+
+
+def _cat(url: str, fs: fsspec.AbstractFileSystem, start: int, end: int) -> bytes:
+    """Read a range of bytes from an object store or from the hub."""
+    # The file system of the hub would read ahead.
+    options = {"cache_type": "none"} if split_url(url)[0] == "hf" else {}
+    return fs.cat_file(fs._strip_protocol(url), start=start, end=end, **options)
 
 
 def read_small(url: str) -> bytes:

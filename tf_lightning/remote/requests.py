@@ -126,7 +126,8 @@ def _check_access(url: str, error: Exception) -> None:
         raise UserError(
             f"{public_url(url)} needs credentials and there are none; {_how_to_log_in(scheme)}"
         ) from None
-    if isinstance(error, PermissionError) or status in (401, 403):
+    is_forbidden = str(error).startswith("Forbidden")  # as gcsfs says it, without the status
+    if isinstance(error, PermissionError) or status in (401, 403) or is_forbidden:
         raise UserError(
             f"access to {public_url(url)} is refused{f' with HTTP status {status}' * bool(status)};"
             f" {_how_to_log_in(scheme)}"

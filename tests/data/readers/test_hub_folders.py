@@ -1,13 +1,12 @@
 """Data sets on the hub and folders of object stores are read as local folders are."""
 
-import importlib
 import json
 from contextlib import suppress
 
 import pytest
 
 from support.files import encoded_image, write_parquet
-from support.hub import Hub
+from support.hub import hub_server
 from support.training_datasets import shown
 from tf_lightning.data import ImageFiles
 from tf_lightning.data.documents import Skipped
@@ -17,15 +16,15 @@ from tf_lightning.data.readers.source_report import report_source
 from tf_lightning.errors import UserError
 
 RED, BLUE, LIME = (encoded_image(color) for color in ("red", "blue", "lime"))
-URL = "hf://datasets/me/pictures"
+URL = "hf://datasets/me/data"
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A function that puts files into a data set on the hub."""
     monkeypatch.setenv("TF_LIGHTNING_CACHE", str(tmp_path / "downloads"))
-    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "hf", Hub)
-    monkeypatch.setattr(Hub, "store", {})
+    site = tmp_path / "site"
+    site.mkdir()
 
     def put(files: dict[str, bytes | list]) -> None:
         for name, content in files.items():
@@ -33,9 +32,11 @@ def hub(tmp_path, monkeypatch):
                 content = write_parquet(tmp_path / "rows.parquet", content).read_bytes()
             elif isinstance(content, list):
                 content = "".join(json.dumps(row) + "\n" for row in content).encode()
-            Hub().pipe_file(f"/datasets/me/pictures/{name}", content)
+            (site / name).parent.mkdir(parents=True, exist_ok=True)
+            (site / name).write_bytes(content)
 
-    return put
+    with hub_server(site):
+        yield put
 
 
 def read(**options) -> list:

@@ -1,17 +1,18 @@
 """Sources of files at URLs prepare the same corpora as those of local files."""
 
 import filecmp
-import importlib
 import json
 import shutil
 import threading
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfFileSystem
 
 from support.files import encoded_image, write_lines, write_parquet, write_tar
+from support.gs_server import gs_server
 from support.http_server import http_server
-from support.hub import Hub
+from support.hub import hub_server
 from support.s3_server import s3_server, upload
 from tf_lightning.data import (
     CaptionTars,
@@ -139,21 +140,29 @@ def bucket(site):
 
 @pytest.fixture
 def hub(site, monkeypatch):
-    """The URL of a data set on the hub with the site's files."""
-    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "hf", Hub)
-    for file in site.rglob("*"):
-        if file.is_file():
-            name = f"/datasets/me/data/{file.relative_to(site).as_posix()}"
-            Hub().pipe_file(name, file.read_bytes())
-    return "hf://datasets/me/data"
+    """The URL of a private data set on the hub with the site's files."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with hub_server(site, token="hf_secret"):
+        yield "hf://datasets/me/data"
 
 
-@pytest.mark.parametrize("scheme", ["http", "failing http", "s3", "hf"])
+@pytest.fixture
+def google_bucket(site):
+    """A server whose bucket gs://bucket has the site's files."""
+    pytest.importorskip("gcsfs")
+    with gs_server(site) as server:
+        yield server
+
+
+@pytest.mark.parametrize("scheme", ["http", "failing http", "s3", "gs", "hf"])
 def test_corpora_from_urls_equal_those_from_the_disk(
     scheme, tmp_path, server, request, monkeypatch
 ):
     if scheme == "s3":
         url = request.getfixturevalue("bucket")
+    elif scheme == "gs":
+        request.getfixturevalue("google_bucket")
+        url = "gs://bucket"
     elif scheme == "hf":
         url = request.getfixturevalue("hub")
     else:
@@ -162,6 +171,27 @@ def test_corpora_from_urls_equal_those_from_the_disk(
         monkeypatch.setattr(server, "cut_share", 0.1 * (scheme == "failing http"))
     wanted = request.getfixturevalue("from_disk")
     assert_same_corpora(prepared(url, tmp_path / "remote"), wanted)
+
+
+def test_private_data_of_the_hub_needs_a_token_that_is_never_logged(
+    hub, site, tmp_path, cache, monkeypatch, caplog
+):
+    caplog.set_level("DEBUG")
+    text = TextFiles(f"{hub}/lines.jsonl.gz", val_fraction=0)
+    assert len(list(text.documents("train"))) == len(NAMES)
+    stored = "".join(f.read_text("latin-1") for f in cache.rglob("*") if f.is_file())
+    assert "hf_secret" not in caplog.text + stored + text.fingerprint("train")
+    for token in ("", "hf_wrong"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        HfFileSystem.clear_instance_cache()
+        with pytest.raises(UserError, match="data/lines.jsonl.gz is refused with HTTP status 401;"):
+            TextFiles(f"{hub}/lines.jsonl.gz").files("train")
+
+
+def test_a_bucket_of_google_that_refuses_access_is_one_sentence(google_bucket):
+    google_bucket.status = 403
+    with pytest.raises(UserError, match="access to gs://bucket/.* is refused; log in with `gcloud"):
+        TextFiles("gs://bucket/lines.jsonl.gz").files("train")
 
 
 def test_lazy_images_are_copied_out_of_the_cache(site, tmp_path, server, cache):
