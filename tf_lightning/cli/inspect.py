@@ -247,7 +247,7 @@ def run_inspect(args: list[str]) -> None:
 
 
 def announcement(sources: dict[str, Source]) -> Iterator[str]:
-    """Say how many documents are prepared, if they are many, and how to look at fewer.
+    """Describe how many documents will be prepared, if they are many, and how to read fewer.
 
     Args:
         sources: the sources by name.
