@@ -68,8 +68,8 @@ def compare(found: dict, expected: dict) -> tuple[list[str], bool]:
     return texts, same_rows and max(largest) <= LIMIT
 
 
-def bits(whole: dict, half: dict, rest: dict, has_replicas: bool) -> bool:
-    """Whether an interrupted training equals one that was not, in every bit of every rank."""
+def equal_bits(whole: dict, half: dict, rest: dict, has_replicas: bool) -> bool:
+    """Return whether an interrupted training equals one that was not, in all bits of all ranks."""
     state = ("weights", "optimizer")
     resumed = all(rest[name] == whole[name] for name in state)
     replicas = not has_replicas or all(whole[name][:2] == whole[name][2:] for name in state)
@@ -86,7 +86,7 @@ def same_ranks(folder: Path, ranks: int, expected: dict[str, dict]) -> bool:
     for number, (sharding, mode, optimizer) in enumerate(rows):
         whole, half, rest = found[3 * number : 3 * number + 3]
         texts, is_good = compare(whole, expected[optimizer])
-        equal = bits(whole, half, rest, sharding.startswith("HSDP"))
+        equal = equal_bits(whole, half, rest, sharding.startswith("HSDP"))
         good = good and is_good and equal
         print_row(ranks, sharding, mode, optimizer, *texts, "equal" if equal else "OTHER")
     return good

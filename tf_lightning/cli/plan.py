@@ -146,7 +146,7 @@ class Plan:
         return self.row_length * self.rows_per_step
 
     def other_rows(self) -> str:
-        """Say how many rows a step of the configuration has, if it has other GPUs."""
+        """Return how many rows a step has on the GPUs of the configuration, if those are others."""
         if self.configured_gpus in (None, self.num_gpus):
             return ""
         rows = self.batch_size * self.accumulate * self.configured_gpus

@@ -62,9 +62,9 @@ class Saves:
 
     @property
     def failure(self) -> BaseException | None:
-        """What has failed since the last `wait`, as far as it is known now; it is not waited for.
+        """The error since the last `wait`, if one is known now; nothing is waited for.
 
-        If anything fails, so does all that comes after it.
+        When something fails, everything after it fails too.
         """
         return self.last.exception() if self.last and self.last.done() else None
 
@@ -241,7 +241,7 @@ def wait_for_saves(trainer: L.Trainer, seconds: float | None = None) -> None:
 
 
 def save_has_failed(trainer: L.Trainer) -> bool:
-    """Whether this rank knows of a checkpoint that was not written, without waiting for any."""
+    """Return whether this rank knows of a checkpoint that was not written; wait for none."""
     strategy = trainer.strategy
     return isinstance(strategy, ShardedStrategy) and strategy.saves.failure is not None
 
