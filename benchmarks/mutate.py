@@ -161,6 +161,8 @@ MUTANTS = [
     module("average kept at ema_decay 0", "if self.hparams.ema_decay > 0:", "if True:"),
     module("average not used", "return move(self.ema, self.device)", "return self.net"),
     module("compile not passed on", "if self.hparams.compile:", "if False:"),
+    module("fp8 not checked", "if self.hparams.fp8:", "if False:"),
+    module("flash_attention not passed on", "if self.hparams.flash_attention and", "if False and"),
     module("activation checkpointing forgotten",
            "checkpoint_activations(self.net, self.hparams.activation_checkpointing)", "pass"),
     module("shard_size not passed on", '["data_parallel"], self.hparams.shard_size)',
