@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from support.ranks import start_worker_and_die
-from tf_lightning.processes import Loader, start_worker
+from tf_lightning import processes
+from tf_lightning.processes import Loader, end_processes, start_worker
 from tf_lightning.signals import BLOCKED_IN_WORKERS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -124,3 +125,17 @@ def test_the_loaders_of_training_and_validation_start_their_workers_so(mixture):
     data.setup()
     for loader in (data.train_dataloader(), *data.val_dataloader()):
         assert isinstance(loader, Loader) and loader.worker_init_fn is start_worker
+
+
+def test_processes_that_do_not_end_by_themselves_are_killed(monkeypatch):
+    monkeypatch.setattr(processes, "END_SECONDS", 0.3)
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=time.sleep, args=(seconds,)) for seconds in (0, 60, 60)]
+    for process in started:
+        process.start()
+    began = time.monotonic()
+    end_processes(started)
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started][1:] == [-signal.SIGKILL] * 2
+    assert time.monotonic() - began < 30

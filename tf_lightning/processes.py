@@ -10,8 +10,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from tf_lightning.signals import BLOCKED_IN_WORKERS, blocked
 
 POLL_SECONDS = 1.0
+END_SECONDS = 2.0
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -59,6 +61,17 @@ def end_with_parent(wait: Callable[[int], bool | None] | None = None) -> None:
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_processes(processes: Iterable[BaseProcess]) -> None:
+    """Wait for processes to end, and kill those that still run after `END_SECONDS`.
+
+    They may be importing torch, or be in the middle of a long text.
+    """
+    latest = time.monotonic() + END_SECONDS
+    for process in processes:
+        process.join(max(0, latest - time.monotonic()))
+        process.kill()
 
 
 def start_worker(worker_id: int = 0) -> None:

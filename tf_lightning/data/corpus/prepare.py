@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from tf_lightning.data.corpus.writer import CorpusWriter, merge
 from tf_lightning.data.documents import BadSample, RawDocument, Skipped, Source, Split, num_samples
 from tf_lightning.errors import UserError
 from tf_lightning.files import partial_folder, publish_folder, report_full_disk
-from tf_lightning.processes import start_worker
+from tf_lightning.processes import end_processes, start_worker
 from tf_lightning.progress import counted, progress_bar
 from tf_lightning.signals import blocked
 from tf_lightning.tokenizer.tokenizer import Tokenizer
@@ -287,11 +288,13 @@ def _prepare_in_processes(job: PrepareJob, numbers: list[int], processes: int) -
     """Prepare these shards in several processes; yield the results of `_prepare_shard`."""
     # "spawn", because a forked copy of a process with threads may deadlock.
     context = multiprocessing.get_context("spawn")
-    stopped = context.Event()
+    stopped, others = context.Event(), multiprocessing.active_children()
+    workers: list[BaseProcess] = []
     with ProcessPoolExecutor(processes, context, _start_process, (job, stopped)) as pool:
         try:
             with blocked():  # the processes start here
                 waiting = [pool.submit(_prepare_shard_in_process, number) for number in numbers]
+                workers += [p for p in multiprocessing.active_children() if p not in others]
             for future in as_completed(waiting):
                 yield future.result()
         except BrokenProcessPool as error:
@@ -301,7 +304,8 @@ def _prepare_in_processes(job: PrepareJob, numbers: list[int], processes: int) -
             ) from error
         finally:
             stopped.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_processes(workers)
 
 
 # Set in the processes that `_prepare_in_processes` starts: their job, and an event that stops it.
