@@ -62,6 +62,26 @@ def test_numbers_within_a_sharded_run_equal_those_of_its_checkpoint_on_one_devic
 
 
 @pytest.mark.slow
+def test_a_sharded_run_whose_copies_do_not_fit_warns_and_trains_to_its_end(tmp_path):
+    no_memory = "--trainer.callbacks+=support.runs.NoMemory"
+    ranks.fit(runs.write_config(tmp_path), 2, json.dumps(ranks.SHARDED), no_memory)
+    run = tmp_path / "run"
+    assert (run / "checkpoints" / f"step{runs.MAX_STEPS:07d}.ckpt").exists()
+    assert not any((run / name).exists() for name in REPORTS)
+    found = numbers(run / "metrics" / f"step{runs.MAX_STEPS:07d}-val.json")
+    assert "val/captions/loss_diffusion" in found and not any("fid" in name for name in found)
+    (file,) = tmp_path.rglob("warnings-0.txt")
+    failed = [line.partition(" failed: a whole copy of the network")[0] for line in file.open()]
+    assert failed == [
+        "the evaluation at step 3",
+        "the evaluation at step 6",
+        "ShapesReport at step 6",
+        "RetrievalAccuracy of captions at step 6",
+    ]
+    assert not [*tmp_path.rglob("warnings-1.txt")]  # rank zero warns
+
+
+@pytest.mark.slow
 def test_a_sharded_run_trains_bit_by_bit_as_without_its_validations(sharded, tmp_path):
     config = runs.write_config(tmp_path, runs.only_checkpoints)
     cache = f"--data.init_args.cache_dir={sharded.parent}/data"

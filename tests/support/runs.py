@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -14,6 +15,7 @@ import yaml
 from tf_lightning.cli.main import main
 from tf_lightning.cli.run_callbacks import ALWAYS
 from tf_lightning.model.transfusion import TransfusionModel
+from tf_lightning.training import gather
 
 PATCH_SIZE, VOCAB_SIZE, MAX_STEPS = 16, 300, 6
 PEAK_LR, WARMUP_STEPS, MIN_LR_RATIO, EMA_DECAY = 1e-3, 2, 0.1, 0.3
@@ -137,6 +139,23 @@ class NoCopies(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         networks = [x for x in gc.get_objects() if isinstance(x, TransfusionModel)]
         assert len(networks) == 2
+
+
+class NoMemory(L.Callback):
+    """Makes a rank believe that no memory is free, and writes down its warnings of failures."""
+
+    def setup(self, trainer, pl_module, stage):
+        gather.free_memory = lambda device: 0.0
+        show = warnings.showwarning
+        file = Path(trainer.default_root_dir, f"warnings-{trainer.global_rank}.txt")
+
+        def keep(message, *args, **kwargs) -> None:
+            if "failed" in str(message):
+                with file.open("a") as opened:
+                    opened.write(f"{message}\n")
+            show(message, *args, **kwargs)
+
+        warnings.showwarning = keep
 
 
 class SpoilGradients(L.Callback):
