@@ -6,10 +6,12 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,6 +24,7 @@ from tf_lightning.cli.main import main
 from tf_lightning.data import Mixture
 from tf_lightning.errors import Interrupted, UserError
 from tf_lightning.training import module
+from tf_lightning.training.interrupts import Interrupts, group_of_hosts
 from tf_lightning.training.last_checkpoint import LastCheckpoint
 
 PARTS = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "Mixture")
@@ -341,6 +344,19 @@ def test_a_signal_that_reaches_one_of_two_ranks_saves_and_ends_both(strategy, tm
     assert load(tmp_path / "run")["global_step"] == 4
     ranks.fit(config, 2, strategy, "--ckpt_path=last")
     assert load(tmp_path / "run")["global_step"] == runs.MAX_STEPS
+
+
+def test_ranks_with_gpus_agree_on_their_hosts():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        strategy = SimpleNamespace(root_device=torch.device("cuda"))
+        trainer = SimpleNamespace(world_size=2, strategy=strategy)
+        interrupts = Interrupts()
+        interrupts.group, interrupts.received = group_of_hosts(trainer), signal.SIGTERM
+        interrupts.find_out(trainer)
+        assert (dist.get_backend(interrupts.group), interrupts.agreed) == ("gloo", signal.SIGTERM)
+    finally:
+        dist.destroy_process_group()
 
 
 def two_ranks(folder: Path, *arguments: str, strategy: str = "ddp", change=no_period) -> list:

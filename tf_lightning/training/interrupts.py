@@ -36,6 +36,7 @@ class Interrupts(L.Callback):
         self.received = self.agreed = 0  # a signal of this rank, and one of any rank
         self.save_failed = False  # on any rank, in a thread that writes
         self.must_wait = False  # whether a signal waits for the end of the batch
+        self.group: torch.distributed.ProcessGroup | None = None
         self.ending = Ending()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
@@ -55,6 +56,7 @@ class Interrupts(L.Callback):
         self.save_failed = self.must_wait = False
         trainer._signal_connector.register_signal_handlers = lambda: None
         handle(self.handle, {requeue_signal(trainer)} - {None})
+        self.group = group_of_hosts(trainer)
         self.ending.begin(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args) -> None:
@@ -123,10 +125,20 @@ class Interrupts(L.Callback):
         """Find the largest number of a signal that any rank received, and whether a save failed."""
         found = [self.received, int(save_has_failed(trainer))]
         if trainer.world_size > 1:
-            largest = torch.tensor(found, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+            largest = torch.tensor(found)
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, self.group)
             found = largest.tolist()
         self.agreed, self.save_failed = found[0], bool(found[1])
+
+
+def group_of_hosts(trainer: L.Trainer) -> torch.distributed.ProcessGroup | None:
+    """Return a process group for tensors on the CPU; None is the default group.
+
+    To read the result of a collective on a GPU, the host would wait for the work of the step.
+    """
+    if trainer.world_size == 1 or trainer.strategy.root_device.type == "cpu":
+        return None
+    return torch.distributed.new_group(backend="gloo")
 
 
 def forget_unstarted_loaders(trainer: L.Trainer) -> None:
