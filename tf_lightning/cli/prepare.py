@@ -81,8 +81,8 @@ def prepare_parser() -> Parser:
         metavar="N",
         type=positive_int,
         help="number of shards to prepare at a time; a source has one for each 64 MB of its files, "
-        "so a small one is prepared by one process (default: the number of CPU cores, fewer for "
-        "fewer than 4 shards, or 1 if a GPU encodes images)",
+        "so a small one is prepared by one process (default: the number of CPU cores, but at "
+        "most half of the shards, or 1 if a GPU encodes images)",
     )
     parser.add_argument(
         "--shard",

@@ -151,7 +151,10 @@ def _how_to_log_in(scheme: str) -> str:
                 "public bucket"
             )
         case "gs":
-            return "log in with `gcloud auth application-default login`"
+            return (
+                "log in with `gcloud auth application-default login`, or set "
+                "FSSPEC_GS_TOKEN=anon for a public bucket"
+            )
         case "hf":
             return (
                 "check the name, accept the data set's terms on the hub if it has any, and log in "

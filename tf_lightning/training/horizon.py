@@ -68,7 +68,7 @@ def check_logging(trainer: L.Trainer) -> None:
     if trainer.loggers and 0 < last < interval:
         rank_zero_warn(
             f"trainer.log_every_n_steps={interval} is after the last step ({last}), so this run "
-            "logs no training loss; give fewer"
+            "logs no training loss; give a smaller number"
         )
 
 

@@ -143,10 +143,10 @@ class Transfusion(L.LightningModule):
             capability 8.9 or higher with bf16-mixed. "tensorwise": one scale for each tensor, the
             fastest. "rowwise": one for each row. "rowwise_with_gw_hp": the same, with gradients of
             weights in bf16, the most accurate. null: bf16. Only with `compile` is it faster.
-        flash_attention: on a GPU of compute capability 9.0 or higher, train with the kernels of
-            FlashAttention 4 (package flash-attn-4) under FlexAttention's mask.
+        flash_attention: on a GPU of compute capability 9 to 11, such as H100 or B200, train with
+            the kernels of FlashAttention 4 (package flash-attn-4) under FlexAttention's mask.
         max_bad_steps: end the run after this many steps in a row whose loss or gradient is not
-            finite. Such steps change nothing. On a GPU they are counted whenever the trainer logs.
+            finite. Such steps change nothing. On a GPU this is checked when the trainer logs.
         spike_sigma: leave out a step whose gradient norm is more than this many standard deviations
             above the mean of the last 100 steps; null: leave out no finite step.
 
