@@ -169,6 +169,7 @@ REFUSED = {
     ("--gpu-memory", "nan"): "nan is not a number above 0",
     ("--data.row_length", "40"): "takes 52 positions, but a row has 40; give a larger",
     ("--trainer.devices", "auto"): "trainer.devices=auto depends on the machine; give --gpus N",
+    ("--gpus", "4", "--model.shard_size", "8"): "shard_size=8 does not divide the 4 ranks; give a",
     ("--gpu", "8"): "there is no option --gpu",
 }
 

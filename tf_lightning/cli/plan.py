@@ -25,6 +25,7 @@ from tf_lightning.model.transfusion import build_network
 from tf_lightning.training.flops import Workload, squared_lengths, training_flops
 from tf_lightning.training.module import Transfusion
 from tf_lightning.training.step_memory import StepMemory, plan_memory
+from tf_lightning.training.steps import check_shard_size
 
 DESCRIPTION = "Compute what a run needs on a number of GPUs: memory, FLOPs, days."
 NOTES = """\
@@ -189,7 +190,7 @@ def read_plan(config: Any, num_gpus: int | None) -> Plan:
 
     Raises:
         UserError: the model is no Transfusion model, the data has no rows, or the number of GPUs
-            depends on the machine.
+            depends on the machine or is not a multiple of `shard_size`.
     """
     check_model(config.model.class_path)
     check_rows(config.data)
@@ -200,6 +201,7 @@ def read_plan(config: Any, num_gpus: int | None) -> Plan:
     configured = configured_gpus(trainer)
     if not (num_gpus or configured):
         raise UserError(f"trainer.devices={trainer.devices} depends on the machine; give --gpus N")
+    check_shard_size(hparams.get("shard_size"), num_gpus or configured)
     return Plan(
         hparams=hparams,
         row_length=data.row_length,

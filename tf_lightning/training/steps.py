@@ -157,10 +157,19 @@ def check_shards(trainer: L.Trainer, shard_size: int | None) -> None:
             f"ModelParallelStrategy has data_parallel_size={size}, but the number of ranks "
             f"(devices times num_nodes) is {ranks}; give both the same number"
         )
+    check_shard_size(shard_size, ranks)
+
+
+def check_shard_size(shard_size: int | None, ranks: int) -> None:
+    """Refuse a number of ranks that cannot be divided into groups of `shard_size`.
+
+    Raises:
+        UserError: `shard_size` does not divide `ranks`.
+    """
     if shard_size is not None and ranks % shard_size:
         raise UserError(
             f"shard_size={shard_size} does not divide the {ranks} ranks; give a divisor, such as "
-            "the number of devices of a node"
+            "the number of devices of a node, or null to share the weights among all ranks"
         )
 
 
