@@ -85,7 +85,7 @@ def test_the_counts_equal_those_of_the_documents(mixture):
         f"pictures train: 30 documents, {tokens} text tokens, 30 images of 4 patches, "
         f"{tokens + 30 * (4 + 4)} positions"
     )
-    assert sum(int(bar.split("tokens")[1].split()[0]) for bar in bars) == 30
+    assert sum(int(bar.split("positions")[1].split()[0]) for bar in bars) == 30
 
 
 def test_padding_and_length_of_documents_are_those_of_an_epoch(mixture):

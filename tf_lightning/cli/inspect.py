@@ -366,7 +366,7 @@ def histogram(lengths: np.ndarray, longest: int) -> list[str]:
     counts, _ = np.histogram(lengths, edges)
     used = np.flatnonzero(counts)
     return [
-        f"  {edges[i]:>7,} to {edges[i + 1] - 1:>7,} tokens {counts[i]:>11,} "
+        f"  {edges[i]:>7,} to {edges[i + 1] - 1:>7,} positions {counts[i]:>8,} "
         f"{'#' * -(-BAR_LENGTH * int(counts[i]) // int(counts.max()))}".rstrip()
         for i in range(used[0], used[-1] + 1)
     ]
@@ -397,7 +397,7 @@ def pick_documents(data: Mixture, count: int, seed: int = 0) -> list[Shown]:
     picked = [(name, document) for name, documents in found.items() for document in documents]
     return [
         (
-            f"{name}, {document_length(document, data.patch_size)} tokens",
+            f"{name}, {document_length(document, data.patch_size)} positions",
             [
                 to_image(autoencoder.decode(as_latents(part)[None])[0])
                 if is_image(part)

@@ -74,9 +74,7 @@ def describe_quality(name: str, quality: Quality, corpora: Sequence[Corpus]) -> 
         characters = np.frombuffer(quality.characters, np.int64)
         yield line("characters of a text", distribution(characters))
         tokens = np.concatenate([corpus.layout().part_lengths for corpus in corpora])
-        yield line(
-            "tokens of a text's first wording, cut to rows", distribution(tokens[tokens >= 0])
-        )
+        yield line("tokens of a text or its first caption", distribution(tokens[tokens >= 0]))
     if quality.sizes:
         smallest = [f"{w} x {h} ({name})" for w, h, name in quality.smallest(SMALLEST)]
         yield line("smallest images", ", ".join(smallest))

@@ -272,7 +272,11 @@ def test_a_url_that_matches_no_file_is_one_sentence(server):
 def test_a_web_page_in_place_of_a_file_is_skipped_and_told(site, server):
     (site / "lost.jsonl").write_text("<!DOCTYPE html><html><body>Not found</body></html>")
     found = TextFiles(f"{server.url}/lost.jsonl", val_fraction=0).documents("train")
-    assert [skipped.reason for skipped in found] == ["web page in place of the file; check its URL"]
+    [skipped] = found
+    assert skipped.reason == (
+        "web page in place of the file; check its URL, and name the files in a folder, such as "
+        "FOLDER/metadata.jsonl"
+    )
 
 
 def test_a_remote_file_of_another_format_is_named_by_its_url(server):

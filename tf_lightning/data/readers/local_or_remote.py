@@ -99,7 +99,10 @@ def refuse_web_page(copied: Path) -> None:
     with copied.open("rb") as stream:
         start = stream.read(1000).lstrip().lower()
     if copied.suffix not in (".html", ".htm") and start.startswith((b"<!doctype html", b"<html")):
-        raise BadSample("web page in place of the file; check its URL")
+        raise BadSample(
+            "web page in place of the file; check its URL, and name the files in a folder, such as "
+            "FOLDER/metadata.jsonl"
+        )
 
 
 def file_size(file: Path | RemoteFile) -> int:
