@@ -150,14 +150,17 @@ def _download(file: RemoteFile, path: Path, version: Path) -> None:
     """Copy a file into the cache."""
     digest = hashlib.sha256(_identity(file).encode()).hexdigest()
     copied = cache_folder() / "partial" / digest[:32]
-    for folder in (path.parent, version.parent, copied.parent):
-        try:
+    try:
+        for folder in (path.parent, version.parent, copied.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise UserError(
-                f"{file} has a folder of the same name as another file of {cache_folder()}; "
-                "delete that folder, or name another one with TF_LIGHTNING_CACHE"
-            ) from error
+        if path.is_dir() or version.is_dir():
+            raise IsADirectoryError
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(
+            f"{file} needs a file where {cache_folder()} has a folder of the same name, or a "
+            "folder where it has a file; check the URL, or name another cache with "
+            "TF_LIGHTNING_CACHE"
+        ) from error
     with make_room(str(file), file.size or 0):
         pass
     with report_full_disk(copied.parent):

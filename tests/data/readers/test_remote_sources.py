@@ -29,6 +29,7 @@ from tf_lightning.data.readers.globs import expand_braces
 from tf_lightning.drawings.svg import SvgFiles
 from tf_lightning.errors import UserError
 from tf_lightning.remote import requests
+from tf_lightning.remote.cache import cached_path
 
 NAMES = "red", "lime", "blue", "white"
 SIZE = {"image_size": 8}
@@ -265,8 +266,17 @@ def test_a_url_that_matches_no_file_is_one_sentence(server):
         UserError, match=r"check the URL, or give a glob such as '.*/folder/\*.tar'"
     ):
         TextFiles(f"{server.url}/folder").files("train")
+    with pytest.raises(UserError, match="is a folder of a web server; .*/folder/metadata.jsonl$"):
+        TextFiles(f"{server.url}/folder/").files("train")
     with pytest.raises(UserError, match="no file matches .*shard-002.tar"):
         CaptionTars(f"{server.url}/shard-{{000..002}}.tar").files("train")
+
+
+def test_a_file_named_as_a_folder_of_the_cache_is_refused(server):
+    url = f"{server.url}/lines.jsonl.gz"
+    cached_path(f"{url}/a").mkdir(parents=True)
+    with pytest.raises(UserError, match="has a folder of the same name"):
+        list(TextFiles(url, val_fraction=0).documents("train"))
 
 
 def test_a_web_page_in_place_of_a_file_is_skipped_and_told(site, server):

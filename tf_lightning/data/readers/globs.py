@@ -102,6 +102,13 @@ def _leads_back(folder: str) -> bool:
 
 
 def _find_remote(patterns: list[str], snapshot: Snapshot) -> list[RemoteFile]:
+    for pattern in patterns:
+        scheme, _, path, _ = split_url(pattern)
+        if scheme in HTTP and path.endswith("/"):
+            url = public_url(pattern)
+            raise UserError(
+                f"{url} is a folder of a web server; name its files, such as {url}metadata.jsonl"
+            )
     files = []
     for pattern, found in zip(patterns, snapshot.find(patterns), strict=True):
         kept = [file for file in found if not is_ignored(str(cached_path(file.url)))]
