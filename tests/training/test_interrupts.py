@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -349,12 +350,14 @@ def test_a_signal_that_reaches_one_of_two_ranks_saves_and_ends_both(strategy, tm
 def test_ranks_with_gpus_agree_on_their_hosts():
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
-        strategy = SimpleNamespace(root_device=torch.device("cuda"))
+        strategy = SimpleNamespace(root_device=torch.device("cuda"), _timeout=timedelta(hours=2))
         trainer = SimpleNamespace(world_size=2, strategy=strategy)
         interrupts = Interrupts()
         interrupts.group, interrupts.received = group_of_hosts(trainer), signal.SIGTERM
         interrupts.find_out(trainer)
         assert (dist.get_backend(interrupts.group), interrupts.agreed) == ("gloo", signal.SIGTERM)
+        of_hosts = interrupts.group._get_backend(torch.device("cpu"))
+        assert of_hosts.options._timeout == timedelta(hours=2)
     finally:
         dist.destroy_process_group()
 

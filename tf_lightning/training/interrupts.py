@@ -138,7 +138,8 @@ def group_of_hosts(trainer: L.Trainer) -> torch.distributed.ProcessGroup | None:
     """
     if trainer.world_size == 1 or trainer.strategy.root_device.type == "cpu":
         return None
-    return torch.distributed.new_group(backend="gloo")
+    timeout = getattr(trainer.strategy, "_timeout", None)  # as for its own collectives
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 def forget_unstarted_loaders(trainer: L.Trainer) -> None:
