@@ -118,7 +118,10 @@ def test_a_run_that_was_moved_is_not_started_anew_by_its_own_configuration(tmp_p
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path, refused):
-    (tmp_path / "run").mkdir()
+    """The second one changes nothing, such as the link to the newest checkpoint."""
+    fit(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
+    before = content(tmp_path / "run")
     lock = tmp_path / "run" / ".lock"
     hold = f"import fcntl; f = open({str(lock)!r}, 'w'); fcntl.lockf(f, 2); print(); input()"
     command = [sys.executable, "-c", hold]
@@ -127,10 +130,11 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, refused):
         for options in ([], ["--ckpt_path=last"], ["--overwrite"]):
             line = refused("fit", "-c", runs.write_config(tmp_path, few_steps), *options)
             assert "another process is training in" in line and WAYS[1] in line
-        assert content(tmp_path / "run") == {".lock": b""}
+        assert content(tmp_path / "run") == before | {".lock": b""}
         other.kill()
-    fit(tmp_path)  # the lock has ended with its process
-    assert load(tmp_path / "run")["global_step"] == 2 and not lock.exists()
+    # The lock has ended with its process.
+    fit(tmp_path, "--ckpt_path=last", "--trainer.max_steps=3")
+    assert load(tmp_path / "run")["global_step"] == 3 and not lock.exists()
 
 
 def two_loggers(name: str):

@@ -428,6 +428,15 @@ class TransfusionCLI(LightningCLI):
             if hasattr(callback, "before_run"):
                 callback.before_run(self.trainer, self.model, self.datamodule)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a command; `fit` keeps other processes out of the folder before it looks into it."""
+        writes = self.trainer.is_global_zero and not self.trainer.fast_dev_run
+        alone = nullcontext()
+        if subcommand == "fit" and writes:
+            alone = only_process(self.run_folder, self.folder_option())
+        with alone:
+            super()._run_subcommand(subcommand)
+
     def before_fit(self) -> None:
         """Choose the checkpoint to resume, and refuse an impossible run."""
         if hasattr(self.model, "before_training"):
@@ -533,12 +542,9 @@ class TransfusionCLI(LightningCLI):
 
         A run that does not reach its end says how to go on. A finished one is left as it is.
         """
-        writes = self.trainer.is_global_zero and not self.trainer.fast_dev_run
-        alone = only_process(self.run_folder, self.folder_option()) if writes else nullcontext()
-        with alone:
-            if not self.finished_step:
-                self.run_trainer("fit", arguments)
-                return
+        if not self.finished_step:
+            self.run_trainer("fit", arguments)
+            return
         rank_zero_info(
             f"The run in {os.path.relpath(self.run_folder)} ended at step "
             f"{self.finished_step:,}, and nothing is missing; raise trainer.max_steps to go on."
