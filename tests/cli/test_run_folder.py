@@ -34,6 +34,7 @@ from tf_lightning.cli.run_folder import (
     folder_of,
     resume_command,
 )
+from tf_lightning.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("--ckpt_path last", "--trainer.logger.name", "--overwrite")
@@ -135,6 +136,18 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, refused):
     # The lock has ended with its process.
     fit(tmp_path, "--ckpt_path=last", "--trainer.max_steps=3")
     assert load(tmp_path / "run")["global_step"] == 3 and not lock.exists()
+
+
+def test_a_run_whose_first_checkpoint_cannot_be_written_says_so(tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise UserError("no space left on the disk")
+
+    monkeypatch.setattr("tf_lightning.training.checkpoint_io.write_checkpoint", fail)
+    with pytest.raises(SystemExit):
+        fit(tmp_path)
+    told = capsys.readouterr().err
+    assert "Nothing was saved, because no checkpoint could be written." in told
+    assert "error: no space left on the disk" in told
 
 
 def two_loggers(name: str):

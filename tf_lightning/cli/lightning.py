@@ -585,7 +585,9 @@ class TransfusionCLI(LightningCLI):
         found = find_checkpoints(self.run_folder, Path(self.saver.dirpath))
         sound = next(filter(is_sound, found), None)
         if sound is None:
-            return "Nothing was saved, because no step was finished."
+            unsaved = self.last_state.step > self.last_state.saved_step
+            reason = "no checkpoint could be written" if unsaved else "no step was finished"
+            return f"Nothing was saved, because {reason}."
         newest = os.path.relpath(sound)
         return f"The newest checkpoint is {newest}. Go on with:\n  {resume_command(self.typed)}"
 
