@@ -15,6 +15,8 @@ import pytest
 from support.http_server import QuietServer, http_server
 from support.hub import send
 
+# gcsfs reads this when it is imported. It would ask by gRPC, which has no server here.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 LISTING, OBJECT = "/storage/v1/b/bucket/o", r"(/download)?/storage/v1/b/bucket/o/([^/]+)"
 
 
@@ -38,7 +40,6 @@ def gs_server(folder: Path) -> Iterator[QuietServer]:
         return send(handler, describe(file, folder))
 
     with http_server(folder) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gRPC, which has no server here
         patch.setitem(fsspec.config.conf, "gs", {"token": "anon", "endpoint_url": server.url})
         server.on_request = answer
         yield server
