@@ -235,7 +235,7 @@ def test_an_index_that_leaves_its_folder_is_refused(folder):
     (folder / WEIGHTS).rename(folder.parent / "outside.safetensors")
     index = {"weight_map": {"a": "../outside.safetensors"}}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-    assert "no file beside it" in refused(folder)
+    assert "not a file beside it" in refused(folder)
 
 
 def test_a_missing_shard_is_refused(tmp_path):

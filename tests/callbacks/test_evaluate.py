@@ -383,11 +383,11 @@ class Writer:
         self.texts[tag, step] = text
 
 
-def logged(batch: SampleBatch) -> Writer:
-    """The writer after samples were logged at step 9."""
+def logged(folder: Path, batch: SampleBatch) -> Writer:
+    """The writer after samples of a run in a folder were logged at step 9."""
     writer = Writer()
     trainer = SimpleNamespace(loggers=[SimpleNamespace(experiment=writer)])
-    log_samples(trainer, None, 9, ShapesPrompts(2), batch, "val")
+    log_samples(trainer, folder, 9, ShapesPrompts(2), batch, "val")
     return writer
 
 
@@ -396,21 +396,21 @@ def red_ink(image) -> int:
     return int((image.numpy() == np.array(WRONG)[:, None, None]).all(0).sum())
 
 
-def test_generated_images_are_shown_above_their_prompts_which_are_red_if_wrong():
+def test_generated_images_are_shown_above_their_prompts_which_are_red_if_wrong(tmp_path):
     asked = ShapesPrompts(2).prompts()
     right = [prompt.image() for prompt in asked]
-    image = logged(SampleBatch(asked, range(2), right)).images["generated/val", 8]
+    image = logged(tmp_path, SampleBatch(asked, range(2), right)).images["generated/val", 8]
     assert image.shape[0] == 3 and red_ink(image) == 0
     wrong = [Image.new("RGB", (64, 64))] * 2
-    writer = logged(SampleBatch(asked, range(2), wrong))
+    writer = logged(tmp_path, SampleBatch(asked, range(2), wrong))
     assert red_ink(writer.images["generated/val", 8]) > 50 and not writer.texts
 
 
-def test_captions_are_shown_below_their_images_and_beside_the_references():
+def test_captions_are_shown_below_their_images_and_beside_the_references(tmp_path):
     asked = ShapesPrompts(2).prompts()
     images = [prompt.image() for prompt in asked]
     captions = [asked[0].references[-1], "wrong words"]
-    writer = logged(SampleBatch(asked, range(2), images, captions))
+    writer = logged(tmp_path, SampleBatch(asked, range(2), images, captions))
     assert red_ink(writer.images["captioned/val", 8]) > 20
     rows = writer.texts["captions/val", 8].splitlines()
     assert rows[2].endswith(f"| {captions[0]} |") and asked[0].references[0] in rows[2]
