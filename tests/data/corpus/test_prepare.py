@@ -72,14 +72,14 @@ def test_the_bar_says_of_how_many_documents_and_with_how_many_processes(run, mon
     bars = []
 
     def spy(*args, **options):
-        bars.append((options.get("desc", args[1:]), options["total"]))
+        bars.append((options["desc"], options["total"]))
         return progress_bar(*args, **options)
 
     monkeypatch.setattr("tf_lightning.data.corpus.prepare.progress_bar", spy)
     run(ShapesTexts(7, num_val=3), autoencoder=None)
     run(Given(["text"]))
-    assert [total for _, total in bars] == [1, 7, 1, None]
-    assert bars[1][0] == ("preparing given train in 1 process",)
+    assert [total for _, total in bars] == [7, None]
+    assert bars[0][0] == "preparing given train in 1 process"
 
 
 def test_bad_samples_are_counted_by_reason(run):
