@@ -348,6 +348,8 @@ def test_a_signal_that_reaches_one_of_two_ranks_saves_and_ends_both(strategy, tm
 
 
 def test_ranks_with_gpus_agree_on_their_hosts():
+    if dist.is_initialized():  # Lightning leaves the group of a run of one rank
+        dist.destroy_process_group()
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         strategy = SimpleNamespace(root_device=torch.device("cuda"), _timeout=timedelta(hours=2))
