@@ -17,12 +17,13 @@ from torch import Tensor
 from callbacks.contact_sheet import Tile, contact_sheet
 from callbacks.media import log_values
 from callbacks.prompts import as_image, find_source
-from callbacks.results import is_trial, outside_fit, run_folder, warn_in_fit, weights_step
+from callbacks.results import outside_fit, weights_step
 from callbacks.sampling import (
     check_draws,
     check_module,
     check_no_size,
     image_protocol,
+    report_on_rank_zero,
     resolve_sampling,
 )
 from tf_lightning.data.buckets import Size
@@ -138,14 +139,7 @@ class RetrievalAccuracy(L.Callback):
 
     def examine(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Generate images, find their nearest images and write the results, on rank zero."""
-        if is_trial(trainer):
-            return
-        folder = run_folder(trainer)  # on every rank
-        with warn_in_fit(trainer, f"RetrievalAccuracy of {self.source}"):
-            pipe = TransfusionPipeline.from_module(pl_module)  # on every rank, if it is sharded
-            if trainer.is_global_zero:
-                pl_module.eval()
-                self.report(trainer, pl_module, pipe, folder)
+        report_on_rank_zero(trainer, pl_module, f"RetrievalAccuracy of {self.source}", self.report)
 
     on_train_end = examine
     on_validation_end = outside_fit(examine)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from callbacks.prompts import Prompt, center_crop_resize
+from callbacks.results import is_trial, run_folder, warn_in_fit
 from tf_lightning.data.buckets import nearest_size
 from tf_lightning.diffusion.sampler import build_scheduler, resolve_sampler, set_timesteps
 from tf_lightning.errors import UserError
@@ -165,3 +167,32 @@ def sample(
             with precision():
                 output = pipe(images, output_modality="text", sampling=sampling, **how)
             yield SampleBatch(batch, indices, images, output.texts)
+
+
+def report_on_rank_zero(
+    trainer: L.Trainer,
+    module: Transfusion,
+    name: str,
+    report: Callable[[L.Trainer, Transfusion, TransfusionPipeline, Path], None],
+) -> None:
+    """Let rank zero report on a pipeline with the module's weights; do nothing in a trial run.
+
+    Call it on every rank, because all ranks find the run's folder and gather sharded weights.
+
+    Args:
+        trainer: trainer of the run.
+        module: the trained module.
+        name: name of the report, for the warning if it fails in `fit`.
+        report: receives the trainer, the module, the pipeline and the folder for the results.
+
+    Raises:
+        UserError: the report failed in another command than `fit`.
+    """
+    if is_trial(trainer):
+        return
+    folder = run_folder(trainer)
+    with warn_in_fit(trainer, name):
+        pipe = TransfusionPipeline.from_module(module)
+        if trainer.is_global_zero:
+            module.eval()
+            report(trainer, module, pipe, folder)

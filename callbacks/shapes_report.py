@@ -16,12 +16,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from callbacks.contact_sheet import Tile, contact_sheet
-from callbacks.results import is_trial, outside_fit, run_folder, warn_in_fit
+from callbacks.results import outside_fit
 from callbacks.sampling import (
     check_draws,
     check_module,
     check_no_size,
     image_protocol,
+    report_on_rank_zero,
     resolve_sampling,
 )
 from callbacks.text_perplexity import TextBytes, add_text
@@ -111,14 +112,7 @@ class ShapesReport(L.Callback):
 
     def examine(self, trainer: L.Trainer, pl_module: Transfusion) -> None:
         """Generate and judge images and captions, and write the results, on rank zero."""
-        if is_trial(trainer):
-            return
-        folder = run_folder(trainer)  # on every rank
-        with warn_in_fit(trainer, "ShapesReport"):
-            pipe = TransfusionPipeline.from_module(pl_module)  # on every rank, if it is sharded
-            if trainer.is_global_zero:
-                pl_module.eval()
-                self.report(trainer, pl_module, pipe, folder)
+        report_on_rank_zero(trainer, pl_module, "ShapesReport", self.report)
 
     on_train_end = examine
     on_validation_end = outside_fit(examine)

@@ -171,7 +171,7 @@ def test_an_edit_is_generated_in_the_size_of_the_edited_image(tmp_path, monkeypa
 
     report = examine(Cropped(), Crops(), tmp_path, monkeypatch)
     assert report["retrieval_accuracy"] == report["nearest_variant"] == 1
-    # Of the image of another shape there is only the edited one to choose.
+    # The edited image is the only one of its shape, so the chance level of variants is 1.
     assert (report["chance"], report["nearest_variant_chance"]) == (1 / 4, 1)
 
 
@@ -255,7 +255,7 @@ class Imprecise:
 def test_the_nearest_variant_is_searched_among_the_images_of_all_edits_of_the_input(
     tmp_path, monkeypatch
 ):
-    """Of level 2, the variants are 2, 3, 5 and 6, of both splits; of level 7, they are 7, 8, 9.
+    """The variants of level 2 are 2, 3, 5 and 6, from both splits; those of level 7 are 7, 8 and 9.
 
     Level 4.4 is nearest to 4 of all images, but to 5 of its variants; 4.7 is nearest to 5.
     """

@@ -44,7 +44,7 @@ def test_a_tensor_that_differs_is_named(monkeypatch, name):
 
 @pytest.mark.parametrize("shard_size", [None, 2])
 def test_replicas_of_shards_are_compared(shard_size):
-    """Of four ranks: two groups of two have a copy each (HSDP), or all of them one (FSDP2)."""
+    """Four ranks hold one copy in each of two groups (HSDP), or share a single copy (FSDP2)."""
     with fake_ranks(4, shard_size) as mesh:
         mesh = mesh["data_parallel"]
         placements = [Replicate(), Shard(0)][-mesh.ndim :]

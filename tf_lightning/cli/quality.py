@@ -128,8 +128,8 @@ HEADER = """\
 # Documents that may be left out, as `tf-lightning inspect` suggests.
 # Each line has the id of a document, a tab and the reason. Remove a line to keep its document, or
 # begin it with #. Ids of your own may be added; the reason may be missing.
-# Of documents that repeat each other, a training document stays rather than a held-out one, and an
-# earlier one rather than a later one.
+# Where documents repeat each other, the list keeps a training document rather than a held-out one,
+# and an earlier document rather than a later one.
 # tf-lightning prepare -c CONFIG --exclude FILE
 # tf-lightning fit -c CONFIG --data.exclude FILE
 """

@@ -1,4 +1,4 @@
-"""What a corpus stores of each image."""
+"""Storage format of the images of a corpus."""
 
 from dataclasses import dataclass
 
